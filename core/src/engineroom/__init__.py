@@ -1,0 +1,118 @@
+"""One LLM inference service in front of any runtime.
+
+.. code-block:: python
+
+    import asyncio
+    from engineroom import InferenceRequest, LLMInferenceService, LLMModelManager
+
+    async def main():
+        manager = LLMModelManager(config_path="deployment.yaml")
+        async with LLMInferenceService(manager) as service:
+            request = InferenceRequest(model_id="smollm2", prompt="Hello", stream=True)
+            async for chunk in await service.process_inference(request):
+                print(chunk, end="", flush=True)
+
+    asyncio.run(main())
+
+Read :mod:`engineroom.service` first, then :mod:`engineroom.handler`. Runtimes are plugins:
+``pip install engineroom-llamacpp``, and ``engineroom plugins`` lists them.
+"""
+
+from __future__ import annotations
+
+import logging
+from importlib.metadata import PackageNotFoundError, version
+
+from engineroom.config import DeploymentConfig, load_deployment
+from engineroom.errors import (
+    ConfigurationError,
+    EngineDeadError,
+    EngineRoomError,
+    InferenceError,
+    ModelNotFoundError,
+    NoSuitableHandlerError,
+    QueueFullError,
+    RequestTimeoutError,
+    ResourceNotAvailableError,
+)
+from engineroom.generation import TokenHandler, TokenStep
+from engineroom.handler import (
+    API_VERSION,
+    Capabilities,
+    HandlerHealth,
+    InferenceHandler,
+    StreamEnd,
+)
+from engineroom.hookspecs import hookimpl
+from engineroom.manager import LLMModelManager, ModelSource, ModelStatus
+from engineroom.registry import DispatchReport, HandlerRegistry, HandlerVerdict
+from engineroom.schemas import (
+    ChatMessage,
+    GenerationParams,
+    InferenceRequest,
+    InferenceResponse,
+    LoadedModel,
+    ModelConfig,
+    ModelVariant,
+    StructuredOutput,
+    TokenLogprob,
+)
+from engineroom.service import LLMInferenceService
+from engineroom.sources import resolve_source
+from engineroom.streams import InferenceStream, StreamError
+from engineroom.suggestions import did_you_mean
+from engineroom.telemetry import LoggingObserver, request_logger
+from engineroom.text import TextPipeline
+
+__all__ = [
+    "API_VERSION",
+    "Capabilities",
+    "ChatMessage",
+    "ConfigurationError",
+    "DeploymentConfig",
+    "DispatchReport",
+    "EngineDeadError",
+    "EngineRoomError",
+    "GenerationParams",
+    "HandlerHealth",
+    "HandlerRegistry",
+    "HandlerVerdict",
+    "InferenceError",
+    "InferenceHandler",
+    "InferenceRequest",
+    "InferenceResponse",
+    "InferenceStream",
+    "LLMInferenceService",
+    "LLMModelManager",
+    "LoadedModel",
+    "LoggingObserver",
+    "ModelConfig",
+    "ModelNotFoundError",
+    "ModelSource",
+    "ModelStatus",
+    "ModelVariant",
+    "NoSuitableHandlerError",
+    "QueueFullError",
+    "RequestTimeoutError",
+    "ResourceNotAvailableError",
+    "StreamEnd",
+    "StreamError",
+    "StructuredOutput",
+    "TextPipeline",
+    "TokenHandler",
+    "TokenLogprob",
+    "TokenStep",
+    "did_you_mean",
+    "hookimpl",
+    "load_deployment",
+    "request_logger",
+    "resolve_source",
+]
+
+try:
+    __version__ = version("engineroom")
+except PackageNotFoundError:  # run from a checkout that is not installed
+    __version__ = "0.0.0"
+
+# A library leaves it to the application whether its logs are written.
+logging.getLogger("engineroom").addHandler(logging.NullHandler())

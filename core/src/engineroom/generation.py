@@ -1,0 +1,231 @@
+"""From one stream of tokens to everything else.
+
+A runtime that subclasses :class:`TokenHandler` writes one async generator of
+:class:`TokenStep`; UTF-8, stop sequences, counts, timing, finish reasons, ``infer``,
+``stream_infer`` and cancellation are done here, once, so that streamed and whole answers are
+equal by construction and alike on every runtime.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from engineroom.handler import Capabilities, InferenceHandler, StreamEnd
+from engineroom.schemas import (
+    FinishReason,
+    InferenceRequest,
+    InferenceResponse,
+    LoadedModel,
+    TokenLogprob,
+)
+from engineroom.text import TextPipeline
+
+__all__ = ["TokenHandler", "TokenStep"]
+
+
+@dataclass(slots=True)
+class TokenStep:
+    """What one decoding step of one request gave: usually one token.
+
+    :param token_ids: the tokens, without the end-of-sequence token.
+    :param text: their text, or their bytes where a token may end inside a character.
+    :param logprobs: one entry a token, where the request asked for them.
+    :param finish: why the generation ends with this step; ``None``: it goes on.
+    :param prompt_tokens: tokens of the prompt; said once, in any step.
+    :param cached_prompt_tokens: those whose work was reused; said once, in any step.
+    """
+
+    token_ids: Sequence[int] = ()
+    text: str | bytes = b""
+    logprobs: Sequence[TokenLogprob] | None = None
+    finish: FinishReason | None = None
+    prompt_tokens: int | None = None
+    cached_prompt_tokens: int | None = None
+
+
+class Progress:
+    """Where the service finds what a cancelled or failed request had come to."""
+
+    __slots__ = ("generation",)
+
+    def __init__(self) -> None:
+        self.generation: _Snapshot | None = None
+
+
+class _Snapshot(Protocol):
+    def response(self) -> InferenceResponse: ...
+
+
+_progress: Final[ContextVar[Progress | None]] = ContextVar("engineroom_progress", default=None)
+
+
+@contextmanager
+def watching(progress: Progress) -> Iterator[None]:
+    """Let the generation that begins inside report to ``progress``."""
+    token = _progress.set(progress)
+    try:
+        yield
+    finally:
+        _progress.reset(token)
+
+
+class _Generation:
+    """The text, the counts and the clock of one request."""
+
+    __slots__ = (
+        "_first_at",
+        "_limit",
+        "_parts",
+        "_pipeline",
+        "_request",
+        "_started",
+        "cached_prompt_tokens",
+        "finish_reason",
+        "generated_tokens",
+        "handler",
+        "logprobs",
+        "prompt_tokens",
+    )
+
+    def __init__(self, request: InferenceRequest, handler: str) -> None:
+        self._request = request
+        self.handler = handler
+        self._pipeline = TextPipeline(request.stop_sequences)
+        self._limit = request.params.max_new_tokens
+        self._parts: list[str] = []
+        self._started = time.perf_counter()
+        self._first_at: float | None = None
+        self.finish_reason: FinishReason | None = None
+        self.generated_tokens = 0
+        self.prompt_tokens: int | None = None
+        self.cached_prompt_tokens: int | None = None
+        self.logprobs: list[TokenLogprob] | None = None
+        if (progress := _progress.get()) is not None:
+            progress.generation = self
+
+    def take(self, step: TokenStep) -> str:
+        """Take a step; return the text that may be shown. Sets ``finish_reason`` at the end."""
+        if step.prompt_tokens is not None:
+            self.prompt_tokens = step.prompt_tokens
+        if step.cached_prompt_tokens is not None:
+            self.cached_prompt_tokens = step.cached_prompt_tokens
+        if step.logprobs is not None:
+            if self.logprobs is None:
+                self.logprobs = []
+            self.logprobs.extend(step.logprobs)
+        if step.token_ids:
+            if self._first_at is None:
+                self._first_at = time.perf_counter()
+            self.generated_tokens += len(step.token_ids)
+        pipeline = self._pipeline
+        shown = pipeline.feed(step.text) if step.text else ""
+        if pipeline.matched is not None:
+            self.finish_reason = "stop_sequence"
+        elif step.finish is not None:
+            self.finish_reason = step.finish
+        elif self._limit is not None and self.generated_tokens >= self._limit:
+            self.finish_reason = "length"
+        if shown:
+            self._parts.append(shown)
+        return shown
+
+    def finish(self) -> str:
+        """End the text; return what was still held back."""
+        rest = self._pipeline.finish()
+        if self._pipeline.matched is not None:
+            self.finish_reason = "stop_sequence"
+        elif self.finish_reason is None:
+            self.finish_reason = "eos_token"
+        if rest:
+            self._parts.append(rest)
+        return rest
+
+    def response(self) -> InferenceResponse:
+        """The response as far as it has come."""
+        now = time.perf_counter()
+        first = self._first_at
+        return InferenceResponse(
+            request_id=self._request.request_id,
+            model_id=self._request.model_id,
+            generated_text="".join(self._parts),
+            finish_reason=self.finish_reason,
+            stop_sequence=self._pipeline.matched,
+            prompt_tokens=self.prompt_tokens,
+            generated_tokens=self.generated_tokens,
+            cached_prompt_tokens=self.cached_prompt_tokens,
+            inference_time_ms=(now - self._started) * 1000,
+            time_to_first_token_ms=None if first is None else (first - self._started) * 1000,
+            logprobs=self.logprobs,
+            handler=self.handler,
+        )
+
+
+class TokenHandler(InferenceHandler):
+    """Base class of a runtime that can yield tokens. Write ``generate_tokens``; that is all.
+
+    ``max_new_tokens`` and ``stop_sequences`` are honoured here whatever the runtime does; a
+    runtime that knows the limit itself saves the step that would be thrown away.
+    """
+
+    @abstractmethod
+    def generate_tokens(
+        self, loaded_model: LoadedModel, request: InferenceRequest
+    ) -> AsyncGenerator[TokenStep, None]:
+        """Generate: an ``async def`` that yields a :class:`TokenStep` a decoding step.
+
+        It is closed (``GeneratorExit``) or cancelled (``CancelledError``) at a ``yield`` or an
+        ``await`` when a stop sequence matched, the limit is reached, or nobody wants the answer
+        any more: stop the work in ``finally``. A generator that ends without having said
+        ``finish`` has ended with ``eos_token``.
+
+        :raises EngineRoomError: typed, where the cause is known.
+        """
+
+    def capabilities(self) -> Capabilities:
+        """By default only what this class does itself."""
+        return Capabilities(params=frozenset({"max_new_tokens"}))
+
+    async def infer(
+        self, loaded_model: LoadedModel, request: InferenceRequest
+    ) -> InferenceResponse:
+        """The whole answer; see :meth:`generate_tokens`."""
+        generation = _Generation(request, self.name)
+        steps = self.generate_tokens(loaded_model, request)
+        try:
+            async for step in steps:
+                generation.take(step)
+                if generation.finish_reason is not None:
+                    break
+        finally:
+            await steps.aclose()
+        generation.finish()
+        return generation.response()
+
+    async def stream_infer(
+        self, loaded_model: LoadedModel, request: InferenceRequest
+    ) -> AsyncGenerator[str, None]:
+        """The answer piece by piece, then a ``StreamEnd``; see :meth:`generate_tokens`."""
+        generation = _Generation(request, self.name)
+        steps = self.generate_tokens(loaded_model, request)
+        text = ""
+        try:
+            async for step in steps:
+                text = generation.take(step)
+                if generation.finish_reason is not None:
+                    break
+                if text:
+                    yield text
+                    text = ""
+        finally:
+            # Before the last text is handed on: a slow reader must not keep the slot.
+            await steps.aclose()
+        text += generation.finish()
+        if text:
+            yield text
+        yield StreamEnd(generation.response())

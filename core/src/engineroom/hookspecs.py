@@ -1,0 +1,78 @@
+"""The markers, and the hooks through which metrics, tracing and audit look on.
+
+An observer is any object or module with functions of these names, marked with
+:data:`hookimpl`, published under the entry-point group ``engineroom.plugins`` or given to
+``HandlerRegistry.register_plugin``. It may take fewer arguments than a hook has::
+
+    from engineroom import hookimpl
+
+    @hookimpl
+    def engineroom_request_finished(response):
+        print(response.model_id, response.finish_reason, response.generated_tokens)
+
+Hooks are called on the event loop, so an observer must be quick and must not be ``async``. One
+that raises is logged with its traceback; it harms neither the request nor other observers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+import pluggy
+
+if TYPE_CHECKING:
+    from engineroom.handler import InferenceHandler
+    from engineroom.schemas import InferenceRequest, InferenceResponse, LoadedModel
+
+__all__ = ["PROJECT", "ObserverSpec", "hookimpl", "hookspec"]
+
+PROJECT: Final = "engineroom"
+
+hookspec: Final = pluggy.HookspecMarker(PROJECT)
+hookimpl: Final = pluggy.HookimplMarker(PROJECT)
+"""Marks a function of an observer as the implementation of the hook of the same name."""
+
+
+class ObserverSpec:
+    """The observer hooks. None of them returns anything."""
+
+    @hookspec
+    def engineroom_register_handlers(self, register: Callable[[InferenceHandler], None]) -> None:
+        """Publish several handlers at once, or handlers that need arguments.
+
+        :param register: call it once for each handler, with an instance.
+        """
+
+    @hookspec
+    def engineroom_request_started(self, request: InferenceRequest) -> None:
+        """A request was accepted; nothing of it has been computed yet.
+
+        :param request: the request as it came. It holds the prompt: do not log it unasked.
+        """
+
+    @hookspec
+    def engineroom_request_finished(
+        self, request: InferenceRequest, response: InferenceResponse
+    ) -> None:
+        """A request has ended, in whatever way; called exactly once for each that started.
+
+        :param request: the request as it came.
+        :param response: what came of it; ``finish_reason`` is never ``None``.
+        """
+
+    @hookspec
+    def engineroom_model_loaded(self, loaded_model: LoadedModel, duration_s: float) -> None:
+        """A model is ready.
+
+        :param loaded_model: the model.
+        :param duration_s: seconds that loading took.
+        """
+
+    @hookspec
+    def engineroom_model_unloaded(self, loaded_model: LoadedModel, duration_s: float) -> None:
+        """A model was given back.
+
+        :param loaded_model: the model; its ``model_object`` is of no use any more.
+        :param duration_s: seconds that unloading took.
+        """

@@ -1,0 +1,368 @@
+"""What goes in and what comes out: the same on every runtime.
+
+Every schema refuses unknown fields. ``None`` always means the neutral value (no limit but the
+context, temperature 1, no truncation, no penalty), never a default of the runtime or of the
+model's files.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, Literal, TypeAlias, get_args
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    model_validator,
+)
+
+from engineroom.errors import EngineRoomError, error_class
+
+__all__ = [
+    "FINISH_REASONS",
+    "MAX_STOP_CHARS",
+    "ChatMessage",
+    "FinishReason",
+    "GenerationParams",
+    "InferenceRequest",
+    "InferenceResponse",
+    "LoadedModel",
+    "ModelConfig",
+    "ModelVariant",
+    "OnUnsupported",
+    "StructuredOutput",
+    "TokenLogprob",
+]
+
+FinishReason: TypeAlias = Literal[
+    "eos_token", "length", "stop_sequence", "cancelled", "timeout", "error"
+]
+FINISH_REASONS: Final = frozenset(get_args(FinishReason))
+"""Why a generation ended; see ``docs/usage.md`` for what each means."""
+
+OnUnsupported: TypeAlias = Literal["error", "warn"]
+
+MAX_STOP_CHARS: Final = 16_384
+"""Most characters that all stop sequences of a request may have together: the automaton that
+looks for them costs some hundred bytes a character, and a request may come from anyone."""
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+def _no_control_characters(value: str) -> str:
+    if _CONTROL.search(value):
+        raise ValueError(
+            "must not contain control characters or line breaks (it is written to logs and headers)"
+        )
+    return value
+
+
+def _no_booleans(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"must be a number, not {value}")
+    return value
+
+
+Identifier = Annotated[
+    str, Field(min_length=1, max_length=256), AfterValidator(_no_control_characters)
+]
+_Int = Annotated[int, BeforeValidator(_no_booleans)]
+_Float = Annotated[float, BeforeValidator(_no_booleans), Field(allow_inf_nan=False)]
+
+
+class _Schema(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class _FrozenSchema(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class StructuredOutput(_FrozenSchema):
+    """What the text must match: exactly one of a JSON schema, a regular expression, a grammar."""
+
+    json_schema: dict[str, Any] | None = None
+    regex: Annotated[str, Field(min_length=1)] | None = None
+    grammar: Annotated[str, Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> StructuredOutput:
+        given = [n for n in ("json_schema", "regex", "grammar") if getattr(self, n) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                "give exactly one of json_schema, regex and grammar; "
+                + (f"got {' and '.join(given)}" if given else "got none of them")
+            )
+        return self
+
+
+class GenerationParams(_FrozenSchema):
+    """How to generate. A runtime honours each field, refuses it by name or warns about it.
+
+    The order in which sampling applies them is the same everywhere: ``logit_bias``,
+    penalties, ``temperature``, ``top_k``, ``top_p``, ``min_p``.
+    """
+
+    max_new_tokens: Annotated[_Int, Field(ge=1)] | None = 256
+    """Most tokens to generate; ``None``: until the context is full."""
+    temperature: Annotated[_Float, Field(ge=0.0, le=2.0)] | None = 0.7
+    """0 is greedy; ``None`` is 1."""
+    top_p: Annotated[_Float, Field(ge=0.0, le=1.0)] | None = None
+    """Keep the smallest set of most likely tokens that has at least this probability (the most
+    likely one is always kept); ``None`` and 1 keep all."""
+    top_k: Annotated[_Int, Field(ge=0)] | None = None
+    """Keep the k most likely tokens; ``None`` and 0 keep all."""
+    repetition_penalty: Annotated[_Float, Field(ge=1.0)] | None = None
+    """Divide positive and multiply negative logits of tokens of the prompt and of the text so
+    far by this (Keskar et al., 2019, arXiv:1909.05858); ``None`` and 1 change nothing."""
+    do_sample: bool | None = True
+    """``False`` is greedy (or plain beam search); ``None`` is ``True``."""
+    num_beams: Annotated[_Int, Field(ge=1)] | None = 1
+    """Beams to search with; ``None`` and 1: no beam search."""
+    early_stopping: bool | None = False
+    """With beams: end as soon as ``num_beams`` complete candidates exist."""
+    min_p: Annotated[_Float, Field(ge=0.0, le=1.0)] | None = None
+    """Keep tokens that are at least this fraction as likely as the likeliest one."""
+    seed: Annotated[_Int, Field(ge=0, le=2**63 - 1)] | None = None
+    """Seed of the request's own random generator; ``None``: a fresh one."""
+    presence_penalty: Annotated[_Float, Field(ge=-2.0, le=2.0)] | None = None
+    """Subtracted from the logit of every token that the generated text has."""
+    frequency_penalty: Annotated[_Float, Field(ge=-2.0, le=2.0)] | None = None
+    """Subtracted, times its count, from the logit of every token of the generated text."""
+    logit_bias: (
+        dict[Annotated[_Int, Field(ge=0)], Annotated[_Float, Field(ge=-100.0, le=100.0)]] | None
+    ) = None
+    """Added to the logits: token id → bias."""
+    logprobs: Annotated[_Int, Field(ge=0, le=20)] | None = None
+    """Report each token's log probability, and those of this many likeliest alternatives, as
+    the model gave them (before bias, penalties and temperature)."""
+    structured_output: StructuredOutput | None = None
+    """What the text must match."""
+
+    @property
+    def greedy(self) -> bool:
+        """True where the likeliest token is always taken."""
+        return self.do_sample is False or self.temperature == 0 or self.top_k == 1
+
+    def requested(self) -> frozenset[str]:
+        """Fields whose value asks for something that a runtime must know how to do.
+
+        Fields at their default or at their neutral value ask for nothing.
+        """
+        return frozenset(
+            name
+            for name, default in _PARAM_DEFAULTS.items()
+            if (value := getattr(self, name)) != default and value not in _NEUTRAL[name]
+        )
+
+
+_PARAM_DEFAULTS: Final[Mapping[str, Any]] = {
+    name: field.default for name, field in GenerationParams.model_fields.items()
+}
+_NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
+    "max_new_tokens": (),
+    "temperature": (),
+    "top_p": (None, 1.0),
+    "top_k": (None, 0),
+    "repetition_penalty": (None, 1.0),
+    "do_sample": (None, True),
+    "num_beams": (None, 1),
+    "early_stopping": (None, False),
+    "min_p": (None, 0.0),
+    "seed": (None,),
+    "presence_penalty": (None, 0.0),
+    "frequency_penalty": (None, 0.0),
+    "logit_bias": (None, {}),
+    "logprobs": (None,),
+    "structured_output": (None,),
+}
+
+
+class ChatMessage(_FrozenSchema):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _has_content(self) -> ChatMessage:
+        if self.content is None and not self.tool_calls:
+            raise ValueError(f"the {self.role} message has no content")
+        return self
+
+
+class InferenceRequest(_FrozenSchema):
+    """One request to one model: a ``prompt`` as it stands, or chat ``messages``."""
+
+    model_id: Identifier
+    prompt: str | None = None
+    """Text to continue, taken as it is: no chat template is applied."""
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    """A conversation, rendered with the model's own chat template."""
+    params: GenerationParams = GenerationParams()
+    stream: bool = False
+    request_id: Identifier = Field(default_factory=lambda: str(uuid.uuid4()))
+    stop_sequences: list[Annotated[str, Field(min_length=1)]] | None = None
+    """Texts that end the generation; they are not part of the generated text."""
+    timeout_s: Annotated[_Float, Field(gt=0)] | None = None
+    """Seconds from the call to the last token, waiting and loading included."""
+    priority: Annotated[_Int, Field(ge=-100, le=100)] = 0
+    """Waiting requests of a higher priority go first."""
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    metadata: dict[str, Any] = Field(default_factory=dict)
+    """The caller's own; handed to observers, never to the model."""
+    on_unsupported: OnUnsupported | None = None
+    """What to do about parameters that the runtime does not honour; ``None``: as the service."""
+
+    @model_validator(mode="after")
+    def _one_input(self) -> InferenceRequest:
+        if (self.prompt is None) == (self.messages is None):
+            found = "neither was" if self.prompt is None else "both were"
+            raise ValueError(f"give exactly one of prompt and messages; {found} given")
+        if sum(map(len, self.stop_sequences or ())) > MAX_STOP_CHARS:
+            raise ValueError(f"stop_sequences may have {MAX_STOP_CHARS} characters together")
+        return self
+
+
+class TokenLogprob(_FrozenSchema):
+    """One generated token, how likely it was, and what else was likely."""
+
+    token_id: int
+    token: str
+    """The token's own text; U+FFFD stands for bytes that are no whole character."""
+    logprob: float
+    top: list[tuple[int, str, float]] = Field(default_factory=list)
+    """The likeliest alternatives as ``(token_id, token, logprob)``, likeliest first."""
+
+
+class InferenceResponse(_Schema):
+    """What came of a request."""
+
+    request_id: str
+    model_id: str
+    generated_text: str | None = None
+    """The text, without the stop sequence that ended it; whatever there was so far on failure."""
+    error_message: str | None = None
+    finish_reason: FinishReason | None = None
+    prompt_tokens: int | None = None
+    generated_tokens: int | None = None
+    """Tokens generated, the end-of-sequence token not counted."""
+    inference_time_ms: float | None = None
+    """From the service's acceptance of the request to its end."""
+    error_type: str | None = None
+    """Name of the class of :mod:`engineroom.errors` that :meth:`raise_for_error` raises."""
+    time_to_first_token_ms: float | None = None
+    cached_prompt_tokens: int | None = None
+    """Prompt tokens whose work was not done again because an earlier request had done it."""
+    logprobs: list[TokenLogprob] | None = None
+    warnings: list[str] = Field(default_factory=list)
+    handler: str | None = None
+    """Name of the handler that did the work."""
+    stop_sequence: str | None = None
+    """The stop sequence that ended the text, where ``finish_reason`` is ``stop_sequence``."""
+
+    _cause: BaseException | None = PrivateAttr(default=None)
+
+    def raise_for_error(self) -> None:
+        """Raise the typed error if the request failed; do nothing otherwise.
+
+        :raises EngineRoomError: the class that ``error_type`` names.
+        """
+        if self.error_message is None:
+            return
+        error = error_class(self.error_type)(
+            self.error_message, request_id=self.request_id, model_id=self.model_id
+        )
+        raise error from self._cause
+
+    def record_error(self, error: EngineRoomError) -> None:
+        """Make this the response of a request that failed with ``error``."""
+        self.error_message = error.describe()
+        self.error_type = next(
+            cls.__name__ for cls in type(error).__mro__ if cls is error_class(cls.__name__)
+        )
+        self._cause = error
+
+
+class ModelVariant(_FrozenSchema):
+    """One way to run a model: which runtime, from which source, with which options."""
+
+    source: Annotated[str, Field(min_length=1)]
+    runtime: Identifier | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class ModelConfig(_FrozenSchema):
+    """A model of a deployment: what it is called, where it comes from, what runs it."""
+
+    model_id: Identifier
+    source: Annotated[str, Field(min_length=1)] | None = None
+    """A path, ``hf:owner/name[:file]``, or ``package:module/file``; see ``docs/usage.md``."""
+    runtime: Identifier | None = None
+    """Name of the handler that loads it; ``None``: the first whose ``can_load`` says yes."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """The runtime's own options, checked by the runtime."""
+    aliases: list[Identifier] = Field(default_factory=list)
+    """Other names that requests may use."""
+    variants: list[ModelVariant] = Field(default_factory=list)
+    """Several ways to run it, in order of preference, instead of ``source`` and ``runtime``."""
+    preload: bool = True
+    """Load it in ``load_configured_models()`` rather than with its first request."""
+    pinned: bool = False
+    """Never unload it to make room for another."""
+
+    @model_validator(mode="after")
+    def _has_a_source(self) -> ModelConfig:
+        if self.variants and (self.source or self.runtime or self.options):
+            raise ValueError(
+                "give either variants, or source with runtime and options; both were given"
+            )
+        if not self.variants and not self.source:
+            raise ValueError("give a source (a path, hf:owner/name or package:module/file)")
+        return self
+
+    def choices(self) -> list[ModelConfig]:
+        """This model once per variant, each with a source of its own, in order of preference."""
+        return [
+            self.model_copy(
+                update={
+                    "source": v.source,
+                    "runtime": v.runtime,
+                    "options": v.options,
+                    "variants": [],
+                }
+            )
+            for v in self.variants
+        ] or [self]
+
+
+class LoadedModel(BaseModel):
+    """A model in memory, as the handler that loaded it made it. Compared by identity."""
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
+
+    model_id: str
+    model_object: Any
+    """The runtime's own object; only its handler looks inside."""
+    config: ModelConfig
+    handler_name: str | None = None
+    """Name of the handler that loaded it."""
+    tokenizer: Any = None
+    max_context_tokens: int | None = None
+    """Most tokens that prompt and generated text may have together."""
+    memory_bytes: int | None = None
+
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other

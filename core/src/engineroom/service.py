@@ -1,0 +1,452 @@
+"""The dispatcher: a request in, the model's handler found, an answer or a typed error out.
+
+Start reading here. :meth:`LLMInferenceService.process_inference` leases the model
+(:mod:`engineroom.manager`), takes the first handler that can run it
+(:mod:`engineroom.registry`), refuses what that handler cannot honour, and runs it inside a
+:class:`~engineroom.scope.RequestScope`, which is how deadlines, ``aclose`` and ``close`` stop
+the work without harming the task that asked for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Final, Protocol, runtime_checkable
+from weakref import WeakKeyDictionary
+
+from engineroom.blocking import BlockingPortal, BlockingStream
+from engineroom.errors import (
+    ConfigurationError,
+    EngineRoomError,
+    InferenceError,
+    QueueFullError,
+    RequestTimeoutError,
+    ResourceNotAvailableError,
+)
+from engineroom.generation import watching
+from engineroom.handler import Capabilities, InferenceHandler, StreamEnd
+from engineroom.manager import LLMModelManager, ModelSource
+from engineroom.registry import DispatchReport, HandlerRegistry
+from engineroom.schemas import InferenceRequest, InferenceResponse, LoadedModel, OnUnsupported
+from engineroom.scope import RequestScope
+from engineroom.streams import InferenceStream, StreamError
+from engineroom.telemetry import request_logger
+
+__all__ = ["LLMInferenceService"]
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MAX_REQUESTS: Final = 1024
+
+
+@runtime_checkable
+class _Closing(Protocol):
+    async def close(self) -> None: ...
+
+
+@runtime_checkable
+class _Explaining(Protocol):
+    def explain(self, model_id: str) -> DispatchReport: ...
+
+
+class LLMInferenceService:
+    """Answers requests with whatever runtime the model needs.
+
+    :param model_manager: where models come from: an :class:`~engineroom.LLMModelManager`, or
+        anything with its ``lease`` method.
+    :param handlers: exactly these handlers: instances, which are asked first, and names of
+        installed ones, each in this order. ``None``: the manager's, which by default are those
+        that are installed.
+    :param on_unsupported: what to do about parameters that a handler does not honour, where
+        the request does not say; ``None``: as the deployment says, which is ``"error"``.
+    :param max_requests: most requests at one time, waiting ones included; more are refused at
+        once with ``QueueFullError``.
+    """
+
+    def __init__(
+        self,
+        model_manager: ModelSource,
+        handlers: Sequence[InferenceHandler | str] | None = None,
+        *,
+        on_unsupported: OnUnsupported | None = None,
+        max_requests: int = DEFAULT_MAX_REQUESTS,
+    ) -> None:
+        if max_requests < 1:
+            raise ConfigurationError(f"max_requests must be at least 1, not {max_requests}")
+        self._source = model_manager
+        self._max_requests = max_requests
+        self.registry = _registry_for(model_manager, handlers)
+        if on_unsupported is None:
+            managed = model_manager if isinstance(model_manager, LLMModelManager) else None
+            on_unsupported = managed.config.on_unsupported if managed is not None else "error"
+        self._on_unsupported: OnUnsupported = on_unsupported
+        self._capabilities: WeakKeyDictionary[InferenceHandler, Capabilities] = WeakKeyDictionary()
+        self._running: set[RequestScope] = set()
+        self._idle: list[asyncio.Future[None]] = []
+        self._closed = False
+        self._portal = BlockingPortal()
+
+    # ── the way in ───────────────────────────────────────────────────────────────────────────
+
+    async def process_inference(
+        self, request: InferenceRequest
+    ) -> InferenceResponse | InferenceStream:
+        """Answer a request, as its ``stream`` says.
+
+        :returns: an ``InferenceResponse``, in which a failure is told by ``error_message``; or
+            an :class:`~engineroom.InferenceStream` of ``str`` chunks, in which a failure is one
+            last :class:`~engineroom.StreamError`. Nothing but cancellation is raised.
+        """
+        if not isinstance(request, InferenceRequest):
+            raise ConfigurationError(
+                f"process_inference takes an InferenceRequest, not {type(request).__name__}; "
+                "build one with InferenceRequest(model_id=…, prompt=…)"
+            )
+        return self.stream(request) if request.stream else await self.infer(request)
+
+    async def infer(self, request: InferenceRequest) -> InferenceResponse:
+        """Answer in whole, whatever the request's ``stream`` says."""
+        scope = RequestScope(request)
+        scope.begin()
+        try:
+            self._admit(scope)
+            async with self._leased(scope) as (handler, loaded_model, warnings):
+                response = await self._infer(handler, loaded_model, scope, warnings)
+            return self._finish(scope, response)
+        except BaseException as error:  # noqa: BLE001 - logged, or raised again, in _failed
+            return self._failed(scope, error)
+        finally:
+            scope.end()
+
+    def stream(self, request: InferenceRequest) -> InferenceStream:
+        """Answer piece by piece, whatever the request's ``stream`` says."""
+        scope = RequestScope(request)
+        return InferenceStream(request, scope, self._chunks(scope))
+
+    def run(self, request: InferenceRequest) -> InferenceResponse:
+        """Answer in whole, for callers without an event loop. Blocks.
+
+        :raises ConfigurationError: called on the event loop that the service runs on.
+        """
+        return self._portal.run(lambda: self.infer(request))
+
+    def stream_sync(self, request: InferenceRequest) -> BlockingStream:
+        """Answer piece by piece, for callers without an event loop.
+
+        :returns: an iterator of chunks with ``response`` and ``close()``.
+        """
+        return BlockingStream(self._portal, lambda: self.stream(request))
+
+    # ── the ways around ──────────────────────────────────────────────────────────────────────
+
+    def register_handler(self, handler: InferenceHandler, before: str | None = None) -> None:
+        """Add a handler: after those added before, ahead of all installed ones.
+
+        :param before: put it directly before the handler of this name instead.
+        :raises ConfigurationError: see :meth:`HandlerRegistry.register`.
+        """
+        self.registry.register(handler, before)
+
+    def explain(self, model_id: str) -> DispatchReport:
+        """Every handler, its verdict on the model, and why.
+
+        :raises ModelNotFoundError: there is no such model.
+        :raises ConfigurationError: the model source cannot tell.
+        """
+        if not isinstance(self._source, _Explaining):
+            raise ConfigurationError(
+                f"{type(self._source).__name__} has no explain(); lease the model and ask "
+                "service.registry.explain(loaded_model)"
+            )
+        return self._source.explain(model_id)
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that are being answered or wait for it."""
+        return len(self._running)
+
+    async def __aenter__(self) -> LLMInferenceService:
+        return self
+
+    async def __aexit__(self, *_: Any) -> None:
+        await self.close()
+
+    def __enter__(self) -> LLMInferenceService:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close_sync()
+
+    async def close(self, drain_timeout_s: float = 30.0) -> None:
+        """Take no more requests, let the running ones end, then unload the models.
+
+        :param drain_timeout_s: seconds that running requests get; then they are stopped, and
+            their callers told so.
+        """
+        self._closed = True
+        if self._running and drain_timeout_s > 0:
+            await self._wait_idle(drain_timeout_s)
+        for scope in list(self._running):
+            scope.interrupt(ResourceNotAvailableError("the service was closed; send it again"))
+        if self._running:
+            await self._wait_idle(None)
+        if isinstance(self._source, _Closing):
+            await self._source.close()
+        self._portal.stop()
+
+    def close_sync(self, drain_timeout_s: float = 30.0) -> None:
+        """As :meth:`close`, for callers without an event loop."""
+        self._portal.run(lambda: self.close(drain_timeout_s))
+        self._portal.join()
+
+    # ── one request ──────────────────────────────────────────────────────────────────────────
+
+    async def _chunks(self, scope: RequestScope) -> AsyncGenerator[str, None]:
+        """The chunks of a stream. Runs in whichever task reads."""
+        texts: list[str] = []
+        first: float | None = None
+        try:
+            self._admit(scope)
+            async with self._leased(scope) as (handler, loaded_model, warnings):
+                entered = time.perf_counter()
+                inner = handler.stream_infer(loaded_model, scope.request)
+                scope.inner = inner
+                final: InferenceResponse | None = None
+                try:
+                    with watching(scope.progress):
+                        chunk = await anext(inner, None)
+                    while chunk is not None:
+                        if chunk.__class__ is not str:
+                            if isinstance(chunk, StreamEnd):
+                                final = chunk.response
+                                chunk = await anext(inner, None)
+                                continue
+                            _check_chunk(handler, chunk)
+                        if first is None:
+                            first = time.perf_counter()
+                        texts.append(chunk)
+                        yield chunk
+                        chunk = await anext(inner, None)
+                finally:
+                    await inner.aclose()
+                if scope.cause is not None:
+                    raise scope.cause
+                response = _completed(scope, handler, final, warnings, entered)
+                if final is None:
+                    response.generated_text = "".join(texts)
+                if first is not None:
+                    response.time_to_first_token_ms = (first - scope.started) * 1000
+            self._finish(scope, response)
+        except BaseException as error:  # noqa: BLE001 - logged, or raised again, in _failed
+            response = self._failed(scope, error, "".join(texts))
+            cause = response._cause
+            if not scope.quiet and isinstance(cause, EngineRoomError):
+                yield StreamError(cause)
+
+    async def _infer(
+        self,
+        handler: InferenceHandler,
+        loaded_model: LoadedModel,
+        scope: RequestScope,
+        warnings: list[str],
+    ) -> InferenceResponse:
+        entered = time.perf_counter()
+        with watching(scope.progress):
+            response = await handler.infer(loaded_model, scope.request)
+        if scope.cause is not None:
+            raise scope.cause
+        if not isinstance(response, InferenceResponse):
+            raise InferenceError(
+                f"handler {handler.name!r}: infer returned {type(response).__name__} instead of "
+                "an InferenceResponse; mend the plugin"
+            )
+        return _completed(scope, handler, response, warnings, entered)
+
+    def _admit(self, scope: RequestScope) -> None:
+        """Count the request in, or refuse it at once."""
+        if self._closed:
+            raise ResourceNotAvailableError("the service is closed; it takes no more requests")
+        if len(self._running) >= self._max_requests:
+            raise QueueFullError(
+                f"{len(self._running)} requests are running or waiting, which is the bound "
+                "(max_requests); send it again later"
+            )
+        self._portal.bind()
+        self._running.add(scope)
+        request = scope.request
+        scope.arm(
+            RequestTimeoutError(f"it was not done after timeout_s={request.timeout_s} seconds")
+        )
+        self.registry.notify("engineroom_request_started", request=request)
+        if scope.deadline is not None and asyncio.get_running_loop().time() >= scope.deadline:
+            raise RequestTimeoutError(
+                f"timeout_s={request.timeout_s} seconds were over before it began"
+            )
+
+    @asynccontextmanager
+    async def _leased(
+        self, scope: RequestScope
+    ) -> AsyncIterator[tuple[InferenceHandler, LoadedModel, list[str]]]:
+        """The model, its handler, and warnings about what that handler does not honour."""
+        request = scope.request
+        async with self._source.lease(request.model_id) as loaded_model:
+            handler = self.registry.select(loaded_model)
+            yield handler, loaded_model, self._check(handler, request)
+
+    def _check(self, handler: InferenceHandler, request: InferenceRequest) -> list[str]:
+        """Refuse what the handler does not honour, or say so in warnings."""
+        capabilities = self._capabilities.get(handler)
+        if capabilities is None:
+            capabilities = handler.capabilities()
+            if not isinstance(capabilities, Capabilities):
+                raise InferenceError(
+                    f"handler {handler.name!r}: capabilities returned "
+                    f"{type(capabilities).__name__} instead of Capabilities; mend the plugin"
+                )
+            self._capabilities[handler] = capabilities
+        unsupported = capabilities.unsupported(request)
+        if not unsupported:
+            return []
+        warn = (request.on_unsupported or self._on_unsupported) == "warn"
+        # Without its messages a request has no input: that cannot be a warning.
+        if not warn or "messages" in unsupported:
+            raise ConfigurationError(
+                f"handler {handler.name!r} does not honour {', '.join(unsupported)}; leave "
+                f"{'it' if len(unsupported) == 1 else 'them'} out, use another runtime, or set "
+                'on_unsupported="warn"'
+            )
+        return [
+            f"{name} was ignored: handler {handler.name!r} does not honour it"
+            for name in unsupported
+        ]
+
+    def _finish(self, scope: RequestScope, response: InferenceResponse) -> InferenceResponse:
+        """Count the request out and tell the observers. Called once for each admitted one."""
+        response.inference_time_ms = (time.perf_counter() - scope.started) * 1000
+        scope.stop(response)
+        self._running.discard(scope)
+        self.registry.notify(
+            "engineroom_request_finished", request=scope.request, response=response
+        )
+        if not self._running:
+            for waiter in self._idle:
+                if not waiter.done():
+                    waiter.set_result(None)
+            self._idle.clear()
+        return response
+
+    def _failed(
+        self, scope: RequestScope, error: BaseException, partial: str | None = None
+    ) -> InferenceResponse:
+        """The response of a request that did not end well; raises what must not be swallowed."""
+        request = scope.request
+        if isinstance(error, asyncio.CancelledError) and scope.taken():
+            assert scope.cause is not None
+            error = scope.cause
+        response = _partial(scope, partial)
+        if isinstance(error, Exception):
+            typed = _as_typed(error, request)
+            response.record_error(typed)
+            response.finish_reason = (
+                "timeout"
+                if isinstance(typed, RequestTimeoutError)
+                else "cancelled"
+                if typed is scope.cause
+                else "error"
+            )
+            if not isinstance(error, EngineRoomError):
+                request_logger(logger, request).error(
+                    "request failed: %s", typed.describe(), exc_info=error
+                )
+        else:
+            response.finish_reason = "cancelled"
+        if scope.quiet:
+            response.error_message = response.error_type = None
+        if scope in self._running:
+            self._finish(scope, response)
+        else:
+            scope.stop(response)  # refused: it never counted
+        if not isinstance(error, Exception):
+            raise error
+        return response
+
+    async def _wait_idle(self, timeout_s: float | None) -> None:
+        future = asyncio.get_running_loop().create_future()
+        self._idle.append(future)
+        await asyncio.wait([future], timeout=timeout_s)
+
+
+def _completed(
+    scope: RequestScope,
+    handler: InferenceHandler,
+    response: InferenceResponse | None,
+    warnings: list[str],
+    entered: float,
+) -> InferenceResponse:
+    """What a handler gave, with all that the service knows better."""
+    request = scope.request
+    if response is None:
+        response = InferenceResponse(request_id=request.request_id, model_id=request.model_id)
+    response.request_id = request.request_id
+    response.model_id = request.model_id
+    response.handler = handler.name
+    if response.finish_reason is None:
+        response.finish_reason = "eos_token" if response.error_message is None else "error"
+    if response.time_to_first_token_ms is not None:
+        response.time_to_first_token_ms += (entered - scope.started) * 1000
+    if warnings:
+        response.warnings = [*warnings, *response.warnings]
+    return response
+
+
+def _partial(scope: RequestScope, text: str | None) -> InferenceResponse:
+    """How far a request had come, as its handler or its chunks tell."""
+    generation = scope.progress.generation
+    if generation is not None:
+        response = generation.response()
+    else:
+        response = InferenceResponse(
+            request_id=scope.request.request_id, model_id=scope.request.model_id
+        )
+    if text is not None:
+        response.generated_text = text
+    response.stop_sequence = None
+    return response
+
+
+def _as_typed(error: Exception, request: InferenceRequest) -> EngineRoomError:
+    if isinstance(error, EngineRoomError):
+        typed = error
+    else:
+        typed = InferenceError(f"{type(error).__name__}: {error}" if str(error) else repr(error))
+        typed.__cause__ = error
+    return typed.with_context(request_id=request.request_id, model_id=request.model_id)
+
+
+def _check_chunk(handler: InferenceHandler, chunk: object) -> None:
+    if not isinstance(chunk, str):
+        raise InferenceError(
+            f"handler {handler.name!r}: stream_infer yielded {type(chunk).__name__} instead of "
+            "str; mend the plugin"
+        )
+
+
+def _registry_for(
+    source: ModelSource, handlers: Sequence[InferenceHandler | str] | None
+) -> HandlerRegistry:
+    managed = source if isinstance(source, LLMModelManager) else None
+    if handlers is None:
+        return managed.registry if managed is not None else HandlerRegistry()
+    registry = HandlerRegistry(
+        allow=[h for h in handlers if isinstance(h, str)],
+        disabled=managed.config.disabled_handlers if managed is not None else (),
+    )
+    for handler in handlers:
+        if not isinstance(handler, str):
+            registry.register(handler)
+    if managed is not None:
+        managed.use_registry(registry)
+    return registry

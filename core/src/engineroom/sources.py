@@ -1,0 +1,149 @@
+"""Where a model comes from: what ``source:`` may say, and the file or folder it stands for."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Final, TypeAlias
+
+from engineroom.errors import ConfigurationError, ModelNotFoundError
+
+__all__ = ["HubSource", "PackageSource", "PathSource", "Source", "parse_source", "resolve_source"]
+
+_HUB: Final = re.compile(
+    r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?::(?P<file>[^:]+))?"
+)
+_PACKAGE: Final = re.compile(r"package:(?P<module>[A-Za-z_][\w.]*)/(?P<file>.+)")
+
+
+@dataclass(frozen=True, slots=True)
+class PathSource:
+    """A file or a folder on this machine; ``~`` is expanded."""
+
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class PackageSource:
+    """A file inside an installed Python package: ``package:module/file``."""
+
+    module: str
+    file: str
+
+
+@dataclass(frozen=True, slots=True)
+class HubSource:
+    """A repository on the hub, or one file of it: ``hf:owner/name[@revision][:file]``."""
+
+    repo: str
+    revision: str | None
+    file: str | None
+
+
+Source: TypeAlias = PathSource | PackageSource | HubSource
+
+
+def parse_source(text: str) -> Source:
+    """Read what ``source:`` says; nothing is looked up.
+
+    :raises ConfigurationError: it begins like a hub or package source but is none, or points
+        outside the package.
+    """
+    if text.startswith("hf:"):
+        if (match := _HUB.fullmatch(text)) is None:
+            raise ConfigurationError(
+                f"source {text!r} is no hub source; write hf:owner/name or hf:owner/name:file"
+            )
+        return HubSource(match["repo"], match["revision"], _inside(match["file"], text))
+    if text.startswith("package:"):
+        if (match := _PACKAGE.fullmatch(text)) is None:
+            raise ConfigurationError(
+                f"source {text!r} is no package source; write package:module/file"
+            )
+        return PackageSource(match["module"], _inside(match["file"], text) or "")
+    if not text.strip() or "\0" in text:
+        raise ConfigurationError(f"source {text!r} is no path; write the path of a file or folder")
+    return PathSource(Path(text).expanduser())
+
+
+def resolve_source(source: str | Source) -> Path:
+    """The file or folder on this machine, downloaded first if it is on the hub. Blocks.
+
+    :raises ModelNotFoundError: there is no such path, package, file or repository.
+    :raises ConfigurationError: see :func:`parse_source`; or what the hub needs is not installed.
+    """
+    parsed = parse_source(source) if isinstance(source, str) else source
+    match parsed:
+        case PathSource(path):
+            if not path.exists():
+                raise ModelNotFoundError(
+                    f"there is no file or folder {os.fspath(path)!r}"
+                    + ("" if path.is_absolute() else f" (looked in {os.fspath(Path.cwd())!r})")
+                    + "; check the path, or write hf:owner/name for a model on the hub"
+                )
+            return path
+        case PackageSource(module, file):
+            return _in_package(module, file)
+        case HubSource():
+            return _from_hub(parsed)
+
+
+def _inside(file: str | None, text: str) -> str | None:
+    if file is not None:
+        path = PurePosixPath(file.replace("\\", "/"))
+        if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
+            raise ConfigurationError(
+                f"source {text!r} points outside of its package; leave out '..'"
+            )
+    return file
+
+
+def _in_package(module: str, file: str) -> Path:
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelNotFoundError(
+            f"the Python package {module!r} is not installed; "
+            f"pip install {module.partition('.')[0].replace('_', '-')}"
+        )
+    folders = [Path(folder) for folder in spec.submodule_search_locations]
+    for folder in folders:
+        if (path := folder / file).exists():
+            return path
+    available = sorted(p.name for folder in folders for p in folder.iterdir() if p.is_file())
+    raise ModelNotFoundError(
+        f"the package {module!r} has no file {file!r}; it has {', '.join(available) or 'none'}"
+    )
+
+
+def _from_hub(source: HubSource) -> Path:
+    try:
+        import huggingface_hub
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise ConfigurationError(
+            f"hf:{source.repo} is on the Hugging Face hub; to download it, "
+            'pip install "engineroom[hub]"'
+        ) from error
+    name = f"hf:{source.repo}" + (f":{source.file}" if source.file else "")
+    try:
+        if source.file is not None:
+            return Path(
+                huggingface_hub.hf_hub_download(source.repo, source.file, revision=source.revision)
+            )
+        return Path(huggingface_hub.snapshot_download(source.repo, revision=source.revision))
+    except LocalEntryNotFoundError as error:
+        raise ModelNotFoundError(
+            f"{name} is not on this machine and the hub cannot be reached; connect and try "
+            "again, unset HF_HUB_OFFLINE, or give the path of a local copy"
+        ) from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise ModelNotFoundError(
+            f"{name} could not be downloaded: {str(error).splitlines()[0]}; check the name, and "
+            "log in with `hf auth login` if it is private"
+        ) from error

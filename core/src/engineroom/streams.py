@@ -1,0 +1,101 @@
+"""What a streamed request gives back: chunks of text, an ending, and a way to stop it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from types import TracebackType
+from typing import Any, Final
+
+from engineroom.errors import EngineRoomError, InferenceError
+from engineroom.schemas import InferenceRequest, InferenceResponse
+from engineroom.scope import RequestScope
+
+__all__ = ["STREAM_ERROR_PREFIX", "InferenceStream", "StreamError"]
+
+STREAM_ERROR_PREFIX: Final = "STREAM_ERROR: "
+
+
+class StreamError(str):
+    """The last chunk of a stream that failed: ``STREAM_ERROR: <what and why>``.
+
+    Its type tells it from a model that writes those words. ``error`` is the typed error.
+    """
+
+    __slots__ = ("error",)
+    error: EngineRoomError
+
+    def __new__(cls, error: EngineRoomError) -> StreamError:
+        self = super().__new__(cls, STREAM_ERROR_PREFIX + error.describe())
+        self.error = error
+        return self
+
+
+class InferenceStream(AsyncGenerator[str, None]):
+    """The chunks of one request, for one reader.
+
+    Iterating starts the work. ``await aclose()`` stops it, from any task of the loop; so does
+    letting go of the stream. :attr:`response` is the final response once it has ended.
+    """
+
+    def __init__(
+        self, request: InferenceRequest, scope: RequestScope, chunks: AsyncGenerator[str, None]
+    ) -> None:
+        self.request = request
+        self._scope = scope
+        self._chunks = chunks
+
+    @property
+    def response(self) -> InferenceResponse | None:
+        """What came of the request; ``None`` until the stream has ended."""
+        return self._scope.response
+
+    async def __anext__(self) -> str:
+        scope = self._scope
+        if scope.closer is not None:
+            await asyncio.wait([scope.closer])
+        scope.begin()
+        try:
+            return await self._chunks.__anext__()
+        finally:
+            scope.end()
+
+    async def asend(self, value: None) -> str:
+        """As ``__anext__``; a stream takes no values."""
+        return await self.__anext__()
+
+    async def athrow(
+        self,
+        kind: type[BaseException] | BaseException,
+        value: BaseException | object = None,
+        trace: TracebackType | None = None,
+    ) -> str:
+        """Raise an exception inside of the stream; it ends."""
+        error = kind if isinstance(kind, BaseException) else kind()
+        return await self._chunks.athrow(error)
+
+    async def aclose(self) -> None:
+        """Stop the work and give the slot back. May be called twice, and after the end."""
+        scope = self._scope
+        if scope.reading and not scope.read_by_current_task:
+            done = scope.finished()
+            scope.interrupt(InferenceError("the stream was closed while it was read"), quiet=True)
+            await done
+        else:
+            if scope.closer is not None:
+                await asyncio.wait([scope.closer])
+            await self._chunks.aclose()
+        if scope.response is None:  # never iterated
+            scope.response = InferenceResponse(
+                request_id=self.request.request_id,
+                model_id=self.request.model_id,
+                generated_text="",
+                finish_reason="cancelled",
+                generated_tokens=0,
+            )
+
+    async def __aenter__(self) -> InferenceStream:
+        return self
+
+    async def __aexit__(self, *_: Any) -> None:
+        await self.aclose()

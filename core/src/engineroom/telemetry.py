@@ -1,0 +1,89 @@
+"""Names for logs, metrics and spans in one place, and the logging observer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import MutableMapping
+from typing import Any, Final
+
+from engineroom.hookspecs import hookimpl
+from engineroom.schemas import InferenceRequest, InferenceResponse, LoadedModel
+
+__all__ = ["LOGGER_NAME", "LoggingObserver", "RequestLogger", "request_logger"]
+
+LOGGER_NAME: Final = "engineroom"
+"""Every logger of the project is this one or below it."""
+
+
+class RequestLogger(logging.LoggerAdapter[logging.Logger]):
+    """A logger whose records carry ``request_id`` and ``model_id``."""
+
+    def process(
+        self, msg: Any, kwargs: MutableMapping[str, Any]
+    ) -> tuple[Any, MutableMapping[str, Any]]:
+        """Add the two to what the call itself gave as ``extra``."""
+        kwargs["extra"] = {**(self.extra or {}), **(kwargs.get("extra") or {})}
+        return msg, kwargs
+
+
+def request_logger(logger: logging.Logger, request: InferenceRequest) -> RequestLogger:
+    """A logger for what happens to one request; handlers use it too."""
+    return RequestLogger(logger, {"request_id": request.request_id, "model_id": request.model_id})
+
+
+class LoggingObserver:
+    """Writes a line to ``engineroom.requests`` for each request and each model.
+
+    Give it to ``HandlerRegistry.register_plugin``. Prompts and texts are never written.
+    """
+
+    def __init__(self, level: int = logging.INFO) -> None:
+        self._logger = logging.getLogger(f"{LOGGER_NAME}.requests")
+        self._level = level
+
+    @hookimpl
+    def engineroom_request_started(self, request: InferenceRequest) -> None:
+        """Log the beginning at DEBUG."""
+        request_logger(self._logger, request).debug(
+            "request %s for %s started (stream=%s)",
+            request.request_id,
+            request.model_id,
+            request.stream,
+        )
+
+    @hookimpl
+    def engineroom_request_finished(
+        self, request: InferenceRequest, response: InferenceResponse
+    ) -> None:
+        """Log the end: reason, counts and times; failures at WARNING."""
+        request_logger(self._logger, request).log(
+            self._level if response.error_message is None else logging.WARNING,
+            "request %s for %s finished: %s, %s prompt and %s generated tokens in %.0f ms "
+            "(handler %s)%s",
+            request.request_id,
+            request.model_id,
+            response.finish_reason,
+            response.prompt_tokens,
+            response.generated_tokens,
+            response.inference_time_ms or 0.0,
+            response.handler,
+            f": {response.error_message}" if response.error_message else "",
+        )
+
+    @hookimpl
+    def engineroom_model_loaded(self, loaded_model: LoadedModel, duration_s: float) -> None:
+        """Log that a model is ready."""
+        self._logger.log(
+            self._level,
+            "model %s loaded by %s in %.1f s",
+            loaded_model.model_id,
+            loaded_model.handler_name,
+            duration_s,
+        )
+
+    @hookimpl
+    def engineroom_model_unloaded(self, loaded_model: LoadedModel, duration_s: float) -> None:
+        """Log that a model was given back."""
+        self._logger.log(
+            self._level, "model %s unloaded in %.1f s", loaded_model.model_id, duration_s
+        )
