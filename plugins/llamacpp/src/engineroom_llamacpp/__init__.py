@@ -1,0 +1,12 @@
+"""The llama.cpp runtime for engineroom: GGUF models, many requests at once, in process.
+
+Start reading in :mod:`engineroom_llamacpp.handler`; the scheduler is
+:mod:`engineroom_llamacpp.engine`. Importing this package does not load llama.cpp.
+"""
+
+from __future__ import annotations
+
+from engineroom_llamacpp.handler import LlamaCppHandler
+from engineroom_llamacpp.options import LlamaCppOptions
+
+__all__ = ["LlamaCppHandler", "LlamaCppOptions"]

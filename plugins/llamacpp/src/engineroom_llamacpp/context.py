@@ -1,0 +1,160 @@
+"""A llama.cpp context: its cache, its batch, its logits. Used by the engine's thread alone."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+
+from engineroom import ResourceNotAvailableError
+from engineroom_llamacpp.library import (
+    CACHE_TYPES,
+    DECODE_LOCK,
+    FLASH_ATTENTION,
+    AbortFlag,
+    last_error,
+)
+from engineroom_llamacpp.model import LlamaModel
+from engineroom_llamacpp.options import LlamaCppOptions, default_threads
+from engineroom_llamacpp.sampling import Logits
+
+__all__ = ["DEFAULT_CONTEXT", "LlamaContext"]
+
+DEFAULT_CONTEXT: Final = 8192
+"""Cells of the cache where neither the options nor the model ask for fewer."""
+
+
+class LlamaContext:
+    """One context with ``n_parallel`` sequences over a unified cache.
+
+    :raises ResourceNotAvailableError: there is no memory for it.
+    """
+
+    def __init__(self, model: LlamaModel, options: LlamaCppOptions) -> None:
+        self._library = library = model.library
+        self.abort = AbortFlag(library)
+        threads = options.n_threads or default_threads()
+        params = library.llama_context_default_params()
+        params.n_ctx = options.n_ctx or min(model.n_ctx_train or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+        params.n_batch = min(options.n_batch, params.n_ctx)
+        params.n_ubatch = min(options.n_ubatch, params.n_batch)
+        params.n_seq_max = options.n_parallel
+        # A row of logits for each sequence, not for each token of a batch.
+        params.n_outputs_max = options.n_parallel
+        params.n_threads = threads
+        params.n_threads_batch = options.n_threads_batch or threads
+        params.flash_attn_type = FLASH_ATTENTION[options.flash_attn]
+        params.type_k = CACHE_TYPES[options.cache_type_k]
+        params.type_v = CACHE_TYPES[options.cache_type_v]
+        params.rope_freq_base = options.rope_freq_base or 0.0
+        params.rope_freq_scale = options.rope_freq_scale or 0.0
+        params.kv_unified = True
+        params.no_perf = True
+        params.abort_callback = self.abort.callback
+        params.abort_callback_data = self.abort.data
+        self._handle: Any = library.llama_init_from_model(model.handle, params)
+        if not self._handle:
+            raise ResourceNotAvailableError(
+                f"llama.cpp cannot make a context of {params.n_ctx} tokens: "
+                f"{last_error('it does not say why')}; set n_ctx lower, or another cache type"
+            )
+        self._memory = library.llama_get_memory(self._handle)
+        self._set_adapters(model)
+        self.threads = threads
+        self.n_ctx = int(library.llama_n_ctx(self._handle))
+        self.n_batch = int(library.llama_n_batch(self._handle))
+        self.n_vocab = model.n_vocab
+        on_gpu = options.n_gpu_layers != 0 and bool(library.llama_supports_gpu_offload())
+        self._turn: Any = contextlib.nullcontext() if on_gpu else DECODE_LOCK
+        self._rows: dict[int, Logits] = {}
+        self._new_batch(library)
+
+    def _new_batch(self, library: Any) -> None:
+        """Arrays of our own behind llama.cpp's struct: filled by slices, not item by item."""
+        size = self.n_batch
+        self._tokens = np.zeros(size, np.int32)
+        self._positions = np.zeros(size, np.int32)
+        self._sequences = np.zeros(size, np.int32)
+        self._outputs = np.zeros(size, np.int8)
+        self._ones = np.ones(size, np.int32)
+        self._pointers = self._sequences.ctypes.data + 4 * np.arange(size, dtype=np.uintp)
+        integers = ctypes.POINTER(ctypes.c_int32)
+        self._batch = library.llama_batch(
+            n_tokens=0,
+            token=self._tokens.ctypes.data_as(integers),
+            embd=None,
+            pos=self._positions.ctypes.data_as(integers),
+            n_seq_id=self._ones.ctypes.data_as(integers),
+            seq_id=self._pointers.ctypes.data_as(ctypes.POINTER(integers)),
+            logits=self._outputs.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+        )
+
+    def _set_adapters(self, model: LlamaModel) -> None:
+        if model.adapters:
+            count = len(model.adapters)
+            handles = (ctypes.c_void_p * count)(*[handle for handle, _ in model.adapters])
+            scales = (ctypes.c_float * count)(*[scale for _, scale in model.adapters])
+            self._library.llama_set_adapters_lora(self._handle, handles, count, scales)
+
+    def close(self) -> None:
+        """Free the context. Called once, by the thread that used it."""
+        handle, self._handle = self._handle, None
+        self._rows.clear()
+        if handle:
+            self._library.llama_free(handle)
+
+    # ── one step ─────────────────────────────────────────────────────────────────────────────
+
+    def begin(self) -> None:
+        """Begin a new batch."""
+        self._batch.n_tokens = 0
+
+    def add(self, sequence: int, position: int, tokens: Sequence[int], output: bool) -> int:
+        """Add tokens of a sequence.
+
+        :param position: of the first of them, in the sequence.
+        :param output: compute logits for the last of them.
+        :returns: index of the last of them in the batch, for :meth:`logits`.
+        """
+        start = int(self._batch.n_tokens)
+        end = start + len(tokens)
+        self._tokens[start:end] = tokens
+        if end - start == 1:
+            self._positions[start] = position
+        else:
+            self._positions[start:end] = np.arange(position, position + end - start)
+        self._sequences[start:end] = sequence
+        self._outputs[start:end] = 0
+        self._outputs[end - 1] = output
+        self._batch.n_tokens = end
+        return end - 1
+
+    def decode(self) -> int:
+        """Compute the batch; other threads run meanwhile.
+
+        :returns: llama.cpp's status: 0 done, 1 no room in the cache, 2 aborted, else failed.
+        """
+        with self._turn:
+            return int(self._library.llama_decode(self._handle, self._batch))
+
+    def logits(self, index: int) -> Logits:
+        """The logits after the batch's token ``index``: a view, valid until the next batch."""
+        pointer = self._library.llama_get_logits_ith(self._handle, index)
+        address = ctypes.addressof(pointer.contents)
+        row = self._rows.get(address)
+        if row is None:
+            memory = (ctypes.c_float * self.n_vocab).from_address(address)
+            row = np.ctypeslib.as_array(memory)
+            self._rows[address] = row
+        return row
+
+    def forget(self, sequence: int, position: int = 0) -> None:
+        """Free the sequence's cells from ``position`` on."""
+        self._library.llama_memory_seq_rm(self._memory, sequence, position, -1)
+
+    def length(self, sequence: int) -> int:
+        """Cells that the sequence has."""
+        return int(self._library.llama_memory_seq_pos_max(self._memory, sequence)) + 1

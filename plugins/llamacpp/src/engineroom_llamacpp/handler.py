@@ -1,0 +1,241 @@
+"""The handler: what engineroom asks of the llama.cpp runtime."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Final
+
+from engineroom import (
+    Capabilities,
+    ConfigurationError,
+    GenerationParams,
+    HandlerHealth,
+    InferenceRequest,
+    LoadedModel,
+    ModelConfig,
+    ModelNotFoundError,
+    TokenHandler,
+    TokenStep,
+    resolve_source,
+)
+from engineroom_llamacpp.gguf import GgufHeader, is_gguf, read_header
+from engineroom_llamacpp.options import LlamaCppOptions, parse_options
+
+if TYPE_CHECKING:
+    from engineroom_llamacpp.engine import LlamaEngine
+
+__all__ = ["LlamaCppHandler"]
+
+logger = logging.getLogger("engineroom.llamacpp")
+
+_HONOURED: Final = frozenset(GenerationParams.model_fields) - {
+    "num_beams",
+    "early_stopping",
+    "structured_output",
+}
+_INLINE_CHARS: Final = 8192
+"""Longer inputs are tokenised in a thread, so that the event loop is not held up."""
+_CACHE_BYTES: Final = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32,
+                       "q4_1": 20 / 32, "q5_0": 22 / 32, "q5_1": 24 / 32}  # fmt: skip
+
+
+class LlamaCppHandler(TokenHandler):
+    """Runs GGUF models with llama.cpp, many requests at a time, in this process.
+
+    Options of a model are :class:`~engineroom_llamacpp.options.LlamaCppOptions`.
+    """
+
+    name: ClassVar[str] = "llamacpp"
+    api_version: ClassVar[str] = "1.0"
+
+    def capabilities(self) -> Capabilities:
+        """Everything but beam search, structured output and tools."""
+        return Capabilities(params=_HONOURED)
+
+    def can_handle(self, loaded_model: LoadedModel) -> bool:
+        """True for models that this handler loaded."""
+        if loaded_model.handler_name != self.name:
+            return False
+        from engineroom_llamacpp.engine import LlamaEngine
+
+        return isinstance(loaded_model.model_object, LlamaEngine)
+
+    def can_load(self, config: ModelConfig) -> bool:
+        """True for GGUF files, by their first bytes, or by name where they are not here yet."""
+        source = config.source or ""
+        if source.startswith("hf:"):
+            return source.lower().endswith(".gguf")
+        try:
+            path = resolve_source(source)
+        except (ConfigurationError, ModelNotFoundError):
+            return source.lower().endswith(".gguf")
+        return path.is_file() and is_gguf(path)
+
+    def estimate_memory(self, config: ModelConfig) -> Mapping[str, int] | None:
+        """Weights and cache in bytes, from the file's header alone."""
+        options = parse_options(config)
+        source = config.source or ""
+        if source.startswith("hf:"):
+            return None  # it would have to be downloaded first
+        header = read_header(_file(resolve_source(source)))
+        return {"cpu": header.tensor_bytes + _cache_bytes(header, options)}
+
+    async def load_model(self, config: ModelConfig) -> LoadedModel:
+        """Load the weights and make the context, in a thread.
+
+        :raises ModelNotFoundError: there is no such file.
+        :raises ConfigurationError: an option is wrong, or the file is damaged.
+        :raises ResourceNotAvailableError: there is no memory for the context.
+        """
+        options = parse_options(config)
+        loading = asyncio.create_task(asyncio.to_thread(_load, config, options))
+        try:
+            engine, memory = await asyncio.shield(loading)
+        except asyncio.CancelledError:
+            # The thread cannot be stopped; what it makes must not be left behind.
+            loading.add_done_callback(_discard)
+            raise
+        logger.info(
+            "model %r: %s, %d tokens of context for %d sequences, %d threads",
+            config.model_id,
+            engine.model.path.name,
+            engine.n_ctx,
+            options.n_parallel,
+            engine.threads,
+        )
+        return LoadedModel(
+            model_id=config.model_id,
+            model_object=engine,
+            config=config,
+            handler_name=self.name,
+            tokenizer=engine.model,
+            max_context_tokens=engine.n_ctx,
+            memory_bytes=memory,
+        )
+
+    async def unload_model(self, loaded_model: LoadedModel) -> None:
+        """End the engine's thread, free context and weights, and give the memory back."""
+        await asyncio.to_thread(_unload, _engine(loaded_model))
+
+    def count_tokens(self, loaded_model: LoadedModel, text: str) -> int:
+        """Tokens of ``text``, read as plain text, without any that the model adds."""
+        return len(_engine(loaded_model).model.tokenize(text, special=False))
+
+    def health(self, loaded_model: LoadedModel) -> HandlerHealth:
+        """The engine's own word."""
+        return _engine(loaded_model).health()
+
+    async def generate_tokens(
+        self, loaded_model: LoadedModel, request: InferenceRequest
+    ) -> AsyncGenerator[TokenStep, None]:
+        """Queue the request and yield a step a token.
+
+        :raises ConfigurationError: the prompt is empty or longer than the context, a
+            ``logit_bias`` names no token, or the chat template refuses the messages.
+        :raises QueueFullError: too many requests wait.
+        """
+        engine = _engine(loaded_model)
+        tokens = await _tokens(engine, request)
+        _check(engine, request, tokens)
+        task = engine.submit(request, tokens)
+        try:
+            while True:
+                step = await task.mailbox.get()
+                yield step
+                if step.finish is not None:
+                    return
+        finally:
+            engine.cancel(task)
+
+
+def _engine(loaded_model: LoadedModel) -> LlamaEngine:
+    engine: LlamaEngine = loaded_model.model_object
+    return engine
+
+
+async def _tokens(engine: LlamaEngine, request: InferenceRequest) -> list[int]:
+    if request.prompt is not None:
+        length = len(request.prompt)
+    else:
+        length = sum(len(m.content or "") for m in request.messages or ())
+    if length <= _INLINE_CHARS:
+        return engine.model.prompt(request.prompt, request.messages)
+    return await asyncio.to_thread(engine.model.prompt, request.prompt, request.messages)
+
+
+def _check(engine: LlamaEngine, request: InferenceRequest, tokens: list[int]) -> None:
+    if not tokens:
+        raise ConfigurationError("the prompt has no tokens; send at least one character")
+    if len(tokens) >= engine.n_ctx:
+        raise ConfigurationError(
+            f"the prompt has {len(tokens)} tokens, the context has {engine.n_ctx}, and at least "
+            "one must be left to generate; shorten the prompt, or set the option n_ctx higher "
+            f"(the model was trained for {engine.model.n_ctx_train})"
+        )
+    for token in request.params.logit_bias or ():
+        if token >= engine.model.n_vocab:
+            raise ConfigurationError(
+                f"logit_bias names token {token}; the model's tokens are 0 to "
+                f"{engine.model.n_vocab - 1}"
+            )
+
+
+def _file(path: Path) -> Path:
+    """The GGUF file that a source stands for."""
+    if not path.is_dir():
+        return path
+    files = sorted(path.glob("*.gguf"))
+    if len(files) == 1:
+        return files[0]
+    found = ", ".join(file.name for file in files) or "none"
+    raise ConfigurationError(
+        f"{str(path)!r} is a folder with {len(files)} GGUF files ({found}); name one file"
+    )
+
+
+def _cache_bytes(header: GgufHeader, options: LlamaCppOptions) -> int:
+    layers = header.number("block_count") or 0
+    width = header.number("embedding_length") or 0
+    heads = header.number("attention.head_count") or 1
+    kv_heads = header.number("attention.head_count_kv") or heads
+    k_width = (header.number("attention.key_length") or width // heads) * kv_heads
+    v_width = (header.number("attention.value_length") or width // heads) * kv_heads
+    trained = header.number("context_length") or 8192
+    cells = options.n_ctx or min(trained, 8192)
+    per_cell = (
+        k_width * _CACHE_BYTES[options.cache_type_k] + v_width * _CACHE_BYTES[options.cache_type_v]
+    )
+    return int(layers * cells * per_cell)
+
+
+def _load(config: ModelConfig, options: LlamaCppOptions) -> tuple[LlamaEngine, int]:
+    path = _file(resolve_source(config.source or ""))
+    header = read_header(path)
+    from engineroom_llamacpp.engine import LlamaEngine
+    from engineroom_llamacpp.model import LlamaModel
+
+    model = LlamaModel(path, options)
+    try:
+        engine = LlamaEngine(model, options, config.model_id)
+    except BaseException:
+        model.close()
+        raise
+    return engine, model.memory_bytes + _cache_bytes(header, options)
+
+
+def _unload(engine: LlamaEngine) -> None:
+    from engineroom_llamacpp.library import give_back_memory
+
+    engine.close()
+    engine.model.close()
+    give_back_memory()
+
+
+def _discard(loading: asyncio.Task[tuple[LlamaEngine, int]]) -> None:
+    if not loading.cancelled() and loading.exception() is None:
+        engine, _ = loading.result()
+        future = asyncio.get_running_loop().run_in_executor(None, _unload, engine)
+        future.add_done_callback(lambda done: done.exception())

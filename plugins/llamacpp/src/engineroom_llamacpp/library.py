@@ -1,0 +1,98 @@
+"""llama.cpp itself: one initialisation a process, its log in Python's, its names by word."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import sys
+import threading
+from typing import Any, Final
+
+from engineroom import ConfigurationError
+
+__all__ = ["CACHE_TYPES", "DECODE_LOCK", "FLASH_ATTENTION", "AbortFlag", "give_back_memory", "load"]
+
+logger = logging.getLogger("engineroom.llamacpp.library")
+
+CACHE_TYPES: Final = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8,
+                      "bf16": 30}  # fmt: skip
+"""Values of ``enum ggml_type``."""
+FLASH_ATTENTION: Final = {"auto": -1, "off": 0, "on": 1}
+"""Values of ``enum llama_flash_attn_type``."""
+
+DECODE_LOCK: Final = threading.Lock()
+"""Held while a model decodes on the CPU: ggml's threads spin at barriers, so two models that
+decode at once on the same cores slow each other down tenfold and more."""
+
+_LEVELS: Final = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.WARNING, 4: logging.DEBUG}
+_lock: Final = threading.Lock()
+_state: dict[str, Any] = {}
+
+
+def load() -> Any:
+    """The ``llama_cpp`` module, initialised.
+
+    :raises ConfigurationError: it is not installed, or its shared library cannot be loaded.
+    """
+    with _lock:
+        if (library := _state.get("library")) is not None:
+            return library
+        try:
+            import llama_cpp
+        except (ImportError, OSError, RuntimeError) as error:
+            raise ConfigurationError(
+                f"llama-cpp-python cannot be loaded: {error}; reinstall it: "
+                "pip install --force-reinstall --no-deps llama-cpp-python"
+            ) from error
+
+        @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+        def write(level: int, text: bytes | None, _: Any) -> None:
+            line = (text or b"").decode("utf-8", "replace").strip()
+            if line and line != ".":
+                _remember(level, line)
+                logger.log(_LEVELS.get(level, logging.DEBUG), "%s", line)
+
+        _state["callback"] = write  # llama.cpp keeps only a pointer to it
+        llama_cpp.llama_log_set(write, ctypes.c_void_p(0))
+        llama_cpp.llama_backend_init()
+        _state["library"] = llama_cpp
+        return llama_cpp
+
+
+def _remember(level: int, line: str) -> None:
+    if level == 3:
+        _state["error"] = line
+
+
+def last_error(default: str) -> str:
+    """The last error that llama.cpp logged since the last call, for messages of our own."""
+    line: str = _state.pop("error", default)
+    return line
+
+
+class AbortFlag:
+    """Lets another thread stop ``llama_decode`` without the GIL.
+
+    llama.cpp asks ``bool callback(void *data)`` at every node of its graph. A callback written
+    in Python would cost 2 %. C's ``strlen`` has a fitting signature: over a buffer of one byte
+    and a terminator it returns 1 where the byte is set and 0 where it is not.
+    """
+
+    def __init__(self, library: Any) -> None:
+        self._buffer = ctypes.create_string_buffer(2)
+        runtime = ctypes.CDLL("msvcrt" if sys.platform == "win32" else None)
+        self.callback = ctypes.cast(runtime.strlen, library.ggml_abort_callback)
+        self.data = ctypes.cast(self._buffer, ctypes.c_void_p)
+        self._runtime = runtime
+
+    def set(self, value: bool) -> None:
+        """Raise or lower the flag."""
+        self._buffer[0] = b"\1" if value else b"\0"
+
+
+def give_back_memory() -> None:
+    """Ask the C library to return freed memory to the system, where it can."""
+    if sys.platform.startswith("linux"):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
+        if trim is not None:
+            trim(ctypes.c_size_t(0))

@@ -1,0 +1,69 @@
+"""From the engine's thread to asyncio: one wake-up a step for all requests of a loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Iterable
+
+from engineroom import EngineRoomError, TokenStep
+
+__all__ = ["Mailbox", "deliver"]
+
+logger = logging.getLogger("engineroom.llamacpp")
+
+
+class Mailbox:
+    """What the engine has for one request. Holds at most as many steps as the context has tokens.
+
+    Belongs to the event loop on which it was made; the engine hands over through
+    :func:`deliver`.
+    """
+
+    __slots__ = ("_items", "_waiter", "loop")
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._items: deque[TokenStep | EngineRoomError] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, item: TokenStep | EngineRoomError) -> None:
+        """Add a step, or the error that ends the request. On the loop only."""
+        self._items.append(item)
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    async def get(self) -> TokenStep:
+        """The next step. :raises EngineRoomError: the request has failed."""
+        while not self._items:
+            waiter = self._waiter = self.loop.create_future()
+            try:
+                await waiter
+            finally:
+                self._waiter = None
+        item = self._items.popleft()
+        if isinstance(item, EngineRoomError):
+            raise item
+        return item
+
+
+_Parcel = tuple[Mailbox, TokenStep | EngineRoomError]
+
+
+def deliver(parcels: Iterable[_Parcel]) -> None:
+    """Hand steps over, from any thread; one wake-up for each event loop."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[_Parcel]] = {}
+    for parcel in parcels:
+        by_loop.setdefault(parcel[0].loop, []).append(parcel)
+    for loop, batch in by_loop.items():
+        try:
+            loop.call_soon_threadsafe(_put_all, batch)
+        except RuntimeError:  # the loop was closed under its requests
+            logger.debug("%d steps had no event loop to go to any more", len(batch))
+
+
+def _put_all(batch: list[_Parcel]) -> None:
+    for mailbox, item in batch:
+        mailbox.put(item)

@@ -1,0 +1,195 @@
+"""Weights and vocabulary of one GGUF model: loading, tokenising, pieces of tokens."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from engineroom import ChatMessage, ConfigurationError, ResourceNotAvailableError
+from engineroom_llamacpp.chat import ChatTemplate
+from engineroom_llamacpp.library import last_error, load
+from engineroom_llamacpp.options import LlamaCppOptions
+
+__all__ = ["END", "LlamaModel"]
+
+logger = logging.getLogger("engineroom.llamacpp")
+
+END: Final = None
+"""What :meth:`LlamaModel.piece` gives for a token that ends the generation."""
+
+
+class LlamaModel:
+    """The weights in memory, and the vocabulary. Its methods may be called from any thread.
+
+    :param path: a GGUF file whose header has been checked.
+    :raises ConfigurationError: llama.cpp refuses the file, or it is no text generator.
+    """
+
+    def __init__(self, path: Path, options: LlamaCppOptions) -> None:
+        self.library = library = load()
+        self.path = path
+        params = library.llama_model_default_params()
+        params.n_gpu_layers = options.n_gpu_layers
+        params.main_gpu = options.main_gpu
+        params.load_mode = (1 if options.use_mmap else 0) + (2 if options.use_mlock else 0)
+        split = options.tensor_split
+        if split:
+            devices = int(library.llama_max_devices())
+            if len(split) > devices:
+                raise ConfigurationError(
+                    f"tensor_split has {len(split)} shares; this build of llama.cpp knows "
+                    f"{devices} devices"
+                )
+            self._split = (ctypes.c_float * devices)(*split)
+            params.tensor_split = self._split
+        self.handle: Any = library.llama_model_load_from_file(str(path).encode(), params)
+        if not self.handle:
+            raise ConfigurationError(
+                f"llama.cpp cannot load {str(path)!r}: {last_error('it does not say why')}; "
+                "a newer llama-cpp-python may know the model's architecture"
+            )
+        try:
+            self._vocab = library.llama_model_get_vocab(self.handle)
+            self._check()
+            self.n_vocab = int(library.llama_vocab_n_tokens(self._vocab))
+            self.n_ctx_train = int(library.llama_model_n_ctx_train(self.handle))
+            self.memory_bytes = int(library.llama_model_size(self.handle))
+            self._adds_bos = bool(library.llama_vocab_get_add_bos(self._vocab))
+            self._bos = int(library.llama_vocab_bos(self._vocab))
+            self._pieces: dict[int, bytes | None] = {}
+            self._buffer_size = 64
+            self.adapters = self._load_adapters(options)
+            self._template = self._chat_template(options)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Free the weights. Called once, after everything that uses them has ended."""
+        handle, self.handle = self.handle, None
+        if handle:
+            self.library.llama_model_free(handle)  # its adapters go with it
+
+    def _check(self) -> None:
+        library = self.library
+        if not self._vocab or library.llama_vocab_n_tokens(self._vocab) <= 0:
+            raise ConfigurationError(f"{str(self.path)!r} has no vocabulary; it generates no text")
+        if library.llama_model_has_encoder(self.handle):
+            raise ConfigurationError(
+                f"{str(self.path)!r} is an encoder or encoder-decoder model; this runtime runs "
+                "decoder-only models"
+            )
+
+    def _load_adapters(self, options: LlamaCppOptions) -> list[tuple[Any, float]]:
+        adapters = []
+        for adapter in options.lora:
+            path = Path(adapter.path).expanduser()
+            if not path.is_file():
+                raise ConfigurationError(f"lora: there is no file {str(path)!r}; check the path")
+            handle = self.library.llama_adapter_lora_init(self.handle, str(path).encode())
+            if not handle:
+                raise ConfigurationError(
+                    f"lora: llama.cpp cannot apply {str(path)!r} to this model: "
+                    f"{last_error('it does not say why')}; the adapter must be made for it"
+                )
+            adapters.append((handle, adapter.scale))
+        return adapters
+
+    # ── text to tokens ───────────────────────────────────────────────────────────────────────
+
+    def tokenize(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of ``text``.
+
+        :param special: read special tokens in the text as such, and add those that the model
+            wants at the beginning, unless the text begins with one already.
+        """
+        data = text.encode()
+        library = self.library
+        room = len(data) + 8
+        while True:
+            tokens = (ctypes.c_int32 * room)()
+            count = library.llama_tokenize(
+                self._vocab, data, len(data), tokens, room, special, special
+            )
+            if count >= 0:
+                break
+            if -count <= room:
+                raise ResourceNotAvailableError("the text is too long to be tokenised")
+            room = -count
+        found: list[int] = tokens[:count]
+        if special and self._adds_bos and found[:2] == [self._bos, self._bos]:
+            del found[0]  # a chat template wrote it as well
+        return found
+
+    def prompt(self, prompt: str | None, messages: Sequence[ChatMessage] | None) -> list[int]:
+        """Token ids of a request's input.
+
+        :raises ConfigurationError: there is no chat template, or it refuses the messages.
+        """
+        return self.tokenize(self.render(messages) if prompt is None else prompt)
+
+    def render(self, messages: Sequence[ChatMessage] | None) -> str:
+        """The messages as the model wants to read them."""
+        if self._template is None:
+            raise ConfigurationError(
+                f"{self.path.name!r} has no chat template; send prompt= instead of messages=, or "
+                "set the option chat_template"
+            )
+        return self._template.render(messages or ())
+
+    def _chat_template(self, options: LlamaCppOptions) -> ChatTemplate | None:
+        source = options.chat_template
+        if source is None:
+            found = self.library.llama_model_chat_template(self.handle, None)
+            source = found.decode("utf-8", "replace") if found else None
+        if source is None:
+            return None
+        library = self.library
+        tokens = {
+            name: self._token_text(getattr(library, f"llama_vocab_{kind}")(self._vocab))
+            for name, kind in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "pad"))
+        }
+        try:
+            return ChatTemplate(source, tokens)
+        except ConfigurationError as error:
+            if options.chat_template is not None:
+                raise
+            logger.warning("%s: %s; only prompt= can be used", self.path.name, error)
+            return None
+
+    def _token_text(self, token: int) -> str:
+        if token < 0:
+            return ""
+        return (self.library.llama_vocab_get_text(self._vocab, token) or b"").decode(
+            "utf-8", "replace"
+        )
+
+    # ── tokens to text ───────────────────────────────────────────────────────────────────────
+
+    def piece(self, token: int) -> bytes | None:
+        """The bytes that a token stands for; :data:`END` for one that ends the generation.
+
+        Control tokens stand for nothing. Looked up once a token, then remembered.
+        """
+        try:
+            return self._pieces[token]
+        except KeyError:
+            ends = self.library.llama_vocab_is_eog(self._vocab, token)
+            piece = self._pieces[token] = END if ends else self._render(token, special=False)
+            return piece
+
+    def token_text(self, token: int) -> str:
+        """A token's own text, special ones included, for log probabilities."""
+        return self._render(token, special=True).decode("utf-8", "replace")
+
+    def _render(self, token: int, *, special: bool) -> bytes:
+        size = self._buffer_size
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            length = self.library.llama_token_to_piece(self._vocab, token, buffer, size, 0, special)
+            if length >= 0:
+                return buffer.raw[:length]
+            size = -length

@@ -1,0 +1,136 @@
+"""What ``options:`` of a llama.cpp model may say."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from engineroom import ConfigurationError, ModelConfig, did_you_mean
+
+__all__ = ["CacheType", "LlamaCppOptions", "LoraAdapter", "default_threads", "parse_options"]
+
+CacheType: TypeAlias = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"]
+
+_UNQUANTISED = ("f32", "f16", "bf16")
+
+
+class LoraAdapter(BaseModel):
+    """A LoRA adapter that is applied to every request."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str
+    scale: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+
+
+def _switch(value: Any) -> Any:
+    """YAML reads ``on`` and ``off`` as booleans."""
+    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+
+def _adapter(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+class LlamaCppOptions(BaseModel):
+    """Options of one model. Sizes are in tokens where nothing else is said."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    n_ctx: Annotated[int, Field(ge=8)] | None = None
+    """Cells of the key/value cache, shared by all sequences; one request may use them all.
+    ``None``: what the model was trained for, at most 8192."""
+    n_parallel: Annotated[int, Field(ge=1, le=256)] = 8
+    """Requests that are decoded at one time; more wait."""
+    n_batch: Annotated[int, Field(ge=1, le=65536)] = 512
+    """Most tokens of one decoding step."""
+    n_ubatch: Annotated[int, Field(ge=1, le=65536)] = 512
+    """Most tokens that llama.cpp computes at once inside of a step."""
+    prefill_chunk: Annotated[int, Field(ge=1)] = 128
+    """Most prompt tokens of a step while others decode: what a long prompt may delay them by."""
+    max_queue: Annotated[int, Field(ge=0)] = 256
+    """Most requests that wait for a sequence; more are refused at once."""
+    n_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Threads for decoding; ``None``: the physical cores that the process may use."""
+    n_threads_batch: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Threads for prompts; ``None``: as ``n_threads``."""
+    n_gpu_layers: Annotated[int, Field(ge=-1)] = -1
+    """Layers to keep on GPUs, if this build of llama.cpp has them; -1: all."""
+    main_gpu: Annotated[int, Field(ge=0)] = 0
+    """The GPU for what is not split."""
+    tensor_split: list[Annotated[float, Field(ge=0)]] | None = None
+    """Share of the model on each GPU."""
+    flash_attn: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = "auto"
+    """Flash attention."""
+    cache_type_k: CacheType = "f16"
+    """Type of the keys in the cache."""
+    cache_type_v: CacheType = "f16"
+    """Type of the values in the cache; quantised ones need flash attention."""
+    lora: list[Annotated[LoraAdapter, BeforeValidator(_adapter)]] = Field(default_factory=list)
+    """LoRA adapters: paths of GGUF files, or ``{path: …, scale: …}``."""
+    use_mmap: bool = True
+    """Map the file instead of reading it."""
+    use_mlock: bool = False
+    """Keep the model from being swapped out."""
+    rope_freq_base: Annotated[float, Field(gt=0)] | None = None
+    """Base frequency of rotary positions; ``None``: as the model says."""
+    rope_freq_scale: Annotated[float, Field(gt=0)] | None = None
+    """Scale of rotary positions; ``None``: as the model says."""
+    chat_template: str | None = None
+    """A Jinja template to use instead of the model's own."""
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> LlamaCppOptions:
+        if self.cache_type_v not in _UNQUANTISED and self.flash_attn == "off":
+            raise ValueError(
+                f"cache_type_v={self.cache_type_v} needs flash attention; "
+                "set flash_attn to auto or on, or cache_type_v to f16"
+            )
+        if self.n_ctx is not None and self.n_parallel > self.n_ctx:
+            raise ValueError(f"n_ctx={self.n_ctx} has no cell for each of n_parallel sequences")
+        if self.n_parallel > self.n_batch:
+            raise ValueError(
+                f"n_batch={self.n_batch} has no token for each of n_parallel={self.n_parallel} "
+                "sequences; make it at least as large"
+            )
+        return self
+
+
+def parse_options(config: ModelConfig) -> LlamaCppOptions:
+    """Check a model's options.
+
+    :raises ConfigurationError: all mistakes at once, each with its key; for an unknown key the
+        nearest known one.
+    """
+    try:
+        return LlamaCppOptions.model_validate(config.options)
+    except ValidationError as error:
+        problems = []
+        for item in error.errors(include_url=False):
+            key = ".".join(str(part) for part in item["loc"])
+            message = item["msg"].removeprefix("Value error, ")
+            if item["type"] == "extra_forbidden":
+                known = LlamaCppOptions.model_fields
+                message = "there is no such option" + (
+                    did_you_mean(key, known) or f"; there are {', '.join(known)}"
+                )
+            problems.append(f"{key}: {message}" if key else message)
+        raise ConfigurationError(
+            f"options of model {config.model_id!r}: " + "; ".join(problems),
+            model_id=config.model_id,
+        ) from error
+
+
+def default_threads() -> int:
+    """Physical cores that this process may use; ggml's barriers spin, so more only wait."""
+    import psutil
+
+    try:
+        usable = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS and Windows
+        usable = os.cpu_count() or 1
+    logical = psutil.cpu_count(logical=True) or usable
+    physical = psutil.cpu_count(logical=False) or logical
+    return max(1, min(physical, round(usable * physical / logical)))

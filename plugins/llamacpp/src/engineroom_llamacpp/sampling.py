@@ -1,0 +1,180 @@
+"""Choose the next token of one request from its row of logits.
+
+Written over numpy instead of llama.cpp's sampler chains because it is exact, the same on every
+runtime (the order of the steps is the contract's), reproducible whatever the neighbours do, and
+faster: greedy is one ``argmax`` over a view of the library's own buffer; sampling sorts only the
+few candidates that truncation leaves.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Final, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engineroom import GenerationParams
+
+__all__ = ["Logits", "Sampler", "top_logprobs"]
+
+Logits: TypeAlias = NDArray[np.float32]
+
+_BLOCK: Final = 1024
+_FIRST_GUESS: Final = 256
+
+
+class Sampler:
+    """The sampling state of one request: its penalties and its random generator.
+
+    :param params: the request's parameters.
+    :param prompt: token ids of the prompt, which ``repetition_penalty`` counts too.
+    :param n_vocab: length of a row of logits.
+    """
+
+    __slots__ = (
+        "_bias",
+        "_counts",
+        "_frequency",
+        "_min_p",
+        "_presence",
+        "_random",
+        "_repetition",
+        "_seen",
+        "_temperature",
+        "_top_k",
+        "_top_p",
+        "_touches",
+    )
+
+    def __init__(self, params: GenerationParams, prompt: Sequence[int], n_vocab: int) -> None:
+        self._temperature = 1.0 if params.temperature is None else params.temperature
+        self._top_k = min(params.top_k or n_vocab, n_vocab)
+        self._top_p = 1.0 if params.top_p is None else params.top_p
+        self._min_p = params.min_p or 0.0
+        self._repetition = params.repetition_penalty or 1.0
+        self._presence = params.presence_penalty or 0.0
+        self._frequency = params.frequency_penalty or 0.0
+        self._counts: Counter[int] = Counter()
+        self._seen: set[int] = set(prompt) if self._repetition != 1.0 else set()
+        bias = params.logit_bias or {}
+        self._bias = (
+            np.fromiter(bias.keys(), np.int64, len(bias)),
+            np.fromiter(bias.values(), np.float32, len(bias)),
+        )
+        self._touches = bool(bias or self._repetition != 1.0 or self._presence or self._frequency)
+        self._random = None if params.greedy else np.random.Generator(np.random.PCG64(params.seed))
+
+    def sample(self, logits: Logits) -> int:
+        """The next token. ``logits`` is not changed, and not kept."""
+        row = self._adjusted(logits) if self._touches else logits
+        token = int(row.argmax()) if self._random is None else self._draw(row, self._random)
+        if self._touches:
+            self._counts[token] += 1
+            if self._repetition != 1.0:
+                self._seen.add(token)
+        return token
+
+    def _adjusted(self, logits: Logits) -> Logits:
+        """A copy with bias and penalties."""
+        row = logits.copy()
+        ids, values = self._bias
+        row[ids] += values
+        if self._seen:
+            ids = np.fromiter(self._seen, np.int64, len(self._seen))
+            values = row[ids]
+            penalty = np.float32(self._repetition)
+            row[ids] = np.where(values > 0, values / penalty, values * penalty)
+        if self._counts and (self._presence or self._frequency):
+            ids = np.fromiter(self._counts.keys(), np.int64, len(self._counts))
+            counts = np.fromiter(self._counts.values(), np.float32, len(self._counts))
+            row[ids] -= np.float32(self._presence) + np.float32(self._frequency) * counts
+        return row
+
+    def _draw(self, row: Logits, random: np.random.Generator) -> int:
+        if self._top_k >= row.size and self._top_p >= 1.0 and self._min_p <= 0.0:
+            return _draw_from_all(_weights(row, self._temperature), random)
+        ids, weights = self._candidates(row)
+        cumulative = np.cumsum(weights)
+        place = int(np.searchsorted(cumulative, random.random() * cumulative[-1], side="right"))
+        return int(ids[min(place, ids.size - 1)])
+
+    def _candidates(self, row: Logits) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """What top_k, top_p and min_p leave: ids, likeliest first, and their weights."""
+        total: float | None = None
+        if self._top_k < row.size:
+            ids = _largest(row, self._top_k)
+            weights = _weights(row[ids], self._temperature).astype(np.float64)
+        else:
+            everything = _weights(row, self._temperature)
+            total = float(everything.sum(dtype=np.float64))
+            ids, weights = _head(everything, total * self._top_p, self._min_p)
+        if self._top_p < 1.0:
+            before = np.cumsum(weights) - weights
+            keep = before < self._top_p * (weights.sum() if total is None else total)
+            keep[0] = True
+            ids, weights = ids[keep], weights[keep]
+        if self._min_p > 0.0:
+            keep = weights >= self._min_p * weights[0]
+            ids, weights = ids[keep], weights[keep]
+        return ids, weights
+
+
+def _weights(row: Logits, temperature: float) -> NDArray[np.float32]:
+    """Unnormalised probabilities; the likeliest has 1."""
+    weights: NDArray[np.float32] = (row - row.max()) / np.float32(temperature)
+    np.exp(weights, out=weights)
+    return weights
+
+
+def _largest(values: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+    """Indices of the ``count`` largest values, largest first."""
+    ids = np.argpartition(values, values.size - count)[values.size - count :]
+    ordered: NDArray[np.int64] = ids[np.argsort(-values[ids], kind="stable")]
+    return ordered
+
+
+def _head(
+    weights: NDArray[np.float32], mass: float, least: float
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The likeliest tokens that hold ``mass``, or all that ``least`` (a fraction) lets pass.
+
+    Guesses how many they are and sorts only those; a wrong guess costs another partition.
+    """
+    count = _FIRST_GUESS
+    while count < weights.size:
+        ids = _largest(weights, count)
+        head = weights[ids].astype(np.float64)
+        if head.sum() >= mass or head[-1] < least:
+            return ids, head
+        count *= 8
+    ids = np.argsort(-weights, kind="stable")
+    return ids, weights[ids].astype(np.float64)
+
+
+def _draw_from_all(weights: NDArray[np.float32], random: np.random.Generator) -> int:
+    """Draw in proportion to the weights: first a block, then a token of the block."""
+    starts = np.arange(0, weights.size, _BLOCK)
+    blocks = np.cumsum(np.add.reduceat(weights, starts, dtype=np.float64))
+    target = random.random() * blocks[-1]
+    block = min(int(np.searchsorted(blocks, target, side="right")), starts.size - 1)
+    if block:
+        target -= blocks[block - 1]
+    part = np.cumsum(weights[starts[block] : starts[block] + _BLOCK], dtype=np.float64)
+    place = int(np.searchsorted(part, target, side="right"))
+    if place >= part.size:  # rounding: the last token of the block that has any weight
+        place = int(np.flatnonzero(weights[starts[block] : starts[block] + _BLOCK])[-1])
+    return int(starts[block]) + place
+
+
+def top_logprobs(logits: Logits, token: int, count: int) -> tuple[float, list[tuple[int, float]]]:
+    """Log probability of ``token``, and the ``count`` likeliest tokens with theirs."""
+    top = float(logits.max())
+    scale = top + float(np.log(np.exp(logits - np.float32(top)).sum(dtype=np.float64)))
+    best = (
+        []
+        if count == 0
+        else [(int(i), float(logits[i]) - scale) for i in _largest(logits, min(count, logits.size))]
+    )
+    return float(logits[token]) - scale, best
