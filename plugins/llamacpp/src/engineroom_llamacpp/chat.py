@@ -9,9 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any, NoReturn
+from functools import cache
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from engineroom import ChatMessage, ConfigurationError
+
+if TYPE_CHECKING:
+    from jinja2.ext import Extension
 
 __all__ = ["ChatTemplate"]
 
@@ -29,12 +33,11 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, tokens: dict[str, str]) -> None:
-        from jinja2 import TemplateError
         from jinja2.ext import loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _generation()]
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _refuse
@@ -42,7 +45,7 @@ class ChatTemplate:
         self._tokens = tokens
         try:
             self._template = environment.from_string(source)
-        except TemplateError as error:
+        except Exception as error:  # syntax errors of Jinja's, and of the Python it makes
             raise ConfigurationError(f"the chat template is not valid: {error}") from error
 
     def render(self, messages: Sequence[ChatMessage]) -> str:
@@ -51,23 +54,29 @@ class ChatTemplate:
         :raises ConfigurationError: the template refuses these messages (roles in an order that
             the model does not know, most often), or fails.
         """
-        from jinja2 import TemplateError
-
         plain: list[dict[str, Any]] = [m.model_dump(exclude_none=True) for m in messages]
         roles = " → ".join(message.role for message in messages)
         try:
-            return self._template.render(messages=plain, add_generation_prompt=True, **self._tokens)
+            prompt = self._template.render(
+                messages=plain,
+                add_generation_prompt=True,
+                tools=None,  # not there, as opposed to undefined, which is not none
+                documents=None,
+                **self._tokens,
+            )
+            prompt.encode()  # a template may write what UTF-8 has no bytes for
         except _RefusedError as error:
             raise ConfigurationError(
                 f"the model's chat template refuses these messages: {error} (roles: {roles}); "
                 "change their roles or their order"
             ) from error
-        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+        except Exception as error:  # it is foreign code, and may fail in any way
             raise ConfigurationError(
                 f"the model's chat template fails on these messages (roles: {roles}): "
                 f"{type(error).__name__}: {error}; send prompt= instead, or set the option "
                 "chat_template"
             ) from error
+        return prompt
 
 
 def _refuse(message: str) -> NoReturn:
@@ -78,6 +87,36 @@ def _strftime_now(pattern: str) -> str:
     return datetime.now().astimezone().strftime(pattern)
 
 
-def _to_json(value: Any, indent: int | None = None, **_: Any) -> str:
-    # Jinja's own filter escapes for HTML, which a prompt is not.
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes for HTML, which a prompt is not. Arguments as in transformers.
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+@cache
+def _generation() -> type[Extension]:
+    """The tag that marks, for training, what the assistant wrote; its body is written as it is."""
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+    from jinja2.parser import Parser
+
+    class Generation(Extension):
+        tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
+
+        def parse(self, parser: Parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    return Generation

@@ -19,9 +19,12 @@ from engineroom import ConfigurationError
 __all__ = ["MAGIC", "GgufHeader", "is_gguf", "read_header"]
 
 MAGIC: Final = b"GGUF"
+_READ: Final = mmap.ACCESS_READ
 _VERSIONS: Final = (2, 3)
 _MAX_DIMENSIONS: Final = 4
 _MAX_NESTING: Final = 4
+_MAX_HEADER: Final = 256 * 2**20
+"""Real ones have some 20 MiB. Bounds the time and the memory that a damaged file can cost."""
 
 _STRING: Final = 8
 _ARRAY: Final = 9
@@ -39,8 +42,15 @@ _BLOCKS: Final[Mapping[int, tuple[int, int]]] = {
     15: (256, 292), 16: (256, 66), 17: (256, 74), 18: (256, 98), 19: (256, 50), 20: (32, 18),
     21: (256, 110), 22: (256, 82), 23: (256, 136), 24: (1, 1), 25: (1, 2), 26: (1, 4),
     27: (1, 8), 28: (1, 8), 29: (256, 56), 30: (1, 2), 34: (256, 54), 35: (256, 66),
-    39: (32, 17),
+    39: (32, 17), 40: (64, 36), 41: (128, 18),
 }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class GgufArray:
+    """An array of the metadata, without its values."""
+
+    length: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +73,10 @@ class GgufHeader:
         return str(self.metadata.get("general.architecture", ""))
 
     def number(self, key: str) -> int | None:
-        """A number of the architecture's own, e.g. ``block_count``; ``None`` if not there."""
+        """A number of the architecture's own, e.g. ``block_count``.
+
+        ``None``: it is not there, or is not one whole number (some have one for each layer).
+        """
         value = self.metadata.get(f"{self.architecture}.{key}")
         return value if isinstance(value, int) and not isinstance(value, bool) else None
 
@@ -85,11 +98,10 @@ def read_header(path: Path) -> GgufHeader:
     """
     try:
         size = path.stat().st_size
-        with path.open("rb") as file:
-            if size < 24:
-                _refuse(path, f"it has only {size} bytes")
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-                return _Reader(path, view, size).header()
+        if size < 24:  # asked before it is opened: a pipe would never open
+            _refuse(path, f"it has only {size} bytes")
+        with path.open("rb") as file, mmap.mmap(file.fileno(), size, access=_READ) as view:
+            return _Reader(path, view, size).header()
     except OSError as error:
         raise ConfigurationError(f"{str(path)!r} cannot be read: {error.strerror}") from error
 
@@ -125,11 +137,14 @@ class _Reader:
             key = self._string()
             if key in metadata:
                 _refuse(self._path, f"the metadata key {key[:80]!r} is there twice")
-            metadata[key] = self._value(self._scalar(4))
+            kind = self._scalar(4)
+            if key == "tokenizer.ggml.tokens":
+                self._no_token_twice(kind, self._at)
+            metadata[key] = self._value(kind)
         self._enough(tensors, 32, "tensors")
         declared = self._tensors(tensors)
         alignment = metadata.get("general.alignment", 32)
-        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+        if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
             _refuse(self._path, f"general.alignment is {alignment!r}, not a power of two")
         start = -(-self._at // alignment) * alignment
         total = 0
@@ -186,7 +201,25 @@ class _Reader:
                 self._value(_ARRAY, depth + 1)
         else:
             _refuse(self._path, f"its metadata has a value of the unknown type {inner}")
-        return count
+        return GgufArray(count)
+
+    def _no_token_twice(self, kind: int, start: int) -> None:
+        """llama.cpp ends the process over a vocabulary that has a token twice."""
+        inner = self._scalar(4) if kind == _ARRAY else None
+        if inner != _STRING:
+            _refuse(self._path, "its vocabulary is no array of strings")
+        count = self._scalar(10)
+        self._enough(count, 8, "tokens")
+        tokens: set[bytes] = set()
+        for _ in range(count):
+            length = self._scalar(10)
+            at = self._at
+            self._skip(length)
+            token = self._view[at : self._at]
+            if token in tokens and token:  # empty ones get a name of their own
+                _refuse(self._path, f"its vocabulary has the token {token[:80]!r} twice")
+            tokens.add(token)
+        self._at = start
 
     def _scalar(self, kind: int) -> Any:
         code = _SCALARS.get(kind)
@@ -203,9 +236,11 @@ class _Reader:
         return self._view[at : at + length].decode("utf-8", "replace")
 
     def _skip(self, length: int) -> None:
-        if length > self._size - self._at:
-            _refuse(self._path, f"its header goes on past its {self._size} bytes: it was cut short")
         self._at += length
+        if self._at > self._size:
+            _refuse(self._path, f"its header goes on past its {self._size} bytes: it was cut short")
+        if self._at > _MAX_HEADER:
+            _refuse(self._path, f"its header goes on past {_MAX_HEADER} bytes, as no model's does")
 
     def _enough(self, count: int, least: int, what: str) -> None:
         if count * least > self._size - self._at:

@@ -6,6 +6,7 @@ import ctypes
 import logging
 import sys
 import threading
+from collections import deque
 from typing import Any, Final
 
 from engineroom import ConfigurationError
@@ -24,9 +25,14 @@ DECODE_LOCK: Final = threading.Lock()
 """Held while a model decodes on the CPU: ggml's threads spin at barriers, so two models that
 decode at once on the same cores slow each other down tenfold and more."""
 
-_LEVELS: Final = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.WARNING, 4: logging.DEBUG}
+_WARNING: Final = 3
+_ERROR: Final = 4
+_LEVELS: Final = {_WARNING: logging.WARNING, _ERROR: logging.WARNING}
+"""Of ``enum ggml_log_level``, what is not for debugging. An error of the library's is a warning
+here: whoever called it raises an error of its own, with :func:`last_error` in it."""
 _lock: Final = threading.Lock()
 _state: dict[str, Any] = {}
+_errors: Final[deque[str]] = deque(maxlen=4)
 
 
 def load() -> Any:
@@ -60,14 +66,18 @@ def load() -> Any:
 
 
 def _remember(level: int, line: str) -> None:
-    if level == 3:
-        _state["error"] = line
+    if level == _ERROR and line not in _errors:
+        _errors.append(line)
 
 
 def last_error(default: str) -> str:
-    """The last error that llama.cpp logged since the last call, for messages of our own."""
-    line: str = _state.pop("error", default)
-    return line
+    """What llama.cpp logged as errors since the last call, for messages of our own.
+
+    More than one line: the first says what is wrong, the last only that something is.
+    """
+    lines = list(_errors)
+    _errors.clear()
+    return "; ".join(lines) or default
 
 
 class AbortFlag:

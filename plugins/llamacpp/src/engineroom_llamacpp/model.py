@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -45,7 +46,7 @@ class LlamaModel:
                 )
             self._split = (ctypes.c_float * devices)(*split)
             params.tensor_split = self._split
-        self.handle: Any = library.llama_model_load_from_file(str(path).encode(), params)
+        self.handle: Any = library.llama_model_load_from_file(os.fsencode(path), params)
         if not self.handle:
             raise ConfigurationError(
                 f"llama.cpp cannot load {str(path)!r}: {last_error('it does not say why')}; "
@@ -89,7 +90,7 @@ class LlamaModel:
             path = Path(adapter.path).expanduser()
             if not path.is_file():
                 raise ConfigurationError(f"lora: there is no file {str(path)!r}; check the path")
-            handle = self.library.llama_adapter_lora_init(self.handle, str(path).encode())
+            handle = self.library.llama_adapter_lora_init(self.handle, os.fsencode(path))
             if not handle:
                 raise ConfigurationError(
                     f"lora: llama.cpp cannot apply {str(path)!r} to this model: "

@@ -16,22 +16,33 @@ CacheType: TypeAlias = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5
 _UNQUANTISED = ("f32", "f16", "bf16")
 
 
+def _switch(value: Any) -> Any:
+    """YAML reads ``on`` and ``off`` as booleans."""
+    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+
+def _no_switch(value: Any) -> Any:
+    """``n_gpu_layers: on`` would be one layer."""
+    if isinstance(value, bool):
+        raise ValueError(f"give a number, not {str(value).lower()}")
+    return value
+
+
+_Int: TypeAlias = Annotated[int, BeforeValidator(_no_switch), Field(le=2**31 - 1)]
+_Float: TypeAlias = Annotated[float, BeforeValidator(_no_switch), Field(allow_inf_nan=False)]
+
+
+def _adapter(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
 class LoraAdapter(BaseModel):
     """A LoRA adapter that is applied to every request."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: str
-    scale: Annotated[float, Field(allow_inf_nan=False)] = 1.0
-
-
-def _switch(value: Any) -> Any:
-    """YAML reads ``on`` and ``off`` as booleans."""
-    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
-
-
-def _adapter(value: Any) -> Any:
-    return {"path": value} if isinstance(value, str) else value
+    scale: _Float = 1.0
 
 
 class LlamaCppOptions(BaseModel):
@@ -39,28 +50,28 @@ class LlamaCppOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    n_ctx: Annotated[int, Field(ge=8)] | None = None
+    n_ctx: Annotated[_Int, Field(ge=8)] | None = None
     """Cells of the key/value cache, shared by all sequences; one request may use them all.
     ``None``: what the model was trained for, at most 8192."""
-    n_parallel: Annotated[int, Field(ge=1, le=256)] = 8
+    n_parallel: Annotated[_Int, Field(ge=1, le=256)] = 8
     """Requests that are decoded at one time; more wait."""
-    n_batch: Annotated[int, Field(ge=1, le=65536)] = 512
+    n_batch: Annotated[_Int, Field(ge=1, le=65536)] = 512
     """Most tokens of one decoding step."""
-    n_ubatch: Annotated[int, Field(ge=1, le=65536)] = 512
+    n_ubatch: Annotated[_Int, Field(ge=1, le=65536)] = 512
     """Most tokens that llama.cpp computes at once inside of a step."""
-    prefill_chunk: Annotated[int, Field(ge=1)] = 128
+    prefill_chunk: Annotated[_Int, Field(ge=1)] = 128
     """Most prompt tokens of a step while others decode: what a long prompt may delay them by."""
-    max_queue: Annotated[int, Field(ge=0)] = 256
+    max_queue: Annotated[_Int, Field(ge=0)] = 256
     """Most requests that wait for a sequence; more are refused at once."""
-    n_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    n_threads: Annotated[_Int, Field(ge=1, le=1024)] | None = None
     """Threads for decoding; ``None``: the physical cores that the process may use."""
-    n_threads_batch: Annotated[int, Field(ge=1, le=1024)] | None = None
+    n_threads_batch: Annotated[_Int, Field(ge=1, le=1024)] | None = None
     """Threads for prompts; ``None``: as ``n_threads``."""
-    n_gpu_layers: Annotated[int, Field(ge=-1)] = -1
+    n_gpu_layers: Annotated[_Int, Field(ge=-1)] = -1
     """Layers to keep on GPUs, if this build of llama.cpp has them; -1: all."""
-    main_gpu: Annotated[int, Field(ge=0)] = 0
+    main_gpu: Annotated[_Int, Field(ge=0)] = 0
     """The GPU for what is not split."""
-    tensor_split: list[Annotated[float, Field(ge=0)]] | None = None
+    tensor_split: list[Annotated[_Float, Field(ge=0)]] | None = None
     """Share of the model on each GPU."""
     flash_attn: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = "auto"
     """Flash attention."""
@@ -74,9 +85,9 @@ class LlamaCppOptions(BaseModel):
     """Map the file instead of reading it."""
     use_mlock: bool = False
     """Keep the model from being swapped out."""
-    rope_freq_base: Annotated[float, Field(gt=0)] | None = None
+    rope_freq_base: Annotated[_Float, Field(gt=0)] | None = None
     """Base frequency of rotary positions; ``None``: as the model says."""
-    rope_freq_scale: Annotated[float, Field(gt=0)] | None = None
+    rope_freq_scale: Annotated[_Float, Field(gt=0)] | None = None
     """Scale of rotary positions; ``None``: as the model says."""
     chat_template: str | None = None
     """A Jinja template to use instead of the model's own."""
@@ -133,4 +144,4 @@ def default_threads() -> int:
         usable = os.cpu_count() or 1
     logical = psutil.cpu_count(logical=True) or usable
     physical = psutil.cpu_count(logical=False) or logical
-    return max(1, min(physical, round(usable * physical / logical)))
+    return max(1, min(usable, physical, round(usable * physical / logical)))

@@ -23,6 +23,8 @@ Logits: TypeAlias = NDArray[np.float32]
 
 _BLOCK: Final = 1024
 _FIRST_GUESS: Final = 256
+_TINY: Final = float(np.finfo(np.float32).tiny)
+_HUGE: Final = float(np.finfo(np.float32).max)
 
 
 class Sampler:
@@ -49,11 +51,12 @@ class Sampler:
     )
 
     def __init__(self, params: GenerationParams, prompt: Sequence[int], n_vocab: int) -> None:
-        self._temperature = 1.0 if params.temperature is None else params.temperature
+        temperature = 1.0 if params.temperature is None else params.temperature
+        self._temperature = max(temperature, _TINY)
         self._top_k = min(params.top_k or n_vocab, n_vocab)
         self._top_p = 1.0 if params.top_p is None else params.top_p
         self._min_p = params.min_p or 0.0
-        self._repetition = params.repetition_penalty or 1.0
+        self._repetition = min(params.repetition_penalty or 1.0, _HUGE)
         self._presence = params.presence_penalty or 0.0
         self._frequency = params.frequency_penalty or 0.0
         self._counts: Counter[int] = Counter()
@@ -85,7 +88,8 @@ class Sampler:
             ids = np.fromiter(self._seen, np.int64, len(self._seen))
             values = row[ids]
             penalty = np.float32(self._repetition)
-            row[ids] = np.where(values > 0, values / penalty, values * penalty)
+            with np.errstate(over="ignore"):
+                row[ids] = np.where(values > 0, values / penalty, values * penalty)
         if self._counts and (self._presence or self._frequency):
             ids = np.fromiter(self._counts.keys(), np.int64, len(self._counts))
             counts = np.fromiter(self._counts.values(), np.float32, len(self._counts))
@@ -97,8 +101,7 @@ class Sampler:
             return _draw_from_all(_weights(row, self._temperature), random)
         ids, weights = self._candidates(row)
         cumulative = np.cumsum(weights)
-        place = int(np.searchsorted(cumulative, random.random() * cumulative[-1], side="right"))
-        return int(ids[min(place, ids.size - 1)])
+        return int(ids[_place(cumulative, random.random() * cumulative[-1])])
 
     def _candidates(self, row: Logits) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """What top_k, top_p and min_p leave: ids, likeliest first, and their weights."""
@@ -123,9 +126,18 @@ class Sampler:
 
 def _weights(row: Logits, temperature: float) -> NDArray[np.float32]:
     """Unnormalised probabilities; the likeliest has 1."""
-    weights: NDArray[np.float32] = (row - row.max()) / np.float32(temperature)
+    with np.errstate(over="ignore"):  # to minus infinity, which is right
+        weights: NDArray[np.float32] = (row - row.max()) / np.float32(temperature)
     np.exp(weights, out=weights)
     return weights
+
+
+def _place(cumulative: NDArray[np.float64], target: float) -> int:
+    """Where ``target`` falls: never where nothing is added, not even by rounding."""
+    place = int(np.searchsorted(cumulative, target, side="right"))
+    if place < cumulative.size:
+        return place
+    return int(np.searchsorted(cumulative, cumulative[-1], side="left"))
 
 
 def _largest(values: NDArray[np.float32], count: int) -> NDArray[np.int64]:
@@ -158,20 +170,19 @@ def _draw_from_all(weights: NDArray[np.float32], random: np.random.Generator) ->
     starts = np.arange(0, weights.size, _BLOCK)
     blocks = np.cumsum(np.add.reduceat(weights, starts, dtype=np.float64))
     target = random.random() * blocks[-1]
-    block = min(int(np.searchsorted(blocks, target, side="right")), starts.size - 1)
+    block = _place(blocks, target)
     if block:
         target -= blocks[block - 1]
-    part = np.cumsum(weights[starts[block] : starts[block] + _BLOCK], dtype=np.float64)
-    place = int(np.searchsorted(part, target, side="right"))
-    if place >= part.size:  # rounding: the last token of the block that has any weight
-        place = int(np.flatnonzero(weights[starts[block] : starts[block] + _BLOCK])[-1])
-    return int(starts[block]) + place
+    start = block * _BLOCK
+    part = np.cumsum(weights[start : start + _BLOCK], dtype=np.float64)
+    return start + _place(part, target)
 
 
 def top_logprobs(logits: Logits, token: int, count: int) -> tuple[float, list[tuple[int, float]]]:
     """Log probability of ``token``, and the ``count`` likeliest tokens with theirs."""
     top = float(logits.max())
-    scale = top + float(np.log(np.exp(logits - np.float32(top)).sum(dtype=np.float64)))
+    with np.errstate(over="ignore"):
+        scale = top + float(np.log(np.exp(logits - np.float32(top)).sum(dtype=np.float64)))
     best = (
         []
         if count == 0
