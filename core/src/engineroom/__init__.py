@@ -45,6 +45,7 @@ from engineroom.handler import (
 )
 from engineroom.hookspecs import hookimpl
 from engineroom.manager import LLMModelManager, ModelSource, ModelStatus
+from engineroom.options import parse_options
 from engineroom.registry import DispatchReport, HandlerRegistry, HandlerVerdict
 from engineroom.schemas import (
     ChatMessage,
@@ -61,7 +62,7 @@ from engineroom.service import LLMInferenceService
 from engineroom.sources import resolve_source
 from engineroom.streams import InferenceStream, StreamError
 from engineroom.suggestions import did_you_mean
-from engineroom.telemetry import LoggingObserver, request_logger
+from engineroom.telemetry import LoggingObserver, RequestLogger, request_logger
 from engineroom.text import TextPipeline
 
 __all__ = [
@@ -93,6 +94,7 @@ __all__ = [
     "ModelVariant",
     "NoSuitableHandlerError",
     "QueueFullError",
+    "RequestLogger",
     "RequestTimeoutError",
     "ResourceNotAvailableError",
     "StreamEnd",
@@ -105,6 +107,7 @@ __all__ = [
     "did_you_mean",
     "hookimpl",
     "load_deployment",
+    "parse_options",
     "request_logger",
     "resolve_source",
 ]

@@ -30,6 +30,7 @@ class BlockingPortal:
         self._bound: asyncio.AbstractEventLoop | None = None
         self._own: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        self._stopped = False
 
     def bind(self) -> None:
         """Note that the service is used on the running loop.
@@ -58,10 +59,15 @@ class BlockingPortal:
         except BaseException:
             future.cancel()
             raise
+        finally:
+            if self._stopped:  # the loop was made only to say so
+                self.stop()
+                self.join()
 
     def stop(self) -> None:
         """Let the portal's own loop end, if there is one, after what it is doing now."""
         with self._lock:
+            self._stopped = True
             own, self._own = self._own, None
         if own is not None:
             own.call_soon_threadsafe(own.stop)

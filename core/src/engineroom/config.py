@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from engineroom.errors import ConfigurationError
 from engineroom.registry import HANDLERS_VARIABLE
 from engineroom.schemas import ModelConfig, ModelVariant, OnUnsupported
+from engineroom.sources import expand_user, has_scheme
 from engineroom.suggestions import did_you_mean
 
 __all__ = ["CONFIG_VARIABLE", "DeploymentConfig", "load_deployment", "parse_deployment"]
@@ -33,6 +34,14 @@ __all__ = ["CONFIG_VARIABLE", "DeploymentConfig", "load_deployment", "parse_depl
 CONFIG_VARIABLE: Final = "ENGINEROOM_CONFIG"
 _MAX_BYTES: Final = 1 << 20
 _MAX_NODES: Final = 100_000
+
+
+class _NameTakenError(ValueError):
+    """Two models with one name; ``loc`` is where the second one stands."""
+
+    def __init__(self, message: str, *loc: str | int) -> None:
+        super().__init__(message)
+        self.loc = loc
 
 
 class DeploymentConfig(BaseModel):
@@ -50,12 +59,14 @@ class DeploymentConfig(BaseModel):
     @model_validator(mode="after")
     def _names_are_unique(self) -> DeploymentConfig:
         owners: dict[str, str] = {}
-        for model in self.models:
-            for name in (model.model_id, *model.aliases):
+        for place, model in enumerate(self.models):
+            for nth, name in enumerate((model.model_id, *model.aliases)):
                 if name in owners:
-                    raise ValueError(
+                    key = ("aliases", nth - 1) if nth else ("model_id",)
+                    raise _NameTakenError(
                         f"the name {name!r} of model {model.model_id!r} is taken by model "
-                        f"{owners[name]!r}; ids and aliases must be unique"
+                        f"{owners[name]!r}; ids and aliases must be unique",
+                        *("models", place, *key),
                     )
                 owners[name] = model.model_id
         return self
@@ -68,11 +79,11 @@ def load_deployment(path: str | os.PathLike[str] | None = None) -> DeploymentCon
     :raises ConfigurationError: there is no such file, it is no YAML, or it has mistakes; all of
         them are in the message, one a line, as ``file:line: key: what is wrong``.
     """
-    if path is None and (path := os.environ.get(CONFIG_VARIABLE)) is None:
+    if path is None and not (path := os.environ.get(CONFIG_VARIABLE)):
         raise ConfigurationError(
             f"no deployment file was named; give its path, or set {CONFIG_VARIABLE}"
         )
-    file = Path(path).expanduser()
+    file = expand_user(os.fspath(path))
     try:
         data = file.read_bytes()
     except FileNotFoundError as error:
@@ -95,75 +106,127 @@ def parse_deployment(
     :param base: folder that relative paths of ``source:`` start from.
     :raises ConfigurationError: see :func:`load_deployment`.
     """
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import MarkedYAMLError, YAMLError
-
     if len(data) > _MAX_BYTES:
         raise ConfigurationError(
             f"{name}: larger than {_MAX_BYTES} bytes; it is no deployment file"
         )
-    yaml = YAML(typ="rt")  # constructs plain values only, and remembers where each one stood
     try:
-        root = yaml.load(data)
+        root = _read(data, name)
+        plain = _plain(root, 1, [0], name)
+    except RecursionError as error:
+        raise ConfigurationError(f"{name}: nested too deeply") from error
+    if not isinstance(root, Mapping):
+        found = "nothing" if root is None else f"a {type(plain).__name__}"
+        raise ConfigurationError(
+            f"{name}:1: must be a mapping with the key 'models', but it is {found}"
+        )
+    try:
+        config = DeploymentConfig.model_validate(plain)
+    except ValidationError as error:
+        problems = sorted(_problem(root, e) for e in error.errors(include_url=False))
+        raise ConfigurationError(
+            "\n".join(f"{name}:{line}: {problem}" for line, problem in problems)
+        ) from error
+    if names := os.environ.get(HANDLERS_VARIABLE, "").strip(", "):
+        listed = [n for part in names.split(",") if (n := part.strip())]
+        config = config.model_copy(update={"handlers": listed})
+    return config if base is None else _anchored(config, base)
+
+
+def _read(data: str | bytes, name: str) -> Any:
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import MarkedYAMLError
+
+    yaml = YAML(typ="rt")  # executes no tags, and remembers where each value stood
+    try:
+        return yaml.load(data)
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark is not None else 1
         problem = " ".join(filter(None, (error.context, error.problem)))
         raise ConfigurationError(f"{name}:{line}: not valid YAML: {problem}") from error
-    except (YAMLError, ValueError) as error:  # ValueError: bytes that are no text
-        raise ConfigurationError(f"{name}: not valid YAML: {error}") from error
-    if not isinstance(root, Mapping):
-        found = "nothing" if root is None else f"a {type(root).__name__}"
-        raise ConfigurationError(
-            f"{name}:1: must be a mapping with the key 'models', but it is {found}"
-        )
-    plain = _plain(root, [0], name)
-    try:
-        config = DeploymentConfig.model_validate(plain)
-    except ValidationError as error:
-        problems = [_problem(root, e, name) for e in error.errors(include_url=False)]
-        raise ConfigurationError("\n".join(problems)) from error
-    if (names := os.environ.get(HANDLERS_VARIABLE)) is not None:
-        listed = [n for part in names.split(",") if (n := part.strip())]
-        config = config.model_copy(update={"handlers": listed or None})
-    return config if base is None else _anchored(config, base)
+    except RecursionError:
+        raise
+    except Exception as error:  # the reader raises much else for odd bytes, tags and numbers
+        problem = " ".join(str(error).split())
+        raise ConfigurationError(f"{name}: not valid YAML: {problem}") from error
 
 
-def _plain(value: Any, count: list[int], name: str) -> Any:
-    """Plain dicts and lists; bounded, because aliases can make a small file enormous."""
+def _plain(value: Any, line: int, count: list[int], name: str) -> Any:
+    """Plain dicts, lists and scalars; bounded, because aliases can make a small file enormous."""
     count[0] += 1
     if count[0] > _MAX_NODES:
         raise ConfigurationError(f"{name}: expands to more than {_MAX_NODES} values")
     if isinstance(value, Mapping):
-        return {key: _plain(item, count, name) for key, item in value.items()}
+        _refuse_tag(value, line, name)
+        return {
+            _scalar(key, at := _line(value, key, line), name): _plain(item, at, count, name)
+            for key, item in value.items()
+        }
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return [_plain(item, count, name) for item in value]
-    return value
+        _refuse_tag(value, line, name)
+        return [
+            _plain(item, _line(value, place, line), count, name) for place, item in enumerate(value)
+        ]
+    return _scalar(value, line, name)
 
 
-def _problem(root: Any, error: Any, name: str) -> str:
-    """``file:line: key: what is wrong``, with the nearest known key for an unknown one."""
+def _scalar(value: Any, line: int, name: str) -> Any:
+    """The value itself: the reader's own types remember how it was written."""
+    from ruamel.yaml.scalarbool import ScalarBoolean
+
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, ScalarBoolean):  # an int to Python
+        return bool(value)
+    for kind in (str, int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    _refuse_tag(value, line, name)
+    raise ConfigurationError(
+        f"{name}:{line}: {value} is read as a {type(value).__name__}; "
+        "if it is meant as text, put it in quotes"
+    )
+
+
+def _refuse_tag(value: Any, line: int, name: str) -> None:
+    if tag := getattr(getattr(value, "tag", None), "value", None):
+        raise ConfigurationError(f"{name}:{line}: the tag {tag} means nothing here; leave it out")
+
+
+def _line(node: Any, key: Any, default: int) -> int:
+    """The line on which an entry of a mapping or a list stands."""
+    try:
+        lines: Any = node.lc
+        return 1 + int((lines.key(key) if isinstance(node, Mapping) else lines.item(key))[0])
+    except (AttributeError, KeyError, IndexError, TypeError):  # merged in from elsewhere
+        return default
+
+
+def _problem(root: Any, error: Any) -> tuple[int, str]:
+    """The line, and ``key: what is wrong`` with the nearest known key for an unknown one."""
     line = 1
     node: Any = root
-    for key in error["loc"]:
+    cause = error.get("ctx", {}).get("error")
+    loc = cause.loc if isinstance(cause, _NameTakenError) else error["loc"]
+    for key in loc:
+        line = _line(node, key, line)
         try:
-            lines: Any = node.lc
-            position = lines.key(key) if isinstance(node, Mapping) else lines.item(key)
-            line, node = position[0] + 1, node[key]
-        except (AttributeError, KeyError, IndexError, TypeError):
+            node = node[key]
+        except (KeyError, IndexError, TypeError):
             break
-    where = ".".join(str(part) for part in error["loc"])
+    where = ".".join(str(part) for part in loc)
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
-        key = str(error["loc"][-1])
-        known = _known_keys(error["loc"])
+        key = str(loc[-1])
+        known = _known_keys(loc)
         message = f"unknown key{did_you_mean(key, known) or '; known keys: ' + ', '.join(known)}"
     elif error["type"] == "missing":
         message = "this key is missing"
-    return f"{name}:{line}: {where}: {message}" if where else f"{name}:{line}: {message}"
+    return line, f"{where}: {message}" if where else message
 
 
 def _known_keys(loc: Sequence[Any]) -> list[str]:
-    if "variants" in loc:
+    if "variants" in loc[:-1]:
         return list(ModelVariant.model_fields)
     return list((ModelConfig if len(loc) > 1 else DeploymentConfig).model_fields)
 
@@ -172,9 +235,9 @@ def _anchored(config: DeploymentConfig, base: Path) -> DeploymentConfig:
     """Relative paths start from the folder of the file, wherever the process was started."""
 
     def anchor(source: str | None) -> str | None:
-        if source is None or source.startswith(("hf:", "package:")):
+        if source is None or has_scheme(source):
             return source
-        return os.fspath(base / Path(source).expanduser())
+        return os.fspath(base / expand_user(source))
 
     models = [
         model.model_copy(

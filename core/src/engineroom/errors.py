@@ -77,7 +77,7 @@ class EngineRoomError(Exception):
         missing = [
             f"{noun} {value!r}"
             for noun, value in (("model", self.model_id), ("request", self.request_id))
-            if value is not None and value not in text
+            if value is not None and f"{noun} {value!r}" not in text
         ]
         return f"{text} ({', '.join(missing)})" if missing else text
 

@@ -13,9 +13,10 @@ from abc import abstractmethod
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
+from engineroom.errors import InferenceError
 from engineroom.handler import Capabilities, InferenceHandler, StreamEnd
 from engineroom.schemas import (
     FinishReason,
@@ -26,7 +27,7 @@ from engineroom.schemas import (
 )
 from engineroom.text import TextPipeline
 
-__all__ = ["TokenHandler", "TokenStep"]
+__all__ = ["TokenHandler", "TokenStep", "effective_capabilities"]
 
 
 @dataclass(slots=True)
@@ -166,11 +167,29 @@ class _Generation:
         )
 
 
+def effective_capabilities(handler: InferenceHandler) -> Capabilities:
+    """What a handler can do, with what :class:`TokenHandler` does for it.
+
+    :raises InferenceError: ``capabilities`` does not return :class:`Capabilities`.
+    """
+    capabilities = handler.capabilities()
+    if not isinstance(capabilities, Capabilities):
+        raise InferenceError(
+            f"handler {handler.name!r}: capabilities returned {type(capabilities).__name__} "
+            "instead of Capabilities; mend the plugin"
+        )
+    if isinstance(handler, TokenHandler):
+        honoured = capabilities.params | {"max_new_tokens"}
+        return replace(capabilities, params=honoured, stop_sequences=True)
+    return capabilities
+
+
 class TokenHandler(InferenceHandler):
     """Base class of a runtime that can yield tokens. Write ``generate_tokens``; that is all.
 
-    ``max_new_tokens`` and ``stop_sequences`` are honoured here whatever the runtime does; a
-    runtime that knows the limit itself saves the step that would be thrown away.
+    ``max_new_tokens`` and ``stop_sequences`` are honoured here whatever the runtime does, and
+    whatever ``capabilities`` says of them; a runtime that knows the limit itself saves the step
+    that would be thrown away.
     """
 
     @abstractmethod
@@ -189,7 +208,7 @@ class TokenHandler(InferenceHandler):
 
     def capabilities(self) -> Capabilities:
         """By default only what this class does itself."""
-        return Capabilities(params=frozenset({"max_new_tokens"}))
+        return Capabilities(params=frozenset({"max_new_tokens"}), stop_sequences=True)
 
     async def infer(
         self, loaded_model: LoadedModel, request: InferenceRequest

@@ -40,15 +40,15 @@ class Capabilities:
 
     :param params: the fields of :class:`~engineroom.schemas.GenerationParams` that it honours.
     :param chat: takes ``messages``.
-    :param stop_sequences: honours ``stop_sequences``.
+    :param stop_sequences: honours ``stop_sequences``; every ``TokenHandler`` does.
     :param tools: honours ``tools`` and ``tool_choice``.
     :param structured_output: kinds of ``structured_output`` that it honours, of
         ``json_schema``, ``regex`` and ``grammar``.
     """
 
     params: frozenset[str] = frozenset()
-    chat: bool = True
-    stop_sequences: bool = True
+    chat: bool = False
+    stop_sequences: bool = False
     tools: bool = False
     structured_output: frozenset[str] = frozenset()
 

@@ -29,6 +29,7 @@ from engineroom.errors import (
     ResourceNotAvailableError,
 )
 from engineroom.handler import InferenceHandler
+from engineroom.options import problems
 from engineroom.registry import DispatchReport, HandlerRegistry
 from engineroom.schemas import LoadedModel, ModelConfig
 from engineroom.suggestions import did_you_mean
@@ -258,20 +259,34 @@ class LLMModelManager:
         :raises ResourceNotAvailableError: it was still held then; it goes on serving.
         """
         entry = self._find(model_id)
-        if entry.state == "loading" and entry.task is not None:
-            await asyncio.wait([entry.task])
-        if entry.state == "draining" and entry.task is not None:
-            await asyncio.shield(entry.task)
-            return
+        while (task := entry.task) is not None and not task.done():
+            unloading = entry.state == "draining"
+            done, _ = await asyncio.wait([task], timeout=timeout_s if unloading else None)
+            if not done:
+                raise _still_held(entry, timeout_s)
+            # Another caller's patience may have ended before ours: then it is ready again.
+            if unloading and (entry.state != "ready" or task.exception() is None):
+                task.result()
+                return
         if entry.state == "ready":
             entry.state = "draining"  # from here on requests wait, and then load it anew
             await self._own(entry, self._unload(entry, timeout_s))
 
     async def close(self) -> None:
-        """Unload everything. Waits for leases; afterwards nothing is loaded any more."""
+        """Unload everything. Waits for leases; afterwards nothing is loaded any more.
+
+        :raises EngineRoomError: the first failure; the other models are unloaded nevertheless.
+        """
         self._closed = True
+        failed: EngineRoomError | None = None
         for entry in self._entries.values():
-            await self.unload(entry.config.model_id)
+            try:
+                await self.unload(entry.config.model_id)
+            except EngineRoomError as error:
+                logger.error("unloading %r failed: %s", entry.config.model_id, error)
+                failed = failed or error
+        if failed is not None:
+            raise failed
 
     async def _drain(self, entry: _Entry, timeout_s: float | None) -> None:
         released = asyncio.get_running_loop().create_future()
@@ -280,11 +295,7 @@ class LLMModelManager:
             async with asyncio.timeout(timeout_s):
                 await released
         except TimeoutError as error:
-            raise ResourceNotAvailableError(
-                f"model {entry.config.model_id!r} was still held by {entry.leases} requests "
-                f"after {timeout_s} s; it was not unloaded; wait for them or cancel them",
-                model_id=entry.config.model_id,
-            ) from error
+            raise _still_held(entry, timeout_s) from error
         finally:
             if released in entry.waiters:
                 entry.waiters.remove(released)
@@ -375,6 +386,9 @@ class LLMModelManager:
         except EngineRoomError as error:
             entry.state, entry.error = "failed", error
             raise
+        except BaseException:
+            entry.state = "unloaded"
+            raise
         entry.state = "unloaded"
         duration = time.perf_counter() - started
         logger.info("model %r was unloaded in %.1f s", model_id, duration)
@@ -400,12 +414,23 @@ async def _typed(
         return await call()
     except EngineRoomError:
         raise
-    except Exception as error:
+    except (Exception, asyncio.CancelledError) as error:
+        task = asyncio.current_task()
+        if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+            raise  # not the handler's own doing
         logger.exception("handler %r: %s failed for model %r", handler.name, method, model_id)
         raise InferenceError(
             f"handler {handler.name!r}: {method} failed: {type(error).__name__}: {error}",
             model_id=model_id,
         ) from error
+
+
+def _still_held(entry: _Entry, timeout_s: float | None) -> ResourceNotAvailableError:
+    return ResourceNotAvailableError(
+        f"model {entry.config.model_id!r} was still held by {entry.leases} requests "
+        f"after {timeout_s} s; it was not unloaded; wait for them or cancel them",
+        model_id=entry.config.model_id,
+    )
 
 
 def _retrieve(task: asyncio.Future[Any]) -> None:
@@ -440,8 +465,4 @@ def _as_deployment(
             return DeploymentConfig.model_validate(config)
         return DeploymentConfig(models=list(config))
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg'].removeprefix('Value error, ')}"
-            for e in error.errors(include_url=False)
-        )
-        raise ConfigurationError(f"the deployment has mistakes: {problems}") from error
+        raise ConfigurationError(f"the deployment has mistakes: {problems(error)}") from error

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
-from typing import Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 __all__ = [
     "API_GROUP",
@@ -16,6 +17,8 @@ __all__ = [
     "install_hint",
     "installed_plugins",
 ]
+
+logger = logging.getLogger(__name__)
 
 HANDLER_GROUP: Final = "engineroom.handlers"
 """Entry points of handlers; the entry's name is the handler's name."""
@@ -57,19 +60,23 @@ class PluginRecord:
 
 def installed_plugins() -> list[PluginRecord]:
     """All plugins of this environment, sorted by name; nothing is imported."""
-    api = {(_owner(e), e.name): e.attr.removeprefix("v") for e in _entries(API_GROUP)}
+    installed: Any = entry_points()  # read once; its class differs between Pythons
+    api = {
+        (_owner(entry)[0], entry.name): entry.value.rpartition(":")[2].removeprefix("v")
+        for entry in _entries(installed, API_GROUP)
+    }
     records = [
         PluginRecord(
             name=entry.name,
             group=group,
             value=entry.value,
-            distribution=_owner(entry),
-            version=entry.dist.version if entry.dist is not None else "?",
-            api_version=api.get((_owner(entry), entry.name)),
+            distribution=_owner(entry)[0],
+            version=_owner(entry)[1],
+            api_version=api.get((_owner(entry)[0], entry.name)),
             entry_point=entry,
         )
         for group in (HANDLER_GROUP, PLUGIN_GROUP)
-        for entry in _entries(group)
+        for entry in _entries(installed, group)
     ]
     return sorted(records, key=lambda record: (record.group, record.name, record.distribution))
 
@@ -84,15 +91,21 @@ def install_hint(runtime: str | None = None) -> str:
     )
 
 
-def _entries(group: str) -> Iterator[EntryPoint]:
+def _entries(installed: Any, group: str) -> Iterator[EntryPoint]:
     # An editable install can list the same entry twice, once for each path it is found on.
     seen: set[tuple[str, str, str]] = set()
-    for entry in entry_points(group=group):
-        key = (_owner(entry), entry.name, entry.value)
+    for entry in installed.select(group=group):
+        key = (_owner(entry)[0], entry.name, entry.value)
         if key not in seen:
             seen.add(key)
             yield entry
 
 
-def _owner(entry: EntryPoint) -> str:
-    return entry.dist.name if entry.dist is not None else "?"
+def _owner(entry: EntryPoint) -> tuple[str, str]:
+    """Name and version of the distribution; question marks where its metadata is damaged."""
+    try:
+        if entry.dist is not None:
+            return entry.dist.name or "?", entry.dist.version or "?"
+    except Exception:
+        logger.debug("the metadata of plugin %r cannot be read", entry.name, exc_info=True)
+    return "?", "?"

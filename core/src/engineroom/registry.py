@@ -8,6 +8,7 @@ asks the last one first and stops at ``False``, so dispatch is a plain loop over
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 import os
@@ -90,8 +91,8 @@ class _HookManager(pluggy.PluginManager):
                 trylast=False,
                 specname=None,
             )
-        if inspect.ismodule(plugin) and not name.startswith("engineroom_"):
-            return None  # a module's other names may be lazy and dear to look at
+        if not inspect.isroutine(inspect.getattr_static(plugin, name, None)):
+            return None  # to read a property or a module's lazy name could run anything
         return super().parse_hookimpl_opts(plugin, name)
 
 
@@ -131,6 +132,7 @@ class HandlerRegistry:
         self._explicit = 0  # how many at the front of the order were registered by hand
         self._records: list[PluginRecord] = []
         self._pending = discover
+        self._checked = not discover  # all names of the allow-list are there
         self._choices: WeakKeyDictionary[LoadedModel, InferenceHandler] = WeakKeyDictionary()
 
     # ── what there is ────────────────────────────────────────────────────────────────────────
@@ -165,28 +167,32 @@ class HandlerRegistry:
         :raises ConfigurationError: the allow-list names a handler that is not installed.
         """
         with self._lock:
-            if not self._pending:
-                return
-            self._pending = False
-            self._records = installed_plugins()
-            if self._allow is not None:
+            if self._pending:
+                self._pending = False
+                self._records = installed_plugins()
+                for record in self._usable():
+                    self._load(record)
+                if self._allow is not None:
+                    rank = {name: place for place, name in enumerate(self._allow)}
+                    found = self._order[self._explicit :]
+                    found.sort(key=lambda handler: rank.get(handler.name, -1))
+                    self._order[self._explicit :] = found
+            if not self._checked:
                 self._check_allow_list()
-            for record in self._in_order():
-                self._load(record)
 
     def _check_allow_list(self) -> None:
         installed = [r.name for r in self._records if r.group == HANDLER_GROUP]
-        explicit = [h.name for h in self._order]
+        installed += [h.name for h in self._order if h.name not in installed]
         for name in self._allow or ():
-            if name not in installed and name not in explicit:
-                self._pending = True  # so that the next attempt says it again
+            if name not in installed:
                 known = ", ".join(installed) or "none"
                 raise ConfigurationError(
                     f"handlers: {name!r} is not installed (installed: {known})"
                     + (did_you_mean(name, installed) or f"; {install_hint(name)}")
                 )
+        self._checked = True
 
-    def _in_order(self) -> list[PluginRecord]:
+    def _usable(self) -> list[PluginRecord]:
         chosen: list[PluginRecord] = []
         for record in self._records:
             if record.name in self._disabled:
@@ -198,12 +204,12 @@ class HandlerRegistry:
                 and record.name not in self._allow
             ):
                 record.status = "not listed"
-                record.reason = f"the list of handlers is {', '.join(self._allow) or 'empty'}"
+                listed = ", ".join(self._allow)
+                record.reason = (
+                    f"the list of handlers is {listed}" if listed else "other handlers were given"
+                )
             else:
                 chosen.append(record)
-        if self._allow is not None:
-            rank = {name: place for place, name in enumerate(self._allow)}
-            chosen.sort(key=lambda r: rank.get(r.name, -1))
         return chosen
 
     def _load(self, record: PluginRecord) -> None:
@@ -211,7 +217,7 @@ class HandlerRegistry:
         assert record.entry_point is not None
         try:
             plugin = record.entry_point.load()
-        except Exception as error:  # noqa: BLE001 - foreign code; _quarantine logs it
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - foreign; _quarantine logs it
             self._quarantine(
                 record, error, f"reinstall or upgrade it: pip install -U {record.distribution}"
             )
@@ -238,7 +244,7 @@ class HandlerRegistry:
         self._insert(validate_handler(handler), len(self._order), record.distribution)
         record.api_version = record.api_version or validate_handler(handler).api_version
 
-    def _quarantine(self, record: PluginRecord, error: Exception, remedy: str) -> None:
+    def _quarantine(self, record: PluginRecord, error: BaseException, remedy: str) -> None:
         record.status = "quarantined"
         record.reason = f"{type(error).__name__}: {error}"
         record.remedy = remedy
@@ -313,18 +319,26 @@ class HandlerRegistry:
                 f"plugin {name!r}: a class was given where an instance belongs; write {name}()"
             )
         with self._lock:
+            if self._manager.is_blocked(f"plugin:{name}"):
+                return
+            if (taken := self._manager.get_plugin(f"plugin:{name}")) is not None:
+                raise ConfigurationError(
+                    f"plugin {name!r}: the name is taken by {taken!r}; give one of them another"
+                )
+            if (other := self._manager.get_name(plugin)) is not None:
+                raise ConfigurationError(
+                    f"plugin {name!r}: it is registered already, as {other!r}; register it once"
+                )
             try:
-                registered = self._manager.register(plugin, name=f"plugin:{name}")
-            except (pluggy.PluginValidationError, ValueError) as error:
-                raise ConfigurationError(f"plugin {name!r}: {error}") from error
-            if registered is None:
-                return  # blocked
-            try:
+                self._manager.register(plugin, name=f"plugin:{name}")
                 self._check_observer(plugin, name)
-            except ConfigurationError:
-                self._manager.unregister(plugin)
+                self._call_register_handlers(plugin, name)
+            except BaseException as error:
+                if self._manager.is_registered(plugin):  # pluggy 1.5 leaves it so, by half
+                    self._manager.unregister(plugin)
+                if isinstance(error, pluggy.PluginValidationError):
+                    raise ConfigurationError(f"plugin {name!r}: {error}") from error
                 raise
-        self._call_register_handlers(plugin, name)
 
     def _check_observer(self, plugin: object, name: str) -> None:
         known = [n for n in vars(ObserverSpec) if n.startswith("engineroom_")]
@@ -372,7 +386,7 @@ class HandlerRegistry:
         for implementation in getattr(self._manager.hook, hook).get_hookimpls():
             try:
                 implementation.function(*[arguments[a] for a in implementation.argnames])
-            except Exception:
+            except (Exception, asyncio.CancelledError):
                 logger.exception(
                     "observer %r failed in %s; the request is not affected",
                     implementation.plugin_name,
@@ -443,10 +457,13 @@ class HandlerRegistry:
             elif answer is None:
                 verdict = "error"
             verdicts.append(HandlerVerdict(handler.name, verdict, reason))
+        asked = {v.handler for v in verdicts}
         verdicts += [
             HandlerVerdict(r.name, r.status, "; ".join(filter(None, (r.reason, r.remedy))))
             for r in self.plugins
-            if r.group == HANDLER_GROUP and r.status not in ("active", "found")
+            if r.group == HANDLER_GROUP
+            and r.status not in ("active", "found")
+            and r.name not in asked
         ]
         return DispatchReport(model.model_id, question, tuple(verdicts), chosen)
 

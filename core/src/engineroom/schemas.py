@@ -63,6 +63,16 @@ def _no_control_characters(value: str) -> str:
     return value
 
 
+def _can_be_encoded(value: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"must be text, but character {error.start} is half of a surrogate pair"
+        ) from error
+    return value
+
+
 def _no_booleans(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError(f"must be a number, not {value}")
@@ -72,6 +82,7 @@ def _no_booleans(value: Any) -> Any:
 Identifier = Annotated[
     str, Field(min_length=1, max_length=256), AfterValidator(_no_control_characters)
 ]
+Text = Annotated[str, AfterValidator(_can_be_encoded)]
 _Int = Annotated[int, BeforeValidator(_no_booleans)]
 _Float = Annotated[float, BeforeValidator(_no_booleans), Field(allow_inf_nan=False)]
 
@@ -188,7 +199,7 @@ class ChatMessage(_FrozenSchema):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | None = None
+    content: Text | None = None
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
@@ -204,7 +215,7 @@ class InferenceRequest(_FrozenSchema):
     """One request to one model: a ``prompt`` as it stands, or chat ``messages``."""
 
     model_id: Identifier
-    prompt: str | None = None
+    prompt: Text | None = None
     """Text to continue, taken as it is: no chat template is applied."""
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
     """A conversation, rendered with the model's own chat template."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+import weakref
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from engineroom.errors import EngineRoomError
+from engineroom.errors import EngineRoomError, InferenceError
 from engineroom.generation import Progress
 from engineroom.schemas import InferenceRequest, InferenceResponse
 
@@ -19,26 +20,28 @@ class RequestScope:
 
     While the request's code runs (between :meth:`begin` and :meth:`end`) it is stopped by
     cancelling its task, as :func:`asyncio.timeout` does: the cancellation is taken back where
-    :meth:`taken` says that it was ours. A stream whose reader is busy elsewhere is stopped by
-    closing the handler's generator in a task of the scope's own.
+    :meth:`taken` says that it was ours. A stream whose reader is busy elsewhere is closed in a
+    task of the scope's own, and the reader finds the error in ``unread`` when it comes back.
     """
 
     __slots__ = (
         "_baseline",
         "_cancelled",
+        "_chunks",
         "_task",
         "_timer",
         "_waiters",
         "cause",
         "closer",
         "deadline",
-        "inner",
+        "handler",
         "progress",
         "quiet",
         "request",
         "response",
         "started",
         "stopped",
+        "unread",
     )
 
     def __init__(self, request: InferenceRequest) -> None:
@@ -50,15 +53,17 @@ class RequestScope:
             else asyncio.get_running_loop().time() + request.timeout_s
         )
         self.progress = Progress()
+        self.handler: str | None = None  # its name, once one is chosen
         self.cause: EngineRoomError | None = None
         self.quiet = False  # nobody waits for the error: the reader asked for the end
         self.closer: asyncio.Task[None] | None = None
-        self.inner: AsyncGenerator[str, None] | None = None
+        self.unread: str | None = None  # the last chunk, where nobody read as it came
         self.response: InferenceResponse | None = None
         self.stopped = False
         self._task: asyncio.Task[Any] | None = None
         self._baseline = 0
         self._cancelled = False
+        self._chunks: weakref.ref[AsyncGenerator[str, None]] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._waiters: list[asyncio.Future[None]] = []
 
@@ -67,10 +72,12 @@ class RequestScope:
         """Whether the request's code runs or waits in some task."""
         return self._task is not None
 
-    @property
-    def read_by_current_task(self) -> bool:
-        """Whether that task is the caller."""
-        return self._task is asyncio.current_task()
+    def watch(self, chunks: AsyncGenerator[str, None]) -> None:
+        """Close ``chunks`` on an interruption while nobody reads them.
+
+        Not kept alive: a reader that lets go of the stream ends it.
+        """
+        self._chunks = weakref.ref(chunks)
 
     def begin(self) -> None:
         """The request's code is entered by the current task."""
@@ -101,8 +108,20 @@ class RequestScope:
         if self._task is not None:
             self._cancelled = True
             self._task.cancel()
-        elif self.inner is not None:
-            self.closer = asyncio.get_running_loop().create_task(_close(self.inner))
+        elif self._chunks is not None and (chunks := self._chunks()) is not None:
+            self.closer = asyncio.get_running_loop().create_task(_close(chunks))
+
+    def leave(self) -> None:
+        """The reader itself asks for the end; from here on nothing interrupts the cleaning up."""
+        if self.cause is None:
+            self.cause, self.quiet = InferenceError("the stream was closed"), True
+
+    def check(self) -> None:
+        """Raise what stopped the request, should its handler have swallowed it."""
+        if self._task is not None and (self._task.cancelling() - self._cancelled > self._baseline):
+            raise asyncio.CancelledError
+        if self.cause is not None:
+            raise self.cause
 
     def taken(self) -> bool:
         """Take a caught ``CancelledError`` back, if it came from :meth:`interrupt`.
@@ -113,6 +132,16 @@ class RequestScope:
             return False
         self._cancelled = False
         return self._task.uncancel() <= self._baseline
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether somebody cancels the task that runs the request's code."""
+        return self._task is None or self._task.cancelling() > 0
+
+    async def closed(self) -> None:
+        """Wait until the scope's own task, if there is one, has closed the stream."""
+        if self.closer is not None and not self.closer.done():
+            await asyncio.wait([self.closer])
 
     def finished(self) -> asyncio.Future[None]:
         """A future that is done when the request has ended."""
@@ -127,7 +156,6 @@ class RequestScope:
         """The request has ended with ``response``."""
         self.stopped = True
         self.response = response
-        self.inner = None
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

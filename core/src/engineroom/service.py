@@ -12,10 +12,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Final, Protocol, runtime_checkable
-from weakref import WeakKeyDictionary
 
 from engineroom.blocking import BlockingPortal, BlockingStream
 from engineroom.errors import (
@@ -26,7 +24,7 @@ from engineroom.errors import (
     RequestTimeoutError,
     ResourceNotAvailableError,
 )
-from engineroom.generation import watching
+from engineroom.generation import effective_capabilities, watching
 from engineroom.handler import Capabilities, InferenceHandler, StreamEnd
 from engineroom.manager import LLMModelManager, ModelSource
 from engineroom.registry import DispatchReport, HandlerRegistry
@@ -40,6 +38,8 @@ __all__ = ["LLMInferenceService"]
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_REQUESTS: Final = 1024
+_END: Final = StreamEnd(InferenceResponse(request_id="", model_id=""))
+"""What a handler's generator that has ended is taken to have yielded."""
 
 
 @runtime_checkable
@@ -83,7 +83,7 @@ class LLMInferenceService:
             managed = model_manager if isinstance(model_manager, LLMModelManager) else None
             on_unsupported = managed.config.on_unsupported if managed is not None else "error"
         self._on_unsupported: OnUnsupported = on_unsupported
-        self._capabilities: WeakKeyDictionary[InferenceHandler, Capabilities] = WeakKeyDictionary()
+        self._capabilities: dict[str, Capabilities] = {}
         self._running: set[RequestScope] = set()
         self._idle: list[asyncio.Future[None]] = []
         self._closed = False
@@ -99,6 +99,7 @@ class LLMInferenceService:
         :returns: an ``InferenceResponse``, in which a failure is told by ``error_message``; or
             an :class:`~engineroom.InferenceStream` of ``str`` chunks, in which a failure is one
             last :class:`~engineroom.StreamError`. Nothing but cancellation is raised.
+        :raises ConfigurationError: ``request`` is no request at all.
         """
         if not isinstance(request, InferenceRequest):
             raise ConfigurationError(
@@ -113,7 +114,8 @@ class LLMInferenceService:
         scope.begin()
         try:
             self._admit(scope)
-            async with self._leased(scope) as (handler, loaded_model, warnings):
+            async with self._source.lease(request.model_id) as loaded_model:
+                handler, warnings = self._choose(scope, loaded_model)
                 response = await self._infer(handler, loaded_model, scope, warnings)
             return self._finish(scope, response)
         except BaseException as error:  # noqa: BLE001 - logged, or raised again, in _failed
@@ -193,14 +195,18 @@ class LLMInferenceService:
             scope.interrupt(ResourceNotAvailableError("the service was closed; send it again"))
         if self._running:
             await self._wait_idle(None)
-        if isinstance(self._source, _Closing):
-            await self._source.close()
-        self._portal.stop()
+        try:
+            if isinstance(self._source, _Closing):
+                await self._source.close()
+        finally:
+            self._portal.stop()
 
     def close_sync(self, drain_timeout_s: float = 30.0) -> None:
         """As :meth:`close`, for callers without an event loop."""
-        self._portal.run(lambda: self.close(drain_timeout_s))
-        self._portal.join()
+        try:
+            self._portal.run(lambda: self.close(drain_timeout_s))
+        finally:
+            self._portal.join()
 
     # ── one request ──────────────────────────────────────────────────────────────────────────
 
@@ -208,32 +214,37 @@ class LLMInferenceService:
         """The chunks of a stream. Runs in whichever task reads."""
         texts: list[str] = []
         first: float | None = None
+        closing = False  # nothing may be yielded any more
         try:
             self._admit(scope)
-            async with self._leased(scope) as (handler, loaded_model, warnings):
+            async with self._source.lease(scope.request.model_id) as loaded_model:
+                handler, warnings = self._choose(scope, loaded_model)
                 entered = time.perf_counter()
                 inner = handler.stream_infer(loaded_model, scope.request)
-                scope.inner = inner
                 final: InferenceResponse | None = None
                 try:
                     with watching(scope.progress):
-                        chunk = await anext(inner, None)
-                    while chunk is not None:
+                        chunk = await anext(inner, _END)
+                    while chunk is not _END:
+                        scope.check()
                         if chunk.__class__ is not str:
                             if isinstance(chunk, StreamEnd):
                                 final = chunk.response
-                                chunk = await anext(inner, None)
+                                chunk = await anext(inner, _END)
                                 continue
                             _check_chunk(handler, chunk)
                         if first is None:
                             first = time.perf_counter()
                         texts.append(chunk)
-                        yield chunk
-                        chunk = await anext(inner, None)
+                        try:
+                            yield chunk
+                        except GeneratorExit:
+                            closing = True
+                            raise
+                        chunk = await anext(inner, _END)
                 finally:
                     await inner.aclose()
-                if scope.cause is not None:
-                    raise scope.cause
+                scope.check()
                 response = _completed(scope, handler, final, warnings, entered)
                 if final is None:
                     response.generated_text = "".join(texts)
@@ -243,7 +254,11 @@ class LLMInferenceService:
         except BaseException as error:  # noqa: BLE001 - logged, or raised again, in _failed
             response = self._failed(scope, error, "".join(texts))
             cause = response._cause
-            if not scope.quiet and isinstance(cause, EngineRoomError):
+            if scope.quiet or not isinstance(cause, EngineRoomError):
+                return
+            if closing:
+                scope.unread = StreamError(cause)
+            else:
                 yield StreamError(cause)
 
     async def _infer(
@@ -256,8 +271,7 @@ class LLMInferenceService:
         entered = time.perf_counter()
         with watching(scope.progress):
             response = await handler.infer(loaded_model, scope.request)
-        if scope.cause is not None:
-            raise scope.cause
+        scope.check()
         if not isinstance(response, InferenceResponse):
             raise InferenceError(
                 f"handler {handler.name!r}: infer returned {type(response).__name__} instead of "
@@ -275,6 +289,7 @@ class LLMInferenceService:
                 "(max_requests); send it again later"
             )
         self._portal.bind()
+        self.registry.discover()  # observers, too, are to see the first request
         self._running.add(scope)
         request = scope.request
         scope.arm(
@@ -286,27 +301,19 @@ class LLMInferenceService:
                 f"timeout_s={request.timeout_s} seconds were over before it began"
             )
 
-    @asynccontextmanager
-    async def _leased(
+    def _choose(
         self, scope: RequestScope
     ) -> AsyncIterator[tuple[InferenceHandler, LoadedModel, list[str]]]:
         """The model, its handler, and warnings about what that handler does not honour."""
-        request = scope.request
-        async with self._source.lease(request.model_id) as loaded_model:
-            handler = self.registry.select(loaded_model)
-            yield handler, loaded_model, self._check(handler, request)
+        handler = self.registry.select(loaded_model)
+        scope.handler = handler.name
+        return handler, self._check(handler, scope.request)
 
     def _check(self, handler: InferenceHandler, request: InferenceRequest) -> list[str]:
         """Refuse what the handler does not honour, or say so in warnings."""
-        capabilities = self._capabilities.get(handler)
+        capabilities = self._capabilities.get(handler.name)
         if capabilities is None:
-            capabilities = handler.capabilities()
-            if not isinstance(capabilities, Capabilities):
-                raise InferenceError(
-                    f"handler {handler.name!r}: capabilities returned "
-                    f"{type(capabilities).__name__} instead of Capabilities; mend the plugin"
-                )
-            self._capabilities[handler] = capabilities
+            capabilities = self._capabilities[handler.name] = effective_capabilities(handler)
         unsupported = capabilities.unsupported(request)
         if not unsupported:
             return []
@@ -343,9 +350,18 @@ class LLMInferenceService:
     ) -> InferenceResponse:
         """The response of a request that did not end well; raises what must not be swallowed."""
         request = scope.request
-        if isinstance(error, asyncio.CancelledError) and scope.taken():
-            assert scope.cause is not None
-            error = scope.cause
+        if isinstance(error, asyncio.CancelledError):
+            if scope.taken():
+                assert scope.cause is not None
+                error = scope.cause
+            elif not scope.cancelled:  # a future of the runtime's own was cancelled
+                error = InferenceError("the work was cancelled inside the runtime")
+        if isinstance(error, Exception) and not isinstance(error, EngineRoomError):
+            request_logger(logger, request).error(
+                "request failed: %s", _as_typed(error, request).describe(), exc_info=error
+            )
+        if scope.cause is not None and isinstance(error, Exception | GeneratorExit):
+            error = scope.cause  # whatever the handler made of being stopped
         response = _partial(scope, partial)
         if isinstance(error, Exception):
             typed = _as_typed(error, request)
@@ -354,13 +370,9 @@ class LLMInferenceService:
                 "timeout"
                 if isinstance(typed, RequestTimeoutError)
                 else "cancelled"
-                if typed is scope.cause
+                if error is scope.cause
                 else "error"
             )
-            if not isinstance(error, EngineRoomError):
-                request_logger(logger, request).error(
-                    "request failed: %s", typed.describe(), exc_info=error
-                )
         else:
             response.finish_reason = "cancelled"
         if scope.quiet:
@@ -411,15 +423,21 @@ def _partial(scope: RequestScope, text: str | None) -> InferenceResponse:
         response = InferenceResponse(
             request_id=scope.request.request_id, model_id=scope.request.model_id
         )
-    if text is not None:
+    if text:
         response.generated_text = text
     response.stop_sequence = None
+    response.handler = scope.handler
     return response
 
 
 def _as_typed(error: Exception, request: InferenceRequest) -> EngineRoomError:
     if isinstance(error, EngineRoomError):
-        typed = error
+        # Requests may share an error, that of one load for instance; each names itself in it.
+        typed = error.__class__.__new__(error.__class__, *error.args)
+        typed.__dict__.update(error.__dict__)
+        typed.__cause__, typed.__context__ = error.__cause__, error.__context__
+        typed.__suppress_context__ = error.__suppress_context__
+        typed.__traceback__ = error.__traceback__
     else:
         typed = InferenceError(f"{type(error).__name__}: {error}" if str(error) else repr(error))
         typed.__cause__ = error

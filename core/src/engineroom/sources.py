@@ -16,6 +16,7 @@ __all__ = ["HubSource", "PackageSource", "PathSource", "Source", "parse_source",
 _HUB: Final = re.compile(
     r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?::(?P<file>[^:]+))?"
 )
+_SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # two letters at least: C: is a drive
 _PACKAGE: Final = re.compile(r"package:(?P<module>[A-Za-z_][\w.]*)/(?P<file>.+)")
 
 
@@ -66,7 +67,7 @@ def parse_source(text: str) -> Source:
         return PackageSource(match["module"], _inside(match["file"], text) or "")
     if not text.strip() or "\0" in text:
         raise ConfigurationError(f"source {text!r} is no path; write the path of a file or folder")
-    return PathSource(Path(text).expanduser())
+    return PathSource(expand_user(text))
 
 
 def resolve_source(source: str | Source) -> Path:
@@ -78,7 +79,7 @@ def resolve_source(source: str | Source) -> Path:
     parsed = parse_source(source) if isinstance(source, str) else source
     match parsed:
         case PathSource(path):
-            if not path.exists():
+            if not _exists(path):
                 raise ModelNotFoundError(
                     f"there is no file or folder {os.fspath(path)!r}"
                     + ("" if path.is_absolute() else f" (looked in {os.fspath(Path.cwd())!r})")
@@ -91,12 +92,41 @@ def resolve_source(source: str | Source) -> Path:
             return _from_hub(parsed)
 
 
+def has_scheme(text: str) -> bool:
+    """Whether a source says its kind (``hf:``, ``package:``, or one of a runtime's own)."""
+    return _SCHEME.match(text) is not None
+
+
+def expand_user(text: str) -> Path:
+    """The path, with ``~`` expanded.
+
+    :raises ConfigurationError: it begins with ``~`` and a user that there is none of.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ConfigurationError(
+            f"path {text!r} begins with the home of a user that is not known here; write the "
+            "path in full, or ./~ for a name that begins with ~"
+        ) from error
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long, a folder that may not be read
+        return False
+
+
 def _inside(file: str | None, text: str) -> str | None:
     if file is not None:
         path = PurePosixPath(file.replace("\\", "/"))
+        if not path.parts:
+            raise ConfigurationError(f"source {text!r} names no file; write its name after it")
         if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
             raise ConfigurationError(
-                f"source {text!r} points outside of its package; leave out '..'"
+                f"source {text!r} points outside of where it may; write a path without '..' "
+                "that does not begin at a root"
             )
     return file
 
@@ -104,18 +134,29 @@ def _inside(file: str | None, text: str) -> str | None:
 def _in_package(module: str, file: str) -> Path:
     try:
         spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
+    except (ModuleNotFoundError, ValueError):
         spec = None
-    if spec is None or not spec.submodule_search_locations:
+    except Exception as error:  # finding a subpackage runs the code of those around it
+        raise ModelNotFoundError(
+            f"the Python package {module!r} cannot be imported: {error!r}; mend or reinstall it"
+        ) from error
+    if spec is None:
         raise ModelNotFoundError(
             f"the Python package {module!r} is not installed; "
             f"pip install {module.partition('.')[0].replace('_', '-')}"
         )
+    if not spec.submodule_search_locations:
+        raise ModelNotFoundError(
+            f"{module!r} is a Python module but no package, so that it has no files; "
+            "write package:package/file"
+        )
     folders = [Path(folder) for folder in spec.submodule_search_locations]
     for folder in folders:
-        if (path := folder / file).exists():
+        if _exists(path := folder / file):
             return path
-    available = sorted(p.name for folder in folders for p in folder.iterdir() if p.is_file())
+    available = sorted(
+        p.name for folder in folders if folder.is_dir() for p in folder.iterdir() if p.is_file()
+    )
     raise ModelNotFoundError(
         f"the package {module!r} has no file {file!r}; it has {', '.join(available) or 'none'}"
     )
@@ -144,6 +185,10 @@ def _from_hub(source: HubSource) -> Path:
         ) from error
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise ModelNotFoundError(
-            f"{name} could not be downloaded: {str(error).splitlines()[0]}; check the name, and "
+            f"{name} could not be downloaded: {_first_line(error)}; check the name, and "
             "log in with `hf auth login` if it is private"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

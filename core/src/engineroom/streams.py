@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator
 from types import TracebackType
 from typing import Any, Final
@@ -44,6 +43,7 @@ class InferenceStream(AsyncGenerator[str, None]):
         self.request = request
         self._scope = scope
         self._chunks = chunks
+        scope.watch(chunks)
 
     @property
     def response(self) -> InferenceResponse | None:
@@ -53,10 +53,15 @@ class InferenceStream(AsyncGenerator[str, None]):
     async def __anext__(self) -> str:
         scope = self._scope
         if scope.closer is not None:
-            await asyncio.wait([scope.closer])
+            await scope.closed()
         scope.begin()
         try:
             return await self._chunks.__anext__()
+        except StopAsyncIteration:
+            if scope.unread is None:
+                raise
+            chunk, scope.unread = scope.unread, None
+            return chunk
         finally:
             scope.end()
 
@@ -71,27 +76,39 @@ class InferenceStream(AsyncGenerator[str, None]):
         trace: TracebackType | None = None,
     ) -> str:
         """Raise an exception inside of the stream; it ends."""
-        error = kind if isinstance(kind, BaseException) else kind()
-        return await self._chunks.athrow(error)
+        scope = self._scope
+        await scope.closed()
+        scope.begin()
+        try:
+            return await self._chunks.athrow(kind if isinstance(kind, BaseException) else kind())
+        finally:
+            scope.end()
 
     async def aclose(self) -> None:
         """Stop the work and give the slot back. May be called twice, and after the end."""
         scope = self._scope
-        if scope.reading and not scope.read_by_current_task:
+        await scope.closed()
+        if scope.reading:  # or being closed by another task
             done = scope.finished()
             scope.interrupt(InferenceError("the stream was closed while it was read"), quiet=True)
             await done
-        else:
-            if scope.closer is not None:
-                await asyncio.wait([scope.closer])
+            return
+        scope.begin()
+        scope.leave()
+        try:
             await self._chunks.aclose()
-        if scope.response is None:  # never iterated
-            scope.response = InferenceResponse(
-                request_id=self.request.request_id,
-                model_id=self.request.model_id,
-                generated_text="",
-                finish_reason="cancelled",
-                generated_tokens=0,
+        finally:
+            scope.end()
+        scope.unread = None
+        if not scope.stopped:  # never iterated
+            scope.stop(
+                InferenceResponse(
+                    request_id=self.request.request_id,
+                    model_id=self.request.model_id,
+                    generated_text="",
+                    finish_reason="cancelled",
+                    generated_tokens=0,
+                )
             )
 
     async def __aenter__(self) -> InferenceStream:

@@ -125,7 +125,7 @@ class StopMatcher:
         if self.matched is not None:
             return ""
         automaton = self._automaton
-        if self._state == 0 and self._best_start < 0 and automaton.first.isdisjoint(text):
+        if self._state == 0 and automaton.first.isdisjoint(text):
             self._position += len(text)
             return text
 
@@ -196,6 +196,8 @@ class TextPipeline:
 
     def feed(self, piece: str | bytes) -> str:
         """Take a piece; return what may be shown now (often nothing, never a half character)."""
+        if not piece:
+            return ""
         if isinstance(piece, str):
             if self._undecoded:
                 piece = self._decoder.finish() + piece

@@ -103,7 +103,12 @@ def _check_method(who: str, handler: InferenceHandler, method: str, kind: _Kind)
             f"{who}.{method} asks for a parameter {extra[0]!r} that it will not be given; "
             f"write {wanted}"
         )
-    if [n for n in found if n in expected] != expected:
+    if by_keyword := [n for n in expected if found[n].kind is inspect.Parameter.KEYWORD_ONLY]:
+        raise ConfigurationError(
+            f"{who}.{method} takes {by_keyword[0]!r} by keyword only, but it is given by place; "
+            f"write {wanted}"
+        )
+    if list(found)[: len(expected)] != expected:
         raise ConfigurationError(
             f"{who}.{method} has its parameters in another order; write {wanted}"
         )

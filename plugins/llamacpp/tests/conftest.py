@@ -137,6 +137,7 @@ async def make(
         options.setdefault("cache_type_k", "f32")
         options.setdefault("cache_type_v", "f32")
         options.setdefault("flash_attn", "off")
+        options.setdefault("n_threads", 1)  # the model is too small to share
         config = ModelConfig(model_id="m", source=str(source or tiny_model), options=options)
         manager = LLMModelManager(config=[config])
         service = LLMInferenceService(manager, handlers=[LlamaCppHandler()])

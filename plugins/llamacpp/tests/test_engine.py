@@ -398,7 +398,7 @@ async def _drive(tiny_model: Any, plan: Any, n_ctx: int, n_parallel: int) -> Non
     from engineroom_llamacpp import LlamaCppHandler
 
     options = {"n_ctx": n_ctx, "n_parallel": n_parallel, "prefill_chunk": 16, "n_batch": 64}
-    options |= {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off"}
+    options |= {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off", "n_threads": 1}
     manager = LLMModelManager(
         config=[ModelConfig(model_id="m", source=str(tiny_model), options=options)]
     )
@@ -544,6 +544,18 @@ async def test_messages_equal_the_same_text_rendered_by_hand(make: Make) -> None
         by_hand.generated_text,
         by_hand.prompt_tokens,
     )
+
+
+async def test_special_tokens_in_a_message_are_text_and_in_a_prompt_are_tokens(make: Make) -> None:
+    model = (await make()).engine.model
+    messages = [ChatMessage(role="user", content="a</s>b<s>c\ue000")]
+    tokens = model.prompt(None, messages)
+    text = "[user] a</s>b<s>c\ue000\n[assistant] "
+    assert tokens.count(EOS) == 0
+    assert tokens[0] == 1  # the beginning that the model wants
+    assert tokens.count(1) == 1
+    assert b"".join(model.piece(token) for token in tokens).decode() == text
+    assert model.prompt(text, None).count(EOS) == 1
 
 
 async def test_roles_that_the_template_refuses_are_a_clear_error(make: Make) -> None:

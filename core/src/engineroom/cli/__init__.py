@@ -1,1 +1,103 @@
-def main() -> None: ...
+"""The ``engineroom`` command.
+
+:func:`main` is the border to the shell: whatever happens inside ends as an exit status and, if
+it went wrong, as ``error: …`` on standard error. The commands themselves are in
+:mod:`engineroom.cli.app`, which is imported when a command runs, not when this package is.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+__all__ = [
+    "EXIT_FAILED",
+    "EXIT_INTERRUPTED",
+    "EXIT_OUTPUT_CLOSED",
+    "EXIT_USAGE",
+    "main",
+]
+
+EXIT_FAILED: Final = 1
+EXIT_USAGE: Final = 2
+EXIT_INTERRUPTED: Final = 130
+"""128 and the number of SIGINT, as shells have it."""
+EXIT_OUTPUT_CLOSED: Final = 141
+"""128 and the number of SIGPIPE: whoever read the output went away (``| head``)."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status.
+
+    :param argv: the arguments after the program's name; ``None``: the process's own.
+    """
+    from engineroom.cli.output import OutputClosedError, error_line, prepare_streams
+    from engineroom.cli.settings import Settings
+    from engineroom.errors import EngineRoomError
+
+    prepare_streams()
+    settings = Settings()
+    try:
+        return _run(argv, settings)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except OutputClosedError:
+        return EXIT_OUTPUT_CLOSED
+    except EngineRoomError as error:
+        settings.show_traceback()
+        error_line(error)
+    except Exception as error:  # noqa: BLE001 - the last border; --debug shows all of it
+        if not settings.show_traceback():
+            error_line(
+                f"{type(error).__name__}: {error}; this is a defect of engineroom or of a plugin: "
+                "run it again with `engineroom --debug …` and report what it prints"
+            )
+    finally:
+        settings.stop_logging()
+    return EXIT_FAILED
+
+
+def _run(argv: Sequence[str] | None, settings: object) -> int:
+    """Parse and run; the parser's own exceptions become exit statuses here."""
+    import typer
+
+    from engineroom.cli.app import app
+    from engineroom.cli.output import CommandError, error_line
+
+    # The base of the parser's exceptions, wherever this version of typer keeps it.
+    parser_error: type[Exception] = typer.BadParameter.__bases__[0].__bases__[0]
+    command = typer.main.get_command(app)
+    try:
+        status = command.main(
+            args=None if argv is None else list(argv),
+            prog_name="engineroom",
+            standalone_mode=False,
+            obj=settings,
+        )
+        return status if isinstance(status, int) else 0
+    except typer.Abort:
+        return EXIT_INTERRUPTED
+    except CommandError as error:
+        error_line(str(error))
+        return error.status
+    except parser_error as error:
+        return _refused(error)
+
+
+def _refused(error: Exception) -> int:
+    """One line for arguments that the parser does not take."""
+    from engineroom.cli.output import error_line, write
+
+    context = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":  # its message is the help
+        write(context.get_help().rstrip("\n") + "\n" if context is not None else f"{error}\n")
+        return EXIT_USAGE
+    text = " ".join(error.format_message().split()).rstrip(".")  # type: ignore[attr-defined]
+    path = context.command_path if context is not None else "engineroom"
+    error_line(f"{text}; `{path} --help` shows what it takes")
+    return getattr(error, "exit_code", EXIT_USAGE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -15,11 +15,12 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from engineroom.errors import ConfigurationError, InferenceError, QueueFullError
+from engineroom.errors import InferenceError, QueueFullError
 from engineroom.generation import TokenHandler, TokenStep
 from engineroom.handler import Capabilities, HandlerHealth
+from engineroom.options import parse_options
 from engineroom.schemas import InferenceRequest, LoadedModel, ModelConfig
 
 __all__ = ["EchoHandler", "EchoModel", "EchoOptions"]
@@ -82,7 +83,9 @@ class EchoHandler(TokenHandler):
 
     def capabilities(self) -> Capabilities:
         """``max_new_tokens``, chat, and the sampling switches, which change nothing here."""
-        return Capabilities(params=frozenset({"max_new_tokens", "temperature", "do_sample"}))
+        return Capabilities(
+            params=frozenset({"max_new_tokens", "temperature", "do_sample"}), chat=True
+        )
 
     def can_handle(self, loaded_model: LoadedModel) -> bool:
         """True for echo models."""
@@ -94,12 +97,7 @@ class EchoHandler(TokenHandler):
 
     async def load_model(self, config: ModelConfig) -> LoadedModel:
         """Make an echo model."""
-        try:
-            options = EchoOptions.model_validate(config.options)
-        except ValidationError as error:
-            raise ConfigurationError(
-                f"options of model {config.model_id!r}: {error}", model_id=config.model_id
-            ) from error
+        options = parse_options(EchoOptions, config)
         self.loads += 1
         await asyncio.sleep(options.load_delay_s)
         if options.fail == "load":

@@ -29,9 +29,11 @@ from engineroom import (
     InferenceError,
     InferenceRequest,
     QueueFullError,
+    RequestLogger,
     ResourceNotAvailableError,
     TokenLogprob,
     TokenStep,
+    request_logger,
 )
 from engineroom_llamacpp.context import LlamaContext
 from engineroom_llamacpp.library import last_error
@@ -64,6 +66,7 @@ class Task:
     sampler: Sampler
     limit: int
     logprobs: int | None
+    log: RequestLogger
     priority: int
     order: int
     cached: int = 0
@@ -123,6 +126,7 @@ class LlamaEngine:
             sampler=Sampler(params, tokens, self.model.n_vocab),
             limit=min(len(tokens) + new, self.n_ctx),
             logprobs=params.logprobs,
+            log=request_logger(logger, request),
             priority=request.priority,
             order=next(self._orders),
         )
@@ -251,7 +255,7 @@ class LlamaEngine:
         """Let the youngest running request wait until there is room to read it again."""
         task = max(self._running, key=lambda t: t.rank)
         self.preemptions += 1
-        logger.debug("model %r: a request of %d tokens waits for room", self.name, task.cached)
+        task.log.debug("%d tokens give way; the request waits for room", task.cached)
         self._release(task)
         with self._wake:
             self._waiting.append(task)
@@ -324,7 +328,7 @@ class LlamaEngine:
                 try:
                     step = self._next_token(task, row)
                 except Exception as error:
-                    logger.exception("model %r: a token could not be chosen", self.name)
+                    task.log.exception("a token could not be chosen")
                     failure = InferenceError(
                         f"a token could not be chosen: {type(error).__name__}: {error}"
                     )
@@ -368,9 +372,9 @@ class LlamaEngine:
     def _fail(self, rows: Sequence[tuple[Task, int, int]], status: int) -> None:
         """The computation failed: its requests end, the engine goes on."""
         why = last_error("it does not say why")
-        logger.error("model %r: llama_decode returned %d: %s", self.name, status, why)
         error = InferenceError(f"llama.cpp could not compute the step (status {status}): {why}")
         for task, _, _ in rows:
+            task.log.error("llama_decode returned %d: %s", status, why)
             self._leave(task)
         deliver((task.mailbox, _copy(error)) for task, _, _ in rows)
 

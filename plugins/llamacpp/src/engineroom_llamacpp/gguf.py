@@ -23,6 +23,7 @@ _READ: Final = mmap.ACCESS_READ
 _VERSIONS: Final = (2, 3)
 _MAX_DIMENSIONS: Final = 4
 _MAX_NESTING: Final = 4
+_MAX_LAYERS: Final = 512
 _MAX_HEADER: Final = 256 * 2**20
 """Real ones have some 20 MiB. Bounds the time and the memory that a damaged file can cost."""
 
@@ -160,7 +161,18 @@ class _Reader:
             total += length
         if not isinstance(metadata.get("general.architecture"), str):
             _refuse(self._path, "it does not say its architecture")
-        return GgufHeader(version, metadata, tensors, total, self._size)
+        header = GgufHeader(version, metadata, tensors, total, self._size)
+        self._numbers_in_range(header)
+        return header
+
+    def _numbers_in_range(self, header: GgufHeader) -> None:
+        """Numbers over which llama.cpp ends the process."""
+        layers = header.number("block_count")
+        if layers is not None and not 1 <= layers <= _MAX_LAYERS:
+            _refuse(self._path, f"it declares {layers} layers, not 1 to {_MAX_LAYERS}")
+        for key, value in header.metadata.items():
+            if key.endswith("_epsilon") and isinstance(value, float) and not value >= 0.0:
+                _refuse(self._path, f"{key[:80]} is {value}, not a small positive number")
 
     def _tensors(self, count: int) -> list[tuple[str, int, int]]:
         found: list[tuple[str, int, int]] = []

@@ -19,10 +19,11 @@ from engineroom import (
     ModelNotFoundError,
     TokenHandler,
     TokenStep,
+    parse_options,
     resolve_source,
 )
 from engineroom_llamacpp.gguf import GgufHeader, is_gguf, read_header
-from engineroom_llamacpp.options import LlamaCppOptions, parse_options
+from engineroom_llamacpp.options import LlamaCppOptions
 
 if TYPE_CHECKING:
     from engineroom_llamacpp.engine import LlamaEngine
@@ -53,7 +54,7 @@ class LlamaCppHandler(TokenHandler):
 
     def capabilities(self) -> Capabilities:
         """Everything but beam search, structured output and tools."""
-        return Capabilities(params=_HONOURED)
+        return Capabilities(params=_HONOURED, chat=True)
 
     def can_handle(self, loaded_model: LoadedModel) -> bool:
         """True for models that this handler loaded."""
@@ -76,7 +77,7 @@ class LlamaCppHandler(TokenHandler):
 
     def estimate_memory(self, config: ModelConfig) -> Mapping[str, int] | None:
         """Weights and cache in bytes, from the file's header alone."""
-        options = parse_options(config)
+        options = parse_options(LlamaCppOptions, config)
         source = config.source or ""
         if source.startswith("hf:"):
             return None  # it would have to be downloaded first
@@ -90,7 +91,7 @@ class LlamaCppHandler(TokenHandler):
         :raises ConfigurationError: an option is wrong, or the file is damaged.
         :raises ResourceNotAvailableError: there is no memory for the context.
         """
-        options = parse_options(config)
+        options = parse_options(LlamaCppOptions, config)
         loading = asyncio.create_task(asyncio.to_thread(_load, config, options))
         try:
             engine, memory = await asyncio.shield(loading)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import re
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -64,6 +66,7 @@ class LlamaModel:
             self._buffer_size = 64
             self.adapters = self._load_adapters(options)
             self._template = self._chat_template(options)
+            self._special = self._special_texts() if self._template is not None else None
         except BaseException:
             self.close()
             raise
@@ -78,11 +81,26 @@ class LlamaModel:
         library = self.library
         if not self._vocab or library.llama_vocab_n_tokens(self._vocab) <= 0:
             raise ConfigurationError(f"{str(self.path)!r} has no vocabulary; it generates no text")
+        if library.llama_vocab_type(self._vocab) == library.LLAMA_VOCAB_TYPE_NONE:
+            raise ConfigurationError(
+                f"{str(self.path)!r} has no tokenizer; this runtime needs the one of the model's "
+                "own file"
+            )
+        if self._metadata(f"{self._metadata('general.architecture')}.attention.causal") == "false":
+            raise ConfigurationError(
+                f"{str(self.path)!r} makes embeddings; this runtime runs models that generate text"
+            )
         if library.llama_model_has_encoder(self.handle):
             raise ConfigurationError(
                 f"{str(self.path)!r} is an encoder or encoder-decoder model; this runtime runs "
                 "decoder-only models"
             )
+
+    def _metadata(self, key: str) -> str:
+        """A short value of the file's metadata, as text; empty: it is not there."""
+        buffer = ctypes.create_string_buffer(128)
+        self.library.llama_model_meta_val_str(self.handle, key.encode(), buffer, len(buffer))
+        return buffer.value.decode("utf-8", "replace")
 
     def _load_adapters(self, options: LlamaCppOptions) -> list[tuple[Any, float]]:
         adapters = []
@@ -101,19 +119,21 @@ class LlamaModel:
 
     # ── text to tokens ───────────────────────────────────────────────────────────────────────
 
-    def tokenize(self, text: str, *, special: bool = True) -> list[int]:
+    def tokenize(self, text: str, *, special: bool = True, begin: bool = True) -> list[int]:
         """Token ids of ``text``.
 
-        :param special: read special tokens in the text as such, and add those that the model
-            wants at the beginning, unless the text begins with one already.
+        :param special: read special tokens in the text as such.
+        :param begin: the text begins a prompt: add what the model wants there, unless the text
+            begins with it already. Only together with ``special``.
         """
         data = text.encode()
         library = self.library
+        begin = begin and special
         room = len(data) + 8
         while True:
             tokens = (ctypes.c_int32 * room)()
             count = library.llama_tokenize(
-                self._vocab, data, len(data), tokens, room, special, special
+                self._vocab, data, len(data), tokens, room, begin, special
             )
             if count >= 0:
                 break
@@ -121,16 +141,55 @@ class LlamaModel:
                 raise ResourceNotAvailableError("the text is too long to be tokenised")
             room = -count
         found: list[int] = tokens[:count]
-        if special and self._adds_bos and found[:2] == [self._bos, self._bos]:
+        if begin and self._adds_bos and found[:2] == [self._bos, self._bos]:
             del found[0]  # a chat template wrote it as well
         return found
 
     def prompt(self, prompt: str | None, messages: Sequence[ChatMessage] | None) -> list[int]:
         """Token ids of a request's input.
 
+        A ``prompt`` is taken as it is, special tokens included. What stands in ``messages`` is
+        text: a special token that somebody writes into a message must not end it, or begin one
+        of another role, so it is read as the characters that it consists of.
+
         :raises ConfigurationError: there is no chat template, or it refuses the messages.
         """
-        return self.tokenize(self.render(messages) if prompt is None else prompt)
+        if prompt is not None:
+            return self.tokenize(prompt)
+        messages = messages or ()
+        special = self._special
+        if special is None or not any(special.search(m.content or "") for m in messages):
+            return self.tokenize(self.render(messages))
+        literals: list[str] = []
+        nonce = secrets.token_hex(8)
+
+        def shield(match: re.Match[str]) -> str:
+            literals.append(match[0])
+            return f"\ue000{nonce}{len(literals) - 1}\ue001"
+
+        shielded = [
+            m
+            if m.content is None
+            else m.model_copy(update={"content": special.sub(shield, m.content)})
+            for m in messages
+        ]
+        parts = re.split(f"\ue000{nonce}(\\d+)\ue001", self.render(shielded))
+        tokens = self.tokenize(parts[0])
+        for number, text in zip(parts[1::2], parts[2::2], strict=True):
+            tokens += self.tokenize(literals[int(number)], special=False)
+            tokens += self.tokenize(text, begin=False)
+        return tokens
+
+    def _special_texts(self) -> re.Pattern[str] | None:
+        """Matches the text of every special token; ``None``: there are none."""
+        library = self.library
+        texts = {
+            self._token_text(token)
+            for token in range(self.n_vocab)
+            if library.llama_vocab_is_control(self._vocab, token)
+        } - {""}
+        longest_first = sorted(texts, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first))) if texts else None
 
     def render(self, messages: Sequence[ChatMessage] | None) -> str:
         """The messages as the model wants to read them."""

@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from engineroom import ConfigurationError, ModelConfig, did_you_mean
-
-__all__ = ["CacheType", "LlamaCppOptions", "LoraAdapter", "default_threads", "parse_options"]
+__all__ = ["CacheType", "LlamaCppOptions", "LoraAdapter", "default_threads"]
 
 CacheType: TypeAlias = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"]
 
@@ -107,31 +105,6 @@ class LlamaCppOptions(BaseModel):
                 "sequences; make it at least as large"
             )
         return self
-
-
-def parse_options(config: ModelConfig) -> LlamaCppOptions:
-    """Check a model's options.
-
-    :raises ConfigurationError: all mistakes at once, each with its key; for an unknown key the
-        nearest known one.
-    """
-    try:
-        return LlamaCppOptions.model_validate(config.options)
-    except ValidationError as error:
-        problems = []
-        for item in error.errors(include_url=False):
-            key = ".".join(str(part) for part in item["loc"])
-            message = item["msg"].removeprefix("Value error, ")
-            if item["type"] == "extra_forbidden":
-                known = LlamaCppOptions.model_fields
-                message = "there is no such option" + (
-                    did_you_mean(key, known) or f"; there are {', '.join(known)}"
-                )
-            problems.append(f"{key}: {message}" if key else message)
-        raise ConfigurationError(
-            f"options of model {config.model_id!r}: " + "; ".join(problems),
-            model_id=config.model_id,
-        ) from error
 
 
 def default_threads() -> int:

@@ -89,7 +89,10 @@ class Sampler:
             values = row[ids]
             penalty = np.float32(self._repetition)
             with np.errstate(over="ignore"):
-                row[ids] = np.where(values > 0, values / penalty, values * penalty)
+                smaller = values * penalty
+            # Not to minus infinity, unless it was there: a token must stay possible.
+            smaller = np.maximum(smaller, np.minimum(values, np.float32(-_HUGE)))
+            row[ids] = np.where(values > 0, values / penalty, smaller)
         if self._counts and (self._presence or self._frequency):
             ids = np.fromiter(self._counts.keys(), np.int64, len(self._counts))
             counts = np.fromiter(self._counts.values(), np.float32, len(self._counts))

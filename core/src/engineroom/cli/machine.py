@@ -1,0 +1,158 @@
+"""What this machine gives the process: cores, memory, devices. No runtime is imported."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+__all__ = ["Cpu", "Device", "Limits", "Memory", "cgroup_limits", "cpu", "devices", "memory"]
+
+_NVIDIA_SMI_TIMEOUT_S: Final = 5.0
+_QUERY: Final = "index,name,memory.total,memory.free,driver_version"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the control group allows; ``None``: no limit."""
+
+    cpus: float | None = None
+    memory_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Cpu:
+    """:param usable: cores that the process may run on. :param limit: their time, in cores."""
+
+    present: int | None
+    usable: int
+    limit: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """:param limit: what the control group allows."""
+
+    total: int
+    available: int
+    limit: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """An accelerator."""
+
+    name: str
+    description: str
+    memory_total: int | None = None
+    memory_free: int | None = None
+    driver: str | None = None
+
+
+def cpu(limits: Limits) -> Cpu:
+    """The processor."""
+    try:
+        usable = len(os.sched_getaffinity(0))
+    except (AttributeError, OSError):  # only Linux can tell
+        usable = os.cpu_count() or 1
+    return Cpu(os.cpu_count(), usable, limits.cpus)
+
+
+def memory(limits: Limits) -> Memory:
+    """The main memory."""
+    import psutil
+
+    found = psutil.virtual_memory()
+    limit = limits.memory_bytes
+    return Memory(
+        found.total, found.available, limit if limit is not None and limit < found.total else None
+    )
+
+
+def devices() -> tuple[list[Device], str | None]:
+    """Accelerators, and what kept them from being listed."""
+    if sys.platform == "darwin" and platform.machine() == "arm64":
+        return [Device("metal", "Apple GPU; shares the main memory")], None
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return [], None
+    try:
+        done = subprocess.run(  # noqa: S603 - a fixed program with fixed arguments
+            [program, f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits"],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_NVIDIA_SMI_TIMEOUT_S,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return [], f"nvidia-smi failed: {type(error).__name__}: {error}"
+    if done.returncode != 0:
+        said = " ".join((done.stderr or done.stdout).split())
+        return [], f"nvidia-smi failed with status {done.returncode}: {said or 'it said nothing'}"
+    return [d for line in done.stdout.splitlines() if (d := _device(line)) is not None], None
+
+
+def cgroup_limits(
+    root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
+) -> Limits:
+    """The strictest limits of the process's control group and those above it (Linux)."""
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return Limits()
+    cpus: list[float] = []
+    memories: list[int] = []
+    for line in lines:
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        parts = [part for part in path.split("/") if part not in ("", "..")]
+        for depth in range(len(parts), -1, -1):
+            if controllers == "":  # version 2
+                folder = root.joinpath(*parts[:depth])
+                cpus += _quota(_words(folder / "cpu.max"))
+                memories += _bytes(_words(folder / "memory.max"))
+            elif "cpu" in controllers.split(","):
+                folder = root.joinpath("cpu", *parts[:depth])
+                cpus += _quota(
+                    [*_words(folder / "cpu.cfs_quota_us"), *_words(folder / "cpu.cfs_period_us")]
+                )
+            elif controllers == "memory":
+                folder = root.joinpath("memory", *parts[:depth])
+                memories += _bytes(_words(folder / "memory.limit_in_bytes"))
+    return Limits(min(cpus, default=None), min(memories, default=None))
+
+
+def _words(path: Path) -> list[str]:
+    try:
+        return path.read_text().split()
+    except OSError:
+        return []
+
+
+def _quota(words: list[str]) -> list[float]:
+    if len(words) != 2 or not all(word.isdecimal() for word in words) or words[1] == "0":
+        return []  # "max", or -1 in version 1: no limit
+    return [int(words[0]) / int(words[1])]
+
+
+def _bytes(words: list[str]) -> list[int]:
+    # Version 1 says "no limit" with a number that no machine has.
+    return [int(w) for w in words[:1] if w.isdecimal() and int(w) < 1 << 62]
+
+
+def _device(line: str) -> Device | None:
+    fields = [field.strip() for field in line.split(",")]
+    if len(fields) != 5:
+        return None
+    index, name, total, free, driver = fields
+
+    def mebibytes(text: str) -> int | None:
+        return int(text) << 20 if text.isdecimal() else None  # "[N/A]" on shared memory
+
+    return Device(f"cuda:{index}", name, mebibytes(total), mebibytes(free), driver)

@@ -1,0 +1,143 @@
+"""What the command writes: answers and tables to standard output, all else to standard error.
+
+Text goes out as it is: no markup, no wrapping, no colour codes.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, Final, TextIO
+
+from engineroom.errors import (
+    ConfigurationError,
+    EngineRoomError,
+    ModelNotFoundError,
+    NoSuitableHandlerError,
+)
+
+__all__ = [
+    "CommandError",
+    "OutputClosedError",
+    "error_line",
+    "prepare_streams",
+    "say",
+    "size",
+    "table",
+    "warning_line",
+    "write",
+    "write_json",
+    "write_text",
+]
+
+# Escape sequences can rewrite the screen or the clipboard; a model's text must not.
+_HARMLESS: Final = dict.fromkeys(
+    [*range(9), 11, 12, *range(14, 32), *range(0x7F, 0xA0)], "\N{REPLACEMENT CHARACTER}"
+)
+
+_SELF_EXPLAINING: Final = (ConfigurationError, ModelNotFoundError, NoSuitableHandlerError)
+
+
+class CommandError(Exception):
+    """The command line asks for what cannot be done; its text is the whole message.
+
+    :param status: exit status; 2 where the arguments are wrong.
+    """
+
+    def __init__(self, message: str, status: int = 2) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class OutputClosedError(Exception):
+    """Nobody reads standard output any more."""
+
+
+def prepare_streams() -> None:
+    """Let no character that the terminal lacks end the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if (reconfigure := getattr(stream, "reconfigure", None)) is not None:
+            reconfigure(errors="replace")
+
+
+def write(text: str) -> None:
+    """Write to standard output and flush.
+
+    :raises OutputClosedError: its reader has gone.
+    """
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        # Windows says EINVAL where others say EPIPE.
+        if error.errno not in (errno.EPIPE, errno.EINVAL, errno.ESHUTDOWN):
+            raise
+        _discard(sys.stdout)
+        raise OutputClosedError from error
+
+
+def write_text(text: str) -> None:
+    """Write a model's text; on a terminal without control sequences, elsewhere as it is."""
+    write(text.translate(_HARMLESS) if sys.stdout.isatty() else text)
+
+
+def write_json(value: Any) -> None:
+    """Write one JSON document, indented."""
+    write(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def warning_line(message: str) -> None:
+    """One ``warning: …`` on standard error."""
+    say(f"warning: {message}")
+
+
+def error_line(error: EngineRoomError | str) -> None:
+    """``error: …`` on standard error; a message of several lines keeps them."""
+    if isinstance(error, EngineRoomError):
+        message = error.message or type(error).__name__
+        if not isinstance(error, _SELF_EXPLAINING) and not message.startswith(error.label):
+            message = f"{error.label}: {message}"
+    else:
+        message = error
+    say(f"error: {message}")
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows in aligned columns, two spaces apart, however wide they get."""
+    lines = [[header.upper() for header in headers], *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(headers))]
+    return "".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        + "\n"
+        for line in lines
+    )
+
+
+def size(count: int | None) -> str:
+    """Bytes in GiB, or MiB where that is little."""
+    if count is None:
+        return "unknown"
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def say(text: str) -> None:
+    """A line on standard error."""
+    try:
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+    except OSError:  # there is nobody left to tell
+        _discard(sys.stderr)
+
+
+def _discard(stream: TextIO) -> None:
+    """Send what the stream still holds nowhere, so that the interpreter's end is quiet."""
+    try:
+        target = stream.fileno()
+    except (OSError, ValueError):  # not a real file
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, target)
+    os.close(nowhere)

@@ -1,0 +1,142 @@
+"""``engineroom plugins``: what is installed, in which order it is asked, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+
+from engineroom.cli import EXIT_FAILED
+from engineroom.cli.output import say, table, write, write_json
+from engineroom.cli.resolve import deployment_or_none, registry_for, resolve
+from engineroom.cli.run import CONFIG_OPTION
+from engineroom.cli.settings import Settings
+from engineroom.plugins import HANDLER_GROUP, PluginRecord, install_hint
+from engineroom.registry import HandlerRegistry
+
+__all__ = ["PLUGINS_EPILOG", "in_order", "plugin_facts", "plugin_table", "plugins"]
+
+PLUGINS_EPILOG: Final = """\b
+Examples:
+  engineroom plugins
+  engineroom plugins --why ./model.gguf
+  engineroom plugins --why smollm2 --config deployment.yaml
+  engineroom --debug plugins          with the tracebacks of quarantined ones
+"""
+
+
+def plugins(
+    ctx: typer.Context,
+    config: Annotated[Path | None, CONFIG_OPTION] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    why: Annotated[
+        str | None,
+        typer.Option(
+            "--why",
+            metavar="MODEL",
+            help="Say which handler would load this model or source, and why none of the others. "
+            "Nothing is loaded. Exit status 1 where there is none.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """List the installed plugins in the order in which they are asked.
+
+    The status of a plugin: active; disabled (by ENGINEROOM_DISABLED_HANDLERS or the deployment);
+    not listed (the deployment's handlers, or ENGINEROOM_HANDLERS, leave it out); quarantined (it
+    failed; why, and what mends it, is said below the list).
+    """
+    if why is not None:
+        _explain(why, config, as_json)
+        return
+    settings: Settings = ctx.obj
+    registry = registry_for(deployment_or_none(config))
+    records = in_order(registry)
+    if as_json:
+        write_json([plugin_facts(r, n, traceback=settings.debug) for n, r in records])
+        return
+    if not any(r.group == HANDLER_GROUP for _, r in records):
+        say(f"No runtime is installed: {install_hint()}")
+    if records:
+        write(plugin_table(records))
+    for _, record in records:
+        if record.status == "quarantined":
+            write(f"\n{record.name} is quarantined: {record.reason}\n")
+            write(f"  to use it: {record.remedy}\n")
+            if settings.debug:
+                write("".join(f"  {line}\n" for line in record.traceback.splitlines()))
+
+
+def in_order(registry: HandlerRegistry) -> list[tuple[int | None, PluginRecord]]:
+    """Plugins with their place in the order of consultation; those without a place come last.
+
+    Observers are all called; they have no place.
+    """
+    places = {handler.name: place for place, handler in enumerate(registry.handlers, start=1)}
+    numbered = [
+        (
+            places.get(r.name) if r.group == HANDLER_GROUP and r.status == "active" else None,
+            r,
+        )
+        for r in registry.plugins
+    ]
+    return sorted(numbered, key=lambda item: (item[0] is None, item[0] or 0))
+
+
+def plugin_facts(
+    record: PluginRecord, place: int | None, *, traceback: bool = False
+) -> dict[str, Any]:
+    """What is told of a plugin in JSON."""
+    facts: dict[str, Any] = {
+        "order": place,
+        "name": record.name,
+        "kind": _kind(record),
+        "distribution": record.distribution,
+        "version": record.version,
+        "api_version": record.api_version,
+        "status": record.status,
+        "reason": record.reason,
+        "remedy": record.remedy,
+    }
+    if traceback:
+        facts["traceback"] = record.traceback
+    return facts
+
+
+def plugin_table(records: Sequence[tuple[int | None, PluginRecord]]) -> str:
+    """The plugins as a table."""
+    return table(
+        ("order", "name", "kind", "distribution", "version", "api", "status"),
+        [
+            (
+                str(place or "-"),
+                record.name,
+                _kind(record),
+                record.distribution,
+                record.version,
+                record.api_version or "-",
+                record.status,
+            )
+            for place, record in records
+        ],
+    )
+
+
+def _kind(record: PluginRecord) -> str:
+    return "handler" if record.group == HANDLER_GROUP else "observer"
+
+
+def _explain(model: str, config: Path | None, as_json: bool) -> None:
+    target = resolve(model, config)
+    report = target.manager().explain(target.model_id)
+    if as_json:
+        write_json(asdict(report))
+    else:
+        write(f"{report}\n")
+    if report.chosen is None:
+        if not report.verdicts:
+            say(f"No runtime is installed: {install_hint()}")
+        raise typer.Exit(EXIT_FAILED)

@@ -1,0 +1,258 @@
+"""``engineroom run``: one prompt, one answer."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+
+from engineroom.cli.answer import answer
+from engineroom.cli.interrupt import run_interruptible
+from engineroom.cli.output import CommandError, say, warning_line, write
+from engineroom.cli.parameters import (
+    make_params,
+    make_request,
+    parse_bias,
+    parse_options,
+    read_prompt,
+)
+from engineroom.cli.resolve import resolve, warn_of_quarantined
+from engineroom.cli.settings import Settings
+from engineroom.cli.stats import stats_line
+from engineroom.errors import EngineRoomError
+from engineroom.schemas import GenerationParams, InferenceRequest, InferenceResponse
+from engineroom.telemetry import LoggingObserver
+
+__all__ = ["CONFIG_OPTION", "RUN_EPILOG", "run"]
+
+CONFIG_OPTION: Final = typer.Option(
+    "--config",
+    "-c",
+    metavar="FILE",
+    help="The deployment file.  [default: the one that ENGINEROOM_CONFIG names]",
+)
+
+RUN_EPILOG: Final = """\b
+Examples:
+  engineroom run ./model.gguf "Why is the sky blue?"
+  engineroom run -c deployment.yaml smollm2 "A haiku, please" --greedy
+  git diff | engineroom run smollm2 --system "Write a commit message"
+  engineroom run hf:owner/name:model.gguf --file question.txt --max-new-tokens none
+  engineroom run ./model.gguf "2 + 2 =" --raw -o n_ctx=2048 --json
+"""
+
+
+class OnUnsupportedChoice(StrEnum):
+    """What to do about a parameter that the runtime does not honour."""
+
+    ERROR = "error"
+    WARN = "warn"
+
+
+def _flag(text: str, *names: str, metavar: str | None = None) -> Any:
+    return typer.Option(*names, help=text, metavar=metavar, show_default=False)
+
+
+def run(  # one parameter a flag: that is how typer is told of them
+    ctx: typer.Context,
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A model of the deployment, or a source.")
+    ],
+    prompt: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="PROMPT", help="The prompt; without it or with '-': standard input."
+        ),
+    ] = None,
+    config: Annotated[Path | None, CONFIG_OPTION] = None,
+    file: Annotated[
+        Path | None, _flag("Read the prompt from this file.", "--file", "-f", metavar="FILE")
+    ] = None,
+    system: Annotated[
+        str | None, _flag("A system message before the prompt.", "--system", "-s", metavar="TEXT")
+    ] = None,
+    raw: Annotated[
+        bool, _flag("Send the prompt as it stands, without the model's chat template.", "--raw")
+    ] = False,
+    max_new_tokens: Annotated[
+        str | None,
+        _flag(
+            "Most tokens to generate, or 'none': until the context is full.  [default: 256]",
+            "--max-new-tokens",
+            "-n",
+            metavar="N|none",
+        ),
+    ] = None,
+    temperature: Annotated[
+        float | None, _flag("0 (greedy) to 2.  [default: 0.7]", "--temperature", "-t")
+    ] = None,
+    top_p: Annotated[
+        float | None, _flag("Keep the likeliest tokens of this probability, 0 to 1.", "--top-p")
+    ] = None,
+    top_k: Annotated[int | None, _flag("Keep the k likeliest tokens; 0: all.", "--top-k")] = None,
+    min_p: Annotated[
+        float | None,
+        _flag("Keep tokens at least this fraction as likely as the likeliest.", "--min-p"),
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, _flag("From 1 (none).", "--repetition-penalty")
+    ] = None,
+    presence_penalty: Annotated[float | None, _flag("-2 to 2.", "--presence-penalty")] = None,
+    frequency_penalty: Annotated[float | None, _flag("-2 to 2.", "--frequency-penalty")] = None,
+    logit_bias: Annotated[
+        list[str] | None,
+        _flag("Add to a token's logit; may be repeated.", "--logit-bias", metavar="TOKEN=BIAS"),
+    ] = None,
+    seed: Annotated[int | None, _flag("The same seed, the same answer.", "--seed")] = None,
+    greedy: Annotated[bool, _flag("Always take the likeliest token.", "--greedy")] = False,
+    num_beams: Annotated[int | None, _flag("Beams to search with.", "--num-beams")] = None,
+    early_stopping: Annotated[
+        bool,
+        _flag("With beams: end with the first complete candidates.", "--early-stopping"),
+    ] = False,
+    logprobs: Annotated[
+        int | None,
+        _flag("Report log probabilities with this many alternatives; needs --json.", "--logprobs"),
+    ] = None,
+    stop: Annotated[
+        list[str] | None,
+        _flag("End before this text; may be repeated.", "--stop", metavar="TEXT"),
+    ] = None,
+    timeout: Annotated[
+        float | None,
+        _flag("Give up after so long, loading included.", "--timeout", metavar="SECONDS"),
+    ] = None,
+    runtime: Annotated[
+        str | None,
+        _flag(
+            "Load the source with this runtime, whatever its format.", "--runtime", metavar="NAME"
+        ),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        _flag(
+            "An option of the runtime for a source, its value in YAML; may be repeated.",
+            "--option",
+            "-o",
+            metavar="KEY=VALUE",
+        ),
+    ] = None,
+    on_unsupported: Annotated[
+        OnUnsupportedChoice | None,
+        _flag(
+            "What to do about parameters that the runtime does not honour.  [default: as the "
+            "deployment says, or error]",
+            "--on-unsupported",
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, _flag("Print the final response as one JSON object, nothing else.", "--json")
+    ] = False,
+    stats: Annotated[
+        bool | None,
+        typer.Option(
+            "--stats/--no-stats",
+            help="Sum up on standard error.  [default: if that is a terminal]",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Answer one prompt; the text is streamed.
+
+    MODEL is looked up in this order: (1) an id or alias of the deployment file; (2) a source:
+    hf:owner/name[:file], package:module/file, the path of a file or folder, or whatever else an
+    installed runtime takes. A folder that is called like a model is reached as ./name. --runtime
+    and --option say how to load a source; for a model, the deployment file says it.
+
+    The prompt goes to the model as a chat message, in the model's own template; --raw sends it
+    as it stands. One that begins with a dash goes after --. Ctrl-C stops the work.
+    """
+    settings: Settings = ctx.obj
+    if logprobs is not None and not as_json:
+        raise CommandError("--logprobs are shown by --json only; add --json")
+    if raw and system is not None:
+        raise CommandError(
+            "--system needs the chat template, and --raw leaves it out; give one of them"
+        )
+    params = make_params(
+        {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "presence_penalty": presence_penalty,
+            "frequency_penalty": frequency_penalty,
+            "logit_bias": parse_bias(logit_bias or []),
+            "seed": seed,
+            "do_sample": False if greedy else None,
+            "num_beams": num_beams,
+            "early_stopping": early_stopping or None,
+            "logprobs": logprobs,
+        }
+    )
+    options = parse_options(option or [])
+    # Before the prompt is read: what is refused anyway should not wait for standard input.
+    build = _Request(
+        params=params,
+        stream=not as_json,
+        stop_sequences=stop or None,
+        timeout_s=timeout,
+        on_unsupported=on_unsupported.value if on_unsupported is not None else None,
+    )
+    build.make("model", "", raw=raw, system=system)
+    try:
+        target = resolve(model, config, runtime, options)
+        warn_of_quarantined(target.registry)
+        request = build.make(
+            target.model_id, read_prompt(prompt, file, raw=raw), raw=raw, system=system
+        )
+        if settings.logging:
+            target.registry.register_plugin(LoggingObserver(), name="cli-log")
+        response = run_interruptible(
+            lambda: answer(target, request, show_progress=not settings.logging)
+        )
+    except EngineRoomError as error:
+        if as_json:
+            write(_failure(model, error).model_dump_json() + "\n")
+        raise
+    for warning in response.warnings:
+        warning_line(warning)
+    if as_json:
+        write(response.model_dump_json() + "\n")
+    if (failure := _error_of(response)) is not None:
+        raise failure
+    if stats or (stats is None and not as_json and sys.stderr.isatty()):
+        say(stats_line(response))
+
+
+class _Request:
+    """What of the request is known before its model and its prompt are."""
+
+    def __init__(self, params: GenerationParams, **fields: Any) -> None:
+        self._fields = {"params": params, **fields}
+
+    def make(self, model_id: str, text: str, *, raw: bool, system: str | None) -> InferenceRequest:
+        return make_request(model_id, text, raw=raw, system=system, **self._fields)
+
+
+def _failure(model: str, error: EngineRoomError) -> InferenceResponse:
+    """The response to a request that never came to be."""
+    response = InferenceResponse(
+        request_id=error.request_id or "", model_id=model, finish_reason="error"
+    )
+    response.record_error(error)
+    return response
+
+
+def _error_of(response: InferenceResponse) -> EngineRoomError | None:
+    """What made the request fail, as it was raised: with its lines and its traceback."""
+    try:
+        response.raise_for_error()
+    except EngineRoomError as error:
+        return error.__cause__ if isinstance(error.__cause__, EngineRoomError) else error
+    return None

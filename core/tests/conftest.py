@@ -1,0 +1,50 @@
+"""Shared by the tests of core: no hang outlives its test, no environment leaks in."""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import functools
+import inspect
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # for core_doubles.py, whatever the import mode
+
+HANG_S = 20
+LOST_S = 120  # a thread or a loop's own end that hangs: nothing but the process can be stopped
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    faulthandler.dump_traceback_later(LOST_S, exit=True, file=sys.__stderr__)
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        function = getattr(item, "obj", None)
+        if here in item.path.parents and inspect.iscoroutinefunction(function):
+            item.obj = _bounded(function)
+
+
+def _bounded(function):
+    @functools.wraps(function)
+    async def bounded(*args, **kwargs):
+        async with asyncio.timeout(HANG_S):
+            await function(*args, **kwargs)
+
+    return bounded
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ENGINEROOM_HANDLERS", "ENGINEROOM_DISABLED_HANDLERS", "ENGINEROOM_CONFIG"):
+        monkeypatch.delenv(name, raising=False)

