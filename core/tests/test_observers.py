@@ -135,11 +135,10 @@ async def test_an_installed_observer_sees_the_very_first_request(monkeypatch):
         def load(self):
             return seen
 
-    class Entries:
-        def select(self, group):
-            return [Entry()] if group == Entry.group else []
+    def entry_points(group):
+        return [Entry()] if group == Entry.group else []
 
-    monkeypatch.setattr("engineroom.plugins.entry_points", Entries)
+    monkeypatch.setattr("engineroom.plugins.entry_points", entry_points)
     bench = echo_bench()
     service = LLMInferenceService(LLMModelManager(config=bench.manager.config))
     service.register_handler(EchoHandler())

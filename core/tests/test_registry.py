@@ -45,10 +45,11 @@ Publish = Callable[..., Path]
 def publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Publish]:
     """Install a distribution: a module and the metadata that points to it; nothing else is."""
 
-    def no_others(**select):
+    def no_others(group):
         from importlib.metadata import EntryPoints, distributions
 
-        return EntryPoints(e for d in distributions(path=folders) for e in d.entry_points)
+        found = EntryPoints(e for d in distributions(path=folders) for e in d.entry_points)
+        return found.select(group=group)
 
     folders: list[str] = []
     monkeypatch.setattr("engineroom.plugins.entry_points", no_others)

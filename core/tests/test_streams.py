@@ -342,3 +342,15 @@ async def test_a_reader_that_stops_reading_keeps_its_chunks_and_hinders_nobody()
         assert answer.generated_text == "quick"
     assert await drained(slow) == [" b", " c"]
     assert bench.at_rest()
+
+
+def test_a_stream_that_is_open_when_its_loop_ends_is_cancelled_without_a_noise(caplog):
+    bench = gate_bench()
+
+    async def main():
+        return await begun(bench)
+
+    request, stream = asyncio.run(main())
+    assert bench.handler.ended == [request.request_id]
+    assert stream.response.finish_reason == "cancelled"
+    assert bench.at_rest() and not caplog.records

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Final, Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 __all__ = [
     "API_GROUP",
@@ -60,10 +60,9 @@ class PluginRecord:
 
 def installed_plugins() -> list[PluginRecord]:
     """All plugins of this environment, sorted by name; nothing is imported."""
-    installed: Any = entry_points()  # read once; its class differs between Pythons
     api = {
         (_owner(entry)[0], entry.name): entry.value.rpartition(":")[2].removeprefix("v")
-        for entry in _entries(installed, API_GROUP)
+        for entry in _entries(API_GROUP)
     }
     records = [
         PluginRecord(
@@ -76,7 +75,7 @@ def installed_plugins() -> list[PluginRecord]:
             entry_point=entry,
         )
         for group in (HANDLER_GROUP, PLUGIN_GROUP)
-        for entry in _entries(installed, group)
+        for entry in _entries(group)
     ]
     return sorted(records, key=lambda record: (record.group, record.name, record.distribution))
 
@@ -91,10 +90,10 @@ def install_hint(runtime: str | None = None) -> str:
     )
 
 
-def _entries(installed: Any, group: str) -> Iterator[EntryPoint]:
+def _entries(group: str) -> Iterator[EntryPoint]:
     # An editable install can list the same entry twice, once for each path it is found on.
     seen: set[tuple[str, str, str]] = set()
-    for entry in installed.select(group=group):
+    for entry in entry_points(group=group):
         key = (_owner(entry)[0], entry.name, entry.value)
         if key not in seen:
             seen.add(key)

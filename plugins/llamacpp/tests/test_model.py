@@ -210,7 +210,7 @@ def test_a_file_that_is_no_adapter_is_refused_and_the_model_freed(
 # ── text to tokens and back ─────────────────────────────────────────────────────────────────────
 
 on_one_model = settings(
-    max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import psutil
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engineroom import ConfigurationError, ModelConfig, parse_options
@@ -245,6 +245,7 @@ def test_threads_are_the_physical_cores_that_the_process_may_use(
     assert default_threads() == threads
 
 
+@settings(deadline=None)
 @given(
     usable=st.integers(1, 300),
     logical=st.none() | st.integers(1, 300),

@@ -115,6 +115,7 @@ def distribution(found: Sampler, row: Row) -> tuple[NDArray[np.int64], Doubles]:
     return ids, weights / weights.sum()
 
 
+@settings(deadline=None)
 @example(
     row=np.array([0.0, -10.0, -200.0], np.float32),
     temperature=1.0,
@@ -144,10 +145,11 @@ def test_candidates_and_their_probabilities_are_those_of_the_contract(
     np.testing.assert_allclose(found, likely[ids] / best.sum(), rtol=1e-3, atol=1e-30)
 
 
+@settings(deadline=None)
 @given(
     row=rows(),
     data=st.data(),
-    repetition=st.none() | st.floats(1.0, 3.0) | st.sampled_from([1e10, 1e200]),
+    repetition=st.none() | st.floats(1.0, 3.0) | st.sampled_from([1e10, 3e38]),
     presence=st.none() | st.floats(-2.0, 2.0),
     frequency=st.none() | st.floats(-2.0, 2.0),
 )
@@ -183,7 +185,7 @@ def test_bias_and_penalties_are_those_of_the_contract(
 
 
 @example(row=np.array([0.0, -1.0], np.float32))
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(row=rows())
 def test_any_row_gives_a_token_that_is_possible(row: Row) -> None:
     # Extreme numbers raise no warning either: those are errors here.
@@ -359,6 +361,7 @@ class Fixed:
 ALMOST_ONE = float(np.nextafter(1.0, 0.0))
 
 
+@settings(deadline=None)
 @example(seed=0, size=3000, number=ALMOST_ONE)
 @example(seed=0, size=3000, number=0.0)
 @given(seed=SEEDS, size=SIZES, number=st.floats(0.0, ALMOST_ONE))
@@ -463,7 +466,7 @@ def test_the_largest_seed_is_a_seed() -> None:
 # ── log probabilities ───────────────────────────────────────────────────────────────────────────
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(row=rows(), count=st.integers(0, 20), place=st.integers(0, 2999))
 def test_log_probabilities_are_those_of_the_model(row: Row, count: int, place: int) -> None:
     token = place % row.size

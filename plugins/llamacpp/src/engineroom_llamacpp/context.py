@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 from collections.abc import Sequence
 from typing import Any, Final
@@ -12,7 +11,6 @@ import numpy as np
 from engineroom import ResourceNotAvailableError
 from engineroom_llamacpp.library import (
     CACHE_TYPES,
-    DECODE_LOCK,
     FLASH_ATTENTION,
     AbortFlag,
     last_error,
@@ -67,8 +65,7 @@ class LlamaContext:
         self.n_ctx = int(library.llama_n_ctx(self._handle))
         self.n_batch = int(library.llama_n_batch(self._handle))
         self.n_vocab = model.n_vocab
-        on_gpu = options.n_gpu_layers != 0 and bool(library.llama_supports_gpu_offload())
-        self._turn: Any = contextlib.nullcontext() if on_gpu else DECODE_LOCK
+        self.on_gpu = options.n_gpu_layers != 0 and bool(library.llama_supports_gpu_offload())
         self._rows: dict[int, Logits] = {}
         self._new_batch(library)
 
@@ -137,8 +134,7 @@ class LlamaContext:
 
         :returns: llama.cpp's status: 0 done, 1 no room in the cache, 2 aborted, else failed.
         """
-        with self._turn:
-            return int(self._library.llama_decode(self._handle, self._batch))
+        return int(self._library.llama_decode(self._handle, self._batch))
 
     def logits(self, index: int) -> Logits:
         """The logits after the batch's token ``index``: a view, valid until the next batch."""

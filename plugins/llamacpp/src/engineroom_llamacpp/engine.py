@@ -1,8 +1,8 @@
 """The scheduler: many requests through one llama.cpp context, a step at a time.
 
-A thread of the engine's own repeats: take what came in, give sequences to waiting requests, put
-one token of every decoding request and a chunk of every prompt that is still to be read into one
-batch, compute it, choose the next tokens, and hand all of them to asyncio at once.
+At each of its turns the engine does one step: take what came in, give sequences to waiting
+requests, put one token of every decoding request and a chunk of every prompt that is still to be
+read into one batch, compute it, choose the next tokens, and hand them to asyncio all at once.
 
 * A long prompt never stalls the others: beside decoding requests a step reads at most
   ``prefill_chunk`` of its tokens.
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -37,6 +36,7 @@ from engineroom import (
 )
 from engineroom_llamacpp.context import LlamaContext
 from engineroom_llamacpp.library import last_error
+from engineroom_llamacpp.loop import CPU_LOOP, DecodeLoop
 from engineroom_llamacpp.mailbox import Mailbox, deliver
 from engineroom_llamacpp.model import END, LlamaModel
 from engineroom_llamacpp.options import LlamaCppOptions
@@ -82,7 +82,7 @@ class Task:
 
 
 class LlamaEngine:
-    """Owns a model, its context and the thread that uses them.
+    """Owns a model and its context, and takes its turns on a thread of :mod:`.loop`.
 
     The constructor loads the context; run it outside of the event loop.
     """
@@ -94,20 +94,21 @@ class LlamaEngine:
         self._context = LlamaContext(model, options)
         self.n_ctx = self._context.n_ctx
         self.threads = self._context.threads
-        self._wake = threading.Condition()
+        self._loop = DecodeLoop(f"llamacpp-{name}") if self._context.on_gpu else CPU_LOOP
+        self._wake = self._loop.condition
         # Guarded by _wake; _running and _free are changed by the thread alone.
         self._incoming: list[Task] = []
         self._waiting: list[Task] = []
         self._alone: Task | None = None
         self._closing = False
+        self._ended = False
         self._dead: EngineDeadError | None = None
         self._running: list[Task] = []
         self._free = list(range(options.n_parallel - 1, -1, -1))
         self._orders = itertools.count()
         self.preemptions = 0
         """How often a request gave its cells back to let another go on."""
-        self._thread = threading.Thread(target=self._run, name=f"llamacpp-{name}", daemon=True)
-        self._thread.start()
+        self._loop.add(self)
 
     # ── for asyncio ──────────────────────────────────────────────────────────────────────────
 
@@ -143,7 +144,7 @@ class LlamaEngine:
                     f"bound (option max_queue={self.options.max_queue}); send it again later"
                 )
             self._incoming.append(task)
-            self._wake.notify()
+            self._wake.notify_all()
         return task
 
     def cancel(self, task: Task) -> None:
@@ -153,7 +154,7 @@ class LlamaEngine:
             if not task.done:
                 if self._alone is task:
                     self._context.abort.set(True)
-                self._wake.notify()
+                self._wake.notify_all()
 
     def health(self) -> HandlerHealth:
         """Requests running and waiting, and how full the cache is."""
@@ -168,46 +169,57 @@ class LlamaEngine:
             )
 
     def close(self) -> None:
-        """End the thread and free the context. Blocks; requests still running fail."""
+        """End the engine and free its context. Blocks; requests still running fail."""
         with self._wake:
             self._closing = True
-            self._context.abort.set(True)
-            self._wake.notify()
-        self._thread.join()
+            if not self._ended:
+                self._context.abort.set(True)
+            self._wake.notify_all()
+        self._loop.wait_for_end(self)
 
     # ── the thread ───────────────────────────────────────────────────────────────────────────
 
-    def _run(self) -> None:
-        failure: EngineRoomError = ResourceNotAvailableError(
-            f"model {self.name!r} was unloaded while the request ran; send it again"
-        )
+    @property
+    def has_work(self) -> bool:
+        """Whether a turn would do anything."""
+        return bool(self._running or self._incoming or self._waiting or self._closing)
+
+    def turn(self) -> bool:
+        """One step, or the end; see :class:`~engineroom_llamacpp.loop.Worker`."""
+        failure: EngineRoomError
         try:
-            while self._take_in():
+            if self._take_in():
                 self._step()
+                return True
+            failure = ResourceNotAvailableError(
+                f"model {self.name!r} was unloaded while the request ran; send it again"
+            )
         except Exception as error:
             logger.exception("the engine of model %r has died", self.name)
             failure = EngineDeadError(
                 f"the engine of model {self.name!r} has died: {type(error).__name__}: {error}; "
                 "unload the model and load it again"
             )
-        finally:
-            with self._wake:
-                if isinstance(failure, EngineDeadError):
-                    self._dead = failure
-                self._closing = True
-                left = [*self._running, *self._waiting, *self._incoming]
-                self._waiting, self._incoming = [], []
-                self._running = []
-                for task in left:
-                    task.done = True
-            self._context.close()
-            deliver((task.mailbox, _copy(failure)) for task in left if not task.cancelled)
+        self._end(failure)
+        return False
+
+    def _end(self, failure: EngineRoomError) -> None:
+        """Free the context, and tell the requests that are left."""
+        with self._wake:
+            if isinstance(failure, EngineDeadError):
+                self._dead = failure
+            self._closing = self._ended = True
+            left = [*self._running, *self._waiting, *self._incoming]
+            self._running, self._waiting, self._incoming = [], [], []
+            self._alone = None
+            for task in left:
+                task.done = True
+        self._context.close()
+        deliver((task.mailbox, _copy(failure)) for task in left if not task.cancelled)
 
     def _take_in(self) -> bool:
-        """Wait for work, drop what was cancelled, start what can start. False: end."""
+        """Drop what was cancelled, start what can start. False: the engine is to end."""
         with self._wake:
-            while not (self._incoming or self._waiting or self._running or self._closing):
-                self._wake.wait()
             if self._closing:
                 return False
             self._context.abort.set(False)

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from engineroom import ConfigurationError
 
-__all__ = ["CACHE_TYPES", "DECODE_LOCK", "FLASH_ATTENTION", "AbortFlag", "give_back_memory", "load"]
+__all__ = ["CACHE_TYPES", "FLASH_ATTENTION", "AbortFlag", "give_back_memory", "load"]
 
 logger = logging.getLogger("engineroom.llamacpp.library")
 
@@ -20,10 +20,6 @@ CACHE_TYPES: Final = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1
 """Values of ``enum ggml_type``."""
 FLASH_ATTENTION: Final = {"auto": -1, "off": 0, "on": 1}
 """Values of ``enum llama_flash_attn_type``."""
-
-DECODE_LOCK: Final = threading.Lock()
-"""Held while a model decodes on the CPU: ggml's threads spin at barriers, so two models that
-decode at once on the same cores slow each other down tenfold and more."""
 
 _WARNING: Final = 3
 _ERROR: Final = 4

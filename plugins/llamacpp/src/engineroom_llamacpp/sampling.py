@@ -8,6 +8,7 @@ few candidates that truncation leaves.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Final, TypeAlias
@@ -115,7 +116,9 @@ class Sampler:
         else:
             everything = _weights(row, self._temperature)
             total = float(everything.sum(dtype=np.float64))
-            ids, weights = _head(everything, total * self._top_p, self._min_p)
+            # Without top_p, min_p alone decides: the whole mass is there, to rounding, too early.
+            mass = total * self._top_p if self._top_p < 1.0 else math.inf
+            ids, weights = _head(everything, mass, self._min_p)
         if self._top_p < 1.0:
             before = np.cumsum(weights) - weights
             keep = before < self._top_p * (weights.sum() if total is None else total)

@@ -1,0 +1,84 @@
+"""The threads that decode: one for all models on the CPU, one for each model on GPUs.
+
+ggml's threads spin at barriers, and OpenMP keeps a team of them for every thread that ever
+decoded: two threads that decode on the same cores slow each other down tenfold and more, and even
+an idle one costs. So there is one, and the models take turns, a step each.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Final, Protocol
+
+__all__ = ["CPU_LOOP", "DecodeLoop", "Worker"]
+
+
+class Worker(Protocol):
+    """What takes turns on a loop."""
+
+    @property
+    def has_work(self) -> bool:
+        """Whether :meth:`turn` would do anything. Asked under the loop's ``condition``."""
+
+    def turn(self) -> bool:
+        """Do one step. Must not raise.
+
+        :returns: ``False`` when the worker has ended, and cleaned up.
+        """
+
+
+class DecodeLoop:
+    """A thread that lives as long as it has workers.
+
+    :param name: the thread's name.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.condition: Final = threading.Condition()
+        """Guards what workers share with other threads; notify it when there is work."""
+        self._name = name
+        self._workers: list[Worker] = []
+        self._thread: threading.Thread | None = None
+
+    def add(self, worker: Worker) -> None:
+        """Let a worker take its turns."""
+        with self.condition:
+            self._workers.append(worker)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                self._thread.start()
+            self.condition.notify_all()
+
+    def wait_for_end(self, worker: Worker) -> None:
+        """Block until the worker has ended, and the thread too if it was the last."""
+        with self.condition:
+            thread = self._thread
+            self.condition.wait_for(lambda: worker not in self._workers)
+            retired = thread is not self._thread
+        if retired and thread is not None:
+            thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self.condition:
+                self.condition.wait_for(lambda: any(w.has_work for w in self._workers))
+                ready = [worker for worker in self._workers if worker.has_work]
+            for worker in ready:
+                if not worker.turn() and self._remove(worker):
+                    return
+
+    def _remove(self, worker: Worker) -> bool:
+        """Let a worker go.
+
+        :returns: whether it was the last; then the thread ends, and the next worker gets another.
+        """
+        with self.condition:
+            self._workers.remove(worker)
+            if not self._workers:
+                self._thread = None
+            self.condition.notify_all()
+            return not self._workers
+
+
+CPU_LOOP: Final = DecodeLoop("llamacpp-cpu")
+"""Decodes every model that runs on the CPU of this process."""
