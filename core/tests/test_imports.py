@@ -123,14 +123,35 @@ def test_core_does_not_import_its_test_kit_nor_a_plugin(path):
 
 
 def test_all_is_what_is_public_in_order():
-    public = {
-        name
-        for name, value in vars(engineroom).items()
-        if not name.startswith("_")
-        and not isinstance(value, type(sys))
-        and name not in {"annotations", "PackageNotFoundError", "version"}
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    declared = {  # for type checkers
+        alias.name: (node.module or "").removeprefix("engineroom.")
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and ast.unparse(branch.test) == "TYPE_CHECKING"
+        for node in branch.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
     }
-    assert sorted(public) == engineroom.__all__
+    assert sorted(declared) == engineroom.__all__
+    assert declared == engineroom._MODULES
+
+
+def test_names_are_imported_when_they_are_used_and_kept():
+    code = (
+        "import sys, engineroom; assert 'pydantic' not in sys.modules; "
+        "first = engineroom.GenerationParams; assert 'pydantic' in sys.modules; "
+        "assert vars(engineroom)['GenerationParams'] is first; "
+        "assert set(engineroom.__all__) <= set(dir(engineroom)); "
+        "from engineroom import *; assert LLMInferenceService is engineroom.LLMInferenceService; "
+        "assert engineroom.__version__ == __import__('importlib.metadata').metadata"
+        ".version('engineroom')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'Nonsense'"):
+        _ = engineroom.Nonsense
 
 
 @pytest.mark.parametrize(

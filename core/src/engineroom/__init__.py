@@ -21,49 +21,83 @@ Read :mod:`engineroom.service` first, then :mod:`engineroom.handler`. Runtimes a
 from __future__ import annotations
 
 import logging
-from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any, Final
 
-from engineroom.config import DeploymentConfig, load_deployment
-from engineroom.errors import (
-    ConfigurationError,
-    EngineDeadError,
-    EngineRoomError,
-    InferenceError,
-    ModelNotFoundError,
-    NoSuitableHandlerError,
-    QueueFullError,
-    RequestTimeoutError,
-    ResourceNotAvailableError,
-)
-from engineroom.generation import TokenHandler, TokenStep
-from engineroom.handler import (
-    API_VERSION,
-    Capabilities,
-    HandlerHealth,
-    InferenceHandler,
-    StreamEnd,
-)
-from engineroom.hookspecs import hookimpl
-from engineroom.manager import LLMModelManager, ModelSource, ModelStatus
-from engineroom.options import parse_options
-from engineroom.registry import DispatchReport, HandlerRegistry, HandlerVerdict
-from engineroom.schemas import (
-    ChatMessage,
-    GenerationParams,
-    InferenceRequest,
-    InferenceResponse,
-    LoadedModel,
-    ModelConfig,
-    ModelVariant,
-    StructuredOutput,
-    TokenLogprob,
-)
-from engineroom.service import LLMInferenceService
-from engineroom.sources import resolve_source
-from engineroom.streams import InferenceStream, StreamError
-from engineroom.suggestions import did_you_mean
-from engineroom.telemetry import LoggingObserver, RequestLogger, request_logger
-from engineroom.text import TextPipeline
+if TYPE_CHECKING:
+    from engineroom.config import (
+        DeploymentConfig,
+        load_deployment,
+    )
+    from engineroom.errors import (
+        ConfigurationError,
+        EngineDeadError,
+        EngineRoomError,
+        InferenceError,
+        ModelNotFoundError,
+        NoSuitableHandlerError,
+        QueueFullError,
+        RequestTimeoutError,
+        ResourceNotAvailableError,
+    )
+    from engineroom.generation import (
+        TokenHandler,
+        TokenStep,
+    )
+    from engineroom.handler import (
+        API_VERSION,
+        Capabilities,
+        HandlerHealth,
+        InferenceHandler,
+        StreamEnd,
+    )
+    from engineroom.hookspecs import (
+        hookimpl,
+    )
+    from engineroom.manager import (
+        LLMModelManager,
+        ModelSource,
+        ModelStatus,
+    )
+    from engineroom.options import (
+        parse_options,
+    )
+    from engineroom.registry import (
+        DispatchReport,
+        HandlerRegistry,
+        HandlerVerdict,
+    )
+    from engineroom.schemas import (
+        ChatMessage,
+        GenerationParams,
+        InferenceRequest,
+        InferenceResponse,
+        LoadedModel,
+        ModelConfig,
+        ModelVariant,
+        StructuredOutput,
+        TokenLogprob,
+    )
+    from engineroom.service import (
+        LLMInferenceService,
+    )
+    from engineroom.sources import (
+        resolve_source,
+    )
+    from engineroom.streams import (
+        InferenceStream,
+        StreamError,
+    )
+    from engineroom.suggestions import (
+        did_you_mean,
+    )
+    from engineroom.telemetry import (
+        LoggingObserver,
+        RequestLogger,
+        request_logger,
+    )
+    from engineroom.text import (
+        TextPipeline,
+    )
 
 __all__ = [
     "API_VERSION",
@@ -112,10 +146,76 @@ __all__ = [
     "resolve_source",
 ]
 
-try:
-    __version__ = version("engineroom")
-except PackageNotFoundError:  # run from a checkout that is not installed
-    __version__ = "0.0.0"
+# Where each name lives. They are imported when they are first used: pydantic's schemas cost more
+# than all else, and whoever only asks for a version or `--help` should not pay for them.
+_MODULES: Final = {
+    "DeploymentConfig": "config",
+    "load_deployment": "config",
+    "ConfigurationError": "errors",
+    "EngineDeadError": "errors",
+    "EngineRoomError": "errors",
+    "InferenceError": "errors",
+    "ModelNotFoundError": "errors",
+    "NoSuitableHandlerError": "errors",
+    "QueueFullError": "errors",
+    "RequestTimeoutError": "errors",
+    "ResourceNotAvailableError": "errors",
+    "TokenHandler": "generation",
+    "TokenStep": "generation",
+    "API_VERSION": "handler",
+    "Capabilities": "handler",
+    "HandlerHealth": "handler",
+    "InferenceHandler": "handler",
+    "StreamEnd": "handler",
+    "hookimpl": "hookspecs",
+    "LLMModelManager": "manager",
+    "ModelSource": "manager",
+    "ModelStatus": "manager",
+    "parse_options": "options",
+    "DispatchReport": "registry",
+    "HandlerRegistry": "registry",
+    "HandlerVerdict": "registry",
+    "ChatMessage": "schemas",
+    "GenerationParams": "schemas",
+    "InferenceRequest": "schemas",
+    "InferenceResponse": "schemas",
+    "LoadedModel": "schemas",
+    "ModelConfig": "schemas",
+    "ModelVariant": "schemas",
+    "StructuredOutput": "schemas",
+    "TokenLogprob": "schemas",
+    "LLMInferenceService": "service",
+    "resolve_source": "sources",
+    "InferenceStream": "streams",
+    "StreamError": "streams",
+    "did_you_mean": "suggestions",
+    "LoggingObserver": "telemetry",
+    "RequestLogger": "telemetry",
+    "request_logger": "telemetry",
+    "TextPipeline": "text",
+}
 
 # A library leaves it to the application whether its logs are written.
 logging.getLogger("engineroom").addHandler(logging.NullHandler())
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            value: Any = version("engineroom")
+        except PackageNotFoundError:  # run from a checkout that is not installed
+            value = "0.0.0"
+    elif (module := _MODULES.get(name)) is not None:
+        from importlib import import_module
+
+        value = getattr(import_module(f"engineroom.{module}"), name)
+    else:
+        raise AttributeError(f"module 'engineroom' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})

@@ -31,7 +31,7 @@ class Recorder(EchoHandler):
         return (config.source or "").startswith("recorder:")
 
     def capabilities(self):
-        return Capabilities(params=frozenset(GenerationParams.model_fields))
+        return Capabilities(params=frozenset(GenerationParams.model_fields), chat=True)
 
     async def load_model(self, config):
         seen.append(config)

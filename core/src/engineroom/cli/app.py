@@ -8,6 +8,7 @@ import typer
 
 from engineroom.cli.doctor import DOCTOR_EPILOG, doctor
 from engineroom.cli.models import models_app
+from engineroom.cli.new_plugin import NEW_PLUGIN_EPILOG, new_plugin
 from engineroom.cli.output import write
 from engineroom.cli.plugins import PLUGINS_EPILOG, plugins
 from engineroom.cli.run import RUN_EPILOG, run
@@ -83,3 +84,4 @@ app.command("run", epilog=RUN_EPILOG)(run)
 app.add_typer(models_app, name="models")
 app.command("plugins", epilog=PLUGINS_EPILOG)(plugins)
 app.command("doctor", epilog=DOCTOR_EPILOG)(doctor)
+app.command("new-plugin", epilog=NEW_PLUGIN_EPILOG)(new_plugin)
