@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from engineroom import ResourceNotAvailableError
+from engineroom import ConfigurationError, ResourceNotAvailableError
 from engineroom_llamacpp.library import (
     CACHE_TYPES,
     FLASH_ATTENTION,
@@ -60,13 +60,13 @@ class LlamaContext:
                 f"{last_error('it does not say why')}; set n_ctx lower, or another cache type"
             )
         self._memory = library.llama_get_memory(self._handle)
+        self._rows: dict[int, Logits] = {}
         self._set_adapters(model)
         self.threads = threads
         self.n_ctx = int(library.llama_n_ctx(self._handle))
         self.n_batch = int(library.llama_n_batch(self._handle))
         self.n_vocab = model.n_vocab
         self.on_gpu = options.n_gpu_layers != 0 and bool(library.llama_supports_gpu_offload())
-        self._rows: dict[int, Logits] = {}
         self._new_batch(library)
 
     def _new_batch(self, library: Any) -> None:
@@ -92,9 +92,15 @@ class LlamaContext:
     def _set_adapters(self, model: LlamaModel) -> None:
         if model.adapters:
             count = len(model.adapters)
-            handles = (ctypes.c_void_p * count)(*[handle for handle, _ in model.adapters])
+            pointer = self._library.llama_adapter_lora_p_ctypes
+            handles = (pointer * count)(*[handle for handle, _ in model.adapters])
             scales = (ctypes.c_float * count)(*[scale for _, scale in model.adapters])
-            self._library.llama_set_adapters_lora(self._handle, handles, count, scales)
+            if self._library.llama_set_adapters_lora(self._handle, handles, count, scales):
+                self.close()
+                raise ConfigurationError(
+                    "lora: llama.cpp cannot use the adapters together: "
+                    f"{last_error('it does not say why')}"
+                )
 
     def close(self) -> None:
         """Free the context. Called once, by the thread that used it."""
