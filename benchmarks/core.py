@@ -49,7 +49,8 @@ def overhead_per_token(settings: Settings) -> Iterator[Measurement]:
     microseconds of the process's CPU time; it includes each request's own fixed cost, divided
     by 512 tokens. The second line is the same with three stop sequences to look for.
     """
-    from benchmarks.fake import FakeEngine, Mailbox, SteppedHandler, serve
+    from benchmarks.fake import FakeEngine, SteppedHandler, serve
+    from engineroom import Mailbox
 
     repeats = 2 if settings.quick else 8
     steps = [TokenStep((number,), b" token") for number in range(STREAM_TOKENS)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from typing import ClassVar
 
@@ -16,38 +15,13 @@ from engineroom import (
     LLMInferenceService,
     LLMModelManager,
     LoadedModel,
+    Mailbox,
     ModelConfig,
     TokenHandler,
     TokenStep,
 )
 
-__all__ = ["FakeEngine", "InstantHandler", "Mailbox", "MarkedHandler", "SteppedHandler", "serve"]
-
-
-class Mailbox:
-    """What the engine has for one request, as in a real runtime: one wake-up a step."""
-
-    __slots__ = ("_items", "_loop", "_waiter")
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._items: deque[TokenStep] = deque()
-        self._waiter: asyncio.Future[None] | None = None
-
-    def put(self, item: TokenStep) -> None:
-        self._items.append(item)
-        waiter = self._waiter
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
-
-    async def get(self) -> TokenStep:
-        while not self._items:
-            waiter = self._waiter = self._loop.create_future()
-            try:
-                await waiter
-            finally:
-                self._waiter = None
-        return self._items.popleft()
+__all__ = ["FakeEngine", "InstantHandler", "MarkedHandler", "SteppedHandler", "serve"]
 
 
 class FakeEngine:

@@ -37,7 +37,7 @@ LAYERS = [
     {"hookspecs", "options"},
     {"handler"},
     {"generation", "plugins", "api", "validation", "telemetry"},
-    {"registry"},
+    {"registry", "mailbox"},
     {"config"},
     {"manager"},
     {"scope"},

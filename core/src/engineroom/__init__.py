@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from engineroom.hookspecs import (
         hookimpl,
     )
+    from engineroom.mailbox import Mailbox, deliver
     from engineroom.manager import (
         LLMModelManager,
         ModelSource,
@@ -121,6 +122,7 @@ __all__ = [
     "LLMModelManager",
     "LoadedModel",
     "LoggingObserver",
+    "Mailbox",
     "ModelConfig",
     "ModelNotFoundError",
     "ModelSource",
@@ -138,6 +140,7 @@ __all__ = [
     "TokenHandler",
     "TokenLogprob",
     "TokenStep",
+    "deliver",
     "did_you_mean",
     "hookimpl",
     "load_deployment",
@@ -168,6 +171,8 @@ _MODULES: Final = {
     "InferenceHandler": "handler",
     "StreamEnd": "handler",
     "hookimpl": "hookspecs",
+    "Mailbox": "mailbox",
+    "deliver": "mailbox",
     "LLMModelManager": "manager",
     "ModelSource": "manager",
     "ModelStatus": "manager",

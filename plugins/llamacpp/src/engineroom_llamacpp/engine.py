@@ -27,17 +27,18 @@ from engineroom import (
     HandlerHealth,
     InferenceError,
     InferenceRequest,
+    Mailbox,
     QueueFullError,
     RequestLogger,
     ResourceNotAvailableError,
     TokenLogprob,
     TokenStep,
+    deliver,
     request_logger,
 )
 from engineroom_llamacpp.context import LlamaContext
 from engineroom_llamacpp.library import last_error
 from engineroom_llamacpp.loop import CPU_LOOP, DecodeLoop
-from engineroom_llamacpp.mailbox import Mailbox, deliver
 from engineroom_llamacpp.model import END, LlamaModel
 from engineroom_llamacpp.options import LlamaCppOptions
 from engineroom_llamacpp.sampling import Logits, Sampler, top_logprobs

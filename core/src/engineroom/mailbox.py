@@ -1,4 +1,20 @@
-"""From the engine's thread to asyncio: one wake-up a step for all requests of a loop."""
+"""From an engine's thread to asyncio: one wake-up a step for all requests of a loop.
+
+For runtimes that decode in a thread of their own. Each request has a :class:`Mailbox`, made on
+its event loop; after a step the thread hands over what all of them get with :func:`deliver`::
+
+    async def generate_tokens(self, loaded_model, request):
+        mailbox = Mailbox()
+        task = loaded_model.model_object.submit(request, mailbox)  # the engine's queue
+        try:
+            while True:
+                step = await mailbox.get()
+                yield step
+                if step.finish is not None:
+                    return
+        finally:
+            task.cancel()
+"""
 
 from __future__ import annotations
 
@@ -7,15 +23,16 @@ import logging
 from collections import deque
 from collections.abc import Iterable
 
-from engineroom import EngineRoomError, TokenStep
+from engineroom.errors import EngineRoomError
+from engineroom.generation import TokenStep
 
 __all__ = ["Mailbox", "deliver"]
 
-logger = logging.getLogger("engineroom.llamacpp")
+logger = logging.getLogger(__name__)
 
 
 class Mailbox:
-    """What the engine has for one request. Holds at most as many steps as the context has tokens.
+    """What an engine has for one request. The request's limit of tokens bounds what it holds.
 
     Belongs to the event loop on which it was made; the engine hands over through
     :func:`deliver`.
