@@ -423,14 +423,14 @@ async def test_closing_unloads_all_and_loads_nothing_more():
     await manager.close()
 
 
-async def test_closing_waits_for_a_load_and_its_leases():
+async def test_closing_waits_for_leases():
     handler, manager = gated("load")
     lease = manager.lease("m")
     leasing = asyncio.create_task(lease.__aenter__())
     await until(lambda: handler.loading == 1)
-    closing = asyncio.create_task(manager.close())
     handler.gates["load"][0].set_result(None)
     await leasing
+    closing = asyncio.create_task(manager.close())
     await until(lambda: state(manager) == "draining")
     assert not closing.done()
     await lease.__aexit__(None, None, None)
@@ -683,3 +683,26 @@ class ModelsLife(RuleBasedStateMachine):
 
 TestModelsLife = ModelsLife.TestCase
 TestModelsLife.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+async def test_closing_stops_a_load_and_tells_those_who_wait_for_it():
+    entered, stopped = asyncio.Event(), asyncio.Event()
+
+    class Endless(EchoHandler):
+        async def load_model(self, config):
+            entered.set()
+            try:
+                return await asyncio.Future()
+            finally:
+                stopped.set()
+
+    registry = bare_registry()
+    registry.register(Endless())
+    manager = LLMModelManager(config=[ModelConfig(model_id="m", source="echo:")], registry=registry)
+    waiting = asyncio.create_task(manager.load("m"))
+    await entered.wait()
+    await manager.close()
+    assert stopped.is_set()
+    with pytest.raises(ResourceNotAvailableError, match="manager is closed"):
+        await waiting
+    assert manager.list_models()[0].state == "unloaded"

@@ -273,13 +273,17 @@ class LLMModelManager:
             await self._own(entry, self._unload(entry, timeout_s))
 
     async def close(self) -> None:
-        """Unload everything. Waits for leases; afterwards nothing is loaded any more.
+        """Unload everything. Loads that go on are stopped, leases are waited for; afterwards
+        nothing is loaded any more.
 
         :raises EngineRoomError: the first failure; the other models are unloaded nevertheless.
         """
         self._closed = True
         failed: EngineRoomError | None = None
         for entry in self._entries.values():
+            if entry.state == "loading" and entry.task is not None:
+                entry.task.cancel()
+                await asyncio.wait([entry.task])
             try:
                 await self.unload(entry.config.model_id)
             except EngineRoomError as error:
@@ -303,10 +307,7 @@ class LLMModelManager:
     async def _become_ready(self, entry: _Entry) -> None:
         """Take part in the load that goes on, or begin one. The state is to be seen again."""
         if self._closed:
-            raise ResourceNotAvailableError(
-                f"the model manager is closed; model {entry.config.model_id!r} is not loaded",
-                model_id=entry.config.model_id,
-            )
+            raise _closed(entry.config.model_id)
         if entry.task is not None and not entry.task.done():
             unloading = entry.state == "draining"
             try:
@@ -341,6 +342,11 @@ class LLMModelManager:
                 )
         except EngineRoomError as error:
             entry.state, entry.error = "failed", error.with_context(model_id=model_id)
+            raise
+        except asyncio.CancelledError as error:
+            entry.state = "unloaded"
+            if self._closed:
+                raise _closed(model_id) from error
             raise
         except BaseException:
             entry.state = "unloaded"
@@ -423,6 +429,12 @@ async def _typed(
             f"handler {handler.name!r}: {method} failed: {type(error).__name__}: {error}",
             model_id=model_id,
         ) from error
+
+
+def _closed(model_id: str) -> ResourceNotAvailableError:
+    return ResourceNotAvailableError(
+        f"the model manager is closed; model {model_id!r} is not loaded", model_id=model_id
+    )
 
 
 def _still_held(entry: _Entry, timeout_s: float | None) -> ResourceNotAvailableError:

@@ -26,8 +26,7 @@ from engineroom import (
     ModelNotFoundError,
 )
 from engineroom.testing import EchoHandler
-from engineroom_llamacpp import LlamaCppHandler
-from engineroom_llamacpp import handler as handler_module
+from engineroom_llamacpp import LlamaCppHandler, loading
 from engineroom_llamacpp.model import LlamaModel
 
 Make = Callable[..., Awaitable[Any]]
@@ -178,7 +177,7 @@ async def test_a_cancelled_load_leaves_nothing_behind(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entered, go_on, unloaded = threading.Event(), threading.Event(), threading.Event()
-    load, unload = handler_module._load, handler_module._unload
+    load, unload = loading.load_engine, loading.unload_engine
 
     def slow(*args: Any) -> Any:
         entered.set()
@@ -189,8 +188,8 @@ async def test_a_cancelled_load_leaves_nothing_behind(
         unload(engine)
         unloaded.set()
 
-    monkeypatch.setattr(handler_module, "_load", slow)
-    monkeypatch.setattr(handler_module, "_unload", told)
+    monkeypatch.setattr(loading, "load_engine", slow)
+    monkeypatch.setattr(loading, "unload_engine", told)
     task = asyncio.create_task(LlamaCppHandler().load_model(config(tiny_model, n_ctx=256)))
     await asyncio.to_thread(entered.wait, 20)
     task.cancel()

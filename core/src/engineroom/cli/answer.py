@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from types import TracebackType
 from typing import Any
@@ -11,7 +10,6 @@ from engineroom.cli.output import warning_line, write, write_text
 from engineroom.cli.resolve import Target
 from engineroom.errors import EngineRoomError
 from engineroom.hookspecs import hookimpl
-from engineroom.manager import LLMModelManager
 from engineroom.schemas import InferenceRequest, InferenceResponse
 from engineroom.service import LLMInferenceService
 from engineroom.streams import StreamError
@@ -39,7 +37,7 @@ async def answer(
                 response = await service.infer(request)
         finished = True
     finally:
-        await _close(service, manager, orderly=finished)
+        await _close(service, orderly=finished)
     return response
 
 
@@ -66,12 +64,8 @@ async def _stream(
     return stream.response
 
 
-async def _close(service: LLMInferenceService, manager: LLMModelManager, orderly: bool) -> None:
+async def _close(service: LLMInferenceService, orderly: bool) -> None:
     """Stop whatever is left of the work, and unload."""
-    if any(status.state == "loading" for status in manager.list_models()):
-        # Nobody waits for it any more, and close() would wait for its end.
-        for task in asyncio.all_tasks() - {asyncio.current_task()}:
-            task.cancel()
     try:
         await service.close(drain_timeout_s=0)
     except EngineRoomError as error:

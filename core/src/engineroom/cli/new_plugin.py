@@ -137,7 +137,7 @@ def plugin_names(name: str, class_name: str | None = None) -> PluginNames:
         distribution=f"{_PREFIX}{short}",
         package=f"engineroom_{handler}",
         title=title,
-        handler=class_name or f"{title}Handler",
+        handler=f"{title}Handler" if class_name is None else class_name,
         options=f"{title}Options",
     )
     _check_class(names)

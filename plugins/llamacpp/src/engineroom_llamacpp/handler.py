@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from engineroom import (
@@ -22,7 +21,8 @@ from engineroom import (
     parse_options,
     resolve_source,
 )
-from engineroom_llamacpp.gguf import GgufHeader, is_gguf, read_header
+from engineroom_llamacpp.gguf import is_gguf
+from engineroom_llamacpp.loading import Load, estimate_bytes, unload_engine
 from engineroom_llamacpp.options import LlamaCppOptions
 
 if TYPE_CHECKING:
@@ -39,8 +39,6 @@ _HONOURED: Final = frozenset(GenerationParams.model_fields) - {
 }
 _INLINE_CHARS: Final = 8192
 """Longer inputs are tokenised in a thread, so that the event loop is not held up."""
-_CACHE_BYTES: Final = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32,
-                       "q4_1": 20 / 32, "q5_0": 22 / 32, "q5_1": 24 / 32}  # fmt: skip
 
 
 class LlamaCppHandler(TokenHandler):
@@ -81,8 +79,7 @@ class LlamaCppHandler(TokenHandler):
         source = config.source or ""
         if source.startswith("hf:"):
             return None  # it would have to be downloaded first
-        header = read_header(_file(resolve_source(source)))
-        return {"cpu": header.tensor_bytes + _cache_bytes(header, options)}
+        return {"cpu": estimate_bytes(source, options)}
 
     async def load_model(self, config: ModelConfig) -> LoadedModel:
         """Load the weights and make the context, in a thread.
@@ -92,12 +89,11 @@ class LlamaCppHandler(TokenHandler):
         :raises ResourceNotAvailableError: there is no memory for the context.
         """
         options = parse_options(LlamaCppOptions, config)
-        loading = asyncio.create_task(asyncio.to_thread(_load, config, options))
+        load = Load(config, options)
         try:
-            engine, memory = await asyncio.shield(loading)
+            engine, memory = await asyncio.to_thread(load.run)
         except asyncio.CancelledError:
-            # The thread cannot be stopped; what it makes must not be left behind.
-            loading.add_done_callback(_discard)
+            load.abandon()
             raise
         logger.info(
             "model %r: %s, %d tokens of context for %d sequences, %d threads",
@@ -119,7 +115,7 @@ class LlamaCppHandler(TokenHandler):
 
     async def unload_model(self, loaded_model: LoadedModel) -> None:
         """End the engine's thread, free context and weights, and give the memory back."""
-        await asyncio.to_thread(_unload, _engine(loaded_model))
+        await asyncio.to_thread(unload_engine, _engine(loaded_model))
 
     def count_tokens(self, loaded_model: LoadedModel, text: str) -> int:
         """Tokens of ``text``, read as plain text, without any that the model adds."""
@@ -182,61 +178,3 @@ def _check(engine: LlamaEngine, request: InferenceRequest, tokens: list[int]) ->
                 f"logit_bias names token {token}; the model's tokens are 0 to "
                 f"{engine.model.n_vocab - 1}"
             )
-
-
-def _file(path: Path) -> Path:
-    """The GGUF file that a source stands for."""
-    if not path.is_dir():
-        return path
-    files = sorted(path.glob("*.gguf"))
-    if len(files) == 1:
-        return files[0]
-    found = ", ".join(file.name for file in files) or "none"
-    raise ConfigurationError(
-        f"{str(path)!r} is a folder with {len(files)} GGUF files ({found}); name one file"
-    )
-
-
-def _cache_bytes(header: GgufHeader, options: LlamaCppOptions) -> int:
-    layers = header.number("block_count") or 0
-    width = header.number("embedding_length") or 0
-    heads = header.number("attention.head_count") or 1
-    kv_heads = header.number("attention.head_count_kv") or heads
-    k_width = (header.number("attention.key_length") or width // heads) * kv_heads
-    v_width = (header.number("attention.value_length") or width // heads) * kv_heads
-    trained = header.number("context_length") or 8192
-    cells = options.n_ctx or min(trained, 8192)
-    per_cell = (
-        k_width * _CACHE_BYTES[options.cache_type_k] + v_width * _CACHE_BYTES[options.cache_type_v]
-    )
-    return int(layers * cells * per_cell)
-
-
-def _load(config: ModelConfig, options: LlamaCppOptions) -> tuple[LlamaEngine, int]:
-    path = _file(resolve_source(config.source or ""))
-    header = read_header(path)
-    from engineroom_llamacpp.engine import LlamaEngine
-    from engineroom_llamacpp.model import LlamaModel
-
-    model = LlamaModel(path, options)
-    try:
-        engine = LlamaEngine(model, options, config.model_id)
-    except BaseException:
-        model.close()
-        raise
-    return engine, model.memory_bytes + _cache_bytes(header, options)
-
-
-def _unload(engine: LlamaEngine) -> None:
-    from engineroom_llamacpp.library import give_back_memory
-
-    engine.close()
-    engine.model.close()
-    give_back_memory()
-
-
-def _discard(loading: asyncio.Task[tuple[LlamaEngine, int]]) -> None:
-    if not loading.cancelled() and loading.exception() is None:
-        engine, _ = loading.result()
-        future = asyncio.get_running_loop().run_in_executor(None, _unload, engine)
-        future.add_done_callback(lambda done: done.exception())

@@ -1,0 +1,446 @@
+"""`engineroom new-plugin`: names, files, and that nothing there already is touched."""
+
+import ast
+import importlib.util
+import json
+import keyword
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import engineroom
+from engineroom.cli import new_plugin as module
+from engineroom.cli.new_plugin import PluginNames, plugin_names, render
+from engineroom.cli.output import CommandError
+from engineroom.plugins import HANDLER_GROUP, PluginRecord
+
+LONGEST = "x" * 14 + "-" + "y" * 15
+
+# ── names ────────────────────────────────────────────────────────────────────────────────────
+
+
+def assert_sound(names: PluginNames) -> None:
+    short = names.distribution.removeprefix("engineroom-")
+    assert re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", short)
+    assert names.name == short.replace("-", "_")
+    assert names.package == f"engineroom_{names.name}"
+    for name in (names.name, names.package, names.title, names.handler, names.options):
+        assert name.isidentifier() and not keyword.iskeyword(name)
+    assert names.name not in sys.stdlib_module_names
+    # The handler's name and the distribution lead back to the same plugin.
+    assert plugin_names(names.distribution) == plugin_names(names.name) == names
+
+
+@given(st.from_regex(r"[A-Za-z][A-Za-z0-9]{2,6}9([-_.]+[A-Za-z0-9]+){0,2}", fullmatch=True))
+def test_a_name_is_normalised(name: str) -> None:
+    if len(re.sub(r"[-_.]+", "-", name)) > 30:
+        with pytest.raises(CommandError, match="30 are the most"):
+            plugin_names(name)
+    else:
+        assert_sound(plugin_names(name))
+
+
+@given(
+    st.text(max_size=40) | st.from_regex(r"[\w.-]{1,34}") | st.sampled_from(keyword.kwlist),
+    st.none() | st.text(max_size=12) | st.from_regex(r"\w+"),
+)
+def test_any_text_is_a_sound_name_or_refused_on_one_line(name: str, class_name: str | None) -> None:
+    refused = None
+    try:
+        names = plugin_names(name, class_name)
+    except CommandError as error:
+        refused = error
+    if refused is not None:
+        assert refused.status == 2
+        assert len(str(refused).splitlines()) == 1
+        assert "NAME" in str(refused) or "--class-name" in str(refused)
+    elif class_name is None:
+        assert_sound(names)
+
+
+def test_every_name_from_one() -> None:
+    assert plugin_names("Tensor..Lite_2") == PluginNames(
+        name="tensor_lite_2",
+        distribution="engineroom-tensor-lite-2",
+        package="engineroom_tensor_lite_2",
+        title="TensorLite2",
+        handler="TensorLite2Handler",
+        options="TensorLite2Options",
+    )
+    assert plugin_names("engineroom-foo") == plugin_names("foo") == plugin_names("FOO")
+    assert plugin_names("foo", "Engine").handler == "Engine"
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("", "is no name of a package"),
+        ("-foo", "with a letter first"),
+        ("foo.", "a letter or digit last"),
+        ("über", "ASCII letters"),
+        ("foo bar", "is no name of a package"),
+        ("./foo", "give the folder with --directory"),
+        ("..\\foo", "give the folder with --directory"),
+        ("3d", "must begin with a letter"),
+        ("x" * 31, "has 31 characters; 30 are the most"),
+        ("class", "a word of the Python language"),
+        ("None", "a word of the Python language"),
+        ("match", "a word of the Python language"),
+        ("json", "standard library"),
+        ("Concurrent", "standard library"),
+        ("llamacpp", "for instance my-llamacpp"),
+        ("llama-cpp", "there is already"),
+        ("HF.Transformers", "for instance my-hf-transformers"),
+        ("engineroom-vllm", "there is already"),
+        ("echo", "there is already"),
+        ("engineroom", "a part of engineroom"),
+        ("testing", "a part of engineroom"),
+        ("engineroomfoo", "leave it out"),
+    ],
+)
+def test_a_name_that_cannot_be(command, name, says):
+    result = command("new-plugin", "--", name)
+    assert result.status == 2
+    assert says in result.error and repr(name) in result.error
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("my handler", "is no name of a class"),
+        ("class", "is no name of a class"),
+        ("", "is no name of a class"),
+        ("3D", "write for instance FooHandler"),
+        ("_Foo", "is private"),
+        ("TokenHandler", "is taken"),
+        ("FooOptions", "is taken"),
+        ("Path", "is taken"),
+        ("int", "is taken"),
+        ("X" * 38, "37 are the most"),
+    ],
+)
+def test_a_class_that_cannot_be(command, name, says):
+    result = command("new-plugin", "foo", "--class-name", name)
+    assert result.status == 2 and says in result.error
+    assert list(Path().iterdir()) == []
+
+
+def test_no_name_of_the_generated_modules_can_be_the_handlers():
+    for path, text in render(plugin_names("foo")):
+        if path.suffix != ".py" or "FooHandler" not in text:
+            continue
+        bound = {
+            alias.asname or alias.name
+            for node in ast.walk(ast.parse(text))
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for alias in node.names
+        }
+        bound |= {
+            name.id
+            for node in ast.parse(text).body
+            if isinstance(node, ast.Assign)
+            for name in node.targets
+            if isinstance(name, ast.Name)
+        }
+        for name in bound - {"FooHandler"}:
+            with pytest.raises(CommandError):
+                plugin_names("foo", name)
+
+
+def test_a_licence_that_is_no_expression(command):
+    result = command("new-plugin", "foo", "--license", 'MIT"\n')
+    assert result.status == 2 and "SPDX" in result.error
+    assert list(Path().iterdir()) == []
+
+
+def test_a_handler_of_that_name_that_is_installed_already(command, site, monkeypatch):
+    record = PluginRecord("foo", HANDLER_GROUP, "foo:Foo", "engineroom-other-foo", "2.0")
+    monkeypatch.setattr(module, "installed_plugins", lambda: [record])
+    result = command("new-plugin", "foo")
+    assert result.status == 0
+    assert result.err.startswith("warning: a handler 'foo' is installed already, by engineroom-o")
+    assert command("new-plugin", "bar").err == ""
+
+
+# ── where it is written ──────────────────────────────────────────────────────────────────────
+
+
+def test_the_next_steps_are_said(command):
+    result = command("new-plugin", "foo-bar")
+    assert (result.status, result.err) == (0, "")
+    here = os.path.join(".", "engineroom-foo-bar")  # noqa: PTH118 - pathlib drops the dot
+    assert f"pip install -e {here}\n" in result.out
+    assert "engineroom plugins\n" in result.out
+    source = "package:engineroom_foo_bar/toy.txt"
+    assert f"engineroom conformance engineroom_foo_bar:FooBarHandler --model {source}" in result.out
+    assert f"engineroom run {source} " in result.out
+    assert Path("engineroom-foo-bar/pyproject.toml").is_file()
+
+
+def test_another_directory_and_class(command, tmp_path):
+    folder = tmp_path / "my plugins"
+    folder.mkdir()
+    result = command("new-plugin", "foo", "-d", str(folder), "--class-name", "Engine")
+    assert result.status == 0
+    assert list(Path().iterdir()) == []
+    assert [p.name for p in folder.iterdir()] == ["engineroom-foo"]
+    text = (folder / "engineroom-foo/src/engineroom_foo/handler.py").read_text(encoding="utf-8")
+    assert "\nclass Engine(TokenHandler):" in text
+    assert "FooHandler" not in text
+
+
+def test_a_directory_that_is_none(command, tmp_path):
+    result = command("new-plugin", "foo", "-d", str(tmp_path / "nowhere"))
+    assert result.status == 2 and "is no folder; make it first" in result.error
+    (tmp_path / "file").touch()
+    assert "is no folder" in command("new-plugin", "foo", "-d", str(tmp_path / "file")).error
+
+
+@pytest.mark.parametrize("kind", ["folder", "empty folder", "file", "broken link"])
+def test_what_is_there_already_is_untouched(command, kind):
+    target = Path("engineroom-foo")
+    if kind == "file":
+        target.write_text("mine", encoding="utf-8")
+    elif kind == "broken link":
+        try:
+            target.symlink_to("nowhere")
+        except OSError:
+            pytest.skip("this system makes no links")
+    else:
+        target.mkdir()
+        if kind == "folder":
+            (target / "README.md").write_text("mine", encoding="utf-8")
+    before = [(p, p.is_file() and p.read_text()) for p in sorted(Path().rglob("*"))]
+    result = command("new-plugin", "foo")
+    assert result.status == 1
+    assert "is there already, and nothing in it was touched" in result.error
+    assert [(p, p.is_file() and p.read_text()) for p in sorted(Path().rglob("*"))] == before
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(OSError(28, "No space left on device"), 1), (KeyboardInterrupt(), 130)]
+)
+def test_what_fails_midway_leaves_nothing(command, monkeypatch, error, status):
+    written = []
+    original = Path.write_bytes
+
+    def write(path: Path, data: bytes) -> int:
+        if len(written) == 5:
+            raise error
+        written.append(path)
+        return original(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", write)
+    result = command("new-plugin", "foo")
+    assert result.status == status
+    assert len(written) == 5
+    assert list(Path().iterdir()) == []
+    if status == 1:
+        assert "No space left on device" in result.error
+
+
+def test_a_folder_that_comes_to_be_meanwhile_is_untouched(command, monkeypatch):
+    original = Path.rename
+
+    def rename(path: Path, target: Path) -> Path:
+        target.mkdir()
+        (target / "theirs").touch()
+        return original(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    result = command("new-plugin", "foo")
+    assert result.status == 1 and "nothing is left of it" in result.error
+    assert [p.as_posix() for p in Path().rglob("*")] == ["engineroom-foo", "engineroom-foo/theirs"]
+
+
+# ── what is written ──────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(params=["b", "tensor-lite", LONGEST])
+def plugin(request, tmp_path: Path) -> Path:
+    return write_plugin(tmp_path, request.param)
+
+
+def write_plugin(folder: Path, name: str, **options: str) -> Path:
+    root = folder / plugin_names(name).distribution
+    for path, text in render(plugin_names(name), **options):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(text, encoding="utf-8")
+    return root
+
+
+FILES = {
+    ".github/workflows/tests.yml",
+    ".gitignore",
+    "LICENSE",
+    "README.md",
+    "pyproject.toml",
+    "src/engineroom_foo/__init__.py",
+    "src/engineroom_foo/handler.py",
+    "src/engineroom_foo/options.py",
+    "src/engineroom_foo/py.typed",
+    "src/engineroom_foo/runtime.py",
+    "src/engineroom_foo/sampling.py",
+    "src/engineroom_foo/toy.txt",
+    "tests/test_conformance.py",
+    "tests/test_handler.py",
+}
+
+
+def test_the_files():
+    files = {path.as_posix(): text for path, text in render(plugin_names("foo"))}
+    assert set(files) == FILES
+    assert files.pop("src/engineroom_foo/py.typed") == ""
+    for path, text in files.items():
+        assert "@@" not in text and "PACKAGE" not in path, path
+        assert text.endswith("\n") and not text.endswith("\n\n"), path
+    assert "${{ matrix.os }}" in files[".github/workflows/tests.yml"]
+    assert files[".github/workflows/tests.yml"].count("${{") == 2
+    assert len(files["src/engineroom_foo/handler.py"].splitlines()) < 400
+
+
+def test_the_metadata():
+    files = {path.as_posix(): text for path, text in render(plugin_names("foo"))}
+    data = tomllib.loads(files["pyproject.toml"])
+    project = data["project"]
+    assert project["name"] == "engineroom-foo"
+    assert project["license"] == "Apache-2.0"
+    assert project["entry-points"] == {
+        "engineroom.handlers": {"foo": "engineroom_foo.handler:FooHandler"},
+        "engineroom.api": {"foo": "engineroom.api:v1"},
+    }
+    assert "engineroom[testing]" in data["dependency-groups"]["test"]
+    version = engineroom.__version__.split(".")
+    assert project["dependencies"][0].startswith(f"engineroom>={version[0]}.{version[1]},<")
+    assert project["license-files"] == ["LICENSE"]
+
+
+@pytest.mark.parametrize(
+    ("version", "wanted"),
+    [("0.1.0", ">=0.1,<0.2"), ("0.12.3.dev1", ">=0.12,<0.13"), ("1.4.2", ">=1.4,<2")],
+)
+def test_it_asks_for_this_engineroom_and_what_is_compatible(monkeypatch, version, wanted):
+    monkeypatch.setattr(engineroom, "__version__", version)
+    files = {path.as_posix(): text for path, text in render(plugin_names("foo"))}
+    assert f'    "engineroom{wanted}",\n' in files["pyproject.toml"]
+
+
+def test_the_licence():
+    files = {p.as_posix(): text for p, text in render(plugin_names("foo"))}
+    assert "Apache License" in files["LICENSE"]
+    own = Path(__file__).parents[2] / "LICENSE"
+    assert files["LICENSE"] == own.read_text(encoding="utf-8")
+    files = {p.as_posix(): text for p, text in render(plugin_names("foo"), "MIT OR Apache-2.0")}
+    assert "REPLACE" in files["LICENSE"] and "MIT OR Apache-2.0" in files["LICENSE"]
+    assert tomllib.loads(files["pyproject.toml"])["project"]["license"] == "MIT OR Apache-2.0"
+
+
+def test_every_step_of_the_readme_is_marked_in_the_code():
+    files = {p.as_posix(): text for p, text in render(plugin_names("foo"))}
+    marked: dict[int, set[str]] = {}
+    for path, text in files.items():
+        for number in re.findall(r"# REPLACE (\d)", text):
+            marked.setdefault(int(number), set()).add(Path(path).name)
+    told = re.findall(
+        r"^(\d)\. \*\*.*?\*\*(?: \(`(\S+?)`.*?\))?:?", files["README.md"], re.MULTILINE
+    )
+    assert sorted(marked) == list(range(1, len(told)))  # the last is what is left
+    for number, file in told[:-1]:
+        assert file in marked[int(number)], number
+
+
+def test_the_readme_has_the_options_and_their_defaults():
+    files = {p.as_posix(): text for p, text in render(plugin_names("foo"))}
+    rows = dict(re.findall(r"^\| `(\w+)` \| `(\w+)` \|", files["README.md"], re.MULTILINE))
+    tree = ast.parse(files["src/engineroom_foo/options.py"])
+    fields = {
+        node.target.id: ast.unparse(node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.AnnAssign)
+    }
+    assert rows == fields
+
+
+def test_the_python_files_compile(plugin):
+    files = sorted(plugin.rglob("*.py"))
+    assert len(files) == 7
+    for file in files:
+        compile(file.read_text(encoding="utf-8"), file, "exec")
+
+
+def tool(plugin: Path, *command: str) -> None:
+    if importlib.util.find_spec(command[0]) is None:
+        pytest.skip(f"{command[0]} is not installed here")
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        cwd=plugin,
+        env={**os.environ, "MYPYPATH": str(plugin / "src")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_ruff_is_content(plugin):
+    tool(plugin, "ruff", "check", "--no-cache", ".")
+    tool(plugin, "ruff", "format", "--no-cache", "--check", ".")
+
+
+def test_mypy_is_content(tmp_path):
+    tool(write_plugin(tmp_path, "foo"), "mypy", f"--cache-dir={tmp_path / 'cache'}")
+
+
+ANSWER = """
+import json, sys
+from importlib.metadata import EntryPoint
+import engineroom_foo
+assert "engineroom_foo.runtime" not in sys.modules, "importing the plugin loads the runtime"
+
+from engineroom import InferenceRequest, LLMInferenceService, LLMModelManager, ModelConfig
+handler = EntryPoint("foo", sys.argv[1], "engineroom.handlers").load()()
+assert EntryPoint("foo", "engineroom.api:v1", "engineroom.api").load() == handler.api_version
+model = ModelConfig(model_id="toy", source="package:engineroom_foo/toy.txt")
+with LLMInferenceService(LLMModelManager(config=[model]), handlers=[handler]) as service:
+    fields = dict(model_id="toy", params={"temperature": 0, "max_new_tokens": 70})
+    request = InferenceRequest(prompt="Stop, said the", stop_sequences=["🚢", "loud"], **fields)
+    whole = service.run(request)
+    whole.raise_for_error()
+    assert "".join(service.stream_sync(request)) == whole.generated_text
+    chat = InferenceRequest(messages=[{"role": "user", "content": "Who are you?"}], **fields)
+    answer = service.run(chat)
+    answer.raise_for_error()
+    refused = service.run(InferenceRequest(model_id="toy", prompt="x", params={"num_beams": 2}))
+print(json.dumps([whole.generated_text, whole.generated_tokens, answer.generated_text,
+                  refused.error_message]))
+"""
+
+
+def test_the_handler_answers(tmp_path):
+    plugin = write_plugin(tmp_path, "foo")
+    data = tomllib.loads((plugin / "pyproject.toml").read_text(encoding="utf-8"))
+    entry = data["project"]["entry-points"]["engineroom.handlers"]["foo"]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", ANSWER, entry],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(plugin / "src")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    text, tokens, answer, refused = json.loads(done.stdout)
+    assert "engine room answered" in text
+    assert tokens == 70
+    assert answer
+    assert "num_beams" in refused
