@@ -412,6 +412,7 @@ def typing(session: nox.Session) -> None:
     needed = [each for package in ("core", *PLUGINS) for each in dependencies(package)]
     session.install(*(n for n in needed if name_of(n) not in NEEDS_NO_RUNTIME), *group("typing"))
     sources = [folder_of(package) / "src" for package in ("core", *PLUGINS)]
+    sources += sorted(ROOT.glob("examples/*/src"))
     present = [source for source in sources if any(source.rglob("*.py"))]
     session.run("mypy", *(os.fspath(source.relative_to(ROOT)) for source in present))
 

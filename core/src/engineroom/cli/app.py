@@ -6,6 +6,7 @@ from typing import Annotated, Final
 
 import typer
 
+from engineroom.cli.conformance import CONFORMANCE_EPILOG, conformance
 from engineroom.cli.doctor import DOCTOR_EPILOG, doctor
 from engineroom.cli.models import models_app
 from engineroom.cli.new_plugin import NEW_PLUGIN_EPILOG, new_plugin
@@ -85,3 +86,4 @@ app.add_typer(models_app, name="models")
 app.command("plugins", epilog=PLUGINS_EPILOG)(plugins)
 app.command("doctor", epilog=DOCTOR_EPILOG)(doctor)
 app.command("new-plugin", epilog=NEW_PLUGIN_EPILOG)(new_plugin)
+app.command("conformance", epilog=CONFORMANCE_EPILOG)(conformance)

@@ -1,7 +1,25 @@
-"""For tests of handlers, and of applications that use engineroom. Needs no pytest."""
+"""For tests of handlers, and of applications that use engineroom.
+
+Only :class:`HandlerConformance` needs pytest (``pip install "engineroom[testing]"``), and only
+when it is first used.
+"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+from engineroom.testing.conformance.overriding import overrides
 from engineroom.testing.echo import EchoHandler, EchoModel, EchoOptions
 
-__all__ = ["EchoHandler", "EchoModel", "EchoOptions"]
+if TYPE_CHECKING:
+    from engineroom.testing.conformance.suite import HandlerConformance
+
+__all__ = ["EchoHandler", "EchoModel", "EchoOptions", "HandlerConformance", "overrides"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "HandlerConformance":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from engineroom.testing import conformance
+
+    return conformance.HandlerConformance

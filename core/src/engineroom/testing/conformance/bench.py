@@ -1,0 +1,143 @@
+"""One model of the handler under test, and the ways to ask it something."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from engineroom.handler import HandlerHealth
+from engineroom.manager import LLMModelManager
+from engineroom.schemas import (
+    GenerationParams,
+    InferenceRequest,
+    InferenceResponse,
+    LoadedModel,
+    ModelConfig,
+)
+from engineroom.service import LLMInferenceService
+from engineroom.streams import InferenceStream, StreamError
+from engineroom.testing.conformance.outcomes import broken
+
+if TYPE_CHECKING:
+    from engineroom.testing.conformance.kit import Kit
+
+__all__ = ["Bench", "Streamed", "again", "quietly", "said"]
+
+
+@dataclass(slots=True)
+class Streamed:
+    """A stream that was read to its end."""
+
+    chunks: list[str] = field(default_factory=list)
+    response: InferenceResponse | None = None
+
+    @property
+    def text(self) -> str:
+        """The joined chunks, an error's left out."""
+        return "".join(c for c in self.chunks if not isinstance(c, StreamError))
+
+
+class Bench:
+    """A service over one model of the handler under test."""
+
+    def __init__(self, kit: Kit, config: ModelConfig) -> None:
+        self.kit = kit
+        self.config = config
+        self.manager = LLMModelManager(config=[config])
+        self.service = LLMInferenceService(self.manager, handlers=[kit.handler])
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """The model in memory."""
+        loaded = self.manager.get_loaded_model(self.config.model_id)
+        assert loaded is not None
+        return loaded
+
+    async def load(self) -> LoadedModel:
+        """Load the model, if it is not."""
+        return await self.kit.within(
+            self.manager.load(self.config.model_id), f"load_model({self.config.source!r})"
+        )
+
+    async def infer(self, request: InferenceRequest) -> InferenceResponse:
+        """The answer through the service, a failure included."""
+        return await self.kit.within(self.service.infer(request), f"infer({said(request)})")
+
+    async def answer(self, request: InferenceRequest) -> InferenceResponse:
+        """The answer through the service, which must not be a failure."""
+        response = await self.infer(request)
+        if response.error_message is not None:
+            broken(
+                did=f"infer({said(request)})",
+                expected="an answer",
+                saw=f"{response.error_type}: {response.error_message}",
+            )
+        return response
+
+    async def stream(self, request: InferenceRequest) -> Streamed:
+        """The whole stream through the service, which must not fail."""
+        streamed = Streamed()
+        stream = self.open(request)
+        await self.kit.progressing(self._collect(stream, streamed), request, streamed)
+        streamed.response = stream.response
+        if streamed.chunks and isinstance(streamed.chunks[-1], StreamError):
+            broken(
+                did=f"stream({said(request)})", expected="an answer", saw=str(streamed.chunks[-1])
+            )
+        return streamed
+
+    def open(self, request: InferenceRequest) -> InferenceStream:
+        """A stream, which is closed with the check if it has not ended by then."""
+        stream = self.service.stream(request)
+        self.kit.opened.append(stream.aclose)
+        return stream
+
+    def direct(self, request: InferenceRequest) -> AsyncGenerator[str, None]:
+        """The handler's own generator, without the service around it."""
+        generator = self.kit.handler.stream_infer(self.loaded, request)
+        self.kit.opened.append(generator.aclose)
+        return generator
+
+    async def _collect(self, stream: InferenceStream, into: Streamed) -> None:
+        async for chunk in stream:
+            into.chunks.append(chunk)
+
+    def health(self) -> HandlerHealth:
+        """What the handler says; a plain ``HandlerHealth`` where that is no health at all."""
+        health: object = self.kit.handler.health(self.loaded)
+        return health if isinstance(health, HandlerHealth) else HandlerHealth()
+
+
+async def quietly(work: Awaitable[Any]) -> None:
+    """Wait for an end, whatever it is: a check of its own looks at that."""
+    with suppress(Exception, asyncio.CancelledError):
+        await work
+
+
+def again(request: InferenceRequest, **update: Any) -> InferenceRequest:
+    """The same request under another id."""
+    fields = request.model_dump(exclude={"request_id"}, exclude_unset=True)
+    return InferenceRequest.model_validate({**fields, **update})
+
+
+def said(request: InferenceRequest) -> str:
+    """A request as it is told in messages."""
+    parts = []
+    if request.prompt is not None:
+        shown = request.prompt if len(request.prompt) <= 40 else request.prompt[:37] + "…"
+        parts.append(f"prompt={shown!r}")
+    else:
+        parts.append(f"messages=[{', '.join(m.role for m in request.messages or ())}]")
+    parts += [
+        f"{name}={getattr(request.params, name)!r}"
+        for name in GenerationParams.model_fields
+        if name in request.params.model_fields_set
+    ]
+    if request.stop_sequences:
+        parts.append(f"stop_sequences={request.stop_sequences!r}")
+    if request.timeout_s is not None:
+        parts.append(f"timeout_s={request.timeout_s:g}")
+    return ", ".join(parts)

@@ -1,0 +1,80 @@
+"""Checks of messages."""
+
+from __future__ import annotations
+
+from engineroom.schemas import ChatMessage
+from engineroom.testing.conformance.base import Checks, check
+from engineroom.testing.conformance.bench import said
+from engineroom.testing.conformance.kit import Kit
+from engineroom.testing.conformance.outcomes import broken, skip
+
+__all__ = ["ChatChecks"]
+
+_ODD = (
+    ("assistant", "user"),
+    ("user", "user"),
+    ("tool",),
+    ("user", "system"),
+    ("user", "assistant"),
+    ("developer", "user"),
+)
+
+
+class ChatChecks(Checks):
+    """Messages instead of a prompt."""
+
+    @check()
+    async def test_chat_template(self, kit: Kit) -> None:
+        _need_chat(kit)
+        await kit.need_determinism()
+        conversations = (
+            (("user", "Name three rivers."),),
+            (("system", "You answer briefly."), ("user", "Name three rivers.")),
+            (("user", "Hello."), ("assistant", "Hello, you."), ("user", "Name three rivers.")),
+        )
+        compared = 0
+        for conversation in conversations:
+            messages = [ChatMessage(role=r, content=c) for r, c in conversation]
+            try:
+                rendered = self.render_chat(kit.bench.loaded, messages)
+            except Exception:  # noqa: BLE001, S112 - a template that refuses, in its own words
+                continue
+            if rendered is None:
+                skip(
+                    "how messages are rendered is not known; write render_chat(loaded_model, "
+                    "messages) in the suite"
+                )
+            request = kit.request(params=kit.greedy(), messages=messages)
+            chatted = await kit.bench.answer(request)
+            prompted = await kit.bench.answer(kit.request(rendered, params=kit.greedy()))
+            compared += 1
+            if chatted.generated_text != prompted.generated_text:
+                broken(
+                    did=f"infer({said(request)}), and with prompt={rendered!r}",
+                    expected=f"the same text, {prompted.generated_text!r}",
+                    saw=repr(chatted.generated_text),
+                )
+        if not compared:
+            skip("the model's template takes none of the kit's conversations")
+
+    @check()
+    async def test_chat_roles(self, kit: Kit) -> None:
+        _need_chat(kit)
+        for roles in _ODD:
+            messages = [ChatMessage(role=r, content=f"I am {r}.") for r in roles]
+            request = kit.request(n=2, params=kit.greedy(), messages=messages)
+            response = await kit.bench.infer(request)
+            if response.error_message is None:
+                continue
+            if response.error_type != "ConfigurationError":
+                broken(
+                    did=f"infer({said(request)})",
+                    expected="an answer, or a ConfigurationError that says what is wrong with the "
+                    "roles",
+                    saw=f"{response.error_type}: {response.error_message}",
+                )
+
+
+def _need_chat(kit: Kit) -> None:
+    if not kit.capabilities.chat:
+        skip("capabilities() does not claim chat; the service refuses messages by name")

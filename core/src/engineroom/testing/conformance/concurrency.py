@@ -1,0 +1,141 @@
+"""Checks of several requests at once."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from engineroom.schemas import InferenceRequest
+from engineroom.testing.conformance.base import Checks, check
+from engineroom.testing.conformance.bench import Bench, again, said
+from engineroom.testing.conformance.kit import Kit
+from engineroom.testing.conformance.outcomes import broken, skip
+
+__all__ = ["ConcurrencyChecks"]
+
+_MANY = 8
+
+
+class ConcurrencyChecks(Checks):
+    """Many requests at once."""
+
+    @check()
+    async def test_requests_do_not_mix(self, kit: Kit) -> None:
+        await kit.need_determinism()
+        requests = _different(kit)
+        alone = [(await kit.bench.answer(again(r))).generated_text for r in requests]
+        together: list[str | None] = []
+        for _ in range(1 if kit.settings.batch_invariant else 4):
+            found = await asyncio.gather(
+                *(_either(kit, again(r), place % 2 == 1) for place, r in enumerate(requests))
+            )
+            together = [
+                one if kit.alike(one, text) or (together and together[place] == one) else text
+                for place, (one, text) in enumerate(zip(alone, found, strict=True))
+            ]
+            if together == alone:
+                return
+        for request, one, other in zip(requests, alone, together, strict=True):
+            if one != other:
+                broken(
+                    did=f"infer({said(request)}) beside {_MANY - 1} other requests",
+                    expected=f"the text that it has alone, {one!r}",
+                    saw=repr(other),
+                )
+
+    @check()
+    async def test_short_overtakes_long(self, kit: Kit) -> None:
+        long = await kit.lengthy()
+        short = kit.request(kit.prompts[1], 2, params=kit.greedy())
+        ended: list[str] = []
+        one_at_a_time = False
+
+        async def run(name: str, request: InferenceRequest) -> None:
+            await kit.bench.stream(request)
+            ended.append(name)
+
+        first = kit.spawn(run("the long one", long))
+        await kit.turns()
+        if first.done():
+            skip("the long request ended at once: there was nothing to overtake")
+        second = kit.spawn(run("the short one", short))
+        while not second.done() and not first.done():
+            health = kit.bench.health()
+            if health.num_requests_running == 1 and health.num_requests_waiting >= 1:
+                one_at_a_time = True
+            await asyncio.sleep(0)
+        await kit.within(second, "the short request")
+        await kit.within(first, "the long request")
+        if ended[0] == "the short one":
+            return
+        if one_at_a_time:
+            skip("the runtime runs one request at a time here, as health says; load it with more")
+        broken(
+            did=f"stream({said(long)}), and while it ran, stream({said(short)})",
+            expected="that the short one ends first: a slot is free",
+            saw="that it waited until the long one had ended",
+        )
+
+    @check()
+    async def test_queue_bound(self, kit: Kit) -> None:
+        async with kit.narrow_model() as bench:
+            request = await kit.lengthy(bench)
+            answers = await asyncio.gather(*(bench.infer(again(request)) for _ in range(_MANY)))
+            did = (
+                f"{_MANY} requests at once, with the options "
+                f"{dict(kit.settings.queue_options or {})}"
+            )
+            refused = [a for a in answers if a.error_message is not None]
+            for answer in refused:
+                if answer.error_type != "QueueFullError":
+                    broken(did=did, expected="QueueFullError", saw=str(answer.error_message))
+            if not refused or len(refused) == _MANY:
+                broken(
+                    did=did,
+                    expected="that those beyond the bound are refused, and the others answered",
+                    saw=f"{_MANY - len(refused)} answered, {len(refused)} refused",
+                )
+            await _usable(bench, request)
+
+
+async def _usable(bench: Bench, request: InferenceRequest) -> None:
+    answer = await bench.infer(again(request))
+    if answer.error_message is not None:
+        broken(
+            did="a request after the queue had been full",
+            expected="an answer",
+            saw=answer.error_message,
+        )
+
+
+async def _either(kit: Kit, request: InferenceRequest, streamed: bool) -> str | None:
+    if streamed:
+        return (await kit.bench.stream(request)).text
+    return (await kit.bench.answer(request)).generated_text
+
+
+def _different(kit: Kit) -> list[InferenceRequest]:
+    """Greedy requests that differ in all that the handler has."""
+    greedy = kit.greedy()
+    variants: list[tuple[int, dict[str, Any], list[str] | None]] = [
+        (4, {}, None),
+        (24, {}, None),
+        (12, {"repetition_penalty": 1.5}, None),
+        (16, {"presence_penalty": 1.5}, None),
+        (20, {"frequency_penalty": 1.0}, None),
+        (24, {}, ["e", "E"]),
+        (8, {"logprobs": 1}, None),
+        (24, {"logit_bias": {65: -5.0}}, [" "]),
+    ]
+    found = []
+    for place, (n, params, stops) in enumerate(variants):
+        claimed = {name: value for name, value in params.items() if kit.honours(name)}
+        found.append(
+            kit.request(
+                f"{kit.prompts[place % len(kit.prompts)]} {place}",
+                n,
+                params={**greedy, **claimed},
+                stop_sequences=stops if kit.capabilities.stop_sequences else None,
+            )
+        )
+    return found

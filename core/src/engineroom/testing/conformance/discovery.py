@@ -1,0 +1,390 @@
+"""Checks of what is asked before a request comes: the plugin, its questions, its loading."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from engineroom.errors import (
+    ConfigurationError,
+    ModelNotFoundError,
+    ResourceNotAvailableError,
+)
+from engineroom.handler import API_VERSION, HandlerHealth
+from engineroom.plugins import HANDLER_GROUP, installed_plugins
+from engineroom.schemas import LoadedModel, ModelConfig
+from engineroom.testing.conformance.base import Checks, check
+from engineroom.testing.conformance.kit import Kit
+from engineroom.testing.conformance.outcomes import broken, skip
+
+__all__ = ["DiscoveryChecks"]
+
+RUNTIMES: Final = (
+    "torch",
+    "transformers",
+    "tensorflow",
+    "jax",
+    "llama_cpp",
+    "vllm",
+    "ctranslate2",
+    "onnxruntime",
+    "onnxruntime_genai",
+    "mlx",
+    "mlx_lm",
+    "exllamav2",
+    "tensorrt_llm",
+    "openvino",
+    "sglang",
+)
+"""Modules that no plugin may load by being imported; a suite adds its own runtime's."""
+
+_MOMENT_S: Final = 0.1
+"""More than any look at a name or a few bytes takes, on a machine that is busy as well."""
+_TRIES: Final = 10
+
+_ASK: Final = """
+import importlib, json, sys
+task = json.load(sys.stdin)
+sys.path[:] = task["path"]
+names = set(task["modules"])
+try:
+    holder = importlib.import_module(task["module"])
+except ModuleNotFoundError as error:
+    print(json.dumps({"absent": str(error)}))
+    raise SystemExit
+def loaded():
+    return sorted(n for n in names if n in sys.modules)
+found = {"import": loaded()}
+for part in task["class"].split("."):
+    holder = getattr(holder, part, None)
+if holder is not None:
+    from engineroom import LoadedModel, ModelConfig
+    try:
+        handler = holder()
+    except TypeError:
+        handler = None
+    if handler is not None:
+        config = ModelConfig(model_id="m", source="/no/such/place/model.unknown")
+        handler.capabilities()
+        handler.can_load(config)
+        handler.can_handle(LoadedModel(model_id="m", model_object=object(), config=config))
+        found["questions"] = loaded()
+print(json.dumps(found))
+"""
+
+
+class DiscoveryChecks(Checks):
+    """Before a request comes."""
+
+    @check(needs="handler-is-valid")
+    async def test_handler_is_valid(self, kit: Kit) -> None:
+        """Its foundation has looked."""
+
+    @check(needs="handler-is-valid")
+    async def test_entry_point(self, kit: Kit) -> None:
+        handler = kit.handler
+        value = f"{type(handler).__module__}:{type(handler).__qualname__}"
+        records = [r for r in installed_plugins() if r.group == HANDLER_GROUP]
+        mine = [r for r in records if r.name == handler.name or r.value == value]
+        if not mine:
+            skip(f"no installed distribution publishes {handler.name!r} or {value}")
+        for record in mine:
+            did = (
+                f"loaded the entry point {record.name} = {record.value!r} of {record.distribution}"
+            )
+            assert record.entry_point is not None
+            try:
+                loaded = record.entry_point.load()
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - foreign, told as the finding
+                broken(did=did, expected="the handler", saw=f"{type(error).__name__}: {error}")
+            name = getattr(loaded, "name", None)
+            same = loaded is type(handler) or isinstance(loaded, type(handler))
+            if record.name != handler.name or name != record.name or not same:
+                broken(
+                    did=did,
+                    expected=f"{type(handler).__qualname__} with the entry's own name, "
+                    f"{handler.name!r}",
+                    saw=f"{loaded!r} with name = {name!r}",
+                )
+            if record.api_version is not None and not _same_major(record.api_version):
+                broken(
+                    did=f"read the entry {record.name!r} in the group engineroom.api",
+                    expected=f"the contract's version, {API_VERSION}",
+                    saw=record.api_version,
+                )
+
+    @check(needs="handler-is-valid")
+    async def test_import_is_light(self, kit: Kit) -> None:
+        handler = type(kit.handler)
+        task = {
+            "path": _import_path(),
+            "module": handler.__module__,
+            "class": handler.__qualname__,
+            "modules": [*RUNTIMES, *kit.settings.runtime_modules],
+        }
+        found = await asyncio.to_thread(_ask, task, kit.settings.timeout_s)
+        if "absent" in found:
+            skip(f"{handler.__module__} cannot be imported by a fresh process: {found['absent']}")
+        for when, did in (
+            ("import", f"import {handler.__module__}, in a fresh process"),
+            ("questions", "capabilities(), can_load() and can_handle(), in a fresh process"),
+        ):
+            if names := found.get(when):
+                broken(
+                    did=did,
+                    expected="that the runtime waits until load_model",
+                    saw=f"{', '.join(names)} was imported",
+                )
+
+    @check(needs="capabilities")
+    async def test_capabilities(self, kit: Kit) -> None:
+        """Its foundation has looked."""
+
+    @check(needs="can-load")
+    async def test_can_load(self, kit: Kit) -> None:
+        """Its foundation has looked."""
+
+    @check(needs="handler-is-valid")
+    async def test_can_load_foreign(self, kit: Kit) -> None:
+        with _foreign_sources() as sources:
+            for kind, source in sources.items():
+                _say_no(
+                    f"can_load({kind}: {source!r})",
+                    kit.handler.can_load,
+                    ModelConfig(model_id="foreign", source=source),
+                )
+
+    @check(needs="model-loads")
+    async def test_model_loads(self, kit: Kit) -> None:
+        """Its foundation has looked."""
+
+    @check(needs="can-handle")
+    async def test_can_handle(self, kit: Kit) -> None:
+        """Its foundation has looked."""
+
+    @check(needs="handler-is-valid")
+    async def test_can_handle_foreign(self, kit: Kit) -> None:
+        config = ModelConfig(model_id="foreign", source="/no/such/place/model.unknown")
+        for thing in (None, object(), "a text", b"bytes", 0, {}, [], _Touchy()):
+            model = LoadedModel(
+                model_id="foreign",
+                model_object=thing,
+                config=config,
+                handler_name="some_other_runtime",
+            )
+            _say_no(
+                f"can_handle(a model of another runtime, model_object={type(thing).__name__})",
+                kit.handler.can_handle,
+                model,
+            )
+
+    @check(needs="model-loads")
+    async def test_questions_are_cheap(self, kit: Kit) -> None:
+        loaded, config = kit.bench.loaded, kit.config.choices()[0]
+        questions: dict[str, Callable[[], object]] = {
+            "can_load": lambda: kit.handler.can_load(config),
+            "can_handle": lambda: kit.handler.can_handle(loaded),
+            "capabilities": kit.handler.capabilities,
+            "health": lambda: kit.handler.health(loaded),
+        }
+        for name, ask in questions.items():
+            took = min(_timed(ask) for _ in range(_TRIES))
+            if took > _MOMENT_S:
+                broken(
+                    did=f"{name}(), {_TRIES} times",
+                    expected=f"an answer within {_MOMENT_S:g} s, at least once",
+                    saw=f"{took:.2f} s for the quickest",
+                )
+
+    @check(needs="model-loads")
+    async def test_questions_change_nothing(self, kit: Kit) -> None:
+        loaded, config = kit.bench.loaded, kit.config.choices()[0]
+        questions: dict[str, Callable[[], object]] = {
+            "can_load": lambda: kit.handler.can_load(config),
+            "can_handle": lambda: kit.handler.can_handle(loaded),
+        }
+        for name, ask in questions.items():
+            ask()  # the first time may import
+            before = _state(kit, loaded, config)
+            for _ in range(3):
+                ask()
+            await kit.turns(2)
+            after = _state(kit, loaded, config)
+            changed = [key for key, value in before.items() if after[key] != value]
+            if changed:
+                broken(
+                    did=f"{name}(), three times",
+                    expected="that nothing changes",
+                    saw=", ".join(f"{k}: {before[k]} became {after[k]}" for k in changed),
+                )
+
+    @check(needs="capabilities")
+    async def test_estimate_memory(self, kit: Kit) -> None:
+        found: object = kit.handler.estimate_memory(kit.config.choices()[0])
+        right = found is None or (
+            isinstance(found, Mapping)
+            and all(isinstance(device, str) for device in found)
+            and all(type(size) is int and size >= 0 for size in found.values())
+        )
+        if not right:
+            broken(
+                did="estimate_memory()",
+                expected='a mapping such as {"cpu": bytes}, or None',
+                saw=repr(found),
+            )
+
+    @check(needs="model-loads")
+    async def test_health(self, kit: Kit) -> None:
+        found = kit.handler.health(kit.bench.loaded)
+        if not isinstance(found, HandlerHealth):
+            broken(did="health()", expected="a HandlerHealth", saw=repr(found))
+        usage = found.kv_cache_usage
+        if (
+            not found.ok
+            or found.num_requests_running < 0
+            or found.num_requests_waiting < 0
+            or not (usage is None or 0 <= usage <= 1)
+        ):
+            broken(
+                did="health(), of a model that serves",
+                expected="ok, counts from 0, and a cache usage from 0 to 1 or None",
+                saw=repr(found),
+            )
+
+    @check(needs="capabilities")
+    async def test_missing_source(self, kit: Kit) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            source = str(Path(folder) / "there-is-no-such-model")
+            config = _plain(kit, source, kit.config.choices()[0].options)
+            try:
+                loaded = await kit.within(
+                    kit.handler.load_model(config), f"load_model(source={source!r})"
+                )
+            except (ModelNotFoundError, ConfigurationError, ResourceNotAvailableError):
+                return
+            except Exception as error:  # noqa: BLE001 - foreign code, told as the finding
+                broken(
+                    did=f"load_model(source={source!r}), where there is nothing",
+                    expected="ModelNotFoundError, ConfigurationError or ResourceNotAvailableError",
+                    saw=f"{type(error).__name__}: {error}",
+                )
+            await kit.within(kit.handler.unload_model(loaded), "unload_model")
+        skip("the runtime loads a model from any source at all")
+
+    @check(needs="model-loads")
+    async def test_unknown_option(self, kit: Kit) -> None:
+        option = "no_such_option_of_any_runtime"
+        given = kit.config.choices()[0]
+        config = _plain(kit, given.source or "", {**given.options, option: 1})
+        did = f"load_model(options={{…, {option!r}: 1}})"
+        try:
+            loaded = await kit.within(kit.handler.load_model(config), did)
+        except ConfigurationError as error:
+            if option not in error.message:
+                broken(did=did, expected="that the message names the option", saw=error.message)
+            return
+        except Exception as error:  # noqa: BLE001 - foreign code, told as the finding
+            broken(did=did, expected="a ConfigurationError", saw=f"{type(error).__name__}: {error}")
+        await kit.within(kit.handler.unload_model(loaded), "unload_model")
+        broken(did=did, expected="a ConfigurationError that names it", saw="that it was ignored")
+
+
+class _Touchy:
+    """A foreign model_object: to look for anything in it fails."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(name)
+
+
+def _plain(kit: Kit, source: str, options: Mapping[str, Any]) -> ModelConfig:
+    return ModelConfig(
+        model_id=f"{kit.config.model_id}-try",
+        source=source,
+        runtime=kit.handler.name,
+        options=dict(options),
+    )
+
+
+def _say_no(did: str, question: Callable[[Any], object], about: object) -> None:
+    try:
+        answer = question(about)
+    except Exception as error:  # noqa: BLE001 - foreign code, told as the finding
+        broken(did=did, expected="the bool False", saw=f"{type(error).__name__}: {error}")
+    if answer is not False:
+        broken(did=did, expected="the bool False", saw=repr(answer))
+
+
+@contextmanager
+def _foreign_sources() -> Iterator[dict[str, str]]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "empty-folder").mkdir()
+        (folder / "empty.bin").touch()
+        (folder / "text.md").write_text("# Not a model\n", encoding="utf-8")
+        (folder / "noise.unknown").write_bytes(bytes(range(256)) * 4)
+        yield {
+            "nothing there": str(folder / "nothing-there"),
+            "an empty folder": str(folder / "empty-folder"),
+            "an empty file": str(folder / "empty.bin"),
+            "a text": str(folder / "text.md"),
+            "a file of another format": str(folder / "noise.unknown"),
+            "an unknown scheme": "no-such-scheme:model",
+        }
+
+
+def _import_path() -> list[str]:
+    return [str(Path(entry or os.curdir).absolute()) for entry in sys.path]
+
+
+def _ask(task: dict[str, Any], limit: float) -> dict[str, Any]:
+    """Import in a fresh process, and see what came with it."""
+    done = subprocess.run(  # noqa: S603 - this interpreter, and a program of ours
+        [sys.executable, "-c", _ASK],
+        input=json.dumps(task),
+        capture_output=True,
+        text=True,
+        timeout=max(60.0, limit),
+        check=False,
+    )
+    if done.returncode != 0:
+        broken(
+            did=f"import {task['module']}, in a fresh process",
+            expected="that it can be imported",
+            saw=done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "an exit",
+        )
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def _same_major(version: str) -> bool:
+    return version.partition(".")[0] == API_VERSION.partition(".")[0]
+
+
+def _timed(ask: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    ask()
+    return time.perf_counter() - began
+
+
+def _state(kit: Kit, loaded: LoadedModel, config: ModelConfig) -> dict[str, Any]:
+    return {
+        "the configuration": repr(config),
+        "the model's configuration": repr(loaded.config),
+        "the model's fields": repr(
+            {name: id(getattr(loaded, name)) for name in LoadedModel.model_fields}
+        ),
+        "the environment": dict(os.environ),
+        "the working directory": Path.cwd(),
+        "threads": sorted(t.name for t in threading.enumerate()),
+        "tasks": len(kit.tasks()),
+    }

@@ -1,0 +1,235 @@
+"""Checks of counts and limits, of what is not claimed, of beams and of structure."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, Final
+
+from engineroom.testing.conformance.base import Checks, check
+from engineroom.testing.conformance.bench import again, said
+from engineroom.testing.conformance.kit import Kit
+from engineroom.testing.conformance.outcomes import broken, skip
+
+__all__ = ["LimitChecks"]
+
+UNUSUAL: Final[Mapping[str, Any]] = {
+    "max_new_tokens": 5,
+    "temperature": 1.3,
+    "top_p": 0.5,
+    "top_k": 5,
+    "repetition_penalty": 1.3,
+    "do_sample": False,
+    "num_beams": 2,
+    "early_stopping": True,
+    "min_p": 0.2,
+    "seed": 1,
+    "presence_penalty": 0.5,
+    "frequency_penalty": 0.5,
+    "logit_bias": {1: -1.0},
+    "logprobs": 1,
+    "structured_output": {"regex": "a+"},
+}
+"""A value of each field that asks for something."""
+
+_PATTERN: Final = "(yes|no)"
+_SCHEMA: Final = {
+    "type": "object",
+    "properties": {"ok": {"type": "boolean"}},
+    "required": ["ok"],
+    "additionalProperties": False,
+}
+_GRAMMAR: Final = 'root ::= "yes" | "no"'
+_MOST_ADDED: Final = 16
+"""Most tokens that a model adds to a prompt: marks of its beginning and end."""
+
+
+class LimitChecks(Checks):
+    """Counts, limits and claims."""
+
+    @check()
+    async def test_token_counts(self, kit: Kit) -> None:
+        added: dict[str, int] = {}
+        for prompt in (kit.settings.prompt, kit.prompts[1], kit.settings.prompt * 3):
+            counted = kit.handler.count_tokens(kit.bench.loaded, prompt)
+            if counted is None:
+                skip("count_tokens() returns None: the runtime cannot tell")
+            if type(counted) is not int or counted < 0:
+                broken(did=f"count_tokens({prompt!r})", expected="a number", saw=repr(counted))
+            response = await kit.bench.answer(kit.request(prompt, 1, params=kit.greedy()))
+            if response.prompt_tokens is None:
+                broken(
+                    did=f"infer(prompt={prompt!r})",
+                    expected="prompt_tokens, as count_tokens can tell them",
+                    saw="None",
+                )
+            added[prompt] = response.prompt_tokens - counted
+        if len(set(added.values())) > 1 or not 0 <= min(added.values()) <= _MOST_ADDED:
+            broken(
+                did="compared prompt_tokens with count_tokens(prompt), for three prompts",
+                expected=f"the same difference each time, from 0 to {_MOST_ADDED}",
+                saw=", ".join(f"{value:+d}" for value in added.values()),
+            )
+
+    @check()
+    async def test_max_new_tokens(self, kit: Kit) -> None:
+        kit.need("max_new_tokens")
+        for n in (1, 2, 7):
+            request = kit.request(n=n, params=kit.greedy())
+            for way, response in (
+                ("infer", await kit.bench.answer(request)),
+                ("stream", (await kit.bench.stream(again(request))).response),
+            ):
+                if response is None or response.generated_tokens is None:
+                    continue
+                count, reason = response.generated_tokens, response.finish_reason
+                if count > n or (count < n and reason == "length"):
+                    broken(
+                        did=f"{way}({said(request)})",
+                        expected=f"{n} tokens, or fewer with the finish reason eos_token",
+                        saw=f"{count} tokens with {reason!r}",
+                    )
+                if count == n and reason not in ("length", "eos_token"):
+                    broken(
+                        did=f"{way}({said(request)})",
+                        expected="the finish reason 'length'",
+                        saw=repr(reason),
+                    )
+
+    @check()
+    async def test_max_new_tokens_none(self, kit: Kit) -> None:
+        kit.need("max_new_tokens")
+        context = kit.bench.loaded.max_context_tokens
+        if context is None or context > 1 << 16:
+            skip("the context is unbounded, or too large to be filled here")
+        left = 64 if context >= 160 else context // 3
+        prompt = await kit.long_prompt((context - left) / context, most=context)
+        request = kit.request(prompt, params={**kit.greedy(), "max_new_tokens": None})
+        response = await kit.bench.answer(request)
+        if response.finish_reason == "eos_token":
+            return
+        total = (response.prompt_tokens or 0) + (response.generated_tokens or 0)
+        if response.finish_reason != "length" or (response.prompt_tokens and total < context - 2):
+            broken(
+                did=f"infer({said(request)}), with {response.prompt_tokens} tokens of prompt and a "
+                f"context of {context}",
+                expected="tokens until the context is full, or eos_token",
+                saw=f"{response.generated_tokens} tokens and {response.finish_reason!r}",
+            )
+
+    @check()
+    async def test_unclaimed_parameters(self, kit: Kit) -> None:
+        unclaimed = [name for name in UNUSUAL if not kit.honours(name)]
+        if not unclaimed:
+            skip("capabilities() claims every field")
+        for name in unclaimed:
+            params = {**kit.greedy(), name: UNUSUAL[name]}
+            request = kit.request(n=6, params=params)
+            refused = await kit.bench.infer(request)
+            if refused.error_type != "ConfigurationError" or name not in (
+                refused.error_message or ""
+            ):
+                broken(
+                    did=f"infer({said(request)}), which is not claimed",
+                    expected=f"a ConfigurationError that names {name}",
+                    saw=refused.error_message or "an answer",
+                )
+            request = kit.request(n=6, params=params, on_unsupported="warn")
+            ignored = await kit.bench.infer(request)
+            if ignored.error_message is not None or not any(name in w for w in ignored.warnings):
+                broken(
+                    did=f'infer({said(request)}), which is not claimed, with on_unsupported="warn"',
+                    expected=f"an answer and a warning that names {name}",
+                    saw=ignored.error_message or f"the warnings {ignored.warnings}",
+                )
+
+    @check()
+    async def test_num_beams(self, kit: Kit) -> None:
+        kit.need("num_beams")
+        if not await kit.has_choice():
+            skip("the model says the same whatever is asked: it leaves no choice")
+        params = {**kit.greedy(), "num_beams": 4}
+        other = False
+        for prompt in kit.prompts:
+            request = kit.request(prompt, 24, params=params)
+            texts = [(await kit.bench.answer(again(request))).generated_text for _ in range(2)]
+            if texts[0] != texts[1]:
+                broken(
+                    did=f"infer({said(request)}), twice",
+                    expected="the same text",
+                    saw=f"{texts[0]!r}, then {texts[1]!r}",
+                )
+            other = other or texts[0] != (await kit.plain(prompt, 24)).generated_text
+        if not other:
+            broken(
+                did=f"infer with num_beams=4, for {len(kit.prompts)} prompts",
+                expected="a text that greedy search does not find",
+                saw="the greedy text each time",
+            )
+
+    @check()
+    async def test_early_stopping(self, kit: Kit) -> None:
+        kit.need("early_stopping")
+        if not kit.honours("num_beams"):
+            broken(
+                did="capabilities()",
+                expected="early_stopping together with num_beams, which it is about",
+                saw="early_stopping alone",
+            )
+        for prompt in kit.prompts[:2]:
+            params = {**kit.greedy(), "num_beams": 2}
+            counts = []
+            for early in (False, True):
+                request = kit.request(prompt, 24, params={**params, "early_stopping": early})
+                counts.append((await kit.bench.answer(request)).generated_tokens or 0)
+            if counts[1] > counts[0]:
+                broken(
+                    did=f"infer({said(request)})",
+                    expected=f"at most {counts[0]} tokens, as without early_stopping",
+                    saw=f"{counts[1]} tokens",
+                )
+
+    @check()
+    async def test_structured_output(self, kit: Kit) -> None:
+        kit.need("structured_output")
+        kinds = kit.capabilities.structured_output
+        if not kinds:
+            broken(
+                did="capabilities()",
+                expected="the kinds of structured_output, of json_schema, regex and grammar",
+                saw="structured_output among params, and no kind",
+            )
+        for kind, value in (
+            ("regex", _PATTERN),
+            ("json_schema", _SCHEMA),
+            ("grammar", _GRAMMAR),
+        ):
+            if kind not in kinds:
+                continue
+            params = {**kit.greedy(), "structured_output": {kind: value}}
+            request = kit.request("Is the sky blue? Answer: ", 96, params=params)
+            response = await kit.bench.answer(request)
+            text = response.generated_text or ""
+            if response.finish_reason != "length" and not _matches(kind, text):
+                broken(
+                    did=f"infer({said(request)})",
+                    expected=f"a text that matches the {kind}",
+                    saw=repr(text),
+                )
+            if response.finish_reason == "length" and kind != "json_schema":
+                broken(
+                    did=f"infer({said(request)})",
+                    expected="the end of the text once it matches",
+                    saw=f"{response.generated_tokens} tokens: {text!r}",
+                )
+
+
+def _matches(kind: str, text: str) -> bool:
+    if kind != "json_schema":
+        return re.fullmatch(_PATTERN, text) is not None
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return False
+    return isinstance(found, dict) and set(found) == {"ok"} and isinstance(found["ok"], bool)

@@ -1,0 +1,194 @@
+"""An event loop in a thread of its own, watched from outside.
+
+A handler may block the loop, hang, or swallow its cancellation. The thread that waits for it
+here is another one, so each of these is found, named by the place where it stands, and the run
+goes on or ends by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+import time
+import traceback
+from collections.abc import AsyncGenerator, Coroutine
+from types import FrameType
+from typing import Any, Final, TypeVar
+
+from engineroom.testing.conformance.outcomes import HungError, LoopLostError
+
+__all__ = ["LoopThread", "where"]
+
+_T = TypeVar("_T")
+
+BEAT_S: Final = 0.01
+LOOK_S: Final = 0.05
+"""How often the waiting thread looks at the loop."""
+_PATIENCE_S: Final = 1.0
+NOTICE_S: Final = 0.1
+"""A silence from which on its place is noted."""
+
+
+class LoopThread:
+    """Runs coroutines, and knows the loop's longest silence and where it stood then.
+
+    :param silence_s: seconds without a turn after which the loop counts as lost.
+    """
+
+    def __init__(self, silence_s: float) -> None:
+        self._silence_s = silence_s
+        self._loop = asyncio.new_event_loop()
+        self._beat_at = time.monotonic()
+        self._longest = 0.0
+        self._place = ""
+        self._noticed = 0.0
+        self._thread = threading.Thread(
+            target=self._turn, name="engineroom-conformance", daemon=True
+        )
+        self._thread.start()
+
+    def _turn(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.call_soon(self._beat)
+        self._loop.run_forever()
+        for task in asyncio.all_tasks(self._loop):  # cannot be stopped, as a check has told
+            task._log_destroy_pending = False  # type: ignore[attr-defined]
+        self._loop.close()
+
+    def _beat(self) -> None:
+        now = time.monotonic()
+        self._longest = max(self._longest, now - self._beat_at - BEAT_S)
+        self._beat_at = now
+        self._loop.call_later(BEAT_S, self._beat)
+
+    def forget_stalls(self) -> None:
+        """Measure the longest silence anew."""
+        self._longest, self._noticed, self._place = 0.0, 0.0, ""
+
+    def stall(self) -> tuple[float, str]:
+        """The longest silence in seconds, and where the loop stood, as far as that was seen."""
+        return self._longest, self._place
+
+    def run(self, work: Coroutine[Any, Any, _T], limit_s: float) -> _T:
+        """Run ``work`` to its end, from another thread.
+
+        :raises LoopLostError: the loop does not turn any more.
+        :raises HungError: it did not end in ``limit_s`` seconds; it was cancelled.
+        """
+        done = threading.Event()
+        tasks: list[asyncio.Task[_T]] = []
+
+        def start() -> None:
+            task = self._loop.create_task(work)
+            tasks.append(task)
+            task.add_done_callback(lambda _: done.set())
+
+        self._loop.call_soon_threadsafe(start)
+        deadline = time.monotonic() + limit_s
+        while not done.wait(LOOK_S):
+            self._look()
+            if time.monotonic() > deadline:
+                place = where(tasks[0]) if tasks else "nowhere yet"
+                if tasks:
+                    self._loop.call_soon_threadsafe(tasks[0].cancel)
+                raise HungError(
+                    did="the whole check",
+                    expected=f"its end within {limit_s:g} s",
+                    saw=f"it still waits {place}",
+                )
+        return tasks[0].result()
+
+    def _look(self) -> None:
+        """Note where a silent loop stands; give up on one that is silent for too long."""
+        silent = time.monotonic() - self._beat_at
+        if silent < NOTICE_S:
+            return
+        frame = sys._current_frames().get(self._thread.ident or 0)
+        place = _place(frame) if frame is not None else "(its thread has ended)"
+        if silent > self._noticed:
+            self._noticed, self._place = silent, place
+        if silent > self._silence_s:
+            raise LoopLostError(
+                did="ran the handler on an event loop",
+                expected=f"that the loop turns again within {self._silence_s:g} s: a handler "
+                "hands long work to a thread or a process",
+                saw=f"the loop has been blocked for {silent:.1f} s {place}",
+            )
+
+    def close(self) -> None:
+        """End what is left and the thread; a loop that is lost is left behind."""
+        try:
+            self.run(_wind_up(), 2 * _PATIENCE_S)
+        except (HungError, LoopLostError):
+            pass  # it was named when it was found
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=_PATIENCE_S)
+
+
+async def _wind_up() -> None:
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in left:
+        task.cancel()
+    if left:
+        await asyncio.wait(left, timeout=_PATIENCE_S)
+    await asyncio.get_running_loop().shutdown_asyncgens()
+
+
+def _place(frame: FrameType | None) -> str:
+    """Where a thread stands: the innermost frame that is not of asyncio, else the innermost."""
+    frames = list(traceback.walk_stack(frame))
+    if not frames:
+        return ""
+    chosen = next((f for f, _ in frames if "asyncio" not in f.f_code.co_filename), frames[0][0])
+    return _spot(chosen)
+
+
+def where(task: asyncio.Task[Any]) -> str:
+    """Where a task waits, as deep inside as can be seen."""
+    found = ""
+    inner: Any = task.get_coro()
+    while inner is not None:
+        frame = (
+            getattr(inner, "cr_frame", None)
+            or getattr(inner, "ag_frame", None)
+            or getattr(inner, "gi_frame", None)
+        )
+        if frame is not None and "asyncio" not in frame.f_code.co_filename:
+            found = _spot(frame)
+        following = (
+            getattr(inner, "cr_await", None)
+            or getattr(inner, "ag_await", None)
+            or getattr(inner, "gi_yieldfrom", None)
+        )
+        if following is None:
+            following = _behind(inner)
+        inner = following
+    return found or "at a place that cannot be seen"
+
+
+def _behind(inner: Any) -> Any:
+    """The generator behind the awaitable of its ``__anext__``, which does not tell."""
+    import gc
+
+    level = [inner]
+    for _ in range(3):
+        level = [
+            found
+            for each in level
+            if type(each).__name__ in _ANEXT
+            for found in gc.get_referents(each)
+        ]
+        for found in level:
+            if isinstance(found, AsyncGenerator) and found is not inner:
+                return found
+    return None
+
+
+_ANEXT: Final = ("anext_awaitable", "async_generator_asend", "async_generator_athrow")
+
+
+def _spot(frame: FrameType) -> str:
+    code = frame.f_code
+    name = getattr(code, "co_qualname", code.co_name)
+    return f"in {name} ({code.co_filename}:{frame.f_lineno})"

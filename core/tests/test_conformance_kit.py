@@ -1,0 +1,377 @@
+"""The kit proves itself: good handlers pass it, and each broken one fails exactly its rule."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+from broken_handlers import ALSO, BROKEN, ELSEWHERE
+from toy_runtime import ToyHandler
+
+import engineroom.plugins
+import engineroom.testing.conformance.base as base
+from engineroom import ConfigurationError, ModelConfig
+from engineroom.testing import EchoHandler, HandlerConformance, overrides
+from engineroom.testing.conformance import RULES
+from engineroom.testing.conformance.runner import (
+    CheckResult,
+    Job,
+    SelectionError,
+    current_job,
+    run_suite,
+)
+from engineroom.testing.conformance.suite import CHECKS
+
+pytest_plugins = ["pytester"]
+
+HERE = Path(__file__).parent
+TOY = ModelConfig(model_id="toy", source="toy:")
+QUICK = {"timeout_s": 2.0, "max_stall_s": 0.4, "load_cycles": 8}
+"""For handlers that hang: the kit's own patience would be the test's whole time."""
+# It starts a process to import the module, which is the same for all of these handlers.
+ALL = "not import_is_light"
+FOUND_BEFORE_THE_LOOP_IS_LOST = {
+    *("handler-is-valid", "entry-point", "capabilities", "can-load", "can-load-foreign"),
+    *("model-loads", "can-handle", "can-handle-foreign", "questions-are-cheap"),
+    *("questions-change-nothing", "estimate-memory", "health", "missing-source"),
+    *("unknown-option", "answers"),
+}
+
+
+def run(handler, select: str | None = None, config: ModelConfig = TOY, **settings) -> dict:
+    job = Job(handler, config, {**QUICK, **settings})
+    return {result.check: result for result in run_suite(job, select)}
+
+
+def failed(results: dict[str, CheckResult]) -> list[str]:
+    return [name for name, result in results.items() if result.outcome == "failed"]
+
+
+# ── good handlers ────────────────────────────────────────────────────────────────────────────────
+
+
+class TestEcho(HandlerConformance):
+    handler_class = EchoHandler
+
+    @pytest.fixture(scope="class")
+    def model_config(self) -> ModelConfig:
+        return ModelConfig(model_id="echo", source="echo:")
+
+    def render_chat(self, loaded_model, messages):
+        return messages[-1].content
+
+
+class TestEchoOfBytes(TestEcho):
+    """Every character is cut."""
+
+    @pytest.fixture
+    def model_config(self) -> ModelConfig:
+        return ModelConfig(model_id="echo", source="echo:", options={"split_bytes": True})
+
+
+class TestToy(HandlerConformance):
+    handler_class = ToyHandler
+    runtime_modules: ClassVar[tuple[str, ...]] = ("numpy",)
+
+    @pytest.fixture
+    def model_config(self) -> ModelConfig:
+        return TOY
+
+
+def test_the_toy_runtime_is_checked_in_whole():
+    results = run(ToyHandler)
+    skipped = {name: r.reason for name, r in results.items() if r.outcome == "skipped"}
+    assert failed(results) == []
+    assert set(skipped) == {"entry-point", "num-beams", "early-stopping", "structured-output"}
+    assert "does not claim num_beams" in skipped["num-beams"]
+
+
+# ── rules and checks ─────────────────────────────────────────────────────────────────────────────
+
+
+def test_each_rule_has_its_check():
+    assert {name.removeprefix("test_").replace("_", "-") for name in CHECKS} == set(RULES)
+
+
+def test_each_rule_is_one_sentence():
+    for rule in RULES.values():
+        assert rule.title
+        assert not rule.title.endswith(".")
+        assert rule.text.endswith(".")
+
+
+def test_each_rule_has_a_broken_handler():
+    rules = {name.partition("__")[0] for name in BROKEN}
+    assert rules | ELSEWHERE == set(RULES)
+    assert set(ALSO) <= set(BROKEN)
+
+
+# ── broken handlers ──────────────────────────────────────────────────────────────────────────────
+
+
+# What cannot be stopped is left behind, and complains when it is collected.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("name", [n for n in BROKEN if "*" not in ALSO.get(n, ((), ""))[0]])
+def test_a_broken_handler_breaks_exactly_its_rule(name):
+    rule = name.partition("__")[0]
+    results = run(BROKEN[name], ALL)
+    assert set(failed(results)) == {rule} | ALSO.get(name, (set(), ""))[0]
+    reason = results[rule].reason
+    assert reason.startswith(f"{RULES[rule].title}: this rule is broken\n")
+    for part in ("did:", "expected:", "saw:", RULES[rule].text, f"docs/plugins.md#rule-{rule}"):
+        assert part in reason
+
+
+def test_after_a_lost_loop_the_rest_fails_at_once():
+    results = run(BROKEN["answers__blocks_the_loop"], ALL)
+    first, *others = failed(results)
+    assert first == "answers"
+    reason = results[first].reason
+    assert "the loop has been blocked for" in reason
+    assert "Broken.prefill (" in reason
+    assert "no other check can be run after this one" in reason
+    assert set(others) | {"overrides"} > set(results) - FOUND_BEFORE_THE_LOOP_IS_LOST
+    for other in others:
+        assert results[other].reason.startswith("not checked: the event loop was lost")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_what_cannot_be_stopped_is_found_and_the_suite_ends():
+    results = run(BROKEN["cancel-by-task__goes_on"], ALL)
+    assert failed(results)[0] == "cancel-by-task"
+    reason = results["cancel-by-task"].reason
+    assert "that it went on; it waits in ToyHandler.decode (" in reason
+
+
+def test_what_stands_on_a_broken_foundation_is_not_checked():
+    results = run(BROKEN["answers"], ALL)
+    assert results["seed"].outcome == "skipped"
+    assert results["seed"].reason == "not checked: answers is broken, and this stands on it"
+
+
+def test_a_broken_foundation_fails_the_first_check_where_its_own_is_not_run():
+    results = run(BROKEN["answers"], "test_seed or test_top_p")
+    assert failed(results) == ["seed", "seed-beside-neighbours", "top-p"]
+    assert results["seed"].reason.startswith("infer answers: this rule is broken")
+    assert results["top-p"].reason.startswith("not checked: answers is broken")
+
+
+def test_where_it_hangs_is_said():
+    reason = run(BROKEN["stream-ends"], "stream_ends", timeout_s=0.3)["stream-ends"].reason
+    assert "Broken.stream_infer (" in reason
+    assert "broken_handlers.py" in reason
+
+
+def test_a_suite_of_hanging_checks_ends(monkeypatch):
+    class Hanging(ToyHandler):
+        async def decode(self, model, request):
+            if request.stop_sequences:
+                await base.asyncio.Event().wait()
+            await super().decode(model, request)
+
+    results = run(Hanging, "stop", timeout_s=0.3)
+    reasons = [results[name].reason for name in failed(results)]
+    assert sum("this rule is broken" in reason for reason in reasons) == base.MAX_HUNG
+    assert "not checked: 3 checks hung before" in reasons[-1]
+
+
+# ── what needs an installation or a suite ────────────────────────────────────────────────────────
+
+
+def installed(monkeypatch, folder: Path, name: str, value: str, api: str = "") -> None:
+    info = folder / "some_plugin-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: some-plugin\nVersion: 1.0\n")
+    text = f"[engineroom.handlers]\n{name} = {value}\n"
+    if api:
+        text += f"[engineroom.api]\n{name} = engineroom.api:{api}\n"
+    (info / "entry_points.txt").write_text(text)
+
+    def entry_points(group: str):
+        found = distributions(path=[str(folder)])
+        return [e for d in found for e in d.entry_points if e.group == group]
+
+    monkeypatch.setattr(engineroom.plugins, "entry_points", entry_points)
+
+
+def test_the_entry_point_of_a_good_plugin(monkeypatch, tmp_path):
+    installed(monkeypatch, tmp_path / "site", "toy", "toy_runtime:ToyHandler", api="v1")
+    result = run(ToyHandler, "entry_point")["entry-point"]
+    assert (result.outcome, result.reason) == ("passed", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "api", "saw"),
+    [
+        ("other", "toy_runtime:ToyHandler", "", "name = 'toy'"),
+        ("toy", "toy_runtime:NoSuchThing", "", "AttributeError"),
+        ("toy", "no_such_module_at_all:ToyHandler", "", "ModuleNotFoundError"),
+        ("toy", "engineroom.testing:EchoHandler", "", "EchoHandler"),
+        ("toy", "toy_runtime:ToyHandler", "v2", "2"),
+    ],
+)
+def test_an_entry_point_that_is_wrong(monkeypatch, tmp_path, name, value, api, saw):
+    installed(monkeypatch, tmp_path / "site", name, value, api)
+    result = run(ToyHandler, "entry_point")["entry-point"]
+    assert result.outcome == "failed"
+    assert saw in result.reason.partition("saw:")[2].partition("\n")[0]
+
+
+@pytest.mark.parametrize("place", ["at the top", "in a question"])
+def test_a_plugin_that_loads_its_runtime(monkeypatch, tmp_path, place):
+    loading = "import kit_test_heavy" if place == "at the top" else ""
+    asking = "import kit_test_heavy" if place == "in a question" else "pass"
+    (tmp_path / "kit_test_heavy.py").touch()
+    (tmp_path / "kit_test_plugin.py").write_text(
+        f"from toy_runtime import ToyHandler\n{loading}\n"
+        "class Handler(ToyHandler):\n"
+        "    def can_load(self, config):\n"
+        f"        {asking}\n"
+        "        return super().can_load(config)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    from kit_test_plugin import Handler  # type: ignore[import-not-found]
+
+    try:
+        results = run(Handler, runtime_modules=("kit_test_heavy",))
+        quiet = run(Handler, "import_is_light")
+    finally:
+        for module in ("kit_test_plugin", "kit_test_heavy"):
+            sys.modules.pop(module, None)
+    assert failed(results) == ["import-is-light"]
+    assert "kit_test_heavy was imported" in results["import-is-light"].reason
+    assert failed(quiet) == []
+
+
+SUITE = """
+import pytest
+from engineroom import ModelConfig
+from engineroom.testing import HandlerConformance, overrides
+from toy_runtime import ToyHandler
+
+class TestToy(HandlerConformance):
+    handler_class = ToyHandler
+    load_cycles = 4
+
+    @pytest.fixture(scope="class")
+    def model_config(self):
+        return ModelConfig(model_id="toy", source="toy:")
+"""
+WITHOUT_REASON = """
+    def test_seed(self):
+        pass
+
+    test_top_k = None
+"""
+WITH_REASON = """
+    @overrides("seeds are the engine's own")
+    def test_seed(self):
+        pass
+"""
+
+
+def pytest_run(pytester, source: str, *args: str):
+    pytester.makepyfile(source)
+    pytester.syspathinsert(HERE)
+    return pytester.runpytest("-p", "no:cacheprovider", "-p", "no:faulthandler", *args)
+
+
+def test_an_override_without_a_reason_fails(pytester):
+    done = pytest_run(pytester, SUITE + WITHOUT_REASON, "-k", "overrides or seed")
+    done.assert_outcomes(failed=1, passed=2)
+    done.stdout.fnmatch_lines(
+        ["*A replaced check says why: this rule is broken", "*saw: * test_seed, test_top_k"]
+    )
+
+
+def test_an_override_with_a_reason_is_run_instead(pytester):
+    done = pytest_run(pytester, SUITE + WITH_REASON, "-k", "overrides or test_seed")
+    done.assert_outcomes(passed=3)
+
+
+@pytest.mark.parametrize("reason", ["", "  ", None, lambda: None])
+def test_a_reason_says_something(reason):
+    with pytest.raises(ValueError, match="say why"):
+        overrides(reason)
+
+
+@pytest.mark.filterwarnings("ignore:The configuration option .asyncio_default_fixture")
+def test_beside_pytest_asyncio_with_warnings_as_errors(pytester):
+    pytest.importorskip("pytest_asyncio")
+    pytester.makeini(
+        "[pytest]\nasyncio_mode = auto\nasyncio_default_fixture_loop_scope = function\n"
+        "filterwarnings = error\naddopts = --strict-markers\n"
+    )
+    beside = "\nasync def test_of_its_own():\n    pass\n"
+    done = pytest_run(pytester, SUITE + beside)
+    assert done.parseoutcomes().keys() == {"passed", "skipped"}
+
+
+def test_on_several_workers(pytester):
+    pytest.importorskip("xdist")
+    done = pytest_run(pytester, SUITE, "-n", "2")
+    assert done.parseoutcomes().keys() == {"passed", "skipped"}
+
+
+def test_a_suite_that_names_no_handler(pytester):
+    done = pytest_run(
+        pytester, SUITE.replace("handler_class = ToyHandler", ""), "-k", "handler_is_valid"
+    )
+    done.assert_outcomes(failed=1)
+    done.stdout.fnmatch_lines(["*say what is tested: handler_class = MyHandler*"])
+
+
+def test_a_handler_by_its_installed_name(monkeypatch, tmp_path):
+    installed(monkeypatch, tmp_path / "site", "toy", "toy_runtime:ToyHandler")
+
+    class Good(HandlerConformance):
+        handler_name = "toy"
+
+    class Suite(HandlerConformance):
+        handler_name = "ty"
+
+    assert isinstance(Good().make_handler(), ToyHandler)
+    with pytest.raises(ConfigurationError, match="is not installed"):
+        Suite().make_handler()
+
+
+# ── the runner ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_selection_that_fits_nothing():
+    with pytest.raises(SelectionError, match="fits no check"):
+        run(ToyHandler, "no_such_check")
+    with pytest.raises(SelectionError, match="cannot be read"):
+        run(ToyHandler, "and or")
+    with pytest.raises(ConfigurationError, match="run_suite"):
+        current_job()
+
+
+def test_the_environment_does_not_disturb(monkeypatch, tmp_path):
+    monkeypatch.setenv("PYTEST_ADDOPTS", "--no-such-flag")
+    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --no-such-flag\n")
+    monkeypatch.chdir(tmp_path)
+    assert run(ToyHandler, "test_seed")["seed"].outcome == "passed"
+
+
+def test_without_pytest():
+    code = (
+        "import sys; sys.modules['pytest'] = None\n"
+        "import engineroom.testing as testing\n"
+        "from engineroom.testing.conformance import RULES\n"
+        "from engineroom.testing.conformance.runner import run_suite\n"
+        "assert RULES and testing.EchoHandler and testing.overrides\n"
+        "for attempt in (lambda: testing.HandlerConformance, lambda: run_suite(None)):\n"
+        "    try:\n"
+        "        attempt()\n"
+        "    except Exception as error:\n"
+        "        print(type(error).__name__, error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.count('pip install "engineroom[testing]"') == 2

