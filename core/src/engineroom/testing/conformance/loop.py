@@ -13,6 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import AsyncGenerator, Coroutine
+from contextlib import suppress
 from types import FrameType
 from typing import Any, Final, TypeVar
 
@@ -30,6 +31,9 @@ NOTICE_S: Final = 0.1
 """A silence from which on its place is noted."""
 
 
+_abandoned: Final[list[object]] = []
+
+
 class LoopThread:
     """Runs coroutines, and knows the loop's longest silence and where it stood then.
 
@@ -43,6 +47,7 @@ class LoopThread:
         self._longest = 0.0
         self._place = ""
         self._noticed = 0.0
+        self._lost = False
         self._thread = threading.Thread(
             target=self._turn, name="engineroom-conformance", daemon=True
         )
@@ -52,9 +57,11 @@ class LoopThread:
         asyncio.set_event_loop(self._loop)
         self._loop.call_soon(self._beat)
         self._loop.run_forever()
-        for task in asyncio.all_tasks(self._loop):  # cannot be stopped, as a check has told
-            task._log_destroy_pending = False  # type: ignore[attr-defined]
-        self._loop.close()
+        # What could not be stopped was named by a check; to collect it would only make noise.
+        if left := asyncio.all_tasks(self._loop):
+            _abandoned.append((self._loop, left))
+        else:
+            self._loop.close()
 
     def _beat(self) -> None:
         now = time.monotonic()
@@ -109,6 +116,7 @@ class LoopThread:
         if silent > self._noticed:
             self._noticed, self._place = silent, place
         if silent > self._silence_s:
+            self._lost = True
             raise LoopLostError(
                 did="ran the handler on an event loop",
                 expected=f"that the loop turns again within {self._silence_s:g} s: a handler "
@@ -118,10 +126,9 @@ class LoopThread:
 
     def close(self) -> None:
         """End what is left and the thread; a loop that is lost is left behind."""
-        try:
-            self.run(_wind_up(), 2 * _PATIENCE_S)
-        except (HungError, LoopLostError):
-            pass  # it was named when it was found
+        if not self._lost:
+            with suppress(HungError, LoopLostError):  # named when they were found
+                self.run(_wind_up(), 2 * _PATIENCE_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=_PATIENCE_S)
 
