@@ -78,7 +78,10 @@ def convert(source: str | Path, folder: Path, quantization: str | None = "int8")
     def tensor(name: str) -> npt.NDArray[np.float32]:
         for each in reader.tensors:
             if each.name == name:
-                return gguf.quants.dequantize(each.data, each.tensor_type)
+                values: npt.NDArray[np.float32] = gguf.quants.dequantize(
+                    each.data, each.tensor_type
+                )
+                return values
         raise ConfigurationError(f"{str(path)!r} has no tensor {name!r}")
 
     names = {each.name for each in reader.tensors}
