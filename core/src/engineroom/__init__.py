@@ -24,10 +24,12 @@ import logging
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from engineroom.batching import BatchingEngine, EngineTask
     from engineroom.config import (
         DeploymentConfig,
         load_deployment,
     )
+    from engineroom.decode_loop import CPU_LOOP, DecodeLoop
     from engineroom.errors import (
         ConfigurationError,
         EngineDeadError,
@@ -102,13 +104,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "API_VERSION",
+    "CPU_LOOP",
+    "BatchingEngine",
     "Capabilities",
     "ChatMessage",
     "ConfigurationError",
+    "DecodeLoop",
     "DeploymentConfig",
     "DispatchReport",
     "EngineDeadError",
     "EngineRoomError",
+    "EngineTask",
     "GenerationParams",
     "HandlerHealth",
     "HandlerRegistry",
@@ -152,8 +158,12 @@ __all__ = [
 # Where each name lives. They are imported when they are first used: pydantic's schemas cost more
 # than all else, and whoever only asks for a version or `--help` should not pay for them.
 _MODULES: Final = {
+    "BatchingEngine": "batching",
+    "EngineTask": "batching",
     "DeploymentConfig": "config",
     "load_deployment": "config",
+    "CPU_LOOP": "decode_loop",
+    "DecodeLoop": "decode_loop",
     "ConfigurationError": "errors",
     "EngineDeadError": "errors",
     "EngineRoomError": "errors",

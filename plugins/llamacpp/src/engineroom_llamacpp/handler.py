@@ -137,7 +137,7 @@ class LlamaCppHandler(TokenHandler):
         engine = _engine(loaded_model)
         tokens = await _tokens(engine, request)
         _check(engine, request, tokens)
-        task = engine.submit(request, tokens)
+        task = engine.request(request, tokens)
         try:
             while True:
                 step = await task.mailbox.get()

@@ -1,8 +1,9 @@
 """The threads that decode: one for all models on the CPU, one for each model on GPUs.
 
-ggml's threads spin at barriers, and OpenMP keeps a team of them for every thread that ever
-decoded: two threads that decode on the same cores slow each other down tenfold and more, and even
-an idle one costs. So there is one, and the models take turns, a step each.
+Runtimes that compute on the CPU bring teams of threads that spin at barriers, and OpenMP keeps
+such a team for every thread that ever computed: two threads that decode on the same cores slow
+each other down tenfold and more, and even an idle team costs. So there is one thread for the
+CPU, whatever the runtimes, and the models take turns, a step each.
 """
 
 from __future__ import annotations
@@ -80,5 +81,5 @@ class DecodeLoop:
             return not self._workers
 
 
-CPU_LOOP: Final = DecodeLoop("llamacpp-cpu")
-"""Decodes every model that runs on the CPU of this process."""
+CPU_LOOP: Final = DecodeLoop("engineroom-cpu")
+"""Decodes every model, of whatever runtime, that runs on the CPU of this process."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from engineroom_llamacpp.loop import DecodeLoop
+from engineroom import DecodeLoop
 
 
 class Counter:
