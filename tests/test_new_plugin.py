@@ -68,7 +68,7 @@ def test_the_plugin_is_listed(author: tuple[Run, Path]) -> None:
     listed = {p["name"]: p for p in json.loads(run("engineroom", "plugins", "--json").stdout)}
     plugin = listed["afternoon"]
     assert (plugin["distribution"], plugin["version"]) == ("engineroom-afternoon", "0.1.0")
-    assert (plugin["status"], plugin["api_version"]) == ("active", "1")
+    assert (plugin["status"], plugin["api_version"]) == ("active", "1.0")
 
 
 def test_it_answers_a_chat_and_a_prompt(author: tuple[Run, Path]) -> None:
