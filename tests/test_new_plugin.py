@@ -107,6 +107,14 @@ def test_the_kit_passes_from_its_own_tests(author: tuple[Run, Path]) -> None:
 
 
 @needs_kit
+def test_all_its_tests_pass_on_several_workers(author: tuple[Run, Path]) -> None:
+    pytest.importorskip("xdist", reason="it is run on several workers")
+    run, plugin = author
+    done = run("pytest", "-q", "-n", "2", "-p", "no:cacheprovider", cwd=plugin)
+    assert " passed" in done.stdout and "failed" not in done.stdout
+
+
+@needs_kit
 def test_the_kit_passes_from_the_command(author: tuple[Run, Path]) -> None:
     run, _ = author
     run("engineroom", "conformance", "engineroom_afternoon:AfternoonHandler", "--model", SOURCE)
