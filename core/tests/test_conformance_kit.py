@@ -250,6 +250,7 @@ WITH_REASON = """
 
 def pytest_run(pytester, source: str, *args: str):
     pytester.makepyfile(source)
+    pytester.makeini("[pytest]\nasyncio_default_fixture_loop_scope = function\n")
     pytester.syspathinsert(HERE)
     return pytester.runpytest("-p", "no:cacheprovider", "-p", "no:faulthandler", *args)
 

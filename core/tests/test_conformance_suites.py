@@ -74,6 +74,7 @@ def outcomes(pytester: pytest.Pytester, *args: str) -> dict[str, int]:
     path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
     pytester._monkeypatch.setenv("PYTHONPATH", path)
     done = pytester.runpytest_subprocess("-p", "no:cacheprovider", "-ra", *args)
+    assert done.ret == 0, done.stderr.str()
     text = done.stdout.str()
     for rule in UNCLAIMED:
         # The reason names the rule: all skips are told at the same line of the kit.

@@ -41,7 +41,7 @@ _SCHEMA: Final = {
     "additionalProperties": False,
 }
 _GRAMMAR: Final = 'root ::= "yes" | "no"'
-_FILLED: Final = 4096
+_FILLED: Final = 1 << 14
 """Tokens of the largest context that is filled: with more, a slow model reads for minutes."""
 _MOST_ADDED: Final = 16
 """Most tokens that a model adds to a prompt: marks of its beginning and end."""
