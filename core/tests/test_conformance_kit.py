@@ -13,9 +13,10 @@ from toy_runtime import ToyHandler
 
 import engineroom.plugins
 import engineroom.testing.conformance.base as base
-from engineroom import ConfigurationError, ModelConfig
+from engineroom import ConfigurationError, GenerationParams, ModelConfig
 from engineroom.testing import HandlerConformance, overrides
 from engineroom.testing.conformance import RULES
+from engineroom.testing.conformance.limits import UNUSUAL
 from engineroom.testing.conformance.runner import (
     CheckResult,
     Job,
@@ -69,6 +70,14 @@ def test_the_toy_runtime_is_checked_in_whole():
 
 def test_each_rule_has_its_check():
     assert {name.removeprefix("test_").replace("_", "-") for name in CHECKS} == set(RULES)
+
+
+def test_each_parameter_has_its_rule_and_a_value_that_asks_for_something():
+    fields = GenerationParams.model_fields
+    assert {name.replace("_", "-") for name in fields} <= set(RULES)
+    assert set(UNUSUAL) == set(fields)
+    for name, value in UNUSUAL.items():
+        assert getattr(GenerationParams(**{name: value}), name) not in (None, fields[name].default)
 
 
 def test_each_rule_is_one_sentence():
