@@ -138,10 +138,13 @@ def test_a_stall_is_measured_where_it_is_computed_and_where_it_is_waited():
         how()
         await asyncio.sleep(0.1)
 
+    began = time.process_time()
+    sum(range(10**6))
+    each = (time.process_time() - began) / 10**6
+
     def computing():
-        until = time.process_time() + 0.6
-        while time.process_time() < until:
-            sum(range(1000))
+        # One call that lets no other thread look on.
+        sum(range(int(0.8 / each)))
 
     for how in (lambda: time.sleep(0.6), computing):
         loop.forget_stalls()
