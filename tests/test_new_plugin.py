@@ -68,7 +68,7 @@ def test_the_plugin_is_listed(author: tuple[Run, Path]) -> None:
     listed = {p["name"]: p for p in json.loads(run("engineroom", "plugins", "--json").stdout)}
     plugin = listed["afternoon"]
     assert (plugin["distribution"], plugin["version"]) == ("engineroom-afternoon", "0.1.0")
-    assert (plugin["status"], plugin["api_version"]) == ("active", "1")
+    assert (plugin["status"], plugin["api_version"]) == ("active", "1.0")
 
 
 def test_it_answers_a_chat_and_a_prompt(author: tuple[Run, Path]) -> None:
@@ -103,6 +103,14 @@ def test_its_own_tests_pass(author: tuple[Run, Path]) -> None:
 def test_the_kit_passes_from_its_own_tests(author: tuple[Run, Path]) -> None:
     run, plugin = author
     done = run("pytest", "-q", "-p", "no:cacheprovider", "tests/test_conformance.py", cwd=plugin)
+    assert " passed" in done.stdout and "failed" not in done.stdout
+
+
+@needs_kit
+def test_all_its_tests_pass_on_several_workers(author: tuple[Run, Path]) -> None:
+    pytest.importorskip("xdist", reason="it is run on several workers")
+    run, plugin = author
+    done = run("pytest", "-q", "-n", "2", "-p", "no:cacheprovider", cwd=plugin)
     assert " passed" in done.stdout and "failed" not in done.stdout
 
 

@@ -102,7 +102,7 @@ def test_the_plugin_is_found_without_being_asked_for(user: tuple[Run, Path]) -> 
     (plugin,) = json.loads(run("engineroom", "plugins", "--json").stdout)
     assert plugin["name"] == "ctranslate2"
     assert (plugin["distribution"], plugin["version"]) == ("engineroom-ctranslate2", "0.1.0")
-    assert (plugin["status"], plugin["api_version"]) == ("active", "1")
+    assert (plugin["status"], plugin["api_version"]) == ("active", "1.0")
 
 
 def test_it_answers_with_a_real_model(user: tuple[Run, Path], model: Path) -> None:

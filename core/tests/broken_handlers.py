@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import ClassVar
 
-from toy_runtime import ToyHandler, ToyModel
+from toy_runtime import HONOURED, ToyHandler, ToyModel
 
 from engineroom import (
     Capabilities,
@@ -51,6 +51,19 @@ ALSO: dict[str, tuple[set[str], str]] = {
     ),
 }
 """Defect → the other rules that it cannot but break, and why; ``*``: every check after it."""
+
+ENDLESS = {
+    "answers__blocks_the_loop",
+    "cancel-by-deadline",
+    "cancel-by-task__goes_on",
+    "cancel-while-queued__stays",
+    "loop-is-free__for_good",
+    "no-leaked-tasks",
+    "slots-return",
+    "stream-ends",
+    "unload-in-use",
+}
+"""Defects for which the kit waits as long as ``timeout_s`` says, because something never comes."""
 
 
 def defect(make: Callable[[], type[InferenceHandler]]) -> None:
@@ -123,6 +136,16 @@ def can_load_foreign():
 
 
 @defect
+def can_load_foreign__raises():
+    class Broken(ToyHandler):
+        def can_load(self, config):
+            Path(config.source).stat() if "\0" in config.source else None
+            return super().can_load(config)
+
+    return Broken
+
+
+@defect
 def model_loads():
     class Broken(ToyHandler):
         async def load_model(self, config):
@@ -157,6 +180,15 @@ def can_handle_foreign():
     class Broken(ToyHandler):
         def can_handle(self, loaded_model):
             return loaded_model.model_object is not None
+
+    return Broken
+
+
+@defect
+def can_handle_foreign__of_nobody():
+    class Broken(ToyHandler):
+        def can_handle(self, loaded_model):
+            return loaded_model.handler_name in (self.name, None)
 
     return Broken
 
@@ -280,7 +312,7 @@ def answers__without_a_reason():
 def answers__blocks_the_loop():
     class Broken(ToyHandler):
         async def prefill(self, model, prompt, request):
-            time.sleep(6)  # noqa: ASYNC251 - the defect
+            time.sleep(12)  # noqa: ASYNC251 - the defect
 
     return Broken
 
@@ -815,6 +847,22 @@ def unclaimed_parameters():
     return Broken
 
 
+@defect
+def unclaimed_parameters__honoured():
+    class Broken(ToyHandler):
+        """Honours what it does not claim, where it was to be ignored."""
+
+        def capabilities(self):
+            return dataclasses.replace(super().capabilities(), params=HONOURED - {"logit_bias"})
+
+        def adjusted(self, params, logits, prompt, new):
+            if params.num_beams == 2:
+                logits = [-value for value in logits]
+            return super().adjusted(params, logits, prompt, new)
+
+    return Broken
+
+
 class _Claims(ToyHandler):
     claims: frozenset[str] = frozenset()
     kinds: frozenset[str] = frozenset()
@@ -1215,6 +1263,18 @@ def chat_roles():
     return Broken
 
 
+@defect
+def chat_roles__unclear():
+    class Broken(ToyHandler):
+        def render(self, loaded_model, messages):
+            try:
+                return super().render(loaded_model, messages)
+            except ConfigurationError:
+                raise ConfigurationError("this cannot be done") from None
+
+    return Broken
+
+
 # ── hygiene ──────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -1223,7 +1283,7 @@ def loop_is_free():
     class Broken(ToyHandler):
         async def prefill(self, model, prompt, request):
             if len(prompt) > 150 and request.model_id.endswith("-own"):
-                time.sleep(0.6)  # noqa: ASYNC251 - the defect
+                time.sleep(1.6)  # noqa: ASYNC251 - the defect
             await super().prefill(model, prompt, request)
 
     return Broken
@@ -1234,7 +1294,7 @@ def loop_is_free__for_good():
     class Broken(ToyHandler):
         async def prefill(self, model, prompt, request):
             if len(prompt) > 150 and request.model_id.endswith("-own"):
-                time.sleep(6)  # noqa: ASYNC251 - the defect
+                time.sleep(12)  # noqa: ASYNC251 - the defect
             await super().prefill(model, prompt, request)
 
     return Broken

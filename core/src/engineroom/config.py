@@ -25,9 +25,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from engineroom.errors import ConfigurationError
 from engineroom.registry import HANDLERS_VARIABLE
-from engineroom.schemas import ModelConfig, ModelVariant, OnUnsupported
+from engineroom.schemas import ModelConfig, OnUnsupported
 from engineroom.sources import expand_user, has_scheme
-from engineroom.suggestions import did_you_mean
+from engineroom.suggestions import did_you_mean, known_keys
 
 __all__ = ["CONFIG_VARIABLE", "DeploymentConfig", "load_deployment", "parse_deployment"]
 
@@ -218,17 +218,11 @@ def _problem(root: Any, error: Any) -> tuple[int, str]:
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
         key = str(loc[-1])
-        known = _known_keys(loc)
+        known = known_keys(DeploymentConfig, error["loc"])
         message = f"unknown key{did_you_mean(key, known) or '; known keys: ' + ', '.join(known)}"
     elif error["type"] == "missing":
         message = "this key is missing"
     return line, f"{where}: {message}" if where else message
-
-
-def _known_keys(loc: Sequence[Any]) -> list[str]:
-    if "variants" in loc[:-1]:
-        return list(ModelVariant.model_fields)
-    return list((ModelConfig if len(loc) > 1 else DeploymentConfig).model_fields)
 
 
 def _anchored(config: DeploymentConfig, base: Path) -> DeploymentConfig:

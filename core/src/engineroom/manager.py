@@ -477,4 +477,6 @@ def _as_deployment(
             return DeploymentConfig.model_validate(config)
         return DeploymentConfig(models=list(config))
     except ValidationError as error:
-        raise ConfigurationError(f"the deployment has mistakes: {problems(error)}") from error
+        raise ConfigurationError(
+            f"the deployment has mistakes: {problems(error, DeploymentConfig)}"
+        ) from error

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ValidationError
 
 from engineroom.errors import ConfigurationError
 from engineroom.schemas import ModelConfig
-from engineroom.suggestions import did_you_mean
+from engineroom.suggestions import did_you_mean, known_keys
 
 __all__ = ["parse_options", "problems"]
 
@@ -42,8 +42,10 @@ def problems(error: ValidationError, schema: type[BaseModel] | None = None) -> s
         message = " ".join(item["msg"].removeprefix("Value error, ").split())
         if item["type"] == "extra_forbidden":
             message = "there is no such key"
-            if schema is not None and len(item["loc"]) == 1:
-                known = schema.model_fields
-                message += did_you_mean(key, known) or f"; there are {', '.join(known)}"
+            known = known_keys(schema, item["loc"]) if schema is not None else []
+            if known:
+                message += did_you_mean(str(item["loc"][-1]), known) or (
+                    f"; there are {', '.join(known)}"
+                )
         found.append(f"{key}: {message}" if key else message)
     return "; ".join(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
@@ -61,8 +62,7 @@ class PluginRecord:
 def installed_plugins() -> list[PluginRecord]:
     """All plugins of this environment, sorted by name; nothing is imported."""
     api = {
-        (_owner(entry)[0], entry.name): entry.value.rpartition(":")[2].removeprefix("v")
-        for entry in _entries(API_GROUP)
+        (_owner(entry)[0], entry.name): _version_named(entry.value) for entry in _entries(API_GROUP)
     }
     records = [
         PluginRecord(
@@ -98,6 +98,13 @@ def _entries(group: str) -> Iterator[EntryPoint]:
         if key not in seen:
             seen.add(key)
             yield entry
+
+
+def _version_named(value: str) -> str:
+    """``engineroom.api:v1`` names version 1.0, ``engineroom.api:v1_2`` version 1.2."""
+    name = value.rpartition(":")[2]
+    match = re.fullmatch(r"v(\d+)(?:[._](\d+))?", name)
+    return f"{match[1]}.{match[2] or 0}" if match else name
 
 
 def _owner(entry: EntryPoint) -> tuple[str, str]:

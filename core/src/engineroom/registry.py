@@ -241,8 +241,9 @@ class HandlerRegistry:
                 f"handler {record.value}: its entry point is called {record.name!r} but its "
                 f"class has name = {name!r}; give both the same name"
             )
-        self._insert(validate_handler(handler), len(self._order), record.distribution)
-        record.api_version = record.api_version or validate_handler(handler).api_version
+        valid = validate_handler(handler)
+        self._insert(valid, len(self._order), record.distribution)
+        record.api_version = valid.api_version
 
     def _quarantine(self, record: PluginRecord, error: BaseException, remedy: str) -> None:
         record.status = "quarantined"

@@ -170,7 +170,8 @@ def test_the_next_steps_are_said(command):
     result = command("new-plugin", "foo-bar")
     assert (result.status, result.err) == (0, "")
     here = os.path.join(".", "engineroom-foo-bar")  # noqa: PTH118 - pathlib drops the dot
-    assert f"pip install -e {here}\n" in result.out
+    assert f"pip install -e {here} " in result.out
+    assert "engineroom[testing]" in result.out  # the kit is among the next steps
     assert "engineroom plugins\n" in result.out
     source = "package:engineroom_foo_bar/toy.txt"
     assert f"engineroom conformance engineroom_foo_bar:FooBarHandler --model {source}" in result.out

@@ -266,7 +266,7 @@ def _new_folder(directory: Path, names: PluginNames, license_: str) -> Path:
 def _next_steps(names: PluginNames, target: Path) -> str:
     source = f"package:{names.package}/toy.txt"
     steps = [
-        ["python", "-m", "pip", "install", "-e", _as_path(target)],
+        ["python", "-m", "pip", "install", "-e", _as_path(target), "engineroom[testing]"],
         ["engineroom", "plugins"],
         ["engineroom", "conformance", f"{names.package}:{names.handler}", "--model", source],
         ["engineroom", "run", source, "Full ahead", "--max-new-tokens", "60"],

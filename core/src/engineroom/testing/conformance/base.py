@@ -109,7 +109,8 @@ class Session:
             )
         # Outside of the except: the kit's own traceback would only be in the way.
         if isinstance(outcome, InapplicableError):
-            pytest.skip(str(outcome))
+            # All skips are told at this line: the rule tells them apart.
+            pytest.skip(f"{rule}: {outcome}")
         if isinstance(outcome, BrokenRuleError):
             self._fail(rule, outcome)
 

@@ -190,8 +190,7 @@ async def _read(chunks: AsyncGenerator[str, None], began: asyncio.Event) -> None
 async def _passes(kit: Kit, task: asyncio.Task[Any], did: str) -> None:
     """Cancel, and see that the cancellation comes out."""
     task.cancel()
-    done, _ = await asyncio.wait([task], timeout=kit.settings.timeout_s)
-    if not done:
+    if not await kit.ended(task):
         broken(
             did=did,
             expected="its end within a decoding step",

@@ -73,6 +73,13 @@ class ChatChecks(Checks):
                     "roles",
                     saw=f"{response.error_type}: {response.error_message}",
                 )
+            words = ("role", "message", "messages", "conversation", *roles)
+            if not any(word in response.error_message.lower() for word in words):
+                broken(
+                    did=f"infer({said(request)})",
+                    expected="a message that says what is wrong with the roles",
+                    saw=response.error_message,
+                )
 
 
 def _need_chat(kit: Kit) -> None:

@@ -56,10 +56,8 @@ class HygieneChecks(Checks):
         def left() -> list[asyncio.Task[object]]:
             return [task for task in kit.tasks() - before if not task.done()]
 
-        for _ in range(20):
-            if len(left()) <= 1:
-                return
-            await asyncio.sleep(0.005)  # an end may take a few turns
+        if await kit.until(lambda: len(left()) <= 1):
+            return
         names = sorted({getattr(t.get_coro(), "__qualname__", t.get_name()) for t in left()})
         broken(
             did=f"{_REQUESTS + 1} requests, all of which have ended",

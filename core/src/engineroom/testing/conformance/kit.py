@@ -7,7 +7,6 @@ each thing that a handler is asked for has a time limit, so that one that hangs 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from engineroom.schemas import (
     ModelConfig,
 )
 from engineroom.testing.conformance.bench import Bench, Streamed, again, quietly, said
+from engineroom.testing.conformance.clock import Clock
 from engineroom.testing.conformance.loop import LoopThread, where
 from engineroom.testing.conformance.outcomes import HungError, skip
 
@@ -38,6 +38,13 @@ PROMPTS: Final = (
 )
 """Besides the suite's own ``prompt``."""
 
+_MOST_STEPS: Final = 20
+"""A stream that goes on may take so many times the limit for one chunk."""
+_QUICK_TURNS: Final = 32
+_LONGEST_PAUSE_S: Final = 0.02
+_LONGEST_GOODBYE_S: Final = 5.0
+_LENGTHY: Final = 128
+"""Tokens of a long request: enough to do something meanwhile, on a slow model as well."""
 _SURE_CHARS: Final = 4
 """So long a beginning two texts of different requests do not share by chance."""
 
@@ -203,7 +210,7 @@ class Kit:
         """A greedy request that goes on for long."""
         bench = bench or self.bench
         context = bench.loaded.max_context_tokens or 4096
-        n = min(240, max(context * 2 // 3, 16))
+        n = min(_LENGTHY, max(context * 2 // 3, 16))
         key = ("lengthy", bench.config.model_id)
         if key not in self._known:
             longest: tuple[int, InferenceRequest] | None = None
@@ -313,35 +320,58 @@ class Kit:
     async def _bounded(
         self, task: asyncio.Future[Any], did: str, progress: Callable[[], int]
     ) -> None:
-        limit = self.settings.timeout_s
-        began = time.monotonic()
-        count = progress()
-        while True:
-            done, _ = await asyncio.wait([task], timeout=limit)
-            if done:
-                return
-            if (now := progress()) == count or time.monotonic() - began > 20 * limit:
-                break
-            count = now
+        if await self.ended(task, progress=progress):
+            return
         place = where(task) if isinstance(task, asyncio.Task) else "in a future"
         task.cancel()
-        done, _ = await asyncio.wait([task], timeout=min(limit, 2.0))
+        stopped = await self.ended(task, limit_s=self._goodbye_s)
         raise HungError(
             did=did,
-            expected=f"its end, or its next chunk, within {limit:g} s",
+            expected=f"its end, or its next chunk, within {self.settings.timeout_s:g} s",
             saw=f"it waited {place}"
-            + ("" if done else "; it did not end when it was cancelled, either"),
+            + ("" if stopped else "; it did not end when it was cancelled, either"),
         )
+
+    async def ended(
+        self,
+        *work: asyncio.Future[Any],
+        limit_s: float | None = None,
+        progress: Callable[[], int] = lambda: 0,
+    ) -> bool:
+        """Wait for tasks; ``False``: they go on, and that for too long without any progress.
+
+        :param limit_s: seconds that count; ``None``: ``timeout_s``.
+        :param progress: a number that grows while something comes of the work; the limit is then
+            for each step, and there is another for all of them.
+        """
+        limit = self.settings.timeout_s if limit_s is None else limit_s
+        pause = min(limit / 4, 0.5)
+        clock = Clock(pause)
+        patience, most, count = limit, _MOST_STEPS * limit, progress()
+        while patience > 0 and most > 0:
+            _, going = await asyncio.wait(work, timeout=pause)
+            if not going:
+                return True
+            passed = clock.passed()
+            if (now := progress()) != count:
+                count, patience = now, limit
+            patience -= passed
+            most -= passed
+        return False
 
     async def until(self, condition: Callable[[], bool]) -> bool:
         """Let the loop turn until something is so; ``False``: it did not come to be."""
-        limit = time.monotonic() + self.settings.timeout_s
-        pause = 0.0
+        clock = Clock(_LONGEST_PAUSE_S)
+        waited, turns, pause = 0.0, 0, 0.0
         while not condition():
-            if time.monotonic() > limit:
+            if waited > self.settings.timeout_s:
                 return False
             await asyncio.sleep(pause)
-            pause = min(0.02, pause * 2 + 0.0005)
+            waited += clock.passed()
+            turns += 1
+            # Turns first: what runs on the loop alone would be over after a pause.
+            if turns > _QUICK_TURNS:
+                pause = min(_LONGEST_PAUSE_S, pause * 2 + 0.0005)
         return True
 
     async def turns(self, count: int = 12) -> None:
@@ -365,12 +395,17 @@ class Kit:
         for task in tasks:
             task.cancel()
         if tasks:
-            await asyncio.wait(tasks, timeout=2.0)
+            await self.ended(*tasks, limit_s=self._goodbye_s)
         closers, self.opened = self.opened, []
         for closer in closers:
-            task = asyncio.ensure_future(quietly(closer()))
-            if not (await asyncio.wait([task], timeout=2.0))[0]:
-                task.cancel()
+            closing = asyncio.ensure_future(quietly(closer()))
+            if not await self.ended(closing, limit_s=self._goodbye_s):
+                closing.cancel()
+
+    @property
+    def _goodbye_s(self) -> float:
+        """Seconds for what was cancelled; what has not ended then is left behind."""
+        return min(self.settings.timeout_s, _LONGEST_GOODBYE_S)
 
     async def close(self) -> None:
         """Unload the model."""

@@ -41,6 +41,8 @@ _SCHEMA: Final = {
     "additionalProperties": False,
 }
 _GRAMMAR: Final = 'root ::= "yes" | "no"'
+_FILLED: Final = 1 << 14
+"""Tokens of the largest context that is filled: with more, a slow model reads for minutes."""
 _MOST_ADDED: Final = 16
 """Most tokens that a model adds to a prompt: marks of its beginning and end."""
 
@@ -101,12 +103,28 @@ class LimitChecks(Checks):
     async def test_max_new_tokens_none(self, kit: Kit) -> None:
         kit.need("max_new_tokens")
         context = kit.bench.loaded.max_context_tokens
-        if context is None or context > 1 << 16:
-            skip("the context is unbounded, or too large to be filled here")
+        if context is None:
+            skip("the context is unbounded: max_context_tokens is None")
+        if context > _FILLED:
+            skip(
+                f"the context has {context} tokens, and is filled only up to {_FILLED}; test with "
+                "a smaller one"
+            )
         left = 64 if context >= 160 else context // 3
         prompt = await kit.long_prompt((context - left) / context, most=context)
-        request = kit.request(prompt, params={**kit.greedy(), "max_new_tokens": None})
-        response = await kit.bench.answer(request)
+        request = kit.request(
+            prompt,
+            params={**kit.greedy(), "max_new_tokens": None},
+            timeout_s=0.9 * kit.settings.timeout_s,
+        )
+        response = await kit.bench.infer(request)
+        if response.finish_reason == "timeout":
+            skip(
+                f"filling the context of {context} tokens takes more than {request.timeout_s:g} s; "
+                "test with a smaller one, or a larger timeout_s"
+            )
+        if response.error_message is not None:
+            broken(did=f"infer({said(request)})", expected="an answer", saw=response.error_message)
         if response.finish_reason == "eos_token":
             return
         total = (response.prompt_tokens or 0) + (response.generated_tokens or 0)
@@ -123,6 +141,8 @@ class LimitChecks(Checks):
         unclaimed = [name for name in UNUSUAL if not kit.honours(name)]
         if not unclaimed:
             skip("capabilities() claims every field")
+        determined = bool(kit.greedy()) and "max_new_tokens" not in unclaimed
+        plain = (await kit.plain(n=6)).generated_text if determined else None
         for name in unclaimed:
             params = {**kit.greedy(), name: UNUSUAL[name]}
             request = kit.request(n=6, params=params)
@@ -137,11 +157,18 @@ class LimitChecks(Checks):
                 )
             request = kit.request(n=6, params=params, on_unsupported="warn")
             ignored = await kit.bench.infer(request)
+            did = f'infer({said(request)}), which is not claimed, with on_unsupported="warn"'
             if ignored.error_message is not None or not any(name in w for w in ignored.warnings):
                 broken(
-                    did=f'infer({said(request)}), which is not claimed, with on_unsupported="warn"',
+                    did=did,
                     expected=f"an answer and a warning that names {name}",
                     saw=ignored.error_message or f"the warnings {ignored.warnings}",
+                )
+            if determined and ignored.generated_text != plain:
+                broken(
+                    did=did,
+                    expected=f"the text without it, {plain!r}",
+                    saw=repr(ignored.generated_text),
                 )
 
     @check()

@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
-import time
 import traceback
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import suppress
 from types import FrameType
 from typing import Any, Final, TypeVar
 
+from engineroom.testing.conformance.clock import Clock
 from engineroom.testing.conformance.outcomes import HungError, LoopLostError
 
 __all__ = ["LoopThread", "where"]
@@ -43,7 +43,8 @@ class LoopThread:
     def __init__(self, silence_s: float) -> None:
         self._silence_s = silence_s
         self._loop = asyncio.new_event_loop()
-        self._beat_at = time.monotonic()
+        self._beats = 0
+        self._between = Clock(BEAT_S)
         self._longest = 0.0
         self._place = ""
         self._noticed = 0.0
@@ -64,9 +65,9 @@ class LoopThread:
             self._loop.close()
 
     def _beat(self) -> None:
-        now = time.monotonic()
-        self._longest = max(self._longest, now - self._beat_at - BEAT_S)
-        self._beat_at = now
+        # What holds the interpreter as well is not seen by the other thread, but computes.
+        self._longest = max(self._longest, self._between.passed() - 2 * BEAT_S)
+        self._beats += 1
         self._loop.call_later(BEAT_S, self._beat)
 
     def forget_stalls(self) -> None:
@@ -92,10 +93,16 @@ class LoopThread:
             task.add_done_callback(lambda _: done.set())
 
         self._loop.call_soon_threadsafe(start)
-        deadline = time.monotonic() + limit_s
+        clock = Clock(LOOK_S)
+        waited = silent = 0.0
+        beats = self._beats
         while not done.wait(LOOK_S):
-            self._look()
-            if time.monotonic() > deadline:
+            passed = clock.passed()
+            waited += passed
+            silent = silent + passed if self._beats == beats else 0.0
+            beats = self._beats
+            self._look(silent)
+            if waited > limit_s:
                 place = where(tasks[0]) if tasks else "nowhere yet"
                 if tasks:
                     self._loop.call_soon_threadsafe(tasks[0].cancel)
@@ -106,9 +113,9 @@ class LoopThread:
                 )
         return tasks[0].result()
 
-    def _look(self) -> None:
+    def _look(self, silent: float) -> None:
         """Note where a silent loop stands; give up on one that is silent for too long."""
-        silent = time.monotonic() - self._beat_at
+        self._longest = max(self._longest, silent)
         if silent < NOTICE_S:
             return
         frame = sys._current_frames().get(self._thread.ident or 0)

@@ -59,7 +59,7 @@ _DISCOVERY: Final = {
     "can-load-foreign": Rule(
         "can_load refuses foreign sources",
         "can_load returns the bool False, and raises nothing, for sources that do not exist, are "
-        "empty, or are in another format.",
+        "empty, are in another format, or name nothing that could be.",
     ),
     "model-loads": Rule(
         "The model loads",
@@ -72,8 +72,8 @@ _DISCOVERY: Final = {
     ),
     "can-handle-foreign": Rule(
         "can_handle refuses foreign models",
-        "can_handle returns the bool False, and raises nothing, for models of other runtimes, "
-        "whose model_object may be anything.",
+        "can_handle returns the bool False, and raises nothing, for models of other runtimes and "
+        "of none, whose model_object may be anything.",
     ),
     "questions-are-cheap": Rule(
         "Questions are cheap",
@@ -353,7 +353,7 @@ _CHAT: Final = {
     "chat-roles": Rule(
         "Roles in an unusual order are answered or refused",
         "Messages whose roles the model does not know, or not in that order, are answered or are a "
-        "ConfigurationError that says so.",
+        "ConfigurationError that says what is wrong with them.",
     ),
 }
 

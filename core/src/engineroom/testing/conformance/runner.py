@@ -158,7 +158,7 @@ class _Collector:
         name = report.nodeid.rpartition("::")[2].removeprefix("test_").replace("_", "-")
         reason = ""
         if report.outcome == "skipped":
-            reason = str(report.longrepr[2]).removeprefix("Skipped: ")
+            reason = str(report.longrepr[2]).removeprefix("Skipped: ").removeprefix(f"{name}: ")
         elif report.outcome == "failed":
             reason = str(report.longreprtext).strip()
         self.results[name] = CheckResult(name, report.outcome, reason, report.duration)

@@ -57,7 +57,8 @@ class HandlerConformance(
     ``prompt``
         a prompt that the model continues with a text of some length.
     ``timeout_s``
-        seconds for one request, one chunk or one load; what takes longer hangs.
+        seconds for one answer, one chunk or one load; what takes longer hangs. Real models need
+        more than the toys that the default is for.
     ``max_stall_s``
         seconds for which the event loop may be held up at most.
     ``load_cycles``
