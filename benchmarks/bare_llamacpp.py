@@ -16,7 +16,8 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from engineroom_llamacpp.options import LlamaCppOptions, default_threads
+from engineroom import default_threads
+from engineroom_llamacpp.options import LlamaCppOptions
 
 __all__ = ["BareLoop", "Sampling"]
 

@@ -185,7 +185,7 @@ def errors() -> set[str]:
     found, todo = set(), [EngineRoomError]
     while todo:
         cls = todo.pop()
-        if cls.__module__.startswith("engineroom."):
+        if cls.__module__ == "engineroom.errors":
             found.add(cls.__name__)
         todo += cls.__subclasses__()
     return found

@@ -21,6 +21,7 @@ from toy_runtime import HONOURED, ToyHandler, ToyModel
 from engineroom import (
     Capabilities,
     ConfigurationError,
+    Embeddings,
     HandlerHealth,
     InferenceHandler,
     LoadedModel,
@@ -1271,6 +1272,79 @@ def chat_roles__unclear():
                 return super().render(loaded_model, messages)
             except ConfigurationError:
                 raise ConfigurationError("this cannot be done") from None
+
+    return Broken
+
+
+# ── embeddings ───────────────────────────────────────────────────────────────────────────────────
+
+
+@defect
+def embeddings_fit():
+    class Broken(ToyHandler):
+        async def embed(self, loaded_model, texts):
+            found = await super().embed(loaded_model, texts)
+            return Embeddings(found.vectors, 0)
+
+    return Broken
+
+
+@defect
+def embeddings_fit__infinite():
+    class Broken(ToyHandler):
+        def vector(self, data):
+            return [*super().vector(data), float("nan")]
+
+    return Broken
+
+
+@defect
+def embeddings_alone():
+    class Broken(ToyHandler):
+        async def embed(self, loaded_model, texts):
+            found = await super().embed(loaded_model, texts)
+            first = found.vectors[0]
+            mixed = [[a + b for a, b in zip(v, first, strict=True)] for v in found.vectors]
+            return Embeddings(mixed, found.prompt_tokens)
+
+    return Broken
+
+
+@defect
+def embeddings_alone__all_the_same():
+    class Broken(ToyHandler):
+        def vector(self, data):
+            return [1.0, 2.0]
+
+    return Broken
+
+
+@defect
+def embeddings_cancelled():
+    class Broken(ToyHandler):
+        async def embed(self, loaded_model, texts):
+            try:
+                return await super().embed(loaded_model, texts)
+            except asyncio.CancelledError:
+                raise ValueError("somebody cancelled it") from None
+
+    return Broken
+
+
+@defect
+def embeddings_refused():
+    class Broken(ToyHandler):
+        async def embed(self, loaded_model, texts):
+            return await super().embed(loaded_model, [text[:100] for text in texts])
+
+    return Broken
+
+
+@defect
+def embeddings_refused__unclaimed():
+    class Broken(ToyHandler):
+        def capabilities(self):
+            return dataclasses.replace(super().capabilities(), embeddings=False)
 
     return Broken
 

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from engineroom import (
     Capabilities,
     ConfigurationError,
+    Embeddings,
     GenerationParams,
     HandlerHealth,
     InferenceRequest,
@@ -108,7 +109,18 @@ class ToyHandler(TokenHandler):
     api_version = "1.0"
 
     def capabilities(self) -> Capabilities:
-        return Capabilities(params=HONOURED, chat=True)
+        return Capabilities(params=HONOURED, chat=True, embeddings=True)
+
+    async def embed(self, loaded_model: LoadedModel, texts) -> Embeddings:
+        if any(len(t.encode()) > loaded_model.max_context_tokens for t in texts):
+            raise ConfigurationError("a text is longer than the context")
+        for _ in texts:
+            await asyncio.sleep(0)
+        vectors = [self.vector(text.encode()) for text in texts]
+        return Embeddings(vectors, sum(len(t.encode()) for t in texts))
+
+    def vector(self, data: bytes) -> list[float]:
+        return [float(data.count(bytes([byte]))) for byte in range(97, 123)]
 
     def can_load(self, config: ModelConfig) -> bool:
         return (config.source or "").startswith("toy:")

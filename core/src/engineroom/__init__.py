@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         DeploymentConfig,
         load_deployment,
     )
-    from engineroom.decode_loop import CPU_LOOP, DecodeLoop
+    from engineroom.decode_loop import CPU_LOOP, DecodeLoop, default_threads
     from engineroom.errors import (
         ConfigurationError,
         EngineDeadError,
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from engineroom.handler import (
         API_VERSION,
         Capabilities,
+        Embeddings,
         HandlerHealth,
         InferenceHandler,
         StreamEnd,
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
     )
     from engineroom.schemas import (
         ChatMessage,
+        FinishReason,
         GenerationParams,
         InferenceRequest,
         InferenceResponse,
@@ -112,9 +114,11 @@ __all__ = [
     "DecodeLoop",
     "DeploymentConfig",
     "DispatchReport",
+    "Embeddings",
     "EngineDeadError",
     "EngineRoomError",
     "EngineTask",
+    "FinishReason",
     "GenerationParams",
     "HandlerHealth",
     "HandlerRegistry",
@@ -146,6 +150,7 @@ __all__ = [
     "TokenHandler",
     "TokenLogprob",
     "TokenStep",
+    "default_threads",
     "deliver",
     "did_you_mean",
     "hookimpl",
@@ -164,6 +169,7 @@ _MODULES: Final = {
     "load_deployment": "config",
     "CPU_LOOP": "decode_loop",
     "DecodeLoop": "decode_loop",
+    "default_threads": "decode_loop",
     "ConfigurationError": "errors",
     "EngineDeadError": "errors",
     "EngineRoomError": "errors",
@@ -177,6 +183,7 @@ _MODULES: Final = {
     "TokenStep": "generation",
     "API_VERSION": "handler",
     "Capabilities": "handler",
+    "Embeddings": "handler",
     "HandlerHealth": "handler",
     "InferenceHandler": "handler",
     "StreamEnd": "handler",
@@ -191,6 +198,7 @@ _MODULES: Final = {
     "HandlerRegistry": "registry",
     "HandlerVerdict": "registry",
     "ChatMessage": "schemas",
+    "FinishReason": "schemas",
     "GenerationParams": "schemas",
     "InferenceRequest": "schemas",
     "InferenceResponse": "schemas",

@@ -8,10 +8,11 @@ CPU, whatever the runtimes, and the models take turns, a step each.
 
 from __future__ import annotations
 
+import os
 import threading
 from typing import Final, Protocol
 
-__all__ = ["CPU_LOOP", "DecodeLoop", "Worker"]
+__all__ = ["CPU_LOOP", "DecodeLoop", "Worker", "default_threads"]
 
 
 class Worker(Protocol):
@@ -83,3 +84,22 @@ class DecodeLoop:
 
 CPU_LOOP: Final = DecodeLoop("engineroom-cpu")
 """Decodes every model, of whatever runtime, that runs on the CPU of this process."""
+
+
+def default_threads() -> int:
+    """How many threads computing on the CPU should use: the physical cores that there are for
+    this process. More only wait for each other at barriers.
+
+    Without psutil, two hardware threads a core are not told from two cores.
+    """
+    try:
+        usable = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS and Windows
+        usable = os.cpu_count() or 1
+    try:
+        import psutil
+    except ImportError:
+        return usable
+    logical = psutil.cpu_count(logical=True) or usable
+    physical = psutil.cpu_count(logical=False) or logical
+    return max(1, min(usable, physical, round(usable * physical / logical)))

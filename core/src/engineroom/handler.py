@@ -14,7 +14,7 @@ plugin's module must not import its runtime; that waits until ``load_model``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
@@ -28,7 +28,14 @@ from engineroom.schemas import (
     ModelConfig,
 )
 
-__all__ = ["API_VERSION", "Capabilities", "HandlerHealth", "InferenceHandler", "StreamEnd"]
+__all__ = [
+    "API_VERSION",
+    "Capabilities",
+    "Embeddings",
+    "HandlerHealth",
+    "InferenceHandler",
+    "StreamEnd",
+]
 
 API_VERSION: Final = "1.0"
 """Version of the handler contract. Handlers of another major version are refused."""
@@ -44,6 +51,7 @@ class Capabilities:
     :param tools: honours ``tools`` and ``tool_choice``.
     :param structured_output: kinds of ``structured_output`` that it honours, of
         ``json_schema``, ``regex`` and ``grammar``.
+    :param embeddings: has :meth:`InferenceHandler.embed`, for models that are made for it.
     """
 
     params: frozenset[str] = frozenset()
@@ -51,6 +59,7 @@ class Capabilities:
     stop_sequences: bool = False
     tools: bool = False
     structured_output: frozenset[str] = frozenset()
+    embeddings: bool = False
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.params) - set(GenerationParams.model_fields)):
@@ -76,6 +85,18 @@ class Capabilities:
         if not self.tools:
             found += [n for n in ("tools", "tool_choice") if getattr(request, n)]
         return found
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """Texts as vectors.
+
+    :param vectors: one a text, in the order of the texts, all of one length.
+    :param prompt_tokens: tokens of all texts together.
+    """
+
+    vectors: Sequence[Sequence[float]]
+    prompt_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +181,18 @@ class InferenceHandler(ABC):
         The joined pieces are the text that ``infer`` gives for the same request. May end with
         a :class:`StreamEnd`. Errors are raised, as in ``infer``.
         """
+
+    @hookspec
+    async def embed(self, loaded_model: LoadedModel, texts: Sequence[str]) -> Embeddings:
+        """Turn texts into vectors; asked only where ``capabilities().embeddings`` says so.
+
+        The vector of a text does not depend on the texts beside it. Cancelled like any
+        coroutine.
+
+        :param texts: at least one, none of them empty.
+        :raises ConfigurationError: the model makes no embeddings, or a text is too long for it.
+        """
+        raise ConfigurationError(f"handler {self.name!r} makes no embeddings")
 
     @hookspec
     def can_load(self, config: ModelConfig) -> bool:

@@ -25,7 +25,7 @@ from engineroom.errors import (
     ResourceNotAvailableError,
 )
 from engineroom.generation import effective_capabilities, watching
-from engineroom.handler import Capabilities, InferenceHandler, StreamEnd
+from engineroom.handler import Capabilities, Embeddings, InferenceHandler, StreamEnd
 from engineroom.manager import LLMModelManager, ModelSource
 from engineroom.registry import DispatchReport, HandlerRegistry
 from engineroom.schemas import InferenceRequest, InferenceResponse, LoadedModel, OnUnsupported
@@ -85,6 +85,7 @@ class LLMInferenceService:
         self._on_unsupported: OnUnsupported = on_unsupported
         self._capabilities: dict[str, Capabilities] = {}
         self._running: set[RequestScope] = set()
+        self._embedding: set[asyncio.Future[Embeddings]] = set()
         self._idle: list[asyncio.Future[None]] = []
         self._closed = False
         self._portal = BlockingPortal()
@@ -128,6 +129,66 @@ class LLMInferenceService:
         scope = RequestScope(request)
         return InferenceStream(request, scope, self._chunks(scope))
 
+    async def embed(
+        self, model_id: str, texts: Sequence[str], *, timeout_s: float | None = None
+    ) -> Embeddings:
+        """Turn texts into vectors, with a model that is made for it.
+
+        :param texts: at least one, none of them empty.
+        :param timeout_s: seconds that it may take, waiting and loading included.
+        :raises ConfigurationError: there is no text, or the model makes no embeddings.
+        :raises EngineRoomError: what else a request may fail with.
+        """
+        _check_texts(texts, model_id)
+        if self._closed:
+            raise ResourceNotAvailableError("the service is closed; it takes no more requests")
+        if self.num_requests >= self._max_requests:
+            raise QueueFullError(
+                f"{self.num_requests} requests are running or waiting, which is the bound "
+                "(max_requests); send it again later"
+            )
+        self._portal.bind()
+        self.registry.discover()
+        work = asyncio.ensure_future(self._embed(model_id, texts))
+        self._embedding.add(work)
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await work
+        except TimeoutError as error:
+            raise RequestTimeoutError(
+                f"it was not done after timeout_s={timeout_s} seconds", model_id=model_id
+            ) from error
+        except asyncio.CancelledError:
+            if work.cancelled() and self._closed and not _is_being_cancelled():
+                raise ResourceNotAvailableError(
+                    "the service was closed; send it again", model_id=model_id
+                ) from None
+            raise
+        finally:
+            self._embedding.discard(work)
+
+    async def _embed(self, model_id: str, texts: Sequence[str]) -> Embeddings:
+        try:
+            async with self._source.lease(model_id) as loaded_model:
+                handler = self.registry.select(loaded_model)
+                if not self._capabilities_of(handler).embeddings:
+                    raise ConfigurationError(
+                        f"handler {handler.name!r} makes no embeddings; use another runtime"
+                    )
+                found = await handler.embed(loaded_model, texts)
+                if not _is_embeddings(found, len(texts)):
+                    raise InferenceError(
+                        f"handler {handler.name!r}: embed did not return Embeddings with a vector "
+                        "for each text; mend the plugin"
+                    )
+                return found
+        except EngineRoomError as error:
+            error.with_context(model_id=model_id)
+            raise
+        except Exception as error:
+            logger.exception("model %r: embedding failed", model_id)
+            raise InferenceError(f"{type(error).__name__}: {error}", model_id=model_id) from error
+
     def run(self, request: InferenceRequest) -> InferenceResponse:
         """Answer in whole, for callers without an event loop. Blocks.
 
@@ -168,7 +229,7 @@ class LLMInferenceService:
     @property
     def num_requests(self) -> int:
         """Requests that are being answered or wait for it."""
-        return len(self._running)
+        return len(self._running) + len(self._embedding)
 
     async def __aenter__(self) -> LLMInferenceService:
         return self
@@ -189,12 +250,16 @@ class LLMInferenceService:
             their callers told so.
         """
         self._closed = True
-        if self._running and drain_timeout_s > 0:
-            await self._wait_idle(drain_timeout_s)
+        if drain_timeout_s > 0:
+            await asyncio.gather(
+                self._wait_idle(drain_timeout_s), self._wait_embedded(drain_timeout_s)
+            )
+        for work in list(self._embedding):
+            work.cancel()
         for scope in list(self._running):
             scope.interrupt(ResourceNotAvailableError("the service was closed; send it again"))
-        if self._running:
-            await self._wait_idle(None)
+        await self._wait_idle(None)
+        await self._wait_embedded(None)
         try:
             if isinstance(self._source, _Closing):
                 await self._source.close()
@@ -283,9 +348,9 @@ class LLMInferenceService:
         """Count the request in, or refuse it at once."""
         if self._closed:
             raise ResourceNotAvailableError("the service is closed; it takes no more requests")
-        if len(self._running) >= self._max_requests:
+        if self.num_requests >= self._max_requests:
             raise QueueFullError(
-                f"{len(self._running)} requests are running or waiting, which is the bound "
+                f"{self.num_requests} requests are running or waiting, which is the bound "
                 "(max_requests); send it again later"
             )
         self._portal.bind()
@@ -311,10 +376,7 @@ class LLMInferenceService:
 
     def _check(self, handler: InferenceHandler, request: InferenceRequest) -> list[str]:
         """Refuse what the handler does not honour, or say so in warnings."""
-        capabilities = self._capabilities.get(handler.name)
-        if capabilities is None:
-            capabilities = self._capabilities[handler.name] = effective_capabilities(handler)
-        unsupported = capabilities.unsupported(request)
+        unsupported = self._capabilities_of(handler).unsupported(request)
         if not unsupported:
             return []
         warn = (request.on_unsupported or self._on_unsupported) == "warn"
@@ -329,6 +391,12 @@ class LLMInferenceService:
             f"{name} was ignored: handler {handler.name!r} does not honour it"
             for name in unsupported
         ]
+
+    def _capabilities_of(self, handler: InferenceHandler) -> Capabilities:
+        capabilities = self._capabilities.get(handler.name)
+        if capabilities is None:
+            capabilities = self._capabilities[handler.name] = effective_capabilities(handler)
+        return capabilities
 
     def _finish(self, scope: RequestScope, response: InferenceResponse) -> InferenceResponse:
         """Count the request out and tell the observers. Called once for each admitted one."""
@@ -386,9 +454,31 @@ class LLMInferenceService:
         return response
 
     async def _wait_idle(self, timeout_s: float | None) -> None:
-        future = asyncio.get_running_loop().create_future()
-        self._idle.append(future)
-        await asyncio.wait([future], timeout=timeout_s)
+        if self._running:
+            future = asyncio.get_running_loop().create_future()
+            self._idle.append(future)
+            await asyncio.wait([future], timeout=timeout_s)
+
+    async def _wait_embedded(self, timeout_s: float | None) -> None:
+        if self._embedding:
+            await asyncio.wait(self._embedding, timeout=timeout_s)
+
+
+def _check_texts(texts: object, model_id: str) -> None:
+    listed = list(texts) if isinstance(texts, Sequence) and not isinstance(texts, str) else []
+    if not listed or not all(isinstance(text, str) and text for text in listed):
+        raise ConfigurationError(
+            "embed takes a list of texts, of which none is empty", model_id=model_id
+        )
+
+
+def _is_embeddings(found: object, count: int) -> bool:
+    return isinstance(found, Embeddings) and len(found.vectors) == count
+
+
+def _is_being_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _completed(

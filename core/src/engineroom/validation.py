@@ -19,6 +19,7 @@ _KINDS: Final[dict[str, _Kind]] = {
     "can_handle": _PLAIN,
     "infer": _COROUTINE,
     "stream_infer": _GENERATOR,
+    "embed": _COROUTINE,
     "can_load": _PLAIN,
     "load_model": _COROUTINE,
     "unload_model": _COROUTINE,

@@ -10,8 +10,9 @@ not the runtime::
 from __future__ import annotations
 
 import asyncio
+import math
 import re
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Final, Literal
 
@@ -19,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from engineroom.errors import InferenceError, QueueFullError
 from engineroom.generation import TokenHandler, TokenStep
-from engineroom.handler import Capabilities, HandlerHealth
+from engineroom.handler import Capabilities, Embeddings, HandlerHealth
 from engineroom.options import parse_options
 from engineroom.schemas import InferenceRequest, LoadedModel, ModelConfig
 
@@ -84,7 +85,9 @@ class EchoHandler(TokenHandler):
     def capabilities(self) -> Capabilities:
         """``max_new_tokens``, chat, and the sampling switches, which change nothing here."""
         return Capabilities(
-            params=frozenset({"max_new_tokens", "temperature", "do_sample"}), chat=True
+            params=frozenset({"max_new_tokens", "temperature", "do_sample"}),
+            chat=True,
+            embeddings=True,
         )
 
     def can_handle(self, loaded_model: LoadedModel) -> bool:
@@ -132,6 +135,19 @@ class EchoHandler(TokenHandler):
             num_requests_waiting=model.waiting,
         )
 
+    async def embed(self, loaded_model: LoadedModel, texts: Sequence[str]) -> Embeddings:
+        """How often each letter of the alphabet is in a text, as a vector of length 1."""
+        model = _model(loaded_model)
+        model.running += 1
+        try:
+            await asyncio.sleep(model.options.token_delay_s)
+            if model.options.fail == "before":
+                raise RuntimeError("asked to fail before the first token")
+            tokens = sum(len(_pieces(model.options, text)) for text in texts)
+            return Embeddings([_letters(text) for text in texts], tokens)
+        finally:
+            model.running -= 1
+
     async def generate_tokens(
         self, loaded_model: LoadedModel, request: InferenceRequest
     ) -> AsyncGenerator[TokenStep, None]:
@@ -177,6 +193,12 @@ def _model(loaded_model: LoadedModel) -> EchoModel:
     if not isinstance(model, EchoModel):
         raise InferenceError(f"{loaded_model.model_id!r} is no echo model")
     return model
+
+
+def _letters(text: str) -> list[float]:
+    counts = [float(text.lower().count(letter)) for letter in "abcdefghijklmnopqrstuvwxyz"]
+    length = math.hypot(*counts) or 1.0
+    return [count / length for count in counts]
 
 
 def _text(request: InferenceRequest) -> str:

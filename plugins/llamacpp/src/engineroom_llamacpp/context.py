@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from engineroom import ConfigurationError, ResourceNotAvailableError
+from engineroom import ConfigurationError, ResourceNotAvailableError, default_threads
 from engineroom_llamacpp.library import (
     CACHE_TYPES,
     FLASH_ATTENTION,
@@ -16,7 +16,7 @@ from engineroom_llamacpp.library import (
     last_error,
 )
 from engineroom_llamacpp.model import LlamaModel
-from engineroom_llamacpp.options import LlamaCppOptions, default_threads
+from engineroom_llamacpp.options import LlamaCppOptions
 from engineroom_llamacpp.sampling import Logits
 
 __all__ = ["DEFAULT_CONTEXT", "LlamaContext"]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-__all__ = ["CacheType", "LlamaCppOptions", "LoraAdapter", "default_threads"]
+__all__ = ["CacheType", "LlamaCppOptions", "LoraAdapter"]
 
 CacheType: TypeAlias = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"]
 
@@ -105,16 +104,3 @@ class LlamaCppOptions(BaseModel):
                 "sequences; make it at least as large"
             )
         return self
-
-
-def default_threads() -> int:
-    """Physical cores that this process may use; ggml's barriers spin, so more only wait."""
-    import psutil
-
-    try:
-        usable = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS and Windows
-        usable = os.cpu_count() or 1
-    logical = psutil.cpu_count(logical=True) or usable
-    physical = psutil.cpu_count(logical=False) or logical
-    return max(1, min(usable, physical, round(usable * physical / logical)))

@@ -86,6 +86,7 @@ class Session:
         self._lost: str | None = None
         self._hung = 0
         self.config: ModelConfig | None = None
+        self.embedding_config: ModelConfig | None = None
         self.closed = False
 
     def perform(
@@ -146,7 +147,7 @@ class Session:
     def _make(self) -> None:
         assert self.config is not None
         handler = self._suite.make_handler()
-        self._kit = Kit(handler, self.config, self._suite.settings())
+        self._kit = Kit(handler, self.config, self._suite.settings(), self.embedding_config)
 
     def _run(self, body: Callable[[Kit], Awaitable[None]]) -> None:
         kit = self._kit
@@ -247,6 +248,10 @@ class Checks:
             return str(tokenizer.render(messages))
         return None
 
+    def embedding_config(self) -> ModelConfig | None:
+        """A model that is made for embeddings, where ``model_config`` is not; ``None``: it is."""
+        return None
+
     def settings(self) -> Settings:
         """The class attributes."""
         return Settings(
@@ -274,5 +279,6 @@ class Checks:
             )
             session = owner.stash[_STASH] = Session(self, selected)
             session.config = model_config
+            session.embedding_config = self.embedding_config()
             owner.addfinalizer(session.close)
         return session

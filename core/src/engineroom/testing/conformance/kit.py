@@ -68,12 +68,20 @@ class Kit:
 
     :param handler: the handler under test.
     :param config: the model to test it with.
+    :param embedding_config: one that makes embeddings; ``None``: the same.
     """
 
-    def __init__(self, handler: InferenceHandler, config: ModelConfig, settings: Settings) -> None:
+    def __init__(
+        self,
+        handler: InferenceHandler,
+        config: ModelConfig,
+        settings: Settings,
+        embedding_config: ModelConfig | None = None,
+    ) -> None:
         self.handler = handler
         self.config = config
         self.settings = settings
+        self.embedding_config = embedding_config
         self.loop = LoopThread(settings.timeout_s)
         self.opened: list[Callable[[], Awaitable[Any]]] = []
         self.prompts = (settings.prompt, *PROMPTS)
@@ -111,12 +119,18 @@ class Kit:
     @asynccontextmanager
     async def own_model(self, options: Mapping[str, Any] | None = None) -> AsyncIterator[Bench]:
         """A model of the check's own, unloaded at its end."""
-        if self.settings.exclusive:
-            await self.within(self.bench.manager.unload(self.config.model_id), "unload_model")
         merged = {**self.config.options, **(options or {})}
         config = self.config.model_copy(
             update={"model_id": f"{self.config.model_id}-own", "options": merged, "aliases": []}
         )
+        async with self.other_model(config) as bench:
+            yield bench
+
+    @asynccontextmanager
+    async def other_model(self, config: ModelConfig) -> AsyncIterator[Bench]:
+        """A model as ``config`` says, unloaded at the end."""
+        if self.settings.exclusive:
+            await self.within(self.bench.manager.unload(self.config.model_id), "unload_model")
         bench = Bench(self, config)
         try:
             yield bench

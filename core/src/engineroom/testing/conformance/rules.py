@@ -357,6 +357,28 @@ _CHAT: Final = {
     ),
 }
 
+_EMBEDDINGS: Final = {
+    "embeddings-fit": Rule(
+        "Each text has a vector",
+        "embed returns one vector for each text, in their order, all of one length and of finite "
+        "numbers, and how many tokens the texts have together.",
+    ),
+    "embeddings-alone": Rule(
+        "A vector depends on its text alone",
+        "A text has the same vector each time, whatever texts or requests are beside it, and "
+        "another text has another.",
+    ),
+    "embeddings-cancelled": Rule(
+        "Embedding can be cancelled",
+        "Cancelling embed passes CancelledError through, and the next call is answered.",
+    ),
+    "embeddings-refused": Rule(
+        "Embedding is refused in words",
+        "A handler that does not claim embeddings, and a text that is longer than the model reads, "
+        "are refused with a ConfigurationError.",
+    ),
+}
+
 _HYGIENE: Final = {
     "overrides": Rule(
         "A replaced check says why",
@@ -380,6 +402,7 @@ RULES: Final[Mapping[str, Rule]] = {
     **_CANCELLATION,
     **_FAULTS,
     **_CHAT,
+    **_EMBEDDINGS,
     **_HYGIENE,
 }
 """Every rule, by its id."""

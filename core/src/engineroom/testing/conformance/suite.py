@@ -12,6 +12,7 @@ from engineroom.testing.conformance.cancellation import CancellationChecks
 from engineroom.testing.conformance.chat import ChatChecks
 from engineroom.testing.conformance.concurrency import ConcurrencyChecks
 from engineroom.testing.conformance.discovery import DiscoveryChecks
+from engineroom.testing.conformance.embeddings import EmbeddingChecks
 from engineroom.testing.conformance.faults import FaultChecks
 from engineroom.testing.conformance.hygiene import HygieneChecks
 from engineroom.testing.conformance.limits import LimitChecks
@@ -26,6 +27,7 @@ __all__ = ["CHECKS", "HandlerConformance"]
 # pytest collects the checks of the last base first.
 class HandlerConformance(
     HygieneChecks,
+    EmbeddingChecks,
     ChatChecks,
     FaultChecks,
     CancellationChecks,
@@ -74,8 +76,8 @@ class HandlerConformance(
     ``runtime_modules``
         modules that importing the plugin must not import, besides the well-known runtimes.
 
-    Methods to override: ``make_handler()``, ``render_chat(loaded_model, messages)``. A check that
-    is replaced is marked with ``@overrides("the reason")``.
+    Methods to override: ``make_handler()``, ``render_chat(loaded_model, messages)``,
+    ``embedding_config()``. A check that is replaced is marked with ``@overrides("the reason")``.
     """
 
     def test_overrides(self) -> None:

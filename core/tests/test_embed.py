@@ -1,0 +1,173 @@
+"""``service.embed``: what it takes, what it raises, and that it ends with its caller."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from engineroom import (
+    Capabilities,
+    ConfigurationError,
+    Embeddings,
+    InferenceError,
+    LLMInferenceService,
+    LLMModelManager,
+    LoadedModel,
+    ModelNotFoundError,
+    QueueFullError,
+    RequestTimeoutError,
+    ResourceNotAvailableError,
+)
+from engineroom.testing import EchoHandler
+
+
+class FakeEmbedder(EchoHandler):
+    """Echo models whose embedding waits, fails or lies as a test says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.claims = True
+        self.entered = asyncio.Event()
+        self.go = asyncio.Event()
+        self.go.set()
+        self.ended = 0
+        self.answer: Any = None
+
+    def capabilities(self) -> Capabilities:
+        return Capabilities(embeddings=self.claims)
+
+    async def embed(self, loaded_model: LoadedModel, texts: Sequence[str]) -> Embeddings:
+        self.entered.set()
+        try:
+            await self.go.wait()
+            if isinstance(self.answer, BaseException):
+                raise self.answer
+            found: Embeddings = self.answer
+            return await super().embed(loaded_model, texts) if found is None else found
+        finally:
+            self.ended += 1
+
+
+def make(handler: EchoHandler, **options: Any) -> LLMInferenceService:
+    manager = LLMModelManager(config={"models": [{"model_id": "m", "source": "echo:"}]})
+    return LLMInferenceService(manager, handlers=[handler], **options)
+
+
+async def test_each_text_has_its_vector() -> None:
+    async with make(EchoHandler()) as service:
+        found = await service.embed("m", ["ab", "b b", "ba"])
+    assert [round(sum(x * x for x in vector), 6) for vector in found.vectors] == [1, 1, 1]
+    assert found.vectors[0] == found.vectors[2] != found.vectors[1]
+    assert found.prompt_tokens == 4
+
+
+@pytest.mark.parametrize("texts", [[], "a text", [""], ["a", ""], [1], None, {"a": 1}])
+async def test_what_are_no_texts_is_refused_before_anything_is_loaded(texts: Any) -> None:
+    handler = EchoHandler()
+    async with make(handler) as service:
+        with pytest.raises(ConfigurationError, match="list of texts"):
+            await service.embed("m", texts)
+    assert handler.loads == 0
+
+
+async def test_a_handler_that_does_not_claim_it_is_not_asked() -> None:
+    handler = FakeEmbedder()
+    handler.claims = False
+    async with make(handler) as service:
+        with pytest.raises(ConfigurationError, match="'echo' makes no embeddings"):
+            await service.embed("m", ["a"])
+    assert handler.ended == 0
+
+
+async def test_an_unknown_model_is_named() -> None:
+    async with make(EchoHandler()) as service:
+        with pytest.raises(ModelNotFoundError) as caught:
+            await service.embed("n", ["a"])
+    assert caught.value.model_id == "n"
+
+
+async def test_a_failure_is_typed_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+    handler = FakeEmbedder()
+    handler.answer = ValueError("bad")
+    with caplog.at_level(logging.ERROR, "engineroom"):
+        async with make(handler) as service:
+            with pytest.raises(InferenceError, match="ValueError: bad") as caught:
+                await service.embed("m", ["a"])
+    assert isinstance(caught.value.__cause__, ValueError)
+    assert caught.value.model_id == "m"
+    assert any(record.exc_info for record in caplog.records)
+
+
+@pytest.mark.parametrize("answer", [[[1.0]], Embeddings([[1.0], [2.0]], 1)])
+async def test_an_answer_that_is_none_is_the_plugins_fault(answer: Any) -> None:
+    handler = FakeEmbedder()
+    handler.answer = answer
+    async with make(handler) as service:
+        with pytest.raises(InferenceError, match="mend the plugin"):
+            await service.embed("m", ["a"])
+
+
+async def test_a_deadline_stops_the_work() -> None:
+    handler = FakeEmbedder()
+    handler.go.clear()
+    async with make(handler) as service:
+        with pytest.raises(RequestTimeoutError, match=r"timeout_s=0\.01"):
+            await service.embed("m", ["a"], timeout_s=0.01)
+        assert service.num_requests == 0
+    # Under load the deadline may come before the handler was asked.
+    assert handler.ended == int(handler.entered.is_set())
+
+
+async def test_cancelling_the_caller_stops_the_work() -> None:
+    handler = FakeEmbedder()
+    handler.go.clear()
+    async with make(handler) as service:
+        caller = asyncio.create_task(service.embed("m", ["a"]))
+        await handler.entered.wait()
+        caller.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await caller
+        assert handler.ended == 1
+
+
+async def test_it_counts_among_the_requests() -> None:
+    handler = FakeEmbedder()
+    handler.go.clear()
+    async with make(handler, max_requests=1) as service:
+        first = asyncio.create_task(service.embed("m", ["a"]))
+        await handler.entered.wait()
+        assert service.num_requests == 1
+        with pytest.raises(QueueFullError):
+            await service.embed("m", ["a"])
+        handler.go.set()
+        await first
+
+
+async def test_closing_waits_and_then_stops_it() -> None:
+    handler = FakeEmbedder()
+    handler.go.clear()
+    service = make(handler)
+    waited = asyncio.create_task(service.embed("m", ["a"]))
+    await handler.entered.wait()
+    closing = asyncio.create_task(service.close(drain_timeout_s=60))
+    await asyncio.sleep(0.02)
+    assert not closing.done()
+    with pytest.raises(ResourceNotAvailableError, match="closed"):
+        await service.embed("m", ["a"])
+    handler.go.set()
+    assert (await waited).prompt_tokens == 1
+    await closing
+
+    handler = FakeEmbedder()
+    handler.go.clear()
+    service = make(handler)
+    stopped = asyncio.create_task(service.embed("m", ["a"]))
+    await handler.entered.wait()
+    await service.close(drain_timeout_s=0)
+    with pytest.raises(ResourceNotAvailableError, match="was closed"):
+        await stopped
+    assert handler.ended == handler.unloads == 1
