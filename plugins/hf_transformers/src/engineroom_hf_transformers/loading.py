@@ -1,0 +1,571 @@
+"""Loading and unloading, which block: a source into a model in memory, and that into nothing."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Protocol, TypeAlias, TypeVar, cast
+
+from engineroom import (
+    ConfigurationError,
+    EngineRoomError,
+    ModelConfig,
+    ResourceNotAvailableError,
+    default_threads,
+)
+from engineroom_hf_transformers.checkpoint import (
+    Checkpoint,
+    check_safetensors,
+    choose_device,
+    choose_dtype,
+    context_tokens,
+    estimate_bytes,
+    find_checkpoint,
+    read_config,
+    trained_tokens,
+)
+from engineroom_hf_transformers.options import HfTransformersOptions
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Engine", "Kind", "Load", "Parts", "load_parts", "release"]
+
+logger = logging.getLogger("engineroom.hf_transformers")
+
+Kind: TypeAlias = Literal["causal", "encoder-decoder", "embedding"]
+
+_LIBRARIES: Final[Mapping[str, str]] = {
+    "bitsandbytes": "bitsandbytes accelerate", "bitsandbytes_4bit": "bitsandbytes accelerate",
+    "bitsandbytes_8bit": "bitsandbytes accelerate", "gptq": "gptqmodel optimum",
+    "awq": "gptqmodel", "hqq": "hqq", "torchao": "torchao", "quanto": "optimum-quanto accelerate",
+    "compressed-tensors": "compressed-tensors", "eetq": "kernels accelerate",
+    "aqlm": "aqlm accelerate", "higgs": "flute-kernel", "auto-round": "auto-round",
+    "spqr": "spqr-quant", "fbgemm_fp8": "fbgemm-gpu", "quark": "amd-quark",
+}  # fmt: skip
+"""Method of quantisation → what to install."""
+
+
+@dataclass(slots=True)
+class Parts:
+    """A model in memory, and what belongs to it.
+
+    :param model: on its device, in evaluation mode, without gradients.
+    :param kind: a model that continues text, one that answers through an encoder, or one that
+        generates nothing.
+    :param end_ids: tokens that end a generation.
+    :param n_vocab: width of a row of logits.
+    :param n_context: most tokens of one request.
+    :param n_trained: positions that the model was made for, where it counts them.
+    :param weight_bytes: memory of weights and buffers.
+    :param folder: where its files are.
+    :param device: where the inputs go; the first of several.
+    """
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    kind: Kind
+    end_ids: frozenset[int]
+    n_vocab: int
+    n_context: int
+    n_trained: int | None
+    weight_bytes: int
+    device: torch.device
+    dtype: torch.dtype
+    folder: Path
+    draft: Parts | None = None
+
+
+class Engine(Protocol):
+    """What is built around the parts, and closed before they are released."""
+
+    def close(self) -> None: ...
+
+
+_E = TypeVar("_E", bound=Engine)
+
+
+class Load(Generic[_E]):
+    """A load in a thread. It cannot be stopped there, but what it makes can be given back.
+
+    :param build: makes the engine, in the same thread.
+    """
+
+    def __init__(
+        self, config: ModelConfig, options: HfTransformersOptions, build: Callable[[Parts], _E]
+    ) -> None:
+        self._config = config
+        self._options = options
+        self._build = build
+        self._lock = threading.Lock()
+        self._abandoned = False
+        self._made: tuple[_E, Parts] | None = None
+
+    def run(self) -> _E:
+        """Load and build; in the thread."""
+        parts = load_parts(self._config, self._options)
+        try:
+            engine = self._build(parts)
+        except BaseException:
+            release(parts)
+            raise
+        with self._lock:
+            abandoned = self._abandoned
+            self._made = None if abandoned else (engine, parts)
+        if abandoned:
+            _unload(engine, parts)
+        return engine
+
+    def abandon(self) -> None:
+        """Nobody wants the engine any more, whether it is there already or comes later."""
+        with self._lock:
+            self._abandoned = True
+            made, self._made = self._made, None
+        if made is not None:  # it came, but nobody got it
+            threading.Thread(
+                target=_unload, args=made, name="hf_transformers-unload", daemon=True
+            ).start()
+
+
+def _unload(engine: Engine, parts: Parts) -> None:
+    engine.close()
+    release(parts)
+
+
+def release(parts: Parts) -> None:
+    """Drop the model and give its memory back, as far as nobody else holds it."""
+    if parts.draft is not None:
+        parts.draft.model = None
+    parts.model = None
+    parts.draft = None
+    gc.collect()  # modules and their hooks refer to each other
+    if parts.device.type == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
+    if sys.platform.startswith("linux"):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
+        if trim is not None:
+            trim(ctypes.c_size_t(0))
+
+
+# ── loading ──────────────────────────────────────────────────────────────────────────────────
+
+
+def load_parts(config: ModelConfig, options: HfTransformersOptions) -> Parts:
+    """Load a model with its tokenizer, adapter and draft model. Blocks.
+
+    :raises ModelNotFoundError: there is no such source.
+    :raises ConfigurationError: an option is wrong, what it needs is not installed, or the
+        checkpoint is damaged, incomplete, not safe, or not of a model that this runtime runs.
+    :raises ResourceNotAvailableError: there is no memory for it.
+    """
+    checkpoint = find_checkpoint(config.source or "", options)
+    adapter = _adapter_folder(options)
+    _quieten()
+    parts = _load(checkpoint, options, adapter)
+    if options.draft_model is not None:
+        try:
+            parts.draft = _load_draft(parts, options)
+        except BaseException:
+            release(parts)
+            raise
+    return parts
+
+
+def _load_draft(parts: Parts, options: HfTransformersOptions) -> Parts:
+    alone = options.model_copy(
+        update={"draft_model": None, "adapter": None, "revision": None, "quantization": None}
+    )
+    if parts.kind != "causal":
+        raise ConfigurationError("draft_model is for models that continue text; this is none")
+    draft = _load(find_checkpoint(options.draft_model or "", alone), alone, None)
+    try:
+        same = cast("Any", draft.tokenizer).get_vocab() == cast("Any", parts.tokenizer).get_vocab()
+        if draft.kind != "causal" or not same:
+            raise ConfigurationError(
+                f"draft_model: {options.draft_model!r} has another vocabulary than the model; use "
+                "a smaller model of the same family"
+            )
+    except BaseException:
+        release(draft)
+        raise
+    return draft
+
+
+def _load(checkpoint: Checkpoint, options: HfTransformersOptions, adapter: Path | None) -> Parts:
+    import torch
+
+    device = choose_device(options) if options.device_map is None else None
+    dtype_name = choose_dtype(checkpoint.config, options, device or "cuda:0")
+    dtype: torch.dtype = getattr(torch, dtype_name)
+    if device in {"cpu", None}:
+        torch.set_num_threads(options.n_threads or default_threads())
+    with _typed_errors(checkpoint, options):
+        library_config = _library_config(checkpoint, options)
+        kind = _kind(checkpoint, library_config)
+        tokenizer = _tokenizer(checkpoint, options)
+        model = _weights(checkpoint, options, library_config, kind, dtype, device)
+        if adapter is not None:
+            model = _with_adapter(model, adapter, options)
+        model.eval()
+        model.requires_grad_(False)
+    settings = library_config.to_dict()
+    return Parts(
+        model=model,
+        tokenizer=tokenizer,
+        kind=kind,
+        end_ids=_end_ids(model, tokenizer),
+        n_vocab=_n_vocab(model, library_config),
+        n_context=context_tokens(settings, options),
+        n_trained=trained_tokens(settings),
+        weight_bytes=_bytes_of(model),
+        device=torch.device(model.device),
+        dtype=dtype,
+        folder=checkpoint.folder,
+    )
+
+
+def _where(checkpoint: Checkpoint, options: HfTransformersOptions) -> dict[str, Any]:
+    """What every ``from_pretrained`` is told."""
+    found: dict[str, Any] = {
+        "pretrained_model_name_or_path": str(checkpoint.folder),
+        "trust_remote_code": options.trust_remote_code,
+        # What is to be loaded is here; only code that lies elsewhere may have to be fetched.
+        "local_files_only": not options.trust_remote_code,
+    }
+    if checkpoint.format == "gguf":
+        found["gguf_file"] = checkpoint.path.name
+    return found
+
+
+def _library_config(checkpoint: Checkpoint, options: HfTransformersOptions) -> Any:
+    import transformers
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type = checkpoint.config["model_type"]
+    if checkpoint.format != "gguf" and model_type not in CONFIG_MAPPING:
+        if not checkpoint.config.get("auto_map"):
+            raise ConfigurationError(
+                f"transformers {transformers.__version__} does not know models of the type "
+                f"{model_type!r} (from {str(checkpoint.path / 'config.json')!r}); a newer one may"
+            )
+        if not options.trust_remote_code:
+            raise ConfigurationError(
+                f"{str(checkpoint.path)!r} is a model of the type {model_type!r}, whose Python "
+                "code comes with it. Read that code, then set the option trust_remote_code: true "
+                "to run it"
+            )
+    return AutoConfig.from_pretrained(**_where(checkpoint, options))
+
+
+def _kind(checkpoint: Checkpoint, config: Any) -> Kind:
+    from transformers.models.auto import modeling_auto as auto
+
+    if checkpoint.format == "gguf":
+        return "encoder-decoder" if config.is_encoder_decoder else "causal"
+    name = str(checkpoint.config["architectures"][0])
+    model_type = config.model_type
+    remote = checkpoint.config.get("auto_map") or {}
+    generates = name in _class_names(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, model_type)
+    if config.is_encoder_decoder:
+        if name in _class_names(auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, model_type):
+            return "encoder-decoder"
+    elif generates or "AutoModelForCausalLM" in remote:
+        return "causal"
+    if (
+        name in _class_names(auto.MODEL_MAPPING_NAMES, model_type)
+        or name in _class_names(auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, model_type)
+        or "AutoModel" in remote
+    ):
+        return "embedding"
+    raise ConfigurationError(
+        f"{str(checkpoint.path)!r} is a {name}, which neither generates text nor is a plain model "
+        "of embeddings; this runtime runs models for causal and sequence-to-sequence language "
+        "modelling, and encoders"
+    )
+
+
+def _class_names(mapping: Mapping[str, Any], model_type: str) -> tuple[str, ...]:
+    names = mapping.get(model_type, ())
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _weights(
+    checkpoint: Checkpoint,
+    options: HfTransformersOptions,
+    config: Any,
+    kind: Kind,
+    dtype: torch.dtype,
+    device: str | None,
+) -> Any:
+    import transformers
+
+    class_name = {
+        "causal": "AutoModelForCausalLM",
+        "encoder-decoder": "AutoModelForSeq2SeqLM",
+        "embedding": "AutoModel",
+    }[kind]
+    arguments = _where(checkpoint, options) | {
+        "config": config,
+        "dtype": dtype,
+        "output_loading_info": True,
+        "use_safetensors": None if options.allow_pickle else True,
+    }
+    if options.attn_implementation != "auto":
+        arguments["attn_implementation"] = options.attn_implementation
+    if options.quantization is not None:
+        arguments["quantization_config"] = _quantization(options.quantization)
+    if options.device_map is not None:
+        arguments["device_map"] = options.device_map
+    elif device != "cpu" and _has("accelerate"):
+        arguments["device_map"] = {"": device}  # straight to it, not through the CPU's memory
+    model, info = getattr(transformers, class_name).from_pretrained(**arguments)
+    _all_there(checkpoint, kind, info)
+    if device is not None and "device_map" not in arguments:
+        model.to(device)
+    return model
+
+
+def _all_there(checkpoint: Checkpoint, kind: Kind, info: Mapping[str, Any]) -> None:
+    """Weights that are not there are made at random: such a model talks nonsense, in silence."""
+    missing = sorted({*map(str, info["missing_keys"]), *map(str, info["mismatched_keys"])})
+    if kind == "embedding":
+        missing = [name for name in missing if "pooler" not in name]  # not what is asked for
+    if missing:
+        more = f" and {len(missing) - 4} others" if len(missing) > 4 else ""
+        raise ConfigurationError(
+            f"{str(checkpoint.path)!r} has no weights for {', '.join(missing[:4])}{more}, which "
+            "its config.json asks for; download it again, or correct architectures in config.json"
+        )
+
+
+def _quantization(settings: Mapping[str, Any]) -> Any:
+    from transformers.quantizers.auto import (
+        AUTO_QUANTIZATION_CONFIG_MAPPING,
+        AutoQuantizationConfig,
+    )
+
+    method = settings.get("quant_method")
+    in_bits = settings.get("load_in_8bit") or settings.get("load_in_4bit")
+    if method not in AUTO_QUANTIZATION_CONFIG_MAPPING and not in_bits:
+        raise ConfigurationError(
+            f"quantization: the quant_method {method!r} is not known; it is one of "
+            f"{', '.join(sorted(map(str, AUTO_QUANTIZATION_CONFIG_MAPPING)))}"
+        )
+    try:
+        return AutoQuantizationConfig.from_dict(dict(settings))
+    except ImportError:
+        raise
+    except Exception as error:  # each method checks its own settings, in its own way
+        raise ConfigurationError(
+            f"quantization: {method or 'bitsandbytes'} refuses the settings: {_short(error)}"
+        ) from error
+
+
+def _tokenizer(checkpoint: Checkpoint, options: HfTransformersOptions) -> Any:
+    from transformers import AutoTokenizer
+
+    where = str(checkpoint.folder)
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(**_where(checkpoint, options))
+    except (ImportError, MemoryError):
+        raise
+    except BaseException as error:
+        # Its parser is foreign code that says what it likes, panics of Rust's among it.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ConfigurationError(
+            f"{where!r} has no tokenizer that can be read: {_short(error)}; the files that the "
+            "hub has beside the weights are needed, too"
+        ) from error
+    names = {"tokenizer.json", *type(tokenizer).vocab_files_names.values()}
+    local = checkpoint.format != "gguf" and not options.trust_remote_code
+    if local and not any((checkpoint.folder / name).is_file() for name in names):
+        raise ConfigurationError(
+            f"{where!r} has no tokenizer (none of {', '.join(sorted(names))}); the files that the "
+            "hub has beside the weights are needed, too"
+        )
+    return tokenizer
+
+
+def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    settings = getattr(model, "generation_config", None)
+    declared = getattr(settings, "eos_token_id", None)
+    found = declared if isinstance(declared, list | tuple) else [declared]
+    return frozenset(int(e) for e in (*found, tokenizer.eos_token_id) if e is not None)
+
+
+def _n_vocab(model: Any, config: Any) -> int:
+    head = model.get_output_embeddings()
+    width = getattr(head, "out_features", None)  # packed weights have another shape
+    if isinstance(width, int) and width > 0:
+        return width
+    return int(config.get_text_config().vocab_size)
+
+
+def _bytes_of(model: Any) -> int:
+    return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+
+
+# ── adapters ─────────────────────────────────────────────────────────────────────────────────
+
+
+def _adapter_folder(options: HfTransformersOptions) -> Path | None:
+    """The adapter's folder, its files checked; ``None``: none is wanted."""
+    if options.adapter is None:
+        return None
+    folder = Path(options.adapter).expanduser()
+    if not folder.is_dir():
+        raise ConfigurationError(f"adapter: there is no folder {str(folder)!r}; check the path")
+    if not (folder / "adapter_config.json").is_file():
+        raise ConfigurationError(
+            f"adapter: {str(folder)!r} has no adapter_config.json, so it is no adapter of PEFT"
+        )
+    read_config(folder / "adapter_config.json")
+    weights = folder / "adapter_model.safetensors"
+    if weights.is_file():
+        check_safetensors(weights)
+    elif not (folder / "adapter_model.bin").is_file():
+        raise ConfigurationError(f"adapter: {str(folder)!r} has no {weights.name}")
+    elif not options.allow_pickle:
+        raise ConfigurationError(
+            f"adapter: {str(folder)!r} has no {weights.name}, only pickled weights, and reading "
+            "those may run code that comes with them; convert them, or set the option "
+            "allow_pickle: true if you trust where they come from"
+        )
+    if not _has("peft"):
+        raise ConfigurationError(
+            'adapter: this needs peft; pip install "engineroom-hf-transformers[adapters]"'
+        )
+    return folder
+
+
+def _with_adapter(model: Any, folder: Path, options: HfTransformersOptions) -> Any:
+    from peft import PeftModel
+
+    try:
+        adapted: Any = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+    except (MemoryError, ImportError):
+        raise
+    except Exception as error:  # the adapter decides which of PEFT's classes complain
+        raise ConfigurationError(
+            f"adapter: {str(folder)!r} does not fit this model: {_short(error)}"
+        ) from error
+    merge = getattr(adapted, "merge_and_unload", None)
+    if merge is None or options.quantization is not None:
+        return adapted  # prompts of its own, or weights that lose by being quantised anew
+    try:
+        return merge()
+    except (NotImplementedError, ValueError, AttributeError) as error:
+        logger.info("adapter %s is applied in every step: %s", folder, _short(error))
+        return adapted
+
+
+def _has(module: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(module) is not None
+
+
+# ── errors and noise ─────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def _typed_errors(checkpoint: Checkpoint, options: HfTransformersOptions) -> Iterator[None]:
+    try:
+        yield
+    except EngineRoomError:
+        raise
+    except ImportError as error:
+        raise ConfigurationError(
+            f"{str(checkpoint.path)!r} needs a library that is not installed: {_short(error)}; "
+            + _install(checkpoint, options, error)
+        ) from error
+    except Exception as error:  # what a checkpoint of unknown origin can make the library raise
+        if _is_out_of_memory(error):
+            needed = sum(estimate_bytes(checkpoint, options).values())
+            raise ResourceNotAvailableError(
+                f"there is no memory for {str(checkpoint.path)!r}, which needs about "
+                f"{needed / 2**30:.2f} GiB ({needed} bytes) with its cache; unload other models, "
+                "or set max_context, max_batch_size, dtype or quantization lower"
+            ) from error
+        logger.debug("loading %s failed", checkpoint.path, exc_info=True)
+        raise ConfigurationError(
+            f"transformers cannot load {str(checkpoint.path)!r}: {_short(error)}"
+        ) from error
+
+
+def _install(checkpoint: Checkpoint, options: HfTransformersOptions, error: ImportError) -> str:
+    stored = checkpoint.config.get("quantization_config")
+    settings = options.quantization or (stored if isinstance(stored, dict) else {})
+    method = str(settings.get("quant_method") or ("bitsandbytes" if settings else ""))
+    if checkpoint.format == "gguf":
+        return 'pip install "engineroom-hf-transformers[gguf]"'
+    if "accelerate" in str(error) and method not in _LIBRARIES:
+        return 'pip install "engineroom-hf-transformers[multi-gpu]"'
+    if method:
+        return f"pip install {_LIBRARIES.get(method, method)}"
+    return f"pip install {error.name}" if error.name else "install it"
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    # The CPU's allocator has no error of its own.
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and (
+        "not enough memory" in text or "can't allocate memory" in text or "out of memory" in text
+    )
+
+
+def _short(error: BaseException) -> str:
+    """An error's words on one line; the libraries' can be screens long."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    return words if len(words) <= 400 else words[:400].rstrip() + " …"
+
+
+class _ToOurs(logging.Handler):
+    """What the library tells its users on the terminal is for the log of those who debug."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("%s: %s", record.name, record.getMessage())
+
+
+_quiet_lock = threading.Lock()
+_quiet = False
+
+
+def _quieten() -> None:
+    """Turn the library's bars off and its advice into our records of level debug, once.
+
+    Only its own default handler is replaced: handlers that an application gave it stay.
+    """
+    global _quiet  # noqa: PLW0603 - the process has one such library
+    with _quiet_lock:
+        if _quiet:
+            return
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # advice of its own, on stderr
+        import transformers.utils.logging
+
+        library_logging: Any = transformers.utils.logging
+
+        library_logging.disable_progress_bar()
+        root = library_logging.get_logger()  # makes the default handler
+        if library_logging._default_handler in root.handlers:
+            library_logging.disable_default_handler()
+            root.addHandler(_ToOurs())
+        _quiet = True

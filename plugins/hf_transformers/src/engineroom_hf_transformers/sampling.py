@@ -1,0 +1,281 @@
+"""Choose the next tokens of a batch, each request by its own parameters, on the model's device.
+
+The order of the steps is the contract's: ``logit_bias``, penalties, ``temperature``, ``top_k``,
+``top_p``, ``min_p``. Every request draws from a generator of its own, so that neighbours never
+change what a seed gives. Sorting is what costs: only as many of the likeliest tokens are sorted
+as the truncations turn out to need.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+    from engineroom import GenerationParams
+
+__all__ = ["Sampling", "adjusted", "choose", "logprobs_of"]
+
+_FIRST_GUESS: Final = 256
+"""So many of the likeliest tokens are sorted first where ``top_k`` does not say."""
+_TIES: Final = 32
+"""So many more where it does, so that those as likely as the last one are seldom cut apart."""
+_TINY: Final = float(np.finfo(np.float32).tiny)
+_HUGE: Final = float(np.finfo(np.float32).max)
+
+
+class Sampling:
+    """The sampling state of one request: its penalties and its random generator.
+
+    :param params: the request's parameters.
+    :param prompt: token ids of the prompt, which ``repetition_penalty`` counts too.
+    """
+
+    __slots__ = (
+        "_random",
+        "bias",
+        "counts",
+        "frequency",
+        "greedy",
+        "min_p",
+        "presence",
+        "repetition",
+        "seen",
+        "temperature",
+        "top_k",
+        "top_p",
+        "touches",
+    )
+
+    def __init__(self, params: GenerationParams, prompt: Sequence[int]) -> None:
+        self.greedy = params.greedy
+        self.temperature = max(1.0 if params.temperature is None else params.temperature, _TINY)
+        self.top_k = params.top_k or 0
+        self.top_p = 1.0 if params.top_p is None else params.top_p
+        self.min_p = params.min_p or 0.0
+        self.repetition = min(params.repetition_penalty or 1.0, _HUGE)
+        self.presence = params.presence_penalty or 0.0
+        self.frequency = params.frequency_penalty or 0.0
+        self.bias = params.logit_bias or {}
+        self.counts: Counter[int] = Counter()
+        self.seen: set[int] = set(prompt) if self.repetition != 1.0 else set()
+        self.touches = bool(self.bias or self.repetition != 1.0 or self.presence or self.frequency)
+        self._random = None if self.greedy else np.random.Generator(np.random.PCG64(params.seed))
+
+    @property
+    def truncates(self) -> bool:
+        """Whether not every token may be drawn."""
+        return bool(self.top_k or self.top_p < 1.0 or self.min_p > 0.0)
+
+    def draw(self) -> float:
+        """The request's next random number, from 0 to 1 (excluded)."""
+        return 0.0 if self._random is None else float(self._random.random())
+
+    def take(self, token: int) -> None:
+        """The token was chosen."""
+        if self.touches:
+            self.counts[token] += 1
+            if self.repetition != 1.0:
+                self.seen.add(token)
+
+
+def choose(logits: torch.Tensor, rows: Sequence[Sampling]) -> list[int | None]:
+    """The next token of each row.
+
+    :param logits: rows × vocabulary, float32; not changed.
+    :returns: ``None`` for a row that has no finite maximum: the model computed nonsense.
+    """
+    import torch
+
+    if any(row.touches for row in rows):
+        logits = adjusted(logits, rows)
+    found: list[int | None] = [None] * len(rows)
+    peaks = logits.amax(dim=-1)
+    sound = torch.isfinite(peaks).tolist()
+    greedy = [i for i, row in enumerate(rows) if row.greedy and sound[i]]
+    drawn = [i for i, row in enumerate(rows) if not row.greedy and sound[i]]
+    if greedy:
+        for i, token in zip(greedy, _argmax(_pick(logits, greedy)), strict=True):
+            found[i] = token
+    whole = [i for i in drawn if not rows[i].truncates]
+    cut = [i for i in drawn if rows[i].truncates]
+    if whole:
+        tokens = _draw_from_all(_pick(logits, whole), [rows[i] for i in whole])
+        for i, token in zip(whole, tokens, strict=True):
+            found[i] = token
+    if cut:
+        for i, token in zip(
+            cut, _draw_cut(_pick(logits, cut), [rows[i] for i in cut]), strict=True
+        ):
+            found[i] = token
+    for row, chosen in zip(rows, found, strict=True):
+        if chosen is not None:
+            row.take(chosen)
+    return found
+
+
+def _pick(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    import torch
+
+    if len(rows) == logits.shape[0]:
+        return logits
+    return logits.index_select(0, torch.tensor(rows, device=logits.device))
+
+
+def _argmax(logits: torch.Tensor) -> list[int]:
+    if logits.device.type == "cpu":  # numpy's takes 9 µs a row, torch's 250
+        return [int(row.argmax()) for row in logits.numpy()]
+    found: list[int] = logits.argmax(dim=-1).tolist()
+    return found
+
+
+def adjusted(logits: torch.Tensor, rows: Sequence[Sampling]) -> torch.Tensor:
+    """A copy with bias and penalties; what it changes is gathered over the rows first."""
+    import torch
+
+    logits = logits.clone()
+    width = logits.shape[-1]
+    flat = logits.view(-1)
+    device = logits.device
+
+    def indices(found: list[int]) -> torch.Tensor:
+        return torch.tensor(found, dtype=torch.long, device=device)
+
+    def numbers(found: list[float]) -> torch.Tensor:
+        return torch.tensor(found, dtype=torch.float32, device=device)
+
+    places: list[int] = []
+    amounts: list[float] = []
+    for i, row in enumerate(rows):
+        places += [i * width + token for token in row.bias]
+        amounts += row.bias.values()
+    if places:
+        flat[indices(places)] += numbers(amounts)
+    places, amounts = [], []
+    for i, row in enumerate(rows):
+        if row.repetition != 1.0:
+            places += [i * width + token for token in row.seen]
+            amounts += [row.repetition] * len(row.seen)
+    if places:
+        at, penalty = indices(places), numbers(amounts)
+        values = flat[at]
+        # Not to minus infinity, unless it was there: a token must stay possible.
+        smaller = torch.maximum(values * penalty, values.clamp(max=-_HUGE))
+        flat[at] = torch.where(values > 0, values / penalty, smaller)
+    places, amounts = [], []
+    for i, row in enumerate(rows):
+        if row.presence or row.frequency:
+            places += [i * width + token for token in row.counts]
+            amounts += [row.presence + row.frequency * count for count in row.counts.values()]
+    if places:
+        flat[indices(places)] -= numbers(amounts)
+    return logits
+
+
+def _precise(tensor: torch.Tensor) -> torch.Tensor:
+    """In double precision, where the device has it."""
+    return tensor if tensor.device.type == "mps" else tensor.double()
+
+
+def _weights(logits: torch.Tensor, rows: Sequence[Sampling]) -> torch.Tensor:
+    """Unnormalised probabilities after temperature; the likeliest has 1."""
+    import torch
+
+    temperature = torch.tensor(
+        [row.temperature for row in rows], dtype=torch.float32, device=logits.device
+    )[:, None]
+    return torch.exp((logits - logits.amax(dim=-1, keepdim=True)) / temperature)
+
+
+def _targets(rows: Sequence[Sampling], mass: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    drawn = torch.tensor([row.draw() for row in rows], dtype=mass.dtype, device=mass.device)
+    return drawn[:, None] * mass
+
+
+def _place(cumulative: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Where the targets fall: never where nothing is added, not even by rounding."""
+    import torch
+
+    found = torch.searchsorted(cumulative, targets, right=True)
+    last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous(), right=False)
+    return torch.minimum(found, last)
+
+
+def _draw_from_all(logits: torch.Tensor, rows: Sequence[Sampling]) -> list[int]:
+    cumulative = _precise(_weights(logits, rows)).cumsum(dim=-1)
+    found: list[int] = _place(cumulative, _targets(rows, cumulative[:, -1:])).view(-1).tolist()
+    return found
+
+
+def _draw_cut(logits: torch.Tensor, rows: Sequence[Sampling]) -> list[int]:
+    """What ``top_k``, then ``top_p``, then ``min_p`` leave.
+
+    Of tokens that are equally likely, as many are in half precision, the lower ids come first:
+    else the neighbours, by which it depends how many are sorted, would change what a seed gives.
+    """
+    import torch
+
+    width = logits.shape[-1]
+    everything = _weights(logits, rows)
+    device = logits.device
+    top_k = torch.tensor([min(row.top_k or width, width) for row in rows], device=device)[:, None]
+    only_k = all(row.top_k for row in rows)
+    count = min(width, max(row.top_k for row in rows) + _TIES if only_k else _FIRST_GUESS)
+    total = _precise(everything).sum(dim=-1, keepdim=True)
+    top_p = torch.tensor([row.top_p for row in rows], dtype=total.dtype, device=device)[:, None]
+    min_p = torch.tensor([row.min_p for row in rows], dtype=total.dtype, device=device)[:, None]
+    while True:
+        head, ids = everything.topk(count, dim=-1)
+        if count == width:
+            break
+        weights = _precise(head)
+        # Those as likely as the last one may go on beyond it: which of them are here is chance.
+        surely = weights * (head > head[:, -1:])
+        enough = (top_p < 1.0) & (surely.sum(dim=-1, keepdim=True) >= top_p * total)
+        enough |= weights[:, -1:] < min_p
+        kth = surely.gather(1, top_k.clamp(max=count) - 1)
+        enough_k = (top_k <= count) & ((kth > 0) | (weights[:, -1:] == 0))
+        if bool(torch.where(top_k < width, enough_k, enough).all()):
+            break
+        count = min(width, count * 8)
+    ids, order = ids.sort(dim=-1)
+    head, order = head.gather(1, order).sort(dim=-1, descending=True, stable=True)
+    ids, weights = ids.gather(1, order), _precise(head)
+    weights = weights * (torch.arange(count, device=device)[None] < top_k)
+    mass = torch.where(top_k < width, weights.sum(dim=-1, keepdim=True), total)
+    before = weights.cumsum(dim=-1) - weights
+    keep = (before < top_p * mass) | (top_p >= 1.0)
+    keep[:, 0] = True
+    keep &= weights >= min_p * weights[:, :1]
+    cumulative = (weights * keep).cumsum(dim=-1)
+    place = _place(cumulative, _targets(rows, cumulative[:, -1:]))
+    found: list[int] = ids.gather(1, place).view(-1).tolist()
+    return found
+
+
+def logprobs_of(
+    logits: torch.Tensor, tokens: Sequence[int], counts: Sequence[int]
+) -> list[tuple[float, list[tuple[int, float]]]]:
+    """For each row the log probability of its token, and the likeliest tokens with theirs.
+
+    :param logits: rows × vocabulary, as the model gave them.
+    :param counts: how many of the likeliest each row wants.
+    """
+    import torch
+
+    scaled = logits - torch.logsumexp(logits, dim=-1, keepdim=True)
+    own = scaled.gather(1, torch.tensor(list(tokens), device=logits.device)[:, None])
+    most = min(max(counts), logits.shape[-1])
+    values, ids = scaled.topk(most, dim=-1)
+    listed = zip(own.view(-1).tolist(), ids.tolist(), values.tolist(), counts, strict=True)
+    return [
+        (value, list(zip(row_ids[:count], row_values[:count], strict=True)))
+        for value, row_ids, row_values, count in listed
+    ]

@@ -1,0 +1,505 @@
+"""Text to tokens and back: prompts, chat templates, and decoding a token at a time.
+
+Decoding does not use ``tokenizers.DecodeStream``: it raises where the bytes of two characters
+meet in an unforeseen order, keeps everything since the last whole character (which random bytes
+may never bring), and decodes each token twice. Most decoders treat each token by itself, so the
+bytes that a token stands for are looked up once and remembered; whether a tokenizer's decoder is
+of that kind is tried when it is opened. For the others, a window of the last tokens is decoded.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from engineroom import ChatMessage, ConfigurationError
+from engineroom.text import Utf8Decoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Decoder", "Vocabulary"]
+
+_BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_CONTROL_LIKE: Final = re.compile(r"<\|[^|<>]+\|>|<(?:start|end)_of_turn>|</?s>|\[/?INST\]")
+"""Tokens that structure a conversation in known templates. Some conversions forget to mark them
+as special, and a tokenizer reads them all the same."""
+_BREAK: Final = "\ue000"
+"""A private character, put into a special token's text so that it is not read as one."""
+_SAMPLE: Final = 256
+_WINDOW: Final = 8
+_HELD: Final = 8
+"""Most tokens that the window decoder holds back; no character has more than four bytes."""
+
+
+class Decoder(Protocol):
+    """Makes text of the tokens of one generation, in order."""
+
+    def feed(self, token_id: int) -> str:
+        """The text that this token completes; empty while a character is incomplete."""
+
+    def finish(self) -> str:
+        """What was held: one U+FFFD for a character that stayed incomplete."""
+
+
+class Vocabulary:
+    """A tokenizer and what the model wants of it. Its methods may be called from any thread.
+
+    The tokenizer is the vocabulary's own from here on: truncation and padding are switched off,
+    and nobody may change its settings.
+
+    :param end_ids: tokens that end a generation.
+    :param n_vocab: width of a row of logits; it may exceed the tokenizer's count.
+    :param chat_template: Jinja to use instead of the tokenizer's own.
+    :param encoder: the input goes through an encoder, so that what the tokenizer appends to it
+        (an end token) is kept. A text to be continued must not end so.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        end_ids: Collection[int],
+        n_vocab: int,
+        chat_template: str | None,
+        *,
+        encoder: bool = False,
+    ) -> None:
+        self.n_vocab = n_vocab
+        self.end_ids = frozenset(end_ids)
+        self._tokenizer: Any = tokenizer
+        self._template = chat_template
+        self._backend: Any = (
+            self._tokenizer.backend_tokenizer if getattr(tokenizer, "is_fast", False) else None
+        )
+        if self._backend is not None:
+            if self._backend.truncation is not None:
+                self._backend.no_truncation()
+            if self._backend.padding is not None:
+                self._backend.no_padding()
+        added = self._tokenizer.added_tokens_decoder
+        self._added = {int(token): str(entry.content) for token, entry in added.items()}
+        self._special = {int(token) for token, entry in added.items() if entry.special}
+        if self._backend is None:
+            self._special |= set(self._tokenizer.all_special_ids)
+        self._control = {
+            token: text
+            for token, text in self._added.items()
+            if token in self._special or token in self.end_ids or _CONTROL_LIKE.fullmatch(text)
+        }
+        longest_first = sorted({*self._control.values()} - {""}, key=len, reverse=True)
+        self._control_texts = (
+            re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+        )
+        self._bos: int | None = self._tokenizer.bos_token_id
+        self._prefix, suffix = self._surroundings()
+        self._suffix = suffix if encoder else []
+        self._texts: dict[int, str] = {}
+        self._pieces = _Pieces.of(self._backend, self._special)
+
+    def ends(self, token_id: int) -> bool:
+        """Whether this token ends a generation."""
+        return token_id in self.end_ids
+
+    # ── text to tokens ───────────────────────────────────────────────────────────────────────
+
+    def prompt(
+        self,
+        prompt: str | None,
+        messages: Sequence[ChatMessage] | None,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> list[int]:
+        """Token ids of a request's input.
+
+        A ``prompt`` is taken as it is, special tokens included. What stands in ``messages`` and
+        ``tools`` is text: a special token that somebody writes into a message must not end it, or
+        begin one of another role, so it is read as the characters that it consists of.
+
+        :raises ConfigurationError: there is no chat template, or it refuses the messages.
+        """
+        if prompt is not None:
+            tokens = self._encode(prompt)
+            if tokens[: len(self._prefix)] != self._prefix:
+                tokens = self._prefix + tokens
+            if self._suffix and tokens[-len(self._suffix) :] != self._suffix:
+                tokens += self._suffix
+            return tokens
+        tokens = self._conversation(messages or (), tools)
+        while self._bos is not None and tokens[:2] == [self._bos, self._bos]:
+            del tokens[0]
+        return tokens
+
+    def count(self, text: str) -> int:
+        """Tokens of ``text``, read as plain text, without any that the model adds."""
+        return len(self._plain(text))
+
+    def render(
+        self, messages: Sequence[ChatMessage], tools: list[dict[str, Any]] | None = None
+    ) -> str:
+        """The messages as the model wants to read them.
+
+        :raises ConfigurationError: there is no chat template, or it refuses the messages.
+        """
+        return self._render([_plain_message(m) for m in messages], tools)
+
+    def _conversation(
+        self, messages: Sequence[ChatMessage], tools: list[dict[str, Any]] | None
+    ) -> list[int]:
+        plain = [_plain_message(m) for m in messages]
+        control = self._control_texts
+        if control is None or not any(control.search(s) for s in _strings([plain, tools])):
+            return self._encode(self._render(plain, tools))
+        literals: list[str] = []
+        nonce = secrets.token_hex(8)  # letters and digits: filters of templates leave them alone
+
+        def shield(match: re.Match[str]) -> str:
+            literals.append(match[0])
+            return f"x{nonce}x{len(literals) - 1}x"
+
+        def shielded(text: str) -> str:
+            return control.sub(shield, text)
+
+        rendered = self._render(_mapped(plain, shielded), _mapped(tools, shielded))
+        parts = re.split(f"x{nonce}x(\\d+)x", rendered)
+        named = [literals[int(number)] for number in parts[1::2]]
+        return self._broken(parts[::2], named)
+
+    def _render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
+        from jinja2.exceptions import TemplateError
+
+        if self._template is None and not self._tokenizer.chat_template:
+            raise ConfigurationError(
+                "the model's tokenizer has no chat template; send prompt= instead of messages=, "
+                "or set the option chat_template"
+            )
+        roles = " → ".join(message["role"] for message in messages)
+        try:
+            # Jinja in the immutable sandbox.
+            prompt: str = self._tokenizer.apply_chat_template(
+                messages,
+                tools=tools or None,
+                chat_template=self._template,
+                add_generation_prompt=True,
+                tokenize=False,
+            )
+            prompt.encode()  # a template may write what UTF-8 has no bytes for
+        except Exception as error:  # it is foreign code, and may fail in any way
+            if type(error) is TemplateError:  # what raise_exception in a template raises
+                raise ConfigurationError(
+                    f"the model's chat template refuses these messages: {error} (roles: {roles}); "
+                    "change their roles or their order"
+                ) from error
+            raise ConfigurationError(
+                f"the model's chat template fails on these messages (roles: {roles}): "
+                f"{type(error).__name__}: {error}; send prompt= instead, or set the option "
+                "chat_template"
+            ) from error
+        return prompt
+
+    def _encode(self, text: str, *, add: bool = False) -> list[int]:
+        if self._backend is not None:
+            tokens: list[int] = self._backend.encode(text, add_special_tokens=add).ids
+        else:
+            tokens = list(self._tokenizer.encode(text, add_special_tokens=add))
+        return tokens
+
+    def _surroundings(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer writes before and after a text."""
+        bare, whole = self._encode("a"), self._encode("a", add=True)
+        for at in range(len(whole) - len(bare) + 1):
+            if whole[at : at + len(bare)] == bare:
+                return whole[:at], whole[at + len(bare) :]
+        return [], []
+
+    def _plain(self, text: str) -> list[int]:
+        """Tokens of a text in which there are no special ones."""
+        control = self._control_texts
+        if control is None or not control.search(text):
+            return self._encode(text)
+        parts = control.split(text)
+        return self._broken(parts, control.findall(text))
+
+    def _broken(self, parts: Sequence[str], literals: Sequence[str]) -> list[int]:
+        """Tokens of ``parts`` with ``literals`` between them that are not read as special.
+
+        Each literal gets a character into it that breaks it, whose tokens are taken out again:
+        so that the text is read in one piece, as spaces at its joints depend on.
+        """
+        text = parts[0]
+        places: set[tuple[int, int]] = set()
+        for literal, part in zip(literals, parts[1:], strict=True):
+            places.add((len(text) + 1, len(text) + 2))
+            text += literal[:1] + _BREAK + literal[1:] + part
+        if self._backend is not None:
+            encoding = self._backend.encode(text, add_special_tokens=False)
+            found = encoding.offsets
+            breaks = {start for start, _ in places}
+            clean = places.issubset(found) and not any(
+                at in breaks for start, end in found if end - start > 1 for at in range(start, end)
+            )
+            if clean:
+                tokens = zip(encoding.ids, found, strict=True)
+                return [token for token, offsets in tokens if offsets not in places]
+        # No offsets to go by, or the character has melted into its neighbours.
+        joined = self._encode(parts[0])
+        for literal, part in zip(literals, parts[1:], strict=True):
+            joined += self._in_halves(literal) + self._encode(part)
+        return joined
+
+    def _in_halves(self, literal: str) -> list[int]:
+        unknown = self._tokenizer.unk_token_id
+        tokens = self._encode(literal[:1]) + self._encode(literal[1:])
+        if any(token in self._control and token != unknown for token in tokens):
+            tokens = [token for char in literal for token in self._encode(char)]
+        return [t for t in tokens if t not in self._control or t == unknown]
+
+    # ── tokens to text ───────────────────────────────────────────────────────────────────────
+
+    def decoder(self, prompt_ids: Sequence[int]) -> Decoder:
+        """A decoder of what is generated after this prompt. To be used by one thread at a time.
+
+        What it gives, joined, is the text of the whole without that of the prompt: special
+        tokens are left out, and the spaces that the model wrote stay as they are.
+        """
+        if self._pieces is not None:
+            return _PieceDecoder(self._pieces, first=not any(map(self._shows, prompt_ids)))
+        seed: list[int] = []
+        for token in reversed(prompt_ids):
+            if self._shows(token):
+                seed.insert(0, token)
+                if len(seed) == _WINDOW:
+                    break
+        return _WindowDecoder(self._decode, seed)
+
+    def token_text(self, token_id: int) -> str:
+        """A token's own text, special ones included; empty for ids beyond the tokenizer's."""
+        text = self._texts.get(token_id)
+        if text is None:
+            text = self._texts[token_id] = self._text_of(token_id)
+        return text
+
+    def _text_of(self, token_id: int) -> str:
+        if token_id in self._added:
+            return self._added[token_id]
+        if not 0 <= token_id < len(self._tokenizer):
+            return ""
+        if self._pieces is not None:
+            return self._pieces[token_id].decode("utf-8", "replace")
+        return self._decode([token_id])
+
+    def _shows(self, token_id: int) -> bool:
+        return token_id not in self._special and bool(self.token_text(token_id))
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        size = len(self._tokenizer)
+        known = [token for token in ids if 0 <= token < size]
+        if self._backend is not None:
+            text: str = self._backend.decode(known, skip_special_tokens=True)
+        else:
+            text = self._tokenizer.decode(
+                known, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        return text
+
+
+# ── decoders ─────────────────────────────────────────────────────────────────────────────────
+
+
+class _Pieces(dict[int, bytes]):
+    """The bytes that each token stands for after another one, looked up once.
+
+    :param anchor: a token of plain letters, after which others are decoded.
+    """
+
+    def __init__(self, backend: Any, special: Collection[int], anchor: int) -> None:
+        super().__init__()
+        self._backend = backend
+        self._special = special
+        kinds = _decoder_kinds(backend)
+        self._bytes = _byte_alphabet() if "ByteLevel" in kinds else None
+        self._has_byte_tokens = "ByteFallback" in kinds
+        self._anchor = anchor
+        self._before: str = backend.decode([anchor, anchor])
+
+    @classmethod
+    def of(cls, backend: Any, special: Collection[int]) -> _Pieces | None:
+        """The pieces of a tokenizer; ``None``: it does not decode each token by itself."""
+        if backend is None:
+            return None
+        size = backend.get_vocab_size(with_added_tokens=True)
+        tokens = (t for t in range(size) if t not in special)
+        anchor = next((t for t in tokens if (backend.id_to_token(t) or "").isalpha()), None)
+        if anchor is None:
+            return None
+        pieces = cls(backend, special, anchor)
+        return pieces if pieces._are_local(size) else None
+
+    def __missing__(self, token: int) -> bytes:
+        piece = self[token] = self._look_up(token)
+        return piece
+
+    def first(self, token: int) -> bytes:
+        """The bytes of a token with none before it: some decoders leave a space out there."""
+        text: str = self._backend.decode([token], skip_special_tokens=True)
+        return self[token] if "\ufffd" in text else text.encode()
+
+    def _look_up(self, token: int) -> bytes:
+        if token in self._special or token < 0:
+            return b""
+        text: str | None = self._backend.id_to_token(token)
+        if text is None:
+            return b""
+        if self._bytes is not None:
+            try:
+                return bytes(map(self._bytes.__getitem__, text))
+            except KeyError:  # added later, and written as it is
+                return text.encode()
+        if self._has_byte_tokens and (match := _BYTE_TOKEN.fullmatch(text)):
+            return bytes([int(match[1], 16)])
+        whole: str = self._backend.decode([self._anchor, self._anchor, token])
+        return whole.removeprefix(self._before).encode()
+
+    def _are_local(self, size: int) -> bool:
+        """Whether joined pieces are what the tokenizer makes of a whole."""
+        tokens = [
+            token
+            for token in range(0, size, max(1, size // _SAMPLE))
+            if not (self._has_byte_tokens and self._is_byte(token))
+        ]
+        for ids in (tokens, tokens[::-1], [*tokens, self._anchor], [self._anchor] * 3):
+            decoder = _PieceDecoder(self, first=True)
+            joined = "".join(map(decoder.feed, ids)) + decoder.finish()
+            if joined != self._backend.decode(ids, skip_special_tokens=True):
+                return False
+        return True
+
+    def _is_byte(self, token: int) -> bool:
+        return _BYTE_TOKEN.fullmatch(self._backend.id_to_token(token) or "") is not None
+
+
+class _PieceDecoder:
+    __slots__ = ("_first", "_pieces", "_utf8")
+
+    def __init__(self, pieces: _Pieces, *, first: bool) -> None:
+        self._pieces = pieces
+        self._first = first
+        self._utf8 = Utf8Decoder()
+
+    def feed(self, token_id: int) -> str:
+        piece = self._pieces[token_id]
+        if self._first and piece:
+            self._first = False
+            piece = self._pieces.first(token_id)
+        return self._utf8.feed(piece)
+
+    def finish(self) -> str:
+        return self._utf8.finish()
+
+
+class _WindowDecoder:
+    """Decodes the last tokens anew with each one, and gives what was added to their text."""
+
+    __slots__ = ("_decode", "_held", "_ids", "_shown")
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], seed: Sequence[int]) -> None:
+        self._decode = decode
+        self._ids = list(seed)
+        self._shown = decode(self._ids)
+        self._held = 0
+
+    def feed(self, token_id: int) -> str:
+        self._ids.append(token_id)
+        text = self._decode(self._ids)
+        if text.endswith("\ufffd") and self._held < _HELD:
+            self._held += 1
+            return ""
+        return self._show(text)
+
+    def finish(self) -> str:
+        return self._show(self._decode(self._ids)) if self._held else ""
+
+    def _show(self, text: str) -> str:
+        self._held = 0
+        same = 0  # a decoder may change what it gave; that cannot be taken back
+        if text.startswith(self._shown):
+            same = len(self._shown)
+        else:
+            while text[same : same + 1] == self._shown[same : same + 1] != "":
+                same += 1
+        added = text[same:]
+        if len(self._ids) > 2 * _WINDOW:
+            del self._ids[:-_WINDOW]
+            text = self._decode(self._ids)
+        self._shown = text
+        return added
+
+
+def _decoder_kinds(backend: Any) -> set[str]:
+    """Names of the steps of a tokenizer's decoder."""
+    if backend.decoder is None:
+        return set()
+    try:
+        state = json.loads(backend.decoder.__getstate__())
+    except Exception:  # noqa: BLE001 - one written in Python has no state; it is tried as it is
+        return set()
+    steps = [state]
+    kinds = set()
+    while steps:
+        step = steps.pop()
+        kinds.add(str(step.get("type")))
+        steps += step.get("decoders") or ()
+    return kinds
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Character → byte, as byte-level tokenizers write bytes (Radford et al., 2019).
+
+    Printable Latin-1 characters stand for themselves, the others for those from U+0100 on.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (byte for byte in range(256) if byte not in printable)
+    alphabet = {chr(byte): byte for byte in printable}
+    return alphabet | {chr(0x100 + number): byte for number, byte in enumerate(others)}
+
+
+# ── messages ─────────────────────────────────────────────────────────────────────────────────
+
+
+def _plain_message(message: ChatMessage) -> dict[str, Any]:
+    """As templates want it: the arguments of a call as a mapping, not as JSON in a string."""
+    plain = message.model_dump(exclude_none=True)
+    for call in plain.get("tool_calls", ()):
+        function = call.get("function")
+        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+            try:
+                arguments = json.loads(function["arguments"])
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(arguments, dict):
+                function["arguments"] = arguments
+    return plain
+
+
+def _strings(value: Any) -> Iterable[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            yield from _strings(key)
+            yield from _strings(each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _strings(each)
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """The same value with each of its strings changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {_mapped(key, change): _mapped(each, change) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_mapped(each, change) for each in value]
+    return value
