@@ -65,6 +65,11 @@ def test_the_context_is_what_is_wanted_or_was_trained_but_not_endless(tmp_path: 
     silent = read_folder(write(tmp_path / "m", {"architectures": ["X"]}))
     assert silent.context(None) == 8192
     assert silent.token_values == 0
+    assert silent.dtype == "auto"
+    old = read_folder(write(tmp_path / "m", {"architectures": ["X"], "torch_dtype": "float16"}))
+    assert old.dtype == "float16"
+    odd = read_folder(write(tmp_path / "m", {"architectures": ["X"], "dtype": ["int3"]}))
+    assert odd.dtype == "auto"
 
 
 def test_tokens_that_end_come_from_both_files(tmp_path: Path) -> None:

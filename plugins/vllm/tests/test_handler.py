@@ -181,6 +181,9 @@ def test_the_engine_never_takes_parameters_from_the_models_files(folder: Path) -
     assert found["scheduling_policy"] == "priority"
     assert found["model"] == str(folder)
     assert found["enforce_eager"] is True
+    # What the files say, which is not vLLM's "auto": that would halve the precision.
+    assert found["dtype"] == "float32"
+    assert arguments(folder, dtype="bfloat16")["dtype"] == "bfloat16"
     assert arguments(folder, eager=False)["enforce_eager"] is False
 
 

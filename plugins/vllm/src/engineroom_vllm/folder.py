@@ -26,7 +26,7 @@ class ModelFolder:
 
     :param trained: tokens of the context that it was trained for; ``None``: it is not said.
     :param token_values: numbers that the key/value cache keeps for a token; 0: not known.
-    :param dtype: type of the weights' numbers.
+    :param dtype: type of the weights' numbers; ``auto``: it is not said.
     :param end_tokens: tokens that end a generation.
     """
 
@@ -103,7 +103,7 @@ def read_folder(path: Path) -> ModelFolder:
         weight_bytes=sum(file.stat().st_size for file in files),
         trained=_number(inner, "max_position_embeddings") or None,
         token_values=_token_values(inner),
-        dtype=str(inner.get("dtype") or inner.get("torch_dtype") or "bfloat16"),
+        dtype=_dtype(inner),
         end_tokens=_end_tokens(path, inner),
     )
 
@@ -137,6 +137,11 @@ def _weight_files(path: Path) -> list[Path]:
 def _number(config: Mapping[str, Any], name: str) -> int:
     value = config.get(name)
     return value if type(value) is int and value > 0 else 0
+
+
+def _dtype(config: Mapping[str, Any]) -> str:
+    said = config.get("dtype") or config.get("torch_dtype")
+    return said if isinstance(said, str) and said in _WIDTHS else "auto"
 
 
 def _token_values(config: Mapping[str, Any]) -> int:

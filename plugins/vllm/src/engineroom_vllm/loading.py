@@ -228,7 +228,8 @@ def engine_arguments(
         "model": str(folder.path),
         "max_model_len": wanted.context,
         "max_num_seqs": wanted.parallel,
-        "dtype": options.dtype,
+        # Left to itself, vLLM computes a model of 32-bit weights in 16 bits.
+        "dtype": folder.dtype if options.dtype == "auto" else options.dtype,
         "quantization": options.quantization,
         "gpu_memory_utilization": options.gpu_memory_utilization,
         "kv_cache_memory_bytes": wanted.cache_bytes_each,

@@ -31,7 +31,7 @@ CHANGED = ("LD_PRELOAD", "VLLM_LOGGING_CONFIG_PATH", "VLLM_CPU_OMP_THREADS_BIND"
 
 
 def shared_memory() -> set[str]:
-    return {name for name in os.listdir("/dev/shm") if name.startswith("psm_")}
+    return {file.name for file in Path("/dev/shm").glob("psm_*")}
 
 
 def config(source: Path, **options: Any) -> ModelConfig:
