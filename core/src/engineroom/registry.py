@@ -42,8 +42,9 @@ DISABLED_VARIABLE: Final = "ENGINEROOM_DISABLED_HANDLERS"
 HANDLERS_VARIABLE: Final = "ENGINEROOM_HANDLERS"
 
 Verdict: TypeAlias = Literal[
-    "chosen", "yes", "no", "error", "found", "active", "disabled", "not listed", "quarantined"
-]
+    "chosen", "yes", "no", "error", "found", "active", "disabled", "not listed", "unavailable",
+    "quarantined"
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +232,8 @@ class HandlerRegistry:
             remedy = "mend the plugin" if isinstance(error, EngineRoomError) else "report it"
             self._quarantine(record, error, f"{remedy} ({record.distribution} {record.version})")
             return
-        record.status = "active"
+        if record.status == "found":
+            record.status = "active"
 
     def _add_discovered(self, record: PluginRecord, plugin: object) -> None:
         handler = plugin() if isinstance(plugin, type) else plugin
@@ -241,8 +243,13 @@ class HandlerRegistry:
                 f"handler {record.value}: its entry point is called {record.name!r} but its "
                 f"class has name = {name!r}; give both the same name"
             )
-        self._insert(validate_handler(handler), len(self._order), record.distribution)
-        record.api_version = record.api_version or validate_handler(handler).api_version
+        valid = validate_handler(handler)
+        record.api_version = record.api_version or valid.api_version
+        if reason := valid.unavailable():
+            record.status, record.reason = "unavailable", str(reason)
+            logger.info("plugin %r cannot be used here: %s", record.name, reason)
+            return
+        self._insert(valid, len(self._order), record.distribution)
 
     def _quarantine(self, record: PluginRecord, error: BaseException, remedy: str) -> None:
         record.status = "quarantined"

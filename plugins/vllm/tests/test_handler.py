@@ -61,12 +61,25 @@ def with_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(handler, "installed", lambda: True)
 
 
+@pytest.mark.usefixtures("with_vllm")
 def test_the_entry_point_is_found_with_its_api_version() -> None:
     registry = HandlerRegistry(allow=["vllm"])
     assert [found.name for found in registry.handlers] == ["vllm"]
     record = next(r for r in registry.plugins if r.name == "vllm")
     assert record.status == "active"
     assert (record.api_version or "").startswith("1")
+
+
+@pytest.mark.usefixtures("without_vllm")
+def test_without_vllm_the_plugin_is_listed_with_the_command_that_installs_it() -> None:
+    registry = HandlerRegistry()
+    assert "vllm" not in [found.name for found in registry.handlers]
+    record = next(r for r in registry.plugins if r.name == "vllm")
+    assert record.status == "unavailable"
+    assert INSTALL in record.reason
+    with pytest.raises(ConfigurationError) as caught:
+        registry.get("vllm")
+    assert INSTALL in str(caught.value)
 
 
 def test_importing_the_plugin_and_asking_it_loads_no_runtime(folder: Path) -> None:

@@ -24,7 +24,7 @@ from engineroom import (
     resolve_source,
 )
 from engineroom_vllm.folder import is_model_folder
-from engineroom_vllm.library import installed
+from engineroom_vllm.library import INSTALL, installed
 from engineroom_vllm.options import VLLMOptions
 
 if TYPE_CHECKING:
@@ -52,6 +52,10 @@ class VLLMHandler(TokenHandler):
         """Everything but tools; beams without sampling."""
         params = frozenset(GenerationParams.model_fields)
         return Capabilities(params=params, chat=True, structured_output=_KINDS)
+
+    def unavailable(self) -> str | None:
+        """Why not, where vLLM is not installed; which of its two builds, only the user can tell."""
+        return None if installed() else f"vLLM is not installed; {INSTALL}"
 
     def can_handle(self, loaded_model: LoadedModel) -> bool:
         """True for models that this handler loaded."""

@@ -81,7 +81,9 @@ class Library:
         self._structured: Any = StructuredOutputsParams
         self._delta = RequestOutputKind.DELTA
         self._tokens = _tokens_input()
-        _take_over_the_log()
+        self._log_is_ours = not logging_is_the_users()
+        if self._log_is_ours:
+            _take_over_the_log()
 
     # ── the engine ───────────────────────────────────────────────────────────────────────────
 
@@ -112,7 +114,11 @@ class Library:
 
     def start(self, configuration: Any) -> Any:
         """Start an engine and wait until it is ready. Blocks for a minute or more."""
-        return self._async_llm.from_vllm_config(configuration, disable_log_stats=True)
+        try:
+            return self._async_llm.from_vllm_config(configuration, disable_log_stats=True)
+        finally:
+            if self._log_is_ours:  # it was set up anew, as for the engine's processes
+                _take_over_the_log()
 
     @staticmethod
     def shut_down(llm: Any, timeout: float) -> None:
@@ -231,12 +237,11 @@ class _Forward(logging.Handler):
 
 
 def _take_over_the_log() -> None:
-    """Send vLLM's log where engineroom's goes, unless the user has set it up."""
-    if logging_is_the_users():
-        return
+    """Send what vLLM logs in this process where engineroom's log goes."""
     theirs = logging.getLogger("vllm")
     for handler in list(theirs.handlers):
         theirs.removeHandler(handler)
+        handler.close()
     theirs.addHandler(_Forward())
     theirs.propagate = False
 
