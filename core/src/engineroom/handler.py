@@ -211,6 +211,7 @@ class InferenceHandler(ABC):
         """How the model's engine is doing now. Cheap; called often."""
         return HandlerHealth()
 
+    @hookspec
     def unavailable(self) -> str | None:
         """Why this runtime cannot work here, with what to do; ``None``: it can.
 

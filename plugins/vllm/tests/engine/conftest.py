@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import json
 import os
 import shutil
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -195,6 +194,15 @@ class Bench:
     def answer(self, prompt: str | None = "Once upon a time", **fields: Any) -> InferenceResponse:
         return self.run(self.service.infer(self.request(prompt, **fields)))
 
+    def answers(self, requests: list[dict[str, Any]]) -> list[InferenceResponse]:
+        """All of them at one time."""
+
+        async def ask() -> list[InferenceResponse]:
+            work = [self.service.infer(self.request(**fields)) for fields in requests]
+            return await asyncio.gather(*work)
+
+        return self.run(ask())
+
     async def until(self, condition: Callable[[], bool]) -> None:
         while not condition():
             await asyncio.sleep(0.01)
@@ -228,12 +236,3 @@ def make(tiny_model: Path) -> Iterator[Callable[..., Bench]]:
     yield build
     for bench in made:
         bench.close()
-
-
-Answering = Callable[..., Awaitable[InferenceResponse]]
-
-
-def settings_of(folder: Path) -> dict[str, Any]:
-    """A folder's ``config.json``."""
-    found: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return found
