@@ -18,7 +18,7 @@ class VLLMConformance(HandlerConformance):
     handler_class = VLLMHandler
     runtime_modules = ("vllm", "torch", "transformers", "tokenizers", "jinja2")
     timeout_s = 240
-    max_stall_s = 5.0
+    max_stall_s = 2.5
     # Each load is half a minute; as few as the check takes.
     load_cycles = 4
 

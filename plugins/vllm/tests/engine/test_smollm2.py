@@ -151,7 +151,7 @@ def test_truncation_keeps_the_tokens_that_the_contract_keeps(
             break
         kept.append(token)
         mass += value
-    assert 1 < len(kept) < 40
+    assert 1 < len(kept) < 2000
     answers = smol.answers(
         [
             {
