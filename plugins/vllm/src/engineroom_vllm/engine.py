@@ -101,8 +101,14 @@ class VLLMEngine:
     # ── requests ─────────────────────────────────────────────────────────────────────────────
 
     async def wake(self) -> None:
-        """Listen to the engine from now on, on this event loop."""
-        await self._library.wake(self._llm)
+        """Listen to the engine from now on, on this event loop.
+
+        :raises EngineDeadError: it has ended already.
+        """
+        try:
+            await self._library.wake(self._llm)
+        except self._library.dead_error as error:
+            raise self._gone() from error.with_traceback(None)
 
     async def generate(
         self, request: InferenceRequest, tokens: list[int]
@@ -373,10 +379,15 @@ class VLLMEngine:
             await self._library.abort(self._llm, ids)
 
     def close(self) -> None:
-        """End the processes and remove what they have left. Blocks for a second or two."""
+        """End the processes and remove what they have left. Blocks for some seconds.
+
+        Harmless when it is done twice.
+        """
         with self._lock:
             self._closing = True
-        llm, self._llm = self._llm, _Closed()
+            llm, self._llm = self._llm, _Closed()
+        if isinstance(llm, _Closed):
+            return
         self.footprint.look()
         self._library.shut_down(llm, _SHUTDOWN_S)
         if killed := self.footprint.remove(_WORKERS_S):
@@ -392,4 +403,4 @@ class VLLMEngine:
 class _Closed:
     """Stands where the engine was, for requests that come while it ends."""
 
-    errored = True
+    errored: Final = True

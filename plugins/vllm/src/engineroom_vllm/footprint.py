@@ -31,19 +31,23 @@ class Footprint:
     :param roots: the processes that this process has started; their descendants count as well.
     """
 
-    def __init__(self, roots: Iterable[int]) -> None:
+    def __init__(self, roots: Iterable[int] = ()) -> None:
         self._processes: dict[int, psutil.Process] = {}
         self._segments: set[Path] = set()
-        self._roots = tuple(roots)
-        self.look()
+        self._roots: tuple[int, ...] = ()
+        self.look(roots)
 
     @property
     def roots(self) -> tuple[int, ...]:
         """The engine's own processes, without the workers that they have started."""
         return self._roots
 
-    def look(self) -> None:
-        """Note what there is now, in addition to what was there before."""
+    def look(self, roots: Iterable[int] = ()) -> None:
+        """Note what there is now, in addition to what was there before.
+
+        :param roots: processes that belong to it, too.
+        """
+        self._roots = tuple(dict.fromkeys((*self._roots, *roots)))
         for root in self._roots:
             try:
                 process = psutil.Process(root)

@@ -60,7 +60,8 @@ class Load:
         self._options = options
         self._lock = threading.Lock()
         self._abandoned = False
-        self._before: set[int] | None = None
+        self._footprint: Footprint | None = None
+        self._before: set[int] = set()
         self._engine: VLLMEngine | None = None
 
     def run(self) -> VLLMEngine:
@@ -91,11 +92,12 @@ class Load:
             self._kill()
 
     def _kill(self) -> None:
-        """End the processes of the load that is under way."""
+        """End the processes of the load that is under way, and what they have left."""
         with self._lock:
-            before = self._before
-        if before is not None:
-            Footprint(engine_processes() - before).remove(0)
+            footprint, before = self._footprint, self._before
+        if footprint is not None:
+            footprint.look(engine_processes() - before)
+            footprint.remove(0)
 
     def _start(self, library: Library, folder: ModelFolder) -> VLLMEngine:
         name = self._config.model_id
@@ -177,10 +179,12 @@ class Load:
             )
         except Exception as error:  # vLLM's checks raise whatever they like
             raise explain(error, "", name) from error
+        footprint = Footprint()
         with self._lock:
             if self._abandoned:
                 raise ResourceNotAvailableError("the load was cancelled")
-            before = self._before = engine_processes()
+            before = engine_processes()
+            self._footprint, self._before = footprint, before
         late = threading.Event()
 
         def give_up() -> None:
@@ -190,13 +194,13 @@ class Load:
         timer = threading.Timer(limit, give_up)
         timer.daemon = True
         timer.start()
-        log.follow()
+        log.follow(lambda: footprint.look(engine_processes() - before))
         try:
             with hidden_main(lambda: bool(engine_processes() - before)):
                 llm = library.start(configuration)
         except Exception as error:
-            self._kill()
             log.rest()
+            self._kill()
             if self._abandoned:
                 raise ResourceNotAvailableError("the load was cancelled") from error
             if late.is_set():
@@ -209,8 +213,9 @@ class Load:
             timer.cancel()
             log.rest()
             with self._lock:
-                self._before = None
-        return llm, Footprint(engine_processes() - before)
+                self._footprint = None
+        footprint.look(engine_processes() - before)
+        return llm, footprint
 
 
 def _eager(options: VLLMOptions, library: Library) -> bool:

@@ -13,6 +13,7 @@ import re
 import shutil
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -38,7 +39,7 @@ _CAUSE: Final = re.compile(
     r"(?P<text>.+)"
 )
 _HOLLOW: Final = ("See root cause", "root cause above", "WorkerProc initialization failed")
-_LOOK_S: Final = 0.2
+_LOOK_S: Final = 0.3
 _TAIL: Final = 1 << 20
 
 
@@ -80,10 +81,15 @@ class EngineLog:
         path.write_text(json.dumps(config), encoding="utf-8")
         return {"VLLM_LOGGING_CONFIG_PATH": str(path), "VLLM_CONFIGURE_LOGGING": "1"}
 
-    def follow(self) -> None:
-        """Tell what is written from now on, until :meth:`rest`."""
+    def follow(self, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Tell what is written from now on, until :meth:`rest`.
+
+        :param meanwhile: called now and then, in the thread that does so.
+        """
         self._done.clear()
-        self._thread = threading.Thread(target=self._follow, name="vllm-log", daemon=True)
+        self._thread = threading.Thread(
+            target=self._follow, args=(meanwhile,), name="vllm-log", daemon=True
+        )
         self._thread.start()
 
     def rest(self) -> None:
@@ -109,9 +115,10 @@ class EngineLog:
         self.rest()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _follow(self) -> None:
+    def _follow(self, meanwhile: Callable[[], None]) -> None:
         while not self._done.wait(_LOOK_S):
             self._tell()
+            meanwhile()
         self._tell()
 
     def _tell(self) -> None:
