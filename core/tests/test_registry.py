@@ -292,6 +292,24 @@ def test_a_broken_plugin_is_quarantined_and_the_rest_work(publish_handler, caplo
         found.get("bad")
 
 
+def test_a_plugin_without_its_runtime_is_listed_and_not_used(publish_handler, caplog):
+    module = HANDLER.format(name="bare") + (
+        "\n        def unavailable(self):\n            return 'no runtime; pip install runtime'\n"
+    )
+    publish_handler("bare", module=module)
+    publish_handler("good")
+    with caplog.at_level(logging.WARNING):
+        found = registry()
+        assert names(found) == ["good"]
+    assert not caplog.records
+    record = found.plugins[0]
+    assert (record.name, record.status) == ("bare", "unavailable")
+    (verdict,) = [v for v in found.explain(model()).verdicts if v.handler == "bare"]
+    assert verdict.verdict == "unavailable" and "pip install runtime" in verdict.reason
+    with pytest.raises(ConfigurationError, match="'bare' is unavailable.*pip install runtime"):
+        found.get("bare")
+
+
 def test_a_name_that_two_distributions_claim_goes_to_one_and_the_other_is_told(publish):
     for distribution in ("er-first", "er-second"):
         module = distribution.replace("-", "_")

@@ -243,3 +243,12 @@ class InferenceHandler(ABC):
     def health(self, loaded_model: LoadedModel) -> HandlerHealth:
         """How the model's engine is doing now. Cheap; called often."""
         return HandlerHealth()
+
+    @hookspec
+    def unavailable(self) -> str | None:
+        """Why this runtime cannot work here, with what to do; ``None``: it can.
+
+        Asked once of an installed plugin, when it is found; with an answer it is listed and not
+        used. Quick, and imports no runtime.
+        """
+        return None

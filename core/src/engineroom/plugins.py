@@ -28,7 +28,9 @@ PLUGIN_GROUP: Final = "engineroom.plugins"
 API_GROUP: Final = "engineroom.api"
 """Optional: ``<handler name> = "engineroom.api:v1"`` tells the contract's version up front."""
 
-PluginStatus: TypeAlias = Literal["found", "active", "disabled", "not listed", "quarantined"]
+PluginStatus: TypeAlias = Literal[
+    "found", "active", "disabled", "not listed", "unavailable", "quarantined"
+]
 
 _KNOWN_RUNTIMES: Final = {
     "llamacpp": "engineroom-llamacpp",
@@ -42,8 +44,8 @@ class PluginRecord:
     """An installed plugin and what became of it.
 
     :param status: ``found`` (not imported yet), ``active``, ``disabled``, ``not listed`` (an
-        allow-list does not name it) or ``quarantined`` (``reason``, ``remedy`` and
-        ``traceback`` say why).
+        allow-list does not name it), ``unavailable`` (what it runs is not installed; ``reason``
+        says what to do) or ``quarantined`` (``reason``, ``remedy`` and ``traceback`` say why).
     """
 
     name: str

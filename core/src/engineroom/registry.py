@@ -42,8 +42,9 @@ DISABLED_VARIABLE: Final = "ENGINEROOM_DISABLED_HANDLERS"
 HANDLERS_VARIABLE: Final = "ENGINEROOM_HANDLERS"
 
 Verdict: TypeAlias = Literal[
-    "chosen", "yes", "no", "error", "found", "active", "disabled", "not listed", "quarantined"
-]
+    "chosen", "yes", "no", "error", "found", "active", "disabled", "not listed", "unavailable",
+    "quarantined"
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +232,8 @@ class HandlerRegistry:
             remedy = "mend the plugin" if isinstance(error, EngineRoomError) else "report it"
             self._quarantine(record, error, f"{remedy} ({record.distribution} {record.version})")
             return
-        record.status = "active"
+        if record.status == "found":
+            record.status = "active"
 
     def _add_discovered(self, record: PluginRecord, plugin: object) -> None:
         handler = plugin() if isinstance(plugin, type) else plugin
@@ -242,8 +244,12 @@ class HandlerRegistry:
                 f"class has name = {name!r}; give both the same name"
             )
         valid = validate_handler(handler)
-        self._insert(valid, len(self._order), record.distribution)
         record.api_version = valid.api_version
+        if reason := valid.unavailable():
+            record.status, record.reason = "unavailable", str(reason)
+            logger.info("plugin %r cannot be used here: %s", record.name, reason)
+            return
+        self._insert(valid, len(self._order), record.distribution)
 
     def _quarantine(self, record: PluginRecord, error: BaseException, remedy: str) -> None:
         record.status = "quarantined"

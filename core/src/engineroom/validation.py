@@ -27,6 +27,7 @@ _KINDS: Final[dict[str, _Kind]] = {
     "capabilities": _PLAIN,
     "count_tokens": _PLAIN,
     "health": _PLAIN,
+    "unavailable": _PLAIN,
 }
 HANDLER_METHODS: Final = frozenset(_KINDS)
 """The methods of :class:`~engineroom.handler.InferenceHandler` that are hook specifications."""

@@ -150,6 +150,11 @@ def _look_at_plugins(
         for r in records
         if r.status == "quarantined"
     ]
+    found.problems += [
+        Problem(f"plugin {r.name!r} cannot be used here", r.reason)
+        for r in records
+        if r.status == "unavailable"
+    ]
     if not any(r.group == HANDLER_GROUP for r in records):
         found.problems.append(Problem("no runtime is installed", install_hint()))
     elif not registry.handlers:

@@ -46,8 +46,9 @@ def plugins(
     """List the installed plugins in the order in which they are asked.
 
     The status of a plugin: active; disabled (by ENGINEROOM_DISABLED_HANDLERS or the deployment);
-    not listed (the deployment's handlers, or ENGINEROOM_HANDLERS, leave it out); quarantined (it
-    failed; why, and what mends it, is said below the list).
+    not listed (the deployment's handlers, or ENGINEROOM_HANDLERS, leave it out); unavailable (the
+    runtime itself is not installed); quarantined (it failed). Why, and what mends it, is said below
+    the list.
     """
     if why is not None:
         _explain(why, config, as_json)
@@ -63,6 +64,8 @@ def plugins(
     if records:
         write(plugin_table(records))
     for _, record in records:
+        if record.status == "unavailable":
+            write(f"\n{record.name} is unavailable: {record.reason}\n")
         if record.status == "quarantined":
             write(f"\n{record.name} is quarantined: {record.reason}\n")
             write(f"  to use it: {record.remedy}\n")

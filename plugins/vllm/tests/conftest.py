@@ -1,0 +1,10 @@
+"""Models that the tests make; the engines themselves are under ``engine/``."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# Processes that vLLM starts import it anew; without compiled modules each needs half a minute.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

@@ -1,0 +1,281 @@
+"""What the handler says of itself, with and without vLLM; no engine is started."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engineroom import (
+    ConfigurationError,
+    HandlerRegistry,
+    InferenceRequest,
+    LoadedModel,
+    ModelConfig,
+    ModelNotFoundError,
+    ResourceNotAvailableError,
+)
+from engineroom_vllm import VLLMHandler, handler, library
+from engineroom_vllm.folder import ModelFolder
+from engineroom_vllm.library import INSTALL
+from engineroom_vllm.loading import engine_arguments, explain
+from engineroom_vllm.memory import plan
+from engineroom_vllm.options import VLLMOptions
+
+
+def config(source: Path | str, **options: Any) -> ModelConfig:
+    return ModelConfig(model_id="m", source=str(source), options=options)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder that looks like a model: its weights are none."""
+    path = tmp_path / "model"
+    path.mkdir()
+    content = {
+        "architectures": ["LlamaForCausalLM"],
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "hidden_size": 64,
+        "max_position_embeddings": 512,
+        "dtype": "float32",
+    }
+    (path / "config.json").write_text(json.dumps(content), encoding="utf-8")
+    (path / "model.safetensors").write_bytes(b"\0" * 4096)
+    return path
+
+
+@pytest.fixture
+def without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handler, "installed", lambda: False)
+    monkeypatch.setattr(library, "installed", lambda: False)
+    monkeypatch.setattr(library, "_state", {})
+
+
+@pytest.fixture
+def with_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handler, "installed", lambda: True)
+
+
+@pytest.mark.usefixtures("with_vllm")
+def test_the_entry_point_is_found_with_its_api_version() -> None:
+    registry = HandlerRegistry(allow=["vllm"])
+    assert [found.name for found in registry.handlers] == ["vllm"]
+    record = next(r for r in registry.plugins if r.name == "vllm")
+    assert record.status == "active"
+    assert (record.api_version or "").startswith("1")
+
+
+@pytest.mark.usefixtures("without_vllm")
+def test_without_vllm_the_plugin_is_listed_with_the_command_that_installs_it() -> None:
+    registry = HandlerRegistry()
+    assert "vllm" not in [found.name for found in registry.handlers]
+    record = next(r for r in registry.plugins if r.name == "vllm")
+    assert record.status == "unavailable"
+    assert INSTALL in record.reason
+    with pytest.raises(ConfigurationError) as caught:
+        registry.get("vllm")
+    assert INSTALL in str(caught.value)
+
+
+def test_importing_the_plugin_and_asking_it_loads_no_runtime(folder: Path) -> None:
+    code = f"""
+import sys
+from engineroom import LoadedModel, ModelConfig
+from engineroom_vllm import VLLMHandler
+handler = VLLMHandler()
+config = ModelConfig(model_id="m", source={str(folder)!r})
+handler.can_load(config)
+assert handler.can_handle(LoadedModel(model_id="m", model_object=1, config=config)) is False
+assert sum(handler.estimate_memory(config).values()) > 0
+handler.capabilities()
+print(sorted({{"vllm", "torch", "transformers", "jinja2", "tokenizers"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.usefixtures("with_vllm")
+def test_folders_of_transformers_and_repositories_are_its_own(folder: Path, tmp_path: Path) -> None:
+    asked = VLLMHandler()
+    assert asked.can_load(config(folder)) is True
+    assert asked.can_load(config("hf:owner/name")) is True
+    assert asked.can_load(config("hf:owner/name@main")) is True
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    for source in (
+        tmp_path,
+        tmp_path / "absent",
+        tmp_path / "model.gguf",
+        folder / "config.json",
+        "hf:owner/name:model.gguf",
+        "package:no/x",
+        "echo:",
+    ):
+        assert asked.can_load(config(source)) is False
+
+
+@pytest.mark.usefixtures("without_vllm")
+async def test_without_vllm_nothing_is_its_own_and_loading_says_what_to_install(
+    folder: Path,
+) -> None:
+    asked = VLLMHandler()
+    assert asked.can_load(config(folder)) is False
+    assert asked.can_load(config("hf:owner/name")) is False
+    with pytest.raises(ConfigurationError) as caught:
+        await asked.load_model(config(folder))
+    assert INSTALL in str(caught.value)
+
+
+@pytest.mark.usefixtures("without_vllm")
+async def test_what_is_wrong_with_a_source_is_told_before_vllm_is_looked_for(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(ModelNotFoundError, match="absent"):
+        await VLLMHandler().load_model(config(tmp_path / "absent"))
+    with pytest.raises(ConfigurationError, match=r"config\.json"):
+        await VLLMHandler().load_model(config(tmp_path))
+    with pytest.raises(ConfigurationError, match="did you mean"):
+        await VLLMHandler().load_model(config(tmp_path, max_model_length=1))
+
+
+def test_foreign_models_are_not_handled(folder: Path) -> None:
+    for name in (None, "vllm", "llamacpp"):
+        loaded = LoadedModel(
+            model_id="m", model_object=object(), config=config(folder), handler_name=name
+        )
+        assert VLLMHandler().can_handle(loaded) is False
+
+
+def test_everything_but_tools_is_claimed() -> None:
+    found = VLLMHandler().capabilities()
+    request = InferenceRequest(
+        model_id="m",
+        prompt="p",
+        params={"num_beams": 2, "structured_output": {"grammar": "x"}, "seed": 1, "min_p": 0.1},
+    )
+    assert found.unsupported(request) == []
+    assert found.chat and not found.tools
+
+
+def test_the_estimate_counts_weights_cache_and_on_a_cpu_the_processes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from engineroom_vllm import loading
+
+    monkeypatch.setattr(loading, "_installed_for_cpus", lambda: True)
+    (size,) = VLLMHandler().estimate_memory(config(folder, n_ctx=512)).values()  # type: ignore[union-attr]
+    cache = 2 * 2 * 64 * 4 * (512 * 8 + 256)
+    assert size == 4096 + cache + (1536 << 20)
+    monkeypatch.setattr(loading, "_installed_for_cpus", lambda: False)
+    found = VLLMHandler().estimate_memory(config(folder, n_ctx=512, tensor_parallel_size=2))
+    assert found == {"cuda:0": (4096 + cache) // 2, "cuda:1": (4096 + cache) // 2}
+    assert VLLMHandler().estimate_memory(config("hf:owner/name")) is None
+
+
+# ── the engine's arguments ───────────────────────────────────────────────────────────────────────
+
+
+def arguments(path: Path, *, eager: bool = True, **given: Any) -> dict[str, Any]:
+    from engineroom_vllm.folder import read_folder
+
+    options = VLLMOptions.model_validate(given)
+    found: ModelFolder = read_folder(path)
+    return engine_arguments(found, options, plan(found, options, cpu=True), eager=eager)
+
+
+def test_the_engine_never_takes_parameters_from_the_models_files(folder: Path) -> None:
+    found = arguments(folder)
+    assert found["generation_config"] == "vllm"
+    assert found["logprobs_mode"] == "raw_logprobs"
+    assert found["scheduling_policy"] == "priority"
+    assert found["model"] == str(folder)
+    assert found["enforce_eager"] is True
+    # What the files say, which is not vLLM's "auto": that would halve the precision.
+    assert found["dtype"] == "float32"
+    assert arguments(folder, dtype="bfloat16")["dtype"] == "bfloat16"
+    assert arguments(folder, eager=False)["enforce_eager"] is False
+
+
+def test_options_are_handed_to_the_engine(folder: Path) -> None:
+    found = arguments(
+        folder,
+        n_ctx=64,
+        n_parallel=3,
+        kv_cache_memory="1MiB",
+        tensor_parallel_size=2,
+        speculative_config={"method": "ngram"},
+        engine_args={"block_size": 32},
+    )
+    assert (found["max_model_len"], found["max_num_seqs"]) == (64, 3)
+    assert found["kv_cache_memory_bytes"] == 1 << 20
+    assert found["tensor_parallel_size"] == 2
+    assert found["speculative_config"] == {"method": "ngram"}
+    assert found["block_size"] == 32
+    assert "enable_lora" not in found
+
+
+def test_adapters_are_looked_at_before_the_engine_is_started(folder: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    module = {"name": "a", "path": str(adapter)}
+    with pytest.raises(ConfigurationError, match=r"holds no adapter.*adapter_config\.json"):
+        arguments(folder, lora_modules=[module])
+    for content, message in (("{}", "no adapter"), ('{"r": 0}', "rank is 0"), ("[", "no adapter")):
+        (adapter / "adapter_config.json").write_text(content, encoding="utf-8")
+        with pytest.raises(ConfigurationError, match=message):
+            arguments(folder, lora_modules=[module])
+    (adapter / "adapter_config.json").write_text('{"r": 12}', encoding="utf-8")
+    found = arguments(folder, lora_modules=[module])
+    assert (found["enable_lora"], found["max_loras"], found["max_lora_rank"]) == (True, 1, 16)
+
+
+# ── failed starts ────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("error", "cause", "kind", "said"),
+    [
+        (
+            ValueError("Model architectures ['Odd'] are not supported for now."),
+            "",
+            ConfigurationError,
+            "does not know its architecture",
+        ),
+        (
+            RuntimeError("Engine core initialization failed. Failed core proc(s): {'E': 1}"),
+            "OutOfMemoryError: CUDA out of memory.",
+            ResourceNotAvailableError,
+            "not enough memory",
+        ),
+        (
+            RuntimeError("Engine core initialization failed."),
+            "ValueError: Available memory on node 0 (1/9 GiB) is less than requested",
+            ResourceNotAvailableError,
+            "kv_cache_memory",
+        ),
+        (
+            RuntimeError("Engine core initialization failed. Failed core proc(s): {'E': -9}"),
+            "",
+            ResourceNotAvailableError,
+            "killed while it loaded",
+        ),
+        (MemoryError(), "", ResourceNotAvailableError, "not enough memory"),
+        (RuntimeError("it broke"), "", ConfigurationError, "RuntimeError: it broke"),
+        (
+            RuntimeError("See root cause above."),
+            "ValueError: There is no module or parameter named 'odd'",
+            ConfigurationError,
+            "named 'odd'",
+        ),
+    ],
+)
+def test_a_failed_start_is_a_typed_error_with_its_cause(
+    error: Exception, cause: str, kind: type[Exception], said: str
+) -> None:
+    found = explain(error, cause, "m")
+    assert type(found) is kind
+    assert said in str(found) and "'m'" in str(found)

@@ -1,0 +1,134 @@
+"""Text to tokens and back. The tokenisers are real; what wraps them is transformers' in a session
+of its own, and here a stand-in with the three names that are used of it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+from engineroom import ChatMessage, ConfigurationError
+from engineroom_vllm.text import TextCodec, byte_alphabet
+
+SPECIAL = ["<unk>", "<s>", "</s>", "<|end|>"]
+
+
+def byte_level(*, begin: bool = False, more: tuple[str, ...] = ()) -> Tokenizer:
+    words = [*SPECIAL, *(c for _, c in sorted(byte_alphabet().items())), *more]
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if begin:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+        )
+    return tokenizer
+
+
+class FakeWrapper:
+    """Stands in for a tokeniser of transformers: its backend, its template, its end token."""
+
+    def __init__(self, backend: Any, template: str | None = None) -> None:
+        self.backend_tokenizer = backend
+        self.chat_template = template
+        self.eos_token_id = 2
+
+    def apply_chat_template(self, messages: Any, chat_template: str | None, **_: Any) -> str:
+        if chat_template == "fails":
+            raise KeyError("content")
+        return "".join(f"<s>{m['role']}\n{m['content']}<|end|>" for m in messages)
+
+
+def codec(template: str | None = "t", own: str | None = None, **given: Any) -> TextCodec:
+    return TextCodec(FakeWrapper(byte_level(**given), template), own)
+
+
+def test_bytes_come_back_as_they_went() -> None:
+    text = "Straße 你好 🙂\n\x00"
+    found = codec()
+    ids = found.prompt(text, None)
+    assert b"".join(map(found.piece, ids)) == text.encode()
+    assert found.count(text) == len(ids) == len(text.encode())
+    assert found.knows_bytes
+
+
+def test_special_tokens_add_no_text_but_have_a_name() -> None:
+    found = codec()
+    assert [found.piece(token) for token in range(4)] == [b""] * 4
+    assert found.token_text(3) == "<|end|>"
+    assert found.token_text(found.prompt("a", None)[0]) == "a"
+    half = found.prompt("é", None)
+    assert [found.token_text(token) for token in half] == ["\ufffd", "\ufffd"]
+    assert found.piece(99_999) == b""
+    assert found.end_token == 2
+
+
+def test_a_prompt_begins_once_as_the_model_wants() -> None:
+    found = codec(begin=True)
+    assert found.prompt("a", None) == [1, *codec().prompt("a", None)]
+    assert found.prompt("<s>a", None) == found.prompt("a", None)
+    assert found.prompt("", None) == [1]
+    assert codec().prompt("", None) == []
+
+
+def test_special_tokens_of_a_prompt_are_meant_and_those_of_a_message_are_text() -> None:
+    found = codec()
+    assert found.prompt("<|end|>", None) == [3]
+    messages = [ChatMessage(role="user", content="a <|end|> b <|end|>")]
+    ids = found.prompt(None, messages)
+    assert ids.count(3) == 1  # the template's own
+    assert b"".join(map(found.piece, ids)) == b"user\na <|end|> b <|end|>"
+    assert found.count("<|end|>") == 7
+
+
+def test_messages_without_a_template_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="no chat template"):
+        codec(template=None).prompt(None, [ChatMessage(role="user", content="a")])
+
+
+def test_a_template_that_fails_is_told_with_the_roles() -> None:
+    messages = [ChatMessage(role="user", content="a"), ChatMessage(role="tool", content="b")]
+    with pytest.raises(ConfigurationError, match=r"fails.*user → tool.*KeyError"):
+        codec(own="fails").prompt(None, messages)
+
+
+def test_a_stop_sequence_that_is_one_token_may_end_the_engine() -> None:
+    found = codec()
+    newline = found.prompt("\n", None)[0]
+    assert found.stop_tokens(["\n", "ab", "<|end|>", "é"]) == [newline]
+    assert found.stop_tokens(["\n", "a\nb"]) == []
+    assert found.stop_tokens([]) == []
+
+
+def test_bytes_of_other_vocabularies_are_known_too() -> None:
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁a", "你"]
+    tokenizer = Tokenizer(
+        models.BPE({w: i for i, w in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True)
+    )
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.add_tokens([AddedToken("<tool>", special=False)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    found = TextCodec(FakeWrapper(tokenizer))
+    assert found.piece(words.index("<0xE4>")) == b"\xe4"
+    assert found.piece(words.index("▁a")) == b" a"
+    assert found.piece(words.index("你")) == "你".encode()
+    assert found.piece(len(words)) == b"<tool>"
+
+
+def test_a_vocabulary_that_does_not_tell_bytes_leaves_the_text_to_vllm() -> None:
+    tokenizer = Tokenizer(models.WordPiece({"<unk>": 0, "a": 1, "##b": 2}, unk_token="<unk>"))
+    tokenizer.decoder = decoders.WordPiece()
+    found = TextCodec(FakeWrapper(tokenizer))
+    assert not found.knows_bytes
+    assert found.stop_tokens(["a"]) == []
+    assert found.token_text(2) == "##b"
+
+
+def test_a_tokeniser_of_another_kind_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"SimpleNamespace.*tokenizer\.json"):
+        TextCodec(SimpleNamespace(backend_tokenizer=None))
