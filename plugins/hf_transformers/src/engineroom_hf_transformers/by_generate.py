@@ -43,10 +43,11 @@ def neutral(model: Any) -> None:
     """
     from transformers import GenerationConfig
 
+    make_config: Any = GenerationConfig
     own = getattr(model, "generation_config", None)
     if own is not None:
         kept = ("decoder_start_token_id", "forced_bos_token_id", "bos_token_id", "pad_token_id")
-        model.generation_config = GenerationConfig(
+        model.generation_config = make_config(
             **{name: getattr(own, name, None) for name in (*kept, "eos_token_id")}
         )
 

@@ -35,11 +35,6 @@ class LayerShape:
     dtype: torch.dtype
     device: torch.device
 
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes that a token takes in this layer."""
-        return self.heads * (self.key + self.value) * self.dtype.itemsize
-
 
 @dataclass(eq=False, slots=True)
 class Slot:
