@@ -52,6 +52,40 @@ class ObserverSpec:
         """
 
     @hookspec
+    def engineroom_request_rejected(self, request: InferenceRequest, reason: str) -> None:
+        """A request was turned away by a limit before anything of it was begun.
+
+        It has not started, and does not finish.
+
+        :param request: the request as it came.
+        :param reason: ``queue_full``, ``tokens_per_minute``, ``closed``, or what a server of
+            one's own calls it: one of few words, fit to be counted by.
+        """
+
+    @hookspec
+    def engineroom_request_waited(self, request: InferenceRequest, waited_s: float) -> None:
+        """A server let a request in that had to wait, or not, for its limits.
+
+        Time in a runtime's own queue is not in it.
+
+        :param request: the request as it came; it starts next.
+        :param waited_s: seconds that it waited.
+        """
+
+    @hookspec
+    def engineroom_request_step(
+        self, request: InferenceRequest, handler: str, gap_s: float
+    ) -> None:
+        """A streamed request has a further chunk. Called for every chunk but the first.
+
+        As long as no observer has this hook, a chunk costs nothing more.
+
+        :param request: the request as it came.
+        :param handler: name of the handler that does the work.
+        :param gap_s: seconds since the chunk before.
+        """
+
+    @hookspec
     def engineroom_request_finished(
         self, request: InferenceRequest, response: InferenceResponse
     ) -> None:

@@ -166,6 +166,11 @@ class LLMInferenceService:
         return self._source.explain(model_id)
 
     @property
+    def model_source(self) -> ModelSource:
+        """Where models come from: what was given as ``model_manager``."""
+        return self._source
+
+    @property
     def num_requests(self) -> int:
         """Requests that are being answered or wait for it."""
         return len(self._running)
@@ -222,6 +227,7 @@ class LLMInferenceService:
                 entered = time.perf_counter()
                 inner = handler.stream_infer(loaded_model, scope.request)
                 final: InferenceResponse | None = None
+                stepped = entered if self.registry.listens("engineroom_request_step") else None
                 try:
                     with watching(scope.progress):
                         chunk = await anext(inner, _END)
@@ -235,6 +241,10 @@ class LLMInferenceService:
                             _check_chunk(handler, chunk)
                         if first is None:
                             first = time.perf_counter()
+                            if stepped is not None:
+                                stepped = first
+                        elif stepped is not None:
+                            stepped = self._stepped(scope, handler, stepped)
                         texts.append(chunk)
                         try:
                             yield chunk
@@ -282,8 +292,10 @@ class LLMInferenceService:
     def _admit(self, scope: RequestScope) -> None:
         """Count the request in, or refuse it at once."""
         if self._closed:
+            self._rejected(scope, "closed")
             raise ResourceNotAvailableError("the service is closed; it takes no more requests")
         if len(self._running) >= self._max_requests:
+            self._rejected(scope, "queue_full")
             raise QueueFullError(
                 f"{len(self._running)} requests are running or waiting, which is the bound "
                 "(max_requests); send it again later"
@@ -300,6 +312,20 @@ class LLMInferenceService:
             raise RequestTimeoutError(
                 f"timeout_s={request.timeout_s} seconds were over before it began"
             )
+
+    def _rejected(self, scope: RequestScope, reason: str) -> None:
+        self.registry.notify("engineroom_request_rejected", request=scope.request, reason=reason)
+
+    def _stepped(self, scope: RequestScope, handler: InferenceHandler, before: float) -> float:
+        """Tell the observers of a chunk; returns when it came."""
+        now = time.perf_counter()
+        self.registry.notify(
+            "engineroom_request_step",
+            request=scope.request,
+            handler=handler.name,
+            gap_s=now - before,
+        )
+        return now
 
     def _choose(
         self, scope: RequestScope, loaded_model: LoadedModel
