@@ -127,6 +127,6 @@ def shared() -> Iterator[Running]:
         yield run
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def start() -> Any:
     return running

@@ -61,6 +61,7 @@ class _Guard(_Base):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._ended = False  # the last word was said; what still comes is not read
         self._head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
@@ -83,8 +84,8 @@ class _Guard(_Base):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self.transport.is_closing():
-            return  # what comes after the last answer is of no interest
+        if self._ended or self.transport.is_closing():
+            return
         super().data_received(data)
         if self._answering():
             self._head_bytes = 0
@@ -157,6 +158,7 @@ class _Guard(_Base):
     def _answer(self, refused: Refused) -> None:
         """Answer without the application, and close."""
         self._cancel_head()
+        self._ended = True
         if not self.transport.is_closing() and not self._answering():
             body = dumps(refused.openai())
             self.transport.write(
@@ -164,7 +166,12 @@ class _Guard(_Base):
                 b"connection: close\r\n\r\n%b"
                 % (refused.status, _REASONS[refused.status], len(body), body)
             )
-        self.transport.close()
+        # Closed under a client that still writes, the connection would be reset and the answer
+        # be lost: it is ended instead, and what comes is let fall until the client is done.
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        else:
+            self.transport.close()
         self._linger()
 
     def _linger(self) -> None:

@@ -11,7 +11,7 @@ from engineroom.server.keys import KeyRing
 
 __all__ = ["ServerSettings"]
 
-_FROM_ZERO: Final = frozenset({"port", "max_queued", "drain_timeout_s"})
+_FROM_ZERO: Final = frozenset({"port", "max_queued", "key_max_queued", "drain_timeout_s"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
