@@ -62,6 +62,30 @@ async def test_every_hook_is_called_with_its_arguments(stream):
     assert load_s >= 0 and unload_s >= 0
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_streams_steps_are_told_all_but_the_first(stream):
+    bench = echo_bench()
+    request = bench.request("a b c d")
+    if stream:
+        await drained(bench.service.stream(request))
+    else:
+        await bench.service.infer(request)
+    steps = bench.recorder.steps
+    assert len(steps) == (3 if stream else 0)
+    assert all(step[0] is request and step[1] == "echo" and step[2] >= 0 for step in steps)
+    await bench.service.close()
+
+
+async def test_a_request_that_is_refused_at_once_is_told_as_rejected():
+    bench = echo_bench()
+    await bench.service.infer(bench.request("a"))
+    await bench.service.close()
+    refused = bench.request("b")
+    await bench.service.infer(refused)
+    assert bench.recorder.rejected == [(refused, "closed")]
+    assert refused not in bench.recorder.started
+
+
 def test_the_recorder_knows_every_hook():
     hooks = {name for name in vars(ObserverSpec) if name.startswith("engineroom_")}
     assert hooks - {"engineroom_register_handlers"} == {
@@ -187,7 +211,10 @@ async def test_an_observer_that_raises_is_logged_and_harms_nothing(stream, error
     def fail():
         raise error
 
-    hooks = [name for name in vars(Recorder) if name.startswith("engineroom_")]
+    unheard = {"engineroom_request_rejected", "engineroom_request_waited"}
+    hooks = [n for n in vars(Recorder) if n.startswith("engineroom_") and n not in unheard]
+    if not stream:
+        hooks.remove("engineroom_request_step")
     bench.service.registry.register_plugin(observer(**dict.fromkeys(hooks, fail)), name="bad")
     last = Recorder()
     bench.service.registry.register_plugin(last, name="last")

@@ -279,7 +279,8 @@ def test_a_deadline_is_kept(start):
         b'{"a":' * 50_000,
         b'{"model": "m", "messages": ' + b"[" * 500 + b"]" * 500 + b"}",
         b'{"model": "m", "messages": [{"role": "user", "content": "x"}], "seed": 1e999}',
-        b'{"model": "m", "messages": [{"role": "user", "content": "x"}], "seed": 1' + b"0" * 500
+        b'{"model": "m", "messages": [{"role": "user", "content": "x"}], "seed": 1'
+        + b"0" * 500
         + b"}",
         b'{"model": "m", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1.5}',
         b"\x00" * 100,

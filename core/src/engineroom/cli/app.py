@@ -13,6 +13,7 @@ from engineroom.cli.new_plugin import NEW_PLUGIN_EPILOG, new_plugin
 from engineroom.cli.output import write
 from engineroom.cli.plugins import PLUGINS_EPILOG, plugins
 from engineroom.cli.run import RUN_EPILOG, run
+from engineroom.cli.serve import NEW_KEY_EPILOG, SERVE_EPILOG, new_key, serve
 from engineroom.cli.settings import LogLevel, Settings
 
 __all__ = ["app"]
@@ -20,6 +21,7 @@ __all__ = ["app"]
 _EPILOG: Final = """\b
 Examples:
   engineroom run ./model.gguf "Why is the sky blue?"
+  engineroom serve --model ./model.gguf
   engineroom models --config deployment.yaml
   engineroom plugins --why ./model.gguf
   engineroom doctor
@@ -82,6 +84,8 @@ def options(
 
 
 app.command("run", epilog=RUN_EPILOG)(run)
+app.command("serve", epilog=SERVE_EPILOG)(serve)
+app.command("new-key", epilog=NEW_KEY_EPILOG)(new_key)
 app.add_typer(models_app, name="models")
 app.command("plugins", epilog=PLUGINS_EPILOG)(plugins)
 app.command("doctor", epilog=DOCTOR_EPILOG)(doctor)

@@ -7,13 +7,13 @@ from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 from urllib.parse import unquote
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter
 
 from engineroom.errors import EngineRoomError
 from engineroom.manager import LLMModelManager, ModelStatus
 from engineroom.server.call import Call
 from engineroom.server.fields import ApiRequest, Number, parse
-from engineroom.server.refusals import Refused
+from engineroom.server.refusals import Refused, without_paths
 
 __all__ = ["UnloadRequest", "admin_models", "load_model", "plan", "reload", "unload_model"]
 
@@ -72,9 +72,16 @@ async def _of_manager(call: Call, name: str) -> None:
 
 
 def _plain(value: Any) -> Any:
-    from pydantic import TypeAdapter
+    """What JSON can say of it, without paths of this machine."""
+    return _redacted(TypeAdapter(Any).dump_python(value, mode="json", fallback=str))
 
-    return TypeAdapter(Any).dump_python(value, mode="json", fallback=str)
+
+def _redacted(value: Any) -> Any:
+    if isinstance(value, str):
+        return without_paths(value)
+    if isinstance(value, dict):
+        return {key: _redacted(each) for key, each in value.items()}
+    return [_redacted(each) for each in value] if isinstance(value, list) else value
 
 
 def _target(call: Call) -> tuple[LLMModelManager, str]:

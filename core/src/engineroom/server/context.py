@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Final
+from typing import Any
 
 from engineroom.errors import EngineRoomError, ModelNotFoundError
 from engineroom.generation import effective_capabilities
@@ -20,8 +20,6 @@ from engineroom.telemetry import request_logger
 __all__ = ["Rejections", "ServerContext"]
 
 logger = logging.getLogger(__name__)
-
-_OURS: Final = frozenset({"ConfigurationError", "ModelNotFoundError", "QueueFullError"})
 
 
 class Rejections:
@@ -125,7 +123,7 @@ class ServerContext:
         """What the client is told of an error; what it is not told goes to the log."""
         load_failed = self._load_failed(error)
         refused = refusal(error, load_failed=load_failed)
-        if refused.status >= 500 and (load_failed or type(error).__name__ not in _OURS):
+        if refused.status >= 500 and not _logged(error):
             logger.error("%s", error.describe())
         return refused
 
@@ -142,3 +140,13 @@ class ServerContext:
             if request.messages is not None:
                 asked = [m.model_dump(exclude_none=True) for m in request.messages]
             request_logger(logger, request).info("prompt of %s: %r", request.request_id, asked)
+
+
+def _logged(error: BaseException) -> bool:
+    """Whether it comes from foreign code, which the service has written to the log."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if not isinstance(cause, EngineRoomError):
+            return True
+        cause = cause.__cause__
+    return False

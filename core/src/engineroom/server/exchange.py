@@ -19,7 +19,7 @@ from engineroom.server.limits import Slot
 from engineroom.server.refusals import Refused
 from engineroom.streams import InferenceStream, StreamError
 
-__all__ = ["Writer", "answer_all", "derived_seed", "stream_all"]
+__all__ = ["Writer", "answer_all", "derived_seed", "place", "stream_all"]
 
 _QUEUED_CHUNKS = 64
 """Chunks of several streams that wait to be sent; a slow reader slows them all down."""
@@ -57,7 +57,7 @@ async def answer_all(call: Call, requests: Sequence[InferenceRequest]) -> list[I
     :raises ClientGoneError: nobody waits for them any more.
     """
     service = call.context.service
-    async with call.attended(), _place(call, requests) as slot:
+    async with call.attended(), place(call, requests) as slot:
         if len(requests) == 1:
             responses = [await service.infer(requests[0])]
         else:
@@ -77,7 +77,7 @@ async def stream_all(call: Call, requests: Sequence[InferenceRequest], writer: W
     :raises Refused: one of them failed before anything was sent.
     :raises ClientGoneError: nobody reads any more.
     """
-    async with call.attended(), _place(call, requests) as slot:
+    async with call.attended(), place(call, requests) as slot:
         streams = [call.context.service.stream(request) for request in requests]
         try:
             if len(streams) == 1:
@@ -108,7 +108,11 @@ def error_of(response: InferenceResponse) -> EngineRoomError | None:
 
 
 @asynccontextmanager
-async def _place(call: Call, requests: Sequence[InferenceRequest]) -> AsyncIterator[Slot]:
+async def place(call: Call, requests: Sequence[InferenceRequest]) -> AsyncIterator[Slot]:
+    """A place for the requests among those that run, as the server's limits give it.
+
+    :raises Refused: 429: there is none.
+    """
     context = call.context
     limiter = context.limiter
     tokens = sum(r.params.max_new_tokens or _UNKNOWN_LIMIT for r in requests)

@@ -7,13 +7,14 @@ for when it is scraped (engines' health, models' states); what happens is counte
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 
 from engineroom.hookspecs import hookimpl
+from engineroom.manager import ModelState
 from engineroom.schemas import InferenceRequest, InferenceResponse, LoadedModel
 from engineroom.server.call import Call
 
@@ -29,7 +30,7 @@ _SECONDS: Final = (
     20.0, 40.0, 80.0, 160.0, 640.0,
 )  # fmt: skip
 _TOKENS: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 50_000, 200_000)
-_STATES: Final = ("unloaded", "loading", "ready", "draining", "failed")
+_STATES: Final = get_args(ModelState)
 
 
 class PrometheusObserver:

@@ -50,7 +50,7 @@ class StreamOptions(SubSchema):
     """Accepted; nothing is obfuscated."""
 
 
-class Message(SubSchema):
+class ChatInput(SubSchema):
     """A message of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -90,7 +90,7 @@ class OpenAIRequest(Sampling):
 class ChatRequest(OpenAIRequest):
     """A conversation to be continued."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[ChatInput], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     """The newer name; without either, until the context is full."""
@@ -185,7 +185,7 @@ def _requests(call: Call, request: ChatRequest) -> list[InferenceRequest]:
     )
 
 
-def _message(message: Message, where: str) -> ChatMessage:
+def _message(message: ChatInput, where: str) -> ChatMessage:
     text = text_of(message.content, where)
     if text is None:
         raise Refused(400, f"{where}: the message has no content", "invalid_value", "messages")

@@ -24,7 +24,7 @@ from engineroom.errors import (
     ResourceNotAvailableError,
 )
 
-__all__ = ["Refused", "refusal", "refused_fields", "stopping"]
+__all__ = ["Refused", "refusal", "refused_fields", "stopping", "without_paths"]
 
 _PATH: Final = re.compile(
     r"(?<![\w/.:<])(?:~?/[\w.@+-]+(?:/[\w.@+~-]*)+|[A-Za-z]:[\\/][^\s'\",;]+|\\\\[^\s'\",;]+)"
@@ -104,7 +104,7 @@ def refusal(error: EngineRoomError, *, load_failed: bool = False) -> Refused:
 
     :param load_failed: the model could not be loaded, which is no fault of the request.
     """
-    message = _without_paths(error.describe())
+    message = without_paths(error.describe())
     if isinstance(error, ModelNotFoundError) and not load_failed:
         return Refused(404, message, "model_not_found", "model")
     if isinstance(error, QueueFullError):
@@ -169,5 +169,6 @@ def _hidden(what: str, error: EngineRoomError) -> str:
     return f"{what}; the server's log says why{of}"
 
 
-def _without_paths(text: str) -> str:
+def without_paths(text: str) -> str:
+    """The text with ``<path>`` for each path of this machine."""
     return _PATH.sub("<path>", text)

@@ -9,11 +9,14 @@ from typing import Any, Final, Literal, TypeAlias
 from pydantic import BaseModel
 
 from engineroom.schemas import InferenceRequest, InferenceResponse
-from engineroom.server import admin, operations, own
+from engineroom.server import admin, answers, openapi, operations, own
+from engineroom.server.anthropic import MessagesRequest, messages
 from engineroom.server.call import Call
+from engineroom.server.embeddings import EmbeddingsRequest, embeddings
 from engineroom.server.metrics import metrics
 from engineroom.server.openai_chat import ChatRequest, chat_completions
 from engineroom.server.openai_completions import CompletionRequest, completions
+from engineroom.server.responses import ResponsesRequest, create_response
 
 __all__ = ["RouteInfo", "all_routes", "open_paths"]
 
@@ -45,7 +48,7 @@ class RouteInfo:
     work: bool = False
     request: type[BaseModel] | None = None
     body_needed: bool = True
-    response: type[BaseModel] | Mapping[str, Any] | None = None
+    response: type[BaseModel] | None = None
     example: Mapping[str, Any] = field(default_factory=dict)
     errors: tuple[int, ...] = ()
     streams: bool = False
@@ -67,6 +70,7 @@ def all_routes() -> list[RouteInfo]:
             path="/v1/chat/completions",
             method="POST",
             endpoint=chat_completions,
+            response=answers.ChatCompletion,
             summary="Continue a conversation (OpenAI)",
             tag="OpenAI",
             work=True,
@@ -79,6 +83,7 @@ def all_routes() -> list[RouteInfo]:
             path="/v1/completions",
             method="POST",
             endpoint=completions,
+            response=answers.Completion,
             summary="Continue prompts (OpenAI)",
             tag="OpenAI",
             work=True,
@@ -88,9 +93,48 @@ def all_routes() -> list[RouteInfo]:
             example={"model": "default", "prompt": "Once upon a time", "max_tokens": 20},
         ),
         RouteInfo(
+            path="/v1/responses",
+            method="POST",
+            endpoint=create_response,
+            response=answers.Response,
+            summary="Answer a text or a conversation (OpenAI)",
+            tag="OpenAI",
+            work=True,
+            request=ResponsesRequest,
+            errors=WORK_ERRORS,
+            streams=True,
+            example={"model": "default", "input": "Why is the sky blue?", "max_output_tokens": 20},
+        ),
+        RouteInfo(
+            path="/v1/messages",
+            method="POST",
+            endpoint=messages,
+            response=answers.Message,
+            summary="Continue a conversation (Anthropic)",
+            tag="Anthropic",
+            work=True,
+            request=MessagesRequest,
+            errors=WORK_ERRORS,
+            streams=True,
+            example={"model": "default", "max_tokens": 20, "messages": _MESSAGES},
+        ),
+        RouteInfo(
+            path="/v1/embeddings",
+            method="POST",
+            endpoint=embeddings,
+            summary="Turn texts into vectors (OpenAI)",
+            tag="OpenAI",
+            work=True,
+            request=EmbeddingsRequest,
+            response=answers.EmbeddingList,
+            errors=(*WORK_ERRORS, 501),
+            example={"model": "default", "input": ["Why is the sky blue?"]},
+        ),
+        RouteInfo(
             path="/v1/models",
             method="GET",
             endpoint=operations.models,
+            response=answers.ModelList,
             summary="The models (OpenAI)",
             tag="OpenAI",
         ),
@@ -98,6 +142,7 @@ def all_routes() -> list[RouteInfo]:
             path="/v1/models/{model:path}",
             method="GET",
             endpoint=operations.model,
+            response=answers.Model,
             summary="One model (OpenAI)",
             tag="OpenAI",
             errors=(404,),
@@ -119,6 +164,7 @@ def all_routes() -> list[RouteInfo]:
             path="/healthz",
             method="GET",
             endpoint=operations.healthz,
+            response=answers.Health,
             summary="The process answers",
             tag="operations",
             access="open",
@@ -127,15 +173,25 @@ def all_routes() -> list[RouteInfo]:
             path="/readyz",
             method="GET",
             endpoint=operations.readyz,
+            response=answers.Readiness,
             summary="Whether requests should be sent here",
             tag="operations",
             access="open",
             errors=(503,),
         ),
         RouteInfo(
+            path="/openapi.json",
+            method="GET",
+            endpoint=openapi.openapi,
+            summary="This description",
+            tag="operations",
+            response=answers.Anything,
+        ),
+        RouteInfo(
             path="/version",
             method="GET",
             endpoint=operations.version,
+            response=answers.Version,
             summary="Which engineroom it is",
             tag="operations",
         ),
@@ -151,6 +207,7 @@ def all_routes() -> list[RouteInfo]:
             path="/v1/admin/models",
             method="GET",
             endpoint=admin.admin_models,
+            response=answers.AdminModels,
             summary="Every model and how it is",
             tag="admin",
             access="admin",
@@ -159,6 +216,7 @@ def all_routes() -> list[RouteInfo]:
             path="/v1/admin/models/{model:path}/load",
             method="POST",
             endpoint=admin.load_model,
+            response=answers.AdminModel,
             summary="Load a model",
             tag="admin",
             access="admin",
@@ -169,6 +227,7 @@ def all_routes() -> list[RouteInfo]:
             path="/v1/admin/models/{model:path}/unload",
             method="POST",
             endpoint=admin.unload_model,
+            response=answers.AdminModel,
             summary="Unload a model",
             tag="admin",
             access="admin",
@@ -181,6 +240,7 @@ def all_routes() -> list[RouteInfo]:
             path="/v1/admin/plan",
             method="GET",
             endpoint=admin.plan,
+            response=answers.Plan,
             summary="What is in memory and what would fit",
             tag="admin",
             access="admin",
@@ -190,6 +250,7 @@ def all_routes() -> list[RouteInfo]:
             path="/v1/admin/reload",
             method="POST",
             endpoint=admin.reload,
+            response=answers.Reload,
             summary="Read the deployment anew",
             tag="admin",
             access="admin",

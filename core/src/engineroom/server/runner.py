@@ -206,11 +206,13 @@ def serve(
     service: LLMInferenceService,
     settings: ServerSettings | None = None,
     *,
+    preload: bool = True,
     started: Callable[[str], Any] = lambda _: None,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C. Blocks; closes the service in the end.
 
     :param settings: by default those of a server that only this machine reaches.
+    :param preload: load the configured models at once rather than with their first requests.
     :param started: called with the server's URL once it listens.
     :raises ConfigurationError: it cannot listen there.
     :raises EngineRoomError: no model at all could be preloaded.
@@ -222,4 +224,5 @@ def serve(
     url = f"http://{host}:{name[1]}"
     server = EngineRoomServer(service, settings)
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
-        runner.run(server.run_until_stopped([bound], started=lambda: started(url)))
+        work = server.run_until_stopped([bound], preload, started=lambda: started(url))
+        runner.run(work)
