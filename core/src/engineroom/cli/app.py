@@ -6,6 +6,7 @@ from typing import Annotated, Final
 
 import typer
 
+from engineroom.cli.chat import CHAT_EPILOG, chat
 from engineroom.cli.conformance import CONFORMANCE_EPILOG, conformance
 from engineroom.cli.doctor import DOCTOR_EPILOG, doctor
 from engineroom.cli.models import models_app
@@ -84,6 +85,7 @@ def options(
 
 
 app.command("run", epilog=RUN_EPILOG)(run)
+app.command("chat", epilog=CHAT_EPILOG)(chat)
 app.command("serve", epilog=SERVE_EPILOG)(serve)
 app.command("new-key", epilog=NEW_KEY_EPILOG)(new_key)
 app.add_typer(models_app, name="models")
