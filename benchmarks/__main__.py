@@ -21,7 +21,11 @@ from typing import Any, Final
 
 from benchmarks.harness import Bar, Measurement, Settings, Ticks, UnavailableError
 
-GROUPS: Final = {"core": "benchmarks.core", "llamacpp": "benchmarks.llamacpp"}
+GROUPS: Final = {
+    "core": "benchmarks.core",
+    "llamacpp": "benchmarks.llamacpp",
+    "server": "benchmarks.server",
+}
 """Name of a group → the module that has its bars in ``bar``."""
 
 COLUMNS: Final = ("bar", "what", "target", "median", "min–max", "met", "rounds", "discarded")

@@ -43,7 +43,7 @@ class Recorder:
         self.unloaded: list[tuple[LoadedModel, float]] = []
         self.rejected: list[tuple[InferenceRequest, str]] = []
         self.waited: list[tuple[InferenceRequest, float]] = []
-        self.steps: list[tuple[InferenceRequest, str, float]] = []
+        self.gaps: list[tuple[InferenceRequest, str, tuple[float, ...]]] = []
         self.order: list[str] = []
         self.ended = asyncio.Event()
 
@@ -61,8 +61,8 @@ class Recorder:
         self.waited.append((request, waited_s))
 
     @hookimpl
-    def engineroom_request_step(self, request, handler, gap_s):
-        self.steps.append((request, handler, gap_s))
+    def engineroom_request_gaps(self, request, handler, gaps_s):
+        self.gaps.append((request, handler, gaps_s))
 
     @hookimpl
     def engineroom_request_finished(self, request, response):

@@ -20,6 +20,7 @@ from core_doubles import (
 
 from engineroom import (
     ConfigurationError,
+    GenerationParams,
     LLMInferenceService,
     LLMModelManager,
     LoggingObserver,
@@ -62,17 +63,25 @@ async def test_every_hook_is_called_with_its_arguments(stream):
     assert load_s >= 0 and unload_s >= 0
 
 
-@pytest.mark.parametrize("stream", [False, True])
-async def test_a_streams_steps_are_told_all_but_the_first(stream):
+@pytest.mark.parametrize("words", [1, 2, 4, 257, 600])
+async def test_the_gaps_between_a_streams_chunks_are_told(words):
     bench = echo_bench()
-    request = bench.request("a b c d")
-    if stream:
-        await drained(bench.service.stream(request))
-    else:
-        await bench.service.infer(request)
-    steps = bench.recorder.steps
-    assert len(steps) == (3 if stream else 0)
-    assert all(step[0] is request and step[1] == "echo" and step[2] >= 0 for step in steps)
+    request = bench.request("a " * words, params=GenerationParams(max_new_tokens=None))
+    chunks = await drained(bench.service.stream(request))
+    told = bench.recorder.gaps
+    assert sum(len(gaps) for _, _, gaps in told) == len(chunks) - 1
+    assert all(each is request and handler == "echo" for each, handler, _ in told)
+    assert all(gap >= 0 for _, _, gaps in told for gap in gaps)
+    assert len(told) == -(-(len(chunks) - 1) // 256)
+    await bench.service.infer(request)
+    assert bench.recorder.gaps == told
+    await bench.service.close()
+
+
+async def test_the_gaps_of_a_stream_that_fails_are_told():
+    bench = echo_bench(fail="during")
+    await drained(bench.service.stream(bench.request("a b c d")))
+    assert [len(gaps) for _, _, gaps in bench.recorder.gaps] == [1]
     await bench.service.close()
 
 
@@ -214,7 +223,7 @@ async def test_an_observer_that_raises_is_logged_and_harms_nothing(stream, error
     unheard = {"engineroom_request_rejected", "engineroom_request_waited"}
     hooks = [n for n in vars(Recorder) if n.startswith("engineroom_") and n not in unheard]
     if not stream:
-        hooks.remove("engineroom_request_step")
+        hooks.remove("engineroom_request_gaps")
     bench.service.registry.register_plugin(observer(**dict.fromkeys(hooks, fail)), name="bad")
     last = Recorder()
     bench.service.registry.register_plugin(last, name="last")

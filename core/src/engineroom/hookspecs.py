@@ -16,7 +16,7 @@ that raises is logged with its traceback; it harms neither the request nor other
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
 import pluggy
@@ -73,16 +73,17 @@ class ObserverSpec:
         """
 
     @hookspec
-    def engineroom_request_step(
-        self, request: InferenceRequest, handler: str, gap_s: float
+    def engineroom_request_gaps(
+        self, request: InferenceRequest, handler: str, gaps_s: Sequence[float]
     ) -> None:
-        """A streamed request has a further chunk. Called for every chunk but the first.
+        """How far the chunks of a streamed request lay apart.
 
-        As long as no observer has this hook, a chunk costs nothing more.
+        Called now and then while it goes on, and at its end, before it finishes. As long as no
+        observer has this hook, nothing is measured.
 
         :param request: the request as it came.
         :param handler: name of the handler that does the work.
-        :param gap_s: seconds since the chunk before.
+        :param gaps_s: seconds between each two chunks since the last call, in order.
         """
 
     @hookspec

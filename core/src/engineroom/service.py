@@ -38,6 +38,8 @@ __all__ = ["LLMInferenceService"]
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_REQUESTS: Final = 1024
+_GAPS: Final = 256
+"""Gaps between chunks that are told at once."""
 _END: Final = StreamEnd(InferenceResponse(request_id="", model_id=""))
 """What a handler's generator that has ended is taken to have yielded."""
 
@@ -219,6 +221,8 @@ class LLMInferenceService:
         """The chunks of a stream. Runs in whichever task reads."""
         texts: list[str] = []
         first: float | None = None
+        last = 0.0
+        gaps: list[float] | None = None
         closing = False  # nothing may be yielded any more
         try:
             self._admit(scope)
@@ -227,7 +231,8 @@ class LLMInferenceService:
                 entered = time.perf_counter()
                 inner = handler.stream_infer(loaded_model, scope.request)
                 final: InferenceResponse | None = None
-                stepped = entered if self.registry.listens("engineroom_request_step") else None
+                if self.registry.listens("engineroom_request_gaps"):
+                    gaps = []
                 try:
                     with watching(scope.progress):
                         chunk = await anext(inner, _END)
@@ -241,10 +246,13 @@ class LLMInferenceService:
                             _check_chunk(handler, chunk)
                         if first is None:
                             first = time.perf_counter()
-                            if stepped is not None:
-                                stepped = first
-                        elif stepped is not None:
-                            stepped = self._stepped(scope, handler, stepped)
+                            last = first
+                        elif gaps is not None:
+                            now = time.perf_counter()
+                            gaps.append(now - last)
+                            last = now
+                            if len(gaps) >= _GAPS:
+                                self._spaced(scope, gaps)
                         texts.append(chunk)
                         try:
                             yield chunk
@@ -260,8 +268,10 @@ class LLMInferenceService:
                     response.generated_text = "".join(texts)
                 if first is not None:
                     response.time_to_first_token_ms = (first - scope.started) * 1000
+            self._spaced(scope, gaps)
             self._finish(scope, response)
         except BaseException as error:  # noqa: BLE001 - logged, or raised again, in _failed
+            self._spaced(scope, gaps)
             response = self._failed(scope, error, "".join(texts))
             cause = response._cause
             if scope.quiet or not isinstance(cause, EngineRoomError):
@@ -316,16 +326,16 @@ class LLMInferenceService:
     def _rejected(self, scope: RequestScope, reason: str) -> None:
         self.registry.notify("engineroom_request_rejected", request=scope.request, reason=reason)
 
-    def _stepped(self, scope: RequestScope, handler: InferenceHandler, before: float) -> float:
-        """Tell the observers of a chunk; returns when it came."""
-        now = time.perf_counter()
-        self.registry.notify(
-            "engineroom_request_step",
-            request=scope.request,
-            handler=handler.name,
-            gap_s=now - before,
-        )
-        return now
+    def _spaced(self, scope: RequestScope, gaps: list[float] | None) -> None:
+        """Tell the observers how far chunks lay apart, and begin anew."""
+        if gaps:
+            self.registry.notify(
+                "engineroom_request_gaps",
+                request=scope.request,
+                handler=scope.handler,
+                gaps_s=tuple(gaps),
+            )
+            gaps.clear()
 
     def _choose(
         self, scope: RequestScope, loaded_model: LoadedModel

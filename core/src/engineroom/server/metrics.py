@@ -6,12 +6,15 @@ for when it is scraped (engines' health, models' states); what happens is counte
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
-from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.utils import floatToGoString
 
 from engineroom.hookspecs import hookimpl
 from engineroom.manager import ModelState
@@ -63,9 +66,8 @@ class PrometheusObserver:
         self._first = self._histogram(
             "time_to_first_token_seconds", "From acceptance to the first token", _SECONDS
         )
-        self._gap = self._histogram(
-            "inter_token_latency_seconds", "Between two chunks of a stream", _SECONDS
-        )
+        self._gaps = _Gaps()
+        self.registry.register(self._gaps)
         self._latency = self._histogram(
             "e2e_request_latency_seconds", "From acceptance to the end", _SECONDS
         )
@@ -76,7 +78,6 @@ class PrometheusObserver:
         self._prompt_sizes = self._histogram("request_prompt_tokens", "Tokens read", _TOKENS)
         self._sizes = self._histogram("request_generation_tokens", "Tokens written", _TOKENS)
         self._loading = self._histogram("model_load_duration_seconds", "Loading", _SECONDS)
-        self._gaps: dict[tuple[str, str], Histogram] = {}
         self.registry.register(_State(context))
 
     def _counter(self, name: str, text: str, *more: str) -> Counter:
@@ -96,17 +97,11 @@ class PrometheusObserver:
     # ── hooks ────────────────────────────────────────────────────────────────────────────────
 
     @hookimpl
-    def engineroom_request_step(
-        self, request: InferenceRequest, handler: str, gap_s: float
+    def engineroom_request_gaps(
+        self, request: InferenceRequest, handler: str, gaps_s: Sequence[float]
     ) -> None:
-        """Observe the gap between two chunks."""
-        key = (request.model_id, handler)
-        gaps = self._gaps.get(key)
-        if gaps is None:
-            gaps = self._gap.labels(self._model(request.model_id), handler)
-            if len(self._gaps) < 10_000:
-                self._gaps[key] = gaps
-        gaps.observe(gap_s)
+        """Count the gaps between chunks."""
+        self._gaps.add((self._model(request.model_id), handler), gaps_s)
 
     @hookimpl
     def engineroom_request_rejected(self, reason: str) -> None:
@@ -151,6 +146,37 @@ class PrometheusObserver:
         """Observe how long loading took."""
         handler = loaded_model.handler_name or ""
         self._loading.labels(loaded_model.model_id, handler).observe(duration_s)
+
+
+class _Gaps:
+    """A histogram that takes many values at once: a stream has one for each token."""
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[str, str], list[int]] = {}
+        self._sums: dict[tuple[str, str], float] = {}
+
+    def add(self, labels: tuple[str, str], values: Sequence[float]) -> None:
+        """Count the values."""
+        counts = self._counts.setdefault(labels, [0] * (len(_SECONDS) + 1))
+        below = 0
+        ordered = sorted(values)
+        for place, bound in enumerate(_SECONDS):
+            upto = bisect_right(ordered, bound, below)
+            counts[place] += upto - below
+            below = upto
+        counts[-1] += len(ordered) - below
+        self._sums[labels] = self._sums.get(labels, 0.0) + sum(values)
+
+    def collect(self) -> Iterator[Metric]:
+        """The histogram."""
+        family = HistogramMetricFamily(
+            f"{PREFIX}inter_token_latency_seconds", "Between two chunks of a stream", labels=_LABELS
+        )
+        for labels, counts in self._counts.items():
+            bounds = [*map(floatToGoString, _SECONDS), "+Inf"]
+            buckets = list(zip(bounds, map(float, accumulate(counts)), strict=True))
+            family.add_metric(labels, buckets, self._sums[labels])
+        yield family
 
 
 class _State:
