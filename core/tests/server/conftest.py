@@ -130,3 +130,13 @@ def shared() -> Iterator[Running]:
 @pytest.fixture(scope="session")
 def start() -> Any:
     return running
+
+
+@pytest.fixture(params=["httptools", "h11"])
+def each_parser(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The server with uvicorn's fast parser, and with the one that is always there."""
+    if request.param == "h11":
+        monkeypatch.setitem(sys.modules, "uvicorn.protocols.http.httptools_impl", None)
+    else:
+        pytest.importorskip("httptools", reason="needs httptools")
+    return str(request.param)
