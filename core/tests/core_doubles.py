@@ -41,6 +41,9 @@ class Recorder:
         self.finished: list[tuple[InferenceRequest, InferenceResponse]] = []
         self.loaded: list[tuple[LoadedModel, float]] = []
         self.unloaded: list[tuple[LoadedModel, float]] = []
+        self.rejected: list[tuple[InferenceRequest, str]] = []
+        self.waited: list[tuple[InferenceRequest, float]] = []
+        self.gaps: list[tuple[InferenceRequest, str, tuple[float, ...]]] = []
         self.order: list[str] = []
         self.ended = asyncio.Event()
 
@@ -48,6 +51,18 @@ class Recorder:
     def engineroom_request_started(self, request):
         self.started.append(request)
         self.order.append("started")
+
+    @hookimpl
+    def engineroom_request_rejected(self, request, reason):
+        self.rejected.append((request, reason))
+
+    @hookimpl
+    def engineroom_request_waited(self, request, waited_s):
+        self.waited.append((request, waited_s))
+
+    @hookimpl
+    def engineroom_request_gaps(self, request, handler, gaps_s):
+        self.gaps.append((request, handler, gaps_s))
 
     @hookimpl
     def engineroom_request_finished(self, request, response):

@@ -20,6 +20,7 @@ from core_doubles import (
 
 from engineroom import (
     ConfigurationError,
+    GenerationParams,
     LLMInferenceService,
     LLMModelManager,
     LoggingObserver,
@@ -60,6 +61,38 @@ async def test_every_hook_is_called_with_its_arguments(stream):
     (loaded, load_s), (unloaded, unload_s) = seen.loaded[0], seen.unloaded[0]
     assert loaded is unloaded and loaded.model_id == "echo"
     assert load_s >= 0 and unload_s >= 0
+
+
+@pytest.mark.parametrize("words", [1, 2, 4, 257, 600])
+async def test_the_gaps_between_a_streams_chunks_are_told(words):
+    bench = echo_bench()
+    request = bench.request("a " * words, params=GenerationParams(max_new_tokens=None))
+    chunks = await drained(bench.service.stream(request))
+    told = bench.recorder.gaps
+    assert sum(len(gaps) for _, _, gaps in told) == len(chunks) - 1
+    assert all(each is request and handler == "echo" for each, handler, _ in told)
+    assert all(gap >= 0 for _, _, gaps in told for gap in gaps)
+    assert len(told) == -(-(len(chunks) - 1) // 256)
+    await bench.service.infer(request)
+    assert bench.recorder.gaps == told
+    await bench.service.close()
+
+
+async def test_the_gaps_of_a_stream_that_fails_are_told():
+    bench = echo_bench(fail="during")
+    await drained(bench.service.stream(bench.request("a b c d")))
+    assert [len(gaps) for _, _, gaps in bench.recorder.gaps] == [1]
+    await bench.service.close()
+
+
+async def test_a_request_that_is_refused_at_once_is_told_as_rejected():
+    bench = echo_bench()
+    await bench.service.infer(bench.request("a"))
+    await bench.service.close()
+    refused = bench.request("b")
+    await bench.service.infer(refused)
+    assert bench.recorder.rejected == [(refused, "closed")]
+    assert refused not in bench.recorder.started
 
 
 def test_the_recorder_knows_every_hook():
@@ -187,7 +220,10 @@ async def test_an_observer_that_raises_is_logged_and_harms_nothing(stream, error
     def fail():
         raise error
 
-    hooks = [name for name in vars(Recorder) if name.startswith("engineroom_")]
+    unheard = {"engineroom_request_rejected", "engineroom_request_waited"}
+    hooks = [n for n in vars(Recorder) if n.startswith("engineroom_") and n not in unheard]
+    if not stream:
+        hooks.remove("engineroom_request_gaps")
     bench.service.registry.register_plugin(observer(**dict.fromkeys(hooks, fail)), name="bad")
     last = Recorder()
     bench.service.registry.register_plugin(last, name="last")

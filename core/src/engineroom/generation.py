@@ -60,6 +60,9 @@ class Progress:
 
 
 class _Snapshot(Protocol):
+    logprobs: list[TokenLogprob] | None
+    prompt_tokens: int | None
+
     def response(self) -> InferenceResponse: ...
 
 

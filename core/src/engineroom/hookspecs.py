@@ -16,7 +16,7 @@ that raises is logged with its traceback; it harms neither the request nor other
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
 import pluggy
@@ -49,6 +49,41 @@ class ObserverSpec:
         """A request was accepted; nothing of it has been computed yet.
 
         :param request: the request as it came. It holds the prompt: do not log it unasked.
+        """
+
+    @hookspec
+    def engineroom_request_rejected(self, request: InferenceRequest, reason: str) -> None:
+        """A request was turned away by a limit before anything of it was begun.
+
+        It has not started, and does not finish.
+
+        :param request: the request as it came.
+        :param reason: ``queue_full``, ``tokens_per_minute``, ``closed``, or what a server of
+            one's own calls it: one of few words, fit to be counted by.
+        """
+
+    @hookspec
+    def engineroom_request_waited(self, request: InferenceRequest, waited_s: float) -> None:
+        """A server let a request in that had to wait, or not, for its limits.
+
+        Time in a runtime's own queue is not in it.
+
+        :param request: the request as it came; it starts next.
+        :param waited_s: seconds that it waited.
+        """
+
+    @hookspec
+    def engineroom_request_gaps(
+        self, request: InferenceRequest, handler: str, gaps_s: Sequence[float]
+    ) -> None:
+        """How far the chunks of a streamed request lay apart.
+
+        Called now and then while it goes on, and at its end, before it finishes. As long as no
+        observer has this hook, nothing is measured.
+
+        :param request: the request as it came.
+        :param handler: name of the handler that does the work.
+        :param gaps_s: seconds between each two chunks since the last call, in order.
         """
 
     @hookspec

@@ -388,6 +388,10 @@ class HandlerRegistry:
 
     # ── observers ────────────────────────────────────────────────────────────────────────────
 
+    def listens(self, hook: str) -> bool:
+        """Whether any observer has this hook."""
+        return bool(getattr(self._manager.hook, hook).get_hookimpls())
+
     def notify(self, hook: str, **arguments: Any) -> None:
         """Call an observer hook. An observer that raises is logged; the rest are called."""
         for implementation in getattr(self._manager.hook, hook).get_hookimpls():

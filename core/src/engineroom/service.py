@@ -38,6 +38,8 @@ __all__ = ["LLMInferenceService"]
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_REQUESTS: Final = 1024
+_GAPS: Final = 256
+"""Gaps between chunks that are told at once."""
 _END: Final = StreamEnd(InferenceResponse(request_id="", model_id=""))
 """What a handler's generator that has ended is taken to have yielded."""
 
@@ -227,6 +229,11 @@ class LLMInferenceService:
         return self._source.explain(model_id)
 
     @property
+    def model_source(self) -> ModelSource:
+        """Where models come from: what was given as ``model_manager``."""
+        return self._source
+
+    @property
     def num_requests(self) -> int:
         """Requests that are being answered or wait for it."""
         return len(self._running) + len(self._embedding)
@@ -279,6 +286,8 @@ class LLMInferenceService:
         """The chunks of a stream. Runs in whichever task reads."""
         texts: list[str] = []
         first: float | None = None
+        last = 0.0
+        gaps: list[float] | None = None
         closing = False  # nothing may be yielded any more
         try:
             self._admit(scope)
@@ -287,6 +296,8 @@ class LLMInferenceService:
                 entered = time.perf_counter()
                 inner = handler.stream_infer(loaded_model, scope.request)
                 final: InferenceResponse | None = None
+                if self.registry.listens("engineroom_request_gaps"):
+                    gaps = []
                 try:
                     with watching(scope.progress):
                         chunk = await anext(inner, _END)
@@ -300,6 +311,13 @@ class LLMInferenceService:
                             _check_chunk(handler, chunk)
                         if first is None:
                             first = time.perf_counter()
+                            last = first
+                        elif gaps is not None:
+                            now = time.perf_counter()
+                            gaps.append(now - last)
+                            last = now
+                            if len(gaps) >= _GAPS:
+                                self._spaced(scope, gaps)
                         texts.append(chunk)
                         try:
                             yield chunk
@@ -315,8 +333,10 @@ class LLMInferenceService:
                     response.generated_text = "".join(texts)
                 if first is not None:
                     response.time_to_first_token_ms = (first - scope.started) * 1000
+            self._spaced(scope, gaps)
             self._finish(scope, response)
         except BaseException as error:  # noqa: BLE001 - logged, or raised again, in _failed
+            self._spaced(scope, gaps)
             response = self._failed(scope, error, "".join(texts))
             cause = response._cause
             if scope.quiet or not isinstance(cause, EngineRoomError):
@@ -347,8 +367,10 @@ class LLMInferenceService:
     def _admit(self, scope: RequestScope) -> None:
         """Count the request in, or refuse it at once."""
         if self._closed:
+            self._rejected(scope, "closed")
             raise ResourceNotAvailableError("the service is closed; it takes no more requests")
         if self.num_requests >= self._max_requests:
+            self._rejected(scope, "queue_full")
             raise QueueFullError(
                 f"{self.num_requests} requests are running or waiting, which is the bound "
                 "(max_requests); send it again later"
@@ -365,6 +387,20 @@ class LLMInferenceService:
             raise RequestTimeoutError(
                 f"timeout_s={request.timeout_s} seconds were over before it began"
             )
+
+    def _rejected(self, scope: RequestScope, reason: str) -> None:
+        self.registry.notify("engineroom_request_rejected", request=scope.request, reason=reason)
+
+    def _spaced(self, scope: RequestScope, gaps: list[float] | None) -> None:
+        """Tell the observers how far chunks lay apart, and begin anew."""
+        if gaps:
+            self.registry.notify(
+                "engineroom_request_gaps",
+                request=scope.request,
+                handler=scope.handler,
+                gaps_s=tuple(gaps),
+            )
+            gaps.clear()
 
     def _choose(
         self, scope: RequestScope, loaded_model: LoadedModel

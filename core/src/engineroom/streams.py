@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from types import TracebackType
 from typing import Any, Final
 
 from engineroom.errors import EngineRoomError, InferenceError
-from engineroom.schemas import InferenceRequest, InferenceResponse
+from engineroom.schemas import InferenceRequest, InferenceResponse, TokenLogprob
 from engineroom.scope import RequestScope
 
 __all__ = ["STREAM_ERROR_PREFIX", "InferenceStream", "StreamError"]
@@ -49,6 +49,18 @@ class InferenceStream(AsyncGenerator[str, None]):
     def response(self) -> InferenceResponse | None:
         """What came of the request; ``None`` until the stream has ended."""
         return self._scope.response
+
+    @property
+    def logprobs(self) -> Sequence[TokenLogprob]:
+        """The log probabilities so far, where the request asked for them. It grows; copy it."""
+        generation = self._scope.progress.generation
+        return (generation.logprobs if generation is not None else None) or ()
+
+    @property
+    def prompt_tokens(self) -> int | None:
+        """Tokens of the prompt; ``None`` until the runtime has said it."""
+        generation = self._scope.progress.generation
+        return generation.prompt_tokens if generation is not None else None
 
     async def __anext__(self) -> str:
         scope = self._scope

@@ -6,6 +6,7 @@ from typing import Annotated, Final
 
 import typer
 
+from engineroom.cli.chat import CHAT_EPILOG, chat
 from engineroom.cli.conformance import CONFORMANCE_EPILOG, conformance
 from engineroom.cli.doctor import DOCTOR_EPILOG, doctor
 from engineroom.cli.models import models_app
@@ -13,6 +14,7 @@ from engineroom.cli.new_plugin import NEW_PLUGIN_EPILOG, new_plugin
 from engineroom.cli.output import write
 from engineroom.cli.plugins import PLUGINS_EPILOG, plugins
 from engineroom.cli.run import RUN_EPILOG, run
+from engineroom.cli.serve import NEW_KEY_EPILOG, SERVE_EPILOG, new_key, serve
 from engineroom.cli.settings import LogLevel, Settings
 
 __all__ = ["app"]
@@ -20,6 +22,7 @@ __all__ = ["app"]
 _EPILOG: Final = """\b
 Examples:
   engineroom run ./model.gguf "Why is the sky blue?"
+  engineroom serve --model ./model.gguf
   engineroom models --config deployment.yaml
   engineroom plugins --why ./model.gguf
   engineroom doctor
@@ -82,6 +85,9 @@ def options(
 
 
 app.command("run", epilog=RUN_EPILOG)(run)
+app.command("chat", epilog=CHAT_EPILOG)(chat)
+app.command("serve", epilog=SERVE_EPILOG)(serve)
+app.command("new-key", epilog=NEW_KEY_EPILOG)(new_key)
 app.add_typer(models_app, name="models")
 app.command("plugins", epilog=PLUGINS_EPILOG)(plugins)
 app.command("doctor", epilog=DOCTOR_EPILOG)(doctor)

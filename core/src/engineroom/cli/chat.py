@@ -1,0 +1,116 @@
+"""``engineroom chat``: a conversation in the terminal, in process or with a server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+
+from engineroom.cli.chat_session import ChatSession
+from engineroom.cli.chat_talkers import LocalTalker, ServerTalker, Talker
+from engineroom.cli.output import CommandError
+from engineroom.cli.parameters import make_params, parse_options
+from engineroom.cli.resolve import resolve, warn_of_quarantined
+from engineroom.cli.run import CONFIG_OPTION
+
+__all__ = ["CHAT_EPILOG", "chat"]
+
+CHAT_EPILOG: Final = """\b
+Examples:
+  engineroom chat ./model.gguf
+  engineroom chat -c deployment.yaml smollm2 --system "Answer briefly."
+  engineroom chat --url http://127.0.0.1:8000 default
+
+\b
+In the conversation:
+  /help                 what there is
+  /model NAME           talk to another model; the conversation goes on
+  /system TEXT          set the system message; without TEXT: take it out
+  /params KEY=VALUE …   set parameters; without: show them
+  /new                  begin anew
+  /save FILE            write the conversation as JSON
+  /quit                 leave, as Ctrl-D does
+
+\b
+A line that ends with a backslash goes on in the next one; lines between two lines of
+\"\"\" are one message. Ctrl-C stops the answer, and not the conversation.
+"""
+
+
+def _flag(text: str, *names: str, metavar: str | None = None) -> Any:
+    return typer.Option(*names, help=text, metavar=metavar, show_default=False)
+
+
+def chat(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="A model of the deployment, or a source; with --url, a model of the server.",
+        ),
+    ] = None,
+    config: Annotated[Path | None, CONFIG_OPTION] = None,
+    url: Annotated[
+        str | None, _flag("Talk to the server at this URL.", "--url", metavar="URL")
+    ] = None,
+    key: Annotated[
+        str | None,
+        typer.Option(
+            "--key",
+            help="The server's API key.",
+            metavar="KEY",
+            envvar="ENGINEROOM_API_KEY",
+            show_default=False,
+        ),
+    ] = None,
+    system: Annotated[str | None, _flag("A system message.", "--system", "-s")] = None,
+    max_new_tokens: Annotated[
+        str | None,
+        _flag(
+            "Most tokens of an answer, or 'none'.  [default: 1024]",
+            "--max-new-tokens",
+            "-n",
+            metavar="N|none",
+        ),
+    ] = None,
+    temperature: Annotated[
+        float | None, _flag("0 (greedy) to 2.  [default: 0.7]", "--temperature", "-t")
+    ] = None,
+    seed: Annotated[int | None, _flag("The same seed, the same answer.", "--seed")] = None,
+    runtime: Annotated[
+        str | None, _flag("Load the source with this runtime.", "--runtime", metavar="NAME")
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        _flag(
+            "An option of the runtime for a source; may be repeated.",
+            "--option",
+            "-o",
+            metavar="KEY=VALUE",
+        ),
+    ] = None,
+) -> None:
+    """Talk with a model. The answers are streamed, and what was said is remembered."""
+    params = {
+        "max_new_tokens": max_new_tokens or "1024",
+        "temperature": temperature,
+        "seed": seed,
+    }
+    make_params(params)  # what is wrong is told before anything is loaded
+    talker: Talker
+    if url is not None:
+        if config is not None or runtime is not None or option:
+            raise CommandError("--config, --runtime and --option do not go with --url")
+        talker = ServerTalker(url, key)
+        model = model or "default"
+    else:
+        if model is None:
+            raise CommandError("give a MODEL, or a server with --url URL")
+        options = parse_options(option or [])
+        target = resolve(model, config, runtime, options)
+        warn_of_quarantined(target.registry)
+        talker = LocalTalker(target)
+        model = target.model_id
+    with talker:
+        ChatSession(talker, model, system, params).run()

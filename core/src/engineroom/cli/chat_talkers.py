@@ -1,0 +1,176 @@
+"""Who ``engineroom chat`` talks to: a service in this process, or a server."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, closing
+from types import TracebackType
+from typing import Any, Protocol
+
+from engineroom.cli.output import CommandError
+from engineroom.cli.resolve import Target
+from engineroom.errors import ConfigurationError, EngineRoomError, InferenceError
+from engineroom.schemas import ChatMessage, GenerationParams, InferenceRequest
+from engineroom.service import LLMInferenceService
+from engineroom.streams import StreamError
+
+__all__ = ["LocalTalker", "ServerTalker", "Talker"]
+
+
+class Talker(Protocol):
+    """Answers conversations. A context manager: leaving it gives everything back."""
+
+    def __enter__(self) -> Talker: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+    def models(self) -> list[str]:
+        """Names that ``/model`` takes."""
+
+    def answer(
+        self, model: str, messages: Sequence[ChatMessage], params: GenerationParams
+    ) -> Generator[str, None, None]:
+        """The answer piece by piece. Closing the iterator stops the work.
+
+        :raises EngineRoomError: it failed.
+        """
+
+
+class LocalTalker:
+    """A service of one's own.
+
+    :param target: the model, and the deployment that has it.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._service = LLMInferenceService(target.manager())
+
+    def __enter__(self) -> LocalTalker:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._service.close_sync(drain_timeout_s=0)
+
+    def models(self) -> list[str]:
+        """The models of the deployment."""
+        found = self._target.deployment.models
+        return [name for model in found for name in (model.model_id, *model.aliases)]
+
+    def answer(
+        self, model: str, messages: Sequence[ChatMessage], params: GenerationParams
+    ) -> Generator[str, None, None]:
+        """See :class:`Talker`."""
+        request = InferenceRequest(model_id=model, messages=list(messages), params=params)
+        with closing(self._service.stream_sync(request)) as stream:
+            for chunk in stream:
+                if isinstance(chunk, StreamError):
+                    raise chunk.error
+                yield chunk
+
+
+class ServerTalker:
+    """A server that has OpenAI's API.
+
+    :param url: where it is, with or without ``/v1``.
+    :param key: its API key, if it wants one.
+    """
+
+    def __init__(self, url: str, key: str | None) -> None:
+        try:
+            import httpx
+        except ModuleNotFoundError as error:
+            raise ConfigurationError(
+                f"--url needs {error.name}, which is not installed; pip install 'engineroom[chat]'"
+            ) from error
+        self._httpx = httpx
+        base = url.rstrip("/").removesuffix("/v1")
+        if not base.startswith(("http://", "https://")):
+            raise CommandError(f"--url {url!r} is no http:// or https:// URL")
+        self._client = httpx.Client(
+            base_url=base,
+            headers={"authorization": f"Bearer {key}"} if key else {},
+            timeout=httpx.Timeout(600.0, connect=10.0),
+        )
+
+    def __enter__(self) -> ServerTalker:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._client.close()
+
+    def models(self) -> list[str]:
+        """The models of the server."""
+        try:
+            answer = self._client.get("/v1/models")
+            self._check(answer)
+            return [str(model["id"]) for model in answer.json()["data"]]
+        except (self._httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+            raise self._failed(error) from error
+
+    def answer(
+        self, model: str, messages: Sequence[ChatMessage], params: GenerationParams
+    ) -> Generator[str, None, None]:
+        """See :class:`Talker`."""
+        body: dict[str, Any] = {
+            "model": model,
+            "stream": True,
+            "messages": [{"role": m.role, "content": m.content} for m in messages],
+            "max_tokens": params.max_new_tokens,
+        }
+        given = params.model_dump(exclude_unset=True, exclude={"max_new_tokens", "do_sample"})
+        body |= {name: value for name, value in given.items() if value is not None}
+        body = {name: value for name, value in body.items() if value is not None}
+        with ExitStack() as stack:
+            try:
+                answer = stack.enter_context(
+                    self._client.stream("POST", "/v1/chat/completions", json=body)
+                )
+                self._check(answer)
+                for line in answer.iter_lines():
+                    if not line.startswith("data: ") or line == "data: [DONE]":
+                        continue
+                    event = json.loads(line.removeprefix("data: "))
+                    if error := event.get("error"):
+                        raise InferenceError(str(error.get("message") or error))
+                    for choice in event.get("choices", ()):
+                        if text := choice["delta"].get("content"):
+                            yield text
+            except (
+                self._httpx.HTTPError, ValueError, KeyError, TypeError, AttributeError,
+            ) as error:  # fmt: skip
+                raise self._failed(error) from error
+
+    def _check(self, answer: Any) -> None:
+        if answer.is_success:
+            return
+        answer.read()
+        try:
+            message = str(answer.json()["error"]["message"])
+        except (ValueError, KeyError, TypeError):
+            message = f"{answer.status_code} {answer.reason_phrase}"
+        raise InferenceError(f"the server says: {message}")
+
+    def _failed(self, error: Exception) -> EngineRoomError:
+        if isinstance(error, EngineRoomError):  # a ConfigurationError is a ValueError
+            return error
+        return InferenceError(
+            f"{self._client.base_url} does not answer as it should: "
+            f"{type(error).__name__}: {error}; is it a server with OpenAI's API?"
+        )

@@ -1,0 +1,167 @@
+"""The application: what every request passes, and which route it takes.
+
+Start reading here. :class:`Front` is the border: it gives each request an id, asks for the key,
+turns errors into answers, and lets nothing else out. Behind it Starlette's router finds the
+:class:`Endpoint`, a coroutine that is given a :class:`~engineroom.server.call.Call`. All of it
+is pure ASGI, so that a client that goes away is noticed wherever its request is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Final
+
+from starlette.exceptions import HTTPException
+from starlette.routing import Route, Router
+
+from engineroom.server import routes
+from engineroom.server.call import Call, ClientGoneError
+from engineroom.server.context import ServerContext
+from engineroom.server.guard import check_admin, check_front, identify
+from engineroom.server.refusals import Refused, stopping
+from engineroom.server.settings import ServerSettings
+from engineroom.service import LLMInferenceService
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+__all__ = ["Front", "ServerContext", "create_app"]
+
+logger = logging.getLogger(__name__)
+
+_CALL: Final = "engineroom.call"
+
+
+class Endpoint:
+    """A route's ASGI application."""
+
+    def __init__(self, route: routes.RouteInfo) -> None:
+        self.route = route
+        self._work: Callable[[Call], Awaitable[None]] = route.endpoint
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        call: Call = scope[_CALL]
+        call.path_params = scope.get("path_params", {})
+        route = self.route
+        if route.access == "admin":
+            check_admin(call)
+        if route.work and call.context.draining:
+            raise stopping()
+        await self._work(call)
+
+
+class Front:
+    """The outermost ASGI application of the project.
+
+    :param context: what the routes share.
+    """
+
+    def __init__(self, context: ServerContext) -> None:
+        self.context = context
+        self.router = Router(
+            [
+                Route(route.path, Endpoint(route), methods=[route.method])
+                for route in routes.all_routes()
+            ],
+            redirect_slashes=False,
+        )
+        self._open = routes.open_paths()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await _lifespan(receive, send)
+            return
+        if scope["type"] != "http":
+            return
+        call = Call(scope, receive, send, self.context)
+        scope[_CALL] = call
+        scope["app"] = self  # so that the router raises what it does not find
+        try:
+            check_front(call)
+            if scope["path"] not in self._open:
+                call.identity = identify(call)
+            await self.router(scope, receive, send)
+        except ClientGoneError:
+            return
+        except Refused as refused:
+            await self._refuse(call, refused)
+        except HTTPException as error:
+            await self._refuse(call, _from_router(call, error))
+        except asyncio.CancelledError:
+            raise
+        except Exception:
+            logger.exception("%s %s failed (request %s)", scope["method"], scope["path"], call.id)
+            await self._refuse(
+                call,
+                Refused(
+                    500,
+                    f"the server failed; its log says why (request {call.id!r})",
+                    "internal_error",
+                    headers={"connection": "close"},
+                ),
+            )
+
+    async def _refuse(self, call: Call, refused: Refused) -> None:
+        if call.started:
+            raise ConnectionAbortedError("the answer had begun; the connection is closed")
+        if call.scope["method"] == "HEAD":
+            await call.answer(refused.status, b"")
+            return
+        await call.refuse(refused)
+
+
+def create_app(service: LLMInferenceService, settings: ServerSettings | None = None) -> ASGIApp:
+    """The server as an ASGI application, for any ASGI server.
+
+    ``engineroom serve`` adds what only the server itself can do: limits of connections and
+    times, and an orderly end.
+
+    :param service: answers the requests; the caller closes it.
+    :param settings: by default those of a server that only this machine reaches.
+    """
+    settings = settings or ServerSettings()
+    front = Front(ServerContext(service, settings))
+    return with_cors(front, settings)
+
+
+def with_cors(front: Front, settings: ServerSettings) -> ASGIApp:
+    """Let pages of the settings' origins use the server."""
+    if not settings.cors_origins:
+        return front
+    from starlette.middleware.cors import CORSMiddleware
+
+    return CORSMiddleware(
+        front,
+        allow_origins=list(settings.cors_origins),
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=["x-request-id", "retry-after"],
+    )
+
+
+async def _lifespan(receive: Any, send: Any) -> None:
+    with contextlib.suppress(asyncio.CancelledError):
+        while True:
+            message = await receive()
+            await send({"type": f"{message['type']}.complete"})
+            if message["type"] == "lifespan.shutdown":
+                return
+
+
+def _from_router(call: Call, error: HTTPException) -> Refused:
+    method, path = call.scope["method"], call.scope["path"]
+    shown = path if len(path) <= 200 else f"{path[:200]}…"
+    if error.status_code == 405:
+        allowed = dict(error.headers or {}).get("Allow", "")
+        return Refused(
+            405,
+            f"{shown} does not take {method}; use {allowed}",
+            "method_not_allowed",
+            headers={"allow": allowed},
+        )
+    return Refused(
+        404, f"there is no {method} {shown}; GET /openapi.json lists the routes", "not_found"
+    )

@@ -1,0 +1,75 @@
+"""``POST /v1/embeddings``: where the model's runtime has them."""
+
+from __future__ import annotations
+
+import base64
+import struct
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from engineroom.errors import EngineRoomError
+from engineroom.schemas import GenerationParams, InferenceRequest
+from engineroom.server.call import Call
+from engineroom.server.exchange import place
+from engineroom.server.fields import ApiRequest, ModelName, parse
+from engineroom.server.refusals import Refused
+
+__all__ = ["EmbeddingsRequest", "embeddings"]
+
+MAX_INPUTS = 2048
+
+
+class EmbeddingsRequest(ApiRequest):
+    """Texts to be turned into vectors."""
+
+    model: ModelName
+    input: str | Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS)]
+    encoding_format: Literal["float", "base64"] | None = None
+    user: str | None = None
+
+    REFUSED: ClassVar[Mapping[str, Collection[Any]]] = {"dimensions": ()}
+
+
+async def embeddings(call: Call) -> None:
+    """Turn texts into vectors."""
+    request = parse(call, EmbeddingsRequest, await call.json())
+    texts = [request.input] if isinstance(request.input, str) else request.input
+    for number, text in enumerate(texts):
+        if not text:
+            raise Refused(400, f"input.{number}: the text is empty", "invalid_value", "input")
+    embed: Callable[[str, Sequence[str]], Awaitable[Any]] | None
+    embed = getattr(call.context.service, "embed", None)
+    if embed is None:
+        raise Refused(501, "this server has no embeddings", "not_implemented")
+    # It takes its place among the others; nothing is generated.
+    placeholder = InferenceRequest(
+        model_id=request.model,
+        prompt="",
+        request_id=call.id,
+        params=GenerationParams(max_new_tokens=1),
+    )
+    async with call.attended(), place(call, [placeholder]) as slot:
+        try:
+            found = await embed(request.model, texts)
+        except EngineRoomError as error:
+            raise call.context.refusal_of(error) from error
+        slot.used = tokens = int(getattr(found, "prompt_tokens", None) or 0)
+    encode = _base64 if request.encoding_format == "base64" else list
+    await call.answer_json(
+        {
+            "object": "list",
+            "model": request.model,
+            "data": [
+                {"object": "embedding", "index": index, "embedding": encode(vector)}
+                for index, vector in enumerate(found.vectors)
+            ],
+            "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+        }
+    )
+
+
+def _base64(vector: Sequence[float]) -> str:
+    """32-bit floats, little-endian, as OpenAI's."""
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()

@@ -1,0 +1,225 @@
+"""``GET /metrics``: Prometheus, filled through the observer hooks like anyone's metrics.
+
+Names are those of :mod:`engineroom.telemetry`'s documentation. What can be asked for is asked
+for when it is scraped (engines' health, models' states); what happens is counted as it happens.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, Final, get_args
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.metrics_core import GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.utils import floatToGoString
+
+from engineroom.hookspecs import hookimpl
+from engineroom.manager import ModelState
+from engineroom.schemas import InferenceRequest, InferenceResponse, LoadedModel
+from engineroom.server.call import Call
+
+if TYPE_CHECKING:
+    from engineroom.server.context import ServerContext
+
+__all__ = ["PrometheusObserver", "metrics"]
+
+PREFIX: Final = "engineroom_"
+_LABELS: Final = ("model_name", "handler")
+_SECONDS: Final = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
+    20.0, 40.0, 80.0, 160.0, 640.0,
+)  # fmt: skip
+_TOKENS: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 50_000, 200_000)
+_STATES: Final = get_args(ModelState)
+
+
+class PrometheusObserver:
+    """Counts what the hooks tell.
+
+    :param context: the server: names of models, engines' health, limits.
+    """
+
+    def __init__(self, context: ServerContext) -> None:
+        self._context = context
+        self.registry = CollectorRegistry(auto_describe=False)
+        self._prompt = self._counter("prompt_tokens", "Tokens read")
+        self._generated = self._counter("generation_tokens", "Tokens written")
+        self._success = self._counter(
+            "request_success", "Requests that ended, by why", "finished_reason"
+        )
+        self._cancelled = self._counter(
+            "requests_cancelled", "Requests whose client went away or that were stopped", "stage"
+        )
+        self._queries = self._counter(
+            "prefix_cache_queries", "Prompt tokens that were looked up in the prefix cache"
+        )
+        self._hits = self._counter(
+            "prefix_cache_hits", "Prompt tokens whose work was not done again"
+        )
+        self._rejections = Counter(
+            f"{PREFIX}admission_rejections", "Requests turned away by a limit", ["reason"],
+            registry=self.registry,
+        )  # fmt: skip
+        self._first = self._histogram(
+            "time_to_first_token_seconds", "From acceptance to the first token", _SECONDS
+        )
+        self._gaps = _Gaps()
+        self.registry.register(self._gaps)
+        self._latency = self._histogram(
+            "e2e_request_latency_seconds", "From acceptance to the end", _SECONDS
+        )
+        self._waited = Histogram(
+            f"{PREFIX}request_queue_time_seconds", "Waited for the server's limits",
+            ["model_name"], registry=self.registry, buckets=_SECONDS,
+        )  # fmt: skip
+        self._prompt_sizes = self._histogram("request_prompt_tokens", "Tokens read", _TOKENS)
+        self._sizes = self._histogram("request_generation_tokens", "Tokens written", _TOKENS)
+        self._loading = self._histogram("model_load_duration_seconds", "Loading", _SECONDS)
+        self.registry.register(_State(context))
+
+    def _counter(self, name: str, text: str, *more: str) -> Counter:
+        return Counter(PREFIX + name, text, [*_LABELS, *more], registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(PREFIX + name, text, _LABELS, registry=self.registry, buckets=buckets)
+
+    def _model(self, name: str) -> str:
+        """A label of bounded number: what is no model has none."""
+        return self._context.canonical(name) or ""
+
+    def render(self) -> bytes:
+        """The text that Prometheus reads."""
+        return generate_latest(self.registry)
+
+    # ── hooks ────────────────────────────────────────────────────────────────────────────────
+
+    @hookimpl
+    def engineroom_request_gaps(
+        self, request: InferenceRequest, handler: str, gaps_s: Sequence[float]
+    ) -> None:
+        """Count the gaps between chunks."""
+        self._gaps.add((self._model(request.model_id), handler), gaps_s)
+
+    @hookimpl
+    def engineroom_request_rejected(self, reason: str) -> None:
+        """Count a request that a limit turned away."""
+        self._rejections.labels(reason).inc()
+
+    @hookimpl
+    def engineroom_request_waited(self, request: InferenceRequest, waited_s: float) -> None:
+        """Observe how long it waited."""
+        self._waited.labels(self._model(request.model_id)).observe(waited_s)
+
+    @hookimpl
+    def engineroom_request_finished(
+        self, request: InferenceRequest, response: InferenceResponse
+    ) -> None:
+        """Count a request by how it ended, with its tokens and times."""
+        labels = (self._model(request.model_id), response.handler or "")
+        prompt, generated = response.prompt_tokens, response.generated_tokens
+        if prompt is not None:
+            self._prompt.labels(*labels).inc(prompt)
+            self._prompt_sizes.labels(*labels).observe(prompt)
+            if response.cached_prompt_tokens is not None:
+                self._queries.labels(*labels).inc(prompt)
+                self._hits.labels(*labels).inc(response.cached_prompt_tokens)
+        if generated is not None:
+            self._generated.labels(*labels).inc(generated)
+            self._sizes.labels(*labels).observe(generated)
+        if response.time_to_first_token_ms is not None:
+            self._first.labels(*labels).observe(response.time_to_first_token_ms / 1000)
+        if response.inference_time_ms is not None:
+            self._latency.labels(*labels).observe(response.inference_time_ms / 1000)
+        reason = response.finish_reason or "error"
+        self._success.labels(*labels, reason).inc()
+        if reason == "cancelled":
+            stage = "decoding" if generated else "waiting" if prompt is None else "prefill"
+            self._cancelled.labels(*labels, stage).inc()
+        if response.error_type == "QueueFullError":
+            self._rejections.labels("engine_queue_full").inc()
+
+    @hookimpl
+    def engineroom_model_loaded(self, loaded_model: LoadedModel, duration_s: float) -> None:
+        """Observe how long loading took."""
+        handler = loaded_model.handler_name or ""
+        self._loading.labels(loaded_model.model_id, handler).observe(duration_s)
+
+
+class _Gaps:
+    """A histogram that takes many values at once: a stream has one for each token."""
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[str, str], list[int]] = {}
+        self._sums: dict[tuple[str, str], float] = {}
+
+    def add(self, labels: tuple[str, str], values: Sequence[float]) -> None:
+        """Count the values."""
+        counts = self._counts.setdefault(labels, [0] * (len(_SECONDS) + 1))
+        below = 0
+        ordered = sorted(values)
+        for place, bound in enumerate(_SECONDS):
+            upto = bisect_right(ordered, bound, below)
+            counts[place] += upto - below
+            below = upto
+        counts[-1] += len(ordered) - below
+        self._sums[labels] = self._sums.get(labels, 0.0) + sum(values)
+
+    def collect(self) -> Iterator[Metric]:
+        """The histogram."""
+        family = HistogramMetricFamily(
+            f"{PREFIX}inter_token_latency_seconds", "Between two chunks of a stream", labels=_LABELS
+        )
+        for labels, counts in self._counts.items():
+            bounds = [*map(floatToGoString, _SECONDS), "+Inf"]
+            buckets = list(zip(bounds, map(float, accumulate(counts)), strict=True))
+            family.add_metric(labels, buckets, self._sums[labels])
+        yield family
+
+
+class _State:
+    """What is asked for when it is scraped."""
+
+    def __init__(self, context: ServerContext) -> None:
+        self._context = context
+
+    def collect(self) -> Iterator[Metric]:
+        """The gauges."""
+        context = self._context
+        running = _gauge("num_requests_running", "Requests that are worked on", _LABELS)
+        waiting = _gauge("num_requests_waiting", "Requests that wait in an engine", _LABELS)
+        cache = _gauge("kv_cache_usage_perc", "Used share of the key/value cache", _LABELS)
+        memory = _gauge("model_memory_bytes", "Memory that a model takes", _LABELS)
+        for model, handler, health in context.health():
+            labels = (model.model_id, handler.name)
+            running.add_metric(labels, health.num_requests_running)
+            waiting.add_metric(labels, health.num_requests_waiting)
+            if health.kv_cache_usage is not None:
+                cache.add_metric(labels, health.kv_cache_usage)
+            if model.memory_bytes is not None:
+                memory.add_metric(labels, model.memory_bytes)
+        state = _gauge("model_state", "1 for the state that it is in", ("model_name", "state"))
+        for status in context.models():
+            for each in _STATES:
+                state.add_metric((status.model_id, each), float(status.state == each))
+        queued = _gauge("server_requests_queued", "Requests that wait for the server's limits", ())
+        queued.add_metric((), context.limiter.queued)
+        failures = Metric(f"{PREFIX}plugin_load_failures", "Plugins in quarantine", "counter")
+        for record in context.service.registry.plugins:
+            if record.status == "quarantined":
+                failures.add_sample(
+                    f"{PREFIX}plugin_load_failures_total", {"plugin": record.name}, 1
+                )
+        yield from (running, waiting, cache, memory, state, queued, failures)
+
+
+def _gauge(name: str, text: str, labels: Iterable[str]) -> Any:
+    return GaugeMetricFamily(PREFIX + name, text, labels=list(labels))
+
+
+async def metrics(call: Call) -> None:
+    """The metrics as text."""
+    observer = call.context.metrics
+    await call.answer(200, observer.render(), ((b"content-type", CONTENT_TYPE_LATEST.encode()),))

@@ -1,0 +1,180 @@
+"""Limits of connections, which no ASGI application can keep: they are below it.
+
+uvicorn's protocols, with a bound on how long headers may take and how large they may get, on how
+long a reader may leave a full buffer unread, and on how many connections there are. A connection
+whose time is up is aborted where closing it would wait for a peer that does not read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, Final
+
+from engineroom.server.frames import dumps
+from engineroom.server.refusals import Refused
+from engineroom.server.settings import ServerSettings
+
+if TYPE_CHECKING:
+
+    class _Base(asyncio.Protocol):
+        """What both of uvicorn's protocols have."""
+
+        transport: asyncio.Transport
+        loop: asyncio.AbstractEventLoop
+        connections: set[Any]
+        cycle: Any
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+        def on_response_complete(self) -> None: ...
+        def timeout_keep_alive_handler(self) -> None: ...
+        def shutdown(self) -> None: ...
+
+else:
+    _Base = object
+
+__all__ = ["guarded_protocol"]
+
+LINGER_S: Final = 5.0
+"""Seconds that a closed connection gets to take what was written."""
+_REASONS: Final = {
+    400: b"Bad Request",
+    408: b"Request Timeout",
+    431: b"Request Header Fields Too Large",
+    503: b"Service Unavailable",
+}
+
+
+def guarded_protocol(settings: ServerSettings) -> type[asyncio.Protocol]:
+    """Uvicorn's fastest protocol that is installed, with the settings' limits."""
+    base: Any
+    try:
+        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol as base  # noqa: N813
+    except ImportError:  # httptools is not installed
+        from uvicorn.protocols.http.h11_impl import H11Protocol as base  # noqa: N813
+    return type("GuardedProtocol", (_Guard, base), {"limits": settings})
+
+
+class _Guard(_Base):
+    """What is added to a protocol of uvicorn's. Relies on its ``transport`` and ``cycle``."""
+
+    limits: ServerSettings
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._ended = False  # the last word was said; what still comes is not read
+        self._head_bytes = 0
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
+        self._linger_timer: asyncio.TimerHandle | None = None
+
+    # ── asyncio's callbacks ──────────────────────────────────────────────────────────────────
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        if len(self.connections) > self.limits.max_connections:
+            self._answer(Refused(503, "the server has too many connections; try again", "too_many"))
+            return
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for timer in (self._head_timer, self._write_timer, self._linger_timer):
+            if timer is not None:
+                timer.cancel()
+        self._head_timer = self._write_timer = self._linger_timer = None
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._ended or self.transport.is_closing():
+            return
+        super().data_received(data)
+        if self._answering():
+            self._head_bytes = 0
+            self._cancel_head()
+            return
+        self._head_bytes += len(data)
+        if self._head_bytes > self.limits.max_header_bytes:
+            limit = self.limits.max_header_bytes
+            self._answer(Refused(431, f"the headers are larger than {limit} bytes", "too_large"))
+        elif self._head_timer is None:
+            self._await_head()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._write_timer is None:
+            self._write_timer = self.loop.call_later(
+                self.limits.write_timeout_s, self.transport.abort
+            )
+
+    def resume_writing(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+        super().resume_writing()
+
+    # ── uvicorn's ────────────────────────────────────────────────────────────────────────────
+
+    def send_400_response(self, msg: str) -> None:
+        self._answer(Refused(400, "this is no HTTP request that can be read", "invalid_http"))
+
+    def on_response_complete(self) -> None:
+        self._head_bytes = 0
+        super().on_response_complete()
+        if self.transport.is_closing():
+            self._linger()
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        self._linger()
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        if self.transport.is_closing():
+            self._linger()
+
+    # ── ours ─────────────────────────────────────────────────────────────────────────────────
+
+    def _answering(self) -> bool:
+        """Whether a request is being answered, so that its headers were whole."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _await_head(self) -> None:
+        self._head_timer = self.loop.call_later(self.limits.header_timeout_s, self._head_is_late)
+
+    def _cancel_head(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _head_is_late(self) -> None:
+        self._head_timer = None
+        if self._answering() or self.transport.is_closing():
+            return
+        if self._head_bytes:
+            limit = self.limits.header_timeout_s
+            self._answer(Refused(408, f"the headers did not arrive within {limit:g} s", "timeout"))
+        elif self.cycle is None:
+            self.transport.close()  # it connected and said nothing
+
+    def _answer(self, refused: Refused) -> None:
+        """Answer without the application, and close."""
+        self._cancel_head()
+        self._ended = True
+        if not self.transport.is_closing() and not self._answering():
+            body = dumps(refused.openai())
+            self.transport.write(
+                b"HTTP/1.1 %d %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\n"
+                b"connection: close\r\n\r\n%b"
+                % (refused.status, _REASONS[refused.status], len(body), body)
+            )
+        # Closed under a client that still writes, the connection would be reset and the answer
+        # be lost: it is ended instead, and what comes is let fall until the client is done.
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        else:
+            self.transport.close()
+        self._linger()
+
+    def _linger(self) -> None:
+        """A peer that does not read must not keep the connection."""
+        if self._linger_timer is None:
+            self._linger_timer = self.loop.call_later(LINGER_S, self.transport.abort)

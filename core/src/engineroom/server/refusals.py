@@ -1,0 +1,174 @@
+"""What a client is told when it does not get what it asked for.
+
+An answer names what was asked and what to do, and tells nothing about the machine: paths are
+taken out of messages, and a failure that nobody foresaw is in the log only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from pydantic import ValidationError
+
+from engineroom.errors import (
+    ConfigurationError,
+    EngineDeadError,
+    EngineRoomError,
+    ModelNotFoundError,
+    NoSuitableHandlerError,
+    QueueFullError,
+    RequestTimeoutError,
+    ResourceNotAvailableError,
+)
+
+__all__ = ["Refused", "refusal", "refused_fields", "stopping", "without_paths"]
+
+_PATH: Final = re.compile(
+    r"(?<![\w/.:<])(?:~?/[\w.@+-]+(?:/[\w.@+~-]*)+|[A-Za-z]:[\\/][^\s'\",;]+|\\\\[^\s'\",;]+)"
+)
+_MAX_SHOWN: Final = 80
+RETRY_AFTER_S: Final = 1
+
+_TYPES: Final[Mapping[int, str]] = {
+    401: "authentication_error",
+    403: "permission_error",
+    408: "timeout_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    501: "server_error",
+    503: "service_unavailable_error",
+}
+_ANTHROPIC_TYPES: Final[Mapping[int, str]] = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "api_error",
+    501: "api_error",
+    503: "overloaded_error",
+}
+
+
+@dataclass(eq=False)
+class Refused(Exception):  # noqa: N818 - it is an answer, and is raised to give it
+    """An answer that is not what was asked for.
+
+    :param status: the HTTP status.
+    :param message: what was asked, what was found, what to do.
+    :param code: a word for programs, as OpenAI's ``error.code``.
+    :param param: the field that it is about.
+    :param retry_after_s: when to try again.
+    :param headers: further headers.
+    """
+
+    status: int
+    message: str
+    code: str | None = None
+    param: str | None = None
+    retry_after_s: int | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """OpenAI's ``error.type``."""
+        return _TYPES.get(self.status, "invalid_request_error")
+
+    def openai(self) -> dict[str, Any]:
+        """OpenAI's error object."""
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.kind,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+    def anthropic(self, request_id: str) -> dict[str, Any]:
+        """Anthropic's error object."""
+        kind = _ANTHROPIC_TYPES.get(self.status, "invalid_request_error")
+        return {
+            "type": "error",
+            "error": {"type": kind, "message": self.message},
+            "request_id": request_id,
+        }
+
+
+def refusal(error: EngineRoomError, *, load_failed: bool = False) -> Refused:
+    """What a client is told of an error of the service.
+
+    :param load_failed: the model could not be loaded, which is no fault of the request.
+    """
+    message = without_paths(error.describe())
+    if isinstance(error, ModelNotFoundError) and not load_failed:
+        return Refused(404, message, "model_not_found", "model")
+    if isinstance(error, QueueFullError):
+        return Refused(429, message, "queue_full", retry_after_s=RETRY_AFTER_S)
+    if isinstance(error, RequestTimeoutError):
+        return Refused(408, message, "request_timeout")
+    if isinstance(error, EngineDeadError):
+        return Refused(503, _hidden("the model's engine has ended", error), "engine_dead")
+    if load_failed or isinstance(error, NoSuitableHandlerError):
+        return Refused(503, _hidden("the model could not be loaded", error), "model_not_loaded")
+    if isinstance(error, ResourceNotAvailableError):
+        return Refused(503, message, "unavailable", retry_after_s=RETRY_AFTER_S)
+    if isinstance(error, ConfigurationError):
+        return Refused(400, message, "invalid_request")
+    return Refused(500, _hidden("the model failed while it worked on the request", error), "failed")
+
+
+def stopping() -> Refused:
+    """What a client is told while the server stops."""
+    return Refused(
+        503,
+        "the server is stopping; send the request to another, or again later",
+        "draining",
+        retry_after_s=5,
+        headers={"connection": "close"},
+    )
+
+
+def refused_fields(error: ValidationError, names: Mapping[str, str] | None = None) -> Refused:
+    """What a client is told of fields that are not as they should be; the first by name.
+
+    :param names: what the API calls a field of the schema.
+    """
+    problems: list[str] = []
+    first: str | None = None
+    for problem in error.errors(include_url=False, include_context=False):
+        loc = [str(part) for part in problem["loc"] if not _is_branch(part)]
+        if loc and names:
+            loc[0] = names.get(loc[0], loc[0])
+        where = ".".join(loc) or "the request"
+        first = first or (loc[0] if loc else None)
+        shown = _shown(problem.get("input"))
+        problems.append(f"{where}: {problem['msg'].removeprefix('Value error, ')}{shown}")
+    more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+    return Refused(400, "; ".join(problems[:5]) + more, "invalid_value", first)
+
+
+def _is_branch(part: object) -> bool:
+    """Whether a step of a location names a branch of a union rather than a field."""
+    return isinstance(part, str) and bool(re.search(r"[\[\](]|^(str|int|float|bool)$", part))
+
+
+def _shown(value: object) -> str:
+    if not isinstance(value, str | int | float | bool):
+        return ""
+    text = repr(value)
+    return f" (it is {text})" if len(text) <= _MAX_SHOWN else ""
+
+
+def _hidden(what: str, error: EngineRoomError) -> str:
+    of = f" (request {error.request_id!r})" if error.request_id else ""
+    return f"{what}; the server's log says why{of}"
+
+
+def without_paths(text: str) -> str:
+    """The text with ``<path>`` for each path of this machine."""
+    return _PATH.sub("<path>", text)

