@@ -32,15 +32,18 @@ HEAVY = {
 }
 
 LAYERS = [
-    {"errors", "suggestions"},
-    {"schemas", "text", "sources"},
+    {"errors", "suggestions", "units", "memory", "machine"},
+    {"schemas", "text", "sources", "meter"},
     {"hookspecs", "options"},
     {"handler"},
     {"generation", "plugins", "api", "validation", "telemetry"},
     {"registry", "mailbox"},
-    {"config"},
+    {"config", "survey"},
+    {"entries", "reload"},
+    {"room"},
+    {"loading", "plan"},
     {"manager"},
-    {"scope"},
+    {"scope", "triggers"},
     {"streams"},
     {"blocking"},
     {"service"},

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
         DeploymentConfig,
         load_deployment,
     )
+    from engineroom.entries import (
+        ModelStatus,
+        VariantOutcome,
+    )
     from engineroom.errors import (
         ConfigurationError,
         EngineDeadError,
@@ -57,15 +61,26 @@ if TYPE_CHECKING:
     from engineroom.manager import (
         LLMModelManager,
         ModelSource,
-        ModelStatus,
+        PreloadProgress,
+    )
+    from engineroom.memory import (
+        DeviceMemory,
     )
     from engineroom.options import (
         parse_options,
+    )
+    from engineroom.plan import (
+        Plan,
+        PlannedModel,
+        PlannedVariant,
     )
     from engineroom.registry import (
         DispatchReport,
         HandlerRegistry,
         HandlerVerdict,
+    )
+    from engineroom.reload import (
+        ReloadReport,
     )
     from engineroom.schemas import (
         ChatMessage,
@@ -99,6 +114,9 @@ if TYPE_CHECKING:
     from engineroom.text import (
         TextPipeline,
     )
+    from engineroom.triggers import (
+        reloading,
+    )
 
 __all__ = [
     "API_VERSION",
@@ -106,6 +124,7 @@ __all__ = [
     "ChatMessage",
     "ConfigurationError",
     "DeploymentConfig",
+    "DeviceMemory",
     "DispatchReport",
     "EngineDeadError",
     "EngineRoomError",
@@ -129,7 +148,12 @@ __all__ = [
     "ModelStatus",
     "ModelVariant",
     "NoSuitableHandlerError",
+    "Plan",
+    "PlannedModel",
+    "PlannedVariant",
+    "PreloadProgress",
     "QueueFullError",
+    "ReloadReport",
     "RequestLogger",
     "RequestTimeoutError",
     "ResourceNotAvailableError",
@@ -140,11 +164,13 @@ __all__ = [
     "TokenHandler",
     "TokenLogprob",
     "TokenStep",
+    "VariantOutcome",
     "deliver",
     "did_you_mean",
     "hookimpl",
     "load_deployment",
     "parse_options",
+    "reloading",
     "request_logger",
     "resolve_source",
 ]
@@ -175,7 +201,15 @@ _MODULES: Final = {
     "deliver": "mailbox",
     "LLMModelManager": "manager",
     "ModelSource": "manager",
-    "ModelStatus": "manager",
+    "ModelStatus": "entries",
+    "VariantOutcome": "entries",
+    "PreloadProgress": "manager",
+    "DeviceMemory": "memory",
+    "Plan": "plan",
+    "PlannedModel": "plan",
+    "PlannedVariant": "plan",
+    "ReloadReport": "reload",
+    "reloading": "triggers",
     "parse_options": "options",
     "DispatchReport": "registry",
     "HandlerRegistry": "registry",
