@@ -34,7 +34,7 @@ HEAVY = {
 LAYERS = [
     {"errors", "suggestions", "units", "memory", "machine"},
     {"schemas", "text", "sources", "meter"},
-    {"hookspecs", "options"},
+    {"hookspecs", "options", "hub"},
     {"handler"},
     {"generation", "plugins", "api", "validation", "telemetry"},
     {"registry", "mailbox"},

@@ -107,7 +107,7 @@ def make_plan(
     """
     shadows = {entry: _shadow(entry, deployment) for entry in entries}
     ledger = account.copy(lambda owner: shadows.get(owner, owner))  # type: ignore[call-overload]
-    room = Room(ledger, lambda: shadows.values(), lambda *_: None)
+    room = Room(ledger, shadows.values, lambda *_: None)
     models = [shadow for shadow in shadows.values() if not shadow.retired]
     actions: dict[str, PlannedModel] = {}
     for place, model in enumerate(models):
