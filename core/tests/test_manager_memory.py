@@ -225,6 +225,23 @@ async def test_no_more_go_than_must():
     assert states(manager) == {"a": "ready", "b": "unloaded", "c": "ready", "d": "ready"}
 
 
+async def test_nobody_more_goes_while_what_is_enough_is_going():
+    handler = FakeSizedHandler(gated=("unload",))
+    manager = manager_of(
+        *(model(name, 5) for name in "abc"), memory={"cpu": 10}, handlers=[handler]
+    )
+    await use(manager, "a", "b")
+    waiting = asyncio.create_task(manager.load("c"))
+    await until(lambda: ("unload", "a") in handler.gates)
+    for _ in range(5):
+        manager._room.kick()
+        await asyncio.sleep(0)
+    assert states(manager) == {"a": "draining", "b": "ready", "c": "loading"}
+    handler.end("unload", "a")
+    await waiting
+    assert states(manager)["b"] == "ready"
+
+
 async def test_a_leased_model_is_never_unloaded_and_the_request_waits():
     handler = FakeSizedHandler()
     manager = manager_of(
@@ -406,8 +423,15 @@ async def test_a_grant_that_nobody_takes_is_given_back():
         await until(lambda: states(manager)["a"] == "draining")
         entry = manager._entries["b"]
         ticket = manager._room._tickets[0]
-        ticket.future.add_done_callback(lambda _: entry.task.cancel())
-    manager._closed = True
+        pump = manager._room.pump
+
+        def pump_and_cancel():
+            pump()
+            if ticket.granted:
+                entry.task.cancel()  # before it has heard of it
+                manager._closed = True
+
+        manager._room.pump = pump_and_cancel
     with pytest.raises(ResourceNotAvailableError, match="closed"):
         await waiting
     assert manager._account.holding(entry) == {}
@@ -501,6 +525,28 @@ async def test_what_an_unload_does_not_give_back_is_logged_counted_and_shown(cap
     assert "'a' did not give back 1.0 GiB on cpu" in caplog.text
     assert observer.unloaded == [{"cpu": GIB}]
     assert cpu(manager).not_returned == GIB and cpu(manager).free == 9 * GIB
+
+
+async def test_what_stayed_behind_and_is_used_again_is_not_counted_twice():
+    manager, _ = leaking()
+    handler = manager.registry.get("sized")
+    load_model = handler.load_model
+
+    async def reusing(config):
+        loaded = await load_model(config)
+        if handler.loads["a"] > 1:
+            handler.meter.usage["cpu"] -= GIB
+        return loaded
+
+    async def keeping(loaded_model, unload_model=handler.unload_model):
+        await unload_model(loaded_model)
+        handler.meter.usage["cpu"] += GIB
+
+    handler.load_model, handler.unload_model = reusing, keeping
+    for _ in range(5):
+        await manager.load("a")
+        await manager.unload("a")
+    assert cpu(manager).not_returned == GIB
 
 
 async def test_an_unload_that_gives_all_back_says_nothing(caplog):

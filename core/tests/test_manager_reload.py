@@ -389,10 +389,10 @@ async def test_the_plan_says_why():
     (m,) = plan.models
     assert (m.action, m.runtime, m.memory) == ("preload", "good", {"cpu": 4})
     assert [v.verdict for v in m.variants] == ["refused", "refused", "chosen", "possible"]
-    assert "pip install" in m.variants[0].reason and "needs 0 MiB" in m.variants[1].reason
+    assert "pip install" in m.variants[0].reason and "needs 40 B" in m.variants[1].reason
     assert [v.memory_from for v in m.variants] == ["unknown", "estimate", "estimate", "unknown"]
-    assert "m: preload, good with 0 MiB on cpu" in str(plan)
-    assert "cpu: 0 MiB of 0 MiB" in str(plan)
+    assert "m: preload, good with 4 B on cpu" in str(plan)
+    assert "cpu: 4 B of 10 B" in str(plan)
 
 
 async def test_the_plan_tells_of_waiting():

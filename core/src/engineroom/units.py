@@ -107,10 +107,15 @@ Duration: TypeAlias = Annotated[
 
 
 def format_size(count: int | None) -> str:
-    """Bytes in GiB, or in MiB where that is little; ``None``: not known."""
+    """Bytes in GiB, or in what is less where that is little; ``None``: not known."""
     if count is None:
         return "unknown"
-    return f"{count / 2**30:.1f} GiB" if abs(count) >= 2**30 else f"{count / 2**20:.0f} MiB"
+    if abs(count) >= 2**30:
+        return f"{count / 2**30:.1f} GiB"
+    for unit, size in (("MiB", 2**20), ("KiB", 2**10)):
+        if abs(count) >= size:
+            return f"{count / size:.0f} {unit}"
+    return f"{count} B"
 
 
 def format_duration(seconds: float) -> str:
