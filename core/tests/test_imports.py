@@ -42,6 +42,7 @@ LAYERS = [
     {"entries", "reload"},
     {"room"},
     {"loading", "plan"},
+    {"lives"},
     {"manager"},
     {"scope", "triggers"},
     {"streams"},

@@ -437,6 +437,26 @@ async def test_a_grant_that_nobody_takes_is_given_back():
     assert manager._account.holding(entry) == {}
 
 
+def test_a_manager_outlives_the_loop_that_it_was_used_on():
+    """What a loop had left to do when it ended does not keep the next one from going on."""
+    manager = manager_of(model("a", 8), model("b", 8), memory={"cpu": 10})
+
+    async def first():
+        await manager.load("a")
+        manager._room.kick()  # the loop ends before it comes to it
+
+    async def second():
+        async with manager.lease("a"):
+            waiting = asyncio.create_task(manager.load("b"))
+            await until(lambda: states(manager)["a"] == "draining")
+        async with asyncio.timeout(10):
+            await waiting
+        await manager.close()
+
+    asyncio.run(first())
+    asyncio.run(second())
+
+
 async def test_closing_ends_the_waits():
     manager = manager_of(model("a", 8), model("b", 8), memory={"cpu": 10})
     lease = manager.lease("a")

@@ -70,7 +70,7 @@ class Room:
         self._evict = evict
         self._clock = clock
         self._tickets: list[_Ticket] = []
-        self._kicked = False
+        self._kicked: asyncio.AbstractEventLoop | None = None  # one that has ended does not count
         self._timer: asyncio.TimerHandle | None = None
 
     async def acquire(self, entry: ModelEntry, need: Mapping[str, int], deadline: float) -> None:
@@ -101,9 +101,15 @@ class Room:
 
     def kick(self) -> None:
         """Something changed: look who can go on, when the loop comes to it."""
-        if not self._kicked:
-            self._kicked = True
-            asyncio.get_running_loop().call_soon(self._pump_kicked)
+        loop = asyncio.get_running_loop()
+        if self._kicked is not loop:
+            self._kicked = loop
+            loop.call_soon(self._pump_kicked)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether anybody waits for memory."""
+        return bool(self._tickets)
 
     def close(self, error: EngineRoomError) -> None:
         """Refuse everyone who waits."""
@@ -170,7 +176,7 @@ class Room:
     # ── turns ────────────────────────────────────────────────────────────────────────────────
 
     def _pump_kicked(self) -> None:
-        self._kicked = False
+        self._kicked = None
         self.pump()
 
     def pump(self) -> None:
