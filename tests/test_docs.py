@@ -255,8 +255,8 @@ def rows(title: str) -> dict[str, list[str]]:
         ("llama.cpp options", LlamaCppOptions),
         ("Transformers options", HfTransformersOptions),
         ("Testing", EchoOptions),
-        ("Models", ModelConfig),
-        ("Models", DeploymentConfig),
+        ("Keys of a model", ModelConfig),
+        ("Keys of the deployment", DeploymentConfig),
     ],
 )
 def test_the_defaults_are_those_of_the_code(title: str, schema: Any) -> None:

@@ -111,7 +111,7 @@ def test_what_is_documented_is_there(title: str) -> None:
 def test_there_is_something_to_compare() -> None:
     names = {name for _, name in METHODS}
     assert {"can_handle", "infer", "stream_infer", "generate_tokens", "count_tokens"} <= names
-    assert sum(name.startswith("engineroom_") for name in names) == 8
+    assert sum(name.startswith("engineroom_") for name in names) == 10
     assert rendered(InferenceHandler.can_load) == (
         "def can_load(self, config: ModelConfig) -> bool:\n    ..."
     )

@@ -25,11 +25,11 @@ from engineroom.testing import EchoHandler, EchoModel
 
 
 async def until(predicate: Callable[[], bool], what: str = "") -> None:
-    """Let the loop turn until something is so."""
-    for _ in range(2000):
+    """Let the loop turn until something is so; threads get their time, too."""
+    for turn in range(2000):
         if predicate():
             return
-        await asyncio.sleep(0)
+        await asyncio.sleep(0 if turn < 200 else 0.001)
     raise AssertionError(f"never came to be: {what or predicate}")
 
 
@@ -44,6 +44,8 @@ class Recorder:
         self.rejected: list[tuple[InferenceRequest, str]] = []
         self.waited: list[tuple[InferenceRequest, float]] = []
         self.gaps: list[tuple[InferenceRequest, str, tuple[float, ...]]] = []
+        self.transitions: list[tuple[str, str, str, str]] = []
+        self.reloads: list[object] = []
         self.order: list[str] = []
         self.ended = asyncio.Event()
 
@@ -79,6 +81,14 @@ class Recorder:
     def engineroom_model_unloaded(self, loaded_model, duration_s):
         self.unloaded.append((loaded_model, duration_s))
         self.order.append("unloaded")
+
+    @hookimpl
+    def engineroom_model_state_changed(self, model_id, old_state, new_state, reason):
+        self.transitions.append((model_id, old_state, new_state, reason))
+
+    @hookimpl
+    def engineroom_deployment_reloaded(self, report):
+        self.reloads.append(report)
 
     @property
     def reasons(self) -> list[str | None]:
@@ -217,6 +227,30 @@ class Source:
 
 def echo_config(model_id: str = "echo", **options) -> ModelConfig:
     return ModelConfig(model_id=model_id, source="echo:", options=options)
+
+
+class FakeMeter:
+    """Stands for the machine: has the memory that a test says, uses what it says."""
+
+    def __init__(self, **capacity: int) -> None:
+        self.capacities = capacity
+        self.usage: dict[str, int] = {}
+
+    def capacity(self, device):
+        return self.capacities.get(device)
+
+    def used(self, devices):
+        return {device: self.usage[device] for device in devices if device in self.usage}
+
+
+def without_threads(manager: LLMModelManager) -> LLMModelManager:
+    """Let what blocks be done on the loop at once: then every run takes the same way."""
+
+    async def at_once(call):
+        return call()
+
+    manager._loader._in_thread = manager._in_thread = at_once
+    return manager
 
 
 class Bench:

@@ -104,6 +104,10 @@ def test_a_deployment_of_nothing_has_the_defaults() -> None:
         "handlers": None,
         "disabled_handlers": [],
         "on_unsupported": "error",
+        "memory": {},
+        "keep_alive": None,
+        "load_timeout_s": 120.0,
+        "fallback": True,
     }
 
 
@@ -518,3 +522,51 @@ def test_the_nearest_name_is_suggested() -> None:
 @pytest.mark.parametrize("known", [[], ["models"]])
 def test_no_name_is_suggested_where_none_is_near(known: list[str]) -> None:
     assert did_you_mean("xyzzy", known) == ""
+
+
+# ── memory and times ─────────────────────────────────────────────────────────────────────────
+
+
+def test_memory_and_times_are_written_as_people_write_them() -> None:
+    config = parse_deployment(
+        "memory: {cpu: 16GiB, 'cuda:0': unlimited}\nkeep_alive: 5m\nload_timeout_s: 1.5\n"
+        "models:\n  - {model_id: a, source: x, keep_alive: forever, memory: {cpu: 500MB}}\n"
+        "  - {model_id: b, variants: [{source: x, memory: {'cuda:0': 1}}], keep_alive: 0}\n"
+    )
+    assert config.memory == {"cpu": 16 << 30, "cuda:0": None}
+    assert (config.keep_alive, config.load_timeout_s) == (300, 1.5)
+    a, b = config.models
+    assert (a.keep_alive, a.memory) == (float("inf"), {"cpu": 500_000_000})
+    assert (b.keep_alive, b.choices()[0].memory) == (0, {"cuda:0": 1})
+
+
+def test_every_mistake_about_memory_and_times_is_named_with_its_line() -> None:
+    text = """\
+memory: {cpu: 16Gx, "cuda:0": -1}
+keep_alive: soon
+load_timeout_s: -1
+fallback: perhaps
+models:
+  - model_id: a
+    source: x
+    memory: {cuda: 3}
+    priority: 101
+    keep_alive: -5
+  - model_id: b
+    memory: {cpu: 1}
+    variants: [{source: x}]
+"""
+    with pytest.raises(ConfigurationError) as caught:
+        parse_deployment(text, "d.yaml")
+    lines = str(caught.value).splitlines()
+    assert [line.split(": ")[0] for line in lines] == [
+        f"d.yaml:{number}" for number in (1, 1, 2, 3, 4, 8, 9, 10, 11)
+    ]
+    for line, said in zip(
+        lines,
+        ("'Gx' is no unit", "must be a size", "must be a duration", "greater than or equal to 0",
+         "boolean", "'cuda' is no device; write cpu, or cuda:0", "less than or equal to 100",
+         "must be a duration", "give either variants"),
+        strict=True,
+    ):  # fmt: skip
+        assert said in line

@@ -6,7 +6,14 @@ import asyncio
 import logging
 
 import pytest
-from core_doubles import GateHandler, PlainHandler, bare_registry, echo_config, until
+from core_doubles import (
+    GateHandler,
+    PlainHandler,
+    bare_registry,
+    echo_config,
+    until,
+    without_threads,
+)
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -545,7 +552,7 @@ class ModelsLife(RuleBasedStateMachine):
         logging.getLogger("engineroom").setLevel(logging.CRITICAL)
         self.loop = asyncio.new_event_loop()
         self.handler = Ledger()
-        self.manager = managed(self.handler)
+        self.manager = without_threads(managed(self.handler))
         self.tasks: list[asyncio.Task] = []
         self.held: dict[asyncio.Task, LoadedModel] = {}
         self.cancelled: set[asyncio.Task] = set()

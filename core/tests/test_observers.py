@@ -235,7 +235,9 @@ async def test_an_observer_that_raises_is_logged_and_harms_nothing(stream, error
     await bench.service.close()
     assert last.order == bench.recorder.order == ["started", "loaded", "finished", "unloaded"]
     records = [r for r in caplog.records if r.name == "engineroom.registry"]
-    assert len(records) == len(hooks) and all(r.exc_info for r in records)
+    told = [*last.order, *last.transitions, *last.gaps]
+    assert len(records) == len(told) and all(r.exc_info for r in records)
+    assert len(last.transitions) == 4  # loading, ready, draining, unloaded
     assert all("'plugin:bad' failed in engineroom_" in r.getMessage() for r in records)
 
 

@@ -527,8 +527,13 @@ def test_the_defaults_of_a_model() -> None:
         "options": {},
         "aliases": [],
         "variants": [],
+        "memory": None,
         "preload": True,
         "pinned": False,
+        "priority": 0,
+        "keep_alive": None,
+        "load_timeout_s": None,
+        "fallback": None,
     }
 
 

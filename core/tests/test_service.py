@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import pytest
 from core_doubles import (
@@ -844,3 +845,50 @@ async def test_an_allow_list_that_names_nothing_installed_refuses_requests(monke
     assert response.error_type == "ConfigurationError"
     assert "no_such_runtime" in response.error_message
     assert service.num_requests == 0
+
+
+# ── what blocks ──────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_neither_finding_plugins_nor_estimating_holds_up_the_loop(stream, monkeypatch):
+    mine, seen = threading.get_ident(), {}
+
+    def installed():
+        seen["plugins"] = threading.get_ident()
+        return []
+
+    class Estimating(EchoHandler):
+        def estimate_memory(self, config):
+            seen["estimate"] = threading.get_ident()
+
+        def can_load(self, config):
+            seen["can_load"] = threading.get_ident()
+            return super().can_load(config)
+
+    monkeypatch.setattr("engineroom.registry.installed_plugins", installed)
+    bench = Bench(Estimating(), echo_config())
+    if stream:
+        assert await drained(bench.service.stream(bench.request("a b"))) == ["a", " b"]
+    else:
+        assert (await bench.service.infer(bench.request("a b"))).generated_text == "a b"
+    assert set(seen) == {"plugins", "estimate", "can_load"}
+    assert mine not in seen.values()
+
+
+async def test_requests_that_come_while_plugins_are_found_wait_for_them(monkeypatch):
+    found, entered = threading.Event(), threading.Event()
+
+    def installed():
+        entered.set()
+        assert found.wait(10)
+        return []
+
+    monkeypatch.setattr("engineroom.registry.installed_plugins", installed)
+    bench = Bench(EchoHandler(), echo_config())
+    tasks = [asyncio.create_task(bench.service.infer(bench.request("a"))) for _ in range(3)]
+    await until(entered.is_set)
+    assert bench.service.num_requests == 0 and not bench.recorder.started
+    found.set()
+    assert [r.generated_text for r in await asyncio.gather(*tasks)] == ["a"] * 3
+    assert len(bench.recorder.started) == 3

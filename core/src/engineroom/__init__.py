@@ -30,6 +30,10 @@ if TYPE_CHECKING:
         load_deployment,
     )
     from engineroom.decode_loop import CPU_LOOP, DecodeLoop, default_threads
+    from engineroom.entries import (
+        ModelStatus,
+        VariantOutcome,
+    )
     from engineroom.errors import (
         ConfigurationError,
         EngineDeadError,
@@ -60,15 +64,26 @@ if TYPE_CHECKING:
     from engineroom.manager import (
         LLMModelManager,
         ModelSource,
-        ModelStatus,
+        PreloadProgress,
+    )
+    from engineroom.memory import (
+        DeviceMemory,
     )
     from engineroom.options import (
         parse_options,
+    )
+    from engineroom.plan import (
+        Plan,
+        PlannedModel,
+        PlannedVariant,
     )
     from engineroom.registry import (
         DispatchReport,
         HandlerRegistry,
         HandlerVerdict,
+    )
+    from engineroom.reload import (
+        ReloadReport,
     )
     from engineroom.schemas import (
         ChatMessage,
@@ -103,6 +118,9 @@ if TYPE_CHECKING:
     from engineroom.text import (
         TextPipeline,
     )
+    from engineroom.triggers import (
+        reloading,
+    )
 
 __all__ = [
     "API_VERSION",
@@ -113,6 +131,7 @@ __all__ = [
     "ConfigurationError",
     "DecodeLoop",
     "DeploymentConfig",
+    "DeviceMemory",
     "DispatchReport",
     "Embeddings",
     "EngineDeadError",
@@ -139,7 +158,12 @@ __all__ = [
     "ModelStatus",
     "ModelVariant",
     "NoSuitableHandlerError",
+    "Plan",
+    "PlannedModel",
+    "PlannedVariant",
+    "PreloadProgress",
     "QueueFullError",
+    "ReloadReport",
     "RequestLogger",
     "RequestTimeoutError",
     "ResourceNotAvailableError",
@@ -150,12 +174,14 @@ __all__ = [
     "TokenHandler",
     "TokenLogprob",
     "TokenStep",
+    "VariantOutcome",
     "default_threads",
     "deliver",
     "did_you_mean",
     "hookimpl",
     "load_deployment",
     "parse_options",
+    "reloading",
     "request_logger",
     "resolve_source",
 ]
@@ -192,7 +218,15 @@ _MODULES: Final = {
     "deliver": "mailbox",
     "LLMModelManager": "manager",
     "ModelSource": "manager",
-    "ModelStatus": "manager",
+    "ModelStatus": "entries",
+    "VariantOutcome": "entries",
+    "PreloadProgress": "manager",
+    "DeviceMemory": "memory",
+    "Plan": "plan",
+    "PlannedModel": "plan",
+    "PlannedVariant": "plan",
+    "ReloadReport": "reload",
+    "reloading": "triggers",
     "parse_options": "options",
     "DispatchReport": "registry",
     "HandlerRegistry": "registry",

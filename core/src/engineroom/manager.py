@@ -1,9 +1,13 @@
 """The models of a deployment: loaded once, leased to requests, never unloaded under one.
 
 A model is ``unloaded``, ``loading``, ``ready``, ``draining`` (to be unloaded as soon as its last
-lease is given back) or ``failed`` (the next request tries again). All state belongs to the event
-loop; loads and unloads are tasks of the manager's own, so that a caller who is cancelled harms
-nobody who waits for the same model.
+lease is given back) or ``failed`` (the next request tries again). Loads and unloads are tasks of
+the manager's own, so that a caller who is cancelled harms nobody who waits for the same model.
+What blocks (plugins, files, measurements) is done in threads.
+
+Here is what a deployment is to its users. The states are in :mod:`engineroom.lives`, who holds how
+much memory in :mod:`engineroom.memory`, who waits for it and who has to go in
+:mod:`engineroom.room`.
 """
 
 from __future__ import annotations
@@ -12,33 +16,37 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol
 
 from pydantic import ValidationError
 
 from engineroom.config import DeploymentConfig, load_deployment
+from engineroom.entries import ModelEntry, ModelState, ModelStatus
 from engineroom.errors import (
     ConfigurationError,
+    EngineDeadError,
     EngineRoomError,
-    InferenceError,
     ModelNotFoundError,
     ResourceNotAvailableError,
 )
-from engineroom.handler import InferenceHandler
+from engineroom.lives import ModelLives
+from engineroom.memory import DeviceMemory
+from engineroom.meter import MachineMeter, MemoryMeter
 from engineroom.options import problems
+from engineroom.plan import Plan, make_plan
 from engineroom.registry import DispatchReport, HandlerRegistry
+from engineroom.reload import ReloadReport, compare, load_settled
 from engineroom.schemas import LoadedModel, ModelConfig
 from engineroom.suggestions import did_you_mean
 
-__all__ = ["LLMModelManager", "ModelSource", "ModelState", "ModelStatus"]
+__all__ = ["LLMModelManager", "ModelSource", "ModelState", "ModelStatus", "PreloadProgress"]
 
 logger = logging.getLogger(__name__)
-
-ModelState: TypeAlias = Literal["unloaded", "loading", "ready", "draining", "failed"]
 
 
 class ModelSource(Protocol):
@@ -52,60 +60,23 @@ class ModelSource(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class ModelStatus:
-    """A model as :meth:`LLMModelManager.list_models` shows it.
+class PreloadProgress:
+    """A step of :meth:`LLMModelManager.load_configured_models`.
 
-    :param leases: requests that hold it now.
-    :param last_used: ``time.monotonic()`` of the last release; ``None``: never used.
-    :param error: why it failed, where ``state`` is ``failed``.
+    :param number: which of the models to load it is, from 1.
+    :param total: how many there are.
+    :param step: ``loading`` (it begins), ``ready``, ``skipped`` (it does not fit beside those
+        before it, and is loaded with its first request) or ``failed``.
+    :param seconds: what it took.
+    :param detail: why it was skipped or failed.
     """
 
     model_id: str
-    state: ModelState
-    aliases: tuple[str, ...] = ()
-    source: str = ""
-    runtime: str | None = None
-    leases: int = 0
-    last_used: float | None = None
-    memory_bytes: int | None = None
-    max_context_tokens: int | None = None
-    error: str | None = None
-
-
-class _Entry:
-    """One model: its configuration and everything about it that changes."""
-
-    __slots__ = (
-        "config",
-        "error",
-        "handler",
-        "last_used",
-        "leases",
-        "loaded",
-        "state",
-        "task",
-        "waiters",
-    )
-
-    def __init__(self, config: ModelConfig) -> None:
-        self.config = config
-        self.state: ModelState = "unloaded"
-        self.loaded: LoadedModel | None = None
-        self.handler: InferenceHandler | None = None
-        self.leases = 0
-        self.last_used: float | None = None
-        self.error: EngineRoomError | None = None
-        self.task: asyncio.Task[Any] | None = None
-        self.waiters: list[asyncio.Future[None]] = []
-
-    def release(self) -> None:
-        self.leases -= 1
-        self.last_used = time.monotonic()
-        if self.leases == 0:
-            for waiter in self.waiters:
-                if not waiter.done():
-                    waiter.set_result(None)
-            self.waiters.clear()
+    number: int
+    total: int
+    step: Literal["loading", "ready", "skipped", "failed"]
+    seconds: float = 0.0
+    detail: str = ""
 
 
 class _Lease(AbstractAsyncContextManager[LoadedModel]):
@@ -116,14 +87,11 @@ class _Lease(AbstractAsyncContextManager[LoadedModel]):
     def __init__(self, manager: LLMModelManager, model_id: str) -> None:
         self._manager = manager
         self._model_id = model_id
-        self._entry: _Entry | None = None
+        self._entry: ModelEntry | None = None
 
     async def __aenter__(self) -> LoadedModel:
-        entry = self._manager._find(self._model_id)
-        while entry.state != "ready" or entry.loaded is None:
-            await self._manager._become_ready(entry)
-        # No await since the state was seen: nobody can have begun to unload it.
-        entry.leases += 1
+        entry = await self._manager._obtain(self._model_id, lease=True)
+        assert entry.loaded is not None
         self._entry = entry
         return entry.loaded
 
@@ -135,10 +103,10 @@ class _Lease(AbstractAsyncContextManager[LoadedModel]):
     ) -> None:
         entry, self._entry = self._entry, None
         if entry is not None:
-            entry.release()
+            self._manager._release(entry, dead=isinstance(error, EngineDeadError))
 
 
-class LLMModelManager:
+class LLMModelManager(ModelLives):
     """Owns the life of every model of a deployment.
 
     :param config_path: the deployment file; without it and ``config``, the file that
@@ -146,6 +114,7 @@ class LLMModelManager:
     :param config: the deployment as an object, a mapping of the same shape, or a list of models.
     :param registry: the handlers that load models; ``None``: those that are installed, as the
         deployment's ``handlers`` says.
+    :param meter: how memory is measured; ``None``: on this machine.
     :raises ConfigurationError: both or neither were given, or the deployment has mistakes.
     """
 
@@ -155,18 +124,19 @@ class LLMModelManager:
         config: DeploymentConfig | Mapping[str, Any] | Sequence[ModelConfig] | None = None,
         *,
         registry: HandlerRegistry | None = None,
+        meter: MemoryMeter | None = None,
     ) -> None:
         if config_path is not None and config is not None:
             raise ConfigurationError("give config_path or config, not both")
-        self.config = load_deployment(config_path) if config is None else _as_deployment(config)
+        self._path = config_path
+        self._from_file = config is None
+        deployment = load_deployment(config_path) if config is None else _as_deployment(config)
+        super().__init__(deployment, meter or MachineMeter())
         self._registry = registry
-        self._entries = {model.model_id: _Entry(model) for model in self.config.models}
-        self._names = {
-            name: entry
-            for entry in self._entries.values()
-            for name in (entry.config.model_id, *entry.config.aliases)
-        }
-        self._closed = False
+        self._entries = {m.model_id: ModelEntry(m, self.config) for m in self.config.models}
+        self._names = self._by_name()
+        self._background: set[asyncio.Task[Any]] = set()
+        self._reloading = asyncio.Lock()
 
     @property
     def registry(self) -> HandlerRegistry:
@@ -191,9 +161,28 @@ class LLMModelManager:
 
     # ── looking ──────────────────────────────────────────────────────────────────────────────
 
+    @property
+    def config_path(self) -> str | os.PathLike[str] | None:
+        """The deployment file, as it was given; ``None``: the one that ``ENGINEROOM_CONFIG`` names.
+
+        :raises ConfigurationError: the deployment came from no file.
+        """
+        if not self._from_file:
+            raise ConfigurationError(
+                "the manager was made without a deployment file; give the deployment itself"
+            )
+        return self._path
+
     def list_models(self) -> list[ModelStatus]:
         """Every model of the deployment and how it is."""
-        return [_status(entry) for entry in self._entries.values()]
+        return [entry.status(self._account.holding(entry)) for entry in self._entries.values()]
+
+    def memory(self) -> tuple[DeviceMemory, ...]:
+        """The account of every device: its budget, who holds what, what was not given back.
+
+        A budget that is detected is not known before the first load that needs the device.
+        """
+        return self._account.report()
 
     def get_config(self, model_id: str) -> ModelConfig:
         """The model's configuration. :raises ModelNotFoundError: there is no such model."""
@@ -209,13 +198,36 @@ class LLMModelManager:
     def explain(self, model_id: str) -> DispatchReport:
         """Which handler runs the model (or would load it), and why no other.
 
+        Of a model with variants that was loaded, or failed to, it also tells what became of each.
+        Blocks as long as the handlers look at the source: call it in a thread where that counts.
+
         :raises ModelNotFoundError: there is no such model.
         """
         entry = self._find(model_id)
         if entry.loaded is not None:
-            return self.registry.explain(entry.loaded)
-        reports = [self.registry.explain(choice) for choice in entry.config.choices()]
-        return next((report for report in reports if report.chosen is not None), reports[0])
+            report = self.registry.explain(entry.loaded)
+        else:
+            reports = [self.registry.explain(choice) for choice in entry.config.choices()]
+            report = next((report for report in reports if report.chosen is not None), reports[0])
+        if len(entry.outcomes) > 1:
+            notes = tuple(
+                f"variant {number}, {o.runtime or 'auto'} from {o.source}: {o.outcome}"
+                + (f" ({o.reason})" if o.reason else "")
+                for number, o in enumerate(entry.outcomes, 1)
+            )
+            report = report.with_notes(notes)
+        return report
+
+    async def plan(self) -> Plan:
+        """What would be loaded, where, with what memory, and what would have to go for it.
+
+        Nothing is loaded. Models that are loaded count as they are.
+        """
+        entries = [*self._entries.values(), *self._retired]
+        surveys = {}
+        for entry in self._entries.values():
+            surveys[entry.config.model_id] = await self._loader.survey(entry, self.registry)
+        return make_plan(self.config, entries, surveys, self._account)
 
     # ── loading and unloading ────────────────────────────────────────────────────────────────
 
@@ -225,32 +237,39 @@ class LLMModelManager:
         :raises ModelNotFoundError: there is no such model (on entering, as all errors).
         :raises ConfigurationError: its file or its options are wrong.
         :raises NoSuitableHandlerError: no installed handler loads it.
+        :raises ResourceNotAvailableError: there is no room for it, and there was none for
+            ``load_timeout_s``.
         """
         return _Lease(self, model_id)
 
-    async def load_configured_models(self) -> None:
-        """Load every model that has ``preload``, one after another.
+    async def load(self, model_id: str) -> LoadedModel:
+        """Load a model; many callers share one load. Raises as :meth:`lease`."""
+        entry = await self._obtain(model_id, lease=False)
+        assert entry.loaded is not None
+        return entry.loaded
 
+    async def load_configured_models(
+        self, progress: Callable[[PreloadProgress], None] | None = None
+    ) -> None:
+        """Load every model that has ``preload`` and fits beside those before it, one by one.
+
+        One that does not fit is left to its first request.
+
+        :param progress: is told before and after each model.
         :raises EngineRoomError: the first failure; the models that load are kept, and the
             others are tried again with their first request.
         """
+        wanted = [entry for entry in self._entries.values() if entry.config.preload]
         failed: EngineRoomError | None = None
-        for entry in self._entries.values():
-            if entry.config.preload:
-                try:
-                    await self.load(entry.config.model_id)
-                except EngineRoomError as error:
-                    logger.error("preload of %r failed: %s", entry.config.model_id, error)
-                    failed = failed or error
+        for number, entry in enumerate(wanted, 1):
+            step = partial(PreloadProgress, entry.config.model_id, number, len(wanted))
+            try:
+                await self._preload(entry, step, progress or (lambda _: None))
+            except EngineRoomError as error:
+                logger.error("preload of %r failed: %s", entry.config.model_id, error)
+                failed = failed or error
         if failed is not None:
             raise failed
-
-    async def load(self, model_id: str) -> LoadedModel:
-        """Load a model; many callers share one load. Raises as :meth:`lease`."""
-        entry = self._find(model_id)
-        while entry.state != "ready" or entry.loaded is None:
-            await self._become_ready(entry)
-        return entry.loaded
 
     async def unload(self, model_id: str, timeout_s: float | None = None) -> None:
         """Unload a model as soon as nobody holds it. One that is not loaded stays so.
@@ -258,19 +277,34 @@ class LLMModelManager:
         :param timeout_s: seconds to wait for its leases; ``None``: without end.
         :raises ResourceNotAvailableError: it was still held then; it goes on serving.
         """
-        entry = self._find(model_id)
-        while (task := entry.task) is not None and not task.done():
-            unloading = entry.state == "draining"
-            done, _ = await asyncio.wait([task], timeout=timeout_s if unloading else None)
-            if not done:
-                raise _still_held(entry, timeout_s)
-            # Another caller's patience may have ended before ours: then it is ready again.
-            if unloading and (entry.state != "ready" or task.exception() is None):
-                task.result()
-                return
-        if entry.state == "ready":
-            entry.state = "draining"  # from here on requests wait, and then load it anew
-            await self._own(entry, self._unload(entry, timeout_s))
+        await self._unload_entry(self._find(model_id), timeout_s)
+
+    async def reload(
+        self,
+        deployment: str
+        | os.PathLike[str]
+        | DeploymentConfig
+        | Mapping[str, Any]
+        | Sequence[ModelConfig]
+        | None = None,
+    ) -> ReloadReport:
+        """Put another deployment in the place of this one, without breaking a running request.
+
+        Models that are gone or made from something else are unloaded as soon as their running
+        requests end; new requests get the new ones at once. The rest stays loaded.
+
+        :param deployment: a file, or the deployment itself; ``None``: the manager's own file.
+        :raises ConfigurationError: it has mistakes; then nothing changes.
+        """
+        async with self._reloading:
+            if self._closed:
+                raise ResourceNotAvailableError("the model manager is closed; nothing was reloaded")
+            if deployment is None or isinstance(deployment, str | os.PathLike):
+                path = self.config_path if deployment is None else deployment
+                new = await self._in_thread(lambda: load_settled(path))
+            else:
+                new = _as_deployment(deployment)
+            return self._apply(new)
 
     async def close(self) -> None:
         """Unload everything. Loads that go on are stopped, leases are waited for; afterwards
@@ -279,128 +313,115 @@ class LLMModelManager:
         :raises EngineRoomError: the first failure; the other models are unloaded nevertheless.
         """
         self._closed = True
+        self._room.close(ResourceNotAvailableError("the model manager is closed"))
+        for task in self._background:
+            task.cancel()
         failed: EngineRoomError | None = None
-        for entry in self._entries.values():
+        for entry in list(self._all_entries()):
+            entry.cancel_timer()
             if entry.state == "loading" and entry.task is not None:
                 entry.task.cancel()
                 await asyncio.wait([entry.task])
             try:
-                await self.unload(entry.config.model_id)
+                await self._unload_entry(entry)
             except EngineRoomError as error:
                 logger.error("unloading %r failed: %s", entry.config.model_id, error)
                 failed = failed or error
+        if self._background:
+            await asyncio.wait(self._background)
         if failed is not None:
             raise failed
 
-    async def _drain(self, entry: _Entry, timeout_s: float | None) -> None:
-        released = asyncio.get_running_loop().create_future()
-        entry.waiters.append(released)
-        try:
-            async with asyncio.timeout(timeout_s):
-                await released
-        except TimeoutError as error:
-            raise _still_held(entry, timeout_s) from error
-        finally:
-            if released in entry.waiters:
-                entry.waiters.remove(released)
-
-    async def _become_ready(self, entry: _Entry) -> None:
-        """Take part in the load that goes on, or begin one. The state is to be seen again."""
-        if self._closed:
-            raise _closed(entry.config.model_id)
-        if entry.task is not None and not entry.task.done():
-            unloading = entry.state == "draining"
-            try:
-                await asyncio.shield(entry.task)
-            except EngineRoomError:
-                if not unloading:
-                    raise
-            return
-        entry.state = "loading"
-        await self._own(entry, self._load(entry))
-
-    async def _own(self, entry: _Entry, work: Awaitable[None]) -> None:
-        """Run ``work`` to its end whatever becomes of the caller."""
-        task = asyncio.ensure_future(work)
-        task.add_done_callback(_retrieve)
-        entry.task = task
-        await asyncio.shield(task)
-
-    async def _load(self, entry: _Entry) -> None:
+    async def _preload(
+        self,
+        entry: ModelEntry,
+        step: Callable[..., PreloadProgress],
+        progress: Callable[[PreloadProgress], None],
+    ) -> None:
         started = time.perf_counter()
         model_id = entry.config.model_id
+        if not entry.usable:
+            candidates = await self._loader.survey(entry, self.registry)
+            fitting = [c for c in candidates if c.error is None]
+            if any(self._room.fits_ever(entry, c.need) for c in fitting) and all(
+                self._account.lacking(c.need) for c in fitting
+            ):
+                detail = "it does not fit beside the others; its first request loads it"
+                logger.info("model %r is not loaded ahead: %s", model_id, detail)
+                progress(step("skipped", time.perf_counter() - started, detail))
+                return
+        progress(step("loading"))
         try:
-            config, handler = self._choose(entry.config)
-            logger.info("loading model %r with %s from %s", model_id, handler.name, config.source)
-            loaded = await _typed(
-                handler, "load_model", model_id, lambda: handler.load_model(config)
-            )
-            if not isinstance(loaded, LoadedModel):
-                raise InferenceError(
-                    f"handler {handler.name!r}: load_model returned {type(loaded).__name__} "
-                    "instead of a LoadedModel; mend the plugin"
-                )
+            await self.load(model_id)
         except EngineRoomError as error:
-            entry.state, entry.error = "failed", error.with_context(model_id=model_id)
+            progress(step("failed", time.perf_counter() - started, error.describe()))
             raise
-        except asyncio.CancelledError as error:
-            entry.state = "unloaded"
-            if self._closed:
-                raise _closed(model_id) from error
-            raise
-        except BaseException:
-            entry.state = "unloaded"
-            raise
-        if loaded.handler_name is None:
-            loaded.handler_name = handler.name
-        entry.loaded, entry.handler, entry.error = loaded, handler, None
-        entry.state = "ready"
-        duration = time.perf_counter() - started
-        logger.info("model %r is ready after %.1f s", model_id, duration)
-        self.registry.notify("engineroom_model_loaded", loaded_model=loaded, duration_s=duration)
+        progress(step("ready", time.perf_counter() - started))
 
-    def _choose(self, config: ModelConfig) -> tuple[ModelConfig, InferenceHandler]:
-        """The first variant whose runtime is there, and its handler."""
-        reasons: list[EngineRoomError] = []
-        for choice in config.choices():
+    # ── another deployment ───────────────────────────────────────────────────────────────────
+
+    def _apply(self, new: DeploymentConfig) -> ReloadReport:
+        old, report = self.config, compare(self.config, new)
+        self.config = new
+        for device in {*old.memory, *new.memory}:
+            if device in new.memory:
+                self._account.set_budget(device, new.memory[device])
+            else:
+                self._account.forget_budget(device)
+        running = {
+            name
+            for name in report.changed
+            if self._entries[name].usable or self._entries[name].state == "loading"
+        }
+        entries = {}
+        for model in new.models:
+            entry = self._entries.get(model.model_id)
+            if entry is None or model.model_id in report.changed:
+                entry = ModelEntry(model, new)
+            else:
+                entry.configure(model, new)
+            entries[model.model_id] = entry
+        leaving = [entry for name, entry in self._entries.items() if entries.get(name) is not entry]
+        self._entries = entries
+        self._names = self._by_name()
+        for entry in leaving:
+            self._retire(entry)
+        for name in report.adjusted:
+            if not self._entries[name].leases:
+                self._idle(self._entries[name], just_used=False)
+        logger.info("the deployment was reloaded: %s", report)
+        self.registry.notify("engineroom_deployment_reloaded", report=report)
+        ahead = [n for n in report.added if entries[n].config.preload] + sorted(running)
+        if ahead:
+            self._spawn(self._load_ahead(ahead))
+        self._room.kick()
+        return report
+
+    async def _load_ahead(self, names: Sequence[str]) -> None:
+        for name in names:
             try:
-                return choice, self.registry.select_loader(choice)
+                await self.load(name)
             except EngineRoomError as error:
-                reasons.append(error)
-        if len(reasons) == 1:
-            raise reasons[0]
-        raise ConfigurationError(
-            f"none of the {len(reasons)} variants of model {config.model_id!r} can be loaded: "
-            + "; ".join(reason.message for reason in reasons),
-            model_id=config.model_id,
-        ) from reasons[0]
+                logger.error("loading %r after the reload failed: %s", name, error.describe())
 
-    async def _unload(self, entry: _Entry, timeout_s: float | None) -> None:
-        if entry.leases:
-            try:
-                await self._drain(entry, timeout_s)
-            except BaseException:
-                entry.state = "ready"
-                raise
-        loaded, handler = entry.loaded, entry.handler
-        assert loaded is not None and handler is not None
-        started = time.perf_counter()
-        model_id = entry.config.model_id
-        entry.loaded = entry.handler = None
-        try:
-            await _typed(handler, "unload_model", model_id, lambda: handler.unload_model(loaded))
-        except EngineRoomError as error:
-            entry.state, entry.error = "failed", error
-            raise
-        except BaseException:
-            entry.state = "unloaded"
-            raise
-        entry.state = "unloaded"
-        duration = time.perf_counter() - started
-        logger.info("model %r was unloaded in %.1f s", model_id, duration)
-        self.registry.notify("engineroom_model_unloaded", loaded_model=loaded, duration_s=duration)
+    # ── small things ─────────────────────────────────────────────────────────────────────────
 
-    def _find(self, model_id: str) -> _Entry:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    def _all_entries(self) -> Iterable[ModelEntry]:
+        return [*self._entries.values(), *self._retired]
+
+    def _by_name(self) -> dict[str, ModelEntry]:
+        return {
+            name: entry
+            for entry in self._entries.values()
+            for name in (entry.config.model_id, *entry.config.aliases)
+        }
+
+    def _find(self, model_id: str) -> ModelEntry:
         try:
             return self._names[model_id]
         except KeyError:
@@ -410,61 +431,6 @@ class LLMModelManager:
                 f"{did_you_mean(model_id, self._names)}",
                 model_id=model_id,
             ) from None
-
-
-async def _typed(
-    handler: InferenceHandler, method: str, model_id: str, call: Callable[[], Awaitable[Any]]
-) -> Any:
-    """Call foreign code; whatever it raises comes out typed, with its traceback in the log."""
-    try:
-        return await call()
-    except EngineRoomError:
-        raise
-    except (Exception, asyncio.CancelledError) as error:
-        task = asyncio.current_task()
-        if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
-            raise  # not the handler's own doing
-        logger.exception("handler %r: %s failed for model %r", handler.name, method, model_id)
-        raise InferenceError(
-            f"handler {handler.name!r}: {method} failed: {type(error).__name__}: {error}",
-            model_id=model_id,
-        ) from error
-
-
-def _closed(model_id: str) -> ResourceNotAvailableError:
-    return ResourceNotAvailableError(
-        f"the model manager is closed; model {model_id!r} is not loaded", model_id=model_id
-    )
-
-
-def _still_held(entry: _Entry, timeout_s: float | None) -> ResourceNotAvailableError:
-    return ResourceNotAvailableError(
-        f"model {entry.config.model_id!r} was still held by {entry.leases} requests "
-        f"after {timeout_s} s; it was not unloaded; wait for them or cancel them",
-        model_id=entry.config.model_id,
-    )
-
-
-def _retrieve(task: asyncio.Future[Any]) -> None:
-    # Every waiter may have been cancelled; the entry keeps the error for the next one.
-    if not task.cancelled():
-        task.exception()
-
-
-def _status(entry: _Entry) -> ModelStatus:
-    loaded, config = entry.loaded, entry.config
-    return ModelStatus(
-        model_id=config.model_id,
-        state=entry.state,
-        aliases=tuple(config.aliases),
-        source=(loaded.config if loaded else config.choices()[0]).source or "",
-        runtime=loaded.handler_name if loaded else config.runtime,
-        leases=entry.leases,
-        last_used=entry.last_used,
-        memory_bytes=loaded.memory_bytes if loaded else None,
-        max_context_tokens=loaded.max_context_tokens if loaded else None,
-        error=entry.error.describe() if entry.error else None,
-    )
 
 
 def _as_deployment(

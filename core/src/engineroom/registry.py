@@ -15,7 +15,7 @@ import os
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -66,16 +66,23 @@ class DispatchReport:
 
     :param question: ``can_handle`` for a loaded model, ``can_load`` for one that is not.
     :param chosen: name of the handler that is used; ``None``: there is none.
+    :param notes: what became of each of a model's variants, where it was loaded.
     """
 
     model_id: str
     question: Literal["can_handle", "can_load"]
     verdicts: tuple[HandlerVerdict, ...]
     chosen: str | None
+    notes: tuple[str, ...] = ()
+
+    def with_notes(self, notes: tuple[str, ...]) -> DispatchReport:
+        """The same report with these lines at its end."""
+        return replace(self, notes=notes)
 
     def __str__(self) -> str:
         lines = [f"{self.model_id}: {self.question} → {self.chosen or 'no handler'}"]
         lines += [f"  {v.handler}: {v.verdict} ({v.reason})" for v in self.verdicts]
+        lines += [f"  {note}" for note in self.notes]
         return "\n".join(lines)
 
 
@@ -134,6 +141,7 @@ class HandlerRegistry:
         self._records: list[PluginRecord] = []
         self._pending = discover
         self._checked = not discover  # all names of the allow-list are there
+        self._discovered = not discover
         self._choices: WeakKeyDictionary[LoadedModel, InferenceHandler] = WeakKeyDictionary()
 
     # ── what there is ────────────────────────────────────────────────────────────────────────
@@ -160,13 +168,21 @@ class HandlerRegistry:
                 return handler
         raise ConfigurationError(f"handler {name!r} {self._why_not(name)}")
 
+    @property
+    def discovered(self) -> bool:
+        """Whether :meth:`discover` has nothing left to do, so that it returns at once."""
+        return self._discovered
+
     def discover(self) -> None:
         """Import the installed plugins that may be used. Happens once, when first needed.
 
+        Reads files and imports modules: call it in a thread where there is an event loop.
         A plugin that fails is quarantined and logged; the others work.
 
         :raises ConfigurationError: the allow-list names a handler that is not installed.
         """
+        if self._discovered:
+            return
         with self._lock:
             if self._pending:
                 self._pending = False
@@ -180,6 +196,7 @@ class HandlerRegistry:
                     self._order[self._explicit :] = found
             if not self._checked:
                 self._check_allow_list()
+            self._discovered = True
 
     def _check_allow_list(self) -> None:
         installed = [r.name for r in self._records if r.group == HANDLER_GROUP]

@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from engineroom.errors import EngineRoomError, error_class
+from engineroom.units import DeviceSizes, Duration
 
 __all__ = [
     "FINISH_REASONS",
@@ -73,7 +74,7 @@ def _can_be_encoded(value: str) -> str:
     return value
 
 
-def _no_booleans(value: Any) -> Any:
+def no_booleans(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError(f"must be a number, not {value}")
     return value
@@ -83,8 +84,8 @@ Identifier = Annotated[
     str, Field(min_length=1, max_length=256), AfterValidator(_no_control_characters)
 ]
 Text = Annotated[str, AfterValidator(_can_be_encoded)]
-_Int = Annotated[int, BeforeValidator(_no_booleans)]
-_Float = Annotated[float, BeforeValidator(_no_booleans), Field(allow_inf_nan=False)]
+_Int = Annotated[int, BeforeValidator(no_booleans)]
+_Float = Annotated[float, BeforeValidator(no_booleans), Field(allow_inf_nan=False)]
 
 
 class _Schema(BaseModel):
@@ -311,6 +312,8 @@ class ModelVariant(_FrozenSchema):
     source: Annotated[str, Field(min_length=1)]
     runtime: Identifier | None = None
     options: dict[str, Any] = Field(default_factory=dict)
+    memory: DeviceSizes | None = None
+    """What it takes of each device; ``None``: as its runtime estimates."""
 
 
 class ModelConfig(_FrozenSchema):
@@ -327,16 +330,27 @@ class ModelConfig(_FrozenSchema):
     """Other names that requests may use."""
     variants: list[ModelVariant] = Field(default_factory=list)
     """Several ways to run it, in order of preference, instead of ``source`` and ``runtime``."""
+    memory: DeviceSizes | None = None
+    """What it takes of each device, ``{"cpu": "2GiB"}``; ``None``: as its runtime estimates."""
     preload: bool = True
     """Load it in ``load_configured_models()`` rather than with its first request."""
     pinned: bool = False
     """Never unload it to make room for another."""
+    priority: Annotated[int, BeforeValidator(no_booleans), Field(ge=-100, le=100)] = 0
+    """Of the models that could go to make room, those of a lower priority go first."""
+    keep_alive: Duration | None = None
+    """Seconds that it stays loaded without a request (``5m``, ``forever``, ``0``: it goes at
+    once); ``None``: as the deployment."""
+    load_timeout_s: Annotated[float, BeforeValidator(no_booleans), Field(ge=0)] | None = None
+    """Seconds that its requests wait for room to load it; ``None``: as the deployment."""
+    fallback: bool | None = None
+    """Try the next variant where one fails to load; ``None``: as the deployment."""
 
     @model_validator(mode="after")
     def _has_a_source(self) -> ModelConfig:
-        if self.variants and (self.source or self.runtime or self.options):
+        if self.variants and (self.source or self.runtime or self.options or self.memory):
             raise ValueError(
-                "give either variants, or source with runtime and options; both were given"
+                "give either variants, or source with runtime, options and memory; both were given"
             )
         if not self.variants and not self.source:
             raise ValueError("give a source (a path, hf:owner/name or package:module/file)")
@@ -350,6 +364,7 @@ class ModelConfig(_FrozenSchema):
                     "source": v.source,
                     "runtime": v.runtime,
                     "options": v.options,
+                    "memory": v.memory,
                     "variants": [],
                 }
             )

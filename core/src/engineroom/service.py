@@ -116,6 +116,7 @@ class LLMInferenceService:
         scope = RequestScope(request)
         scope.begin()
         try:
+            await self._discover()
             self._admit(scope)
             async with self._source.lease(request.model_id) as loaded_model:
                 handler, warnings = self._choose(scope, loaded_model)
@@ -290,6 +291,7 @@ class LLMInferenceService:
         gaps: list[float] | None = None
         closing = False  # nothing may be yielded any more
         try:
+            await self._discover()
             self._admit(scope)
             async with self._source.lease(scope.request.model_id) as loaded_model:
                 handler, warnings = self._choose(scope, loaded_model)
@@ -364,6 +366,11 @@ class LLMInferenceService:
             )
         return _completed(scope, handler, response, warnings, entered)
 
+    async def _discover(self) -> None:
+        """Have the plugins found, off the loop; observers, too, are to see the first request."""
+        if not self.registry.discovered:
+            await asyncio.to_thread(self.registry.discover)
+
     def _admit(self, scope: RequestScope) -> None:
         """Count the request in, or refuse it at once."""
         if self._closed:
@@ -376,7 +383,6 @@ class LLMInferenceService:
                 "(max_requests); send it again later"
             )
         self._portal.bind()
-        self.registry.discover()  # observers, too, are to see the first request
         self._running.add(scope)
         request = scope.request
         scope.arm(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import engineroom.cli.doctor as doctor_module
-import engineroom.cli.machine as machine
+import engineroom.machine as machine
 
 DEPLOYMENT = """\
 models:

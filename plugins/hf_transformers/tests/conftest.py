@@ -8,12 +8,15 @@ import importlib.metadata
 import importlib.util
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # for hf_benches.py, whatever the import mode
 
 TEMPLATE = (
     "{% for m in messages %}"

@@ -9,10 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from engineroom_hf_transformers import HfTransformersOptions, HuggingFaceTransformersHandler
-from engineroom_hf_transformers.engine import HfEngine, Task
-from engineroom_hf_transformers.loading import Parts, load_parts
-
 from engineroom import (
     EngineRoomError,
     GenerationParams,
@@ -22,6 +18,9 @@ from engineroom import (
     LLMModelManager,
     ModelConfig,
 )
+from engineroom_hf_transformers import HfTransformersOptions, HuggingFaceTransformersHandler
+from engineroom_hf_transformers.engine import HfEngine, Task
+from engineroom_hf_transformers.loading import Parts, load_parts
 
 DRIVEN = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "mistral", "gpt2")
 """Tiny models whose cache the engine drives."""

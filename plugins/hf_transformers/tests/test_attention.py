@@ -197,9 +197,7 @@ def test_chunks_of_prompts(how: dict[str, object], cached: list[int], counts: li
 @example(seed=0, slots=[0, 1], cached=[0, 0, 0, 0, 0, 0], counts=[], window=1, how=KERNELS[0])
 @given(
     seed=st.integers(0, 1000),
-    slots=st.permutations(range(6)).flatmap(
-        lambda p: st.integers(1, 6).map(lambda n: list(p[:n]))
-    ),
+    slots=st.permutations(range(6)).flatmap(lambda p: st.integers(1, 6).map(lambda n: list(p[:n]))),
     cached=st.lists(st.integers(0, 35), min_size=6, max_size=6),
     counts=st.lists(st.integers(1, 12), max_size=4),
     window=st.none() | st.integers(1, 50),
@@ -217,7 +215,11 @@ def test_any_step(
     decoding = max(0, len(slots) - len(counts))
     sizes = [1] * decoding + counts[: len(slots) - decoding]
     scene = Scene(
-        seed, slots, cached[: len(slots)], sizes, **(how | {"window": window})  # type: ignore[arg-type]
+        seed,
+        slots,
+        cached[: len(slots)],
+        sizes,
+        **(how | {"window": window}),  # type: ignore[arg-type]
     )
     scene.check(decoding)
 
@@ -272,13 +274,18 @@ def test_what_is_not_known_is_refused(name: str) -> None:
     function = registered(name)
     call = Scene(7, [0], [0], [5]).call
     with attention.driving(Recorder()):
-        for module, more in ((Module(), {"position_bias": 1}), (type("M", (Module,), {"is_causal": False})(), {})):
+        for module, more in (
+            (Module(), {"position_bias": 1}),
+            (type("M", (Module,), {"is_causal": False})(), {}),
+        ):
             with pytest.raises(attention.UnsupportedAttentionError):
                 function(module, call.query, call.key, call.value, None, **more)  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("name", list(attention.NAMES.values()))
-def test_outside_of_a_step_it_computes_what_transformers_does_with_caps_and_sinks(name: str) -> None:
+def test_outside_of_a_step_it_computes_what_transformers_does_with_caps_and_sinks(
+    name: str,
+) -> None:
     function = registered(name)
     for how in ({}, {"softcap": 3.0}, {"sinks": True}):
         scene = Scene(8, [0], [0], [9], **how)  # type: ignore[arg-type]

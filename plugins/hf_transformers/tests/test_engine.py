@@ -46,7 +46,7 @@ def models(tiny: Callable[[str], Path]) -> Iterator[Tiny]:
 
 @pytest.fixture
 async def make(tiny: Callable[[str], Path]) -> AsyncIterator[Make]:
-    """Make services over a tiny model; options are those of the model. All are closed at the end."""
+    """Make services over a tiny model, with options of it. All are closed at the end."""
     benches: list[Bench] = []
 
     async def build(kind: str = "llama", **changes: Any) -> Bench:
@@ -750,7 +750,7 @@ async def test_an_engine_closed_by_itself_tells_its_requests(models: Tiny) -> No
     beams = rig.send(rig.tokens("a"), ask(max_new_tokens=None, num_beams=2))
     queued = rig.send(rig.tokens("b"))
     await running.mailbox.get()
-    await until(lambda: generate_threads())
+    await until(generate_threads)
     await asyncio.to_thread(rig.engine.close)
     for task in (running, beams, queued):
         answer = await rig.read(task)

@@ -153,7 +153,7 @@ def test_a_draw_falls_where_the_contract_puts_it(
     likely = np.where(likely < SMALLEST * likely.max(), 0.0, likely)
     order = np.argsort(-likely, kind="stable") if found.truncates else np.arange(row.size)
     counts = {kept(likely, params, slack) for slack in (-1e-5, 0.0, 1e-5)}
-    assume(not any(0 < abs(a - b) for a in counts for b in counts))  # rounding decides
+    assume(not any(abs(a - b) > 0 for a in counts for b in counts))  # rounding decides
     left = likely[order[: counts.pop()]]
     place = int(np.flatnonzero(order == token)[0])
     assert place < len(left)

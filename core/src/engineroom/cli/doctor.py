@@ -14,17 +14,18 @@ from typing import Annotated, Any, Final
 import typer
 
 from engineroom.cli import EXIT_FAILED
-from engineroom.cli.machine import cgroup_limits, cpu, devices, memory
-from engineroom.cli.output import size, write, write_json
+from engineroom.cli.output import write, write_json
 from engineroom.cli.plugins import in_order, plugin_facts, plugin_table
 from engineroom.cli.resolve import deployment_or_none, registry_for
 from engineroom.cli.run import CONFIG_OPTION
 from engineroom.config import CONFIG_VARIABLE, DeploymentConfig
 from engineroom.errors import EngineRoomError
+from engineroom.machine import cgroup_limits, cpu, devices, memory
 from engineroom.manager import LLMModelManager
 from engineroom.plugins import HANDLER_GROUP, PluginRecord, install_hint, installed_plugins
 from engineroom.registry import HandlerRegistry
 from engineroom.sources import HubSource, PathSource, parse_source, resolve_source
+from engineroom.units import format_size
 
 __all__ = ["DOCTOR_EPILOG", "Diagnosis", "Problem", "diagnose", "doctor"]
 
@@ -287,14 +288,17 @@ def _as_text(found: Diagnosis) -> str:
     machine = found.machine
     cores, store = machine["cpu"], machine["memory"]
     limit = f", limited to {cores['limit']:g}" if cores["limit"] is not None else ""
-    bound = f", limited to {size(store['limit'])}" if store["limit"] is not None else ""
+    bound = f", limited to {format_size(store['limit'])}" if store["limit"] is not None else ""
     facts = [
         ("python", f"{found.versions['python']} ({sys.executable})"),
         *((name, found.versions[name]) for name in _OWN),
         *((name, version or "-") for name, version in found.runtimes.items()),
         ("platform", machine["platform"]),
         ("cores", f"{cores['usable']} usable of {cores['present'] or 'unknown'}{limit}"),
-        ("memory", f"{size(store['available'])} available of {size(store['total'])}{bound}"),
+        (
+            "memory",
+            f"{format_size(store['available'])} available of {format_size(store['total'])}{bound}",
+        ),
         *((d["name"], _describe(d)) for d in machine["devices"]),
     ]
     if not machine["devices"]:
@@ -325,5 +329,7 @@ def _as_text(found: Diagnosis) -> str:
 def _describe(device: dict[str, Any]) -> str:
     text: str = device["description"]
     if device["memory_total"] is not None:
-        text += f", {size(device['memory_free'])} free of {size(device['memory_total'])}"
+        text += (
+            f", {format_size(device['memory_free'])} free of {format_size(device['memory_total'])}"
+        )
     return text + (f", driver {device['driver']}" if device["driver"] else "")

@@ -1,28 +1,77 @@
-"""``engineroom models``: what the deployment has."""
+"""``engineroom models``: what the deployment has, what it comes to, and a server's models."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import typer
 
 from engineroom.cli.output import CommandError, table, write, write_json
-from engineroom.cli.resolve import NO_DEPLOYMENT, deployment_or_none
+from engineroom.cli.pull import PULL_EPILOG, RM_CACHE_EPILOG, pull_command, rm_cache
+from engineroom.cli.remote import KEY_VARIABLE, URL_VARIABLE, RemoteManager
+from engineroom.cli.resolve import NO_DEPLOYMENT, deployment_or_none, resolve, warn_of_quarantined
 from engineroom.cli.run import CONFIG_OPTION
+from engineroom.config import DeploymentConfig
 from engineroom.manager import LLMModelManager
+from engineroom.plan import Plan, PlannedModel, sizes
+from engineroom.units import format_size
 
 __all__ = ["models_app"]
 
-_EPILOG: Final = """\b
+_EPILOG: Final = f"""\b
 Examples:
   engineroom models --config deployment.yaml
   engineroom models ls --json
+  engineroom models plan --config deployment.yaml
+  engineroom models load chat --url http://127.0.0.1:8000
+
+\b
+Environment:
+  {URL_VARIABLE}  the server, where --url is not given
+  {KEY_VARIABLE}  an admin key of the server
 """
-_JSON_OPTION: Final = typer.Option("--json", help="Print a JSON list.")
+_PLAN_EPILOG: Final = """\b
+Examples:
+  engineroom models plan --config deployment.yaml
+  engineroom models plan --json
+  engineroom models plan --url http://127.0.0.1:8000
+"""
+_SHOW_EPILOG: Final = """\b
+Examples:
+  engineroom models show chat --config deployment.yaml
+  engineroom models show ./model.gguf
+"""
+_LOAD_EPILOG: Final = """\b
+Examples:
+  engineroom models load chat
+  engineroom models unload chat --url http://10.0.0.5:8000
+"""
+_RELOAD_EPILOG: Final = """\b
+Examples:
+  engineroom models reload
+  engineroom models reload --url http://10.0.0.5:8000
+"""
+_JSON_OPTION: Final = typer.Option("--json", help="Print JSON.")
+_URL_OPTION: Final = typer.Option(
+    "--url",
+    metavar="URL",
+    help="Ask this running server instead.",
+    show_default=False,
+)
+_SERVER_OPTION: Final = typer.Option(
+    "--url",
+    metavar="URL",
+    help=f"The server.  [default: what {URL_VARIABLE} says, or http://127.0.0.1:8000]",
+    show_default=False,
+)
 
 models_app = typer.Typer(rich_markup_mode=None, epilog=_EPILOG)
+models_app.command("pull", epilog=PULL_EPILOG)(pull_command)
+models_app.command("rm-cache", epilog=RM_CACHE_EPILOG)(rm_cache)
 
 
 @models_app.callback(invoke_without_command=True)
@@ -40,22 +89,185 @@ def models(
 def ls(
     ctx: typer.Context,
     config: Annotated[Path | None, CONFIG_OPTION] = None,
+    url: Annotated[str | None, _URL_OPTION] = None,
     as_json: Annotated[bool, _JSON_OPTION] = False,
 ) -> None:
-    """List the models of the deployment file.
+    """List the models of the deployment file, or with --url those of a running server.
 
     Nothing is loaded, and no plugin is imported. The runtime 'auto' is the first one that takes
     the source; `engineroom plugins --why MODEL` tells which that is.
     """
-    given = ctx.parent.params if ctx.parent is not None else {}  # `models --json ls` is said, too
-    _list(config or given.get("config"), as_json or bool(given.get("as_json")))
+    as_json = as_json or bool(_given(ctx).get("as_json"))
+    if url is not None:
+        _list_of_server(url, as_json)
+    else:
+        _list(config or _given(ctx).get("config"), as_json)
 
 
-def _list(config: Path | None, as_json: bool) -> None:
+@models_app.command("plan", epilog=_PLAN_EPILOG)
+def plan(
+    ctx: typer.Context,
+    config: Annotated[Path | None, CONFIG_OPTION] = None,
+    url: Annotated[str | None, _URL_OPTION] = None,
+    as_json: Annotated[bool, _JSON_OPTION] = False,
+) -> None:
+    """Say what would be loaded, by which runtime, with what memory, and what would have to go.
+
+    Nothing is loaded. Memory is what the deployment says, what was measured before (on a running
+    server), or what the runtime estimates from the model's files.
+    """
+    as_json = as_json or bool(_given(ctx).get("as_json"))
+    if url is not None:
+        found: Mapping[str, Any] = RemoteManager(url).plan()
+        devices = found.get("devices", [])
+        models = found.get("models", [])
+    else:
+        manager = LLMModelManager(config=_deployment(config or _given(ctx).get("config")))
+        made: Plan = asyncio.run(manager.plan())
+        warn_of_quarantined(manager.registry)
+        found = asdict(made)
+        devices, models = found["devices"], found["models"]
+    if as_json:
+        write_json(found)
+        return
+    rows = [
+        (
+            m["model_id"],
+            m["action"],
+            m["runtime"] or "-",
+            sizes(m["memory"]) if m["action"] != "impossible" else "-",
+            ", ".join(m["evicts"]) or "-",
+        )
+        for m in models
+    ]
+    write(table(("model", "action", "runtime", "memory", "unloads first"), rows))
+    for model in models:
+        for line in _why(PlannedModel(**{k: model[k] for k in ("model_id", "action", "reason")})):
+            write(line)
+        for number, variant in enumerate(model["variants"], 1):
+            if len(model["variants"]) > 1:
+                reason = f": {variant['reason']}" if variant["reason"] else ""
+                runtime = variant["runtime"] or "auto"
+                write(
+                    f"{model['model_id']}, variant {number} ({runtime}, {variant['source']}): "
+                    f"{variant['verdict']}{reason}\n"
+                )
+    write("\n")
+    write(
+        table(
+            ("device", "budget", "taken", "free"),
+            [
+                (
+                    d["device"],
+                    "unlimited"
+                    if d["budget"] is None
+                    else format_size(d["budget"]) + (" (detected)" if d["detected"] else ""),
+                    format_size(d["held"] + d["reserved"]),
+                    "-" if d["free"] is None else format_size(d["free"]),
+                )
+                for d in devices
+            ],
+        )
+    )
+
+
+@models_app.command("show", epilog=_SHOW_EPILOG)
+def show(
+    ctx: typer.Context,
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A model of the deployment, or a source.")
+    ],
+    config: Annotated[Path | None, CONFIG_OPTION] = None,
+    as_json: Annotated[bool, _JSON_OPTION] = False,
+) -> None:
+    """Show a model: how it is configured, what would run it, and what it would take."""
+    target = resolve(model, config or _given(ctx).get("config"))
+    warn_of_quarantined(target.registry)
+    manager = target.manager()
+    configured = manager.get_config(target.model_id)
+    planned = next(
+        m for m in asyncio.run(manager.plan()).models if m.model_id == configured.model_id
+    )
+    facts = {"config": configured.model_dump(mode="json"), "plan": asdict(planned)}
+    if as_json or bool(_given(ctx).get("as_json")):
+        write_json(facts)
+        return
+    rows = [(key, str(value)) for key, value in facts["config"].items() if value not in (None, [])]
+    rows = [row for row in rows if row[0] != "variants"]
+    write(table(("key", "value"), rows))
+    write("\n")
+    write(
+        table(
+            ("variant", "runtime", "source", "memory", "says", "verdict"),
+            [
+                (
+                    str(number),
+                    v.runtime or "auto",
+                    v.source,
+                    sizes(v.memory),
+                    v.memory_from,
+                    v.verdict + (f": {v.reason}" if v.reason else ""),
+                )
+                for number, v in enumerate(planned.variants, 1)
+            ],
+        )
+    )
+
+
+@models_app.command("load", epilog=_LOAD_EPILOG)
+def load(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model of the server.")],
+    url: Annotated[str | None, _SERVER_OPTION] = None,
+    as_json: Annotated[bool, _JSON_OPTION] = False,
+) -> None:
+    """Load a model of a running server; returns when it is ready."""
+    _show_state(RemoteManager(url).load(model), as_json)
+
+
+@models_app.command("unload", epilog=_LOAD_EPILOG)
+def unload(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model of the server.")],
+    url: Annotated[str | None, _SERVER_OPTION] = None,
+    as_json: Annotated[bool, _JSON_OPTION] = False,
+) -> None:
+    """Unload a model of a running server, once its requests have ended.
+
+    Its next request loads it anew.
+    """
+    _show_state(RemoteManager(url).unload(model), as_json)
+
+
+@models_app.command("reload", epilog=_RELOAD_EPILOG)
+def reload(
+    url: Annotated[str | None, _SERVER_OPTION] = None,
+    as_json: Annotated[bool, _JSON_OPTION] = False,
+) -> None:
+    """Have a running server read its deployment file anew.
+
+    Running requests end on the models that they have. A file with mistakes changes nothing.
+    """
+    report = RemoteManager(url).reload()
+    if as_json:
+        write_json(report)
+        return
+    lines = [f"{key}: {', '.join(map(str, names))}\n" for key, names in report.items() if names]
+    write("".join(lines) or "nothing changed\n")
+
+
+def _given(ctx: typer.Context) -> dict[str, Any]:
+    """What was said before the subcommand: `models --json ls` is said, too."""
+    return dict(ctx.parent.params) if ctx.parent is not None else {}
+
+
+def _deployment(config: Path | None) -> DeploymentConfig:
     deployment = deployment_or_none(config)
     if deployment is None:
         raise CommandError(NO_DEPLOYMENT, 1)
-    statuses = LLMModelManager(config=deployment).list_models()
+    return deployment
+
+
+def _list(config: Path | None, as_json: bool) -> None:
+    statuses = LLMModelManager(config=_deployment(config)).list_models()
     if as_json:
         write_json([asdict(status) for status in statuses])
         return
@@ -64,3 +276,33 @@ def _list(config: Path | None, as_json: bool) -> None:
         for s in statuses
     ]
     write(table(("id", "aliases", "runtime", "state", "source"), rows))
+
+
+def _list_of_server(url: str, as_json: bool) -> None:
+    found = RemoteManager(url).models()
+    if as_json:
+        write_json(found)
+        return
+    rows = [
+        (
+            str(m.get("id", m.get("model_id", "?"))),
+            ", ".join(m.get("aliases") or ()) or "-",
+            str(m.get("runtime") or "auto"),
+            str(m.get("state", "?")),
+            str(m.get("leases", "-")),
+            format_size(m["memory_bytes"]) if m.get("memory_bytes") else "-",
+        )
+        for m in found
+    ]
+    write(table(("id", "aliases", "runtime", "state", "requests", "memory"), rows))
+
+
+def _show_state(found: Mapping[str, Any], as_json: bool) -> None:
+    if as_json:
+        write_json(found)
+    else:
+        write(f"{found.get('id', found.get('model_id', '?'))}: {found.get('state', '?')}\n")
+
+
+def _why(model: PlannedModel) -> list[str]:
+    return [f"{model.model_id}: {model.reason}\n"] if model.reason else []

@@ -25,7 +25,6 @@ __all__ = [
     "error_line",
     "prepare_streams",
     "say",
-    "size",
     "table",
     "warning_line",
     "write",
@@ -114,13 +113,6 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         + "\n"
         for line in lines
     )
-
-
-def size(count: int | None) -> str:
-    """Bytes in GiB, or MiB where that is little."""
-    if count is None:
-        return "unknown"
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
 def say(text: str) -> None:

@@ -9,12 +9,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from engineroom.testing.conformance.overriding import overrides
+from engineroom.testing.cycles import LoadCycles, load_cycles
 from engineroom.testing.echo import EchoHandler, EchoModel, EchoOptions
 
 if TYPE_CHECKING:
     from engineroom.testing.conformance.suite import HandlerConformance
 
-__all__ = ["EchoHandler", "EchoModel", "EchoOptions", "HandlerConformance", "overrides"]
+__all__ = [
+    "EchoHandler",
+    "EchoModel",
+    "EchoOptions",
+    "HandlerConformance",
+    "LoadCycles",
+    "load_cycles",
+    "overrides",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -29,6 +29,10 @@ _NGRAM: Final = 3
 class Drafter(Protocol):
     """Proposes what may come next."""
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes for itself, weights apart."""
+
     def propose(self, wishes: Sequence[Wish]) -> dict[int, list[int]]:
         """Slot → tokens, as many as wanted or fewer."""
 
@@ -57,6 +61,8 @@ def make_drafter(parts: Parts, options: HfTransformersOptions) -> Drafter | None
 class PromptLookup:
     """Proposes what followed the last words where they stood before."""
 
+    nbytes = 0
+
     def __init__(self) -> None:
         self._places: dict[int, tuple[int, dict[tuple[int, ...], int]]] = {}
 
@@ -70,7 +76,12 @@ class PromptLookup:
             index[tuple(tokens[end - _NGRAM : end])] = end
         self._places[slot] = (max(known, len(tokens)), index)
         place = index.get(tuple(tokens[-_NGRAM:]))
-        return [] if place is None else list(tokens[place : place + count])
+        if place is None:
+            return []
+        found = list(tokens[place : place + count])
+        while len(found) < count:  # as if it went on repeating itself
+            found.append(found[place + len(found) - len(tokens)])
+        return found
 
     def forget(self, slot: int) -> None:
         """See :class:`Drafter`."""
@@ -93,6 +104,11 @@ class DraftModel:
         self._most = most
         self._content: dict[int, list[int]] = {}
         """Slot → tokens in the draft's own cache."""
+
+    @property
+    def nbytes(self) -> int:
+        """See :class:`Drafter`."""
+        return self._forward.cache.nbytes
 
     def propose(self, wishes: Sequence[Wish]) -> dict[int, list[int]]:
         """See :class:`Drafter`. Beyond its own context it proposes nothing."""

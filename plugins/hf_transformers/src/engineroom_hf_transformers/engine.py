@@ -186,6 +186,8 @@ class HfEngine(BatchingEngine[Job]):
         found = sum(each.weight_bytes for each in parts)
         if self._forward is not None:
             found += self._forward.cache.nbytes
+        if self._drafter is not None:
+            found += self._drafter.nbytes
         return found
 
     def request(self, request: InferenceRequest, tokens: list[int]) -> Task:

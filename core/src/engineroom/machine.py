@@ -7,11 +7,22 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-__all__ = ["Cpu", "Device", "Limits", "Memory", "cgroup_limits", "cpu", "devices", "memory"]
+__all__ = [
+    "Cpu",
+    "Device",
+    "Limits",
+    "Memory",
+    "cgroup_limits",
+    "cgroup_used",
+    "cpu",
+    "devices",
+    "memory",
+]
 
 _NVIDIA_SMI_TIMEOUT_S: Final = 5.0
 _QUERY: Final = "index,name,memory.total,memory.free,driver_version"
@@ -103,29 +114,55 @@ def cgroup_limits(
     root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
 ) -> Limits:
     """The strictest limits of the process's control group and those above it (Linux)."""
+    cpus: list[float] = []
+    memories: list[int] = []
+    for controllers, folder in _groups(root, membership):
+        if controllers == "":  # version 2
+            cpus += _quota(_words(folder / "cpu.max"))
+            memories += _bytes(_words(folder / "memory.max"))
+        elif controllers == "cpu":
+            cpus += _quota(
+                [*_words(folder / "cpu.cfs_quota_us"), *_words(folder / "cpu.cfs_period_us")]
+            )
+        else:
+            memories += _bytes(_words(folder / "memory.limit_in_bytes"))
+    return Limits(min(cpus, default=None), min(memories, default=None))
+
+
+def cgroup_used(
+    root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
+) -> int:
+    """Bytes that the strictest limited control group has in use, without what it can drop."""
+    found: list[tuple[int, int]] = []
+    for controllers, folder in _groups(root, membership):
+        version2 = controllers == ""
+        limit = _bytes(_words(folder / ("memory.max" if version2 else "memory.limit_in_bytes")))
+        usage = _bytes(_words(folder / ("memory.current" if version2 else "memory.usage_in_bytes")))
+        if limit and usage and controllers != "cpu":
+            words = _words(folder / "memory.stat")
+            statistics = dict(zip(words[::2], words[1::2], strict=False))
+            name = "inactive_file" if version2 else "total_inactive_file"
+            cached = _bytes([statistics.get(name, "")])
+            found.append((limit[0], max(0, usage[0] - sum(cached))))
+    return min(found, default=(0, 0))[1]
+
+
+def _groups(root: Path, membership: Path) -> Iterator[tuple[str, Path]]:
+    """Each controller (empty: version 2) and the folder of each group, from the inside out."""
     try:
         lines = membership.read_text().splitlines()
     except OSError:
-        return Limits()
-    cpus: list[float] = []
-    memories: list[int] = []
+        return
     for line in lines:
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
         parts = [part for part in path.split("/") if part not in ("", "..")]
         for depth in range(len(parts), -1, -1):
-            if controllers == "":  # version 2
-                folder = root.joinpath(*parts[:depth])
-                cpus += _quota(_words(folder / "cpu.max"))
-                memories += _bytes(_words(folder / "memory.max"))
+            if controllers == "":
+                yield "", root.joinpath(*parts[:depth])
             elif "cpu" in controllers.split(","):
-                folder = root.joinpath("cpu", *parts[:depth])
-                cpus += _quota(
-                    [*_words(folder / "cpu.cfs_quota_us"), *_words(folder / "cpu.cfs_period_us")]
-                )
+                yield "cpu", root.joinpath("cpu", *parts[:depth])
             elif controllers == "memory":
-                folder = root.joinpath("memory", *parts[:depth])
-                memories += _bytes(_words(folder / "memory.limit_in_bytes"))
-    return Limits(min(cpus, default=None), min(memories, default=None))
+                yield "memory", root.joinpath("memory", *parts[:depth])
 
 
 def _words(path: Path) -> list[str]:

@@ -1,0 +1,105 @@
+"""A running server's model manager, over its admin routes."""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.error
+import urllib.parse
+import urllib.request
+from typing import Any, Final
+
+from engineroom.cli.output import CommandError
+from engineroom.errors import EngineRoomError, ResourceNotAvailableError, error_class
+
+__all__ = ["KEY_VARIABLE", "URL_VARIABLE", "RemoteManager"]
+
+URL_VARIABLE: Final = "ENGINEROOM_URL"
+KEY_VARIABLE: Final = "ENGINEROOM_ADMIN_KEY"
+_DEFAULT_URL: Final = "http://127.0.0.1:8000"
+_MOST_BYTES: Final = 16 << 20
+
+
+class RemoteManager:
+    """Asks a server.
+
+    :param url: where it listens; ``None``: what ``ENGINEROOM_URL`` says, or port 8000 of this
+        machine. An admin key is taken from ``ENGINEROOM_ADMIN_KEY``: others can read a command line.
+    """
+
+    def __init__(self, url: str | None = None) -> None:
+        url = url or os.environ.get(URL_VARIABLE) or _DEFAULT_URL
+        parsed = urllib.parse.urlsplit(url)
+        if parsed.scheme not in ("http", "https") or not parsed.netloc:
+            raise CommandError(f"--url {url!r} is no address; write http://host:port")
+        self.url = url.rstrip("/").removesuffix("/v1")
+
+    def models(self) -> list[dict[str, Any]]:
+        """Every model and how it is."""
+        found = self._ask("GET", "/v1/admin/models").get("models")
+        return found if isinstance(found, list) else []
+
+    def load(self, model_id: str) -> dict[str, Any]:
+        """Load a model; returns when it is ready."""
+        return self._ask("POST", f"/v1/admin/models/{_quoted(model_id)}/load")
+
+    def unload(self, model_id: str) -> dict[str, Any]:
+        """Unload a model as soon as nobody holds it."""
+        return self._ask("POST", f"/v1/admin/models/{_quoted(model_id)}/unload")
+
+    def plan(self) -> dict[str, Any]:
+        """What would be loaded, where, and what would have to go."""
+        answer = self._ask("GET", "/v1/admin/plan")
+        plan = answer.get("plan", answer)
+        return plan if isinstance(plan, dict) else {}
+
+    def reload(self) -> dict[str, Any]:
+        """Read the deployment file anew."""
+        answer = self._ask("POST", "/v1/admin/reload")
+        report = answer.get("reload", answer)
+        return report if isinstance(report, dict) else {}
+
+    def _ask(self, method: str, path: str) -> dict[str, Any]:
+        request = urllib.request.Request(  # noqa: S310 - the scheme was looked at
+            self.url + path, method=method, headers={"Accept": "application/json"}
+        )
+        if key := os.environ.get(KEY_VARIABLE):
+            request.add_header("Authorization", f"Bearer {key}")
+        try:
+            with urllib.request.urlopen(request) as response:  # noqa: S310
+                body = response.read(_MOST_BYTES)
+        except urllib.error.HTTPError as error:
+            with error:
+                raise self._refused(error.code, error.read(_MOST_BYTES)) from error
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "reason", error)
+            raise ResourceNotAvailableError(
+                f"no server answers at {self.url}: {reason}; start one with `engineroom serve`, "
+                f"or say where it is with --url or {URL_VARIABLE}"
+            ) from error
+        found = _json(body)
+        if not isinstance(found, dict):
+            raise ResourceNotAvailableError(
+                f"what answers at {self.url} is no server of engineroom; check --url"
+            )
+        return found
+
+    def _refused(self, status: int, body: bytes) -> EngineRoomError:
+        found = _json(body)
+        problem = found.get("error") if isinstance(found, dict) else None
+        message = problem.get("message") if isinstance(problem, dict) else None
+        if status in (401, 403):
+            message = f"{message or 'the key is not taken'}; set {KEY_VARIABLE} to an admin key"
+        kind = error_class("ModelNotFoundError" if status == 404 else "ResourceNotAvailableError")
+        return kind(f"{self.url} answers {status}: {message or 'it does not say why'}")
+
+
+def _quoted(model_id: str) -> str:
+    return urllib.parse.quote(model_id, safe="")
+
+
+def _json(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except ValueError:
+        return None
