@@ -25,6 +25,7 @@ from benchmarks.harness import Bar, Measurement, Settings, Ticks, UnavailableErr
 GROUPS: Final = {
     "core": "benchmarks.core",
     "llamacpp": "benchmarks.llamacpp",
+    "hf_transformers": "benchmarks.hf_transformers",
     "vllm": "benchmarks.vllm",
     "server": "benchmarks.server",
 }

@@ -43,6 +43,7 @@ __all__ = [
     "at_most",
     "collect",
     "interleave",
+    "repeat",
 ]
 
 STALL: Final = 3.0
@@ -195,6 +196,24 @@ def interleave(a: Callable[[], float], b: Callable[[], float], rounds: int) -> P
     :param a: does the work once and returns what it took.
     """
     return collect(lambda: Pair(a(), b()), rounds)
+
+
+def repeat(measure: Callable[[], float], rounds: int) -> tuple[list[float], int]:
+    """Measure what has no other side; no value is left out for its size.
+
+    :returns: a value a round, and how many rounds were refused.
+    :raises UnavailableError: not one round counts.
+    """
+    found: list[float] = []
+    refused = 0
+    while len(found) < rounds and len(found) + refused < MAX_ATTEMPTS * rounds:
+        try:
+            found.append(measure())
+        except DiscardError:
+            refused += 1
+    if not found:
+        raise UnavailableError(f"none of {refused} rounds can be used; try again")
+    return found, refused
 
 
 # ── bars ─────────────────────────────────────────────────────────────────────────────────────

@@ -25,6 +25,7 @@ from benchmarks.harness import (
     at_most,
     collect,
     interleave,
+    repeat,
 )
 from benchmarks.latency import LatencySide
 from benchmarks.llamacpp import PROMPTS
@@ -65,15 +66,20 @@ class Side(LatencySide):
         return peak.mib
 
 
-class FreshCacheSide(Side):
-    """Nine places, and nothing is kept of the prompts, which come again and again."""
+class ForgetfulSide(Side):
+    """Nothing is kept of the prompts, which come again and again."""
+
+    def __init__(self, folder: Path, **changes: Any) -> None:
+        super().__init__(folder, prefix_cache=False, **changes)
+
+
+class NinePlacesSide(ForgetfulSide):
+    """Room for a ninth. Alone, a prompt is read in steps as large as those beside eight others."""
 
     def __init__(self, folder: Path) -> None:
-        # A lone prompt is read in steps as large as those beside eight decoding requests.
         super().__init__(
             folder,
             max_batch_size=EIGHT + 1,
-            prefix_cache=False,
             prefill_chunk=CHUNK,
             max_batch_tokens=CHUNK + EIGHT,
         )
@@ -176,7 +182,7 @@ def against_serve(settings: Settings) -> Iterator[Measurement]:
                 yield _against(
                     f"hf_transformers ÷ {what}, 8 at once",
                     target,
-                    (at_once, lambda: server.at_once(prompts, count)),  # noqa: B023
+                    (at_once, lambda: server.at_once(prompts, count)),
                     EIGHT * count,
                     settings,
                 )
@@ -198,7 +204,7 @@ def ninth_request(settings: Settings) -> Iterator[Measurement]:
     A: that time, the median of four arrivals at different places of a step. B: the median step of
     the eight decoding requests, plus the same request's time to the first token when alone.
     """
-    with Worker(FreshCacheSide, model_folder()) as service:
+    with Worker(NinePlacesSide, model_folder()) as service:
         prompts = _eight(service, 8)
         steps: list[float] = []
 
@@ -225,7 +231,7 @@ def long_prompt_beside(settings: Settings) -> Iterator[Measurement]:
     A: the longest of all gaps between chunks of the eight. B: one step of the eight, plus one
     chunk's time: of 128 tokens, as the mean of reading the same prompt alone in such chunks.
     """
-    with Worker(FreshCacheSide, model_folder()) as service:
+    with Worker(NinePlacesSide, model_folder()) as service:
         prompts = _eight(service, 8)
         long = service.call("text", LONG_PROMPT, 0)
         chunks: list[float] = []
@@ -278,23 +284,22 @@ def cancelling(settings: Settings) -> Iterator[Measurement]:
     before as much as the whole step had passed. Second line: a prompt of 1024 tokens, alone, is
     cancelled while it is read, at three places; the longest counts. There is no other side.
     """
-    with Worker(Side, model_folder()) as service:
+    with Worker(ForgetfulSide, model_folder()) as service:
         prompts = _eight(service, 8)
-        kept = [float(service.call("freed", prompts)) for _ in range(settings.rounds)]
+        found, refused = repeat(lambda: float(service.call("freed", prompts)), settings.rounds)
         yield Measurement(
-            "hf_transformers cancel → slot free, less the step", at_most(5, " ms"), kept
+            "hf_transformers cancel → slot free, less the step", at_most(5, " ms"), found, refused
         )
-        long = [service.call("text", LONG_PROMPT, seed) for seed in range(1, settings.rounds + 2)]
-        alone = float(service.call("first", long.pop()))
-        pairs = collect(
-            lambda: Pair(float(service.call("freed_prefill", long.pop(), alone)), 0.0),
-            min(len(long), settings.rounds) // 2 or 1,
+        long = service.call("text", LONG_PROMPT, 0)
+        alone = min(float(service.call("first", long)) for _ in range(2))
+        found, refused = repeat(
+            lambda: float(service.call("freed_prefill", long, alone)), settings.rounds
         )
     yield Measurement(
         "hf_transformers cancel → slot free, lone prefill",
         at_most(25, " ms"),
-        [pair.a for pair in pairs.kept],
-        pairs.discarded,
+        found,
+        refused,
         f"the whole prompt takes {1000 * alone:.0f} ms",
     )
 

@@ -6,6 +6,7 @@ Every method is one round: it says what it saw and leaves the engine idle.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import statistics
 import time
@@ -28,7 +29,7 @@ _WORDS: Final = (
     "the of and to in is that it was for on are as with his they at be this from have or by one "
     "had not but what all were when we there can an your which their said if do will each about "
     "how up out them then she many some so these would other into has more her two like him see"
-).split()
+)
 
 
 class Reader:
@@ -62,7 +63,7 @@ class Reader:
     def gaps(self, first: int = 1, last: int | None = None) -> list[float]:
         """Seconds between chunk ``first`` and the next one, …, up to chunk ``last``."""
         times = self.times[first - 1 : last]
-        return [b - a for a, b in zip(times, times[1:], strict=False)]
+        return [b - a for a, b in itertools.pairwise(times)]
 
     async def close(self) -> None:
         """Cancel it."""
@@ -180,8 +181,10 @@ class LatencySide(ServiceSide):
         return self._runner.run(self._first(prompt))
 
     def survivor(self, prompts: Sequence[str], length: int) -> tuple[float, float]:
-        """Seconds of ``length`` tokens: from the third step after all others were cancelled,
-        and of the same tokens when nobody else was there."""
+        """Seconds of ``length`` tokens from the third step after the others were cancelled.
+
+        :returns: those, and of the same tokens when nobody else was there.
+        """
 
         async def work() -> tuple[float, float]:
             async with self._decoding(prompts) as readers:
@@ -203,9 +206,10 @@ class LatencySide(ServiceSide):
         loaded = self._manager.get_loaded_model("smollm2")
         assert loaded is not None
         chance = random.Random(seed)
-        words = [chance.choice(_WORDS) for _ in range(tokens // 2)]
+        known = _WORDS.split()
+        words = [chance.choice(known) for _ in range(tokens // 2)]
         while len(loaded.tokenizer.tokenize(" ".join(words))) < tokens:
-            words.append(chance.choice(_WORDS))
+            words.append(chance.choice(known))
         return " ".join(words)
 
     # ── on the loop ──────────────────────────────────────────────────────────────────────────
@@ -238,14 +242,14 @@ class LatencySide(ServiceSide):
         running = self._running()
         began = time.perf_counter()
         closing = asyncio.create_task(reader.close())
-        while self._running() >= running:
+        while self._running() >= running:  # noqa: ASYNC110 - the engine tells nobody
             await asyncio.sleep(0.0005)
         ended = time.perf_counter()
         await closing
         return began, ended
 
     async def _idle(self) -> None:
-        while self._running():
+        while self._running():  # noqa: ASYNC110 - the engine tells nobody
             await asyncio.sleep(0.001)
 
     def _running(self) -> int:

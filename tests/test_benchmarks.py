@@ -16,6 +16,7 @@ from benchmarks.harness import (
     at_most,
     collect,
     interleave,
+    repeat,
     undisturbed,
 )
 
@@ -91,6 +92,24 @@ def test_without_a_round_that_counts_there_is_no_number():
 def test_a_side_without_a_counterpart_is_compared_with_nothing():
     pairs = collect(lambda: Pair(18.0, 0.0), 3)
     assert [pair.a for pair in pairs.kept] == [18.0] * 3
+
+
+def test_what_has_no_other_side_keeps_all_its_values():
+    assert repeat(clock(-1.0, 50.0, 1.0), 3) == ([-1.0, 50.0, 1.0], 0)
+
+
+def test_what_has_no_other_side_can_be_refused_but_not_for_ever():
+    answers = iter([DiscardError("too late"), 2.0, DiscardError("too late"), 3.0])
+
+    def measure() -> float:
+        answer = next(answers, None) or DiscardError("never")
+        if isinstance(answer, DiscardError):
+            raise answer
+        return answer
+
+    assert repeat(measure, 2) == ([2.0, 3.0], 2)
+    with pytest.raises(UnavailableError, match="none of 6 rounds"):
+        repeat(measure, 3)
 
 
 @pytest.mark.parametrize(
