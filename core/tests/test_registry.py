@@ -14,6 +14,7 @@ from core_doubles import GateHandler, PlainHandler, bare_registry, echo_config
 
 from engineroom import (
     ConfigurationError,
+    HandlerHealth,
     HandlerRegistry,
     LoadedModel,
     ModelConfig,
@@ -582,3 +583,27 @@ def test_no_loader_says_how_to_name_one():
     found = given(EchoHandler(unloadable=False))
     with pytest.raises(NoSuitableHandlerError, match=r"loads 'echo:' .*echo: no.*runtime:"):
         found.select_loader(echo_config())
+
+
+@pytest.mark.parametrize(
+    ("health", "reason"),
+    [
+        (HandlerHealth(), "can_handle is True"),
+        (HandlerHealth(detail="one at a time"), "can_handle is True; one at a time"),
+        (HandlerHealth(ok=False, detail="gone"), "can_handle is True; it is not well: gone"),
+        (ValueError("boom"), "can_handle is True; health failed; see the log"),
+    ],
+)
+def test_what_a_handler_has_to_say_of_its_model_is_explained(health, reason, caplog):
+    class Telling(PlainHandler):
+        def health(self, loaded_model):
+            if isinstance(health, Exception):
+                raise health
+            return health
+
+    found = registry()
+    found.register(Telling(name="telling"))
+    loaded = model()
+    (verdict,) = found.explain(loaded).verdicts
+    assert (verdict.verdict, verdict.reason) == ("chosen", reason)
+    assert bool(caplog.records) == isinstance(health, Exception)

@@ -104,7 +104,7 @@ class HandlerHealth:
     """How a loaded model's engine is doing.
 
     :param ok: it serves requests.
-    :param detail: why not, if not.
+    :param detail: why not, if not; else what is worth knowing, which ``explain`` shows.
     :param num_requests_running: requests that hold a slot.
     :param num_requests_waiting: requests that wait for one.
     :param kv_cache_usage: used share of the key/value cache, 0 to 1; ``None`` if not known.

@@ -480,6 +480,8 @@ class HandlerRegistry:
             verdict: Verdict = "no"
             if answer and chosen is None:
                 chosen, verdict = handler.name, "chosen"
+                if isinstance(model, LoadedModel) and (note := _note(handler, model)):
+                    reason = f"{reason}; {note}"
             elif answer:
                 verdict, reason = "yes", f"{reason}, but {chosen!r} comes first"
             elif answer is None:
@@ -509,6 +511,16 @@ class HandlerRegistry:
         return f"is not installed (there is: {', '.join(known) or 'none'})" + (
             did_you_mean(name, known) or f"; {install_hint(name)}"
         )
+
+
+def _note(handler: InferenceHandler, model: LoadedModel) -> str:
+    """What the handler has to say of a model that is well."""
+    try:
+        health = handler.health(model)
+        return health.detail if health.ok else f"it is not well: {health.detail}"
+    except Exception:
+        logger.exception("handler %r: health failed", handler.name)
+        return "health failed; see the log"
 
 
 def _ask(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from engineroom import (
@@ -113,8 +114,13 @@ class HuggingFaceTransformersHandler(TokenHandler):
         return _engine(loaded_model).vocabulary.count(text)
 
     def health(self, loaded_model: LoadedModel) -> HandlerHealth:
-        """The engine's own word."""
-        return _engine(loaded_model).health()
+        """The engine's own word, and why requests run one at a time, if they do."""
+        engine = _engine(loaded_model)
+        found = engine.health()
+        if found.ok and engine.why_one_by_one and engine.parts.kind != "embedding":
+            detail = f"one request at a time, by generate(): {engine.why_one_by_one}"
+            return replace(found, detail=detail)
+        return found
 
     async def embed(self, loaded_model: LoadedModel, texts: Sequence[str]) -> Embeddings:
         """Texts as vectors, pooled as the model's folder says.
