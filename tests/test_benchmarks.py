@@ -85,7 +85,7 @@ def test_without_a_round_that_counts_there_is_no_number():
     def measure() -> Pair:
         raise DiscardError("never comparable")
 
-    with pytest.raises(UnavailableError, match="none of 10 rounds"):
+    with pytest.raises(UnavailableError, match=r"none of 10 rounds.*never comparable"):
         collect(measure, 5)
 
 
@@ -108,7 +108,7 @@ def test_what_has_no_other_side_can_be_refused_but_not_for_ever():
         return answer
 
     assert repeat(measure, 2) == ([2.0, 3.0], 2)
-    with pytest.raises(UnavailableError, match="none of 6 rounds"):
+    with pytest.raises(UnavailableError, match=r"none of 6 rounds.*never"):
         repeat(measure, 3)
 
 

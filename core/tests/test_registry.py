@@ -521,7 +521,7 @@ def test_the_choice_is_remembered_for_the_model_and_forgotten_on_register():
 def test_a_refusal_is_not_remembered():
     handler = Answers("later", False)
     found = given(handler)
-    loaded = model()
+    loaded = model("telling")
     with pytest.raises(NoSuitableHandlerError):
         found.select(loaded)
     handler.answer = True
@@ -603,7 +603,7 @@ def test_what_a_handler_has_to_say_of_its_model_is_explained(health, reason, cap
 
     found = registry()
     found.register(Telling(name="telling"))
-    loaded = model()
-    (verdict,) = found.explain(loaded).verdicts
+    loaded = model("telling")
+    verdict = found.explain(loaded).verdicts[0]
     assert (verdict.verdict, verdict.reason) == ("chosen", reason)
     assert bool(caplog.records) == isinstance(health, Exception)

@@ -517,10 +517,10 @@ def _note(handler: InferenceHandler, model: LoadedModel) -> str:
     """What the handler has to say of a model that is well."""
     try:
         health = handler.health(model)
-        return health.detail if health.ok else f"it is not well: {health.detail}"
     except Exception:
         logger.exception("handler %r: health failed", handler.name)
         return "health failed; see the log"
+    return health.detail if health.ok else f"it is not well: {health.detail}"
 
 
 def _ask(

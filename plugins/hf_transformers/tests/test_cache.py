@@ -70,9 +70,8 @@ def test_the_common_beginning_is_that_found_one_by_one(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_new_cache_is_all_zeros_and_says_its_size(dtype: torch.dtype) -> None:
-    one = shape(dtype)
-    store = SlotCache({0: one}, 3, 8)
-    assert store.nbytes == 3 * 8 * one.bytes_per_token == 3 * 8 * 2 * 7 * dtype.itemsize
+    store = SlotCache({0: shape(dtype)}, 3, 8)
+    assert store.nbytes == 3 * 8 * 2 * (4 + 3) * dtype.itemsize
     for tensor in (store._keys[0], store._values[0]):
         assert tensor.dtype == dtype
         assert not tensor.any()

@@ -12,6 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from engineroom import ConfigurationError, EngineRoomError, ModelConfig, ModelNotFoundError
 from engineroom_hf_transformers.checkpoint import (
     Checkpoint,
     check_safetensors,
@@ -24,11 +29,6 @@ from engineroom_hf_transformers.checkpoint import (
     read_config,
 )
 from engineroom_hf_transformers.options import HfTransformersOptions
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from safetensors.torch import save_file
-
-from engineroom import ConfigurationError, EngineRoomError, ModelConfig, ModelNotFoundError
 
 Tiny = Callable[[str], Path]
 Changed = Callable[..., Path]

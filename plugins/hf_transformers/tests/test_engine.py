@@ -576,11 +576,23 @@ async def test_what_a_failed_step_wrote_harms_nobody(models: Tiny) -> None:
         assert (await rig.answer(text)).error is not None
         assert (await rig.answer(text)).error is not None
         broken.error = None
-        prompts = [rig.tokens("hello"), rig.tokens(TEXT)[50:62]]
-        answers = await asyncio.gather(*(rig.read(rig.send(tokens)) for tokens in prompts))
-        for tokens, answer in zip(prompts, answers, strict=True):
+        both = [rig.send(tokens, ask(max_new_tokens=None)) for tokens in (text, text[:99])]
+        for task in both:
+            await task.mailbox.get()
+        broken.error = RuntimeError("made up")  # now while they decode
+        assert all(answer.error for answer in await asyncio.gather(*map(rig.read, both)))
+        broken.error = None
+        for prompts in ([TEXT[9:60], TEXT[20:190]], [TEXT[3:150], TEXT[31:80]]):
+            tokens = [rig.tokens(prompt) for prompt in prompts]
+            answers = await asyncio.gather(*(rig.read(rig.send(each)) for each in tokens))
+            for each, answer in zip(tokens, answers, strict=True):
+                assert answer.error is None
+                assert answer.tokens == reference.greedy(each, 24)
+        short = [rig.tokens("hello"), rig.tokens(TEXT)[50:62]]
+        answers = await asyncio.gather(*(rig.read(rig.send(each)) for each in short))
+        for each, answer in zip(short, answers, strict=True):
             assert answer.error is None
-            assert answer.tokens == reference.greedy(tokens, 24)
+            assert answer.tokens == reference.greedy(each, 24)
 
 
 async def test_what_lay_in_the_memory_before_harms_nobody(

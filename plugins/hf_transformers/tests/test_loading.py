@@ -15,8 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from engineroom_hf_transformers.loading import Load, Parts, load_parts, release
-from engineroom_hf_transformers.options import HfTransformersOptions
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -26,6 +24,8 @@ from engineroom import (
     ModelNotFoundError,
     ResourceNotAvailableError,
 )
+from engineroom_hf_transformers.loading import Load, Parts, load_parts, release
+from engineroom_hf_transformers.options import HfTransformersOptions
 
 Tiny = Callable[[str], Path]
 Changed = Callable[..., Path]

@@ -10,11 +10,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from engineroom_hf_transformers.tokens import (
-    Vocabulary,
-    _PieceDecoder,
-    _WindowDecoder,
-)
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import (
@@ -30,6 +25,11 @@ from tokenizers import (
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from engineroom import ChatMessage, ConfigurationError
+from engineroom_hf_transformers.tokens import (
+    Vocabulary,
+    _PieceDecoder,
+    _WindowDecoder,
+)
 
 BOS, EOS, START = 1, 2, 3
 SPECIAL = ["<unk>", "<s>", "</s>", "<|start|>", "<|end|>"]

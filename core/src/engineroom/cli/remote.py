@@ -24,7 +24,8 @@ class RemoteManager:
     """Asks a server.
 
     :param url: where it listens; ``None``: what ``ENGINEROOM_URL`` says, or port 8000 of this
-        machine. An admin key is taken from ``ENGINEROOM_ADMIN_KEY``: others can read a command line.
+        machine. An admin key is taken from ``ENGINEROOM_ADMIN_KEY``: others can read a command
+        line.
     """
 
     def __init__(self, url: str | None = None) -> None:
