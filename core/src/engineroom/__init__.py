@@ -97,6 +97,7 @@ if TYPE_CHECKING:
         LLMInferenceService,
     )
     from engineroom.sources import (
+        find_source,
         resolve_source,
     )
     from engineroom.streams import (
@@ -167,6 +168,7 @@ __all__ = [
     "VariantOutcome",
     "deliver",
     "did_you_mean",
+    "find_source",
     "hookimpl",
     "load_deployment",
     "parse_options",
@@ -224,6 +226,7 @@ _MODULES: Final = {
     "StructuredOutput": "schemas",
     "TokenLogprob": "schemas",
     "LLMInferenceService": "service",
+    "find_source": "sources",
     "resolve_source": "sources",
     "InferenceStream": "streams",
     "StreamError": "streams",
