@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import importlib.util
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -38,7 +39,10 @@ class GenerateSide:
     def __init__(self, folder: Path, threads: int) -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging as quiet
 
+        logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
+        quiet.disable_progress_bar()
         torch.set_num_threads(threads)
         self._torch = torch
         self._tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -27,7 +27,7 @@ from benchmarks.harness import (
     interleave,
     repeat,
 )
-from benchmarks.latency import LatencySide
+from benchmarks.latency import WARM, LatencySide
 from benchmarks.llamacpp import PROMPTS
 from benchmarks.service import EIGHT
 from benchmarks.smollm2 import float32_folder
@@ -47,6 +47,8 @@ CHUNK: Final = 128
 LONG_PROMPT: Final = 1024
 SHARED: Final = 512
 HOW: Final = "nox -s bench -- hf_transformers installs it"
+BESIDE: Final = 48
+"""Tokens that requests need to have which decode beside something."""
 SHORT: Final = "The capital of Norway is Oslo, and the capital of Sweden is"
 
 
@@ -205,7 +207,7 @@ def ninth_request(settings: Settings) -> Iterator[Measurement]:
     the eight decoding requests, plus the same request's time to the first token when alone.
     """
     with Worker(NinePlacesSide, model_folder()) as service:
-        prompts = _eight(service, 8)
+        prompts = _eight(service, BESIDE)
         steps: list[float] = []
 
         def measure() -> Pair:
@@ -232,7 +234,7 @@ def long_prompt_beside(settings: Settings) -> Iterator[Measurement]:
     chunk's time: of 128 tokens, as the mean of reading the same prompt alone in such chunks.
     """
     with Worker(NinePlacesSide, model_folder()) as service:
-        prompts = _eight(service, 8)
+        prompts = _eight(service, BESIDE)
         long = service.call("text", LONG_PROMPT, 0)
         chunks: list[float] = []
 
@@ -285,7 +287,7 @@ def cancelling(settings: Settings) -> Iterator[Measurement]:
     cancelled while it is read, at three places; the longest counts. There is no other side.
     """
     with Worker(ForgetfulSide, model_folder()) as service:
-        prompts = _eight(service, 8)
+        prompts = _eight(service, BESIDE)
         found, refused = repeat(lambda: float(service.call("freed", prompts)), settings.rounds)
         yield Measurement(
             "hf_transformers cancel → slot free, less the step", at_most(5, " ms"), found, refused
@@ -313,7 +315,7 @@ def survivor(settings: Settings) -> Iterator[Measurement]:
     """
     with Worker(Side, model_folder()) as service:
         length = 16 if settings.quick else 40
-        prompts = _eight(service, 32)
+        prompts = _eight(service, WARM + length + 8)
         pairs = collect(lambda: Pair(*service.call("survivor", prompts, length)), settings.rounds)
     yield Measurement(
         "hf_transformers survivor of eight ÷ alone",

@@ -17,7 +17,7 @@ from typing import Any, Final
 from benchmarks.harness import DiscardError
 from benchmarks.service import ServiceSide
 
-__all__ = ["LatencySide"]
+__all__ = ["WARM", "LatencySide"]
 
 WARM: Final = 12
 """Chunks of each decoding request before anything is measured: their gaps are the step."""

@@ -101,6 +101,7 @@ if TYPE_CHECKING:
         LLMInferenceService,
     )
     from engineroom.sources import (
+        find_source,
         resolve_source,
     )
     from engineroom.streams import (
@@ -178,6 +179,7 @@ __all__ = [
     "default_threads",
     "deliver",
     "did_you_mean",
+    "find_source",
     "hookimpl",
     "load_deployment",
     "parse_options",
@@ -242,6 +244,7 @@ _MODULES: Final = {
     "StructuredOutput": "schemas",
     "TokenLogprob": "schemas",
     "LLMInferenceService": "service",
+    "find_source": "sources",
     "resolve_source": "sources",
     "InferenceStream": "streams",
     "StreamError": "streams",

@@ -85,7 +85,9 @@ def pull(
             known = ", ".join(file.name for file in files) or "none"
             raise ModelNotFoundError(f"{name}: there is no such file; the repository has {known}")
         _look_for_room(hub, source.repo, info.sha, wanted)
-        return [(file, _fetch(hub, source.repo, info.sha, file, tell)) for file in wanted]
+        # By the name of the revision, not by its commit: only then is it found by that name later,
+        # without the hub.
+        return [(file, _fetch(hub, source.repo, source.revision, file, tell)) for file in wanted]
 
 
 def cached_repos() -> list[CachedRepo]:
@@ -185,7 +187,7 @@ def _cache_folder() -> Path:
 
 
 def _fetch(
-    hub: Any, repo: str, revision: str, file: HubFile, tell: Callable[[HubFile, str], None]
+    hub: Any, repo: str, revision: str | None, file: HubFile, tell: Callable[[HubFile, str], None]
 ) -> Path:
     tell(file, "fetching")
     path = Path(hub.hf_hub_download(repo, file.name, revision=revision))

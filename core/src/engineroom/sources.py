@@ -11,7 +11,15 @@ from typing import Final, TypeAlias
 
 from engineroom.errors import ConfigurationError, ModelNotFoundError
 
-__all__ = ["HubSource", "PackageSource", "PathSource", "Source", "parse_source", "resolve_source"]
+__all__ = [
+    "HubSource",
+    "PackageSource",
+    "PathSource",
+    "Source",
+    "find_source",
+    "parse_source",
+    "resolve_source",
+]
 
 _HUB: Final = re.compile(
     r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?::(?P<file>[^:]+))?"
@@ -90,6 +98,35 @@ def resolve_source(source: str | Source) -> Path:
             return _in_package(module, file)
         case HubSource():
             return _from_hub(parsed)
+
+
+def find_source(source: str | Source) -> Path | None:
+    """What a source stands for, if it is on this machine already; nothing is downloaded. Blocks.
+
+    :returns: the file or folder; ``None``: it would have to be downloaded first.
+    :raises ModelNotFoundError: there is no such path, package or file.
+    :raises ConfigurationError: see :func:`parse_source`.
+    """
+    parsed = parse_source(source) if isinstance(source, str) else source
+    if not isinstance(parsed, HubSource):
+        return resolve_source(parsed)
+    try:
+        import huggingface_hub
+    except ImportError:  # then nothing can have been downloaded, either
+        return None
+    if parsed.file is not None:
+        found = huggingface_hub.try_to_load_from_cache(
+            parsed.repo, parsed.file, revision=parsed.revision
+        )
+        return Path(found) if isinstance(found, str) else None
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                parsed.repo, revision=parsed.revision, local_files_only=True
+            )
+        )
+    except (OSError, ValueError):  # nothing of it is here, or no such name
+        return None
 
 
 def has_scheme(text: str) -> bool:

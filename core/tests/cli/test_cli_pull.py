@@ -52,8 +52,10 @@ class FakeHub:
                     self.reply(hub.status, b"{}", {})
                 elif path.startswith("/api/models/owner/name"):
                     self.reply(200, json.dumps(hub.info()).encode(), {})
-                elif path.startswith(f"/owner/name/resolve/{COMMIT}/"):
-                    self.file(path.partition(f"{COMMIT}/")[2], head)
+                elif path.startswith(
+                    ("/owner/name/resolve/main/", f"/owner/name/resolve/{COMMIT}/")
+                ):
+                    self.file(path.split("/", 5)[5], head)
                 else:
                     self.reply(404, b"{}", {"X-Error-Code": "RepoNotFound"})
 
@@ -156,6 +158,15 @@ def test_a_file_is_fetched_checked_and_its_path_printed(hub, engineroom):
     assert [name for name, _ in hub.gets] == ["weights/model.gguf"]
     again = engineroom("models", "pull", "hf:owner/name:weights/model.gguf")
     assert again.stdout == done.stdout and len(hub.gets) == 1
+    # A runtime that estimates its memory finds it; what is not here is not fetched for that.
+    show = (
+        "from engineroom import find_source\n"
+        "print(find_source('hf:owner/name:weights/model.gguf'))\n"
+        "print(find_source('hf:owner/name:config.json'), find_source('hf:owner/other'))\n"
+        "raise SystemExit"
+    )
+    assert engineroom(before=show).stdout == f"{done.stdout}None None\n"
+    assert len(hub.gets) == 1
 
 
 def test_a_whole_repository_from_the_deployment(hub, engineroom, tmp_path):

@@ -473,15 +473,16 @@ class _GgufWalk:
 
 
 def choose_device(options: HfTransformersOptions) -> str:
-    """The device of a model that is on one: ``cpu``, ``cuda:N`` or ``mps``. Imports torch.
+    """The device of a model that is on one: ``cpu``, ``cuda:N`` or ``mps``. Imports torch, unless
+    the option says ``cpu``.
 
     :raises ConfigurationError: torch does not have the one that the option names.
     """
-    import torch
-
     wanted = options.device
     if wanted == "cpu":
         return "cpu"
+    import torch
+
     if wanted == "auto":
         if torch.cuda.is_available():
             return f"cuda:{torch.cuda.current_device()}"

@@ -76,10 +76,8 @@ class LlamaCppHandler(TokenHandler):
     def estimate_memory(self, config: ModelConfig) -> Mapping[str, int] | None:
         """Weights and cache in bytes, from the file's header alone."""
         options = parse_options(LlamaCppOptions, config)
-        source = config.source or ""
-        if source.startswith("hf:"):
-            return None  # it would have to be downloaded first
-        return {"cpu": estimate_bytes(source, options)}
+        estimate = estimate_bytes(config.source or "", options)
+        return None if estimate is None else {"cpu": estimate}
 
     async def load_model(self, config: ModelConfig) -> LoadedModel:
         """Load the weights and make the context, in a thread.

@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from engineroom import ConfigurationError, ModelConfig, resolve_source
+from engineroom import ConfigurationError, ModelConfig, find_source, resolve_source
 from engineroom_llamacpp.gguf import GgufHeader, read_header
 from engineroom_llamacpp.options import LlamaCppOptions
 
@@ -78,9 +78,12 @@ def _cache_bytes(header: GgufHeader, options: LlamaCppOptions) -> int:
     return int(layers * cells * per_cell)
 
 
-def estimate_bytes(source: str, options: LlamaCppOptions) -> int:
-    """Weights and cache, from the file's header alone."""
-    header = read_header(_file(resolve_source(source)))
+def estimate_bytes(source: str, options: LlamaCppOptions) -> int | None:
+    """Weights and cache, from the file's header alone; ``None``: the file is not here yet."""
+    path = find_source(source)
+    if path is None:
+        return None
+    header = read_header(_file(path))
     return header.tensor_bytes + _cache_bytes(header, options)
 
 
