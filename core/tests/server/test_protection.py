@@ -6,8 +6,13 @@ import json
 import socket
 import time
 
-import httpx
 import pytest
+
+pytest.importorskip("uvicorn", reason="needs the extra engineroom[server]")
+pytest.importorskip("msgspec", reason="needs the extra engineroom[server]")
+pytest.importorskip("httpx", reason="needs httpx")
+
+import httpx
 
 from engineroom import ConfigurationError
 from engineroom.server.keys import KeyRing, new_key
