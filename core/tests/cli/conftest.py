@@ -199,16 +199,12 @@ def start_server() -> Iterator[Callable[[], str]]:
     for needed, extra in (("uvicorn", "server"), ("msgspec", "server"), ("httpx", "chat")):
         pytest.importorskip(needed, reason=f"needs the extra engineroom[{extra}]")
     import contextlib
-    import importlib.util
 
-    folder = Path(__file__).parents[1] / "server"
-    sys.path.insert(0, str(folder))
-    spec = importlib.util.spec_from_file_location("server_conftest", folder / "conftest.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(Path(__file__).parents[1] / "server"))
+    from server_running import running
+
     from engineroom.server.keys import KeyRing
 
     with contextlib.ExitStack() as stack:
         keys = KeyRing([("ann", "ann-key-0123456789")])
-        yield lambda: stack.enter_context(module.running(keys=keys)).url
+        yield lambda: stack.enter_context(running(keys=keys)).url

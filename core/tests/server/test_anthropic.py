@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import anthropic
 import pytest
+
+pytest.importorskip("uvicorn", reason="needs the extra engineroom[server]")
+pytest.importorskip("msgspec", reason="needs the extra engineroom[server]")
+pytest.importorskip("anthropic", reason="needs Anthropic's client")
+
+import anthropic
 
 SAY = [{"role": "user", "content": "one two three"}]
 

@@ -6,8 +6,13 @@ import asyncio
 import json
 import socket
 
-import httpx
 import pytest
+
+pytest.importorskip("uvicorn", reason="needs the extra engineroom[server]")
+pytest.importorskip("msgspec", reason="needs the extra engineroom[server]")
+pytest.importorskip("httpx", reason="needs httpx")
+
+import httpx
 from server_doubles import TalkHandler
 
 from engineroom import EngineRoomError

@@ -11,8 +11,13 @@ import gc
 import json
 import random
 
-import psutil
 import pytest
+
+pytest.importorskip("uvicorn", reason="needs the extra engineroom[server]")
+pytest.importorskip("msgspec", reason="needs the extra engineroom[server]")
+pytest.importorskip("psutil", reason="needs psutil")
+
+import psutil
 
 CLIENTS = 40
 ROUNDS = 4

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
+pytest.importorskip("uvicorn", reason="needs the extra engineroom[server]")
+pytest.importorskip("msgspec", reason="needs the extra engineroom[server]")
+pytest.importorskip("openai", reason="needs OpenAI's client")
+pytest.importorskip("httpx", reason="needs httpx")
+
 import httpx
 import openai
-import pytest
 
 CHAT = [{"role": "user", "content": "one two three"}]
 

@@ -5,9 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
+import pytest
+
+pytest.importorskip("uvicorn", reason="needs the extra engineroom[server]")
+pytest.importorskip("msgspec", reason="needs the extra engineroom[server]")
+pytest.importorskip("httpx", reason="needs httpx")
+pytest.importorskip("schemathesis", reason="needs schemathesis")
+pytest.importorskip("prometheus_client", reason="needs the extra engineroom[server]")
+
 import httpx
 import jsonschema_rs
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 

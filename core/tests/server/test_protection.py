@@ -6,8 +6,13 @@ import json
 import socket
 import time
 
-import httpx
 import pytest
+
+pytest.importorskip("uvicorn", reason="needs the extra engineroom[server]")
+pytest.importorskip("msgspec", reason="needs the extra engineroom[server]")
+pytest.importorskip("httpx", reason="needs httpx")
+
+import httpx
 
 from engineroom import ConfigurationError
 from engineroom.server.keys import KeyRing, new_key
@@ -354,6 +359,19 @@ def test_a_hundred_megabytes_are_too_many(start, chunked):
     assert answer.status_code == 413
     assert answer.json()["error"]["code"] == "body_too_large"
     assert answer.headers["connection"] == "close"
+
+
+@pytest.mark.usefixtures("each_parser")
+def test_a_client_that_sends_before_it_reads_can_send_all_and_then_read(start):
+    with start() as run, run.connect() as connection:
+        connection.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"
+            b"content-type: application/json\r\ncontent-length: 60000000\r\n\r\n"
+        )
+        for _ in range(60):
+            connection.sendall(b" " * 1_000_000)  # raises where the connection was closed
+        answer = read_all(connection)
+    assert answer.startswith(b"HTTP/1.1 413 ") and answer.count(b"HTTP/1.1") == 1
 
 
 @pytest.mark.usefixtures("each_parser")

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import openai
 import pytest
+
+pytest.importorskip("uvicorn", reason="needs the extra engineroom[server]")
+pytest.importorskip("msgspec", reason="needs the extra engineroom[server]")
+pytest.importorskip("openai", reason="needs OpenAI's client")
+
+import openai
 
 
 @pytest.fixture(scope="module")

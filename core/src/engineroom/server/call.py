@@ -90,17 +90,6 @@ class Call:
 
     # ── what came ────────────────────────────────────────────────────────────────────────────
 
-    async def receive(self) -> bytes | None:
-        """The next part of the body; ``None`` after the last one.
-
-        :raises ClientGoneError: the client went away.
-        """
-        message = await self._receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGoneError
-        body: bytes = message.get("body", b"")
-        return body if body or message.get("more_body", False) else None
-
     async def body(self) -> bytes:
         """The whole body.
 

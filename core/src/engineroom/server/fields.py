@@ -16,11 +16,16 @@ __all__ = [
     "ApiRequest",
     "ModelName",
     "Number",
+    "Sampling",
     "Stop",
     "SubSchema",
+    "TextPart",
     "build",
+    "chat_message",
+    "check_count",
     "common_fields",
     "parse",
+    "stops",
     "text_of",
 ]
 
@@ -38,7 +43,6 @@ ModelName = Annotated[
 ]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Stop = str | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=64)]
-_Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class SubSchema(BaseModel):
