@@ -223,6 +223,22 @@ def test_a_runtime_that_comes_in_several_builds(echo, site, monkeypatch):
 
 
 @pytest.mark.usefixtures("no_devices")
+def test_a_plugin_whose_runtime_is_not_installed_is_told_with_the_command(echo, monkeypatch):
+    from engineroom.testing import EchoHandler
+
+    reason = "the runtime is not installed; pip install runtime"
+    monkeypatch.setattr(EchoHandler, "unavailable", lambda self: reason)
+    listed = echo("plugins")
+    assert f"echo is unavailable: {reason}" in listed.out
+    problems = json.loads(echo("doctor", "--json").out)["problems"]
+    (problem,) = [p for p in problems if "'echo'" in p["what"]]
+    assert problem == {
+        "what": "plugin 'echo' is unavailable: the runtime is not installed",
+        "remedy": "pip install runtime",
+    }
+
+
+@pytest.mark.usefixtures("no_devices")
 def test_a_deployment_with_mistakes_and_a_wrong_list_of_handlers(echo, tmp_path, monkeypatch):
     path = tmp_path / "deployment.yaml"
     path.write_text("model: []\n", encoding="utf-8")

@@ -105,6 +105,14 @@ async def test_one_beam_of_a_model_that_never_ends_is_the_greedy_sequence() -> N
     assert list((await run(model, 1, 6)).tokens) == tokens
 
 
+async def test_an_end_beyond_the_first_beams_is_not_complete() -> None:
+    async def expand(sequences: list[tuple[int, ...]], count: int) -> list[Likeliest]:
+        return [[(1, math.log(0.6)), (END, math.log(0.3))] for _ in sequences]
+
+    found = await search(expand, beams=1, limit=3, ends=frozenset({END}), early_stopping=True)
+    assert found.tokens == (1, 1, 1)
+
+
 async def test_early_stopping_asks_no_more_than_without_it() -> None:
     for seed in range(20):
         patient, hasty = MadeUpModel(seed), MadeUpModel(seed)

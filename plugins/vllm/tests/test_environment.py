@@ -91,11 +91,13 @@ print("the end")
 """
 
 
-def test_a_script_without_a_guard_is_not_run_again_by_its_processes(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT, encoding="utf-8")
+@pytest.mark.parametrize("arguments", [["script.py"], ["-m", "script"]])
+def test_a_script_without_a_guard_is_not_run_again_by_its_processes(
+    tmp_path: Path, arguments: list[str]
+) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
     done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, check=False
+        [sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.stdout.split("\n")[:2] == ["the script runs", "the end"], done.stderr
 

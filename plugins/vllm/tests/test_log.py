@@ -70,6 +70,10 @@ def test_the_first_exception_that_says_something_is_the_cause() -> None:
     assert log.cause() == (
         "ValueError: There is no module or parameter named 'odd' in LlamaForCausalLM"
     )
+    # What came first began it; what only points to something else says nothing.
+    hollow = "RuntimeError: Engine core initialization failed. See root cause above.\n"
+    file.write_text(f"{hollow}KeyError: 'a'\nzmq.error.ZMQError: closed\n", encoding="utf-8")
+    assert log.cause() == "KeyError: 'a'"
     file.write_text("torch.OutOfMemoryError: CUDA out of memory.\n", encoding="utf-8")
     assert log.cause() == "OutOfMemoryError: CUDA out of memory."
     file.write_text("INFO\tall is well: 3 Errors: none\n", encoding="utf-8")

@@ -151,11 +151,12 @@ def _look_at_plugins(
         for r in records
         if r.status == "quarantined"
     ]
-    found.problems += [
-        Problem(f"plugin {r.name!r} cannot be used here", r.reason)
-        for r in records
-        if r.status == "unavailable"
-    ]
+    told = set()
+    for r in records:
+        if r.status == "unavailable":
+            what, _, remedy = r.reason.partition("; ")
+            found.problems.append(Problem(f"plugin {r.name!r} is unavailable: {what}", remedy))
+            told.add(r.distribution)
     if not any(r.group == HANDLER_GROUP for r in records):
         found.problems.append(Problem("no runtime is installed", install_hint()))
     elif not registry.handlers:
@@ -165,7 +166,7 @@ def _look_at_plugins(
                 "mend the quarantined ones, or take them out of what disables or leaves out",
             )
         )
-    for owner in dict.fromkeys(r.distribution for r in records):
+    for owner in dict.fromkeys(r.distribution for r in records if r.distribution not in told):
         found.problems += _missing_requirements(owner)
     return registry
 
