@@ -28,7 +28,7 @@ from benchmarks.workers import Peak
 
 __all__ = ["BatchSide", "GenerateSide", "ServeSide"]
 
-POOL: Final[Mapping[str, int]] = {"num_blocks": 16, "max_batch_tokens": 256}
+POOL: Final[Mapping[str, Any]] = {"num_blocks": 16, "max_batch_tokens": 256}
 """Size of continuous batching's cache. Left to itself it takes most of the memory, and fills it."""
 _STARTING: Final = 180.0
 
