@@ -37,6 +37,10 @@ class HfTransformersConformance(HandlerConformance):
     def model_config(self, tiny: Callable[[str], Path]) -> ModelConfig:
         return ModelConfig(model_id="tiny", source=str(tiny(self.kind)), options=self.options)
 
+    @pytest.fixture
+    def embedding_config(self, tiny: Callable[[str], Path]) -> ModelConfig:
+        return ModelConfig(model_id="bert", source=str(tiny("bert")), options=EXACT)
+
 
 class TestLlama(HfTransformersConformance):
     """Grouped heads, tied weights, a beginning."""

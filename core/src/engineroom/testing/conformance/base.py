@@ -248,10 +248,6 @@ class Checks:
             return str(tokenizer.render(messages))
         return None
 
-    def embedding_config(self) -> ModelConfig | None:
-        """A model that is made for embeddings, where ``model_config`` is not; ``None``: it is."""
-        return None
-
     def settings(self) -> Settings:
         """The class attributes."""
         return Settings(
@@ -266,7 +262,17 @@ class Checks:
         )
 
     @pytest.fixture
-    def conformance(self, request: pytest.FixtureRequest, model_config: ModelConfig) -> Session:
+    def embedding_config(self) -> ModelConfig | None:
+        """A model that is made for embeddings, where ``model_config`` is not; ``None``: it is."""
+        return None
+
+    @pytest.fixture
+    def conformance(
+        self,
+        request: pytest.FixtureRequest,
+        model_config: ModelConfig,
+        embedding_config: ModelConfig | None,
+    ) -> Session:
         """The suite's state: made for its first check, ended with its last."""
         owner = request.node.getparent(pytest.Class)
         assert owner is not None
@@ -279,6 +285,6 @@ class Checks:
             )
             session = owner.stash[_STASH] = Session(self, selected)
             session.config = model_config
-            session.embedding_config = self.embedding_config()
+            session.embedding_config = embedding_config
             owner.addfinalizer(session.close)
         return session

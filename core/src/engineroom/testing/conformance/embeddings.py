@@ -151,8 +151,8 @@ async def _model(kit: Kit) -> AsyncIterator[Bench]:
             await kit.within(kit.handler.embed(bench.loaded, ["a"]), "embed")
         except ConfigurationError as error:
             skip(
-                f"the model makes no embeddings ({error.message}); write embedding_config() in "
-                "the suite"
+                f"the model makes no embeddings ({error.message}); name one that does in the "
+                "suite's fixture embedding_config"
             )
         yield bench
         return

@@ -76,8 +76,9 @@ class HandlerConformance(
     ``runtime_modules``
         modules that importing the plugin must not import, besides the well-known runtimes.
 
-    Methods to override: ``make_handler()``, ``render_chat(loaded_model, messages)``,
-    ``embedding_config()``. A check that is replaced is marked with ``@overrides("the reason")``.
+    Methods to override: ``make_handler()``, ``render_chat(loaded_model, messages)``. The fixture
+    ``embedding_config`` names a model that makes embeddings, where ``model_config`` makes none. A
+    check that is replaced is marked with ``@overrides("the reason")``.
     """
 
     def test_overrides(self) -> None:
