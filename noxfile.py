@@ -343,7 +343,8 @@ def heartbeat(session: nox.Session, what: str, every: float = 60.0) -> Iterator[
 
 def once(session: nox.Session, installing: Callable[[], None], what: str = "") -> None:
     """Install into a reused environment only if what is asked for has changed since."""
-    files = [Path(__file__), *(folder_of(p) / "pyproject.toml" for p in ("core", *PLUGINS))]
+    files = [Path(__file__), ROOT / "pyproject.toml"]
+    files += [folder_of(p) / "pyproject.toml" for p in ("core", *PLUGINS)]
     parts = [what.encode(), *(file.read_bytes() for file in files)]
     wanted = hashlib.sha256(b"\0".join(parts)).hexdigest()
     stamp = Path(session.virtualenv.location) / "engineroom-installed"
