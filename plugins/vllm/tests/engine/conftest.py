@@ -37,6 +37,12 @@ SMALL = {"n_ctx": 512, "kv_cache_memory": "256MiB"}
 """Of memory, too: several engines run one after another on a machine that is shared."""
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # vLLM leaves the context of its sockets to the garbage collector, which tells so when it
+    # comes: after a test, or after the last one.
+    config.addinivalue_line("filterwarnings", "ignore:Unclosed context:ResourceWarning")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     missing = importlib.util.find_spec("vllm") is None
@@ -45,6 +51,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("engine")
             # vLLM's own code warns of what is to come in torch and in Python.
             item.add_marker(pytest.mark.filterwarnings("default"))
+            item.add_marker(pytest.mark.filterwarnings("ignore:Unclosed context:ResourceWarning"))
             if missing:
                 item.add_marker(
                     pytest.mark.skip(
