@@ -6,10 +6,12 @@ Where vLLM is not installed all of it is skipped: the session ``tests_vllm`` run
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib.util
 import os
 import shutil
 import threading
+import warnings
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,6 +39,14 @@ SMALL = {"n_ctx": 512, "kv_cache_memory": "256MiB"}
 """Of memory, too: several engines run one after another on a machine that is shared."""
 
 
+def pytest_sessionfinish() -> None:
+    # vLLM leaves the contexts of its sockets to the garbage collector, which tells so when it
+    # comes: after a test, where it is ignored below, or after the last one.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     missing = importlib.util.find_spec("vllm") is None
@@ -45,6 +55,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("engine")
             # vLLM's own code warns of what is to come in torch and in Python.
             item.add_marker(pytest.mark.filterwarnings("default"))
+            item.add_marker(pytest.mark.filterwarnings("ignore:Unclosed context:ResourceWarning"))
             if missing:
                 item.add_marker(
                     pytest.mark.skip(
