@@ -49,11 +49,9 @@ SERVER = ("server", "otel", "chat")
 """Extras of the core that its tests and its types need."""
 NEEDS_NO_RUNTIME = frozenset({COMPILED, TORCH, "transformers", "tokenizers", "safetensors"})
 """Runtimes that type checking does without."""
-WITHOUT_KIT_PROOF = ("-m", "not kit_proof")
-"""The kit is held against broken handlers once, not on every Python: it takes minutes, and what it
-shows depends on neither Python nor the versions of dependencies."""
-LIGHT = ("-m", "not kit_proof and not real_model")
-"""Without the real model, too, which the tests of the newest versions run."""
+LIGHT = ("-m", "not kit_proof and not real_model and not long")
+"""What other Pythons and the lowest versions are tried with. Left out is what takes minutes and is
+run once: the kit against broken handlers, the real model, long series."""
 HUNG_AFTER_S = 600
 """A test that takes so long hangs: where is shown, and the run ends. No test comes near it."""
 
@@ -428,7 +426,7 @@ def tests_core(session: nox.Session) -> None:
     arguments = selection(session, CORE / "tests")
     tools = [*group("test", "core"), *group("server-test", "core"), *extras("core", *SERVER)]
     install(session, "core", extra=tools)
-    pytest(session, arguments if session.python == THIS else [*arguments, *WITHOUT_KIT_PROOF])
+    pytest(session, arguments if session.python == THIS else [*arguments, *LIGHT])
 
 
 @nox.session(python=PYTHON)

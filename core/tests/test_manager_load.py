@@ -13,6 +13,8 @@ from engineroom import InferenceRequest, LLMInferenceService
 from engineroom.meter import MachineMeter
 from engineroom.testing import EchoHandler, load_cycles
 
+pytestmark = pytest.mark.long
+
 MODELS = "abcdef"
 TYPED = {"InferenceError", "ResourceNotAvailableError", "RequestTimeoutError", "EngineDeadError"}
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections import Counter, defaultdict
 
+import pytest
 from core_doubles import FakeMeter, bare_registry, without_threads
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -302,5 +303,5 @@ class ModelsLives(RuleBasedStateMachine):
             logging.getLogger("engineroom").setLevel(logging.NOTSET)
 
 
-TestModelsLives = ModelsLives.TestCase
+TestModelsLives = pytest.mark.long(ModelsLives.TestCase)
 TestModelsLives.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)

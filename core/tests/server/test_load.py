@@ -19,6 +19,8 @@ pytest.importorskip("psutil", reason="needs psutil")
 
 import psutil
 
+pytestmark = pytest.mark.long
+
 CLIENTS = 40
 ROUNDS = 4
 

@@ -368,6 +368,7 @@ def fuzzed(start):
 OPERATIONS = sorted((route.method, route.path.replace(":path}", "}")) for route in all_routes())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("method", "path"), OPERATIONS, ids=lambda each: each)
 def test_nothing_that_can_be_asked_breaks_it(fuzzed, method, path):
     """Fuzzed from its own description: no 5xx but where it says so, nothing undescribed."""

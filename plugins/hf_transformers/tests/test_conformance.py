@@ -49,6 +49,7 @@ class TestLlama(HfTransformersConformance):
     options: ClassVar[dict[str, Any]] = {**EXACT, "chat_template": BEGINS}
 
 
+@pytest.mark.long
 class TestQwen2(HfTransformersConformance):
     """Untied weights, no beginning; one slot."""
 
@@ -56,6 +57,7 @@ class TestQwen2(HfTransformersConformance):
     options: ClassVar[dict[str, Any]] = {**EXACT, "max_batch_size": 1}
 
 
+@pytest.mark.long
 class TestGemma(HfTransformersConformance):
     """One head of keys; proposals from the text."""
 
@@ -63,6 +65,7 @@ class TestGemma(HfTransformersConformance):
     options: ClassVar[dict[str, Any]] = {**EXACT, "prompt_lookup": True, "chat_template": BEGINS}
 
 
+@pytest.mark.long
 class TestGpt2(HfTransformersConformance):
     """Learned positions, no grouped heads; steps of few tokens."""
 
@@ -75,6 +78,7 @@ class TestGpt2(HfTransformersConformance):
     }
 
 
+@pytest.mark.long
 class TestMamba(HfTransformersConformance):
     """By generate(), one request at a time."""
 

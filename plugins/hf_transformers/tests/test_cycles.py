@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from hf_benches import EXACT
 
 from engineroom import LLMModelManager, ModelConfig
 from engineroom.testing import load_cycles
 
 
+@pytest.mark.long
 async def test_200_loads_and_unloads_leave_memory_flat(tiny: Callable[[str], Path]) -> None:
     config = ModelConfig(model_id="tiny", source=str(tiny("llama")), options=EXACT)
     manager = LLMModelManager(config=[config])

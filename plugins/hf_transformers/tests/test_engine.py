@@ -214,6 +214,7 @@ async def test_logprobs_are_one_a_token_and_those_of_the_model(models: Tiny, mak
 # ── whatever comes ───────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.long
 @settings(
     max_examples=50,
     deadline=None,

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from engineroom import LLMModelManager, ModelConfig
 from engineroom.testing import load_cycles
 
 
+@pytest.mark.long
 async def test_200_loads_and_unloads_leave_memory_flat(tiny_model: Path) -> None:
     options = {"n_ctx": 512, "n_threads": 1}
     config = ModelConfig(model_id="tiny", source=str(tiny_model), options=options)
