@@ -19,7 +19,6 @@ from typing import ClassVar
 from toy_runtime import HONOURED, ToyHandler, ToyModel
 
 from engineroom import (
-    Capabilities,
     ConfigurationError,
     Embeddings,
     HandlerHealth,
@@ -870,8 +869,8 @@ class _Claims(ToyHandler):
 
     def capabilities(self):
         found = super().capabilities()
-        return Capabilities(
-            params=found.params | self.claims, chat=True, structured_output=self.kinds
+        return dataclasses.replace(
+            found, params=found.params | self.claims, structured_output=self.kinds
         )
 
 
