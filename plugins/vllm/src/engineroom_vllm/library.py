@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import os
 import threading
+import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, Final
@@ -25,6 +26,8 @@ INSTALL: Final = (
     'pip install "engineroom-vllm[cuda]" (GPUs) or pip install "engineroom-vllm[cpu]" (no GPU)'
 )
 _LEVELS: Final = {logging.ERROR: logging.WARNING, logging.CRITICAL: logging.WARNING}
+_SOCKETS_S: Final = 2.0
+"""Seconds for the event loop to close the sockets of an engine that has ended."""
 _lock: Final = threading.Lock()
 _state: Final[dict[str, Library]] = {}
 
@@ -122,8 +125,12 @@ class Library:
 
     @staticmethod
     def shut_down(llm: Any, timeout: float) -> None:
-        """End an engine: its processes are asked to, and after ``timeout`` seconds killed."""
+        """End an engine: its processes are asked to, and after ``timeout`` seconds killed.
+
+        Not on the event loop, which closes the engine's sockets meanwhile.
+        """
         llm.shutdown(timeout=timeout)
+        _close_context(llm)
 
     @staticmethod
     def facts(llm: Any) -> SimpleNamespace:
@@ -204,6 +211,26 @@ class Library:
         from vllm.lora.request import LoRARequest
 
         return LoRARequest(lora_name=name, lora_int_id=number, lora_path=path)
+
+
+def _close_context(llm: Any) -> None:
+    """Give back the files of the context of the engine's sockets, which vLLM leaves open.
+
+    Only once all sockets are closed: until then, ending it would wait for them.
+    """
+    resources = getattr(getattr(llm, "engine_core", None), "resources", None)
+    context = getattr(resources, "ctx", None)
+    if context is None:
+        return
+    names = ("output_socket", "input_socket", "first_req_send_socket", "first_req_rcv_socket",
+             "stats_update_socket")  # fmt: skip
+    sockets = [s for s in (getattr(resources, name, None) for name in names) if s is not None]
+    end = time.monotonic() + _SOCKETS_S
+    while not all(socket.closed for socket in sockets):
+        if time.monotonic() > end:
+            return
+        time.sleep(0.01)
+    context.term()
 
 
 def _request_errors() -> tuple[type[Exception], ...]:

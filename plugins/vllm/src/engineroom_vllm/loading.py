@@ -72,6 +72,12 @@ class Load:
         folder = read_folder(resolve_source(self._config.source or ""))
         library = load()
         library.check_arguments(self._options.engine_args)
+        if library.cpu and self._options.lora_modules:
+            raise ConfigurationError(
+                "lora_modules: vLLM on a CPU was seen to apply an adapter to requests that do not "
+                "name it, where both run at one time; merge the adapter into the weights, or use "
+                "a GPU"
+            )
         with _turn:
             engine = self._start(library, folder)
         with self._lock:

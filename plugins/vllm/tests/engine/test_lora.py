@@ -1,4 +1,4 @@
-"""A LoRA adapter, for the requests that name it and for no others."""
+"""LoRA adapters, which a CPU does not keep apart."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from engineroom import ConfigurationError
 
 
 @pytest.fixture
@@ -40,17 +42,10 @@ def adapter(tiny_model: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_an_adapter_is_used_by_requests_that_name_it(
+def test_adapters_are_refused_where_requests_beside_would_get_them_too(
     make: Callable[..., Any], adapter: Path
 ) -> None:
     modules = [{"name": "tuned", "path": str(adapter)}]
-    bench = make(lora_modules=modules, aliases=["tuned", "other"])
-    bench.load()
-    plain = bench.answer(max_new_tokens=12).generated_text
-    tuned = bench.answer(max_new_tokens=12, model_id="tuned").generated_text
-    assert tuned != plain
-    # Beside each other, and by a name that is only another name of the model.
-    together = bench.answers(
-        [{"max_new_tokens": 12, "model_id": name} for name in ("m", "tuned", "other", "tuned")]
-    )
-    assert [answer.generated_text for answer in together] == [plain, tuned, plain, tuned]
+    bench = make(lora_modules=modules, aliases=["tuned"])
+    with pytest.raises(ConfigurationError, match="lora_modules"):
+        bench.load()
