@@ -416,7 +416,6 @@ def tests(session: nox.Session) -> None:
         session.notify(f"tests_plugin({package})")
     for package in ("core", *PLUGINS):
         session.notify(f"minimums({package})")
-    session.notify("tests_vllm")
     session.notify("tests_integration")
 
 
