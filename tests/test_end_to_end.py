@@ -73,8 +73,8 @@ def test_the_prompt_may_come_from_standard_input(deployment: Path) -> None:
 
 def test_an_interrupt_stops_the_answer_with_status_130(deployment: Path) -> None:
     command = [
-        *ENGINEROOM, "run", "smollm2", "Count to a thousand.", "--config", str(deployment),
-        "--max-new-tokens", "900", "--greedy",
+        *ENGINEROOM, "run", "smollm2", "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,", "--raw",
+        "--config", str(deployment), "--max-new-tokens", "900", "--greedy",
     ]  # fmt: skip
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT
