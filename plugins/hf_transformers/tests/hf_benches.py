@@ -19,8 +19,9 @@ from engineroom import (
     ModelConfig,
 )
 from engineroom_hf_transformers import HfTransformersOptions, HuggingFaceTransformersHandler
-from engineroom_hf_transformers.engine import HfEngine, Task
+from engineroom_hf_transformers.engine import HfEngine
 from engineroom_hf_transformers.loading import Parts, load_parts
+from engineroom_hf_transformers.tasks import Task
 
 DRIVEN = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "mistral", "gpt2")
 """Tiny models whose cache the engine drives."""

@@ -12,8 +12,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from engineroom_hf_transformers import attention
-from engineroom_hf_transformers.attention import Call, Recorder, Span, Step
+from engineroom_hf_transformers.attention import Recorder, Span, Step
 from engineroom_hf_transformers.cache import LayerShape, SlotCache
+from engineroom_hf_transformers.kernels import Call
 
 LENGTH = 48
 WIDTH, VALUE = 8, 6

@@ -17,18 +17,15 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from engineroom import ConfigurationError, EngineRoomError, ModelConfig, ModelNotFoundError
-from engineroom_hf_transformers.checkpoint import (
-    Checkpoint,
-    check_safetensors,
+from engineroom_hf_transformers.checkpoint import Checkpoint, find_checkpoint, looks_native
+from engineroom_hf_transformers.headers import check_safetensors, read_config
+from engineroom_hf_transformers.options import HfTransformersOptions
+from engineroom_hf_transformers.sizes import (
     choose_device,
     choose_dtype,
     context_tokens,
     estimate_bytes,
-    find_checkpoint,
-    looks_native,
-    read_config,
 )
-from engineroom_hf_transformers.options import HfTransformersOptions
 
 Tiny = Callable[[str], Path]
 Changed = Callable[..., Path]

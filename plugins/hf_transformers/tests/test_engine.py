@@ -540,6 +540,7 @@ async def test_a_failed_step_fails_its_requests_and_the_next_are_served(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     make_error, error_type, said = fault
+    error = make_error()  # a real one takes its time
     reference = models.reference("llama")
     with Rig(models.parts("llama"), prompt_lookup=drafting, max_batch_tokens=32) as rig:
         broken = Broken(rig.engine)
@@ -548,7 +549,7 @@ async def test_a_failed_step_fails_its_requests_and_the_next_are_served(
         await first.mailbox.get()
         second = rig.send(text[5:], ask(max_new_tokens=None, logit_bias=NO_END))
         await second.mailbox.get()
-        broken.error = make_error()
+        broken.error = error
         found = await asyncio.gather(rig.read(first), rig.read(second))
         for answer in found:
             assert type(answer.error) is error_type

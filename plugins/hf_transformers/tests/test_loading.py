@@ -24,7 +24,8 @@ from engineroom import (
     ModelNotFoundError,
     ResourceNotAvailableError,
 )
-from engineroom_hf_transformers.loading import Load, Parts, load_parts, release
+from engineroom_hf_transformers.background import Load
+from engineroom_hf_transformers.loading import Parts, load_parts, release
 from engineroom_hf_transformers.options import HfTransformersOptions
 
 Tiny = Callable[[str], Path]

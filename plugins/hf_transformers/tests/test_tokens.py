@@ -25,11 +25,8 @@ from tokenizers import (
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from engineroom import ChatMessage, ConfigurationError
-from engineroom_hf_transformers.tokens import (
-    Vocabulary,
-    _PieceDecoder,
-    _WindowDecoder,
-)
+from engineroom_hf_transformers.decoding import PieceDecoder, WindowDecoder
+from engineroom_hf_transformers.tokens import Vocabulary
 
 BOS, EOS, START = 1, 2, 3
 SPECIAL = ["<unk>", "<s>", "</s>", "<|start|>", "<|end|>"]
@@ -207,7 +204,7 @@ def test_any_bytes_are_decoded_as_utf8(kind: str, data: bytes, texts: list[str])
 
 
 def _alphabet() -> dict[str, int]:
-    from engineroom_hf_transformers.tokens import _byte_alphabet
+    from engineroom_hf_transformers.decoding import _byte_alphabet
 
     return _byte_alphabet()
 
@@ -239,7 +236,7 @@ def test_a_character_is_held_until_it_is_whole_and_one_that_never_is_becomes_one
 )
 def test_which_decoders_take_each_token_by_itself(kind: str, local: bool) -> None:
     decoder = vocabulary(kind).decoder([])
-    assert type(decoder) is (_PieceDecoder if local else _WindowDecoder)
+    assert type(decoder) is (PieceDecoder if local else WindowDecoder)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -259,14 +256,14 @@ def test_a_window_decodes_what_pieces_do(data: st.DataObject) -> None:
     known = vocabulary("byte-level")
     text = data.draw(st.text(max_size=60))
     ids = backend(known).encode(text, add_special_tokens=False).ids
-    decoder = _WindowDecoder(known._decode, [])
+    decoder = WindowDecoder(known._decode, [])
     assert "".join(map(decoder.feed, ids)) + decoder.finish() == text
 
 
 def test_a_window_holds_back_only_so_much_and_loses_nothing_after_it() -> None:
     known = vocabulary("byte-level")
     wrong = backend(known).token_to_id("ÿ")  # the byte FF, which no text has
-    decoder = _WindowDecoder(known._decode, [])
+    decoder = WindowDecoder(known._decode, [])
     first = "".join(decoder.feed(wrong) for _ in range(100))
     assert 90 <= len(first) <= 100
     after = backend(known).encode("the dog", add_special_tokens=False).ids

@@ -20,6 +20,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from engineroom_hf_transformers import kernels
+from engineroom_hf_transformers.kernels import Call
+
 if TYPE_CHECKING:
     import torch
 
@@ -70,21 +73,6 @@ class Driver(Protocol):
 
     def attend(self, call: Call) -> torch.Tensor:
         """Tokens × heads × numbers."""
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One layer's call of the attention: 1 × heads × tokens × numbers, and how to compute."""
-
-    layer: int
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    scaling: float
-    window: int | None
-    softcap: float | None
-    sinks: torch.Tensor | None
-    kernel: str
 
 
 class UnsupportedAttentionError(Exception):
@@ -212,8 +200,8 @@ def _stock_eager(
     )
     mask = None if attention_mask is None else attention_mask[..., : key.shape[-2]]
     if mask is None and query.shape[2] > 1 and getattr(module, "is_causal", True):
-        mask = _causal(call, 0, query.shape[2], triangle=True)
-    return _plain(call, query, key, value, mask).transpose(1, 2), None
+        mask = kernels.causal(call, 0, query.shape[2], triangle=True)
+    return kernels.plain(call, query, key, value, mask).transpose(1, 2), None
 
 
 class Recorder:
@@ -225,10 +213,8 @@ class Recorder:
     def attend(self, call: Call) -> torch.Tensor:
         """Causal attention of one sequence from its beginning."""
         self.calls[call.layer] = call
-        count = call.query.shape[2]
-        return _attend(call, call.query, call.key, call.value, _causal(call, 0, count))[
-            0
-        ].transpose(0, 1)
+        mask = kernels.causal(call, 0, call.query.shape[2])
+        return kernels.attend(call, call.query, call.key, call.value, mask)[0].transpose(0, 1)
 
 
 class Step:
@@ -279,7 +265,7 @@ class Step:
             )
             query = call.query[:, :, span.row : span.row + span.count]
             mask = self._mask_of(call, device, span, start)
-            out[span.row : span.row + span.count] = _attend(call, query, keys, values, mask)[
+            out[span.row : span.row + span.count] = kernels.attend(call, query, keys, values, mask)[
                 0
             ].transpose(0, 1)
         return out
@@ -301,7 +287,7 @@ class Step:
             keys, values = self._cache.read(
                 call.layer, slice(span.slot, span.slot + 1), slice(start, span.end)
             )
-            one = _kernel(call, query[row : row + 1], keys, values, None)
+            one = kernels.kernel(call, query[row : row + 1], keys, values, None)
             out[row] = one.reshape(heads, -1)
 
     def _decode_together(self, call: Call, query: torch.Tensor) -> torch.Tensor:
@@ -313,7 +299,7 @@ class Step:
             keys, values = self._cache.read(call.layer, slots, positions)
         else:
             keys, values = self._cache.gather(call.layer, self._slots_on(device), positions)
-        return _kernel(call, query, keys, values, self._length_mask(call.window, device))
+        return kernels.kernel(call, query, keys, values, self._length_mask(call.window, device))
 
     # ── what all layers share ────────────────────────────────────────────────────────────────
 
@@ -360,111 +346,5 @@ class Step:
     ) -> torch.Tensor | None:
         key = (span.row, call.window, device)
         if key not in self._masks:
-            self._masks[key] = _causal(call, span.start, span.end, start)
+            self._masks[key] = kernels.causal(call, span.start, span.end, start)
         return self._masks[key]
-
-
-def _causal(
-    call: Call, first: int, end: int, start: int = 0, *, triangle: bool = False
-) -> torch.Tensor | None:
-    """Who may see what: tokens at ``first`` to ``end``, over positions ``start`` to ``end``.
-
-    :param triangle: write even the plain triangle out.
-    :returns: a mask of tokens × positions, or ``None`` for the plain triangle.
-    """
-    import torch
-
-    if first == 0 and not triangle and (call.window is None or call.window >= end):
-        return None
-    device = call.query.device
-    token = torch.arange(first, end, device=device)[:, None]
-    position = torch.arange(start, end, device=device)[None]
-    seen = position <= token
-    if call.window is not None:
-        seen &= position > token - call.window
-    return seen
-
-
-def _attend(
-    call: Call,
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    mask: torch.Tensor | None,
-) -> torch.Tensor:
-    """A chunk of one request; ``mask`` ``None``: the plain triangle."""
-    import torch
-
-    if call.kernel == "sdpa" and call.softcap is None and call.sinks is None:
-        found: torch.Tensor = torch.nn.functional.scaled_dot_product_attention(
-            query,
-            keys,
-            values,
-            attn_mask=mask,
-            is_causal=mask is None and query.shape[2] > 1,
-            scale=call.scaling,
-            enable_gqa=query.shape[1] != keys.shape[1],
-        )
-        return found
-    if mask is None:
-        mask = _causal(call, 0, query.shape[2], triangle=True)
-    return _plain(call, query, keys, values, mask)
-
-
-def _kernel(
-    call: Call,
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    mask: torch.Tensor | None,
-) -> torch.Tensor:
-    """One token a request, ``query`` by groups of heads that share their keys."""
-    import torch
-
-    if call.kernel == "sdpa" and call.softcap is None and call.sinks is None:
-        found: torch.Tensor = torch.nn.functional.scaled_dot_product_attention(
-            query, keys, values, attn_mask=mask, scale=call.scaling
-        )
-        return found
-    count, groups, shared, width = query.shape
-    alone = query.reshape(count, groups * shared, 1, width)
-    return _plain(call, alone, keys, values, mask)
-
-
-def _plain(
-    call: Call,
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    mask: torch.Tensor | None,
-) -> torch.Tensor:
-    """Attention by matrix products, with soft caps and sinks.
-
-    Soft caps as in Gemma 2 (arXiv:2408.00118): ``cap · tanh(scores / cap)``. A sink is a score
-    that takes part in the softmax and has no value.
-
-    :param query: requests × heads × tokens × numbers.
-    :param mask: what may be seen (boolean), or what is added.
-    """
-    import torch
-
-    shared = query.shape[1] // keys.shape[1]
-    if shared > 1:
-        keys = keys.repeat_interleave(shared, dim=1)
-        values = values.repeat_interleave(shared, dim=1)
-    scores = torch.matmul(query, keys.transpose(2, 3)) * call.scaling
-    if call.softcap is not None:
-        scores = torch.tanh(scores / call.softcap) * call.softcap
-    if mask is not None:
-        if mask.dtype == torch.bool:
-            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        else:
-            scores = scores + mask
-    if call.sinks is not None:
-        count, heads, tokens, _ = scores.shape
-        sinks = call.sinks.reshape(1, heads, 1, 1).expand(count, heads, tokens, 1)
-        scores = torch.cat([scores, sinks.to(scores.dtype)], dim=-1)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    if call.sinks is not None:
-        weights = weights[..., :-1]
-    return torch.matmul(weights, values)

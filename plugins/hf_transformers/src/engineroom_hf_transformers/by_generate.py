@@ -23,8 +23,8 @@ from engineroom_hf_transformers.sampling import Sampling, adjusted, choose, logp
 if TYPE_CHECKING:
     import torch
 
-    from engineroom_hf_transformers.engine import Task
     from engineroom_hf_transformers.loading import Parts
+    from engineroom_hf_transformers.tasks import Task
 
 __all__ = ["Generation", "MakeLogprob", "NoNumbersError", "neutral"]
 

@@ -43,8 +43,11 @@ class Drafter(Protocol):
         """Give everything back."""
 
 
-def make_drafter(parts: Parts, options: HfTransformersOptions) -> Drafter | None:
-    """What the options ask for."""
+def make_drafter(parts: Parts, options: HfTransformersOptions, most: int) -> Drafter | None:
+    """What the options ask for.
+
+    :param most: tokens of a step.
+    """
     if options.prompt_lookup:
         return PromptLookup()
     if parts.draft is not None:
@@ -54,7 +57,7 @@ def make_drafter(parts: Parts, options: HfTransformersOptions) -> Drafter | None
             from engineroom import ConfigurationError
 
             raise ConfigurationError(f"draft_model: this model cannot propose tokens: {why}")
-        return DraftModel(forward_of(parts.draft, options), options.max_batch_tokens)
+        return DraftModel(forward_of(parts.draft, options), most)
     return None
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 from engineroom import ConfigurationError, TokenStep
 from engineroom_hf_transformers.attention import StepStoppedError, stopping
-from engineroom_hf_transformers.checkpoint import read_json
+from engineroom_hf_transformers.headers import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable

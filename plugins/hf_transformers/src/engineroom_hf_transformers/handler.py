@@ -21,9 +21,11 @@ from engineroom import (
     TokenStep,
     parse_options,
 )
-from engineroom_hf_transformers.checkpoint import estimate_bytes, find_checkpoint, looks_native
-from engineroom_hf_transformers.loading import Load, release
+from engineroom_hf_transformers.background import Load
+from engineroom_hf_transformers.checkpoint import find_checkpoint, looks_native
+from engineroom_hf_transformers.loading import release
 from engineroom_hf_transformers.options import HfTransformersOptions
+from engineroom_hf_transformers.sizes import estimate_bytes
 
 if TYPE_CHECKING:
     from engineroom_hf_transformers.engine import HfEngine

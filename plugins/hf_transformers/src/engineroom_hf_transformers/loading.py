@@ -4,55 +4,32 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import logging
-import os
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Protocol, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
-from engineroom import (
-    ConfigurationError,
-    EngineRoomError,
-    ModelConfig,
-    ResourceNotAvailableError,
-    default_threads,
-)
-from engineroom_hf_transformers.checkpoint import (
-    Checkpoint,
-    check_safetensors,
+from engineroom import ConfigurationError, ModelConfig, default_threads
+from engineroom_hf_transformers.adapters import adapter_folder, with_adapter
+from engineroom_hf_transformers.checkpoint import Checkpoint, find_checkpoint
+from engineroom_hf_transformers.load_errors import has, short, typed_errors
+from engineroom_hf_transformers.noise import quieten
+from engineroom_hf_transformers.options import HfTransformersOptions
+from engineroom_hf_transformers.sizes import (
     choose_device,
     choose_dtype,
     context_tokens,
-    estimate_bytes,
-    find_checkpoint,
-    read_config,
     trained_tokens,
 )
-from engineroom_hf_transformers.options import HfTransformersOptions
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Engine", "Kind", "Load", "Parts", "load_parts", "release"]
-
-logger = logging.getLogger("engineroom.hf_transformers")
+__all__ = ["Kind", "Parts", "load_parts", "release"]
 
 Kind: TypeAlias = Literal["causal", "encoder-decoder", "embedding"]
-
-_LIBRARIES: Final[Mapping[str, str]] = {
-    "bitsandbytes": "bitsandbytes accelerate", "bitsandbytes_4bit": "bitsandbytes accelerate",
-    "bitsandbytes_8bit": "bitsandbytes accelerate", "gptq": "gptqmodel optimum",
-    "awq": "gptqmodel", "hqq": "hqq", "torchao": "torchao", "quanto": "optimum-quanto accelerate",
-    "compressed-tensors": "compressed-tensors", "eetq": "kernels accelerate",
-    "aqlm": "aqlm accelerate", "higgs": "flute-kernel", "auto-round": "auto-round",
-    "spqr": "spqr-quant", "fbgemm_fp8": "fbgemm-gpu", "quark": "amd-quark",
-}  # fmt: skip
-"""Method of quantisation → what to install."""
 
 
 @dataclass(slots=True)
@@ -85,62 +62,6 @@ class Parts:
     draft: Parts | None = None
 
 
-class Engine(Protocol):
-    """What is built around the parts, and closed before they are released."""
-
-    def close(self) -> None: ...
-
-
-_E = TypeVar("_E", bound=Engine)
-
-
-class Load(Generic[_E]):
-    """A load in a thread. It cannot be stopped there, but what it makes can be given back.
-
-    :param build: makes the engine, in the same thread.
-    """
-
-    def __init__(
-        self, config: ModelConfig, options: HfTransformersOptions, build: Callable[[Parts], _E]
-    ) -> None:
-        self._config = config
-        self._options = options
-        self._build = build
-        self._lock = threading.Lock()
-        self._abandoned = False
-        self._made: tuple[_E, Parts] | None = None
-
-    def run(self) -> _E:
-        """Load and build; in the thread."""
-        parts = load_parts(self._config, self._options)
-        try:
-            engine = self._build(parts)
-        except BaseException:
-            release(parts)
-            raise
-        with self._lock:
-            abandoned = self._abandoned
-            self._made = None if abandoned else (engine, parts)
-        if abandoned:
-            _unload(engine, parts)
-        return engine
-
-    def abandon(self) -> None:
-        """Nobody wants the engine any more, whether it is there already or comes later."""
-        with self._lock:
-            self._abandoned = True
-            made, self._made = self._made, None
-        if made is not None:  # it came, but nobody got it
-            threading.Thread(
-                target=_unload, args=made, name="hf_transformers-unload", daemon=True
-            ).start()
-
-
-def _unload(engine: Engine, parts: Parts) -> None:
-    engine.close()
-    release(parts)
-
-
 def release(parts: Parts) -> None:
     """Drop the model and give its memory back, as far as nobody else holds it."""
     if parts.draft is not None:
@@ -170,8 +91,8 @@ def load_parts(config: ModelConfig, options: HfTransformersOptions) -> Parts:
     :raises ResourceNotAvailableError: there is no memory for it.
     """
     checkpoint = find_checkpoint(config.source or "", options)
-    adapter = _adapter_folder(options)
-    _quieten()
+    adapter = adapter_folder(options)
+    quieten()
     parts = _load(checkpoint, options, adapter)
     if options.draft_model is not None:
         try:
@@ -210,13 +131,13 @@ def _load(checkpoint: Checkpoint, options: HfTransformersOptions, adapter: Path 
     dtype: torch.dtype = getattr(torch, dtype_name)
     if device in {"cpu", None}:
         torch.set_num_threads(options.n_threads or default_threads())
-    with _typed_errors(checkpoint, options):
+    with typed_errors(checkpoint, options):
         library_config = _library_config(checkpoint, options)
         kind = _kind(checkpoint, library_config)
         tokenizer = _tokenizer(checkpoint, options)
         model = _weights(checkpoint, options, library_config, kind, dtype, device)
         if adapter is not None:
-            model = _with_adapter(model, adapter, options)
+            model = with_adapter(model, adapter, options)
         model.eval()
         model.requires_grad_(False)
     settings = library_config.to_dict()
@@ -328,7 +249,7 @@ def _weights(
         arguments["quantization_config"] = _quantization(options.quantization)
     if options.device_map is not None:
         arguments["device_map"] = options.device_map
-    elif device != "cpu" and _has("accelerate"):
+    elif device != "cpu" and has("accelerate"):
         arguments["device_map"] = {"": device}  # straight to it, not through the CPU's memory
     model, info = getattr(transformers, class_name).from_pretrained(**arguments)
     _all_there(checkpoint, kind, info)
@@ -369,7 +290,7 @@ def _quantization(settings: Mapping[str, Any]) -> Any:
         raise
     except Exception as error:  # each method checks its own settings, in its own way
         raise ConfigurationError(
-            f"quantization: {method or 'bitsandbytes'} refuses the settings: {_short(error)}"
+            f"quantization: {method or 'bitsandbytes'} refuses the settings: {short(error)}"
         ) from error
 
 
@@ -386,7 +307,7 @@ def _tokenizer(checkpoint: Checkpoint, options: HfTransformersOptions) -> Any:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise ConfigurationError(
-            f"{where!r} has no tokenizer that can be read: {_short(error)}; the files that the "
+            f"{where!r} has no tokenizer that can be read: {short(error)}; the files that the "
             "hub has beside the weights are needed, too"
         ) from error
     names = {"tokenizer.json", *type(tokenizer).vocab_files_names.values()}
@@ -416,156 +337,3 @@ def _n_vocab(model: Any, config: Any) -> int:
 
 def _bytes_of(model: Any) -> int:
     return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-
-
-# ── adapters ─────────────────────────────────────────────────────────────────────────────────
-
-
-def _adapter_folder(options: HfTransformersOptions) -> Path | None:
-    """The adapter's folder, its files checked; ``None``: none is wanted."""
-    if options.adapter is None:
-        return None
-    folder = Path(options.adapter).expanduser()
-    if not folder.is_dir():
-        raise ConfigurationError(f"adapter: there is no folder {str(folder)!r}; check the path")
-    if not (folder / "adapter_config.json").is_file():
-        raise ConfigurationError(
-            f"adapter: {str(folder)!r} has no adapter_config.json, so it is no adapter of PEFT"
-        )
-    read_config(folder / "adapter_config.json")
-    weights = folder / "adapter_model.safetensors"
-    if weights.is_file():
-        check_safetensors(weights)
-    elif not (folder / "adapter_model.bin").is_file():
-        raise ConfigurationError(f"adapter: {str(folder)!r} has no {weights.name}")
-    elif not options.allow_pickle:
-        raise ConfigurationError(
-            f"adapter: {str(folder)!r} has no {weights.name}, only pickled weights, and reading "
-            "those may run code that comes with them; convert them, or set the option "
-            "allow_pickle: true if you trust where they come from"
-        )
-    if not _has("peft"):
-        raise ConfigurationError(
-            'adapter: this needs peft; pip install "engineroom-hf-transformers[adapters]"'
-        )
-    return folder
-
-
-def _with_adapter(model: Any, folder: Path, options: HfTransformersOptions) -> Any:
-    from peft import PeftModel
-
-    try:
-        adapted: Any = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
-    except (MemoryError, ImportError):
-        raise
-    except Exception as error:  # the adapter decides which of PEFT's classes complain
-        raise ConfigurationError(
-            f"adapter: {str(folder)!r} does not fit this model: {_short(error)}"
-        ) from error
-    merge = getattr(adapted, "merge_and_unload", None)
-    if merge is None or options.quantization is not None:
-        return adapted  # prompts of its own, or weights that lose by being quantised anew
-    try:
-        return merge()
-    except (NotImplementedError, ValueError, AttributeError) as error:
-        logger.info("adapter %s is applied in every step: %s", folder, _short(error))
-        return adapted
-
-
-def _has(module: str) -> bool:
-    from importlib.util import find_spec
-
-    return find_spec(module) is not None
-
-
-# ── errors and noise ─────────────────────────────────────────────────────────────────────────
-
-
-@contextmanager
-def _typed_errors(checkpoint: Checkpoint, options: HfTransformersOptions) -> Iterator[None]:
-    try:
-        yield
-    except EngineRoomError:
-        raise
-    except ImportError as error:
-        raise ConfigurationError(
-            f"{str(checkpoint.path)!r} needs a library that is not installed: {_short(error)}; "
-            + _install(checkpoint, options, error)
-        ) from error
-    except Exception as error:  # what a checkpoint of unknown origin can make the library raise
-        if _is_out_of_memory(error):
-            needed = sum(estimate_bytes(checkpoint, options).values())
-            raise ResourceNotAvailableError(
-                f"there is no memory for {str(checkpoint.path)!r}, which needs about "
-                f"{needed / 2**30:.2f} GiB ({needed} bytes) with its cache; unload other models, "
-                "or set max_context, max_batch_size, dtype or quantization lower"
-            ) from error
-        logger.debug("loading %s failed", checkpoint.path, exc_info=True)
-        raise ConfigurationError(
-            f"transformers cannot load {str(checkpoint.path)!r}: {_short(error)}"
-        ) from error
-
-
-def _install(checkpoint: Checkpoint, options: HfTransformersOptions, error: ImportError) -> str:
-    stored = checkpoint.config.get("quantization_config")
-    settings = options.quantization or (stored if isinstance(stored, dict) else {})
-    method = str(settings.get("quant_method") or ("bitsandbytes" if settings else ""))
-    if checkpoint.format == "gguf":
-        return 'pip install "engineroom-hf-transformers[gguf]"'
-    if "accelerate" in str(error) and method not in _LIBRARIES:
-        return 'pip install "engineroom-hf-transformers[multi-gpu]"'
-    if method:
-        return f"pip install {_LIBRARIES.get(method, method)}"
-    return f"pip install {error.name}" if error.name else "install it"
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    import torch
-
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    # The CPU's allocator has no error of its own.
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and (
-        "not enough memory" in text or "can't allocate memory" in text or "out of memory" in text
-    )
-
-
-def _short(error: BaseException) -> str:
-    """An error's words on one line; the libraries' can be screens long."""
-    words = " ".join(str(error).split()) or type(error).__name__
-    return words if len(words) <= 400 else words[:400].rstrip() + " …"
-
-
-class _ToOurs(logging.Handler):
-    """What the library tells its users on the terminal is for the log of those who debug."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if logger.isEnabledFor(logging.DEBUG):
-            logger.debug("%s: %s", record.name, record.getMessage())
-
-
-_quiet_lock = threading.Lock()
-_quiet = False
-
-
-def _quieten() -> None:
-    """Turn the library's bars off and its advice into our records of level debug, once.
-
-    Only its own default handler is replaced: handlers that an application gave it stay.
-    """
-    global _quiet  # noqa: PLW0603 - the process has one such library
-    with _quiet_lock:
-        if _quiet:
-            return
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # advice of its own, on stderr
-        import transformers.utils.logging
-
-        library_logging: Any = transformers.utils.logging
-
-        library_logging.disable_progress_bar()
-        root = library_logging.get_logger()  # makes the default handler
-        if library_logging._default_handler in root.handlers:
-            library_logging.disable_default_handler()
-            root.addHandler(_ToOurs())
-        _quiet = True

@@ -44,8 +44,9 @@ class HfTransformersOptions(BaseModel):
     ``max_batch_size`` times as many. ``None``: what the model was made for, at most 4096."""
     prefill_chunk: Annotated[_Int, Field(ge=1)] = 128
     """Most prompt tokens of a step while others decode: what a long prompt may delay them by."""
-    max_batch_tokens: Annotated[_Int, Field(ge=1)] = 512
-    """Most tokens of a step."""
+    max_batch_tokens: Annotated[_Int, Field(ge=1)] | None = None
+    """Most tokens of a step. ``None``: 128 on the CPU, where more gain nothing and a step could not
+    be given up soon enough, and 1024 on a GPU; at least ``max_batch_size``."""
     max_queue: Annotated[_Int, Field(ge=0)] = 256
     """Most requests that wait for a place in the batch; more are refused at once."""
     prefix_cache: bool = True
@@ -81,7 +82,7 @@ class HfTransformersOptions(BaseModel):
             raise ValueError("give either device or device_map; both were given")
         if self.draft_model is not None and self.prompt_lookup:
             raise ValueError("give either draft_model or prompt_lookup; both were given")
-        if self.max_batch_size > self.max_batch_tokens:
+        if self.max_batch_tokens is not None and self.max_batch_size > self.max_batch_tokens:
             raise ValueError(
                 f"max_batch_tokens={self.max_batch_tokens} has no token for each of "
                 f"max_batch_size={self.max_batch_size} requests; make it at least as large"

@@ -1,11 +1,4 @@
-"""Text to tokens and back: prompts, chat templates, and decoding a token at a time.
-
-Decoding does not use ``tokenizers.DecodeStream``: it raises where the bytes of two characters
-meet in an unforeseen order, keeps everything since the last whole character (which random bytes
-may never bring), and decodes each token twice. Most decoders treat each token by itself, so the
-bytes that a token stands for are looked up once and remembered; whether a tokenizer's decoder is
-of that kind is tried when it is opened. For the others, a window of the last tokens is decoded.
-"""
+"""A model's tokenizer: prompts and conversations to tokens, and what each token stands for."""
 
 from __future__ import annotations
 
@@ -13,36 +6,27 @@ import json
 import re
 import secrets
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 from engineroom import ChatMessage, ConfigurationError
-from engineroom.text import Utf8Decoder
+from engineroom_hf_transformers.decoding import (
+    WINDOW,
+    Decoder,
+    PieceDecoder,
+    Pieces,
+    WindowDecoder,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Decoder", "Vocabulary"]
+__all__ = ["Vocabulary"]
 
-_BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _CONTROL_LIKE: Final = re.compile(r"<\|[^|<>]+\|>|<(?:start|end)_of_turn>|</?s>|\[/?INST\]")
 """Tokens that structure a conversation in known templates. Some conversions forget to mark them
 as special, and a tokenizer reads them all the same."""
 _BREAK: Final = "\ue000"
 """A private character, put into a special token's text so that it is not read as one."""
-_SAMPLE: Final = 256
-_WINDOW: Final = 8
-_HELD: Final = 8
-"""Most tokens that the window decoder holds back; no character has more than four bytes."""
-
-
-class Decoder(Protocol):
-    """Makes text of the tokens of one generation, in order."""
-
-    def feed(self, token_id: int) -> str:
-        """The text that this token completes; empty while a character is incomplete."""
-
-    def finish(self) -> str:
-        """What was held: one U+FFFD for a character that stayed incomplete."""
 
 
 class Vocabulary:
@@ -97,7 +81,7 @@ class Vocabulary:
         self._prefix, suffix = self._surroundings()
         self._suffix = suffix if encoder else []
         self._texts: dict[int, str] = {}
-        self._pieces = _Pieces.of(self._backend, self._special)
+        self._pieces = Pieces.of(self._backend, self._special)
 
     def ends(self, token_id: int) -> bool:
         """Whether this token ends a generation."""
@@ -264,14 +248,14 @@ class Vocabulary:
         tokens are left out, and the spaces that the model wrote stay as they are.
         """
         if self._pieces is not None:
-            return _PieceDecoder(self._pieces, first=not any(map(self._shows, prompt_ids)))
+            return PieceDecoder(self._pieces, first=not any(map(self._shows, prompt_ids)))
         seed: list[int] = []
         for token in reversed(prompt_ids):
             if self._shows(token):
                 seed.insert(0, token)
-                if len(seed) == _WINDOW:
+                if len(seed) == WINDOW:
                     break
-        return _WindowDecoder(self._decode, seed)
+        return WindowDecoder(self._decode, seed)
 
     def token_text(self, token_id: int) -> str:
         """A token's own text, special ones included; empty for ids beyond the tokenizer's."""
@@ -302,166 +286,6 @@ class Vocabulary:
                 known, skip_special_tokens=True, clean_up_tokenization_spaces=False
             )
         return text
-
-
-# ── decoders ─────────────────────────────────────────────────────────────────────────────────
-
-
-class _Pieces(dict[int, bytes]):
-    """The bytes that each token stands for after another one, looked up once.
-
-    :param anchor: a token of plain letters, after which others are decoded.
-    """
-
-    def __init__(self, backend: Any, special: Collection[int], anchor: int) -> None:
-        super().__init__()
-        self._backend = backend
-        self._special = special
-        kinds = _decoder_kinds(backend)
-        self._bytes = _byte_alphabet() if "ByteLevel" in kinds else None
-        self._has_byte_tokens = "ByteFallback" in kinds
-        self._anchor = anchor
-        self._before: str = backend.decode([anchor, anchor])
-
-    @classmethod
-    def of(cls, backend: Any, special: Collection[int]) -> _Pieces | None:
-        """The pieces of a tokenizer; ``None``: it does not decode each token by itself."""
-        if backend is None:
-            return None
-        size = backend.get_vocab_size(with_added_tokens=True)
-        tokens = (t for t in range(size) if t not in special)
-        anchor = next((t for t in tokens if (backend.id_to_token(t) or "").isalpha()), None)
-        if anchor is None:
-            return None
-        pieces = cls(backend, special, anchor)
-        return pieces if pieces._are_local(size) else None
-
-    def __missing__(self, token: int) -> bytes:
-        piece = self[token] = self._look_up(token)
-        return piece
-
-    def first(self, token: int) -> bytes:
-        """The bytes of a token with none before it: some decoders leave a space out there."""
-        text: str = self._backend.decode([token], skip_special_tokens=True)
-        return self[token] if "\ufffd" in text else text.encode()
-
-    def _look_up(self, token: int) -> bytes:
-        if token in self._special or token < 0:
-            return b""
-        text: str | None = self._backend.id_to_token(token)
-        if text is None:
-            return b""
-        if self._bytes is not None:
-            try:
-                return bytes(map(self._bytes.__getitem__, text))
-            except KeyError:  # added later, and written as it is
-                return text.encode()
-        if self._has_byte_tokens and (match := _BYTE_TOKEN.fullmatch(text)):
-            return bytes([int(match[1], 16)])
-        whole: str = self._backend.decode([self._anchor, self._anchor, token])
-        return whole.removeprefix(self._before).encode()
-
-    def _are_local(self, size: int) -> bool:
-        """Whether joined pieces are what the tokenizer makes of a whole."""
-        tokens = [
-            token
-            for token in range(0, size, max(1, size // _SAMPLE))
-            if not (self._has_byte_tokens and self._is_byte(token))
-        ]
-        for ids in (tokens, tokens[::-1], [*tokens, self._anchor], [self._anchor] * 3):
-            decoder = _PieceDecoder(self, first=True)
-            joined = "".join(map(decoder.feed, ids)) + decoder.finish()
-            if joined != self._backend.decode(ids, skip_special_tokens=True):
-                return False
-        return True
-
-    def _is_byte(self, token: int) -> bool:
-        return _BYTE_TOKEN.fullmatch(self._backend.id_to_token(token) or "") is not None
-
-
-class _PieceDecoder:
-    __slots__ = ("_first", "_pieces", "_utf8")
-
-    def __init__(self, pieces: _Pieces, *, first: bool) -> None:
-        self._pieces = pieces
-        self._first = first
-        self._utf8 = Utf8Decoder()
-
-    def feed(self, token_id: int) -> str:
-        piece = self._pieces[token_id]
-        if self._first and piece:
-            self._first = False
-            piece = self._pieces.first(token_id)
-        return self._utf8.feed(piece)
-
-    def finish(self) -> str:
-        return self._utf8.finish()
-
-
-class _WindowDecoder:
-    """Decodes the last tokens anew with each one, and gives what was added to their text."""
-
-    __slots__ = ("_decode", "_held", "_ids", "_shown")
-
-    def __init__(self, decode: Callable[[Sequence[int]], str], seed: Sequence[int]) -> None:
-        self._decode = decode
-        self._ids = list(seed)
-        self._shown = decode(self._ids)
-        self._held = 0
-
-    def feed(self, token_id: int) -> str:
-        self._ids.append(token_id)
-        text = self._decode(self._ids)
-        if text.endswith("\ufffd") and self._held < _HELD:
-            self._held += 1
-            return ""
-        return self._show(text)
-
-    def finish(self) -> str:
-        return self._show(self._decode(self._ids)) if self._held else ""
-
-    def _show(self, text: str) -> str:
-        self._held = 0
-        same = 0  # a decoder may change what it gave; that cannot be taken back
-        if text.startswith(self._shown):
-            same = len(self._shown)
-        else:
-            while text[same : same + 1] == self._shown[same : same + 1] != "":
-                same += 1
-        added = text[same:]
-        if len(self._ids) > 2 * _WINDOW:
-            del self._ids[:-_WINDOW]
-            text = self._decode(self._ids)
-        self._shown = text
-        return added
-
-
-def _decoder_kinds(backend: Any) -> set[str]:
-    """Names of the steps of a tokenizer's decoder."""
-    if backend.decoder is None:
-        return set()
-    try:
-        state = json.loads(backend.decoder.__getstate__())
-    except Exception:  # noqa: BLE001 - one written in Python has no state; it is tried as it is
-        return set()
-    steps = [state]
-    kinds = set()
-    while steps:
-        step = steps.pop()
-        kinds.add(str(step.get("type")))
-        steps += step.get("decoders") or ()
-    return kinds
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """Character → byte, as byte-level tokenizers write bytes (Radford et al., 2019).
-
-    Printable Latin-1 characters stand for themselves, the others for those from U+0100 on.
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = (byte for byte in range(256) if byte not in printable)
-    alphabet = {chr(byte): byte for byte in printable}
-    return alphabet | {chr(0x100 + number): byte for number, byte in enumerate(others)}
 
 
 # ── messages ─────────────────────────────────────────────────────────────────────────────────

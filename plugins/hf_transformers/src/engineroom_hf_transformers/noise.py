@@ -1,0 +1,46 @@
+"""What the library tells its users on the terminal, kept from there."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from typing import Any
+
+__all__ = ["quieten"]
+
+logger = logging.getLogger("engineroom.hf_transformers")
+
+
+class _ToOurs(logging.Handler):
+    """What the library tells its users on the terminal is for the log of those who debug."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("%s: %s", record.name, record.getMessage())
+
+
+_quiet_lock = threading.Lock()
+_quiet = False
+
+
+def quieten() -> None:
+    """Turn the library's bars off and its advice into our records of level debug, once.
+
+    Only its own default handler is replaced: handlers that an application gave it stay.
+    """
+    global _quiet  # noqa: PLW0603 - the process has one such library
+    with _quiet_lock:
+        if _quiet:
+            return
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # advice of its own, on stderr
+        import transformers.utils.logging
+
+        library_logging: Any = transformers.utils.logging
+
+        library_logging.disable_progress_bar()
+        root = library_logging.get_logger()  # makes the default handler
+        if library_logging._default_handler in root.handlers:
+            library_logging.disable_default_handler()
+            root.addHandler(_ToOurs())
+        _quiet = True
