@@ -55,8 +55,8 @@ __all__ = ["HfEngine"]
 logger = logging.getLogger("engineroom.hf_transformers")
 
 _CPU_TOKENS: Final = 128
-"""Prompts are read as fast (355 tokens/s) as with 512 (361), in layers of 12 ms instead of 47; it is
-between layers that a step can be given up. SmolLM2-135M, two cores, float32."""
+"""Prompts are read as fast (355 tokens/s) as with 512 (361), in layers of 12 ms instead of 47; a
+step can be given up between layers. SmolLM2-135M, two cores, float32."""
 _GPU_TOKENS: Final = 1024
 
 
