@@ -136,7 +136,11 @@ async def hold(engine: FakeEngine) -> CountTask:
 
 
 async def test_requests_run_together_and_each_gets_all_of_its_own(engine: FakeEngine) -> None:
+    engine.held = True
     tasks = [engine.task(length) for length in (5, 2, 3)]
+    await until(engine.in_step.is_set)
+    engine.held = False
+    engine.gate.release()
     assert [await read(task) for task in tasks] == [[1, 2, 3, 4, 5], [1, 2], [1, 2, 3]]
     assert max(map(len, engine.together)) == 2
     assert engine.health().num_requests_running == 0

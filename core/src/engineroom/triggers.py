@@ -98,7 +98,9 @@ def _changes(manager: LLMModelManager) -> AsyncIterator[set[tuple[Any, str]]]:
     # The folder, because a file that is replaced by another of its name is no longer watched; and
     # what it may link to (as in Kubernetes) is replaced by a change of a link beside it.
     beside = None if file.is_symlink() else ours
-    return awatch(file.resolve().parent if beside else file.parent, watch_filter=beside)
+    folder = file.resolve().parent if beside else file.parent
+    changes: AsyncIterator[set[tuple[Any, str]]] = awatch(folder, watch_filter=beside)
+    return changes
 
 
 async def _watch(changes: AsyncIterator[set[tuple[Any, str]]], asked: asyncio.Event) -> None:

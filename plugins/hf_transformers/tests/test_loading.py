@@ -28,6 +28,9 @@ from engineroom_hf_transformers.background import Load
 from engineroom_hf_transformers.loading import Parts, load_parts, release
 from engineroom_hf_transformers.options import HfTransformersOptions
 
+# PEFT calls what the newest transformers have a new name for.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
 Tiny = Callable[[str], Path]
 Changed = Callable[..., Path]
 
