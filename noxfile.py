@@ -424,6 +424,7 @@ def tests_core(session: nox.Session) -> None:
     """The core's own tests, on every installed Python from 3.11."""
     arguments = selection(session, CORE / "tests")
     tools = [*group("test", "core"), *group("server-test", "core"), *extras("core", *SERVER)]
+    tools += [*group("lint"), *group("typing")]  # what new-plugin writes is held to them
     install(session, "core", extra=tools)
     pytest(session, arguments if session.python == THIS else [*arguments, *LIGHT])
 
@@ -458,7 +459,8 @@ def tests_vllm(session: nox.Session) -> None:
         )
     install_vllm(session, torch)
     extra = [*group("test", "vllm"), *group("engine", "vllm")]
-    session.install(*editable("core", "vllm"), *extra)
+    # Beside the others: one set of requests goes through all three.
+    install(session, "core", *IN_PROCESS, "vllm", extra=extra)
     install_smollm2(session)
     # Else the processes of each engine would compile what was written since, and forget it.
     session.env["PYTHONDONTWRITEBYTECODE"] = ""

@@ -55,7 +55,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 USAGE = (DOCS / "usage.md").read_text(encoding="utf-8")
 ARCHITECTURE = (DOCS / "architecture.md").read_text(encoding="utf-8")
-SOURCES = [ROOT / "core/src/engineroom", ROOT / "plugins/llamacpp/src/engineroom_llamacpp"]
+SOURCES = [ROOT / "core/src/engineroom", *sorted(ROOT.glob("plugins/*/src/engineroom_*"))]
 
 
 # ── the blocks ───────────────────────────────────────────────────────────────────────────────

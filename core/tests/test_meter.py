@@ -13,7 +13,7 @@ import pytest
 
 import engineroom.machine as machine
 import engineroom.meter as meter_module
-from engineroom.meter import MachineMeter
+from engineroom.meter import MachineMeter, give_back_memory
 
 MIB = 1 << 20
 
@@ -167,3 +167,8 @@ def test_nvml_without_a_driver_is_as_none(fake_nvml, monkeypatch):
     fake_nvml.nvmlInit = refuse
     monkeypatch.setattr(meter_module, "devices", lambda: ([], None))
     assert MachineMeter().capacity("cuda:0") is None
+
+
+def test_memory_may_be_given_back_at_any_time():
+    give_back_memory()
+    give_back_memory()

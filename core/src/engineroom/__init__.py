@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from engineroom.memory import (
         DeviceMemory,
     )
+    from engineroom.meter import give_back_memory
     from engineroom.options import (
         parse_options,
     )
@@ -180,6 +181,7 @@ __all__ = [
     "deliver",
     "did_you_mean",
     "find_source",
+    "give_back_memory",
     "hookimpl",
     "load_deployment",
     "parse_options",
@@ -229,6 +231,7 @@ _MODULES: Final = {
     "PlannedVariant": "plan",
     "ReloadReport": "reload",
     "reloading": "triggers",
+    "give_back_memory": "meter",
     "parse_options": "options",
     "DispatchReport": "registry",
     "HandlerRegistry": "registry",

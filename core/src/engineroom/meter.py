@@ -7,8 +7,10 @@ What cannot be found out is left out: a device that is not known has no bound.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any, Final, Protocol
 
 from engineroom.machine import cgroup_limits, cgroup_used, devices
 
-__all__ = ["MachineMeter", "MemoryMeter"]
+__all__ = ["MachineMeter", "MemoryMeter", "give_back_memory"]
 
 logger = logging.getLogger(__name__)
 
@@ -160,3 +162,11 @@ def _ask_nvml(nvml: Any, name: str) -> tuple[int, int] | None:
         logger.debug("GPU %s cannot be measured", name, exc_info=True)
         return None
     return int(info.free), int(info.used)
+
+
+def give_back_memory() -> None:
+    """Ask the C library to return freed memory to the system, where it can (glibc)."""
+    if sys.platform.startswith("linux"):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(ctypes.c_size_t(0))

@@ -159,7 +159,9 @@ def test_a_huge_config_is_not_read(copied: Tiny) -> None:
         read_config(path.parent / "absent.json")
 
 
-def test_pickled_weights_are_refused_unless_they_are_asked_for(copied: Tiny) -> None:
+def test_pickled_weights_are_refused_unless_they_are_asked_for(
+    copied: Tiny, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = copied("llama")
     size = (folder / "model.safetensors").stat().st_size
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
@@ -167,7 +169,9 @@ def test_pickled_weights_are_refused_unless_they_are_asked_for(copied: Tiny) -> 
     assert "pytorch_model.bin" in message
     assert "allow_pickle: true" in message
     options = PLAIN.model_copy(update={"allow_pickle": True})
-    found = find_checkpoint(str(folder), options)
+    with caplog.at_level(logging.WARNING):
+        found = find_checkpoint(str(folder), options)
+    assert "unpickling the weights" in caplog.text
     assert found.format == "pickle"
     assert estimate_bytes(found, options)["cpu"] > size
 

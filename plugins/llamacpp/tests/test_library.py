@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from engineroom_llamacpp import library
-from engineroom_llamacpp.library import AbortFlag, give_back_memory, last_error, load
+from engineroom_llamacpp.library import AbortFlag, last_error, load
 
 LOGGER = "engineroom.llamacpp.library"
 DEBUG, INFO, WARNING, ERROR, CONTINUED = 1, 2, 3, 4, 5
@@ -219,8 +219,3 @@ def test_another_thread_raises_the_flag(llama: Any) -> None:
     thread.start()
     thread.join()
     assert flag.callback(flag.data) is True
-
-
-def test_memory_may_be_given_back_at_any_time() -> None:
-    give_back_memory()
-    give_back_memory()

@@ -42,6 +42,8 @@ def adapter_folder(options: HfTransformersOptions) -> Path | None:
             "those may run code that comes with them; convert them, or set the option "
             "allow_pickle: true if you trust where they come from"
         )
+    else:
+        logger.warning("%s: unpickling the adapter, which may run code that is in it", folder)
     if not has("peft"):
         raise ConfigurationError(
             'adapter: this needs peft; pip install "engineroom-hf-transformers[adapters]"'

@@ -158,6 +158,7 @@ def _folder(folder: Path, options: HfTransformersOptions) -> Checkpoint:
         )
     weights = _shards(first) if first.suffix == ".json" else (first,)
     if kind == "pickle":
+        logger.warning("%s: unpickling the weights, which may run code that is in them", folder)
         return Checkpoint(folder, kind, config, weights)
     values: dict[str, int] = {}
     for path in weights:

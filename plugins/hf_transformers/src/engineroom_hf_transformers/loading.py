@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
-from engineroom import ConfigurationError, ModelConfig, default_threads
+from engineroom import ConfigurationError, ModelConfig, default_threads, give_back_memory
 from engineroom_hf_transformers.adapters import adapter_folder, with_adapter
 from engineroom_hf_transformers.checkpoint import Checkpoint, find_checkpoint
 from engineroom_hf_transformers.load_errors import has, short, typed_errors
@@ -73,10 +71,7 @@ def release(parts: Parts) -> None:
         import torch
 
         torch.cuda.empty_cache()
-    if sys.platform.startswith("linux"):
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
-        if trim is not None:
-            trim(ctypes.c_size_t(0))
+    give_back_memory()
 
 
 # ── loading ──────────────────────────────────────────────────────────────────────────────────

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from engineroom import ConfigurationError
 
-__all__ = ["CACHE_TYPES", "FLASH_ATTENTION", "AbortFlag", "give_back_memory", "load"]
+__all__ = ["CACHE_TYPES", "FLASH_ATTENTION", "AbortFlag", "load"]
 
 logger = logging.getLogger("engineroom.llamacpp.library")
 
@@ -94,11 +94,3 @@ class AbortFlag:
     def set(self, value: bool) -> None:
         """Raise or lower the flag."""
         self._buffer[0] = b"\1" if value else b"\0"
-
-
-def give_back_memory() -> None:
-    """Ask the C library to return freed memory to the system, where it can."""
-    if sys.platform.startswith("linux"):
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
-        if trim is not None:
-            trim(ctypes.c_size_t(0))

@@ -6,7 +6,13 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from engineroom import ConfigurationError, ModelConfig, find_source, resolve_source
+from engineroom import (
+    ConfigurationError,
+    ModelConfig,
+    find_source,
+    give_back_memory,
+    resolve_source,
+)
 from engineroom_llamacpp.gguf import GgufHeader, read_header
 from engineroom_llamacpp.options import LlamaCppOptions
 
@@ -103,8 +109,6 @@ def load_engine(config: ModelConfig, options: LlamaCppOptions) -> tuple[LlamaEng
 
 
 def unload_engine(engine: LlamaEngine) -> None:
-    from engineroom_llamacpp.library import give_back_memory
-
     engine.close()
     engine.model.close()
     give_back_memory()

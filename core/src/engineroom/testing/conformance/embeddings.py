@@ -62,10 +62,9 @@ class EmbeddingChecks(Checks):
     async def test_embeddings_alone(self, kit: Kit) -> None:
         async with _model(kit) as bench:
             together = (await _embed(kit, bench, _TEXTS)).vectors
-            others, turned = await asyncio.gather(
+            _, turned = await asyncio.gather(
                 _embed(kit, bench, ["Something else."]), _embed(kit, bench, _TEXTS[::-1])
             )
-            del others
             for place, text in enumerate(_TEXTS):
                 (alone,) = (await _embed(kit, bench, [text])).vectors
                 for beside, vector in (
