@@ -133,10 +133,16 @@ def test_a_prompt_that_is_too_long_is_refused(client):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_clients_that_go_away_free_their_slots(client, url, stream):
-    body = {"model": "default", "prompt": "Count: 1, 2, 3,", "max_tokens": 4000, "stream": stream}
+    endless = {"0": -100, "2": -100}  # neither <|endoftext|> nor <|im_end|>
+    body = {"model": "default", "prompt": "Count: 1, 2, 3,", "max_tokens": 4000}
+    body |= {"logit_bias": endless, "stream": stream}
     for _ in range(3):  # more than there are slots
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{url}/v1/completions", json=body, timeout=0.5)
+        if stream:  # each leaves in the middle of the answer
+            with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
+                assert next(answer.iter_lines()).startswith("data: ")
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(f"{url}/v1/completions", json=body, timeout=0.5)
     for _ in range(200):
         if gauge(url, "engineroom_num_requests_running") == 0:
             break

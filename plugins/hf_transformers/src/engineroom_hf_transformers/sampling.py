@@ -239,6 +239,7 @@ def _draw_cut(logits: torch.Tensor, rows: Sequence[Sampling]) -> list[int]:
         # Those as likely as the last one may go on beyond it: which of them are here is chance.
         surely = weights * (head > head[:, -1:])
         enough = (top_p < 1.0) & (surely.sum(dim=-1, keepdim=True) >= top_p * total)
+        enough &= surely[:, :1] > 0  # the likeliest token stays, whatever top_p says
         enough |= weights[:, -1:] < min_p
         kth = surely.gather(1, top_k.clamp(max=count) - 1)
         enough_k = (top_k <= count) & ((kth > 0) | (weights[:, -1:] == 0))
