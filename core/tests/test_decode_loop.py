@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import threading
 
-from engineroom import DecodeLoop
+import pytest
+
+from engineroom import DecodeLoop, run_in_new_thread
 
 
 class Counter:
@@ -76,3 +80,61 @@ def test_waiting_for_one_does_not_wait_for_the_others() -> None:
         stays.may_work = True
         loop.condition.notify_all()
     loop.wait_for_end(stays)
+
+
+# ── beside the loop ──────────────────────────────────────────────────────────────────────────────
+
+WHERE: contextvars.ContextVar[str] = contextvars.ContextVar("WHERE", default="nowhere")
+
+
+async def test_a_call_has_a_thread_of_its_own_which_ends_with_it() -> None:
+    WHERE.set("here")
+    threads = [
+        await run_in_new_thread(lambda: (threading.current_thread(), WHERE.get()), "once")
+        for _ in range(2)
+    ]
+    assert [(thread.name, where) for thread, where in threads] == [("once", "here")] * 2
+    for thread, _ in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+async def test_what_a_call_raises_is_raised_where_it_is_awaited() -> None:
+    def fail() -> None:
+        raise LookupError("not there")
+
+    with pytest.raises(LookupError, match="not there"):
+        await run_in_new_thread(fail, "fail")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nobody_is_told_of_a_call_that_nobody_waits_for(
+    fails: bool, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Neither after a cancellation nor after the end of the loop."""
+    go, threads = threading.Event(), []
+
+    def work() -> None:
+        threads.append(threading.current_thread())
+        assert go.wait(60)
+        if fails:
+            raise LookupError("not there")
+
+    async def leave() -> None:
+        for count in (1, 2):
+            task = asyncio.create_task(run_in_new_thread(work, "left"))
+            while len(threads) < count:
+                await asyncio.sleep(0.001)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        go.set()
+        threads[0].join(60)
+        await asyncio.sleep(0.01)
+        go.clear()
+
+    asyncio.run(leave())
+    go.set()
+    threads[1].join(60)
+    assert not threads[1].is_alive()
+    assert not caplog.records and not recwarn.list

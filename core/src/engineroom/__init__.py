@@ -29,7 +29,12 @@ if TYPE_CHECKING:
         DeploymentConfig,
         load_deployment,
     )
-    from engineroom.decode_loop import CPU_LOOP, DecodeLoop, default_threads
+    from engineroom.decode_loop import (
+        CPU_LOOP,
+        DecodeLoop,
+        default_threads,
+        run_in_new_thread,
+    )
     from engineroom.entries import (
         ModelStatus,
         VariantOutcome,
@@ -188,6 +193,7 @@ __all__ = [
     "reloading",
     "request_logger",
     "resolve_source",
+    "run_in_new_thread",
 ]
 
 # Where each name lives. They are imported when they are first used: pydantic's schemas cost more
@@ -200,6 +206,7 @@ _MODULES: Final = {
     "CPU_LOOP": "decode_loop",
     "DecodeLoop": "decode_loop",
     "default_threads": "decode_loop",
+    "run_in_new_thread": "decode_loop",
     "ConfigurationError": "errors",
     "EngineDeadError": "errors",
     "EngineRoomError": "errors",

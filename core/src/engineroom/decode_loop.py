@@ -3,16 +3,22 @@
 Runtimes that compute on the CPU bring teams of threads that spin at barriers, and OpenMP keeps
 such a team for every thread that ever computed: two threads that decode on the same cores slow
 each other down tenfold and more, and even an idle team costs. So there is one thread for the
-CPU, whatever the runtimes, and the models take turns, a step each.
+CPU, whatever the runtimes, and the models take turns, a step each. What else computes, such as
+a load that tries the model out, does it in :func:`run_in_new_thread`, whose team ends with it.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import os
 import threading
-from typing import Final, Protocol
+from collections.abc import Callable
+from typing import Final, Protocol, TypeVar
 
-__all__ = ["CPU_LOOP", "DecodeLoop", "Worker", "default_threads"]
+__all__ = ["CPU_LOOP", "DecodeLoop", "Worker", "default_threads", "run_in_new_thread"]
+
+_T = TypeVar("_T")
 
 
 class Worker(Protocol):
@@ -84,6 +90,45 @@ class DecodeLoop:
 
 CPU_LOOP: Final = DecodeLoop("engineroom-cpu")
 """Decodes every model, of whatever runtime, that runs on the CPU of this process."""
+
+
+async def run_in_new_thread(call: Callable[[], _T], name: str) -> _T:
+    """As :func:`asyncio.to_thread`, but in a thread that ends with the call.
+
+    The threads of asyncio's pool stay, and with each its idle team of OpenMP's. As soon as the
+    teams have more threads than there are cores, GNU OpenMP lets them all sleep at barriers
+    instead of spinning, which slows every step of the decoding thread.
+
+    A cancelled caller does not stop the call; what it returns or raises is then dropped.
+
+    :param name: the thread's name.
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[_T] = loop.create_future()
+    context = contextvars.copy_context()
+
+    def settle(error: BaseException | None, value: _T | None) -> None:
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(value)  # type: ignore[arg-type]
+
+    def run() -> None:
+        error: BaseException | None = None
+        value: _T | None = None
+        try:
+            value = context.run(call)
+        except BaseException as raised:  # noqa: BLE001 - raised again where it is awaited
+            error = raised
+        try:
+            loop.call_soon_threadsafe(settle, error, value)
+        except RuntimeError:  # the loop is closed: nobody waits any more
+            pass
+
+    threading.Thread(target=run, name=name).start()
+    return await future
 
 
 def default_threads() -> int:

@@ -20,6 +20,7 @@ from engineroom import (
     TokenHandler,
     TokenStep,
     parse_options,
+    run_in_new_thread,
 )
 from engineroom_hf_transformers.background import Load
 from engineroom_hf_transformers.checkpoint import find_checkpoint, looks_native
@@ -83,7 +84,7 @@ class HuggingFaceTransformersHandler(TokenHandler):
         options = parse_options(HfTransformersOptions, config)
         load = Load(config, options, _builder(config, options))
         try:
-            engine = await asyncio.to_thread(load.run)
+            engine = await run_in_new_thread(load.run, "hf_transformers-load")
         except asyncio.CancelledError:
             load.abandon()
             raise
