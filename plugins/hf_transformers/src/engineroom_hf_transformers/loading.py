@@ -14,6 +14,7 @@ from engineroom_hf_transformers.checkpoint import Checkpoint, find_checkpoint
 from engineroom_hf_transformers.load_errors import has, short, typed_errors
 from engineroom_hf_transformers.noise import quieten
 from engineroom_hf_transformers.options import HfTransformersOptions
+from engineroom_hf_transformers.packing import pack
 from engineroom_hf_transformers.sizes import (
     choose_device,
     choose_dtype,
@@ -136,15 +137,19 @@ def _load(checkpoint: Checkpoint, options: HfTransformersOptions, adapter: Path 
         model.eval()
         model.requires_grad_(False)
     settings = library_config.to_dict()
+    n_vocab = _n_vocab(model, library_config)
+    weight_bytes = _bytes_of(model)
+    if device == "cpu" and options.quantization is None and not options.compile:
+        pack(model, kind, n_vocab, keep=adapter is not None)
     return Parts(
         model=model,
         tokenizer=tokenizer,
         kind=kind,
         end_ids=_end_ids(model, tokenizer),
-        n_vocab=_n_vocab(model, library_config),
+        n_vocab=n_vocab,
         n_context=context_tokens(settings, options),
         n_trained=trained_tokens(settings),
-        weight_bytes=_bytes_of(model),
+        weight_bytes=weight_bytes,
         device=torch.device(model.device),
         dtype=dtype,
         folder=checkpoint.folder,
