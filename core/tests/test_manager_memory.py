@@ -83,10 +83,14 @@ async def test_what_can_never_fit_is_refused_before_it_starts():
         await manager.load("large")
     message = str(caught.value)
     assert "needs 4.0 GiB on cpu" in message and "3.0 GiB of 4.0 GiB is free" in message
-    assert "held by small (1.0 GiB, pinned)" in message
+    assert "held by small (1.0 GiB, pinned); unload what is pinned, make" in message
     assert handler.loads["large"] == 0 and states(manager)["large"] == "failed"
     await manager.unload("small")
     await manager.load("large")
+    await manager.unload("large")
+    await manager.reload({"memory": {"cpu": "3GiB"}, "models": manager.config.models})
+    with pytest.raises(ResourceNotAvailableError, match="is free; make it smaller, or raise"):
+        await manager.load("large")
 
 
 async def test_a_model_whose_memory_nobody_knows_is_loaded_and_then_counted():
@@ -267,7 +271,7 @@ async def test_whoever_waits_too_long_is_told_who_holds_the_memory():
         with pytest.raises(ResourceNotAvailableError) as caught:
             await manager.load("b")
         assert "after 0.01 s of waiting (load_timeout_s)" in str(caught.value)
-        assert "in use by 1 request" in str(caught.value)
+        assert "in use by 1 request); send it again later, unload a model" in str(caught.value)
         # What was asked to go for it goes on serving.
         await until(lambda: states(manager)["a"] == "ready")
         await use(manager, "a")
@@ -545,6 +549,7 @@ async def test_what_an_unload_does_not_give_back_is_logged_counted_and_shown(cap
     assert "'a' did not give back 1.0 GiB on cpu" in caplog.text
     assert observer.unloaded == [{"cpu": GIB}]
     assert cpu(manager).not_returned == GIB and cpu(manager).free == 9 * GIB
+    assert str(await manager.plan()).endswith("5.0 GiB free, 1.0 GiB not given back")
 
 
 async def test_what_stayed_behind_and_is_used_again_is_not_counted_twice():
