@@ -146,9 +146,8 @@ def parse_deployment(
     try:
         config = DeploymentConfig.model_validate(plain)
     except ValidationError as error:
-        found = [*error.errors(include_url=False)]
-        found += _hidden(plain, found)
-        problems = sorted({_problem(root, each) for each in found})
+        told = error.errors(include_url=False)
+        problems = sorted({_problem(root, each) for each in (*told, *_hidden(plain, told))})
         raise ConfigurationError(
             "\n".join(f"{name}:{line}: {problem}" for line, problem in problems)
         ) from error
@@ -267,8 +266,8 @@ def _taken(models: Iterable[tuple[Any, Any]]) -> Iterator[_NameTakenError]:
                 owners[name] = model_id
 
 
-def _hidden(plain: Any, found: Sequence[Any]) -> list[dict[str, Any]]:
-    """Mistakes that the schema does not come to, because it has ``found`` others before."""
+def _hidden(plain: Any, told: Sequence[Any]) -> list[dict[str, Any]]:
+    """Mistakes that the schema does not come to, because others were ``told`` before."""
     models = plain.get("models")
     if not isinstance(models, list):
         return []
@@ -278,7 +277,7 @@ def _hidden(plain: Any, found: Sequence[Any]) -> list[dict[str, Any]]:
         for taken in _taken((model.get("model_id"), model.get("aliases")) for model in read)
     ]
     for place, model in enumerate(read):
-        within = [each["type"] for each in found if each["loc"][:2] == ("models", place)]
+        within = [each["type"] for each in told if each["loc"][:2] == ("models", place)]
         guess = "extra_forbidden" in within and not model.get("variants")  # of a misspelt source
         if model and within and not guess and (mistake := source_mistake(model)):
             hidden.append({"type": "value_error", "loc": ("models", place), "msg": mistake})
