@@ -192,9 +192,17 @@ async def use(manager, *names):
             await asyncio.sleep(0)
 
 
+def loaded_at_once(manager):
+    """On a busy machine a fake's load may take longer than what lies between two uses."""
+    for entry in manager._entries.values():
+        entry.load_duration_s = 0.0
+
+
 async def test_the_least_recently_used_goes_first():
     manager = manager_of(*(model(name, 4) for name in "abc"), memory={"cpu": 8})
-    await use(manager, "a", "b", "a", "c")
+    await use(manager, "a", "b", "a")
+    loaded_at_once(manager)
+    await use(manager, "c")
     assert states(manager) == {"a": "ready", "b": "unloaded", "c": "ready"}
 
 
@@ -225,7 +233,9 @@ async def test_no_more_go_than_must():
         *(model(name, size) for name, size in {"a": 1, "b": 5, "c": 4, "d": 5}.items()),
         memory={"cpu": 10},
     )
-    await use(manager, "a", "b", "c", "d")
+    await use(manager, "a", "b", "c")
+    loaded_at_once(manager)
+    await use(manager, "d")
     assert states(manager) == {"a": "ready", "b": "unloaded", "c": "ready", "d": "ready"}
 
 
@@ -275,6 +285,7 @@ async def test_whoever_waits_too_long_is_told_who_holds_the_memory():
         # What was asked to go for it goes on serving.
         await until(lambda: states(manager)["a"] == "ready")
         await use(manager, "a")
+    manager._entries["b"].load_timeout_s = 60.0
     await manager.load("b")
 
 
@@ -373,6 +384,22 @@ async def test_a_busy_model_that_was_just_loaded_stays_as_long_as_its_load_took(
     await waiting
 
 
+async def test_a_long_load_does_not_keep_others_out_beyond_their_patience():
+    manager = manager_of(model("a", 8), model("b", 8), memory={"cpu": 10}, load_timeout_s=60)
+    now = 100.0
+    manager._room._clock = lambda: now
+    async with manager.lease("a"):
+        entry = manager._entries["a"]
+        entry.ready_at, entry.load_duration_s = 95.0, 600.0
+        waiting = asyncio.create_task(manager.load("b"))
+        await until(lambda: status(manager, "b").waits_for)
+        assert states(manager)["a"] == "ready"
+        now = 95.0 + 60 / 2 + 1
+        manager._room.kick()
+        await until(lambda: states(manager)["a"] == "draining")
+    await waiting
+
+
 async def test_it_is_looked_at_again_when_that_time_is_over():
     manager = manager_of(model("a", 8), model("b", 8), memory={"cpu": 10})
     async with manager.lease("a"):
@@ -439,6 +466,32 @@ async def test_a_grant_that_nobody_takes_is_given_back():
     with pytest.raises(ResourceNotAvailableError, match="closed"):
         await waiting
     assert manager._account.holding(entry) == {}
+
+
+async def test_a_grant_that_comes_with_the_deadline_counts(monkeypatch):
+    timeouts = []
+    timeout_at = asyncio.timeout_at
+
+    def noted(when):
+        timeouts.append(timeout_at(when))
+        return timeouts[-1]
+
+    monkeypatch.setattr("engineroom.room.asyncio.timeout_at", noted)
+    manager = manager_of(model("a", 8), model("b", 8), memory={"cpu": 10})
+    async with manager.lease("a"):
+        waiting = asyncio.create_task(manager.load("b"))
+        await until(lambda: states(manager)["a"] == "draining")
+        ticket = manager._room._tickets[0]
+        pump = manager._room.pump
+
+        def pump_at_the_deadline():
+            if not ticket.granted and not manager._account.lacking(ticket.need):
+                timeouts[-1].reschedule(0)  # it is over before the load has heard of the grant
+            pump()
+
+        manager._room.pump = pump_at_the_deadline
+    await waiting
+    assert timeouts[-1].expired() and cpu(manager).holders == {"b": 8}
 
 
 def test_a_manager_outlives_the_loop_that_it_was_used_on():
@@ -603,6 +656,17 @@ async def test_what_a_model_left_behind_does_not_stand_in_its_own_way(caplog):
     await manager.load("a")
 
 
+async def test_what_the_deployment_says_counts_whole_after_the_next_load():
+    """However little of it had to be free beside what was left behind."""
+    manager, _ = leaking(leaks=GIB, says=None)
+    config = manager.config.models[0].model_copy(update={"memory": {"cpu": 5 * GIB}})
+    await manager.reload({"memory": {"cpu": 10 * GIB}, "models": [config]})
+    for _ in range(2):
+        await manager.load("a")
+        assert cpu(manager).held == 5 * GIB
+        await manager.unload("a")
+
+
 async def test_what_leaks_is_found_out_when_it_is_not_used_again():
     manager, _ = leaking(leaks=3 * GIB)
     await manager.load("a")
@@ -656,6 +720,18 @@ async def test_measurements_that_something_else_overlapped_count_for_nothing():
     handler.end("load", "a")  # the process grew by 5 GiB meanwhile
     await loads[0]
     assert cpu(manager).holders == {"a": GIB, "b": 4 * GIB}
+    # The unload gives back 1 GiB, and the other model takes 4 meanwhile.
+    handler.gated = ()
+    await manager.unload("b")
+    await manager.unload("a")
+    await manager.load("a")
+    handler.gated = ("unload",)
+    unloading = asyncio.create_task(manager.unload("a"))
+    await until(lambda: ("unload", "a") in handler.gates)
+    await manager.load("b")
+    handler.end("unload", "a")
+    await unloading
+    assert cpu(manager).not_returned == 0
 
 
 # ── variants ─────────────────────────────────────────────────────────────────────────────────
