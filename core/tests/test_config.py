@@ -206,6 +206,65 @@ def test_every_mistake_is_told_with_its_line_and_key() -> None:
     ]
 
 
+def test_no_mistake_hides_another() -> None:
+    """What concerns several keys, or several models, is told beside what concerns one."""
+    assert [
+        mistake.partition(", or")[0]
+        for mistake in mistakes("""
+        fallback: perhaps
+        models:
+          - model_id: a
+            source: s
+          - model_id: a
+            source: s
+            preload: maybe
+          - model_id: b
+            priority: high
+          - model_id: c
+            aliases: [d, a]
+            source: s
+            pinned: 3
+            variants:
+              - source: s
+          - model_id: e
+            sauce: s
+          - source: s
+            aliases: [c, 3]
+    """)
+    ] == [
+        "deploy.yaml:1: fallback: Input should be a valid boolean, unable to interpret input",
+        (
+            "deploy.yaml:5: models.1.model_id: the name 'a' of model 'a' is taken by model 'a'; "
+            "ids and aliases must be unique"
+        ),
+        (
+            "deploy.yaml:7: models.1.preload: Input should be a valid boolean, "
+            "unable to interpret input"
+        ),
+        "deploy.yaml:8: models.2: give a source (a path, hf:owner/name or package:module/file)",
+        (
+            "deploy.yaml:9: models.2.priority: Input should be a valid integer, "
+            "unable to parse string as an integer"
+        ),
+        "deploy.yaml:10: models.3: give either variants",
+        (
+            "deploy.yaml:11: models.3.aliases.1: the name 'a' of model 'c' is taken by model 'a'; "
+            "ids and aliases must be unique"
+        ),
+        (
+            "deploy.yaml:13: models.3.pinned: Input should be a valid boolean, "
+            "unable to interpret input"
+        ),
+        "deploy.yaml:17: models.4.sauce: unknown key; did you mean 'source'?",
+        "deploy.yaml:18: models.5.model_id: this key is missing",
+        (
+            "deploy.yaml:19: models.5.aliases.0: the name 'c' of model None is taken by model 'c'; "
+            "ids and aliases must be unique"
+        ),
+        "deploy.yaml:19: models.5.aliases.1: Input should be a valid string",
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "known"),
     [

@@ -45,6 +45,8 @@ models:
   - {model_id: same, source: x}
   - {model_id: gone, source: x}
   - {model_id: moved, source: x}
+  - {model_id: grown, source: x, memory: {cpu: 1GiB}}
+  - {model_id: tuned, source: x}
   - {model_id: renamed, source: x}
 """
 NEW = """\
@@ -53,6 +55,8 @@ models:
   - {model_id: fresh, source: x}
   - {model_id: renamed, source: x, aliases: [other], priority: 3}
   - {model_id: moved, source: y}
+  - {model_id: grown, source: x, memory: {cpu: 2GiB}}
+  - {model_id: tuned, source: x, options: {n: 1}}
   - {model_id: same, source: x}
 """
 
@@ -60,10 +64,10 @@ models:
 def test_what_differs_between_two_deployments():
     report = compare(parse_deployment(OLD), parse_deployment(NEW))
     assert report.added == ("fresh",) and report.removed == ("gone",)
-    assert report.changed == ("moved",) and report.adjusted == ("renamed",)
+    assert report.changed == ("moved", "grown", "tuned") and report.adjusted == ("renamed",)
     assert report.needs_restart == ("handlers",)
     assert str(report) == (
-        "added: fresh; removed: gone; changed: moved; adjusted: renamed; "
+        "added: fresh; removed: gone; changed: moved, grown, tuned; adjusted: renamed; "
         "after a restart only: handlers"
     )
     assert str(compare(parse_deployment(OLD), parse_deployment(OLD))) == "nothing changed"
@@ -71,7 +75,7 @@ def test_what_differs_between_two_deployments():
 
 def test_a_key_of_the_whole_adjusts_every_model():
     report = compare(parse_deployment(OLD), parse_deployment(f"keep_alive: 5m\n{OLD}"))
-    assert report.adjusted == ("same", "gone", "moved", "renamed")
+    assert report.adjusted == ("same", "gone", "moved", "grown", "tuned", "renamed")
 
 
 # ── under load ───────────────────────────────────────────────────────────────────────────────
@@ -170,6 +174,15 @@ async def test_budgets_change_at_once():
     await manager.reload({"models": [model("a", 4)]})  # it is detected from now on
     await manager.load("a")
     assert (cpu(manager).budget, cpu(manager).detected) == (7, True)
+
+
+async def test_what_models_hold_already_is_part_of_a_detected_budget():
+    both = [model("a", 4), model("b", 4)]
+    manager = manager_of(*both, memory={"cpu": 9}, meter=FakeMeter(cpu=5))
+    await manager.load("a")
+    await manager.reload({"models": both})
+    await manager.load("b")  # 5 are free beside the one that is loaded
+    assert (cpu(manager).budget, cpu(manager).free) == (9, 1)
 
 
 async def test_a_broken_deployment_changes_nothing():

@@ -155,6 +155,13 @@ def test_memory_that_stays_behind_is_counted_once_and_found_again():
     # The next load uses it, so that it grows the process by less.
     assert footprint.loaded({"cpu": 4 * GIB}) == {"cpu": GIB}
     assert footprint.unloaded({"cpu": 4 * GIB}) == {"cpu": GIB}
+    # Where nobody could measure, it is taken to.
+    assert footprint.beside_left({"cpu": 5 * GIB, "cuda:0": GIB}) == {
+        "cpu": 4 * GIB, "cuda:0": GIB,
+    }  # fmt: skip
+    assert footprint.loaded({}) == {"cpu": GIB}
+    assert footprint.beside_left({"cpu": 5 * GIB}) == {"cpu": 5 * GIB}
+    assert footprint.unloaded({"cpu": 4 * GIB}) == {"cpu": GIB}
     # A real leak goes on growing.
     assert footprint.loaded({"cpu": 5 * GIB}) == {}
     assert footprint.unloaded({"cpu": 4 * GIB}) == {"cpu": GIB}

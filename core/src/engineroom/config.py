@@ -18,7 +18,7 @@ it: ``ENGINEROOM_CONFIG`` names the file, ``ENGINEROOM_HANDLERS`` replaces ``han
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -33,7 +33,7 @@ from pydantic import (
 
 from engineroom.errors import ConfigurationError
 from engineroom.registry import HANDLERS_VARIABLE
-from engineroom.schemas import ModelConfig, OnUnsupported, no_booleans
+from engineroom.schemas import ModelConfig, OnUnsupported, no_booleans, source_mistake
 from engineroom.sources import expand_user, has_scheme
 from engineroom.suggestions import did_you_mean, known_keys
 from engineroom.units import DeviceBudgets, Duration
@@ -82,17 +82,8 @@ class DeploymentConfig(BaseModel):
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> DeploymentConfig:
-        owners: dict[str, str] = {}
-        for place, model in enumerate(self.models):
-            for nth, name in enumerate((model.model_id, *model.aliases)):
-                if name in owners:
-                    key = ("aliases", nth - 1) if nth else ("model_id",)
-                    raise _NameTakenError(
-                        f"the name {name!r} of model {model.model_id!r} is taken by model "
-                        f"{owners[name]!r}; ids and aliases must be unique",
-                        *("models", place, *key),
-                    )
-                owners[name] = model.model_id
+        for taken in _taken((m.model_id, m.aliases) for m in self.models):
+            raise taken
         return self
 
 
@@ -155,7 +146,8 @@ def parse_deployment(
     try:
         config = DeploymentConfig.model_validate(plain)
     except ValidationError as error:
-        problems = sorted(_problem(root, e) for e in error.errors(include_url=False))
+        told = error.errors(include_url=False)
+        problems = sorted({_problem(root, each) for each in (*told, *_hidden(plain, told))})
         raise ConfigurationError(
             "\n".join(f"{name}:{line}: {problem}" for line, problem in problems)
         ) from error
@@ -255,6 +247,41 @@ def _problem(root: Any, error: Any) -> tuple[int, str]:
     elif error["type"] == "missing":
         message = "this key is missing"
     return line, f"{where}: {message}" if where else message
+
+
+def _taken(models: Iterable[tuple[Any, Any]]) -> Iterator[_NameTakenError]:
+    """The names, ids and aliases of models, that another one has already."""
+    owners: dict[str, str] = {}
+    for place, (model_id, aliases) in enumerate(models):
+        for nth, name in enumerate((model_id, *(aliases if isinstance(aliases, list) else ()))):
+            if not isinstance(name, str):  # a mistake by itself
+                continue
+            if name in owners:
+                yield _NameTakenError(
+                    f"the name {name!r} of model {model_id!r} is taken by model "
+                    f"{owners[name]!r}; ids and aliases must be unique",
+                    *("models", place, *(("aliases", nth - 1) if nth else ("model_id",))),
+                )
+            else:
+                owners[name] = model_id
+
+
+def _hidden(plain: Any, told: Sequence[Any]) -> list[dict[str, Any]]:
+    """Mistakes that the schema does not come to, because others were ``told`` before."""
+    models = plain.get("models")
+    if not isinstance(models, list):
+        return []
+    read = [model if isinstance(model, dict) else {} for model in models]
+    hidden: list[dict[str, Any]] = [
+        {"type": "value_error", "loc": taken.loc, "msg": str(taken)}
+        for taken in _taken((model.get("model_id"), model.get("aliases")) for model in read)
+    ]
+    for place, model in enumerate(read):
+        within = [each["type"] for each in told if each["loc"][:2] == ("models", place)]
+        guess = "extra_forbidden" in within and not model.get("variants")  # of a misspelt source
+        if model and within and not guess and (mistake := source_mistake(model)):
+            hidden.append({"type": "value_error", "loc": ("models", place), "msg": mistake})
+    return hidden
 
 
 def _anchored(config: DeploymentConfig, base: Path) -> DeploymentConfig:

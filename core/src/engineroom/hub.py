@@ -2,7 +2,8 @@
 
 ``huggingface_hub`` downloads and keeps the files; a connection that breaks is taken up where it
 broke, and files that are complete are not fetched again. What it does not do is done here: room on
-the disk is looked for before, and the files' hashes are compared afterwards.
+the disk is looked for before, the files' hashes are compared afterwards, and a large file that was
+not complete when a process ended is gone on with by the next (:mod:`engineroom.hub_partial`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from engineroom.errors import (
     ModelNotFoundError,
     ResourceNotAvailableError,
 )
+from engineroom.hub_partial import fetch_on, partial_bytes
 from engineroom.sources import HubSource
 from engineroom.units import format_size
 
@@ -50,7 +52,7 @@ class HubFile:
 class CachedRepo:
     """A repository that has files on this machine.
 
-    :param size: bytes on the disk.
+    :param size: bytes on the disk, with those of files that are not complete.
     :param last_used: seconds since 1970.
     """
 
@@ -97,7 +99,7 @@ def cached_repos() -> list[CachedRepo]:
     """
     return sorted(
         (
-            CachedRepo(r.repo_id, r.size_on_disk, r.nb_files, r.last_accessed, r.repo_path)
+            CachedRepo(r.repo_id, _size(r), r.nb_files, r.last_accessed, r.repo_path)
             for r in _cache(_library()).repos
             if r.repo_type == "model"
         ),
@@ -120,10 +122,14 @@ def remove_cached(repos: Iterable[str]) -> int:
             f"{', '.join(missing)}: nothing of it is in the cache (there is: "
             f"{', '.join(sorted(here)) or 'nothing'})"
         )
+    freed = sum(_size(here[name]) for name in names)
     revisions = [revision.commit_hash for name in names for revision in here[name].revisions]
-    strategy = cache.delete_revisions(*revisions)
-    strategy.execute()
-    return int(strategy.expected_freed_size)
+    cache.delete_revisions(*revisions).execute()
+    return freed
+
+
+def _size(repo: Any) -> int:
+    return int(repo.size_on_disk) + partial_bytes(repo.repo_id)
 
 
 def _library() -> Any:
@@ -162,7 +168,7 @@ def _file(sibling: Any) -> HubFile:
 def _look_for_room(hub: Any, repo: str, revision: str, files: Sequence[HubFile]) -> None:
     """Refuse before the first byte where the disk cannot hold what is missing."""
     missing = sum(
-        file.size or 0
+        max(0, (file.size or 0) - (partial_bytes(repo, file.sha256) if file.sha256 else 0))
         for file in files
         if not isinstance(hub.try_to_load_from_cache(repo, file.name, revision=revision), str)
     )
@@ -190,6 +196,9 @@ def _fetch(
     hub: Any, repo: str, revision: str | None, file: HubFile, tell: Callable[[HubFile, str], None]
 ) -> Path:
     tell(file, "fetching")
+    here = isinstance(hub.try_to_load_from_cache(repo, file.name, revision=revision), str)
+    if not here and file.sha256 is not None and file.size is not None:
+        fetch_on(hub, repo, revision, file.name, file.sha256, file.size)
     path = Path(hub.hf_hub_download(repo, file.name, revision=revision))
     tell(file, "checking")
     if (wrong := _wrong(path, file)) is None:
@@ -247,7 +256,7 @@ class _typed:  # noqa: N801 - reads as a function
             return
         if isinstance(error, OSError) and error.errno in _FULL:
             raise ResourceNotAvailableError(
-                f"{self._name}: the disk is full ({error.strerror}); what was complete is kept. "
+                f"{self._name}: the disk is full ({error.strerror}); what has come is kept. "
                 "Remove something (`engineroom models rm-cache`), or set HF_HOME to a larger disk, "
                 "and pull again"
             ) from error

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from engineroom.entries import ModelEntry, VariantOutcome
@@ -83,7 +84,7 @@ class Loader:
 
         def look() -> tuple[list[Candidate], dict[str, int | None]]:
             found = survey(registry, config, known)
-            devices = {device for candidate in found for device in candidate.need}
+            devices = {device for candidate in found for device in candidate.takes}
             new = [device for device in devices if not self._account.knows(device)]
             return found, {device: self._meter.capacity(device) for device in new}
 
@@ -93,7 +94,11 @@ class Loader:
                 # What models of ours hold there already is not free, but it is theirs to share.
                 whole = None if budget is None else budget + self._account.taken(device)
                 self._account.set_budget(device, whole, detected=True)
-        return candidates
+        prints = entry.footprints
+        return [
+            replace(c, need=prints.get(c.place, Footprint()).beside_left(c.takes))
+            for c in candidates
+        ]
 
     # ── loading ──────────────────────────────────────────────────────────────────────────────
 
@@ -217,9 +222,9 @@ class Loader:
         footprint = entry.footprints.setdefault(candidate.place, Footprint())
         for device, amount in footprint.loaded(growth).items():
             self._account.reused(device, amount)
-        held = settled(candidate.need, loaded.memory_bytes, footprint.grown)
+        held = settled(candidate.takes, loaded.memory_bytes, footprint.grown)
         if candidate.need_from == "deployment":
-            held = {d: max(held.get(d, 0), n) for d, n in {**held, **candidate.need}.items()}
+            held = {d: max(held.get(d, 0), n) for d, n in {**held, **candidate.takes}.items()}
         self._account.settle(entry, held)
         entry.known[candidate.place] = held
         for device in held:

@@ -226,18 +226,27 @@ class Footprint:
     """By how much the process grew when a model was loaded: what should come back.
 
     Measured anew with each load and unload that nothing else overlapped. ``grown`` remembers the
-    most, because a load that finds memory that an earlier one left behind grows by less.
+    most, because a load that finds memory that an earlier one left behind grows by less. ``left``
+    is what the last unload left behind, in the account under ``not_returned``: it is the model's
+    own, and taken to be used again by its next load (a library stays, an allocator keeps its pool)
+    until that load is seen not to.
     """
 
     grown: dict[str, int] = field(default_factory=dict)
+    left: dict[str, int] = field(default_factory=dict)
+
+    def beside_left(self, need: Mapping[str, int]) -> dict[str, int]:
+        """What a load that needs so much takes beside what the last unload left behind."""
+        return {d: max(0, amount - self.left.get(d, 0)) for d, amount in need.items()}
 
     def loaded(self, growth: Mapping[str, int]) -> dict[str, int]:
-        """A load grew the process by this much.
+        """A load grew the process by this much; a device that is not named was not measured.
 
         :returns: what it took of memory that had not been returned, by device.
         """
-        reused = {}
+        reused, self.left = self.left, {}
         for device, amount in growth.items():
+            reused.pop(device, None)
             known = self.grown.get(device)
             if known is not None and amount < known:
                 reused[device] = known - max(0, amount)
@@ -254,6 +263,7 @@ class Footprint:
             missing = self.grown.get(device, 0) - max(0, amount)
             if missing > max(TOLERANCE_BYTES, self.grown.get(device, 0) // 20):
                 lost[device] = missing
+        self.left = dict(lost)
         return lost
 
 

@@ -81,10 +81,13 @@ class Plan:
             lines.append(f"{line} ({model.reason})" if model.reason else line)
         for device in self.devices:
             free = "no bound" if device.free is None else f"{format_size(device.free)} free"
-            lines.append(
+            line = (
                 f"{device.device}: {format_size(device.held + device.reserved)} of "
                 f"{'unlimited' if device.budget is None else format_size(device.budget)}, {free}"
             )
+            if device.not_returned:
+                line += f", {format_size(device.not_returned)} not given back"
+            lines.append(line)
         return "\n".join(lines)
 
 

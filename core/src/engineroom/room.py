@@ -166,10 +166,14 @@ class Room:
                 f"{' (detected)' if report.detected else ''} is free"
                 + (f" and the rest is held by {holders}" if holders else "")
             )
+        advice = "make it smaller, or raise memory: in the deployment"
+        if self.fits_ever(entry, need):
+            advice = f"send it again later, unload a model, {advice}"
+        elif not self.account.lacking(need, without=self._entries()):
+            advice = f"unload what is pinned, {advice}"
         return ResourceNotAvailableError(
             f"there is no room for model {entry.config.model_id!r}{waited}: it needs "
-            f"{'; and '.join(parts)}; send it again later, unload a model, make it smaller, or "
-            "raise memory: in the deployment",
+            f"{'; and '.join(parts)}; {advice}",
             model_id=entry.config.model_id,
         )
 

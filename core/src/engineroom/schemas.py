@@ -316,6 +316,17 @@ class ModelVariant(_FrozenSchema):
     """What it takes of each device; ``None``: as its runtime estimates."""
 
 
+def source_mistake(model: Mapping[str, Any]) -> str | None:
+    """What is wrong about where a model comes from, given its fields; ``None``: nothing."""
+    if not model.get("variants"):
+        if model.get("source"):
+            return None
+        return "give a source (a path, hf:owner/name or package:module/file)"
+    if any(model.get(key) for key in ("source", "runtime", "options", "memory")):
+        return "give either variants, or source with runtime, options and memory; both were given"
+    return None
+
+
 class ModelConfig(_FrozenSchema):
     """A model of a deployment: what it is called, where it comes from, what runs it."""
 
@@ -348,12 +359,8 @@ class ModelConfig(_FrozenSchema):
 
     @model_validator(mode="after")
     def _has_a_source(self) -> ModelConfig:
-        if self.variants and (self.source or self.runtime or self.options or self.memory):
-            raise ValueError(
-                "give either variants, or source with runtime, options and memory; both were given"
-            )
-        if not self.variants and not self.source:
-            raise ValueError("give a source (a path, hf:owner/name or package:module/file)")
+        if mistake := source_mistake(vars(self)):
+            raise ValueError(mistake)
         return self
 
     def choices(self) -> list[ModelConfig]:

@@ -34,15 +34,18 @@ class Candidate:
     :param place: its place among the model's variants, from 0.
     :param config: the model with this variant's source, runtime and options.
     :param handler: what would load it; ``None``: nothing, for the reason in ``error``.
-    :param need: bytes by device; empty where they are not known.
+    :param takes: bytes by device; empty where they are not known.
     :param need_from: who says so: the deployment, an earlier load, or the handler's estimate.
+    :param need: what has to be free for it: less than ``takes`` where some of that was left behind
+        by itself, and is in the account already.
     """
 
     place: int
     config: ModelConfig
     handler: InferenceHandler | None = None
-    need: Mapping[str, int] = field(default_factory=dict)
+    takes: Mapping[str, int] = field(default_factory=dict)
     need_from: NeedFrom = "unknown"
+    need: Mapping[str, int] = field(default_factory=dict)
     error: EngineRoomError | None = None
 
 

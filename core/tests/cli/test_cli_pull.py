@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -30,7 +31,10 @@ class FakeHub:
         self.said: dict[str, bytes] = {}  # what the hub says that a file is, where that differs
         self.gets: list[tuple[str, str | None]] = []
         self.break_after: int | None = None
+        self.stall_after: int | None = None
+        self.gone_on = threading.Event()  # ends a stall
         self.corrupt = 0
+        self.etag_prefix = ""
         self.status: int | None = None
         hub = self
 
@@ -61,7 +65,7 @@ class FakeHub:
 
             def file(self, name: str, head: bool) -> None:
                 content = hub.files[name]
-                headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{hub.etag(name)}"'}
+                headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{hub.etag_prefix}{hub.etag(name)}"'}
                 if head:
                     self.reply(200, content, headers, body=False)
                     return
@@ -80,6 +84,14 @@ class FakeHub:
                     whole, content = len(content), content[: hub.break_after]
                     hub.break_after = None
                     self.reply(status, content, headers, length=whole)
+                    self.close_connection = True
+                    return
+                if hub.stall_after is not None and len(content) > hub.stall_after:
+                    whole, content = len(content), content[: hub.stall_after]
+                    hub.stall_after = None
+                    self.reply(status, content, headers, length=whole)
+                    self.wfile.flush()
+                    hub.gone_on.wait(80)
                     self.close_connection = True
                     return
                 self.reply(status, content, headers)
@@ -120,6 +132,7 @@ class FakeHub:
         return {"id": "owner/name", "sha": COMMIT, "siblings": siblings, "private": False}
 
     def close(self) -> None:
+        self.gone_on.set()
         self.server.shutdown()
         self.thread.join()
         self.server.server_close()
@@ -136,16 +149,28 @@ def hub() -> Iterator[FakeHub]:
 def engineroom(hub: FakeHub, tmp_path: Path):
     """The command in a process of its own: the library reads the environment once."""
 
-    def run(*arguments: str, before: str = "", **environment: str):
-        return subprocess.run(
+    def run(*arguments: str, before: str = "", kill=None, **environment: str):
+        """:param kill: what it is killed as soon as it says so."""
+        process = subprocess.Popen(
             [sys.executable, "-c",
              f"{before}\nimport sys; from engineroom.cli import main; sys.exit(main())",
              *arguments],
             env={**{k: v for k, v in os.environ.items() if not k.startswith(("HF_", "ENGINEROOM"))},
                  "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"),
                  "HF_HUB_DISABLE_TELEMETRY": "1", **environment},
-            capture_output=True, text=True, timeout=90, check=False,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
+        with process:
+            try:
+                while kill is not None and process.poll() is None:
+                    if kill():
+                        process.kill()
+                    time.sleep(0.01)
+                out, err = process.communicate(timeout=90)
+            except BaseException:
+                process.kill()
+                raise
+        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
     return run
 
@@ -197,6 +222,73 @@ def test_a_connection_that_breaks_is_taken_up_where_it_broke(hub, engineroom):
     assert first[1] is None and second[1] not in (None, "bytes=0-")
 
 
+@pytest.fixture
+def stopped(hub, engineroom, tmp_path):
+    """A pull of 24 MiB that was killed when more than nothing of it had come."""
+    hub.files["weights/model.gguf"] = bytes(range(256)) * (24 << 12)
+    hub.stall_after = 15 << 20
+
+    def come() -> int:
+        return sum(file.stat().st_size for file in (tmp_path / "home").rglob("*.incomplete"))
+
+    done = engineroom("models", "pull", "hf:owner/name", kill=lambda: come() >= 8 << 20)
+    assert done.returncode not in (0, 1), done.stderr  # killed, not failed
+    hub.gone_on.set()
+    return come()
+
+
+def test_a_pull_that_was_killed_goes_on_where_it_was(hub, engineroom, tmp_path, stopped):
+    done = engineroom("models", "pull", "hf:owner/name")
+    assert done.returncode == 0, done.stderr
+    paths = {path.name: path for path in map(Path, done.stdout.splitlines())}
+    assert paths["model.gguf"].read_bytes() == hub.files["weights/model.gguf"]
+    assert hub.gets[-1] == ("weights/model.gguf", f"bytes={stopped}-")
+    assert [name for name, _ in hub.gets].count("config.json") == 1
+    assert not list((tmp_path / "home").rglob("*.incomplete"))
+
+
+def test_what_is_damaged_of_a_pull_that_was_killed_is_fetched_anew(
+    hub, engineroom, tmp_path, stopped
+):
+    (partial,) = (tmp_path / "home").rglob("*.incomplete")
+    partial.write_bytes(b"\0" * stopped)
+    done = engineroom("models", "pull", "hf:owner/name:weights/model.gguf")
+    assert done.returncode == 0, done.stderr
+    assert "fetching again" in done.stderr
+    assert Path(done.stdout.strip()).read_bytes() == hub.files["weights/model.gguf"]
+    # One that is larger than the file can only be another's: it is not even gone on with.
+    Path(done.stdout.strip()).resolve().unlink()
+    Path(done.stdout.strip()).unlink()
+    partial.write_bytes(b"\0" * (25 << 20))
+    done = engineroom("models", "pull", "hf:owner/name:weights/model.gguf")
+    assert done.returncode == 0 and "fetching again" not in done.stderr, done.stderr
+    assert hub.gets[-1] == ("weights/model.gguf", None)
+
+
+def test_what_a_pull_that_was_killed_has_left_is_shown_and_removed(engineroom, tmp_path, stopped):
+    listed = engineroom("models", "rm-cache").stdout.splitlines()
+    assert listed[1].split()[:3] == ["hf:owner/name", str(stopped >> 20), "MiB"]
+    done = engineroom("models", "rm-cache", "owner/name")
+    assert (done.returncode, done.stdout) == (0, f"{stopped >> 20} MiB freed\n")
+    assert not list((tmp_path / "home").rglob("*.incomplete"))
+
+
+def test_room_is_looked_for_only_for_what_has_not_come(engineroom, stopped):
+    small = (
+        "import shutil, types\n"
+        "shutil.disk_usage = lambda _: types.SimpleNamespace(total=1, used=0, free=17 << 20)"
+    )
+    assert engineroom("models", "pull", "hf:owner/name", before=small).returncode == 0
+
+
+def test_a_hub_that_names_contents_otherwise_is_left_to_the_library(hub, engineroom):
+    hub.etag_prefix = "v1-"
+    done = engineroom("models", "pull", "hf:owner/name:weights/model.gguf")
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).read_bytes() == hub.files["weights/model.gguf"]
+    assert len(hub.gets) == 1
+
+
 def test_what_comes_damaged_is_fetched_again(hub, engineroom):
     hub.corrupt = 1
     done = engineroom("models", "pull", "hf:owner/name:weights/model.gguf")
@@ -232,6 +324,7 @@ def test_a_disk_that_fills_up_is_told_and_what_is_complete_is_kept(hub, enginero
     assert "rm-cache" in done.stderr and "Traceback" not in done.stderr
     done = engineroom("models", "pull", "hf:owner/name")
     assert done.returncode == 0
+    assert hub.gets[-1] == ("weights/model.gguf", f"bytes={1 << 20}-")
     assert [name for name, _ in hub.gets].count("config.json") == 1
 
 

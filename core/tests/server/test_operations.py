@@ -279,6 +279,10 @@ def test_what_happens_is_counted(start):
         assert value(run, "request_queue_time_seconds_count", model_name="m") == 4
         assert value(run, "kv_cache_usage_perc", **labels) == 0.25
         assert value(run, "model_memory_bytes", **labels) == 1000
+        held = {"device": "cpu", "what": "held"}
+        assert value(run, "device_memory_bytes", **held) == 1000
+        held["what"] = "not_returned"
+        assert value(run, "device_memory_bytes", **held) == 0
         assert value(run, "model_state", model_name="m", state="ready") == 1
         assert value(run, "model_state", model_name="m", state="failed") == 0
         assert value(run, "model_load_duration_seconds_count", **labels) == 1

@@ -155,7 +155,7 @@ def plan(
     write("\n")
     write(
         table(
-            ("device", "budget", "taken", "free"),
+            ("device", "budget", "taken", "not given back", "free"),
             [
                 (
                     d["device"],
@@ -163,6 +163,7 @@ def plan(
                     if d["budget"] is None
                     else format_size(d["budget"]) + (" (detected)" if d["detected"] else ""),
                     format_size(d["held"] + d["reserved"]),
+                    format_size(d["not_returned"]) if d["not_returned"] else "-",
                     "-" if d["free"] is None else format_size(d["free"]),
                 )
                 for d in devices

@@ -45,8 +45,8 @@ def pull_command(
 ) -> None:
     """Fetch models of the Hugging Face hub ahead of their use, and check size and hash.
 
-    Files that are here already are checked, not fetched again. What was interrupted goes on with
-    the file that was not complete. The path of each file is printed.
+    Files that are here already are checked, not fetched again. What was interrupted goes on
+    where it was. The path of each file is printed.
     """
     given = ctx.parent.params.get("config") if ctx.parent is not None else None
     for source in _sources(models or [], config or given):

@@ -212,7 +212,18 @@ class _State:
                 failures.add_sample(
                     f"{PREFIX}plugin_load_failures_total", {"plugin": record.name}, 1
                 )
-        yield from (running, waiting, cache, memory, state, queued, failures)
+        yield from (running, waiting, cache, memory, self._devices(), state, queued, failures)
+
+    def _devices(self) -> Any:
+        """The account of each device."""
+        family = _gauge("device_memory_bytes", "The account of a device", ("device", "what"))
+        manager = self._context.manager
+        for device in manager.memory() if manager is not None else ():
+            for what in ("held", "reserved", "not_returned", "free", "budget"):
+                amount = getattr(device, what)
+                if amount is not None:  # there is no bound
+                    family.add_metric((device.device, what), amount)
+        return family
 
 
 def _gauge(name: str, text: str, labels: Iterable[str]) -> Any:

@@ -1,10 +1,11 @@
 """Tokens to text, one at a time.
 
-Decoding does not use ``tokenizers.DecodeStream``: it raises where the bytes of two characters
-meet in an unforeseen order, keeps everything since the last whole character (which random bytes
-may never bring), and decodes each token twice. Most decoders treat each token by itself, so the
-bytes that a token stands for are looked up once and remembered; whether a tokenizer's decoder is
-of that kind is tried when it is opened. For the others, a window of the last tokens is decoded.
+Decoding does not use ``tokenizers.DecodeStream``: with byte fallback it raises where half a
+character follows a whole one that was spelt in bytes, it gives out nothing for as long as bytes
+come that are no characters, and it decodes each token twice. Most decoders treat each token by
+itself, so the bytes that a token stands for are looked up once and remembered; whether a
+tokenizer's decoder is of that kind is tried when it is opened. For the others, a window of the
+last tokens is decoded.
 """
 
 from __future__ import annotations

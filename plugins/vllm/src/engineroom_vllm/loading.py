@@ -74,9 +74,9 @@ class Load:
         library.check_arguments(self._options.engine_args)
         if library.cpu and self._options.lora_modules:
             raise ConfigurationError(
-                "lora_modules: vLLM on a CPU was seen to apply an adapter to requests that do not "
-                "name it, where both run at one time; merge the adapter into the weights, or use "
-                "a GPU"
+                "lora_modules: vLLM on a CPU was once seen to give a request the text of an "
+                "adapter that another one beside it had named; merge the adapter into the "
+                "weights, or use a GPU"
             )
         with _turn:
             engine = self._start(library, folder)
