@@ -76,7 +76,8 @@ def test_a_causal_model_is_loaded_as_the_library_loads_it(kind: str, tiny: Tiny)
     weights = sum(p.nbytes for p in model.parameters())
     assert weights <= parts.weight_bytes <= weights + 10_000
     stock = AutoModelForCausalLM.from_pretrained(tiny(kind), dtype=torch.float32)
-    assert torch.equal(logits(model), logits(stock))
+    # Linear layers are computed by other kernels.
+    torch.testing.assert_close(logits(model), logits(stock), rtol=1e-4, atol=1e-4)
 
 
 def test_kinds_are_told_apart(tiny: Tiny) -> None:
