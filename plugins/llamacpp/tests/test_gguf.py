@@ -427,6 +427,78 @@ def test_is_gguf_looks_at_the_first_bytes_alone(tmp_path: Path) -> None:
     assert not is_gguf(tmp_path)
 
 
+LLAMA = "llama."
+TOKENS = ("tokenizer.ggml.tokens", ARRAY, (STRING, ["a", "b"]))
+
+
+@pytest.mark.parametrize(
+    ("pairs", "problem"),
+    [
+        ([(LLAMA + "rope.scaling.type", STRING, "spiral")], "rope.scaling.type is 'spiral'"),
+        ([(LLAMA + "rope.scaling.type", U32, 1)], "rope.scaling.type is '1'"),
+        ([(LLAMA + "expert_count", U32, 8)], "expert_used_count is 0, of 8"),
+        ([(LLAMA + "expert_used_count", U32, 2)], "expert_used_count is 2, of 0"),
+        ([(LLAMA + "expert_count", U32, 2**20)], "expert_count is 1048576, not 0 to 1024"),
+        (
+            [(LLAMA + "expert_count", U32, 8), (LLAMA + "expert_used_count", U32, 9)],
+            "expert_used_count is 9, of 8",
+        ),
+        ([(LLAMA + "expert_group_count", U32, 2)], "expert_group_count is 2, of 0"),
+        ([(LLAMA + "nextn_predict_layers", U32, 3)], "nextn_predict_layers is 3, of 2"),
+        ([TOKENS, ("tokenizer.ggml.scores", ARRAY, (F32, [0.0]))], "2 tokens and 1 scores"),
+        ([TOKENS, ("tokenizer.ggml.token_type", ARRAY, (U32, []))], "2 tokens and 0 types"),
+        ([TOKENS, ("tokenizer.ggml.scores", U32, 1)], "scores is no array"),
+        ([TOKENS, ("tokenizer.chat_template", U32, 1)], "chat_template is no text"),
+        ([TOKENS, ("tokenizer.ggml.model", STRING, "llama")], "no token for the byte 0x00"),
+    ],
+)
+def test_metadata_that_would_end_the_process_are_refused(
+    pairs: list[Any], problem: str, write: Any
+) -> None:
+    layers = ("llama.block_count", U32, 2)
+    assert problem in refusal(write(image([ARCHITECTURE, layers, *pairs])))
+
+
+def test_metadata_of_a_mixture_of_experts_are_good(write: Any) -> None:
+    pairs = [
+        ARCHITECTURE,
+        ("llama.block_count", U32, 2),
+        ("llama.expert_count", U32, 8),
+        ("llama.expert_used_count", ARRAY, (U32, [2, 4])),
+        ("llama.expert_group_count", U32, 4),
+        ("llama.expert_group_used_count", U32, 2),
+        ("llama.rope.scaling.type", STRING, "yarn"),
+        ("llama.nextn_predict_layers", U32, 1),
+    ]
+    header = read_header(write(image(pairs)))
+    assert header.numbers("expert_used_count", 2) == (2, 4)
+    assert header.numbers("expert_count", 3) == (8, 8, 8)
+    assert header.numbers("expert_used_count", 3) is None  # not one for each
+    assert header.numbers("absent", 1) is None
+
+
+@pytest.mark.parametrize("kind", [9, 24, 26, 28])
+def test_weights_of_a_type_that_nothing_computes_with_are_refused(kind: int, write: Any) -> None:
+    content = image(tensors=[tensor("a.weight", [32], kind)], data=512)
+    assert f"({kind}) that no weights are of" in refusal(write(content))
+
+
+@pytest.mark.parametrize("name", ["blk.0.attn_norm.weight", "blk.0.attn_q.bias"])
+def test_norms_and_biases_have_full_precision(name: str, write: Any) -> None:
+    assert "other than F32" in refusal(write(image(tensors=[tensor(name, [32], 8)], data=64)))
+    assert read_header(write(image(tensors=[tensor(name, [32])], data=128)))
+
+
+def test_tensors_may_not_lie_over_each_other(write: Any) -> None:
+    content = image(tensors=[tensor("a", [16]), tensor("b", [4], offset=32)], data=512)
+    assert "'a' and 'b' lie over each other" in refusal(write(content))
+    assert "'a' is there twice" in refusal(write(image(tensors=[tensor("a", [4])] * 2, data=64)))
+
+
+def test_another_byte_order_is_told_as_such(write: Any) -> None:
+    assert "big-endian" in refusal(write(image(version=3 << 24)))
+
+
 # ── any damage at all ───────────────────────────────────────────────────────────────────────────
 
 

@@ -7,16 +7,18 @@ ggml's ``docs/gguf.md`` (versions 2 and 3; little-endian).
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from engineroom import ConfigurationError
 
-__all__ = ["MAGIC", "GgufHeader", "is_gguf", "read_header"]
+__all__ = ["MAGIC", "GgufArray", "GgufHeader", "Tensor", "is_gguf", "read_header"]
 
 MAGIC: Final = b"GGUF"
 _READ: Final = mmap.ACCESS_READ
@@ -24,6 +26,15 @@ _VERSIONS: Final = (2, 3)
 _MAX_DIMENSIONS: Final = 4
 _MAX_NESTING: Final = 4
 _MAX_LAYERS: Final = 512
+_MAX_EXPERTS: Final = 1024
+_ROPE_SCALING: Final = ("none", "linear", "yarn", "longrope")
+_F32: Final = 0
+_NOT_COMPUTED: Final = (9, 15, 24, 25, 26, 27, 28)
+"""Q8_1 and Q8_K, which only exist while something is computed, integers, and F64."""
+_MAX_VALUES: Final = 4096
+"""Numbers of an array that are kept: those of one for each layer, not those of a vocabulary."""
+_MAPPED: Final = 32
+"""What ggml asks of the address of mapped tensors."""
 _MAX_HEADER: Final = 256 * 2**20
 """Real ones have some 20 MiB. Bounds the time and the memory that a damaged file can cost."""
 
@@ -49,9 +60,29 @@ _BLOCKS: Final[Mapping[int, tuple[int, int]]] = {
 
 @dataclass(frozen=True, slots=True)
 class GgufArray:
-    """An array of the metadata, without its values."""
+    """An array of the metadata.
+
+    :param values: its numbers, where they are few; those of a vocabulary are not kept.
+    """
 
     length: int
+    values: tuple[Any, ...] | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A tensor's entry.
+
+    :param kind: ggml's number for the type of its values.
+    :param offset: of its data, from the beginning of the file.
+    :param size: bytes of its data; 0: the type is not known here.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: int
+    offset: int
+    size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +98,7 @@ class GgufHeader:
     tensor_count: int
     tensor_bytes: int
     file_bytes: int
+    tensors: tuple[Tensor, ...] = field(default=(), repr=False)
 
     @property
     def architecture(self) -> str:
@@ -78,8 +110,25 @@ class GgufHeader:
 
         ``None``: it is not there, or is not one whole number (some have one for each layer).
         """
+        return whole(self.metadata.get(f"{self.architecture}.{key}"))
+
+    def numbers(self, key: str, count: int) -> tuple[int, ...] | None:
+        """A number of the architecture's own for each of ``count`` layers.
+
+        ``None``: it is not there, or is neither one whole number nor one for each layer.
+        """
         value = self.metadata.get(f"{self.architecture}.{key}")
-        return value if isinstance(value, int) and not isinstance(value, bool) else None
+        if isinstance(value, GgufArray):
+            values = value.values or ()
+            fits = len(values) >= count and all(whole(each) is not None for each in values)
+            return values[:count] if fits else None
+        one = whole(value)
+        return None if one is None else (one,) * count
+
+
+def whole(value: Any) -> int | None:
+    """A whole number; ``None``: it is none, or a truth value."""
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def is_gguf(path: Path) -> bool:
@@ -102,9 +151,83 @@ def read_header(path: Path) -> GgufHeader:
         if size < 24:  # asked before it is opened: a pipe would never open
             _refuse(path, f"it has only {size} bytes")
         with path.open("rb") as file, mmap.mmap(file.fileno(), size, access=_READ) as view:
-            return _Reader(path, view, size).header()
+            header = _Reader(path, view, size).header()
     except OSError as error:
         raise ConfigurationError(f"{str(path)!r} cannot be read: {error.strerror}") from error
+    if wrong := what_is_wrong(header):
+        _refuse(path, wrong)
+    return header
+
+
+def what_is_wrong(header: GgufHeader) -> str:
+    """What of the metadata would end the process inside of llama.cpp; empty: nothing known.
+
+    These are its assertions, for what every architecture has. Those of single architectures
+    show in the trial (:mod:`.trial`).
+    """
+    number, metadata = header.number, header.metadata
+    layers = number("block_count")
+    if layers is not None and not 1 <= layers <= _MAX_LAYERS:
+        return f"it declares {layers} layers, not 1 to {_MAX_LAYERS}"
+    for key, value in metadata.items():
+        if key.endswith("_epsilon") and isinstance(value, float) and not value >= 0.0:
+            return f"{key[:80]} is {value}, not a small positive number"
+    if (predicting := number("nextn_predict_layers") or 0) > (layers or 0):
+        return f"nextn_predict_layers is {predicting}, of {layers} layers"
+    scaling = metadata.get(f"{header.architecture}.rope.scaling.type", "none")
+    if scaling not in _ROPE_SCALING:
+        return f"rope.scaling.type is {str(scaling)[:80]!r}, none of {', '.join(_ROPE_SCALING)}"
+    return (
+        _wrong_experts(header, layers or 0)
+        or _wrong_vocabulary(metadata)
+        or next(filter(None, map(_wrong_type, header.tensors)), "")
+    )
+
+
+def _wrong_type(tensor: Tensor) -> str:
+    """A type that there is no arithmetic for, where the tensor is."""
+    name = tensor.name
+    if tensor.kind in _NOT_COMPUTED and name.endswith(".weight") and "tid2eid" not in name:
+        return f"tensor {name[:80]!r} is of a type ({tensor.kind}) that no weights are of"
+    if tensor.kind != _F32 and (
+        name.endswith("norm.weight") or (name.endswith(".bias") and len(tensor.shape) == 1)
+    ):
+        return f"tensor {name[:80]!r} is of a type ({tensor.kind}) other than F32"
+    return ""
+
+
+def _wrong_experts(header: GgufHeader, layers: int) -> str:
+    experts = header.number("expert_count") or 0
+    used = max(header.numbers("expert_used_count", layers) or (0,))
+    groups = header.number("expert_group_count") or 0
+    groups_used = header.number("expert_group_used_count") or 0
+    if header.architecture.startswith("hunyuan") and experts <= 1:
+        return ""  # to these, one expert is none
+    if experts < 0 or experts > _MAX_EXPERTS:
+        return f"expert_count is {experts}, not 0 to {_MAX_EXPERTS}"
+    if not (1 <= used <= experts if experts else used == 0):
+        return f"expert_used_count is {used}, of {experts} experts"
+    if groups >= max(1, experts) or (groups > 1 and experts % groups):
+        return f"expert_group_count is {groups}, of {experts} experts"
+    if groups > 1 and not 1 <= groups_used < groups:
+        return f"expert_group_used_count is {groups_used}, of {groups} groups"
+    return ""
+
+
+def _wrong_vocabulary(metadata: Mapping[str, Any]) -> str:
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if tokens is None:
+        return ""
+    for key, what in (("scores", "scores"), ("token_type", "types")):
+        values = metadata.get(f"tokenizer.ggml.{key}")
+        if isinstance(values, GgufArray) and values.length < tokens.length:
+            return f"its vocabulary has {tokens.length} tokens and {values.length} {what}"
+        if values is not None and not isinstance(values, GgufArray):
+            return f"tokenizer.ggml.{key} is no array"
+    template = metadata.get("tokenizer.chat_template")
+    if template is not None and not isinstance(template, str):
+        return "tokenizer.chat_template is no text"
+    return ""
 
 
 def _refuse(path: Path, why: str) -> NoReturn:
@@ -122,6 +245,7 @@ class _Reader:
         self._view = view
         self._size = size
         self._at = 0
+        self._tokens: set[bytes] = set()
 
     def header(self) -> GgufHeader:
         if self._view[:4] != MAGIC:
@@ -129,6 +253,9 @@ class _Reader:
         self._at = 4
         version = self._scalar(4)
         if version not in _VERSIONS:
+            swapped = int.from_bytes(struct.pack("<I", version), "big")
+            if swapped in _VERSIONS:
+                _refuse(self._path, f"it is of version {version}; its byte order is big-endian")
             _refuse(self._path, f"it is of version {version}; versions 2 and 3 can be read")
         tensors, pairs = self._scalar(10), self._scalar(10)
         # The smallest pair takes 13 bytes, the smallest tensor entry 32.
@@ -140,7 +267,7 @@ class _Reader:
                 _refuse(self._path, f"the metadata key {key[:80]!r} is there twice")
             kind = self._scalar(4)
             if key == "tokenizer.ggml.tokens":
-                self._no_token_twice(kind, self._at)
+                self._check_tokens(kind, self._at)
             metadata[key] = self._value(kind)
         self._enough(tensors, 32, "tensors")
         declared = self._tensors(tensors)
@@ -148,50 +275,57 @@ class _Reader:
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
             _refuse(self._path, f"general.alignment is {alignment!r}, not a power of two")
         start = -(-self._at // alignment) * alignment
-        total = 0
-        for name, offset, length in declared:
-            if offset % alignment:
-                _refuse(self._path, f"tensor {name[:80]!r} is not aligned")
-            if start + offset + length > self._size:
-                _refuse(
-                    self._path,
-                    f"tensor {name[:80]!r} ends at byte {start + offset + length}, but the file "
-                    f"has {self._size}: it was cut short",
-                )
-            total += length
+        if declared and start % _MAPPED:
+            _refuse(self._path, f"its data begin at byte {start}, no multiple of {_MAPPED}")
         if not isinstance(metadata.get("general.architecture"), str):
             _refuse(self._path, "it does not say its architecture")
-        header = GgufHeader(version, metadata, tensors, total, self._size)
-        self._numbers_in_range(header)
-        return header
+        placed = self._placed(declared, start, alignment)
+        total = sum(tensor.size for tensor in placed)
+        self._check_bytes(metadata)
+        return GgufHeader(version, metadata, tensors, total, self._size, placed)
 
-    def _numbers_in_range(self, header: GgufHeader) -> None:
-        """Numbers over which llama.cpp ends the process."""
-        layers = header.number("block_count")
-        if layers is not None and not 1 <= layers <= _MAX_LAYERS:
-            _refuse(self._path, f"it declares {layers} layers, not 1 to {_MAX_LAYERS}")
-        for key, value in header.metadata.items():
-            if key.endswith("_epsilon") and isinstance(value, float) and not value >= 0.0:
-                _refuse(self._path, f"{key[:80]} is {value}, not a small positive number")
+    def _placed(self, declared: list[Tensor], start: int, alignment: int) -> tuple[Tensor, ...]:
+        """The tensors where they lie in the file, each inside of it and none over another."""
+        placed = []
+        for tensor in declared:
+            if tensor.offset % alignment:
+                _refuse(self._path, f"tensor {tensor.name[:80]!r} is not aligned")
+            tensor = replace(tensor, offset=start + tensor.offset)  # noqa: PLW2901
+            end = tensor.offset + tensor.size
+            if end > self._size:
+                _refuse(
+                    self._path,
+                    f"tensor {tensor.name[:80]!r} ends at byte {end}, but the file has "
+                    f"{self._size}: it was cut short",
+                )
+            placed.append(tensor)
+        ordered = sorted(placed, key=lambda tensor: tensor.offset)
+        for before, after in pairwise(ordered):
+            if before.offset + before.size > after.offset:
+                _refuse(
+                    self._path,
+                    f"tensors {before.name[:80]!r} and {after.name[:80]!r} lie over each other",
+                )
+        return tuple(placed)
 
-    def _tensors(self, count: int) -> list[tuple[str, int, int]]:
-        found: list[tuple[str, int, int]] = []
+    def _tensors(self, count: int) -> list[Tensor]:
+        found: dict[str, Tensor] = {}
         for _ in range(count):
             name = self._string()
+            if name in found:
+                _refuse(self._path, f"the tensor {name[:80]!r} is there twice")
             dimensions = self._scalar(4)
             if not 1 <= dimensions <= _MAX_DIMENSIONS:
                 _refuse(self._path, f"tensor {name[:80]!r} has {dimensions} dimensions")
-            shape = [self._scalar(10) for _ in range(dimensions)]
+            shape = tuple(self._scalar(10) for _ in range(dimensions))
             kind, offset = self._scalar(4), self._scalar(10)
-            values = 1
-            for extent in shape:
-                values *= extent
+            values = math.prod(shape)
             per_block, block = _BLOCKS.get(kind, (0, 0))
-            if values == 0 or (per_block and shape[0] % per_block):
-                _refuse(self._path, f"tensor {name[:80]!r} has the impossible shape {shape}")
+            if not 1 <= values < 2**63 or (per_block and shape[0] % per_block):
+                _refuse(self._path, f"tensor {name[:80]!r} has the impossible shape {list(shape)}")
             length = values // per_block * block if per_block else 0
-            found.append((name, offset, length))
-        return found
+            found[name] = Tensor(name, shape, kind, offset, length)
+        return list(found.values())
 
     def _value(self, kind: int, depth: int = 0) -> Any:
         if kind == _STRING:
@@ -201,8 +335,13 @@ class _Reader:
         if depth >= _MAX_NESTING:
             _refuse(self._path, "its metadata has arrays in arrays in arrays")
         inner, count = self._scalar(4), self._scalar(10)
+        values: tuple[Any, ...] | None = None
         if inner in _SCALARS:
-            self._skip(count * _SCALARS[inner].size)
+            at, code = self._at, _SCALARS[inner]
+            self._skip(count * code.size)
+            if count <= _MAX_VALUES:
+                numbers = struct.Struct(f"<{count}{code.format[1:]}")
+                values = numbers.unpack_from(self._view, at)
         elif inner == _STRING:
             self._enough(count, 8, "strings of an array")
             for _ in range(count):
@@ -213,9 +352,9 @@ class _Reader:
                 self._value(_ARRAY, depth + 1)
         else:
             _refuse(self._path, f"its metadata has a value of the unknown type {inner}")
-        return GgufArray(count)
+        return GgufArray(count, values)
 
-    def _no_token_twice(self, kind: int, start: int) -> None:
+    def _check_tokens(self, kind: int, start: int) -> None:
         """llama.cpp ends the process over a vocabulary that has a token twice."""
         inner = self._scalar(4) if kind == _ARRAY else None
         if inner != _STRING:
@@ -232,6 +371,17 @@ class _Reader:
                 _refuse(self._path, f"its vocabulary has the token {token[:80]!r} twice")
             tokens.add(token)
         self._at = start
+        self._tokens = tokens
+
+    def _check_bytes(self, metadata: Mapping[str, Any]) -> None:
+        """A vocabulary of sentencepiece's falls back to bytes: one that has no token for some
+        byte ends the process with the first text that has it.
+        """
+        if metadata.get("tokenizer.ggml.model") != "llama":
+            return
+        for byte in range(256):
+            if b"<0x%02X>" % byte not in self._tokens and bytes([byte]) not in self._tokens:
+                _refuse(self._path, f"its vocabulary has no token for the byte 0x{byte:02X}")
 
     def _scalar(self, kind: int) -> Any:
         code = _SCALARS.get(kind)

@@ -96,6 +96,21 @@ class LlamaModel:
                 "decoder-only models"
             )
 
+        if library.llama_model_is_diffusion(self.handle):
+            raise ConfigurationError(
+                f"{str(self.path)!r} is a diffusion model; this runtime runs models that write "
+                "one token after another"
+            )
+        count = library.llama_vocab_n_tokens(self._vocab)
+        for kind in ("bos", "eos", "sep"):
+            # llama.cpp ends the process where it is to add a token that there is none of.
+            added = getattr(library, f"llama_vocab_get_add_{kind}")(self._vocab)
+            token = getattr(library, f"llama_vocab_{kind}")(self._vocab)
+            if (added and token < 0) or token >= count:
+                raise ConfigurationError(
+                    f"{str(self.path)!r} wants a token {kind} that its vocabulary does not have"
+                )
+
     def _metadata(self, key: str) -> str:
         """A short value of the file's metadata, as text; empty: it is not there."""
         buffer = ctypes.create_string_buffer(128)
