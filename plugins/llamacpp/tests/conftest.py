@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import pytest
 from engineroom import LLMInferenceService, LLMModelManager, ModelConfig
 from engineroom_llamacpp import LlamaCppHandler
 from engineroom_llamacpp.engine import LlamaEngine
+
+sys.path.insert(0, str(Path(__file__).parent))  # for llama_bert.py, whatever the import mode
 
 
 @pytest.fixture(scope="session")
