@@ -27,6 +27,7 @@ DEFAULTS: dict[str, Any] = {
     "cache_type_k": "f16",
     "cache_type_v": "f16",
     "lora": [],
+    "requantize": None,
     "use_mmap": True,
     "use_mlock": False,
     "rope_freq_base": None,

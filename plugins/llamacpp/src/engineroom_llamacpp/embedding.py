@@ -73,6 +73,7 @@ class EmbeddingEngine(BatchingEngine[EmbeddingTask]):
         self.options = options
         self.threads = options.n_threads or default_threads()
         self._context = _Context(model, options, pooling, self.threads)
+        self.on_gpu = self._context.on_gpu
         self.n_ctx = self._context.n_tokens
         """Most tokens of a text."""
         super().__init__(

@@ -84,6 +84,7 @@ class LlamaEngine(BatchingEngine[Task]):
         self._context = LlamaContext(model, options)
         self.n_ctx = self._context.n_ctx
         self.threads = self._context.threads
+        self.on_gpu = self._context.on_gpu
         loop = DecodeLoop(f"llamacpp-{name}") if self._context.on_gpu else CPU_LOOP
         super().__init__(name, loop, max_running=options.n_parallel, max_queue=options.max_queue)
         self._free = list(range(options.n_parallel - 1, -1, -1))

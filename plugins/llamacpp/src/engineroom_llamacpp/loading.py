@@ -15,6 +15,7 @@ from engineroom import (
 )
 from engineroom_llamacpp.gguf import read_header
 from engineroom_llamacpp.options import LlamaCppOptions
+from engineroom_llamacpp.requantizing import cached_copy, hint, requantized, size_in
 from engineroom_llamacpp.sizes import check_positions, estimate, is_encoder, pooling_of
 
 if TYPE_CHECKING:
@@ -75,7 +76,14 @@ def estimate_bytes(source: str, options: LlamaCppOptions) -> dict[str, int] | No
     path = find_source(source)
     if path is None:
         return None
-    return estimate(read_header(_file(path)), options)
+    path = _file(path)
+    header = read_header(path)
+    target = options.requantize
+    if target is None:
+        return estimate(header, options)
+    if (copy := cached_copy(path, options)) is not None:
+        return estimate(read_header(copy), options)
+    return estimate(header, options, lambda tensor: size_in(target, tensor))
 
 
 def load_engine(
@@ -89,6 +97,9 @@ def load_engine(
     from engineroom_llamacpp.model import LlamaModel
 
     pooling = pooling_of(header)
+    made = requantized(path, header, options, config.model_id)
+    if made != path:
+        path, header = made, read_header(made)
     check_positions(header, options)
     model = LlamaModel(path, options)
     engine: LlamaEngine | EmbeddingEngine | None = None
@@ -105,6 +116,8 @@ def load_engine(
             engine.close()
         model.close()
         raise
+    if not engine.on_gpu:
+        hint(header, options, config.model_id)
     return engine, sum(estimate(header, options).values())
 
 

@@ -84,6 +84,10 @@ class LlamaCppOptions(BaseModel):
     lora: list[Annotated[LoraAdapter, BeforeValidator(_adapter)]] = Field(default_factory=list)
     """LoRA adapters: paths of GGUF files, or ``{path: …, scale: …, name: …}``. Requests choose
     those that have a name by ``adapter``; the others are applied to every request."""
+    requantize: Literal["q4_0", "q8_0"] | None = None
+    """Load a copy of the weights in this quantisation, made at the first load and kept in the
+    cache folder. It computes faster where the file's own has no fast kernel, and answers
+    otherwise."""
     use_mmap: bool = True
     """Map the file instead of reading it."""
     use_mlock: bool = False
