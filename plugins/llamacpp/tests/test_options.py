@@ -28,6 +28,7 @@ DEFAULTS: dict[str, Any] = {
     "cache_type_v": "f16",
     "lora": [],
     "requantize": None,
+    "trial": True,
     "use_mmap": True,
     "use_mlock": False,
     "rope_freq_base": None,

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from engineroom_llamacpp.model import LlamaModel
     from engineroom_llamacpp.options import LlamaCppOptions
 
-__all__ = ["EmbeddingEngine", "EmbeddingTask"]
+__all__ = ["EmbeddingContext", "EmbeddingEngine", "EmbeddingTask"]
 
 logger = logging.getLogger("engineroom.llamacpp")
 
@@ -72,7 +72,7 @@ class EmbeddingEngine(BatchingEngine[EmbeddingTask]):
         self.model = model
         self.options = options
         self.threads = options.n_threads or default_threads()
-        self._context = _Context(model, options, pooling, self.threads)
+        self._context = EmbeddingContext(model, options, pooling, self.threads)
         self.on_gpu = self._context.on_gpu
         self.n_ctx = self._context.n_tokens
         """Most tokens of a text."""
@@ -157,7 +157,7 @@ class EmbeddingEngine(BatchingEngine[EmbeddingTask]):
         return found
 
 
-class _Context:
+class EmbeddingContext:
     """A llama.cpp context that pools its outputs. Used by the engine's thread alone."""
 
     def __init__(

@@ -17,6 +17,7 @@ from engineroom_llamacpp.gguf import read_header
 from engineroom_llamacpp.options import LlamaCppOptions
 from engineroom_llamacpp.requantizing import cached_copy, hint, requantized, size_in
 from engineroom_llamacpp.sizes import check_positions, estimate, is_encoder, pooling_of
+from engineroom_llamacpp.trial import stand_trial
 
 if TYPE_CHECKING:
     from engineroom_llamacpp.embedding import EmbeddingEngine
@@ -97,6 +98,8 @@ def load_engine(
     from engineroom_llamacpp.model import LlamaModel
 
     pooling = pooling_of(header)
+    if options.trial:
+        stand_trial(path)
     made = requantized(path, header, options, config.model_id)
     if made != path:
         path, header = made, read_header(made)

@@ -29,10 +29,11 @@ class LlamaModel:
     """The weights in memory, and the vocabulary. Its methods may be called from any thread.
 
     :param path: a GGUF file whose header has been checked.
+    :param weights: read them; without, nothing can be computed.
     :raises ConfigurationError: llama.cpp refuses the file, or it is no text generator.
     """
 
-    def __init__(self, path: Path, options: LlamaCppOptions) -> None:
+    def __init__(self, path: Path, options: LlamaCppOptions, *, weights: bool = True) -> None:
         self.library = library = load()
         self.path = path
         params = library.llama_model_default_params()
@@ -41,6 +42,8 @@ class LlamaModel:
             params.main_gpu = options.main_gpu
             params.split_mode = library.LLAMA_SPLIT_MODE_NONE
         params.load_mode = (1 if options.use_mmap else 0) + (2 if options.use_mlock else 0)
+        if not weights:
+            params.no_alloc, params.load_mode = True, 0
         split = options.tensor_split
         if split:
             devices = int(library.llama_max_devices())

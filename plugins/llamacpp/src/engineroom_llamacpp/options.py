@@ -88,6 +88,9 @@ class LlamaCppOptions(BaseModel):
     """Load a copy of the weights in this quantisation, made at the first load and kept in the
     cache folder. It computes faster where the file's own has no fast kernel, and answers
     otherwise."""
+    trial: bool = True
+    """Load a file that was not loaded before in a process of its own first: llama.cpp may end the
+    process over a damaged one."""
     use_mmap: bool = True
     """Map the file instead of reading it."""
     use_mlock: bool = False

@@ -20,11 +20,11 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from engineroom import ConfigurationError, ResourceNotAvailableError, default_threads
+from engineroom_llamacpp.cache_folder import CACHE_VARIABLE, cache_folder, fingerprint
 from engineroom_llamacpp.gguf import GgufHeader, Tensor, read_header
 from engineroom_llamacpp.library import last_error, load
 
@@ -35,7 +35,6 @@ __all__ = ["cached_copy", "hint", "requantized", "size_in"]
 
 logger = logging.getLogger("engineroom.llamacpp")
 
-CACHE_VARIABLE: Final = "ENGINEROOM_CACHE"
 _TARGETS: Final = {"q4_0": (2, 2, 18 / 32), "q8_0": (7, 8, 34 / 32)}
 """Name → llama.cpp's number of the file type, ggml's of the type, bytes of a value."""
 _NAMES: Final = {
@@ -49,32 +48,13 @@ _FAST_WITH: Final = {
     "DOTPROD": frozenset({2, 12, 13, 14, 20, 39}),
 }
 """What ggml-cpu's ``repack.cpp`` has kernels for, by the processor's features."""
-_SAMPLE: Final = 1 << 20
-_SAMPLES: Final = 16
 _SPARE: Final = 64 << 20
 """Bytes that are to stay free on the disk."""
 
 
-def _folder() -> Path:
-    import platformdirs
-
-    chosen = os.environ.get(CACHE_VARIABLE)
-    base = Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("engineroom")
-    return base / "llamacpp"
-
-
 def _copy_of(path: Path, target: str) -> Path:
     """Where the copy belongs that stands for the file as it is now."""
-    path = path.resolve()
-    stat = path.stat()
-    times = (stat.st_mtime_ns, stat.st_ctime_ns)
-    known = (path, stat.st_size, *times, stat.st_ino, version("llama-cpp-python"))
-    digest = hashlib.sha256("\0".join(map(str, known)).encode("utf-8", "surrogateescape"))
-    with path.open("rb") as file:
-        for number in range(_SAMPLES):
-            file.seek(max(0, stat.st_size - _SAMPLE) * number // (_SAMPLES - 1))
-            digest.update(file.read(_SAMPLE))
-    return _folder() / f"{_family(path)}{digest.hexdigest()[:24]}.{target}.gguf"
+    return cache_folder() / f"{_family(path.resolve())}{fingerprint(path)}.{target}.gguf"
 
 
 def _family(path: Path) -> str:
