@@ -57,7 +57,7 @@ def weights(seed: int = 5) -> Weights:
     return found
 
 
-def write_bert(path: Path, *, pooling: int | None = 1) -> Path:
+def write_bert(path: Path, *, pooling: int | None = 1, causal: bool | None = False) -> Path:
     writer = gguf.GGUFWriter(str(path), "bert")
     writer.add_context_length(CONTEXT)
     writer.add_embedding_length(WIDTH)
@@ -65,7 +65,8 @@ def write_bert(path: Path, *, pooling: int | None = 1) -> Path:
     writer.add_feed_forward_length(HIDDEN)
     writer.add_head_count(HEADS)
     writer.add_layer_norm_eps(EPSILON)
-    writer.add_causal_attention(False)
+    if causal is not None:
+        writer.add_causal_attention(causal)
     if pooling is not None:
         writer.add_uint32("bert.pooling_type", pooling)
     writer.add_tokenizer_model("bert")

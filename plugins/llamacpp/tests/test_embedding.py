@@ -218,6 +218,15 @@ def _options() -> Any:
     return LlamaCppOptions()
 
 
+@pytest.mark.parametrize("causal", [None, True])
+@pytest.mark.parametrize("trial", [False, True])
+async def test_an_encoder_that_does_not_say_so_is_refused(
+    make: Make, tmp_path: Path, causal: bool | None, trial: bool
+) -> None:
+    with pytest.raises(ConfigurationError, match="m.gguf"):
+        await make(write_bert(tmp_path / "m.gguf", causal=causal), trial=trial, n_ctx=64)
+
+
 async def test_a_model_that_ranks_is_refused_with_its_name(make: Make, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="ranks texts"):
         await make(write_bert(tmp_path / "rank.gguf", pooling=4))

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from engineroom import ConfigurationError
 from engineroom_llamacpp import gguf as reader
-from engineroom_llamacpp.gguf import GgufArray, GgufHeader, is_gguf, read_header
+from engineroom_llamacpp.gguf import GgufArray, GgufHeader, is_gguf, part_paths, read_header
 
 U8, U32, F32, BOOL, STRING, ARRAY, U64 = 0, 4, 6, 7, 8, 9, 10
 ARCHITECTURE = ("general.architecture", STRING, "llama")
@@ -445,6 +445,7 @@ TOKENS = ("tokenizer.ggml.tokens", ARRAY, (STRING, ["a", "b"]))
         ),
         ([(LLAMA + "expert_group_count", U32, 2)], "expert_group_count is 2, of 0"),
         ([(LLAMA + "nextn_predict_layers", U32, 3)], "nextn_predict_layers is 3, of 2"),
+        ([(LLAMA + "embedding_length_out", U32, 65)], "embedding_length_out is 65"),
         ([TOKENS, ("tokenizer.ggml.scores", ARRAY, (F32, [0.0]))], "2 tokens and 1 scores"),
         ([TOKENS, ("tokenizer.ggml.token_type", ARRAY, (U32, []))], "2 tokens and 0 types"),
         ([TOKENS, ("tokenizer.ggml.scores", U32, 1)], "scores is no array"),
@@ -497,6 +498,48 @@ def test_tensors_may_not_lie_over_each_other(write: Any) -> None:
 
 def test_another_byte_order_is_told_as_such(write: Any) -> None:
     assert "big-endian" in refusal(write(image(version=3 << 24)))
+
+
+# ── models in several files ─────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def several(tmp_path: Path) -> Path:
+    """The first of three files."""
+    writer = gguf.GGUFWriter(str(tmp_path / "m.gguf"), "llama", split_max_tensors=1)
+    writer.add_block_count(3)
+    for number in range(3):
+        writer.add_tensor(f"t{number}", np.ones((3, 5 + number), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tmp_path / "m-00001-of-00003.gguf"
+
+
+def test_a_model_in_several_files_is_counted_in_whole(several: Path) -> None:
+    header = read_header(several)
+    assert [t.name for t in header.tensors] == ["t0", "t1", "t2"]
+    assert header.tensor_bytes == 3 * (5 + 6 + 7) * 4
+    assert header.tensor_count == 3
+    assert header.file_bytes == sum(each.stat().st_size for each in several.parent.iterdir())
+    assert part_paths(several) == sorted(several.parent.iterdir())
+    assert part_paths(several.with_name("a.gguf")) == [several.with_name("a.gguf")]
+
+
+def test_a_part_that_is_missing_or_damaged_is_named(several: Path) -> None:
+    second, third = part_paths(several)[1:]
+    content = third.read_bytes()
+    third.write_bytes(content[:-64])
+    with pytest.raises(ConfigurationError, match="00003-of-00003.*cut short"):
+        read_header(several)
+    third.write_bytes(second.read_bytes())
+    assert "two of its files have the tensor 't1'" in refusal(several)
+    third.unlink()
+    assert "'m-00003-of-00003.gguf', a part of it, is not there" in refusal(several)
+    assert "name the first" in refusal(second)
+    other = several.rename(several.with_name("other.gguf"))
+    assert "it is one of 3 files" in refusal(other)
 
 
 # ── any damage at all ───────────────────────────────────────────────────────────────────────────

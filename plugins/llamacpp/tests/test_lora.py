@@ -23,17 +23,20 @@ Write = Callable[..., Path]
 def write(tmp_path: Path) -> Write:
     """Write an adapter that changes the queries of both layers of the tiny model."""
 
-    def adapter(seed: int = 3, width: int = 64) -> Path:
+    def adapter(seed: int = 3, width: int = 64, kind: Any = np.float32, alpha: Any = 4.0) -> Path:
         path, rank = tmp_path / f"adapter-{seed}-{width}.gguf", 4
         random = np.random.default_rng(seed)
         writer = gguf.GGUFWriter(str(path), "llama")
         writer.add_type("adapter")
         writer.add_string("adapter.type", "lora")
-        writer.add_float32("adapter.lora.alpha", float(rank))
+        if isinstance(alpha, float):
+            writer.add_float32("adapter.lora.alpha", alpha)
+        else:
+            writer.add_uint32("adapter.lora.alpha", alpha)
         for layer in range(2):
             name = f"blk.{layer}.attn_q.weight"
             for part, shape in (("lora_a", (rank, width)), ("lora_b", (width, rank))):
-                writer.add_tensor(f"{name}.{part}", random.normal(0, 1, shape).astype(np.float32))
+                writer.add_tensor(f"{name}.{part}", random.normal(0, 1, shape).astype(kind))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -143,3 +146,10 @@ async def test_an_adapter_of_another_model_or_damaged_is_refused(make: Make, wri
     cut.write_bytes(cut.read_bytes()[:-4000])
     with pytest.raises(ConfigurationError, match="cut short"):
         await make(lora=[str(cut)])
+
+
+async def test_an_adapter_that_would_end_the_process_is_refused(make: Make, write: Write) -> None:
+    with pytest.raises(ConfigurationError, match=r"adapter-7.*that no weights are of"):
+        await make(lora=[str(write(7, kind=np.int32))])
+    with pytest.raises(ConfigurationError, match=r"adapter-8.*adapter\.lora\.alpha of a type"):
+        await make(lora=[str(write(8, alpha=4))])

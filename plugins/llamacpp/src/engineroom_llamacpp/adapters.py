@@ -7,14 +7,25 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from engineroom import ConfigurationError
-from engineroom_llamacpp.gguf import read_header
+from engineroom_llamacpp.gguf import NOT_COMPUTED, read_header
 from engineroom_llamacpp.library import last_error
 from engineroom_llamacpp.options import LlamaCppOptions
 
 __all__ = ["Adapter", "load_adapters", "set_adapters"]
+
+
+_STRING: Final = 8
+_FLOAT32: Final = 6
+_KINDS: Final = {
+    "general.type": _STRING,
+    "general.architecture": _STRING,
+    "adapter.type": _STRING,
+    "adapter.lora.alpha": _FLOAT32,
+}
+"""Types of values that llama.cpp takes for granted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +51,7 @@ def load_adapters(library: Any, model: Any, options: LlamaCppOptions) -> list[Ad
         path = Path(adapter.path).expanduser()
         if not path.is_file():
             raise ConfigurationError(f"lora: there is no file {str(path)!r}; check the path")
-        read_header(path)
+        _check(path)
         handle = library.llama_adapter_lora_init(model, os.fsencode(path))
         if not handle:
             raise ConfigurationError(
@@ -49,6 +60,22 @@ def load_adapters(library: Any, model: Any, options: LlamaCppOptions) -> list[Ad
             )
         found.append(Adapter(handle, adapter.scale, adapter.name))
     return found
+
+
+def _check(path: Path) -> None:
+    """Refuse what would end the process inside of llama.cpp."""
+    header = read_header(path)
+    for key, kind in _KINDS.items():
+        if header.kinds.get(key, kind) != kind:
+            raise ConfigurationError(
+                f"lora: {str(path)!r} has a {key} of a type that adapters have not"
+            )
+    for tensor in header.tensors:
+        if tensor.kind in NOT_COMPUTED:
+            raise ConfigurationError(
+                f"lora: {str(path)!r}: tensor {tensor.name[:80]!r} is of a type ({tensor.kind}) "
+                "that no weights are of"
+            )
 
 
 def set_adapters(library: Any, context: Any, adapters: Sequence[Adapter]) -> None:

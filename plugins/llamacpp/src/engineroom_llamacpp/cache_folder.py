@@ -8,6 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
+from engineroom_llamacpp.gguf import part_paths
+
 __all__ = ["CACHE_VARIABLE", "cache_folder", "fingerprint"]
 
 CACHE_VARIABLE: Final = "ENGINEROOM_CACHE"
@@ -27,19 +29,19 @@ def cache_folder() -> Path:
 
 
 def fingerprint(path: Path) -> str:
-    """24 digits for the file as it is now and this build of llama.cpp.
+    """24 digits for the model's file or files as they are now, and this build of llama.cpp.
 
     Of path, size, times, inode, and 16 samples of 256 KiB each: a file that changes has another.
 
     :raises OSError: it cannot be read.
     """
-    path = path.resolve()
-    stat = path.stat()
-    times = (stat.st_mtime_ns, stat.st_ctime_ns)
-    known = (path, stat.st_size, *times, stat.st_ino, version("llama-cpp-python"))
-    digest = hashlib.sha256("\0".join(map(str, known)).encode("utf-8", "surrogateescape"))
-    with path.open("rb") as file:
-        for number in range(_SAMPLES):
-            file.seek(max(0, stat.st_size - _SAMPLE) * number // (_SAMPLES - 1))
-            digest.update(file.read(_SAMPLE))
+    digest = hashlib.sha256(version("llama-cpp-python").encode())
+    for each in part_paths(path):
+        stat = each.stat()
+        known = (each.resolve(), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+        digest.update("\0".join(map(str, known)).encode("utf-8", "surrogateescape"))
+        with each.open("rb") as file:
+            for number in range(_SAMPLES):
+                file.seek(max(0, stat.st_size - _SAMPLE) * number // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE))
     return digest.hexdigest()[:24]

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 import mmap
+import re
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -18,7 +20,16 @@ from typing import Any, Final, NoReturn
 
 from engineroom import ConfigurationError
 
-__all__ = ["MAGIC", "GgufArray", "GgufHeader", "Tensor", "is_gguf", "read_header"]
+__all__ = [
+    "MAGIC",
+    "NOT_COMPUTED",
+    "GgufArray",
+    "GgufHeader",
+    "Tensor",
+    "is_gguf",
+    "part_paths",
+    "read_header",
+]
 
 MAGIC: Final = b"GGUF"
 _READ: Final = mmap.ACCESS_READ
@@ -28,8 +39,11 @@ _MAX_NESTING: Final = 4
 _MAX_LAYERS: Final = 512
 _MAX_EXPERTS: Final = 1024
 _ROPE_SCALING: Final = ("none", "linear", "yarn", "longrope")
+_MAX_PARTS: Final = 999
+_PART: Final = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+_FIRST: Final = "model-00001-of-00003.gguf"
 _F32: Final = 0
-_NOT_COMPUTED: Final = (9, 15, 24, 25, 26, 27, 28)
+NOT_COMPUTED: Final = (9, 15, 24, 25, 26, 27, 28)
 """Q8_1 and Q8_K, which only exist while something is computed, integers, and F64."""
 _MAX_VALUES: Final = 4096
 """Numbers of an array that are kept: those of one for each layer, not those of a vocabulary."""
@@ -91,6 +105,7 @@ class GgufHeader:
 
     :param metadata: scalar and string values; of arrays only their length.
     :param tensor_bytes: bytes of all tensors.
+    :param kinds: GGUF's number for the type of each value of the metadata.
     """
 
     version: int
@@ -99,6 +114,7 @@ class GgufHeader:
     tensor_bytes: int
     file_bytes: int
     tensors: tuple[Tensor, ...] = field(default=(), repr=False)
+    kinds: Mapping[str, int] = field(default_factory=dict, repr=False)
 
     @property
     def architecture(self) -> str:
@@ -141,22 +157,62 @@ def is_gguf(path: Path) -> bool:
 
 
 def read_header(path: Path) -> GgufHeader:
-    """Read and check the header.
+    """Read and check the header; of a model in several files, those of all.
 
+    :param path: the file, or the first of several (``…-00001-of-00003.gguf``).
     :raises ConfigurationError: the file is empty, no GGUF file, cut short, of another version,
         or its declared sizes do not fit it; the message says which.
     """
+    header = _read(path)
+    if (count := whole(header.metadata.get("split.count")) or 1) != 1:
+        header = _with_parts(path, header, count)
+    if not isinstance(header.metadata.get("general.architecture"), str):
+        _refuse(path, "it does not say its architecture")
+    if wrong := what_is_wrong(header):
+        _refuse(path, wrong)
+    return header
+
+
+def _read(path: Path) -> GgufHeader:
     try:
         size = path.stat().st_size
         if size < 24:  # asked before it is opened: a pipe would never open
             _refuse(path, f"it has only {size} bytes")
         with path.open("rb") as file, mmap.mmap(file.fileno(), size, access=_READ) as view:
-            header = _Reader(path, view, size).header()
+            return _Reader(path, view, size).header()
     except OSError as error:
         raise ConfigurationError(f"{str(path)!r} cannot be read: {error.strerror}") from error
-    if wrong := what_is_wrong(header):
-        _refuse(path, wrong)
-    return header
+
+
+def part_paths(path: Path) -> list[Path]:
+    """The files of a model in several, by the name of the first; of any other file, itself."""
+    name = _PART.fullmatch(path.name)
+    if name is None or int(name[2]) != 1 or not 1 < int(name[3]) <= _MAX_PARTS:
+        return [path]
+    numbers = range(1, int(name[3]) + 1)
+    return [path.with_name(f"{name[1]}-{n:05}-of-{name[3]}.gguf") for n in numbers]
+
+
+def _with_parts(path: Path, header: GgufHeader, count: int) -> GgufHeader:
+    paths = part_paths(path)
+    if len(paths) != count:
+        _refuse(path, f"it is one of {count} files; name the first, as {_FIRST}")
+    parts = [header]
+    for each in paths[1:]:
+        if not each.is_file():
+            _refuse(path, f"{each.name!r}, a part of it, is not there")
+        parts.append(_read(each))
+    tensors = tuple(tensor for part in parts for tensor in part.tensors)
+    names = Counter(tensor.name for tensor in tensors)
+    if twice := next((name for name, times in names.items() if times > 1), None):
+        _refuse(path, f"two of its files have the tensor {twice[:80]!r}")
+    return replace(
+        header,
+        tensor_count=len(tensors),
+        tensor_bytes=sum(part.tensor_bytes for part in parts),
+        file_bytes=sum(part.file_bytes for part in parts),
+        tensors=tensors,
+    )
 
 
 def what_is_wrong(header: GgufHeader) -> str:
@@ -177,6 +233,9 @@ def what_is_wrong(header: GgufHeader) -> str:
     scaling = metadata.get(f"{header.architecture}.rope.scaling.type", "none")
     if scaling not in _ROPE_SCALING:
         return f"rope.scaling.type is {str(scaling)[:80]!r}, none of {', '.join(_ROPE_SCALING)}"
+    width, out = number("embedding_length"), number("embedding_length_out")
+    if out not in (None, width) and not any("dense" in t.name for t in header.tensors):
+        return f"embedding_length_out is {out}, but nothing makes it of {width}"
     return (
         _wrong_experts(header, layers or 0)
         or _wrong_vocabulary(metadata)
@@ -187,7 +246,7 @@ def what_is_wrong(header: GgufHeader) -> str:
 def _wrong_type(tensor: Tensor) -> str:
     """A type that there is no arithmetic for, where the tensor is."""
     name = tensor.name
-    if tensor.kind in _NOT_COMPUTED and name.endswith(".weight") and "tid2eid" not in name:
+    if tensor.kind in NOT_COMPUTED and name.endswith(".weight") and "tid2eid" not in name:
         return f"tensor {name[:80]!r} is of a type ({tensor.kind}) that no weights are of"
     if tensor.kind != _F32 and (
         name.endswith("norm.weight") or (name.endswith(".bias") and len(tensor.shape) == 1)
@@ -261,6 +320,7 @@ class _Reader:
         # The smallest pair takes 13 bytes, the smallest tensor entry 32.
         self._enough(pairs, 13, "metadata entries")
         metadata: dict[str, Any] = {}
+        kinds: dict[str, int] = {}
         for _ in range(pairs):
             key = self._string()
             if key in metadata:
@@ -269,6 +329,7 @@ class _Reader:
             if key == "tokenizer.ggml.tokens":
                 self._check_tokens(kind, self._at)
             metadata[key] = self._value(kind)
+            kinds[key] = kind
         self._enough(tensors, 32, "tensors")
         declared = self._tensors(tensors)
         alignment = metadata.get("general.alignment", 32)
@@ -277,12 +338,10 @@ class _Reader:
         start = -(-self._at // alignment) * alignment
         if declared and start % _MAPPED:
             _refuse(self._path, f"its data begin at byte {start}, no multiple of {_MAPPED}")
-        if not isinstance(metadata.get("general.architecture"), str):
-            _refuse(self._path, "it does not say its architecture")
         placed = self._placed(declared, start, alignment)
         total = sum(tensor.size for tensor in placed)
         self._check_bytes(metadata)
-        return GgufHeader(version, metadata, tensors, total, self._size, placed)
+        return GgufHeader(version, metadata, tensors, total, self._size, placed, kinds)
 
     def _placed(self, declared: list[Tensor], start: int, alignment: int) -> tuple[Tensor, ...]:
         """The tensors where they lie in the file, each inside of it and none over another."""
