@@ -13,16 +13,17 @@ import re
 import struct
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from engineroom import ConfigurationError
+from engineroom_llamacpp.header import GgufArray, GgufHeader, Tensor, whole
+from engineroom_llamacpp.metadata import what_is_wrong
 
 __all__ = [
     "MAGIC",
-    "NOT_COMPUTED",
     "GgufArray",
     "GgufHeader",
     "Tensor",
@@ -36,15 +37,9 @@ _READ: Final = mmap.ACCESS_READ
 _VERSIONS: Final = (2, 3)
 _MAX_DIMENSIONS: Final = 4
 _MAX_NESTING: Final = 4
-_MAX_LAYERS: Final = 512
-_MAX_EXPERTS: Final = 1024
-_ROPE_SCALING: Final = ("none", "linear", "yarn", "longrope")
 _MAX_PARTS: Final = 999
 _PART: Final = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _FIRST: Final = "model-00001-of-00003.gguf"
-_F32: Final = 0
-NOT_COMPUTED: Final = (9, 15, 24, 25, 26, 27, 28)
-"""Q8_1 and Q8_K, which only exist while something is computed, integers, and F64."""
 _MAX_VALUES: Final = 4096
 """Numbers of an array that are kept: those of one for each layer, not those of a vocabulary."""
 _MAPPED: Final = 32
@@ -72,81 +67,6 @@ _BLOCKS: Final[Mapping[int, tuple[int, int]]] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class GgufArray:
-    """An array of the metadata.
-
-    :param values: its numbers, where they are few; those of a vocabulary are not kept.
-    """
-
-    length: int
-    values: tuple[Any, ...] | None = field(default=None, compare=False, repr=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Tensor:
-    """A tensor's entry.
-
-    :param kind: ggml's number for the type of its values.
-    :param offset: of its data, from the beginning of the file.
-    :param size: bytes of its data; 0: the type is not known here.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    kind: int
-    offset: int
-    size: int
-
-
-@dataclass(frozen=True, slots=True)
-class GgufHeader:
-    """What a GGUF file says of itself.
-
-    :param metadata: scalar and string values; of arrays only their length.
-    :param tensor_bytes: bytes of all tensors.
-    :param kinds: GGUF's number for the type of each value of the metadata.
-    """
-
-    version: int
-    metadata: Mapping[str, Any]
-    tensor_count: int
-    tensor_bytes: int
-    file_bytes: int
-    tensors: tuple[Tensor, ...] = field(default=(), repr=False)
-    kinds: Mapping[str, int] = field(default_factory=dict, repr=False)
-
-    @property
-    def architecture(self) -> str:
-        """The model's architecture, e.g. ``llama``."""
-        return str(self.metadata.get("general.architecture", ""))
-
-    def number(self, key: str) -> int | None:
-        """A number of the architecture's own, e.g. ``block_count``.
-
-        ``None``: it is not there, or is not one whole number (some have one for each layer).
-        """
-        return whole(self.metadata.get(f"{self.architecture}.{key}"))
-
-    def numbers(self, key: str, count: int) -> tuple[int, ...] | None:
-        """A number of the architecture's own for each of ``count`` layers.
-
-        ``None``: it is not there, or is neither one whole number nor one for each layer.
-        """
-        value = self.metadata.get(f"{self.architecture}.{key}")
-        if isinstance(value, GgufArray):
-            values = value.values or ()
-            fits = len(values) >= count and all(whole(each) is not None for each in values)
-            return values[:count] if fits else None
-        one = whole(value)
-        return None if one is None else (one,) * count
-
-
-def whole(value: Any) -> int | None:
-    """A whole number; ``None``: it is none, or a truth value."""
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
 def is_gguf(path: Path) -> bool:
     """Whether the file begins like a GGUF file."""
     try:
@@ -163,7 +83,7 @@ def read_header(path: Path) -> GgufHeader:
     :raises ConfigurationError: the file is empty, no GGUF file, cut short, of another version,
         or its declared sizes do not fit it; the message says which.
     """
-    header = _read(path)
+    header = replace(_read(path), path=path)
     if (count := whole(header.metadata.get("split.count")) or 1) != 1:
         header = _with_parts(path, header, count)
     if not isinstance(header.metadata.get("general.architecture"), str):
@@ -213,80 +133,6 @@ def _with_parts(path: Path, header: GgufHeader, count: int) -> GgufHeader:
         file_bytes=sum(part.file_bytes for part in parts),
         tensors=tensors,
     )
-
-
-def what_is_wrong(header: GgufHeader) -> str:
-    """What of the metadata would end the process inside of llama.cpp; empty: nothing known.
-
-    These are its assertions, for what every architecture has. Those of single architectures
-    show in the trial (:mod:`.trial`).
-    """
-    number, metadata = header.number, header.metadata
-    layers = number("block_count")
-    if layers is not None and not 1 <= layers <= _MAX_LAYERS:
-        return f"it declares {layers} layers, not 1 to {_MAX_LAYERS}"
-    for key, value in metadata.items():
-        if key.endswith("_epsilon") and isinstance(value, float) and not value >= 0.0:
-            return f"{key[:80]} is {value}, not a small positive number"
-    if (predicting := number("nextn_predict_layers") or 0) > (layers or 0):
-        return f"nextn_predict_layers is {predicting}, of {layers} layers"
-    scaling = metadata.get(f"{header.architecture}.rope.scaling.type", "none")
-    if scaling not in _ROPE_SCALING:
-        return f"rope.scaling.type is {str(scaling)[:80]!r}, none of {', '.join(_ROPE_SCALING)}"
-    width, out = number("embedding_length"), number("embedding_length_out")
-    if out not in (None, width) and not any("dense" in t.name for t in header.tensors):
-        return f"embedding_length_out is {out}, but nothing makes it of {width}"
-    return (
-        _wrong_experts(header, layers or 0)
-        or _wrong_vocabulary(metadata)
-        or next(filter(None, map(_wrong_type, header.tensors)), "")
-    )
-
-
-def _wrong_type(tensor: Tensor) -> str:
-    """A type that there is no arithmetic for, where the tensor is."""
-    name = tensor.name
-    if tensor.kind in NOT_COMPUTED and name.endswith(".weight") and "tid2eid" not in name:
-        return f"tensor {name[:80]!r} is of a type ({tensor.kind}) that no weights are of"
-    if tensor.kind != _F32 and (
-        name.endswith("norm.weight") or (name.endswith(".bias") and len(tensor.shape) == 1)
-    ):
-        return f"tensor {name[:80]!r} is of a type ({tensor.kind}) other than F32"
-    return ""
-
-
-def _wrong_experts(header: GgufHeader, layers: int) -> str:
-    experts = header.number("expert_count") or 0
-    used = max(header.numbers("expert_used_count", layers) or (0,))
-    groups = header.number("expert_group_count") or 0
-    groups_used = header.number("expert_group_used_count") or 0
-    if header.architecture.startswith("hunyuan") and experts <= 1:
-        return ""  # to these, one expert is none
-    if experts < 0 or experts > _MAX_EXPERTS:
-        return f"expert_count is {experts}, not 0 to {_MAX_EXPERTS}"
-    if not (1 <= used <= experts if experts else used == 0):
-        return f"expert_used_count is {used}, of {experts} experts"
-    if groups >= max(1, experts) or (groups > 1 and experts % groups):
-        return f"expert_group_count is {groups}, of {experts} experts"
-    if groups > 1 and not 1 <= groups_used < groups:
-        return f"expert_group_used_count is {groups_used}, of {groups} groups"
-    return ""
-
-
-def _wrong_vocabulary(metadata: Mapping[str, Any]) -> str:
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    if tokens is None:
-        return ""
-    for key, what in (("scores", "scores"), ("token_type", "types")):
-        values = metadata.get(f"tokenizer.ggml.{key}")
-        if isinstance(values, GgufArray) and values.length < tokens.length:
-            return f"its vocabulary has {tokens.length} tokens and {values.length} {what}"
-        if values is not None and not isinstance(values, GgufArray):
-            return f"tokenizer.ggml.{key} is no array"
-    template = metadata.get("tokenizer.chat_template")
-    if template is not None and not isinstance(template, str):
-        return "tokenizer.chat_template is no text"
-    return ""
 
 
 def _refuse(path: Path, why: str) -> NoReturn:

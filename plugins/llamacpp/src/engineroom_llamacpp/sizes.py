@@ -46,12 +46,12 @@ def pooling_of(header: GgufHeader) -> int | None:
     pooling = header.number("pooling_type")
     if pooling == _RANK:
         raise ConfigurationError(
-            "the model ranks texts (pooling_type 4) and makes no embeddings; this runtime runs "
-            "models that generate text or make embeddings"
+            f"{header.file} ranks texts (pooling_type 4) and makes no embeddings; this runtime "
+            "runs models that generate text or make embeddings"
         )
     if pooling is not None and pooling not in _POOLINGS:
         known = ", ".join(f"{number} ({name})" for number, name in _POOLINGS.items())
-        raise ConfigurationError(f"the model's pooling_type is {pooling}; known are {known}")
+        raise ConfigurationError(f"{header.file} has the pooling_type {pooling}; known are {known}")
     if not pooling:
         return _MEAN if is_encoder(header) else None
     return pooling
@@ -67,8 +67,8 @@ def check_positions(header: GgufHeader, options: LlamaCppOptions) -> None:
     for tensor in header.tensors:
         if tensor.name == "position_embd.weight" and options.n_ctx > tensor.shape[-1]:
             raise ConfigurationError(
-                f"n_ctx={options.n_ctx} is more than the {tensor.shape[-1]} positions that the "
-                "model has learnt; set it to no more"
+                f"n_ctx={options.n_ctx} is more than the {tensor.shape[-1]} positions that "
+                f"{header.file} has learnt; set it to no more"
             )
 
 
