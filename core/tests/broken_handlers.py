@@ -863,6 +863,17 @@ def unclaimed_parameters__honoured():
     return Broken
 
 
+@defect
+def unknown_adapter():
+    class Broken(ToyHandler):
+        """Claims adapters, has none, and answers without."""
+
+        def capabilities(self):
+            return dataclasses.replace(super().capabilities(), adapters=True)
+
+    return Broken
+
+
 class _Claims(ToyHandler):
     claims: frozenset[str] = frozenset()
     kinds: frozenset[str] = frozenset()

@@ -310,6 +310,7 @@ def test_the_defaults_of_a_request() -> None:
         "priority": 0,
         "tools": None,
         "tool_choice": None,
+        "adapter": None,
         "metadata": {},
         "on_unsupported": None,
     }

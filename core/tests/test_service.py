@@ -349,6 +349,16 @@ async def test_messages_are_never_only_warned_about():
     assert "messages" in (await bench.service.infer(request)).error_message
 
 
+async def test_an_adapter_is_refused_where_the_handler_knows_none():
+    bench = echo_bench()
+    response = await bench.service.infer(bench.request("a b", adapter="legal"))
+    assert response.error_type == "ConfigurationError"
+    assert "handler 'echo' does not honour adapter" in response.error_message
+    warned = await bench.service.infer(bench.request("a b", adapter="legal", on_unsupported="warn"))
+    assert warned.generated_text == "a b"
+    assert warned.warnings == ["adapter was ignored: handler 'echo' does not honour it"]
+
+
 async def test_capabilities_of_the_wrong_type_are_a_failure_that_names_the_handler():
     bench = plain_bench(_good, capabilities={"params": []})
     response = await bench.service.infer(bench.request())

@@ -52,6 +52,7 @@ class Capabilities:
     :param structured_output: kinds of ``structured_output`` that it honours, of
         ``json_schema``, ``regex`` and ``grammar``.
     :param embeddings: has :meth:`InferenceHandler.embed`, for models that are made for it.
+    :param adapters: honours ``adapter``, and refuses names that it does not know.
     """
 
     params: frozenset[str] = frozenset()
@@ -60,6 +61,7 @@ class Capabilities:
     tools: bool = False
     structured_output: frozenset[str] = frozenset()
     embeddings: bool = False
+    adapters: bool = False
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.params) - set(GenerationParams.model_fields)):
@@ -84,6 +86,8 @@ class Capabilities:
             found.append("stop_sequences")
         if not self.tools:
             found += [n for n in ("tools", "tool_choice") if getattr(request, n)]
+        if request.adapter is not None and not self.adapters:
+            found.append("adapter")
         return found
 
 

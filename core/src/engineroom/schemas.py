@@ -231,6 +231,8 @@ class InferenceRequest(_FrozenSchema):
     """Waiting requests of a higher priority go first."""
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    adapter: Identifier | None = None
+    """Name of an adapter (LoRA) that was loaded with the model; ``None``: the model as it is."""
     metadata: dict[str, Any] = Field(default_factory=dict)
     """The caller's own; handed to observers, never to the model."""
     on_unsupported: OnUnsupported | None = None

@@ -40,7 +40,8 @@ class TalkHandler(TokenHandler):
         self.fail_load = False
 
     def capabilities(self) -> Capabilities:
-        return Capabilities(params=frozenset(GenerationParams.model_fields), chat=True)
+        params = frozenset(GenerationParams.model_fields)
+        return Capabilities(params=params, chat=True, adapters=True)
 
     def can_handle(self, loaded_model: LoadedModel) -> bool:
         return loaded_model.model_object == "talk"

@@ -114,6 +114,19 @@ def test_parameters_arrive(client, shared):
     assert [m.role for m in request.messages] == ["system", "user"]
 
 
+def test_an_adapter_arrives_by_its_name(client, shared):
+    client.chat.completions.create(model="m", messages=CHAT)
+    assert shared.handler.seen[-1].adapter is None
+    client.chat.completions.create(model="m", messages=CHAT, extra_body={"adapter": "legal"})
+    assert shared.handler.seen[-1].adapter == "legal"
+    client.completions.create(model="m", prompt="x", extra_body={"adapter": "other"})
+    assert shared.handler.seen[-1].adapter == "other"
+    for wrong in ("", 5):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.chat.completions.create(model="m", messages=CHAT, extra_body={"adapter": wrong})
+        assert caught.value.param == "adapter"
+
+
 def test_what_is_not_said_is_as_at_openai(client, shared):
     client.chat.completions.create(model="m", messages=CHAT)
     params = shared.handler.seen[-1].params

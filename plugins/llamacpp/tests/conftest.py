@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,16 @@ import pytest
 from engineroom import LLMInferenceService, LLMModelManager, ModelConfig
 from engineroom_llamacpp import LlamaCppHandler
 from engineroom_llamacpp.engine import LlamaEngine
+
+sys.path.insert(0, str(Path(__file__).parent))  # for llama_bert.py, whatever the import mode
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is kept between loads is not kept between runs of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ENGINEROOM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -147,6 +158,7 @@ async def make(
         options.setdefault("cache_type_v", "f32")
         options.setdefault("flash_attn", "off")
         options.setdefault("n_threads", 1)  # the model is too small to share
+        options.setdefault("trial", False)  # test_trial.py has that
         config = ModelConfig(model_id="m", source=str(source or tiny_model), options=options)
         manager = LLMModelManager(config=[config])
         service = LLMInferenceService(manager, handlers=[LlamaCppHandler()])

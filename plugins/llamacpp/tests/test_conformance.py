@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from llama_bert import write_bert
 
 from engineroom import ModelConfig
 from engineroom.testing import HandlerConformance
@@ -30,6 +31,11 @@ class LlamaCppConformance(HandlerConformance):
     @pytest.fixture
     def model_config(self, tiny_model: Path) -> ModelConfig:
         return ModelConfig(model_id="tiny", source=str(tiny_model), options=self.options)
+
+    @pytest.fixture
+    def embedding_config(self, tmp_path: Path) -> ModelConfig:
+        source = write_bert(tmp_path / "bert.gguf")
+        return ModelConfig(model_id="bert", source=str(source), options={"n_threads": 1})
 
 
 class TestOneSlot(LlamaCppConformance):

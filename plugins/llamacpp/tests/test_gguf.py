@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from engineroom import ConfigurationError
 from engineroom_llamacpp import gguf as reader
-from engineroom_llamacpp.gguf import GgufArray, GgufHeader, is_gguf, read_header
+from engineroom_llamacpp.gguf import GgufArray, GgufHeader, is_gguf, part_paths, read_header
 
 U8, U32, F32, BOOL, STRING, ARRAY, U64 = 0, 4, 6, 7, 8, 9, 10
 ARCHITECTURE = ("general.architecture", STRING, "llama")
@@ -425,6 +425,121 @@ def test_is_gguf_looks_at_the_first_bytes_alone(tmp_path: Path) -> None:
         assert is_gguf(path) is expected
     assert not is_gguf(tmp_path / "absent.gguf")
     assert not is_gguf(tmp_path)
+
+
+LLAMA = "llama."
+TOKENS = ("tokenizer.ggml.tokens", ARRAY, (STRING, ["a", "b"]))
+
+
+@pytest.mark.parametrize(
+    ("pairs", "problem"),
+    [
+        ([(LLAMA + "rope.scaling.type", STRING, "spiral")], "rope.scaling.type is 'spiral'"),
+        ([(LLAMA + "rope.scaling.type", U32, 1)], "rope.scaling.type is '1'"),
+        ([(LLAMA + "expert_count", U32, 8)], "expert_used_count is 0, of 8"),
+        ([(LLAMA + "expert_used_count", U32, 2)], "expert_used_count is 2, of 0"),
+        ([(LLAMA + "expert_count", U32, 2**20)], "expert_count is 1048576, not 0 to 1024"),
+        (
+            [(LLAMA + "expert_count", U32, 8), (LLAMA + "expert_used_count", U32, 9)],
+            "expert_used_count is 9, of 8",
+        ),
+        ([(LLAMA + "expert_group_count", U32, 2)], "expert_group_count is 2, of 0"),
+        ([(LLAMA + "nextn_predict_layers", U32, 3)], "nextn_predict_layers is 3, of 2"),
+        ([(LLAMA + "embedding_length_out", U32, 65)], "embedding_length_out is 65"),
+        ([TOKENS, ("tokenizer.ggml.scores", ARRAY, (F32, [0.0]))], "2 tokens and 1 scores"),
+        ([TOKENS, ("tokenizer.ggml.token_type", ARRAY, (U32, []))], "2 tokens and 0 types"),
+        ([TOKENS, ("tokenizer.ggml.scores", U32, 1)], "scores is no array"),
+        ([TOKENS, ("tokenizer.chat_template", U32, 1)], "chat_template is no text"),
+        ([TOKENS, ("tokenizer.ggml.model", STRING, "llama")], "no token for the byte 0x00"),
+    ],
+)
+def test_metadata_that_would_end_the_process_are_refused(
+    pairs: list[Any], problem: str, write: Any
+) -> None:
+    layers = ("llama.block_count", U32, 2)
+    assert problem in refusal(write(image([ARCHITECTURE, layers, *pairs])))
+
+
+def test_metadata_of_a_mixture_of_experts_are_good(write: Any) -> None:
+    pairs = [
+        ARCHITECTURE,
+        ("llama.block_count", U32, 2),
+        ("llama.expert_count", U32, 8),
+        ("llama.expert_used_count", ARRAY, (U32, [2, 4])),
+        ("llama.expert_group_count", U32, 4),
+        ("llama.expert_group_used_count", U32, 2),
+        ("llama.rope.scaling.type", STRING, "yarn"),
+        ("llama.nextn_predict_layers", U32, 1),
+    ]
+    header = read_header(write(image(pairs)))
+    assert header.numbers("expert_used_count", 2) == (2, 4)
+    assert header.numbers("expert_count", 3) == (8, 8, 8)
+    assert header.numbers("expert_used_count", 3) is None  # not one for each
+    assert header.numbers("absent", 1) is None
+
+
+@pytest.mark.parametrize("kind", [9, 24, 26, 28])
+def test_weights_of_a_type_that_nothing_computes_with_are_refused(kind: int, write: Any) -> None:
+    content = image(tensors=[tensor("a.weight", [32], kind)], data=512)
+    assert f"({kind}) that no weights are of" in refusal(write(content))
+
+
+@pytest.mark.parametrize("name", ["blk.0.attn_norm.weight", "blk.0.attn_q.bias"])
+def test_norms_and_biases_have_full_precision(name: str, write: Any) -> None:
+    assert "other than F32" in refusal(write(image(tensors=[tensor(name, [32], 8)], data=64)))
+    assert read_header(write(image(tensors=[tensor(name, [32])], data=128)))
+
+
+def test_tensors_may_not_lie_over_each_other(write: Any) -> None:
+    content = image(tensors=[tensor("a", [16]), tensor("b", [4], offset=32)], data=512)
+    assert "'a' and 'b' lie over each other" in refusal(write(content))
+    assert "'a' is there twice" in refusal(write(image(tensors=[tensor("a", [4])] * 2, data=64)))
+
+
+def test_another_byte_order_is_told_as_such(write: Any) -> None:
+    assert "big-endian" in refusal(write(image(version=3 << 24)))
+
+
+# ── models in several files ─────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def several(tmp_path: Path) -> Path:
+    """The first of three files."""
+    writer = gguf.GGUFWriter(str(tmp_path / "m.gguf"), "llama", split_max_tensors=1)
+    writer.add_block_count(3)
+    for number in range(3):
+        writer.add_tensor(f"t{number}", np.ones((3, 5 + number), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tmp_path / "m-00001-of-00003.gguf"
+
+
+def test_a_model_in_several_files_is_counted_in_whole(several: Path) -> None:
+    header = read_header(several)
+    assert [t.name for t in header.tensors] == ["t0", "t1", "t2"]
+    assert header.tensor_bytes == 3 * (5 + 6 + 7) * 4
+    assert header.tensor_count == 3
+    assert header.file_bytes == sum(each.stat().st_size for each in several.parent.iterdir())
+    assert part_paths(several) == sorted(several.parent.iterdir())
+    assert part_paths(several.with_name("a.gguf")) == [several.with_name("a.gguf")]
+
+
+def test_a_part_that_is_missing_or_damaged_is_named(several: Path) -> None:
+    second, third = part_paths(several)[1:]
+    content = third.read_bytes()
+    third.write_bytes(content[:-64])
+    with pytest.raises(ConfigurationError, match="00003-of-00003.*cut short"):
+        read_header(several)
+    third.write_bytes(second.read_bytes())
+    assert "two of its files have the tensor 't1'" in refusal(several)
+    third.unlink()
+    assert "'m-00003-of-00003.gguf', a part of it, is not there" in refusal(several)
+    assert "name the first" in refusal(second)
+    other = several.rename(several.with_name("other.gguf"))
+    assert "it is one of 3 files" in refusal(other)
 
 
 # ── any damage at all ───────────────────────────────────────────────────────────────────────────

@@ -155,11 +155,20 @@ def test_a_model_without_a_tokenizer_is_refused(tiny_model: Path, tmp_path: Path
     assert "no tokenizer" in refusal(path)
 
 
-def test_a_model_of_embeddings_is_refused(tiny_model: Path, tmp_path: Path) -> None:
-    path = changed(tiny_model, tmp_path / "m.gguf", llama__attention__causal=boolean(False))
-    assert "embeddings" in refusal(path)
-    path = changed(tiny_model, tmp_path / "m.gguf", llama__attention__causal=boolean(True))
-    opened(path).close()
+def test_a_model_that_writes_by_diffusion_is_refused(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # llama.cpp would end the process with the first step.
+    monkeypatch.setattr(load(), "llama_model_is_diffusion", lambda _: True)
+    assert "diffusion" in refusal(tiny_model)
+
+
+def test_a_token_that_is_to_be_added_and_is_not_there_is_refused(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # llama.cpp would end the process with the first text.
+    monkeypatch.setattr(load(), "llama_vocab_bos", lambda _: -1)
+    assert "wants a token bos" in refusal(tiny_model)
 
 
 def test_an_encoder_is_refused_and_freed(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,16 +21,19 @@ DEFAULTS: dict[str, Any] = {
     "n_threads": None,
     "n_threads_batch": None,
     "n_gpu_layers": -1,
-    "main_gpu": 0,
+    "main_gpu": None,
     "tensor_split": None,
     "flash_attn": "auto",
     "cache_type_k": "f16",
     "cache_type_v": "f16",
     "lora": [],
+    "requantize": None,
+    "trial": True,
     "use_mmap": True,
     "use_mlock": False,
     "rope_freq_base": None,
     "rope_freq_scale": None,
+    "normalize": True,
     "chat_template": None,
 }
 INT_MAX = 2**31 - 1
@@ -200,3 +203,15 @@ def test_the_cache_and_the_batch_have_room_for_every_sequence() -> None:
 
 
 # ── threads ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_one_gpu_and_shares_of_several_do_not_go_together() -> None:
+    assert "set one of them" in refusal(main_gpu=1, tensor_split=[1, 1])
+    assert parse(main_gpu=1).main_gpu == 1
+
+
+def test_two_adapters_may_not_have_one_name() -> None:
+    lora = [{"path": "a", "name": "x"}, "b", {"path": "c", "name": "x"}]
+    assert "two adapters have the name 'x'" in refusal(lora=lora)
+    assert [each.name for each in parse(lora=lora[:2]).lora] == ["x", None]
+    assert "name" in refusal(lora=[{"path": "a", "name": ""}])

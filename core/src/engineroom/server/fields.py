@@ -75,6 +75,8 @@ class Sampling(ApiRequest):
     """Seconds for the request; the server may allow less."""
     priority: Annotated[int, Field(ge=-100, le=100)] | None = None
     """Waiting requests of a higher priority go first."""
+    adapter: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    """Name of an adapter (LoRA) that was loaded with the model."""
 
 
 EXTENSIONS: Final = (
@@ -170,6 +172,7 @@ def common_fields(call: Call, request: Any) -> dict[str, Any]:
     return {
         "timeout_s": min(timeouts) if timeouts else None,
         "priority": getattr(request, "priority", None) or 0,
+        "adapter": getattr(request, "adapter", None),
         "metadata": metadata,
     }
 

@@ -9,6 +9,7 @@ from typing import Any, Final
 import numpy as np
 
 from engineroom import ConfigurationError, ResourceNotAvailableError, default_threads
+from engineroom_llamacpp.adapters import set_adapters
 from engineroom_llamacpp.library import (
     CACHE_TYPES,
     FLASH_ATTENTION,
@@ -61,7 +62,18 @@ class LlamaContext:
             )
         self._memory = library.llama_get_memory(self._handle)
         self._rows: dict[int, Logits] = {}
-        self._set_adapters(model)
+        self._adapters, self._adapters_by_name = model.adapters, model.adapters_by_name
+        self._adapter: str | None = None
+        try:
+            if not self._memory:
+                raise ConfigurationError(
+                    f"{str(model.path)!r} is an encoder whose file does not say so "
+                    "(attention.causal); it generates no text"
+                )
+            set_adapters(library, self._handle, self._adapters)
+        except ConfigurationError:
+            self.close()
+            raise
         self.threads = threads
         self.n_ctx = int(library.llama_n_ctx(self._handle))
         self.n_batch = int(library.llama_n_batch(self._handle))
@@ -89,18 +101,12 @@ class LlamaContext:
             logits=self._outputs.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
         )
 
-    def _set_adapters(self, model: LlamaModel) -> None:
-        if model.adapters:
-            count = len(model.adapters)
-            pointer = self._library.llama_adapter_lora_p_ctypes
-            handles = (pointer * count)(*[handle for handle, _ in model.adapters])
-            scales = (ctypes.c_float * count)(*[scale for _, scale in model.adapters])
-            if self._library.llama_set_adapters_lora(self._handle, handles, count, scales):
-                self.close()
-                raise ConfigurationError(
-                    "lora: llama.cpp cannot use the adapters together: "
-                    f"{last_error('it does not say why')}"
-                )
+    def use_adapter(self, name: str | None) -> None:
+        """Apply this one of the named adapters from the next batch on; ``None``: none of them."""
+        if name != self._adapter:
+            named = [] if name is None else [self._adapters_by_name[name]]
+            set_adapters(self._library, self._handle, [*self._adapters, *named])
+            self._adapter = name
 
     def close(self) -> None:
         """Free the context. Called once, by the thread that used it."""

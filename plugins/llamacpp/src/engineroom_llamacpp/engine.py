@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from engineroom import (
     CPU_LOOP,
@@ -39,6 +39,9 @@ from engineroom_llamacpp.model import END, LlamaModel
 from engineroom_llamacpp.options import LlamaCppOptions
 from engineroom_llamacpp.sampling import Logits, Sampler, top_logprobs
 
+if TYPE_CHECKING:
+    from engineroom_llamacpp.embedding import EmbeddingEngine
+
 __all__ = ["LlamaEngine", "Task"]
 
 logger = logging.getLogger("engineroom.llamacpp")
@@ -55,6 +58,7 @@ class Task(EngineTask):
     :param limit: length at which it ends with ``length``.
     :param cached: how many of them are in the cache; what comes after is still to be computed.
     :param sequence: its sequence in the context; ``None``: it waits for one.
+    :param adapter: the named LoRA adapter that it is computed with.
     """
 
     tokens: list[int]
@@ -65,6 +69,7 @@ class Task(EngineTask):
     cached: int = 0
     sequence: int | None = None
     announced: bool = False
+    adapter: str | None = None
 
 
 class LlamaEngine(BatchingEngine[Task]):
@@ -79,9 +84,14 @@ class LlamaEngine(BatchingEngine[Task]):
         self._context = LlamaContext(model, options)
         self.n_ctx = self._context.n_ctx
         self.threads = self._context.threads
+        self.on_gpu = self._context.on_gpu
         loop = DecodeLoop(f"llamacpp-{name}") if self._context.on_gpu else CPU_LOOP
         super().__init__(name, loop, max_running=options.n_parallel, max_queue=options.max_queue)
         self._free = list(range(options.n_parallel - 1, -1, -1))
+        self.embedder: EmbeddingEngine | None = None
+        """Makes embeddings with the same weights, where the model is made for it; set by whoever
+        loads it."""
+        self._adapter: str | None = None
         self.preemptions = 0
         """How often a request gave its cells back to let another go on."""
         self.open()
@@ -97,6 +107,7 @@ class LlamaEngine(BatchingEngine[Task]):
                 sampler=Sampler(params, tokens, self.model.n_vocab),
                 limit=min(len(tokens) + new, self.n_ctx),
                 logprobs=params.logprobs,
+                adapter=request.adapter,
                 log=request_logger(logger, request),
                 priority=request.priority,
             )
@@ -166,17 +177,19 @@ class LlamaEngine(BatchingEngine[Task]):
             self._fail(rows, status)
 
     def _compose(self) -> list[tuple[Task, int, int]]:
-        """Fill the batch.
+        """Fill the batch, with requests of one adapter.
 
         :returns: for each request in it, how many tokens, and its row of logits (-1: none yet).
         """
         context = self._context
         context.begin()
+        tasks = self._whose_turn()
+        context.use_adapter(self._adapter)
         room = self.n_ctx - sum(t.cached for t in self.running)
         budget = context.n_batch
         rows: list[tuple[Task, int, int]] = []
         reading: list[Task] = []
-        for task in self.running:
+        for task in tasks:
             if len(task.tokens) - task.cached > 1:
                 reading.append(task)
             elif room < 1:
@@ -202,6 +215,14 @@ class LlamaEngine(BatchingEngine[Task]):
             room -= count
             budget -= count
         return rows
+
+    def _whose_turn(self) -> list[Task]:
+        """Running requests of one adapter. The adapters take turns, a step each."""
+        names = list(dict.fromkeys(task.adapter for task in self.running))
+        last = names.index(self._adapter) if self._adapter in names else -1
+        if names:
+            self._adapter = names[(last + 1) % len(names)]
+        return [task for task in self.running if task.adapter == self._adapter]
 
     def _sample(self, rows: Sequence[tuple[Task, int, int]]) -> None:
         parcels: list[tuple[Mailbox, TokenStep | EngineRoomError]] = []

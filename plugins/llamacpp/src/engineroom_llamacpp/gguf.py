@@ -7,23 +7,43 @@ ggml's ``docs/gguf.md`` (versions 2 and 3; little-endian).
 
 from __future__ import annotations
 
+import math
 import mmap
+import re
 import struct
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from engineroom import ConfigurationError
+from engineroom_llamacpp.header import GgufArray, GgufHeader, Tensor, whole
+from engineroom_llamacpp.metadata import what_is_wrong
 
-__all__ = ["MAGIC", "GgufHeader", "is_gguf", "read_header"]
+__all__ = [
+    "MAGIC",
+    "GgufArray",
+    "GgufHeader",
+    "Tensor",
+    "is_gguf",
+    "part_paths",
+    "read_header",
+]
 
 MAGIC: Final = b"GGUF"
 _READ: Final = mmap.ACCESS_READ
 _VERSIONS: Final = (2, 3)
 _MAX_DIMENSIONS: Final = 4
 _MAX_NESTING: Final = 4
-_MAX_LAYERS: Final = 512
+_MAX_PARTS: Final = 999
+_PART: Final = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+_FIRST: Final = "model-00001-of-00003.gguf"
+_MAX_VALUES: Final = 4096
+"""Numbers of an array that are kept: those of one for each layer, not those of a vocabulary."""
+_MAPPED: Final = 32
+"""What ggml asks of the address of mapped tensors."""
 _MAX_HEADER: Final = 256 * 2**20
 """Real ones have some 20 MiB. Bounds the time and the memory that a damaged file can cost."""
 
@@ -47,41 +67,6 @@ _BLOCKS: Final[Mapping[int, tuple[int, int]]] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class GgufArray:
-    """An array of the metadata, without its values."""
-
-    length: int
-
-
-@dataclass(frozen=True, slots=True)
-class GgufHeader:
-    """What a GGUF file says of itself.
-
-    :param metadata: scalar and string values; of arrays only their length.
-    :param tensor_bytes: bytes of all tensors.
-    """
-
-    version: int
-    metadata: Mapping[str, Any]
-    tensor_count: int
-    tensor_bytes: int
-    file_bytes: int
-
-    @property
-    def architecture(self) -> str:
-        """The model's architecture, e.g. ``llama``."""
-        return str(self.metadata.get("general.architecture", ""))
-
-    def number(self, key: str) -> int | None:
-        """A number of the architecture's own, e.g. ``block_count``.
-
-        ``None``: it is not there, or is not one whole number (some have one for each layer).
-        """
-        value = self.metadata.get(f"{self.architecture}.{key}")
-        return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
 def is_gguf(path: Path) -> bool:
     """Whether the file begins like a GGUF file."""
     try:
@@ -92,11 +77,23 @@ def is_gguf(path: Path) -> bool:
 
 
 def read_header(path: Path) -> GgufHeader:
-    """Read and check the header.
+    """Read and check the header; of a model in several files, those of all.
 
+    :param path: the file, or the first of several (``…-00001-of-00003.gguf``).
     :raises ConfigurationError: the file is empty, no GGUF file, cut short, of another version,
         or its declared sizes do not fit it; the message says which.
     """
+    header = replace(_read(path), path=path)
+    if (count := whole(header.metadata.get("split.count")) or 1) != 1:
+        header = _with_parts(path, header, count)
+    if not isinstance(header.metadata.get("general.architecture"), str):
+        _refuse(path, "it does not say its architecture")
+    if wrong := what_is_wrong(header):
+        _refuse(path, wrong)
+    return header
+
+
+def _read(path: Path) -> GgufHeader:
     try:
         size = path.stat().st_size
         if size < 24:  # asked before it is opened: a pipe would never open
@@ -105,6 +102,37 @@ def read_header(path: Path) -> GgufHeader:
             return _Reader(path, view, size).header()
     except OSError as error:
         raise ConfigurationError(f"{str(path)!r} cannot be read: {error.strerror}") from error
+
+
+def part_paths(path: Path) -> list[Path]:
+    """The files of a model in several, by the name of the first; of any other file, itself."""
+    name = _PART.fullmatch(path.name)
+    if name is None or int(name[2]) != 1 or not 1 < int(name[3]) <= _MAX_PARTS:
+        return [path]
+    numbers = range(1, int(name[3]) + 1)
+    return [path.with_name(f"{name[1]}-{n:05}-of-{name[3]}.gguf") for n in numbers]
+
+
+def _with_parts(path: Path, header: GgufHeader, count: int) -> GgufHeader:
+    paths = part_paths(path)
+    if len(paths) != count:
+        _refuse(path, f"it is one of {count} files; name the first, as {_FIRST}")
+    parts = [header]
+    for each in paths[1:]:
+        if not each.is_file():
+            _refuse(path, f"{each.name!r}, a part of it, is not there")
+        parts.append(_read(each))
+    tensors = tuple(tensor for part in parts for tensor in part.tensors)
+    names = Counter(tensor.name for tensor in tensors)
+    if twice := next((name for name, times in names.items() if times > 1), None):
+        _refuse(path, f"two of its files have the tensor {twice[:80]!r}")
+    return replace(
+        header,
+        tensor_count=len(tensors),
+        tensor_bytes=sum(part.tensor_bytes for part in parts),
+        file_bytes=sum(part.file_bytes for part in parts),
+        tensors=tensors,
+    )
 
 
 def _refuse(path: Path, why: str) -> NoReturn:
@@ -122,6 +150,7 @@ class _Reader:
         self._view = view
         self._size = size
         self._at = 0
+        self._tokens: set[bytes] = set()
 
     def header(self) -> GgufHeader:
         if self._view[:4] != MAGIC:
@@ -129,69 +158,79 @@ class _Reader:
         self._at = 4
         version = self._scalar(4)
         if version not in _VERSIONS:
+            swapped = int.from_bytes(struct.pack("<I", version), "big")
+            if swapped in _VERSIONS:
+                _refuse(self._path, f"it is of version {version}; its byte order is big-endian")
             _refuse(self._path, f"it is of version {version}; versions 2 and 3 can be read")
         tensors, pairs = self._scalar(10), self._scalar(10)
         # The smallest pair takes 13 bytes, the smallest tensor entry 32.
         self._enough(pairs, 13, "metadata entries")
         metadata: dict[str, Any] = {}
+        kinds: dict[str, int] = {}
         for _ in range(pairs):
             key = self._string()
             if key in metadata:
                 _refuse(self._path, f"the metadata key {key[:80]!r} is there twice")
             kind = self._scalar(4)
             if key == "tokenizer.ggml.tokens":
-                self._no_token_twice(kind, self._at)
+                self._check_tokens(kind, self._at)
             metadata[key] = self._value(kind)
+            kinds[key] = kind
         self._enough(tensors, 32, "tensors")
         declared = self._tensors(tensors)
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
             _refuse(self._path, f"general.alignment is {alignment!r}, not a power of two")
         start = -(-self._at // alignment) * alignment
-        total = 0
-        for name, offset, length in declared:
-            if offset % alignment:
-                _refuse(self._path, f"tensor {name[:80]!r} is not aligned")
-            if start + offset + length > self._size:
+        if declared and start % _MAPPED:
+            _refuse(self._path, f"its data begin at byte {start}, no multiple of {_MAPPED}")
+        placed = self._placed(declared, start, alignment)
+        total = sum(tensor.size for tensor in placed)
+        self._check_bytes(metadata)
+        return GgufHeader(version, metadata, tensors, total, self._size, placed, kinds)
+
+    def _placed(self, declared: list[Tensor], start: int, alignment: int) -> tuple[Tensor, ...]:
+        """The tensors where they lie in the file, each inside of it and none over another."""
+        placed = []
+        for tensor in declared:
+            if tensor.offset % alignment:
+                _refuse(self._path, f"tensor {tensor.name[:80]!r} is not aligned")
+            tensor = replace(tensor, offset=start + tensor.offset)  # noqa: PLW2901
+            end = tensor.offset + tensor.size
+            if end > self._size:
                 _refuse(
                     self._path,
-                    f"tensor {name[:80]!r} ends at byte {start + offset + length}, but the file "
-                    f"has {self._size}: it was cut short",
+                    f"tensor {tensor.name[:80]!r} ends at byte {end}, but the file has "
+                    f"{self._size}: it was cut short",
                 )
-            total += length
-        if not isinstance(metadata.get("general.architecture"), str):
-            _refuse(self._path, "it does not say its architecture")
-        header = GgufHeader(version, metadata, tensors, total, self._size)
-        self._numbers_in_range(header)
-        return header
+            placed.append(tensor)
+        ordered = sorted(placed, key=lambda tensor: tensor.offset)
+        for before, after in pairwise(ordered):
+            if before.offset + before.size > after.offset:
+                _refuse(
+                    self._path,
+                    f"tensors {before.name[:80]!r} and {after.name[:80]!r} lie over each other",
+                )
+        return tuple(placed)
 
-    def _numbers_in_range(self, header: GgufHeader) -> None:
-        """Numbers over which llama.cpp ends the process."""
-        layers = header.number("block_count")
-        if layers is not None and not 1 <= layers <= _MAX_LAYERS:
-            _refuse(self._path, f"it declares {layers} layers, not 1 to {_MAX_LAYERS}")
-        for key, value in header.metadata.items():
-            if key.endswith("_epsilon") and isinstance(value, float) and not value >= 0.0:
-                _refuse(self._path, f"{key[:80]} is {value}, not a small positive number")
-
-    def _tensors(self, count: int) -> list[tuple[str, int, int]]:
-        found: list[tuple[str, int, int]] = []
+    def _tensors(self, count: int) -> list[Tensor]:
+        found: dict[str, Tensor] = {}
         for _ in range(count):
             name = self._string()
+            if name in found:
+                _refuse(self._path, f"the tensor {name[:80]!r} is there twice")
             dimensions = self._scalar(4)
             if not 1 <= dimensions <= _MAX_DIMENSIONS:
                 _refuse(self._path, f"tensor {name[:80]!r} has {dimensions} dimensions")
-            shape = [self._scalar(10) for _ in range(dimensions)]
+            shape = tuple(self._scalar(10) for _ in range(dimensions))
             kind, offset = self._scalar(4), self._scalar(10)
-            values = 1
-            for extent in shape:
-                values *= extent
+            values = math.prod(shape)
             per_block, block = _BLOCKS.get(kind, (0, 0))
-            if values == 0 or (per_block and shape[0] % per_block):
-                _refuse(self._path, f"tensor {name[:80]!r} has the impossible shape {shape}")
+            if not 1 <= values < 2**63 or (per_block and shape[0] % per_block):
+                _refuse(self._path, f"tensor {name[:80]!r} has the impossible shape {list(shape)}")
             length = values // per_block * block if per_block else 0
-            found.append((name, offset, length))
-        return found
+            found[name] = Tensor(name, shape, kind, offset, length)
+        return list(found.values())
 
     def _value(self, kind: int, depth: int = 0) -> Any:
         if kind == _STRING:
@@ -201,8 +240,13 @@ class _Reader:
         if depth >= _MAX_NESTING:
             _refuse(self._path, "its metadata has arrays in arrays in arrays")
         inner, count = self._scalar(4), self._scalar(10)
+        values: tuple[Any, ...] | None = None
         if inner in _SCALARS:
-            self._skip(count * _SCALARS[inner].size)
+            at, code = self._at, _SCALARS[inner]
+            self._skip(count * code.size)
+            if count <= _MAX_VALUES:
+                numbers = struct.Struct(f"<{count}{code.format[1:]}")
+                values = numbers.unpack_from(self._view, at)
         elif inner == _STRING:
             self._enough(count, 8, "strings of an array")
             for _ in range(count):
@@ -213,9 +257,9 @@ class _Reader:
                 self._value(_ARRAY, depth + 1)
         else:
             _refuse(self._path, f"its metadata has a value of the unknown type {inner}")
-        return GgufArray(count)
+        return GgufArray(count, values)
 
-    def _no_token_twice(self, kind: int, start: int) -> None:
+    def _check_tokens(self, kind: int, start: int) -> None:
         """llama.cpp ends the process over a vocabulary that has a token twice."""
         inner = self._scalar(4) if kind == _ARRAY else None
         if inner != _STRING:
@@ -232,6 +276,17 @@ class _Reader:
                 _refuse(self._path, f"its vocabulary has the token {token[:80]!r} twice")
             tokens.add(token)
         self._at = start
+        self._tokens = tokens
+
+    def _check_bytes(self, metadata: Mapping[str, Any]) -> None:
+        """A vocabulary of sentencepiece's falls back to bytes: one that has no token for some
+        byte ends the process with the first text that has it.
+        """
+        if metadata.get("tokenizer.ggml.model") != "llama":
+            return
+        for byte in range(256):
+            if b"<0x%02X>" % byte not in self._tokens and bytes([byte]) not in self._tokens:
+                _refuse(self._path, f"its vocabulary has no token for the byte 0x{byte:02X}")
 
     def _scalar(self, kind: int) -> Any:
         code = _SCALARS.get(kind)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from engineroom import (
     Capabilities,
     ConfigurationError,
+    Embeddings,
     GenerationParams,
     HandlerHealth,
     InferenceRequest,
@@ -26,6 +27,7 @@ from engineroom_llamacpp.loading import Load, estimate_bytes, unload_engine
 from engineroom_llamacpp.options import LlamaCppOptions
 
 if TYPE_CHECKING:
+    from engineroom_llamacpp.embedding import EmbeddingEngine
     from engineroom_llamacpp.engine import LlamaEngine
 
 __all__ = ["LlamaCppHandler"]
@@ -51,16 +53,19 @@ class LlamaCppHandler(TokenHandler):
     api_version: ClassVar[str] = "1.0"
 
     def capabilities(self) -> Capabilities:
-        """Everything but beam search, structured output and tools."""
-        return Capabilities(params=_HONOURED, chat=True)
+        """Everything but beam search, structured output and tools; embeddings from models that
+        are made for them, and adapters that the options give a name.
+        """
+        return Capabilities(params=_HONOURED, chat=True, embeddings=True, adapters=True)
 
     def can_handle(self, loaded_model: LoadedModel) -> bool:
         """True for models that this handler loaded."""
         if loaded_model.handler_name != self.name:
             return False
+        from engineroom_llamacpp.embedding import EmbeddingEngine
         from engineroom_llamacpp.engine import LlamaEngine
 
-        return isinstance(loaded_model.model_object, LlamaEngine)
+        return isinstance(loaded_model.model_object, LlamaEngine | EmbeddingEngine)
 
     def can_load(self, config: ModelConfig) -> bool:
         """True for GGUF files, by their first bytes, or by name where they are not here yet."""
@@ -74,10 +79,9 @@ class LlamaCppHandler(TokenHandler):
         return path.is_file() and is_gguf(path)
 
     def estimate_memory(self, config: ModelConfig) -> Mapping[str, int] | None:
-        """Weights and cache in bytes, from the file's header alone."""
+        """Weights and cache in bytes on each device, from the file's header alone."""
         options = parse_options(LlamaCppOptions, config)
-        estimate = estimate_bytes(config.source or "", options)
-        return None if estimate is None else {"cpu": estimate}
+        return estimate_bytes(config.source or "", options)
 
     async def load_model(self, config: ModelConfig) -> LoadedModel:
         """Load the weights and make the context, in a thread.
@@ -123,6 +127,30 @@ class LlamaCppHandler(TokenHandler):
         """The engine's own word."""
         return _engine(loaded_model).health()
 
+    async def embed(self, loaded_model: LoadedModel, texts: Sequence[str]) -> Embeddings:
+        """Texts as vectors, pooled as the model's file says.
+
+        :raises ConfigurationError: the model makes no embeddings, or a text is too long for it.
+        :raises QueueFullError: too many requests wait.
+        """
+        engine = _embedder(loaded_model)
+        model = engine.model
+        tokens = await asyncio.to_thread(lambda: [model.prompt(text, None) for text in texts])
+        for number, ids in enumerate(tokens):
+            if len(ids) > engine.n_ctx:
+                raise ConfigurationError(
+                    f"text {number} has {len(ids)} tokens, and the model reads {engine.n_ctx} at "
+                    "most; cut it into parts"
+                )
+            if not ids:
+                raise ConfigurationError(f"text {number} has no tokens")
+        task = engine.embed(tokens)
+        try:
+            await task.mailbox.get()
+        finally:
+            engine.cancel(task)
+        return Embeddings(task.vectors, sum(map(len, tokens)))
+
     async def generate_tokens(
         self, loaded_model: LoadedModel, request: InferenceRequest
     ) -> AsyncGenerator[TokenStep, None]:
@@ -132,7 +160,7 @@ class LlamaCppHandler(TokenHandler):
             ``logit_bias`` names no token, or the chat template refuses the messages.
         :raises QueueFullError: too many requests wait.
         """
-        engine = _engine(loaded_model)
+        engine = _generator(loaded_model)
         tokens = await _tokens(engine, request)
         _check(engine, request, tokens)
         task = engine.request(request, tokens)
@@ -146,9 +174,34 @@ class LlamaCppHandler(TokenHandler):
             engine.cancel(task)
 
 
-def _engine(loaded_model: LoadedModel) -> LlamaEngine:
-    engine: LlamaEngine = loaded_model.model_object
+def _engine(loaded_model: LoadedModel) -> LlamaEngine | EmbeddingEngine:
+    engine: LlamaEngine | EmbeddingEngine = loaded_model.model_object
     return engine
+
+
+def _generator(loaded_model: LoadedModel) -> LlamaEngine:
+    from engineroom_llamacpp.engine import LlamaEngine
+
+    engine = _engine(loaded_model)
+    if not isinstance(engine, LlamaEngine):
+        raise ConfigurationError(
+            "this model makes embeddings and generates no text; ask for embeddings, or load a "
+            "model that generates text"
+        )
+    return engine
+
+
+def _embedder(loaded_model: LoadedModel) -> EmbeddingEngine:
+    from engineroom_llamacpp.engine import LlamaEngine
+
+    engine = _engine(loaded_model)
+    found = engine.embedder if isinstance(engine, LlamaEngine) else engine
+    if found is None:
+        raise ConfigurationError(
+            "this model generates text and makes no embeddings; use an encoder, or a model whose "
+            "file says how to pool (pooling_type)"
+        )
+    return found
 
 
 async def _tokens(engine: LlamaEngine, request: InferenceRequest) -> list[int]:
@@ -169,6 +222,12 @@ def _check(engine: LlamaEngine, request: InferenceRequest, tokens: list[int]) ->
             f"the prompt has {len(tokens)} tokens, the context has {engine.n_ctx}, and at least "
             "one must be left to generate; shorten the prompt, or set the option n_ctx higher "
             f"(the model was trained for {engine.model.n_ctx_train})"
+        )
+    known = engine.model.adapters_by_name
+    if request.adapter is not None and request.adapter not in known:
+        raise ConfigurationError(
+            f"adapter {request.adapter!r} is not loaded with this model; "
+            f"it has {', '.join(sorted(known)) or 'none (see the option lora)'}"
         )
     for token in request.params.logit_bias or ():
         if token >= engine.model.n_vocab:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import logging
 import sys
 import threading
 from collections import deque
+from pathlib import Path
 from typing import Any, Final
 
 from engineroom import ConfigurationError
 
-__all__ = ["CACHE_TYPES", "FLASH_ATTENTION", "AbortFlag", "load"]
+__all__ = ["CACHE_TYPES", "FLASH_ATTENTION", "AbortFlag", "device_name", "gpu_devices", "load"]
 
 logger = logging.getLogger("engineroom.llamacpp.library")
 
@@ -21,6 +23,10 @@ CACHE_TYPES: Final = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1
 FLASH_ATTENTION: Final = {"auto": -1, "off": 0, "on": 1}
 """Values of ``enum llama_flash_attn_type``."""
 
+_GPU: Final = 1
+_INTEGRATED: Final = 2
+"""Of ``enum ggml_backend_dev_type``."""
+_GPU_LIBRARIES: Final = ("cuda", "hip", "musa", "vulkan", "sycl", "metal", "opencl", "cann")
 _WARNING: Final = 3
 _ERROR: Final = 4
 _LEVELS: Final = {_WARNING: logging.WARNING, _ERROR: logging.WARNING}
@@ -59,6 +65,64 @@ def load() -> Any:
         llama_cpp.llama_backend_init()
         _state["library"] = llama_cpp
         return llama_cpp
+
+
+def gpu_devices() -> list[tuple[str, int]]:
+    """The GPUs that this build of llama.cpp uses, in its order: name and free bytes.
+
+    Names are core's where it has one (``cuda:0``), else made like it (``vulkan:0``). A build
+    without any is told by its files, without loading it.
+    """
+    if not _may_have_gpus():
+        return []
+    library = load()
+    if not library.llama_supports_gpu_offload():
+        return []
+    import llama_cpp
+
+    folder = Path(llama_cpp.__file__).parent / "lib"
+    base = ctypes.CDLL(str(_shared(folder, "ggml-base")))
+    devices = ctypes.CDLL(str(_shared(folder, "ggml")))
+    devices.ggml_backend_dev_count.restype = ctypes.c_size_t
+    devices.ggml_backend_dev_get.restype = ctypes.c_void_p
+    devices.ggml_backend_dev_get.argtypes = [ctypes.c_size_t]
+    base.ggml_backend_dev_name.restype = ctypes.c_char_p
+    base.ggml_backend_dev_name.argtypes = base.ggml_backend_dev_type.argtypes = [ctypes.c_void_p]
+    size = ctypes.POINTER(ctypes.c_size_t)
+    base.ggml_backend_dev_memory.argtypes = [ctypes.c_void_p, size, size]
+    found: dict[int, list[tuple[str, int]]] = {_GPU: [], _INTEGRATED: []}
+    for index in range(devices.ggml_backend_dev_count()):
+        device = devices.ggml_backend_dev_get(index)
+        kind = base.ggml_backend_dev_type(device)
+        if kind in found:
+            free, whole = ctypes.c_size_t(), ctypes.c_size_t()
+            base.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(whole))
+            name = base.ggml_backend_dev_name(device).decode()
+            found[kind].append((device_name(name), free.value))
+    return found[_GPU] or found[_INTEGRATED]
+
+
+def device_name(name: str) -> str:
+    """llama.cpp's name of a device (``CUDA0``) as core writes it (``cuda:0``)."""
+    kind = name.rstrip("0123456789")
+    number = name[len(kind) :] or "0"
+    # torch's builds for AMD's cards call these cuda, too.
+    return f"{'cuda' if kind in ('CUDA', 'ROCm', 'MUSA') else kind.lower()}:{number}"
+
+
+def _may_have_gpus() -> bool:
+    spec = importlib.util.find_spec("llama_cpp")
+    if spec is None or spec.origin is None:
+        return False
+    names = [path.name for path in (Path(spec.origin).parent / "lib").glob("*ggml*")]
+    return not names or any(kind in name for name in names for kind in _GPU_LIBRARIES)
+
+
+def _shared(folder: Path, name: str) -> Path:
+    for pattern in (f"lib{name}.so", f"lib{name}.dylib", f"{name}.dll", f"lib{name}.so.*"):
+        for path in folder.glob(pattern):
+            return path
+    raise ConfigurationError(f"{str(folder)!r} has no library {name}; reinstall llama-cpp-python")
 
 
 def _remember(level: int, line: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from engineroom import (
     ConfigurationError,
@@ -13,16 +13,17 @@ from engineroom import (
     give_back_memory,
     resolve_source,
 )
-from engineroom_llamacpp.gguf import GgufHeader, read_header
+from engineroom_llamacpp.gguf import read_header
 from engineroom_llamacpp.options import LlamaCppOptions
+from engineroom_llamacpp.requantizing import cached_copy, hint, requantized, size_in
+from engineroom_llamacpp.sizes import check_positions, estimate, is_encoder, pooling_of
+from engineroom_llamacpp.trial import stand_trial
 
 if TYPE_CHECKING:
+    from engineroom_llamacpp.embedding import EmbeddingEngine
     from engineroom_llamacpp.engine import LlamaEngine
 
 __all__ = ["Load", "estimate_bytes", "load_engine", "unload_engine"]
-
-_CACHE_BYTES: Final = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32,
-                       "q4_1": 20 / 32, "q5_0": 22 / 32, "q5_1": 24 / 32}  # fmt: skip
 
 
 class Load:
@@ -33,9 +34,9 @@ class Load:
         self._options = options
         self._lock = threading.Lock()
         self._abandoned = False
-        self._engine: LlamaEngine | None = None
+        self._engine: LlamaEngine | EmbeddingEngine | None = None
 
-    def run(self) -> tuple[LlamaEngine, int]:
+    def run(self) -> tuple[LlamaEngine | EmbeddingEngine, int]:
         """Load; in the thread. Returns the engine and the memory that it takes, in bytes."""
         engine, memory = load_engine(self._config, self._options)
         with self._lock:
@@ -69,46 +70,64 @@ def _file(path: Path) -> Path:
     )
 
 
-def _cache_bytes(header: GgufHeader, options: LlamaCppOptions) -> int:
-    layers = header.number("block_count") or 0
-    width = header.number("embedding_length") or 0
-    heads = header.number("attention.head_count") or 1
-    kv_heads = header.number("attention.head_count_kv") or heads
-    k_width = (header.number("attention.key_length") or width // heads) * kv_heads
-    v_width = (header.number("attention.value_length") or width // heads) * kv_heads
-    trained = header.number("context_length") or 8192
-    cells = options.n_ctx or min(trained, 8192)
-    per_cell = (
-        k_width * _CACHE_BYTES[options.cache_type_k] + v_width * _CACHE_BYTES[options.cache_type_v]
-    )
-    return int(layers * cells * per_cell)
-
-
-def estimate_bytes(source: str, options: LlamaCppOptions) -> int | None:
-    """Weights and cache, from the file's header alone; ``None``: the file is not here yet."""
+def estimate_bytes(source: str, options: LlamaCppOptions) -> dict[str, int] | None:
+    """Weights and cache by device, from the file's header alone; ``None``: the file is not here
+    yet.
+    """
     path = find_source(source)
     if path is None:
         return None
-    header = read_header(_file(path))
-    return header.tensor_bytes + _cache_bytes(header, options)
+    path = _file(path)
+    header = read_header(path)
+    target = options.requantize
+    if target is None:
+        return estimate(header, options)
+    if (copy := cached_copy(path, options)) is not None:
+        return estimate(read_header(copy), options)
+    return estimate(header, options, lambda tensor: size_in(target, tensor))
 
 
-def load_engine(config: ModelConfig, options: LlamaCppOptions) -> tuple[LlamaEngine, int]:
+def load_engine(
+    config: ModelConfig, options: LlamaCppOptions
+) -> tuple[LlamaEngine | EmbeddingEngine, int]:
+    """An engine and the memory that it takes, in bytes. Encoders get one for embeddings alone."""
     path = _file(resolve_source(config.source or ""))
     header = read_header(path)
+    from engineroom_llamacpp.embedding import EmbeddingEngine
     from engineroom_llamacpp.engine import LlamaEngine
     from engineroom_llamacpp.model import LlamaModel
 
+    pooling = pooling_of(header)
+    if options.trial:
+        stand_trial(path)
+    made = requantized(path, header, options, config.model_id)
+    if made != path:
+        path, header = made, read_header(made)
+    check_positions(header, options)
     model = LlamaModel(path, options)
+    engine: LlamaEngine | EmbeddingEngine | None = None
     try:
-        engine = LlamaEngine(model, options, config.model_id)
+        if is_encoder(header):
+            assert pooling is not None
+            engine = EmbeddingEngine(model, options, pooling, config.model_id)
+        else:
+            engine = LlamaEngine(model, options, config.model_id)
+            if pooling is not None:
+                engine.embedder = EmbeddingEngine(model, options, pooling, config.model_id)
     except BaseException:
+        if engine is not None:
+            engine.close()
         model.close()
         raise
-    return engine, model.memory_bytes + _cache_bytes(header, options)
+    if not engine.on_gpu:
+        hint(header, options, config.model_id)
+    return engine, sum(estimate(header, options).values())
 
 
-def unload_engine(engine: LlamaEngine) -> None:
+def unload_engine(engine: LlamaEngine | EmbeddingEngine) -> None:
+    """End the engine, and free cache and weights."""
     engine.close()
+    if (embedder := getattr(engine, "embedder", None)) is not None:
+        embedder.close()
     engine.model.close()
     give_back_memory()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from engineroom import ChatMessage, ConfigurationError, ResourceNotAvailableError
+from engineroom_llamacpp.adapters import load_adapters
 from engineroom_llamacpp.chat import ChatTemplate
 from engineroom_llamacpp.library import last_error, load
 from engineroom_llamacpp.options import LlamaCppOptions
@@ -28,16 +29,21 @@ class LlamaModel:
     """The weights in memory, and the vocabulary. Its methods may be called from any thread.
 
     :param path: a GGUF file whose header has been checked.
+    :param weights: read them; without, nothing can be computed.
     :raises ConfigurationError: llama.cpp refuses the file, or it is no text generator.
     """
 
-    def __init__(self, path: Path, options: LlamaCppOptions) -> None:
+    def __init__(self, path: Path, options: LlamaCppOptions, *, weights: bool = True) -> None:
         self.library = library = load()
         self.path = path
         params = library.llama_model_default_params()
         params.n_gpu_layers = options.n_gpu_layers
-        params.main_gpu = options.main_gpu
+        if options.main_gpu is not None:
+            params.main_gpu = options.main_gpu
+            params.split_mode = library.LLAMA_SPLIT_MODE_NONE
         params.load_mode = (1 if options.use_mmap else 0) + (2 if options.use_mlock else 0)
+        if not weights:
+            params.no_alloc, params.load_mode = True, 0
         split = options.tensor_split
         if split:
             devices = int(library.llama_max_devices())
@@ -64,7 +70,11 @@ class LlamaModel:
             self._bos = int(library.llama_vocab_bos(self._vocab))
             self._pieces: dict[int, bytes | None] = {}
             self._buffer_size = 64
-            self.adapters = self._load_adapters(options)
+            loaded = load_adapters(library, self.handle, options)
+            self.adapters = [adapter for adapter in loaded if adapter.name is None]
+            """Those that apply to every request."""
+            self.adapters_by_name = {a.name: a for a in loaded if a.name is not None}
+            """Those that requests choose."""
             self._template = self._chat_template(options)
             self._special = self._special_texts() if self._template is not None else None
         except BaseException:
@@ -86,36 +96,26 @@ class LlamaModel:
                 f"{str(self.path)!r} has no tokenizer; this runtime needs the one of the model's "
                 "own file"
             )
-        if self._metadata(f"{self._metadata('general.architecture')}.attention.causal") == "false":
-            raise ConfigurationError(
-                f"{str(self.path)!r} makes embeddings; this runtime runs models that generate text"
-            )
         if library.llama_model_has_encoder(self.handle):
             raise ConfigurationError(
-                f"{str(self.path)!r} is an encoder or encoder-decoder model; this runtime runs "
-                "decoder-only models"
+                f"{str(self.path)!r} is an encoder-decoder model or a half of one; this runtime "
+                "runs decoder-only models, and encoders that make embeddings"
             )
 
-    def _metadata(self, key: str) -> str:
-        """A short value of the file's metadata, as text; empty: it is not there."""
-        buffer = ctypes.create_string_buffer(128)
-        self.library.llama_model_meta_val_str(self.handle, key.encode(), buffer, len(buffer))
-        return buffer.value.decode("utf-8", "replace")
-
-    def _load_adapters(self, options: LlamaCppOptions) -> list[tuple[Any, float]]:
-        adapters = []
-        for adapter in options.lora:
-            path = Path(adapter.path).expanduser()
-            if not path.is_file():
-                raise ConfigurationError(f"lora: there is no file {str(path)!r}; check the path")
-            handle = self.library.llama_adapter_lora_init(self.handle, os.fsencode(path))
-            if not handle:
+        if library.llama_model_is_diffusion(self.handle):
+            raise ConfigurationError(
+                f"{str(self.path)!r} is a diffusion model; this runtime runs models that write "
+                "one token after another"
+            )
+        count = library.llama_vocab_n_tokens(self._vocab)
+        for kind in ("bos", "eos", "sep"):
+            # llama.cpp ends the process where it is to add a token that there is none of.
+            added = getattr(library, f"llama_vocab_get_add_{kind}")(self._vocab)
+            token = getattr(library, f"llama_vocab_{kind}")(self._vocab)
+            if (added and token < 0) or token >= count:
                 raise ConfigurationError(
-                    f"lora: llama.cpp cannot apply {str(path)!r} to this model: "
-                    f"{last_error('it does not say why')}; the adapter must be made for it"
+                    f"{str(self.path)!r} wants a token {kind} that its vocabulary does not have"
                 )
-            adapters.append((handle, adapter.scale))
-        return adapters
 
     # ── text to tokens ───────────────────────────────────────────────────────────────────────
 

@@ -34,12 +34,17 @@ def _adapter(value: Any) -> Any:
 
 
 class LoraAdapter(BaseModel):
-    """A LoRA adapter that is applied to every request."""
+    """A LoRA adapter.
+
+    With a ``name`` it is applied to requests that ask for it by ``adapter``; without one to every
+    request.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: str
     scale: _Float = 1.0
+    name: Annotated[str, Field(min_length=1, max_length=200)] | None = None
 
 
 class LlamaCppOptions(BaseModel):
@@ -66,10 +71,10 @@ class LlamaCppOptions(BaseModel):
     """Threads for prompts; ``None``: as ``n_threads``."""
     n_gpu_layers: Annotated[_Int, Field(ge=-1)] = -1
     """Layers to keep on GPUs, if this build of llama.cpp has them; -1: all."""
-    main_gpu: Annotated[_Int, Field(ge=0)] = 0
-    """The GPU for what is not split."""
+    main_gpu: Annotated[_Int, Field(ge=0)] | None = None
+    """Number of the one GPU to use, of several; ``None``: the layers are split over all."""
     tensor_split: list[Annotated[_Float, Field(ge=0)]] | None = None
-    """Share of the model on each GPU."""
+    """Share of the layers on each GPU, e.g. ``[3, 1]``; ``None``: by their free memory."""
     flash_attn: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = "auto"
     """Flash attention."""
     cache_type_k: CacheType = "f16"
@@ -77,7 +82,15 @@ class LlamaCppOptions(BaseModel):
     cache_type_v: CacheType = "f16"
     """Type of the values in the cache; quantised ones need flash attention."""
     lora: list[Annotated[LoraAdapter, BeforeValidator(_adapter)]] = Field(default_factory=list)
-    """LoRA adapters: paths of GGUF files, or ``{path: …, scale: …}``."""
+    """LoRA adapters: paths of GGUF files, or ``{path: …, scale: …, name: …}``. Requests choose
+    those that have a name by ``adapter``; the others are applied to every request."""
+    requantize: Literal["q4_0", "q8_0"] | None = None
+    """Load a copy of the weights in this quantisation, made at the first load and kept in the
+    cache folder. It computes faster where the file's own has no fast kernel, and answers
+    otherwise."""
+    trial: bool = True
+    """Load a file that was not loaded before in a process of its own first: llama.cpp may end the
+    process over a damaged one."""
     use_mmap: bool = True
     """Map the file instead of reading it."""
     use_mlock: bool = False
@@ -86,6 +99,8 @@ class LlamaCppOptions(BaseModel):
     """Base frequency of rotary positions; ``None``: as the model says."""
     rope_freq_scale: Annotated[_Float, Field(gt=0)] | None = None
     """Scale of rotary positions; ``None``: as the model says."""
+    normalize: bool = True
+    """Give embeddings the length 1, as llama.cpp's own server does; GGUF files do not say."""
     chat_template: str | None = None
     """A Jinja template to use instead of the model's own."""
 
@@ -98,6 +113,11 @@ class LlamaCppOptions(BaseModel):
             )
         if self.n_ctx is not None and self.n_parallel > self.n_ctx:
             raise ValueError(f"n_ctx={self.n_ctx} has no cell for each of n_parallel sequences")
+        if self.main_gpu is not None and self.tensor_split:
+            raise ValueError("main_gpu is one GPU, tensor_split is for several; set one of them")
+        names = [adapter.name for adapter in self.lora if adapter.name is not None]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"lora: two adapters have the name {twice[0]!r}")
         if self.n_parallel > self.n_batch:
             raise ValueError(
                 f"n_batch={self.n_batch} has no token for each of n_parallel={self.n_parallel} "

@@ -172,6 +172,20 @@ class LimitChecks(Checks):
                 )
 
     @check()
+    async def test_unknown_adapter(self, kit: Kit) -> None:
+        request = kit.request(n=6, params=kit.greedy(), adapter="no-such-adapter")
+        wanted = "no-such-adapter" if kit.capabilities.adapters else "adapter"
+        refused = await kit.bench.infer(request)
+        message = refused.error_message or ""
+        if refused.error_type != "ConfigurationError" or wanted not in message:
+            broken(
+                did=f"infer({said(request)}, adapter='no-such-adapter')",
+                expected=f"a ConfigurationError that names {wanted}",
+                saw=message or "an answer",
+            )
+        await kit.plain(n=6)
+
+    @check()
     async def test_num_beams(self, kit: Kit) -> None:
         kit.need("num_beams")
         if not await kit.has_choice():

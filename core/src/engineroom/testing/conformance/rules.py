@@ -198,6 +198,12 @@ _PARAMETERS: Final = {
         "A field that capabilities() does not claim is refused by name, or, with "
         'on_unsupported="warn", ignored: the answer is as without it.',
     ),
+    "unknown-adapter": Rule(
+        "An adapter that is not there is refused by name",
+        "A request that names an adapter which was not loaded with the model is a "
+        "ConfigurationError that names it, and the next request is answered; a handler that does "
+        "not claim adapters leaves this to the service.",
+    ),
     "temperature-zero": Rule(
         "temperature=0 is greedy",
         "temperature=0 takes the likeliest token always, whatever do_sample and seed say.",

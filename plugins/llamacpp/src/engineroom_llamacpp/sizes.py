@@ -1,0 +1,157 @@
+"""What a model will take of each device, from its file's header alone.
+
+Weights and key/value cache are counted as llama.cpp places them: the last ``n_gpu_layers`` layers
+(one more: the output layer) go to GPUs, split over them by ``tensor_split`` or by their free
+memory, and each layer's share of the cache goes with it. What reads the tokens stays with the CPU.
+A mapped file counts in full, though its pages come and go as they are used. What llama.cpp needs
+to compute (some tens of MiB, more with large ``n_ubatch``) is not counted.
+"""
+
+from __future__ import annotations
+
+import bisect
+import re
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from engineroom import ConfigurationError
+from engineroom_llamacpp.gguf import GgufHeader, Tensor
+from engineroom_llamacpp.library import gpu_devices
+from engineroom_llamacpp.options import LlamaCppOptions
+
+__all__ = ["check_positions", "estimate", "is_encoder", "pooling_of"]
+
+_CACHE_BYTES: Final = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32,
+                       "q4_1": 20 / 32, "q5_0": 22 / 32, "q5_1": 24 / 32}  # fmt: skip
+_DEFAULT_CONTEXT: Final = 8192
+_MEAN: Final = 1
+_POOLINGS: Final = {0: "none", _MEAN: "mean", 2: "cls", 3: "last"}
+_RANK: Final = 4
+_LAYER: Final = re.compile(r"blk\.(\d+)\.")
+_OUTPUT: Final = re.compile(r"output(_norm)?\.|cls\b")
+
+
+def is_encoder(header: GgufHeader) -> bool:
+    """Whether the model reads texts as wholes: it makes embeddings and generates nothing."""
+    return header.metadata.get(f"{header.architecture}.attention.causal") is False
+
+
+def pooling_of(header: GgufHeader) -> int | None:
+    """How the model's outputs become a vector: llama.cpp's number for it.
+
+    An encoder that does not say gets the mean. ``None``: it makes no embeddings.
+
+    :raises ConfigurationError: it makes something else (a rank), or nothing that is known.
+    """
+    pooling = header.number("pooling_type")
+    if pooling == _RANK:
+        raise ConfigurationError(
+            f"{header.file} ranks texts (pooling_type 4) and makes no embeddings; this runtime "
+            "runs models that generate text or make embeddings"
+        )
+    if pooling is not None and pooling not in _POOLINGS:
+        known = ", ".join(f"{number} ({name})" for number, name in _POOLINGS.items())
+        raise ConfigurationError(f"{header.file} has the pooling_type {pooling}; known are {known}")
+    if not pooling:
+        return _MEAN if is_encoder(header) else None
+    return pooling
+
+
+def check_positions(header: GgufHeader, options: LlamaCppOptions) -> None:
+    """A model that learnt its positions has no others, and llama.cpp would end the process.
+
+    :raises ConfigurationError: ``n_ctx`` is beyond them.
+    """
+    if options.n_ctx is None or is_encoder(header):
+        return  # encoders get no more than they know
+    for tensor in header.tensors:
+        if tensor.name == "position_embd.weight" and options.n_ctx > tensor.shape[-1]:
+            raise ConfigurationError(
+                f"n_ctx={options.n_ctx} is more than the {tensor.shape[-1]} positions that "
+                f"{header.file} has learnt; set it to no more"
+            )
+
+
+def estimate(
+    header: GgufHeader,
+    options: LlamaCppOptions,
+    size_of: Callable[[Tensor], int] = lambda tensor: tensor.size,
+) -> dict[str, int]:
+    """Bytes of weights and cache on each device, ``{"cpu": …, "cuda:0": …}``.
+
+    :param size_of: bytes of a tensor, where they are not to be those of the file.
+    """
+    layers = header.number("block_count") or 0
+    place = _places(layers, options)
+    found: dict[str, int] = {"cpu": 0}
+
+    def add(device: str, count: int) -> None:
+        found[device] = found.get(device, 0) + count
+
+    own_output = any(tensor.name == "output.weight" for tensor in header.tensors)
+    for tensor in header.tensors:
+        size = size_of(tensor)
+        if (match := _LAYER.match(tensor.name)) is not None:
+            add(place(min(int(match[1]), layers)), size)
+        elif _OUTPUT.match(tensor.name):
+            add(place(layers), size)
+        else:
+            add("cpu", size)
+            if tensor.name == "token_embd.weight" and not own_output and place(layers) != "cpu":
+                add(place(layers), size)  # a copy of it is the output layer
+    for layer, size in enumerate(_cache(header, options, layers)):
+        add(place(layer), size)
+    return found
+
+
+def _places(layers: int, options: LlamaCppOptions) -> Callable[[int], str]:
+    """The device of each layer; the one after the last is the output's."""
+    devices = gpu_devices() if options.n_gpu_layers else []
+    if options.main_gpu is not None:
+        devices = devices[options.main_gpu : options.main_gpu + 1]
+    wanted = layers + 1 if options.n_gpu_layers < 0 else min(options.n_gpu_layers, layers + 1)
+    if not devices or not wanted:
+        return lambda _: "cpu"
+    first = layers + 1 - wanted
+    bounds = _bounds(devices, options.tensor_split)
+
+    def place(layer: int) -> str:
+        if layer < first:
+            return "cpu"
+        number = bisect.bisect_right(bounds, (layer - first) / wanted)
+        return devices[min(number, len(devices) - 1)][0]
+
+    return place
+
+
+def _bounds(devices: Sequence[tuple[str, int]], split: Sequence[float] | None) -> list[float]:
+    shares: list[float] = [free for _, free in devices]
+    if split and any(split):
+        shares = [*split, *[0.0] * len(devices)][: len(devices)]
+    total = sum(shares) or 1
+    return [sum(shares[: count + 1]) / total for count in range(len(shares))]
+
+
+def _cache(header: GgufHeader, options: LlamaCppOptions, layers: int) -> list[int]:
+    """Bytes of the key/value cache for each layer."""
+    if is_encoder(header):
+        return []
+    width = header.number("embedding_length") or 0
+    heads = header.numbers("attention.head_count", layers) or (1,) * layers
+    kv_heads = header.numbers("attention.head_count_kv", layers) or heads
+    trained = header.number("context_length") or _DEFAULT_CONTEXT
+    cells = options.n_ctx or min(trained, _DEFAULT_CONTEXT)
+    k_bytes, v_bytes = _CACHE_BYTES[options.cache_type_k], _CACHE_BYTES[options.cache_type_v]
+    embedding = 0
+    if pooling_of(header) is not None:  # a second context, of halves
+        embedding = min(options.n_ctx or _DEFAULT_CONTEXT, trained)
+    found = []
+    for all_heads, kv in zip(heads, kv_heads, strict=True):
+        head = width // max(1, all_heads)
+        k_width = (header.number("attention.key_length") or head) * kv
+        v_width = (header.number("attention.value_length") or head) * kv
+        found.append(
+            int(cells * (k_width * k_bytes + v_width * v_bytes))
+            + embedding * (k_width + v_width) * 2
+        )
+    return found
