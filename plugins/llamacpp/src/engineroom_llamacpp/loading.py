@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from engineroom import (
     ConfigurationError,
@@ -18,9 +18,12 @@ from engineroom_llamacpp.options import LlamaCppOptions
 
 if TYPE_CHECKING:
     from engineroom_llamacpp.engine import LlamaEngine
+    from engineroom_llamacpp.model import LlamaModel
 
 __all__ = ["Load", "estimate_bytes", "load_engine", "unload_engine"]
 
+DEFAULT_CELLS: Final = 8192
+"""As :data:`engineroom_llamacpp.context.DEFAULT_CONTEXT`, without llama.cpp."""
 _CACHE_BYTES: Final = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32,
                        "q4_1": 20 / 32, "q5_0": 22 / 32, "q5_1": 24 / 32}  # fmt: skip
 
@@ -76,8 +79,8 @@ def _cache_bytes(header: GgufHeader, options: LlamaCppOptions) -> int:
     kv_heads = header.number("attention.head_count_kv") or heads
     k_width = (header.number("attention.key_length") or width // heads) * kv_heads
     v_width = (header.number("attention.value_length") or width // heads) * kv_heads
-    trained = header.number("context_length") or 8192
-    cells = options.n_ctx or min(trained, 8192)
+    trained = header.number("context_length") or DEFAULT_CELLS
+    cells = options.n_ctx or min(trained, DEFAULT_CELLS)
     per_cell = (
         k_width * _CACHE_BYTES[options.cache_type_k] + v_width * _CACHE_BYTES[options.cache_type_v]
     )
@@ -90,7 +93,11 @@ def estimate_bytes(source: str, options: LlamaCppOptions) -> int | None:
     if path is None:
         return None
     header = read_header(_file(path))
-    return header.tensor_bytes + _cache_bytes(header, options)
+    found = header.tensor_bytes + _cache_bytes(header, options)
+    if options.draft_model is not None:
+        draft = estimate_bytes(options.draft_model, _draft_options(header, options))
+        return None if draft is None else found + draft
+    return found
 
 
 def load_engine(config: ModelConfig, options: LlamaCppOptions) -> tuple[LlamaEngine, int]:
@@ -100,12 +107,53 @@ def load_engine(config: ModelConfig, options: LlamaCppOptions) -> tuple[LlamaEng
     from engineroom_llamacpp.model import LlamaModel
 
     model = LlamaModel(path, options)
+    memory = model.memory_bytes + _cache_bytes(header, options)
+    draft: LlamaModel | None = None
     try:
-        engine = LlamaEngine(model, options, config.model_id)
+        if options.draft_model is not None:
+            draft, taken = _load_draft(options.draft_model, model, _draft_options(header, options))
+            memory += taken
+        engine = LlamaEngine(model, options, config.model_id, draft)
     except BaseException:
+        if draft is not None:
+            draft.close()
         model.close()
         raise
-    return engine, model.memory_bytes + _cache_bytes(header, options)
+    return engine, memory
+
+
+def _draft_options(header: GgufHeader, options: LlamaCppOptions) -> LlamaCppOptions:
+    """What holds for a draft model: its cache has as many cells as that of its model."""
+    trained = header.number("context_length") or DEFAULT_CELLS
+    n_ctx = options.n_ctx or min(trained, DEFAULT_CELLS)
+    update: dict[str, Any] = {
+        "n_ctx": n_ctx,
+        "draft_model": None,
+        "lora": [],
+        "chat_template": None,
+    }
+    return options.model_copy(update=update)
+
+
+def _load_draft(source: str, model: LlamaModel, options: LlamaCppOptions) -> tuple[LlamaModel, int]:
+    """The draft model, and the bytes that it takes.
+
+    :raises ConfigurationError: it cannot propose tokens to this model.
+    """
+    from engineroom_llamacpp.model import LlamaModel
+
+    path = _file(resolve_source(source))
+    header = read_header(path)
+    draft = LlamaModel(path, options)
+    why = ""
+    if not draft.same_vocabulary(model):
+        why = "its vocabulary is another one; take a smaller model of the same family"
+    elif draft.has_states:
+        why = "it keeps states, which cannot be set back behind tokens that turn out wrong"
+    if why:
+        draft.close()
+        raise ConfigurationError(f"draft_model: {path.name!r} cannot propose tokens: {why}")
+    return draft, draft.memory_bytes + _cache_bytes(header, options)
 
 
 def unload_engine(engine: LlamaEngine) -> None:
