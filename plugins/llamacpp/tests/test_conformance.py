@@ -1,12 +1,14 @@
-"""The conformance kit over llama.cpp: a tiny model, with one slot and with eight, and SmolLM2."""
+"""The conformance kit over llama.cpp: a tiny model in several ways, and SmolLM2."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from llama_benches import EXACT
+from llama_benches import EXACT, ask
 
 from engineroom import ModelConfig
 from engineroom.testing import HandlerConformance
@@ -32,6 +34,40 @@ class TestOneSlot(LlamaCppConformance):
 
 class TestEightSlots(LlamaCppConformance):
     options: ClassVar[dict[str, Any]] = {**OPTIONS, "n_parallel": 8}
+
+
+class TestOneSlotWithoutReuse(LlamaCppConformance):
+    options: ClassVar[dict[str, Any]] = {**OPTIONS, "n_parallel": 1, "prefix_cache": False}
+
+
+class TestEightSlotsWithoutReuse(LlamaCppConformance):
+    options: ClassVar[dict[str, Any]] = {**OPTIONS, "n_parallel": 8, "prefix_cache": False}
+
+
+class TestLittleRoom(LlamaCppConformance):
+    """Requests wait for each other's cells; small steps; proposals from the text."""
+
+    options: ClassVar[dict[str, Any]] = {
+        **OPTIONS,
+        "n_ctx": 256,
+        "n_parallel": 8,
+        "n_batch": 24,
+        "prefill_chunk": 8,
+        "prompt_lookup": True,
+    }
+
+
+async def test_with_little_room_requests_do_wait_for_each_other(
+    make: Callable[..., Awaitable[Any]],
+) -> None:
+    """Else the suite above would be another run of the same."""
+    bench = await make(**TestLittleRoom.options)
+    answers = await asyncio.gather(
+        *(bench.service.infer(ask(f"{i}", max_new_tokens=60)) for i in range(8))
+    )
+    assert [answer.generated_tokens for answer in answers] == [60] * 8
+    assert bench.engine.preemptions > 0
+    await bench.idle()
 
 
 @pytest.mark.real_model
