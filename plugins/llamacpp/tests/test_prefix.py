@@ -129,22 +129,63 @@ async def test_a_cancelled_prompt_is_of_use_as_far_as_it_was_read(make: Make) ->
     assert response.cached_prompt_tokens == response.prompt_tokens - 1
 
 
-async def test_who_had_to_wait_reads_only_what_was_taken_from_it(
+async def test_who_had_to_wait_computes_nothing_twice(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests = [ask(f"{i}" * 40, max_new_tokens=120) for i in range(2)]
-    read = {}
-    for reuse in (False, True):
+    computed: dict[tuple[bool, bool], int] = {}
+    texts = set()
+    for reuse, saves in ((True, True), (False, True), (True, False), (False, False)):
         bench = await make(n_ctx=256, n_parallel=2, prefix_cache=reuse)
         sizes = counted(monkeypatch)
-        texts = [(await asyncio.gather(*map(bench.service.infer, requests)))]
+        if not saves:
+            monkeypatch.setattr(LlamaContext, "save", lambda *_: None)
+        found = await asyncio.gather(*map(bench.service.infer, requests))
         assert bench.engine.preemptions > 0
-        assert all(r.generated_tokens == 120 for r in texts[0])
         # Its own work is nobody else's: it does not count as reused.
-        assert all(r.cached_prompt_tokens <= 1 for r in texts[0])
-        read[reuse] = sum(sizes)
+        assert all(r.cached_prompt_tokens <= 1 for r in found)
+        texts.add(tuple(r.generated_text for r in found))
+        computed[reuse, saves] = sum(sizes)
+        tokens = sum(r.prompt_tokens + r.generated_tokens for r in found)
+        assert not saves or sum(sizes) in (tokens - 2, tokens - 3)
         monkeypatch.undo()
-    assert read[True] < read[False]
+        await bench.idle()
+    assert len(texts) == 1
+    # What could not be saved is read again, but for the part that nobody needed.
+    assert computed[True, True] < computed[True, False] < computed[False, False]
+
+
+async def test_what_cannot_be_brought_back_is_read_again(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roomy = await make(n_ctx=1024, n_parallel=2)
+    tight = await make(n_ctx=256, n_parallel=2)
+    requests = [ask(f"{i}" * 40, max_new_tokens=120) for i in range(2)]
+    expected = [(await roomy.service.infer(r)).generated_text for r in requests]
+    monkeypatch.setattr(LlamaContext, "restore", lambda *_: False)
+    found = await asyncio.gather(*map(tight.service.infer, requests))
+    assert [r.generated_text for r in found] == expected
+    assert tight.engine.preemptions > 0
+    await tight.idle()
+
+
+async def test_what_is_saved_is_bounded(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[int] = []
+    save = LlamaContext.save
+
+    def noted(context: LlamaContext, sequence: int, length: int) -> Any:
+        saved.append(length)
+        return save(context, sequence, length)
+
+    monkeypatch.setattr(LlamaContext, "save", noted)
+    bench = await make(n_ctx=256, n_parallel=8)
+    await asyncio.gather(
+        *(bench.service.infer(ask(f"{i} " * 9, max_new_tokens=100)) for i in range(8))
+    )
+    assert saved
+    assert max(saved) <= 128
+    assert all(task.saved is None for task in bench.engine.running)
+    await bench.idle()
 
 
 async def test_a_failed_step_leaves_nothing_that_would_be_used_again(

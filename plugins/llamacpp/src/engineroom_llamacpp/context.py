@@ -19,7 +19,7 @@ from engineroom_llamacpp.model import LlamaModel
 from engineroom_llamacpp.options import LlamaCppOptions
 from engineroom_llamacpp.sampling import Logits
 
-__all__ = ["DEFAULT_CONTEXT", "LlamaContext"]
+__all__ = ["DEFAULT_CONTEXT", "LlamaContext", "SavedSequence"]
 
 DEFAULT_CONTEXT: Final = 8192
 """Cells of the cache where neither the options nor the model ask for fewer."""
@@ -30,6 +30,17 @@ _SPARE: Final = 8
 vocabulary of 49,000."""
 _MOST_SEQUENCES: Final = 256
 """llama.cpp's own bound."""
+
+
+class SavedSequence:
+    """The cells of a sequence, outside of the cache. Its length is that in tokens."""
+
+    def __init__(self, data: ctypes.Array[ctypes.c_uint8], length: int) -> None:
+        self.data = data
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
 
 
 class LlamaContext:
@@ -175,6 +186,26 @@ class LlamaContext:
     def share(self, source: int, target: int, length: int) -> None:
         """Let ``target``, which is empty, have the first ``length`` cells of ``source``."""
         self._library.llama_memory_seq_cp(self._memory, source, target, 0, length)
+
+    def save(self, sequence: int, length: int) -> SavedSequence | None:
+        """Copy a sequence that has ``length`` cells; ``None``: llama.cpp cannot."""
+        library, handle = self._library, self._handle
+        size = int(library.llama_state_seq_get_size(handle, sequence))
+        data = (ctypes.c_uint8 * size)()
+        if not size or library.llama_state_seq_get_data(handle, data, size, sequence) != size:
+            return None
+        return SavedSequence(data, length)
+
+    def restore(self, sequence: int, saved: SavedSequence) -> bool:
+        """Give a sequence that is empty what was saved.
+
+        :returns: whether llama.cpp could; if not, the sequence is empty still.
+        """
+        size = len(saved.data)
+        if self._library.llama_state_seq_set_data(self._handle, saved.data, size, sequence):
+            return True
+        self.forget(sequence)
+        return False
 
     def clear(self) -> None:
         """Free all cells, and write zeros where keys and values were."""

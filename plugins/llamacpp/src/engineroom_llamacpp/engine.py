@@ -9,7 +9,7 @@ batch (:mod:`.tasks`), computes it, chooses the next tokens, and hands them to a
 * Beginnings that an earlier or another running request has are not computed again
   (:mod:`.sequences`).
 * Cells of the unified cache are counted (:mod:`.cells`). When they run out, the youngest request
-  gives its cells back and is read anew later; to its caller it only pauses. A request that is
+  gives its cells back and gets them again later; to its caller it only pauses. A request that is
   alone and fills the whole context ends with ``length``.
 * Where tokens are proposed (:mod:`.drafting`), a decoding request has several in the step; those
   that the model would have chosen itself are kept.
@@ -35,23 +35,17 @@ from engineroom import (
     InferenceError,
     InferenceRequest,
     Mailbox,
-    TokenLogprob,
     TokenStep,
     request_logger,
 )
 from engineroom_llamacpp.beams import BeamSearch
-from engineroom_llamacpp.context import LlamaContext
+from engineroom_llamacpp.context import LlamaContext, SavedSequence
 from engineroom_llamacpp.drafting import make_drafter
 from engineroom_llamacpp.library import last_error
-from engineroom_llamacpp.model import END, LlamaModel
+from engineroom_llamacpp.model import LlamaModel
 from engineroom_llamacpp.options import LlamaCppOptions
-from engineroom_llamacpp.sampling import (
-    Logits,
-    NoNumbersError,
-    Sampler,
-    largest,
-    top_logprobs,
-)
+from engineroom_llamacpp.outcomes import Outcomes
+from engineroom_llamacpp.sampling import NoNumbersError, Sampler
 from engineroom_llamacpp.sequences import Sequences
 from engineroom_llamacpp.tasks import Row, Task, compose, contents
 
@@ -59,6 +53,10 @@ __all__ = ["LlamaEngine", "Task"]
 
 logger = logging.getLogger("engineroom.llamacpp")
 
+_SAVED: Final = 2
+"""What is saved of requests that gave way has at most this fraction of the cache's tokens."""
+_WORTH_BRINGING: Final = 32
+"""Fewer tokens are read again: bringing them back would unshare what is shared."""
 _ABORTED: Final = 2
 _NO_ROOM: Final = 1
 _Parcel = tuple[Mailbox, TokenStep | EngineRoomError]
@@ -94,20 +92,20 @@ class LlamaEngine(BatchingEngine[Task]):
         self.threads = self._context.threads
         self.most_beams = min(self._context.sequences, self._context.n_batch)
         """Most beams of a request."""
+        # A state cannot be set back, and a window's cells are used again when it has passed.
+        self._keeps_all = not model.has_states and not model.n_window
         self.sequences = Sequences(
             self._context,
             self._context.sequences,
             self.n_ctx,
-            # A state cannot be set back, and a window's cells are used again when it has passed.
-            reuse=options.prefix_cache and not model.has_states and not model.n_window,
+            reuse=options.prefix_cache and self._keeps_all,
         )
         try:
             self._drafter = make_drafter(draft, options, self.n_ctx)
         except BaseException:
             self._context.close()
             raise
-        self.proposed = self.accepted = 0
-        """Tokens that were proposed by the draft, and those of them that were right."""
+        self._outcomes = Outcomes(model, self._context, self.sequences)
         loop = DecodeLoop(f"llamacpp-{name}") if self._context.on_gpu else CPU_LOOP
         super().__init__(name, loop, max_running=options.n_parallel, max_queue=options.max_queue)
         self.preemptions = 0
@@ -127,7 +125,7 @@ class LlamaEngine(BatchingEngine[Task]):
             search = BeamSearch(
                 beams,
                 new,
-                self._ends,
+                self._outcomes.ends,
                 self.model.end_tokens,
                 early_stopping=bool(params.early_stopping),
             )
@@ -144,6 +142,16 @@ class LlamaEngine(BatchingEngine[Task]):
             )
         )
 
+    @property
+    def proposed(self) -> int:
+        """Tokens that were proposed by the draft."""
+        return self._outcomes.proposed
+
+    @property
+    def accepted(self) -> int:
+        """Those of them that were right."""
+        return self._outcomes.accepted
+
     def health(self) -> HandlerHealth:
         """The engine's own word, and how many of the proposed tokens were right."""
         found = super().health()
@@ -152,9 +160,6 @@ class LlamaEngine(BatchingEngine[Task]):
             detail = f"{self.accepted} of {self.proposed} proposed tokens were right ({share:.0%})"
             return replace(found, detail=detail)
         return found
-
-    def _ends(self, token: int) -> bool:
-        return self.model.piece(token) is END
 
     # ── slots ────────────────────────────────────────────────────────────────────────────────
 
@@ -175,6 +180,8 @@ class LlamaEngine(BatchingEngine[Task]):
         """Give it a sequence, with as much of its prompt as is in the cache already."""
         sequence, task.cached = self.sequences.take(task.tokens, contents(self.running))
         task.sequences = [sequence]
+        if task.saved is not None:
+            self._bring_back(task, task.saved)
         task.doubtful = False
         if task.reused is None:
             task.reused = task.cached
@@ -220,7 +227,23 @@ class LlamaEngine(BatchingEngine[Task]):
         task = max(self.running, key=lambda t: t.rank)
         self.preemptions += 1
         task.log.debug("%d tokens give way; the request waits for room", task.cached)
+        saved = sum(len(other.saved) for other in self.waiting if other.saved is not None)
+        room = self.n_ctx // _SAVED - saved
+        if self._keeps_all and task.beams is None and _WORTH_BRINGING <= task.cached <= room:
+            task.saved = self._context.save(task.sequences[0].index, task.cached)
         self.wait_again(task)
+
+    def _bring_back(self, task: Task, saved: SavedSequence) -> None:
+        """What a request had before it gave way, unless as good as all of it is there still."""
+        task.saved = None
+        (sequence,) = task.sequences
+        if len(saved) - task.cached < _WORTH_BRINGING or not self.sequences.make_room(len(saved)):
+            return
+        self.sequences.cut(sequence, 0)
+        task.cached = 0
+        if self._context.restore(sequence.index, saved):
+            task.cached = len(saved)
+            self.sequences.cells.grow(sequence.chain, task.cached)
 
     # ── a step ───────────────────────────────────────────────────────────────────────────────
 
@@ -291,7 +314,7 @@ class LlamaEngine(BatchingEngine[Task]):
             if not row.outputs or task.cancelled:
                 continue
             try:
-                step = self._search(task, row) if task.beams else self._next_tokens(task, row)
+                step = self._outcomes.of(task, row)
             except NoNumbersError:
                 broken.append(task)
             except Exception as error:
@@ -308,94 +331,6 @@ class LlamaEngine(BatchingEngine[Task]):
         if broken:
             self._no_numbers(broken, len(rows) == 1)
         self.hand_over(parcels)
-
-    def _next_tokens(self, task: Task, row: Row) -> TokenStep:
-        """Its next token, and those after it as long as what was proposed is right."""
-        step = TokenStep()
-        tokens: list[int] = []
-        text = b""
-        odds: list[TokenLogprob] = []
-        proposed, task.proposed = task.proposed, []
-        for depth in range(row.outputs):
-            logits = self._context.logits(row.first + depth)
-            try:
-                token = task.sampler.sample(logits)
-            except NoNumbersError:
-                if not depth:
-                    raise
-                task.cached -= 1  # what was right before is computed again, alone
-                break
-            piece = self.model.piece(token)
-            if piece is END:
-                step.finish = "eos_token"
-            else:
-                task.tokens.append(token)
-                tokens.append(token)
-                text += piece or b""
-                if task.logprobs is not None:
-                    odds.append(self._logprob(logits, token, task.logprobs))
-                if len(task.tokens) >= task.limit:
-                    step.finish = "length"
-            if depth < len(proposed):
-                self.proposed += 1
-                if step.finish is None and proposed[depth] == token:
-                    self.accepted += 1
-                    task.cached += 1
-                    continue
-            break
-        self.sequences.cut(task.sequences[0], task.cached)
-        step.token_ids, step.text = tokens, text
-        if odds:
-            step.logprobs = odds
-        return _announced(task, step)
-
-    def _search(self, task: Task, row: Row) -> TokenStep | None:
-        """Let the beams go on; the best one, when the search has ended."""
-        search = task.beams
-        assert search is not None
-        found = []
-        for place, beam in enumerate(search.running):
-            logits = self._context.logits(row.first + place)
-            odds = task.sampler.log_probabilities(logits, beam.tokens)
-            count = min(search.candidates, odds.size)
-            found.append([(int(i), float(odds[i])) for i in largest(odds, count)])
-        if search.advance(found):
-            self._follow(task, [beam.parent for beam in search.running])
-            return None
-        best = search.best
-        ended = self._ends(best[-1])
-        tokens = best[:-1] if ended else best
-        text = b"".join(self.model.piece(token) or b"" for token in tokens)
-        step = TokenStep(tokens, text, finish="eos_token" if ended else "length")
-        # Of what the first beam has, only the prompt is known to be in ``tokens``.
-        task.cached = len(task.tokens)
-        self.sequences.cut(task.sequences[0], task.cached)
-        return _announced(task, step)
-
-    def _follow(self, task: Task, parents: Sequence[int]) -> None:
-        """Give each beam a sequence with what its parent has."""
-        heirs: dict[int, int] = {}
-        for place, parent in enumerate(parents):
-            heirs.setdefault(parent, place)
-        for parent, sequence in enumerate(task.sequences):
-            if parent not in heirs:
-                self.sequences.give_back(sequence)
-        task.sequences = [
-            task.sequences[parent]
-            if heirs[parent] == place
-            else self.sequences.fork(task.sequences[parent])
-            for place, parent in enumerate(parents)
-        ]
-
-    def _logprob(self, logits: Logits, token: int, count: int) -> TokenLogprob:
-        model = self.model
-        own, best = top_logprobs(logits, token, count)
-        return TokenLogprob(
-            token_id=token,
-            token=model.token_text(token),
-            logprob=own,
-            top=[(i, model.token_text(i), value) for i, value in best],
-        )
 
     # ── what fails ───────────────────────────────────────────────────────────────────────────
 
@@ -429,15 +364,6 @@ class LlamaEngine(BatchingEngine[Task]):
             row.task.log.error("llama_decode returned %d: %s", status, why)
         error = InferenceError(f"llama.cpp could not compute the step (status {status}): {why}")
         self.fail([row.task for row in rows], error)
-
-
-def _announced(task: Task, step: TokenStep) -> TokenStep:
-    """The first time with the counts of its prompt."""
-    if not task.announced:
-        task.announced = True
-        step.prompt_tokens = task.prompt_tokens
-        step.cached_prompt_tokens = min(task.reused or 0, task.prompt_tokens)
-    return step
 
 
 def _not_chosen(error: Exception) -> InferenceError:

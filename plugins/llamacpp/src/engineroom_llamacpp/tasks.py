@@ -9,7 +9,7 @@ from typing import Final
 from engineroom import EngineTask
 from engineroom_llamacpp.beams import BeamSearch
 from engineroom_llamacpp.cells import common_prefix
-from engineroom_llamacpp.context import LlamaContext
+from engineroom_llamacpp.context import LlamaContext, SavedSequence
 from engineroom_llamacpp.sampling import Sampler
 from engineroom_llamacpp.sequences import CellSequence, Sequences
 
@@ -32,6 +32,7 @@ class Task(EngineTask):
     :param proposed: tokens that may come next, to be checked in the step.
     :param doubtful: what it wrote to the cache may be no numbers.
     :param suspect: it may be what made others compute no numbers, and runs alone.
+    :param saved: what it had in the cache when it gave way.
     :param sequences: its sequences in the context: one, or one a beam; none: it waits.
     """
 
@@ -47,6 +48,7 @@ class Task(EngineTask):
     doubtful: bool = False
     suspect: bool = False
     announced: bool = False
+    saved: SavedSequence | None = None
     sequences: list[CellSequence] = field(default_factory=list)
 
     @property
