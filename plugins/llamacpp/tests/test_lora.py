@@ -106,6 +106,30 @@ async def test_requests_of_several_adapters_run_beside_each_other(make: Make, wr
     await bench.idle()
 
 
+async def test_what_one_adapter_computed_is_nothing_to_another(make: Make, write: Write) -> None:
+    adapters = [{"path": str(write(s)), "name": f"a{s}"} for s in (3, 4)]
+    bench = await make(lora=adapters)
+    prompt = "hello the lo " * 4
+    wanted = {}
+    for name in ("a3", None, "a4"):
+        alone = await make(lora=adapters, prefix_cache=False)
+        wanted[name] = (await alone.service.infer(ask(name, prompt))).generated_text
+        response = await bench.service.infer(ask(name, prompt))
+        assert response.cached_prompt_tokens == 0, name
+        assert response.generated_text == wanted[name]
+    assert len(set(wanted.values())) == 3
+    for name in ("a4", None, "a3"):
+        response = await bench.service.infer(ask(name, prompt))
+        assert response.cached_prompt_tokens > 30, name
+        assert response.generated_text == wanted[name]
+    # Nor while it is still at work.
+    long, other = ask("a3", prompt, 60), ask("a4", prompt, 60)
+    both = await asyncio.gather(bench.service.infer(long), bench.service.infer(other))
+    assert both[0].generated_text.startswith(wanted["a3"])
+    assert both[1].generated_text.startswith(wanted["a4"])
+    await bench.idle()
+
+
 async def test_adapters_take_turns_under_preemption(make: Make, write: Write) -> None:
     adapters = [{"path": str(write(s)), "name": f"a{s}"} for s in (3, 4)]
     bench = await make(n_ctx=128, n_parallel=4, lora=adapters)

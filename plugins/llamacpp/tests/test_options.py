@@ -18,6 +18,10 @@ DEFAULTS: dict[str, Any] = {
     "n_ubatch": 512,
     "prefill_chunk": 128,
     "max_queue": 256,
+    "prefix_cache": True,
+    "draft_model": None,
+    "prompt_lookup": False,
+    "draft_tokens": 4,
     "n_threads": None,
     "n_threads_batch": None,
     "n_gpu_layers": -1,
@@ -45,6 +49,7 @@ WHOLE_NUMBERS = {
     "n_ubatch": (1, 65536),
     "prefill_chunk": (1, INT_MAX),
     "max_queue": (0, INT_MAX),
+    "draft_tokens": (1, 64),
     "n_threads": (1, 1024),
     "n_threads_batch": (1, 1024),
     "n_gpu_layers": (-1, INT_MAX),
@@ -102,6 +107,10 @@ def test_a_frequency_is_positive_and_finite(name: str) -> None:
     assert getattr(parse(**{name: 10000}), name) == 10000.0
     for value in (0, -1.0, float("inf"), float("nan")):
         assert f"{name}: " in refusal(**{name: value})
+
+
+def test_proposals_come_from_one_place() -> None:
+    assert "either draft_model or prompt_lookup" in refusal(draft_model="a", prompt_lookup=True)
 
 
 def test_shares_of_gpus_are_neither_negative_nor_infinite() -> None:

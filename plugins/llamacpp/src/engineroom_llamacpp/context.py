@@ -17,22 +17,40 @@ from engineroom_llamacpp.library import (
     last_error,
 )
 from engineroom_llamacpp.model import LlamaModel
-from engineroom_llamacpp.options import LlamaCppOptions
+from engineroom_llamacpp.options import DEFAULT_CONTEXT, LlamaCppOptions
 from engineroom_llamacpp.sampling import Logits
 
-__all__ = ["DEFAULT_CONTEXT", "LlamaContext"]
+__all__ = ["LlamaContext", "SavedSequence"]
 
-DEFAULT_CONTEXT: Final = 8192
-"""Cells of the cache where neither the options nor the model ask for fewer."""
+_SPARE: Final = 8
+"""At least so many sequences beyond ``n_parallel``: each costs a row of logits, 200 kB with a
+vocabulary of 49,000."""
+_MOST_SEQUENCES: Final = 256
+"""llama.cpp's own bound."""
+
+
+class SavedSequence:
+    """The cells of a sequence, outside of the cache. Its length is that in tokens."""
+
+    def __init__(self, data: ctypes.Array[ctypes.c_uint8], length: int) -> None:
+        self.data = data
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
 
 
 class LlamaContext:
-    """One context with ``n_parallel`` sequences over a unified cache.
+    """One context over a unified cache.
 
+    It has ``n_parallel`` sequences and as many more, which keep what may be used again and which
+    beams search in; none more where each would need a state of its own.
+
+    :param outputs: most tokens of a sequence in a batch for which logits are computed.
     :raises ResourceNotAvailableError: there is no memory for it.
     """
 
-    def __init__(self, model: LlamaModel, options: LlamaCppOptions) -> None:
+    def __init__(self, model: LlamaModel, options: LlamaCppOptions, *, outputs: int = 1) -> None:
         self._library = library = model.library
         self.abort = AbortFlag(library)
         threads = options.n_threads or default_threads()
@@ -40,9 +58,12 @@ class LlamaContext:
         params.n_ctx = options.n_ctx or min(model.n_ctx_train or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
         params.n_batch = min(options.n_batch, params.n_ctx)
         params.n_ubatch = min(options.n_ubatch, params.n_batch)
-        params.n_seq_max = options.n_parallel
-        # A row of logits for each sequence, not for each token of a batch.
-        params.n_outputs_max = options.n_parallel
+        parallel = options.n_parallel
+        spare = 0 if model.has_states else max(parallel, _SPARE)
+        self.sequences = params.n_seq_max = min(parallel + spare, _MOST_SEQUENCES)
+        # Rows of logits for sequences, not for each token of a batch. llama.cpp ends the process
+        # where a batch asks for more.
+        self.n_outputs = params.n_outputs_max = max(self.sequences, parallel * outputs)
         params.n_threads = threads
         params.n_threads_batch = options.n_threads_batch or threads
         params.flash_attn_type = FLASH_ATTENTION[options.flash_attn]
@@ -121,12 +142,12 @@ class LlamaContext:
         """Begin a new batch."""
         self._batch.n_tokens = 0
 
-    def add(self, sequence: int, position: int, tokens: Sequence[int], output: bool) -> int:
+    def add(self, sequence: int, position: int, tokens: Sequence[int], outputs: int) -> int:
         """Add tokens of a sequence.
 
         :param position: of the first of them, in the sequence.
-        :param output: compute logits for the last of them.
-        :returns: index of the last of them in the batch, for :meth:`logits`.
+        :param outputs: compute logits for so many of the last of them.
+        :returns: index of the first with logits in the batch, for :meth:`logits`.
         """
         start = int(self._batch.n_tokens)
         end = start + len(tokens)
@@ -136,10 +157,11 @@ class LlamaContext:
         else:
             self._positions[start:end] = np.arange(position, position + end - start)
         self._sequences[start:end] = sequence
-        self._outputs[start:end] = 0
-        self._outputs[end - 1] = output
+        if outputs < end - start:
+            self._outputs[start : end - outputs] = 0
+        self._outputs[end - outputs : end] = 1
         self._batch.n_tokens = end
-        return end - 1
+        return end - outputs
 
     def decode(self) -> int:
         """Compute the batch; other threads run meanwhile.
@@ -162,6 +184,34 @@ class LlamaContext:
     def forget(self, sequence: int, position: int = 0) -> None:
         """Free the sequence's cells from ``position`` on."""
         self._library.llama_memory_seq_rm(self._memory, sequence, position, -1)
+
+    def share(self, source: int, target: int, length: int) -> None:
+        """Let ``target``, which is empty, have the first ``length`` cells of ``source``."""
+        self._library.llama_memory_seq_cp(self._memory, source, target, 0, length)
+
+    def save(self, sequence: int, length: int) -> SavedSequence | None:
+        """Copy a sequence that has ``length`` cells; ``None``: llama.cpp cannot."""
+        library, handle = self._library, self._handle
+        size = int(library.llama_state_seq_get_size(handle, sequence))
+        data = (ctypes.c_uint8 * size)()
+        if not size or library.llama_state_seq_get_data(handle, data, size, sequence) != size:
+            return None
+        return SavedSequence(data, length)
+
+    def restore(self, sequence: int, saved: SavedSequence) -> bool:
+        """Give a sequence that is empty what was saved.
+
+        :returns: whether llama.cpp could; if not, the sequence is empty still.
+        """
+        size = len(saved.data)
+        if self._library.llama_state_seq_set_data(self._handle, saved.data, size, sequence):
+            return True
+        self.forget(sequence)
+        return False
+
+    def clear(self) -> None:
+        """Free all cells, and write zeros where keys and values were."""
+        self._library.llama_memory_clear(self._memory, True)
 
     def length(self, sequence: int) -> int:
         """Cells that the sequence has."""

@@ -2,13 +2,18 @@
 
 Queue, slots and cancelling are :class:`~engineroom.batching.BatchingEngine`'s. A step here puts
 one token of every decoding request and a chunk of every prompt that is still to be read into one
-batch, computes it, chooses the next tokens, and hands them to asyncio all at once.
+batch (:mod:`.tasks`), computes it, chooses the next tokens, and hands them to asyncio all at once.
 
 * A long prompt never stalls the others: beside decoding requests a step reads at most
   ``prefill_chunk`` of its tokens.
-* Cells of the unified cache are counted. When they run out, the youngest request gives its cells
-  back and is read anew later; to its caller it only pauses. A request that is alone and fills
-  the whole context ends with ``length``.
+* Beginnings that an earlier or another running request has are not computed again
+  (:mod:`.sequences`).
+* Cells of the unified cache are counted (:mod:`.cells`). When they run out, the youngest request
+  gives its cells back and gets them again later; to its caller it only pauses. A request that is
+  alone and fills the whole context ends with ``length``.
+* Where tokens are proposed (:mod:`.drafting`), a decoding request has several in the step; those
+  that the model would have chosen itself are kept.
+* A beam search (:mod:`.beams`) has a sequence a beam.
 * Cancelling takes effect before the next step; where the cancelled request is the only one in
   the batch, the computation itself is aborted.
 """
@@ -16,28 +21,33 @@ batch, computes it, chooses the next tokens, and hands them to asyncio all at on
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from engineroom import (
     CPU_LOOP,
     BatchingEngine,
+    ConfigurationError,
     DecodeLoop,
     EngineRoomError,
-    EngineTask,
+    HandlerHealth,
     InferenceError,
     InferenceRequest,
     Mailbox,
-    TokenLogprob,
     TokenStep,
     request_logger,
 )
-from engineroom_llamacpp.context import LlamaContext
+from engineroom_llamacpp.beams import BeamSearch
+from engineroom_llamacpp.context import LlamaContext, SavedSequence
+from engineroom_llamacpp.drafting import Drafter, make_drafter
 from engineroom_llamacpp.library import last_error
-from engineroom_llamacpp.model import END, LlamaModel
+from engineroom_llamacpp.model import LlamaModel
 from engineroom_llamacpp.options import LlamaCppOptions
-from engineroom_llamacpp.sampling import Logits, Sampler, top_logprobs
+from engineroom_llamacpp.outcomes import Outcomes
+from engineroom_llamacpp.sampling import NoNumbersError, Sampler
+from engineroom_llamacpp.sequences import CellSequence, Sequences
+from engineroom_llamacpp.tasks import Row, Task, compose, contents
 
 if TYPE_CHECKING:
     from engineroom_llamacpp.embedding import EmbeddingEngine
@@ -46,48 +56,62 @@ __all__ = ["LlamaEngine", "Task"]
 
 logger = logging.getLogger("engineroom.llamacpp")
 
+_SAVED: Final = 2
+"""What is saved of requests that gave way has at most this fraction of the cache's tokens."""
+_WORTH_BRINGING: Final = 32
+"""Fewer tokens are read again: bringing them back would unshare what is shared."""
 _ABORTED: Final = 2
 _NO_ROOM: Final = 1
-
-
-@dataclass(eq=False, slots=True, kw_only=True)
-class Task(EngineTask):
-    """One request on its way through the engine.
-
-    :param tokens: the prompt's tokens, then the generated ones.
-    :param limit: length at which it ends with ``length``.
-    :param cached: how many of them are in the cache; what comes after is still to be computed.
-    :param sequence: its sequence in the context; ``None``: it waits for one.
-    :param adapter: the named LoRA adapter that it is computed with.
-    """
-
-    tokens: list[int]
-    prompt_tokens: int
-    sampler: Sampler
-    limit: int
-    logprobs: int | None
-    cached: int = 0
-    sequence: int | None = None
-    announced: bool = False
-    adapter: str | None = None
+_Parcel = tuple[Mailbox, TokenStep | EngineRoomError]
 
 
 class LlamaEngine(BatchingEngine[Task]):
     """Owns a model and its context.
 
     The constructor loads the context; run it outside of the event loop.
+
+    :param draft: the model that proposes tokens, if there is one; the engine closes it.
     """
 
-    def __init__(self, model: LlamaModel, options: LlamaCppOptions, name: str) -> None:
+    def __init__(
+        self,
+        model: LlamaModel,
+        options: LlamaCppOptions,
+        name: str,
+        draft: LlamaModel | None = None,
+    ) -> None:
         self.model = model
         self.options = options
-        self._context = LlamaContext(model, options)
+        drafts = options.prompt_lookup or draft is not None
+        if drafts and model.has_states:
+            raise ConfigurationError(
+                f"{'prompt_lookup' if draft is None else 'draft_model'}: this model keeps states, "
+                "which cannot be set back behind tokens that turn out wrong; leave it out"
+            )
+        self._context = LlamaContext(
+            model, options, outputs=1 + options.draft_tokens if drafts else 1
+        )
         self.n_ctx = self._context.n_ctx
         self.threads = self._context.threads
         self.on_gpu = self._context.on_gpu
+        self.most_beams = min(self._context.sequences, self._context.n_batch)
+        """Most beams of a request."""
+        # A state cannot be set back, and a window's cells are used again when it has passed.
+        self._keeps_all = not model.has_states and not model.n_window
+        self.sequences = Sequences(
+            self._context,
+            self._context.sequences,
+            self.n_ctx,
+            reuse=options.prefix_cache and self._keeps_all,
+        )
+        try:
+            self._drafter = make_drafter(draft, options, self.n_ctx)
+        except BaseException:
+            self._context.close()
+            raise
+        self._outcomes = Outcomes(model, self._context, self.sequences)
         loop = DecodeLoop(f"llamacpp-{name}") if self._context.on_gpu else CPU_LOOP
         super().__init__(name, loop, max_running=options.n_parallel, max_queue=options.max_queue)
-        self._free = list(range(options.n_parallel - 1, -1, -1))
         self.embedder: EmbeddingEngine | None = None
         """Makes embeddings with the same weights, where the model is made for it; set by whoever
         loads it."""
@@ -99,122 +123,176 @@ class LlamaEngine(BatchingEngine[Task]):
     def request(self, request: InferenceRequest, tokens: list[int]) -> Task:
         """Queue a request; see :meth:`~engineroom.batching.BatchingEngine.submit`."""
         params = request.params
-        new = self.n_ctx if params.max_new_tokens is None else params.max_new_tokens
+        room = self.n_ctx - len(tokens)
+        beams = params.num_beams or 1
+        if beams > 1:
+            room //= beams
+        new = room if params.max_new_tokens is None else min(params.max_new_tokens, room)
+        search = None
+        if beams > 1:
+            search = BeamSearch(
+                beams,
+                new,
+                self._outcomes.ends,
+                self.model.end_tokens,
+                early_stopping=bool(params.early_stopping),
+            )
         return self.submit(
             Task(
                 tokens=list(tokens),
                 prompt_tokens=len(tokens),
                 sampler=Sampler(params, tokens, self.model.n_vocab),
-                limit=min(len(tokens) + new, self.n_ctx),
+                limit=len(tokens) + new,
                 logprobs=params.logprobs,
                 adapter=request.adapter,
+                beams=search,
                 log=request_logger(logger, request),
                 priority=request.priority,
             )
         )
 
+    @property
+    def proposed(self) -> int:
+        """Tokens that were proposed by the draft."""
+        return self._outcomes.proposed
+
+    @property
+    def accepted(self) -> int:
+        """Those of them that were right."""
+        return self._outcomes.accepted
+
+    def health(self) -> HandlerHealth:
+        """The engine's own word, and how many of the proposed tokens were right."""
+        found = super().health()
+        if found.ok and self.proposed:
+            share = self.accepted / self.proposed
+            detail = f"{self.accepted} of {self.proposed} proposed tokens were right ({share:.0%})"
+            return replace(found, detail=detail)
+        return found
+
     # ── slots ────────────────────────────────────────────────────────────────────────────────
 
     def may_start(self, task: Task) -> bool:
-        """Whether there are cells for its prompt and a token, beside what is promised."""
+        """Whether there are sequences and cells for it, beside what is promised."""
+        running = self.running
+        if task.suspect or any(other.suspect for other in running):
+            return False
+        # More beams than there are requests at one time are searched with alone.
+        if sum(other.width for other in running) + task.width > self.options.n_parallel:
+            return False
         # Promised is all that running requests still have to read, and a token each.
-        promised = sum(len(t.tokens) + 1 for t in self.running)
-        return promised + len(task.tokens) + 1 <= self.n_ctx
+        promised = self.sequences.cells.busy + sum(other.to_come for other in running)
+        room = self.n_ctx - promised - len(task.tokens) - task.width
+        if room >= 0:
+            return True
+        return room + self.sequences.common(task.tokens, self._contents(task.adapter)) >= 0
 
     def started(self, task: Task) -> None:
-        """Give it a sequence."""
-        task.sequence = self._free.pop()
+        """Give it a sequence, with as much of its prompt as is in the cache already."""
+        sequence, task.cached = self.sequences.take(
+            task.tokens, self._contents(task.adapter), task.adapter
+        )
+        task.sequences = [sequence]
+        if task.saved is not None:
+            self._bring_back(task, task.saved)
+        task.doubtful = False
+        if task.reused is None:
+            task.reused = task.cached
+        if task.beams is not None:
+            task.beams.restart()
 
     def released(self, task: Task) -> None:
-        """Its cells and its sequence are free."""
-        assert task.sequence is not None
-        self._context.forget(task.sequence)
-        self._free.append(task.sequence)
-        task.sequence = None
+        """Its sequences are unused; what was computed stays until they are given away."""
+        kept = [] if task.doubtful else task.tokens[: task.cached]
+        if self._drafter is not None:
+            self._drafter.forget(task.sequences[0].index)
+        for sequence in task.sequences[1:]:
+            self.sequences.give_back(sequence)
+        self.sequences.give_back(task.sequences[0], kept)
+        task.sequences = []
+        task.proposed = []
         task.cached = 0
 
     def interrupt(self, on: bool) -> None:
         """Abort the computation."""
         self._context.abort.set(on)
+        if self._drafter is not None:
+            self._drafter.interrupt(on)
 
     def shut(self) -> None:
-        """Free the context."""
+        """Free the context, and the drafter."""
         self._context.close()
+        if self._drafter is not None:
+            self._drafter.close()
+            logger.info(
+                "model %r: %d of %d proposed tokens were right",
+                self.name,
+                self.accepted,
+                self.proposed,
+            )
 
     def cache_usage(self) -> float:
-        """Used share of the cells."""
-        return sum(task.cached for task in self.running) / self.n_ctx
+        """Share of the cells that running requests have."""
+        return self.sequences.cells.busy / self.n_ctx
+
+    def _contents(self, adapter: str | None) -> Iterator[tuple[CellSequence, list[int]]]:
+        """What running requests with this adapter have in the cache."""
+        return contents(task for task in self.running if task.adapter == adapter)
 
     def _preempt(self) -> None:
         """Let the youngest running request wait until there is room to read it again."""
         task = max(self.running, key=lambda t: t.rank)
         self.preemptions += 1
         task.log.debug("%d tokens give way; the request waits for room", task.cached)
+        saved = sum(len(other.saved) for other in self.waiting if other.saved is not None)
+        room = self.n_ctx // _SAVED - saved
+        if self._keeps_all and task.beams is None and _WORTH_BRINGING <= task.cached <= room:
+            task.saved = self._context.save(task.sequences[0].index, task.cached)
         self.wait_again(task)
+
+    def _bring_back(self, task: Task, saved: SavedSequence) -> None:
+        """What a request had before it gave way, unless as good as all of it is there still."""
+        task.saved = None
+        (sequence,) = task.sequences
+        if len(saved) - task.cached < _WORTH_BRINGING or not self.sequences.make_room(len(saved)):
+            return
+        self.sequences.cut(sequence, 0)
+        task.cached = 0
+        if self._context.restore(sequence.index, saved):
+            task.cached = len(saved)
+            self.sequences.cells.grow(sequence.chain, task.cached)
 
     # ── a step ───────────────────────────────────────────────────────────────────────────────
 
     def step(self) -> None:
         """One batch: compose, compute, sample, hand over."""
-        rows = self._compose()
+        tasks = self._whose_turn()
+        if self._drafter is not None:
+            self._propose(self._drafter, tasks)
+        rows = self._compose(tasks)
         while not rows and self.running:
             if len(self.running) == 1:
                 raise RuntimeError("a lone request has no room in the cache")
             self._preempt()
-            rows = self._compose()
+            rows = self._compose(self._whose_turn())
         if not rows:
             return
         status = self._context.decode()
         if status == 0:
-            self._sample(rows)
+            self._take(rows)
         elif status == _ABORTED:
-            for task, _, _ in rows:
-                assert task.sequence is not None
-                task.cached = max(0, self._context.length(task.sequence))
+            for row in rows:
+                self._keep_aborted(row.task)
+        elif status == _NO_ROOM and self.sequences.idle:
+            self.sequences.forget_idle()
         elif status == _NO_ROOM and len(self.running) > 1:
             self._preempt()
         else:
             self._fail(rows, status)
 
-    def _compose(self) -> list[tuple[Task, int, int]]:
-        """Fill the batch, with requests of one adapter.
-
-        :returns: for each request in it, how many tokens, and its row of logits (-1: none yet).
-        """
-        context = self._context
-        context.begin()
-        tasks = self._whose_turn()
-        context.use_adapter(self._adapter)
-        room = self.n_ctx - sum(t.cached for t in self.running)
-        budget = context.n_batch
-        rows: list[tuple[Task, int, int]] = []
-        reading: list[Task] = []
-        for task in tasks:
-            if len(task.tokens) - task.cached > 1:
-                reading.append(task)
-            elif room < 1:
-                return []  # a decoding request must not be left behind: make room first
-            else:
-                assert task.sequence is not None
-                row = context.add(task.sequence, task.cached, task.tokens[-1:], True)
-                rows.append((task, 1, row))
-                room -= 1
-                budget -= 1
-        if rows:
-            budget = min(budget, self.options.prefill_chunk)
-        for task in reading:
-            todo = len(task.tokens) - task.cached
-            count = min(todo, budget, room)
-            if count < 1:
-                break
-            chunk = task.tokens[task.cached : task.cached + count]
-            assert task.sequence is not None
-            last = count == todo
-            row = context.add(task.sequence, task.cached, chunk, last)
-            rows.append((task, count, row if last else -1))
-            room -= count
-            budget -= count
-        return rows
+    def _compose(self, tasks: Sequence[Task]) -> list[Row]:
+        self._context.use_adapter(self._adapter)
+        return compose(tasks, self._context, self.sequences, self.options.prefill_chunk)
 
     def _whose_turn(self) -> list[Task]:
         """Running requests of one adapter. The adapters take turns, a step each."""
@@ -224,58 +302,103 @@ class LlamaEngine(BatchingEngine[Task]):
             self._adapter = names[(last + 1) % len(names)]
         return [task for task in self.running if task.adapter == self._adapter]
 
-    def _sample(self, rows: Sequence[tuple[Task, int, int]]) -> None:
-        parcels: list[tuple[Mailbox, TokenStep | EngineRoomError]] = []
-        for task, count, row in rows:
-            task.cached += count
-            if row >= 0 and not task.cancelled:
-                try:
-                    step = self._next_token(task, row)
-                except Exception as error:
-                    task.log.exception("a token could not be chosen")
-                    failure = InferenceError(
-                        f"a token could not be chosen: {type(error).__name__}: {error}"
-                    )
-                    self.leave(task)
-                    parcels.append((task.mailbox, failure))
-                    continue
-                parcels.append((task.mailbox, step))
-                if step.finish is not None:
-                    self.leave(task)
+    def _propose(self, drafter: Drafter, tasks: Sequence[Task]) -> None:
+        """Ask for tokens that may come next, where they can be of use."""
+        decoding = [t for t in tasks if t.decodes and t.beams is None]
+        room = self._context.n_batch // max(1, len(tasks)) - 1
+        wishes = [
+            (task.sequences[0].index, task.tokens, count)
+            for task in decoding
+            if (count := min(self.options.draft_tokens, room, task.limit - len(task.tokens) - 1))
+            > 0
+        ]
+        found = drafter.propose(wishes) if wishes else {}
+        for task in decoding:
+            task.proposed = found.get(task.sequences[0].index, [])
+
+    def _keep_aborted(self, task: Task) -> None:
+        """Of an aborted step, what had been computed already is right."""
+        if len(task.sequences) != 1:
+            task.doubtful = True
+            return
+        (sequence,) = task.sequences
+        length = self._context.length(sequence.index)
+        self.sequences.cells.grow(sequence.chain, max(0, length - task.cached))
+        task.cached = max(task.cached, min(length, len(task.tokens)))
+        self.sequences.cut(sequence, task.cached)
+
+    def _take(self, rows: Sequence[Row]) -> None:
+        """Each request's next tokens, from the step's logits."""
+        parcels: list[_Parcel] = []
+        broken: list[Task] = []
+        for row in rows:
+            task = row.task
+            for sequence in task.sequences:
+                self.sequences.cells.grow(sequence.chain, row.count)
+            # Of a row that proposes, only what turns out to be right counts as computed.
+            task.cached += row.count - len(task.proposed)
+            if not row.outputs or task.cancelled:
+                continue
+            try:
+                step = self._outcomes.of(task, row)
+            except NoNumbersError:
+                broken.append(task)
+            except Exception as error:
+                task.log.exception("a token could not be chosen")
+                task.doubtful = True
+                self.leave(task)
+                parcels.append((task.mailbox, _not_chosen(error)))
+            else:
+                task.suspect = False
+                if step is not None:
+                    parcels.append((task.mailbox, step))
+                    if step.finish is not None:
+                        self.leave(task)
+        if broken:
+            self._no_numbers(broken, len(rows) == 1)
         self.hand_over(parcels)
 
-    def _next_token(self, task: Task, row: int) -> TokenStep:
-        logits = self._context.logits(row)
-        token = task.sampler.sample(logits)
-        piece = self.model.piece(token)
-        if piece is END:
-            step = TokenStep(finish="eos_token")
+    # ── what fails ───────────────────────────────────────────────────────────────────────────
+
+    def _no_numbers(self, tasks: Sequence[Task], alone: bool) -> None:
+        """NaN or infinity came out for requests.
+
+        Where attention is not fused, what is masked has no weight, but no weight times NaN is
+        NaN: one request's cells can spoil what all others compute. So the cache is emptied, all
+        are read again, and those that are in question run alone: there they fail or go on.
+        """
+        for task in tasks:
+            task.doubtful = True
+        if alone:
+            for task in tasks:
+                task.log.error("the model computed no numbers for the next token")
+            self.fail(tasks, _nonsense())
         else:
-            task.tokens.append(token)
-            full = len(task.tokens) >= task.limit
-            step = TokenStep((token,), piece or b"", finish="length" if full else None)
-            if task.logprobs is not None:
-                step.logprobs = (self._logprob(logits, token, task.logprobs),)
-        if not task.announced:
-            task.announced = True
-            step.prompt_tokens = task.prompt_tokens
-            step.cached_prompt_tokens = 0
-        return step
+            for task in tasks:
+                task.suspect = True
+        for task in list(self.running):
+            task.doubtful = True
+            self.wait_again(task)
+        self.sequences.forget_idle()
+        self._context.clear()
 
-    def _logprob(self, logits: Logits, token: int, count: int) -> TokenLogprob:
-        model = self.model
-        own, best = top_logprobs(logits, token, count)
-        return TokenLogprob(
-            token_id=token,
-            token=model.token_text(token),
-            logprob=own,
-            top=[(i, model.token_text(i), value) for i, value in best],
-        )
-
-    def _fail(self, rows: Sequence[tuple[Task, int, int]], status: int) -> None:
+    def _fail(self, rows: Sequence[Row], status: int) -> None:
         """The computation failed: its requests end, the engine goes on."""
         why = last_error("it does not say why")
-        for task, _, _ in rows:
-            task.log.error("llama_decode returned %d: %s", status, why)
+        for row in rows:
+            row.task.doubtful = True
+            row.task.log.error("llama_decode returned %d: %s", status, why)
         error = InferenceError(f"llama.cpp could not compute the step (status {status}): {why}")
-        self.fail([task for task, _, _ in rows], error)
+        self.fail([row.task for row in rows], error)
+
+
+def _not_chosen(error: Exception) -> InferenceError:
+    return InferenceError(f"a token could not be chosen: {type(error).__name__}: {error}")
+
+
+def _nonsense() -> InferenceError:
+    return InferenceError(
+        "the model computed no numbers for the next token (NaN or infinity); its weights are "
+        "damaged, or the type of its cache is too narrow: load it with cache_type_k and "
+        "cache_type_v f32 or bf16, or another quantisation of it"
+    )

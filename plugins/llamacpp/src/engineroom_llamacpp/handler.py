@@ -34,11 +34,7 @@ __all__ = ["LlamaCppHandler"]
 
 logger = logging.getLogger("engineroom.llamacpp")
 
-_HONOURED: Final = frozenset(GenerationParams.model_fields) - {
-    "num_beams",
-    "early_stopping",
-    "structured_output",
-}
+_HONOURED: Final = frozenset(GenerationParams.model_fields) - {"structured_output"}
 _INLINE_CHARS: Final = 8192
 """Longer inputs are tokenised in a thread, so that the event loop is not held up."""
 
@@ -53,7 +49,7 @@ class LlamaCppHandler(TokenHandler):
     api_version: ClassVar[str] = "1.0"
 
     def capabilities(self) -> Capabilities:
-        """Everything but beam search, structured output and tools; embeddings from models that
+        """Everything but structured output and tools; embeddings from models that
         are made for them, and adapters that the options give a name.
         """
         return Capabilities(params=_HONOURED, chat=True, embeddings=True, adapters=True)
@@ -157,7 +153,8 @@ class LlamaCppHandler(TokenHandler):
         """Queue the request and yield a step a token.
 
         :raises ConfigurationError: the prompt is empty or longer than the context, a
-            ``logit_bias`` names no token, or the chat template refuses the messages.
+            ``logit_bias`` names no token, the chat template refuses the messages, or beams are
+            asked for that cannot be searched with.
         :raises QueueFullError: too many requests wait.
         """
         engine = _generator(loaded_model)
@@ -229,9 +226,36 @@ def _check(engine: LlamaEngine, request: InferenceRequest, tokens: list[int]) ->
             f"adapter {request.adapter!r} is not loaded with this model; "
             f"it has {', '.join(sorted(known)) or 'none (see the option lora)'}"
         )
+    if (request.params.num_beams or 1) > 1:
+        _check_beams(engine, request.params, len(tokens))
     for token in request.params.logit_bias or ():
         if token >= engine.model.n_vocab:
             raise ConfigurationError(
                 f"logit_bias names token {token}; the model's tokens are 0 to "
                 f"{engine.model.n_vocab - 1}"
             )
+
+
+def _check_beams(engine: LlamaEngine, params: GenerationParams, length: int) -> None:
+    beams = params.num_beams or 1
+    if not params.greedy:
+        raise ConfigurationError(
+            "num_beams with sampling (beam sampling): this runtime has none; set do_sample=False "
+            "or temperature=0, or use hf_transformers"
+        )
+    if params.logprobs is not None:
+        raise ConfigurationError(
+            "logprobs cannot be told with num_beams: beam search weighs whole texts, not tokens; "
+            "leave one of them out"
+        )
+    if beams > engine.most_beams:
+        raise ConfigurationError(
+            f"num_beams={beams}: at most {engine.most_beams} can be searched with; load the model "
+            "with a larger n_parallel and n_batch"
+        )
+    if length + beams > engine.n_ctx:
+        raise ConfigurationError(
+            f"the prompt has {length} tokens, the context has {engine.n_ctx}, and at least one "
+            f"must be left for each of num_beams={beams}; shorten the prompt, or set the option "
+            "n_ctx higher"
+        )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engineroom import (
     ConfigurationError,
@@ -13,8 +14,8 @@ from engineroom import (
     give_back_memory,
     resolve_source,
 )
-from engineroom_llamacpp.gguf import read_header
-from engineroom_llamacpp.options import LlamaCppOptions
+from engineroom_llamacpp.gguf import GgufHeader, read_header
+from engineroom_llamacpp.options import DEFAULT_CONTEXT, LlamaCppOptions
 from engineroom_llamacpp.requantizing import cached_copy, hint, requantized, size_in
 from engineroom_llamacpp.sizes import check_positions, estimate, is_encoder, pooling_of
 from engineroom_llamacpp.trial import stand_trial
@@ -22,6 +23,7 @@ from engineroom_llamacpp.trial import stand_trial
 if TYPE_CHECKING:
     from engineroom_llamacpp.embedding import EmbeddingEngine
     from engineroom_llamacpp.engine import LlamaEngine
+    from engineroom_llamacpp.model import LlamaModel
 
 __all__ = ["Load", "estimate_bytes", "load_engine", "unload_engine"]
 
@@ -71,14 +73,18 @@ def _file(path: Path) -> Path:
 
 
 def estimate_bytes(source: str, options: LlamaCppOptions) -> dict[str, int] | None:
-    """Weights and cache by device, from the file's header alone; ``None``: the file is not here
-    yet.
+    """Weights and cache by device, from the headers of the model and of its draft model alone;
+    ``None``: a file is not here yet.
     """
     path = find_source(source)
     if path is None:
         return None
     path = _file(path)
     header = read_header(path)
+    if options.draft_model is not None:
+        draft = estimate_bytes(options.draft_model, _draft_options(header, options))
+        own = estimate_bytes(source, options.model_copy(update={"draft_model": None}))
+        return None if draft is None or own is None else dict(Counter(own) + Counter(draft))
     target = options.requantize
     if target is None:
         return estimate(header, options)
@@ -105,23 +111,72 @@ def load_engine(
         path, header = made, read_header(made)
     check_positions(header, options)
     model = LlamaModel(path, options)
+    draft: LlamaModel | None = None
     engine: LlamaEngine | EmbeddingEngine | None = None
+    taken = Counter(estimate(header, options))
     try:
         if is_encoder(header):
             assert pooling is not None
             engine = EmbeddingEngine(model, options, pooling, config.model_id)
         else:
-            engine = LlamaEngine(model, options, config.model_id)
+            if options.draft_model is not None:
+                draft, more = _load_draft(
+                    options.draft_model, model, _draft_options(header, options)
+                )
+                taken += Counter(more)
+            engine = LlamaEngine(model, options, config.model_id, draft)
             if pooling is not None:
                 engine.embedder = EmbeddingEngine(model, options, pooling, config.model_id)
     except BaseException:
         if engine is not None:
-            engine.close()
+            engine.close()  # and with it the draft model
+        elif draft is not None:
+            draft.close()
         model.close()
         raise
     if not engine.on_gpu:
         hint(header, options, config.model_id)
-    return engine, sum(estimate(header, options).values())
+    return engine, sum(taken.values())
+
+
+def _draft_options(header: GgufHeader, options: LlamaCppOptions) -> LlamaCppOptions:
+    """What holds for a draft model: its cache has as many cells as that of its model."""
+    trained = header.number("context_length") or DEFAULT_CONTEXT
+    n_ctx = options.n_ctx or min(trained, DEFAULT_CONTEXT)
+    update: dict[str, Any] = {
+        "n_ctx": n_ctx,
+        "draft_model": None,
+        "requantize": None,
+        "lora": [],
+        "chat_template": None,
+    }
+    return options.model_copy(update=update)
+
+
+def _load_draft(
+    source: str, model: LlamaModel, options: LlamaCppOptions
+) -> tuple[LlamaModel, dict[str, int]]:
+    """The draft model, and the bytes that it takes of each device.
+
+    :raises ConfigurationError: it cannot propose tokens to this model.
+    """
+    from engineroom_llamacpp.model import LlamaModel
+
+    path = _file(resolve_source(source))
+    header = read_header(path)
+    if options.trial:
+        stand_trial(path)
+    check_positions(header, options)
+    draft = LlamaModel(path, options)
+    why = ""
+    if not draft.same_vocabulary(model):
+        why = "its vocabulary is another one; take a smaller model of the same family"
+    elif draft.has_states:
+        why = "it keeps states, which cannot be set back behind tokens that turn out wrong"
+    if why:
+        draft.close()
+        raise ConfigurationError(f"draft_model: {path.name!r} cannot propose tokens: {why}")
+    return draft, estimate(header, options)
 
 
 def unload_engine(engine: LlamaEngine | EmbeddingEngine) -> None:

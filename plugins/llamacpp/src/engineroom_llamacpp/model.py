@@ -66,6 +66,18 @@ class LlamaModel:
             self.n_vocab = int(library.llama_vocab_n_tokens(self._vocab))
             self.n_ctx_train = int(library.llama_model_n_ctx_train(self.handle))
             self.memory_bytes = int(library.llama_model_size(self.handle))
+            self.has_states = bool(
+                library.llama_model_is_recurrent(self.handle)
+                or library.llama_model_is_hybrid(self.handle)
+            )
+            """It keeps a state a sequence, which cannot be set back to an earlier token."""
+            self.n_window = int(library.llama_model_n_swa(self.handle))
+            """Tokens that the layers with a sliding window look back on; 0: there are none."""
+            self.end_tokens = sum(
+                bool(library.llama_vocab_is_eog(self._vocab, token))
+                for token in range(self.n_vocab)
+            )
+            """How many tokens end the generation."""
             self._adds_bos = bool(library.llama_vocab_get_add_bos(self._vocab))
             self._bos = int(library.llama_vocab_bos(self._vocab))
             self._pieces: dict[int, bytes | None] = {}
@@ -226,6 +238,13 @@ class LlamaModel:
         return (self.library.llama_vocab_get_text(self._vocab, token) or b"").decode(
             "utf-8", "replace"
         )
+
+    def same_vocabulary(self, other: LlamaModel) -> bool:
+        """Whether each token means the same to another model."""
+        if self.n_vocab != other.n_vocab:
+            return False
+        text = self.library.llama_vocab_get_text
+        return all(text(self._vocab, t) == text(other._vocab, t) for t in range(self.n_vocab))
 
     # ── tokens to text ───────────────────────────────────────────────────────────────────────
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Final, Literal, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-__all__ = ["CacheType", "LlamaCppOptions", "LoraAdapter"]
+__all__ = ["DEFAULT_CONTEXT", "CacheType", "LlamaCppOptions", "LoraAdapter"]
 
 CacheType: TypeAlias = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"]
 
+DEFAULT_CONTEXT: Final = 8192
+"""Cells of the cache where neither the options nor the model ask for fewer."""
 _UNQUANTISED = ("f32", "f16", "bf16")
 
 
@@ -65,6 +67,16 @@ class LlamaCppOptions(BaseModel):
     """Most prompt tokens of a step while others decode: what a long prompt may delay them by."""
     max_queue: Annotated[_Int, Field(ge=0)] = 256
     """Most requests that wait for a sequence; more are refused at once."""
+    prefix_cache: bool = True
+    """Reuse the work on prompts whose beginning an earlier or a running request had, too."""
+    draft_model: str | None = None
+    """Source of a smaller model with the same vocabulary that proposes tokens, several of which
+    are then checked in one step. Answers stay the same."""
+    prompt_lookup: bool = False
+    """Propose tokens that followed the same words earlier in the request's text. Answers stay the
+    same; those that repeat their prompt come faster."""
+    draft_tokens: Annotated[_Int, Field(ge=1, le=64)] = 4
+    """How many tokens are proposed at a time."""
     n_threads: Annotated[_Int, Field(ge=1, le=1024)] | None = None
     """Threads for decoding; ``None``: the physical cores that the process may use."""
     n_threads_batch: Annotated[_Int, Field(ge=1, le=1024)] | None = None
@@ -111,6 +123,8 @@ class LlamaCppOptions(BaseModel):
                 f"cache_type_v={self.cache_type_v} needs flash attention; "
                 "set flash_attn to auto or on, or cache_type_v to f16"
             )
+        if self.draft_model is not None and self.prompt_lookup:
+            raise ValueError("give either draft_model or prompt_lookup; both were given")
         if self.n_ctx is not None and self.n_parallel > self.n_ctx:
             raise ValueError(f"n_ctx={self.n_ctx} has no cell for each of n_parallel sequences")
         if self.main_gpu is not None and self.tensor_split:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from engineroom import GenerationParams
 
-__all__ = ["Logits", "Sampler", "top_logprobs"]
+__all__ = ["Logits", "NoNumbersError", "Sampler", "largest", "top_logprobs"]
 
 Logits: TypeAlias = NDArray[np.float32]
 
@@ -26,6 +26,10 @@ _BLOCK: Final = 1024
 _FIRST_GUESS: Final = 256
 _TINY: Final = float(np.finfo(np.float32).tiny)
 _HUGE: Final = float(np.finfo(np.float32).max)
+
+
+class NoNumbersError(Exception):
+    """The model computed NaN or infinity for the next token."""
 
 
 class Sampler:
@@ -71,14 +75,46 @@ class Sampler:
         self._random = None if params.greedy else np.random.Generator(np.random.PCG64(params.seed))
 
     def sample(self, logits: Logits) -> int:
-        """The next token. ``logits`` is not changed, and not kept."""
+        """The next token. ``logits`` is not changed, and not kept.
+
+        :raises NoNumbersError: they have no finite maximum.
+        """
         row = self._adjusted(logits) if self._touches else logits
-        token = int(row.argmax()) if self._random is None else self._draw(row, self._random)
+        if self._random is None:
+            token = int(row.argmax())  # of NaN, if there is one
+            if not math.isfinite(row[token]):
+                raise NoNumbersError
+        else:
+            token = self._draw(row, self._random)
         if self._touches:
             self._counts[token] += 1
             if self._repetition != 1.0:
                 self._seen.add(token)
         return token
+
+    def log_probabilities(self, logits: Logits, generated: Sequence[int]) -> Logits:
+        """Log probabilities of the next token, with bias and penalties on them, for beam search.
+
+        They are not normalised again, as in transformers.
+
+        :param generated: the tokens after the prompt.
+        :raises NoNumbersError: the logits have no finite maximum.
+        """
+        peak = logits.max()
+        if not math.isfinite(peak):
+            raise NoNumbersError
+        row: Logits = logits - peak
+        row -= np.float32(math.log(np.exp(row).sum(dtype=np.float64)))
+        if not self._touches:
+            return row
+        self._counts = Counter(generated)
+        prompt = self._seen
+        if self._repetition != 1.0:
+            self._seen = prompt.union(generated)
+        try:
+            return self._adjusted(row)
+        finally:
+            self._seen = prompt
 
     def _adjusted(self, logits: Logits) -> Logits:
         """A copy with bias and penalties."""
@@ -111,7 +147,7 @@ class Sampler:
         """What top_k, top_p and min_p leave: ids, likeliest first, and their weights."""
         total: float | None = None
         if self._top_k < row.size:
-            ids = _largest(row, self._top_k)
+            ids = largest(row, self._top_k)
             weights = _weights(row[ids], self._temperature).astype(np.float64)
         else:
             everything = _weights(row, self._temperature)
@@ -132,8 +168,11 @@ class Sampler:
 
 def _weights(row: Logits, temperature: float) -> NDArray[np.float32]:
     """Unnormalised probabilities; the likeliest has 1."""
+    peak = row.max()
+    if not math.isfinite(peak):
+        raise NoNumbersError
     with np.errstate(over="ignore"):  # to minus infinity, which is right
-        weights: NDArray[np.float32] = (row - row.max()) / np.float32(temperature)
+        weights: NDArray[np.float32] = (row - peak) / np.float32(temperature)
     np.exp(weights, out=weights)
     return weights
 
@@ -146,7 +185,7 @@ def _place(cumulative: NDArray[np.float64], target: float) -> int:
     return int(np.searchsorted(cumulative, cumulative[-1], side="left"))
 
 
-def _largest(values: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+def largest(values: NDArray[np.float32], count: int) -> NDArray[np.int64]:
     """Indices of the ``count`` largest values, largest first."""
     ids = np.argpartition(values, values.size - count)[values.size - count :]
     ordered: NDArray[np.int64] = ids[np.argsort(-values[ids], kind="stable")]
@@ -162,7 +201,7 @@ def _head(
     """
     count = _FIRST_GUESS
     while count < weights.size:
-        ids = _largest(weights, count)
+        ids = largest(weights, count)
         head = weights[ids].astype(np.float64)
         if head.sum() >= mass or head[-1] < least:
             return ids, head
@@ -192,6 +231,6 @@ def top_logprobs(logits: Logits, token: int, count: int) -> tuple[float, list[tu
     best = (
         []
         if count == 0
-        else [(int(i), float(logits[i]) - scale) for i in _largest(logits, min(count, logits.size))]
+        else [(int(i), float(logits[i]) - scale) for i in largest(logits, min(count, logits.size))]
     )
     return float(logits[token]) - scale, best

@@ -17,13 +17,12 @@ from typing import Final
 from engineroom import ConfigurationError
 from engineroom_llamacpp.gguf import GgufHeader, Tensor
 from engineroom_llamacpp.library import gpu_devices
-from engineroom_llamacpp.options import LlamaCppOptions
+from engineroom_llamacpp.options import DEFAULT_CONTEXT, LlamaCppOptions
 
 __all__ = ["check_positions", "estimate", "is_encoder", "pooling_of"]
 
 _CACHE_BYTES: Final = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32,
                        "q4_1": 20 / 32, "q5_0": 22 / 32, "q5_1": 24 / 32}  # fmt: skip
-_DEFAULT_CONTEXT: Final = 8192
 _MEAN: Final = 1
 _POOLINGS: Final = {0: "none", _MEAN: "mean", 2: "cls", 3: "last"}
 _RANK: Final = 4
@@ -139,12 +138,12 @@ def _cache(header: GgufHeader, options: LlamaCppOptions, layers: int) -> list[in
     width = header.number("embedding_length") or 0
     heads = header.numbers("attention.head_count", layers) or (1,) * layers
     kv_heads = header.numbers("attention.head_count_kv", layers) or heads
-    trained = header.number("context_length") or _DEFAULT_CONTEXT
-    cells = options.n_ctx or min(trained, _DEFAULT_CONTEXT)
+    trained = header.number("context_length") or DEFAULT_CONTEXT
+    cells = options.n_ctx or min(trained, DEFAULT_CONTEXT)
     k_bytes, v_bytes = _CACHE_BYTES[options.cache_type_k], _CACHE_BYTES[options.cache_type_v]
     embedding = 0
     if pooling_of(header) is not None:  # a second context, of halves
-        embedding = min(options.n_ctx or _DEFAULT_CONTEXT, trained)
+        embedding = min(options.n_ctx or DEFAULT_CONTEXT, trained)
     found = []
     for all_heads, kv in zip(heads, kv_heads, strict=True):
         head = width // max(1, all_heads)

@@ -1,0 +1,226 @@
+"""The sequences of a context: who has which, what is in those that nobody has, who goes for whom.
+
+What a request leaves behind stays until its sequence or its cells are needed, so that a prompt
+with the same beginning need not be computed again. A beginning is shared by telling llama.cpp
+that its cells belong to another sequence, too: nothing is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+from engineroom_llamacpp.cells import Cells, Chain, common_prefix
+
+__all__ = ["CellMemory", "CellSequence", "Sequences"]
+
+_TRIMMED: Final = 64
+"""Cells that are taken from an idle sequence at a time, at least: looking through the cache for
+them costs about as much for one."""
+_WORTH_KEEPING: Final = 16
+"""Fewer tokens than these are as soon read again."""
+
+
+class CellMemory(Protocol):
+    """What is asked of a context."""
+
+    def forget(self, sequence: int, position: int = 0) -> None:
+        """Free the sequence's cells from ``position`` on."""
+
+    def share(self, source: int, target: int, length: int) -> None:
+        """Let ``target``, which is empty, have the first ``length`` cells of ``source``."""
+
+
+@dataclass(eq=False, slots=True)
+class CellSequence:
+    """One sequence of the context.
+
+    :param index: llama.cpp's number for it.
+    :param adapter: what it was computed with: nothing of it is of use with another.
+    :param tokens: those whose cells it has, while nobody has it.
+    """
+
+    index: int
+    chain: Chain
+    adapter: str | None = None
+    tokens: list[int] = field(default_factory=list)
+
+
+class Sequences:
+    """Gives sequences out and takes them back.
+
+    :param count: how many the context has.
+    :param cells: cells of its cache.
+    :param reuse: keep what is in sequences that are given back, and look for common beginnings.
+    """
+
+    def __init__(self, memory: CellMemory, count: int, cells: int, *, reuse: bool) -> None:
+        self._memory = memory
+        self.reuse = reuse
+        self.count = count
+        self.cells = Cells(cells)
+        self._free = list(range(count - 1, -1, -1))
+        self._idle: list[CellSequence] = []  # the longest unused first
+
+    @property
+    def room(self) -> int:
+        """Cells that are free or can be made so."""
+        return self.cells.count - self.cells.busy
+
+    @property
+    def idle(self) -> int:
+        """Sequences that nobody has and that have something in them."""
+        return len(self._idle)
+
+    @property
+    def unused(self) -> int:
+        """Sequences that nobody has."""
+        return len(self._free) + len(self._idle)
+
+    def take(
+        self,
+        tokens: Sequence[int],
+        busy: Iterable[tuple[CellSequence, Sequence[int]]] = (),
+        adapter: str | None = None,
+    ) -> tuple[CellSequence, int]:
+        """A sequence for a prompt. One must be unused.
+
+        :param busy: sequences in use with the same adapter, with the tokens whose cells they have.
+        :returns: the sequence, and how many of the tokens it has already: not all, because the
+            last one's logits are needed.
+        """
+        found: CellSequence | None = None
+        common = 0
+        if self.reuse:
+            wanted = tokens[:-1]
+            idle = ((s, s.tokens) for s in self._idle if s.adapter == adapter)
+            for sequence, content in (*idle, *busy):
+                if (length := common_prefix(wanted, content)) > common:
+                    found, common = sequence, length
+        if found is None:
+            return self._fresh(None, adapter), 0
+        is_idle = not found.chain.busy
+        alone = is_idle and not self._free and len(self._idle) == 1
+        if alone or (is_idle and common == len(found.tokens)):
+            self._idle.remove(found)
+            self.cut(found, common)
+            self.cells.wake(found.chain)
+            found.tokens = []
+            return found, common
+        return self._fork(found, common), common
+
+    def common(
+        self, tokens: Sequence[int], busy: Iterable[tuple[CellSequence, Sequence[int]]]
+    ) -> int:
+        """How many of a prompt's tokens have cells in a sequence that is in use."""
+        if not self.reuse:
+            return 0
+        return max((common_prefix(tokens[:-1], content) for _, content in busy), default=0)
+
+    def longer(
+        self,
+        sequence: CellSequence,
+        tokens: Sequence[int],
+        known: int,
+        busy: Iterable[tuple[CellSequence, Sequence[int]]],
+    ) -> int:
+        """Let a sequence have more of its prompt, if another has come to have it meanwhile.
+
+        :param known: how many of the tokens it has.
+        :param busy: as for :meth:`take`.
+        :returns: how many it has now.
+        """
+        if not self.reuse:
+            return known
+        wanted = tokens[:-1]
+        found: CellSequence | None = None
+        for other, content in busy:
+            if len(content) > known and other is not sequence:
+                length = common_prefix(wanted, content)
+                if length > known:
+                    found, known = other, length
+        if found is not None:
+            self._memory.forget(sequence.index)
+            self.cells.drop(sequence.chain)
+            self._memory.share(found.index, sequence.index, known)
+            sequence.chain = self.cells.share(found.chain, known)
+        return known
+
+    def fork(self, source: CellSequence) -> CellSequence:
+        """Another sequence with the same cells. One must be unused."""
+        return self._fork(source, source.chain.length)
+
+    def cut(self, sequence: CellSequence, length: int) -> None:
+        """Leave a sequence only its first ``length`` cells."""
+        if length < sequence.chain.length:
+            self._memory.forget(sequence.index, length)
+            self.cells.cut(sequence.chain, length)
+
+    def give_back(self, sequence: CellSequence, tokens: Sequence[int] = ()) -> None:
+        """Nobody has the sequence any more.
+
+        :param tokens: those at its beginning whose cells are right, to be kept.
+        """
+        kept = [s for s in self._idle if s.adapter == sequence.adapter]
+        if not self.reuse or len(tokens) < _WORTH_KEEPING or self._is_known(tokens, kept):
+            self._drop(sequence)
+            return
+        for other in [s for s in kept if common_prefix(s.tokens, tokens) == len(s.tokens)]:
+            self._idle.remove(other)
+            self._drop(other)
+        self.cut(sequence, len(tokens))
+        self.cells.rest(sequence.chain)
+        sequence.tokens = list(tokens)
+        self._idle.append(sequence)
+
+    def make_room(self, count: int) -> bool:
+        """See to it that so many cells are free: what was unused longest goes, from its end on.
+
+        :returns: whether they are.
+        """
+        while (missing := count - self.cells.free) > 0 and self._idle:
+            sequence = self._idle[0]
+            own = sequence.chain.own
+            length = len(sequence.tokens) - min(own, max(missing, _TRIMMED))
+            # What shares all of its cells frees none, and is in the sequence that it shares with.
+            if own and length >= _WORTH_KEEPING:
+                self.cut(sequence, length)
+                del sequence.tokens[length:]
+            else:
+                self._drop(self._idle.pop(0))
+        return self.cells.free >= count
+
+    def forget_idle(self) -> None:
+        """Free all sequences that nobody has."""
+        while self._idle:
+            self._drop(self._idle.pop())
+
+    def _is_known(self, tokens: Sequence[int], idle: Sequence[CellSequence]) -> bool:
+        """Whether one of these idle sequences has all of it; then it counts as used now."""
+        for sequence in idle:
+            if common_prefix(sequence.tokens, tokens) == len(tokens):
+                self._idle.remove(sequence)
+                self._idle.append(sequence)
+                return True
+        return False
+
+    def _fresh(self, keep: CellSequence | None, adapter: str | None) -> CellSequence:
+        """An empty sequence; where none is free, another than ``keep`` is emptied."""
+        if not self._free:
+            victim = next(sequence for sequence in self._idle if sequence is not keep)
+            self._idle.remove(victim)
+            self._drop(victim)
+        return CellSequence(self._free.pop(), self.cells.begin(), adapter)
+
+    def _fork(self, source: CellSequence, length: int) -> CellSequence:
+        sequence = self._fresh(source, source.adapter)
+        self._memory.share(source.index, sequence.index, length)
+        sequence.chain = self.cells.share(source.chain, length)
+        return sequence
+
+    def _drop(self, sequence: CellSequence) -> None:
+        self._memory.forget(sequence.index)
+        self.cells.drop(sequence.chain)
+        sequence.tokens = []
+        self._free.append(sequence.index)

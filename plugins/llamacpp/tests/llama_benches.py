@@ -1,0 +1,41 @@
+"""What the tests of the engine share."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from engineroom import GenerationParams, InferenceRequest
+from engineroom_llamacpp.engine import LlamaEngine
+
+EOS: Final = 2
+NO_END: Final = {EOS: -100.0}
+"""Keeps the tiny model from ending by itself."""
+EXACT: Final[dict[str, Any]] = {
+    "cache_type_k": "f32",
+    "cache_type_v": "f32",
+    "flash_attn": "off",
+    "n_threads": 1,
+}
+"""Random weights magnify rounding: with half precision a prompt that is read anew, or in another
+batch, can come to other tokens. And the model is too small to be shared by threads."""
+
+
+def ask(prompt: str = "hello", stream: bool = False, **kw: Any) -> InferenceRequest:
+    request = {k: kw.pop(k) for k in list(kw) if k in InferenceRequest.model_fields}
+    kw.setdefault("temperature", 0.0)
+    kw.setdefault("max_new_tokens", 24)
+    kw.setdefault("logit_bias", NO_END)
+    return InferenceRequest(
+        model_id="m", prompt=prompt, stream=stream, params=GenerationParams(**kw), **request
+    )
+
+
+def no_leak(engine: LlamaEngine) -> None:
+    """Nobody has a sequence; without idle ones, llama.cpp has no cell in use either."""
+    sequences, context = engine.sequences, engine._context
+    assert sequences.unused == sequences.count
+    assert sequences.cells.busy == 0
+    sequences.forget_idle()
+    assert sorted(sequences._free) == list(range(sequences.count))
+    assert sequences.cells.used == 0
+    assert [context.length(index) for index in range(sequences.count)] == [0] * sequences.count
