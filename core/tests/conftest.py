@@ -12,6 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# A busy machine is no defect.
+settings.register_profile("any-machine", deadline=None)
+settings.load_profile("any-machine")
+
 
 # A shell without job control starts what runs in the background with interrupts ignored, and the
 # processes that tests start would inherit that.

@@ -15,6 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+# A busy machine is no defect.
+settings.register_profile("any-machine", deadline=None)
+settings.load_profile("any-machine")
+
 
 sys.path.insert(0, str(Path(__file__).parent))  # for hf_benches.py, whatever the import mode
 
