@@ -19,8 +19,8 @@ _TRIMMED: Final = 64
 """Cells that are taken from an idle sequence at a time, at least: looking through the cache for
 them costs about as much for one."""
 _BLOCK: Final = 16
-"""Beginnings are shared in multiples of so many tokens; fewer are as soon read again. Kernels take the
-tokens of a batch four and more at a time, and what is left over in another way, with other last
+"""Beginnings are shared in multiples of so many tokens; fewer are as soon read again. Kernels take
+the tokens of a batch four and more at a time, and what is left over in another way, with other last
 digits: what is left over is then the same, whether the beginning was computed or shared. It makes
 answers that come out otherwise the second time rarer; attention still adds up in another order."""
 
