@@ -18,8 +18,11 @@ __all__ = ["CellMemory", "CellSequence", "Sequences"]
 _TRIMMED: Final = 64
 """Cells that are taken from an idle sequence at a time, at least: looking through the cache for
 them costs about as much for one."""
-_WORTH_KEEPING: Final = 16
-"""Fewer tokens than these are as soon read again."""
+_BLOCK: Final = 16
+"""Beginnings are shared in multiples of so many tokens; fewer are as soon read again. Kernels take
+the tokens of a batch four and more at a time, and what is left over in another way, with other last
+digits: what is left over is then the same, whether the beginning was computed or shared. It makes
+answers that come out otherwise the second time rarer; attention still adds up in another order."""
 
 
 class CellMemory(Protocol):
@@ -96,13 +99,13 @@ class Sequences:
             wanted = tokens[:-1]
             idle = ((s, s.tokens) for s in self._idle if s.adapter == adapter)
             for sequence, content in (*idle, *busy):
-                if (length := common_prefix(wanted, content)) > common:
+                if (length := _whole(common_prefix(wanted, content))) > common:
                     found, common = sequence, length
         if found is None:
             return self._fresh(None, adapter), 0
         is_idle = not found.chain.busy
         alone = is_idle and not self._free and len(self._idle) == 1
-        if alone or (is_idle and common == len(found.tokens)):
+        if alone or (is_idle and len(found.tokens) - common < _BLOCK):
             self._idle.remove(found)
             self.cut(found, common)
             self.cells.wake(found.chain)
@@ -116,7 +119,7 @@ class Sequences:
         """How many of a prompt's tokens have cells in a sequence that is in use."""
         if not self.reuse:
             return 0
-        return max((common_prefix(tokens[:-1], content) for _, content in busy), default=0)
+        return max((_whole(common_prefix(tokens[:-1], each)) for _, each in busy), default=0)
 
     def longer(
         self,
@@ -137,7 +140,7 @@ class Sequences:
         found: CellSequence | None = None
         for other, content in busy:
             if len(content) > known and other is not sequence:
-                length = common_prefix(wanted, content)
+                length = _whole(common_prefix(wanted, content))
                 if length > known:
                     found, known = other, length
         if found is not None:
@@ -184,7 +187,7 @@ class Sequences:
             own = sequence.chain.own
             length = len(sequence.tokens) - min(own, max(missing, _TRIMMED))
             # What shares all of its cells frees none, and is in the sequence that it shares with.
-            if own and length >= _WORTH_KEEPING:
+            if own and length >= _BLOCK:
                 self.cut(sequence, length)
                 del sequence.tokens[length:]
             else:
@@ -224,3 +227,8 @@ class Sequences:
         self.cells.drop(sequence.chain)
         sequence.tokens = []
         self._free.append(sequence.index)
+
+
+def _whole(length: int) -> int:
+    """As many tokens as can be shared of so many."""
+    return length - length % _BLOCK
