@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
 from engineroom.server.frames import BadJsonError, dumps, loads
 from engineroom.server.keys import ANONYMOUS, Identity
+from engineroom.server.protocol import WRITE
 from engineroom.server.refusals import Refused
 
 if TYPE_CHECKING:
@@ -165,6 +166,15 @@ class Call:
                 "headers": [(b"x-request-id", self.id.encode("latin-1")), *headers],
             }
         )
+
+    def writer(self) -> Callable[[bytes], Awaitable[None] | None]:
+        """What sends a part of the body: it returns what to wait for, or ``None``."""
+        write: Callable[[bytes], Awaitable[None] | None] | None
+        write = self.scope.get("extensions", {}).get(WRITE)
+        if write is not None:
+            return write
+        send = self.send
+        return lambda part: send({"type": "http.response.body", "body": part, "more_body": True})
 
     async def answer(
         self,

@@ -8,7 +8,7 @@ away, and the service stops the work within a step, wherever it is.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Protocol
 
@@ -34,8 +34,8 @@ class Writer(Protocol):
     def begin(self, streams: Sequence[InferenceStream]) -> bytes:
         """What comes before the first text; the prompt was read by then."""
 
-    def text(self, index: int, text: str) -> bytes:
-        """A step's text of one answer. Called for each: it must be quick."""
+    def framer(self, index: int) -> Callable[[str], bytes]:
+        """What makes a frame of a step's text of one answer. Called for each: it is quick."""
 
     def text_with_logprobs(self, index: int, text: str, logprobs: Sequence[TokenLogprob]) -> bytes:
         """The same where ``wants_logprobs`` is true; ``text`` may be empty."""
@@ -144,17 +144,24 @@ async def _stream_one(call: Call, stream: InferenceStream, writer: Writer) -> No
             chunk = await anext(stream, None)
         if (entries := stream.logprobs[seen:]) and not isinstance(chunk, StreamError):
             head += writer.text_with_logprobs(0, "", entries)
-    else:
-        write = writer.text
-        if chunk is not None:
-            first = head + write(0, chunk)
-            head = b""
-            await send({"type": "http.response.body", "body": first, "more_body": True})
-            async for chunk in stream:
-                if chunk.__class__ is StreamError:
-                    break
-                frame = write(0, chunk)
-                await send({"type": "http.response.body", "body": frame, "more_body": True})
+    elif chunk is not None:
+        frame_of, write = writer.framer(0), call.writer()
+        first = write(head + frame_of(chunk))
+        head = b""
+        if first is not None:
+            await first
+        failed: StreamError | None = None
+
+        def put(chunk: str) -> Awaitable[None] | None:
+            nonlocal failed
+            if chunk.__class__ is StreamError:
+                failed = chunk
+                return None
+            return write(frame_of(chunk))
+
+        # In a task of its own: it wakes for each step, and each coroutine above it would, too.
+        await asyncio.create_task(stream.pump(put))
+        chunk = failed
     response = stream.response
     assert response is not None
     if isinstance(chunk, StreamError):
@@ -189,6 +196,7 @@ async def _send_many(
     queue: asyncio.Queue[tuple[int, str | None]],
 ) -> None:
     left = len(streams)
+    frames = [writer.framer(index) for index in range(left)]
     seen = [0] * left
     head = b""
     while left:
@@ -213,7 +221,7 @@ async def _send_many(
                 frame = writer.text_with_logprobs(index, chunk or "", entries[seen[index] :])
                 seen[index] = len(entries)
         elif chunk is not None:
-            frame = writer.text(index, chunk)
+            frame = frames[index](chunk)
         if chunk is None:
             left -= 1
             response = streams[index].response

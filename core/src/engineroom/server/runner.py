@@ -60,6 +60,7 @@ class EngineRoomServer(uvicorn.Server):
                 log_level="critical",  # what is to be said, the application says
                 access_log=False,
                 server_header=False,
+                proxy_headers=False,  # nothing here asks who the client is
                 timeout_keep_alive=settings.keep_alive_s,  # type: ignore[arg-type]
                 timeout_graceful_shutdown=CLOSE_S,
                 backlog=2048,
