@@ -149,6 +149,14 @@ def serve(  # one parameter a flag: that is how typer is told of them
             metavar="SECONDS",
         ),
     ] = None,
+    heartbeat: Annotated[
+        float | None,
+        _flag(
+            "Send a comment on streams that are silent for so long; 0: never.  [default: 15]",
+            "--heartbeat",
+            metavar="SECONDS",
+        ),
+    ] = None,
     unknown_fields: Annotated[
         UnknownFields | None,
         _flag(
@@ -203,6 +211,7 @@ def serve(  # one parameter a flag: that is how typer is told of them
             max_connections=max_connections,
             request_timeout_s=request_timeout,
             drain_timeout_s=drain_timeout,
+            heartbeat_s=heartbeat,
             unknown_fields=unknown_fields.value if unknown_fields is not None else None,
         ),
         insecure=insecure,
