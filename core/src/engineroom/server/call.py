@@ -159,13 +159,10 @@ class Call:
     async def start(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
         """Send status and headers."""
         self.started = True
-        await self.send(
-            {
-                "type": "http.response.start",
-                "status": status,
-                "headers": [(b"x-request-id", self.id.encode("latin-1")), *headers],
-            }
-        )
+        sent = [(b"x-request-id", self.id.encode("latin-1")), *headers]
+        if (trace := self.context.traceparent_of(self.id)) is not None:
+            sent.append((b"traceresponse", trace.encode("latin-1")))
+        await self.send({"type": "http.response.start", "status": status, "headers": sent})
 
     def writer(self) -> Callable[[bytes], Awaitable[None] | None]:
         """What sends a part of the body: it returns what to wait for, or ``None``."""
