@@ -88,7 +88,9 @@ def openai_async_stream(url: str, text: str, retries: int) -> Answer:
         key = {"base_url": f"{url}/v1", "api_key": "x", "max_retries": retries}
         async with openai.AsyncOpenAI(**key) as client:
             try:
-                stream = await client.completions.create(model="m", prompt=text, stream=True)
+                stream = await client.completions.create(
+                    model="m", prompt=text, stream=True, max_tokens=999
+                )
                 async for chunk in stream:
                     got += chunk.choices[0].text
             except openai.APIError as error:
@@ -353,3 +355,22 @@ def test_a_client_that_goes_away_between_comments_frees_its_slot(start):
             assert next(lines) == ": ping"
             assert run.handler.running == 1
         run.until(lambda: run.handler.running == 0, "the slot is free")
+
+
+# ── the bytes on the wire, whichever way they take ───────────────────────────────────────────
+
+
+@pytest.mark.parametrize("origins", [(), ("*",)])
+def test_a_stream_is_the_same_with_each_parser(start, each_parser, origins):
+    text = "one äöü 🦜 two " * 20
+    headers = {"origin": "http://a.example"} if origins else {}
+    with start(cors_origins=origins) as run:
+        for client in STREAMS:
+            assert client(run.url, text, 0).text == text
+        body = {"model": "m", "messages": messages("one"), "stream": True}
+        with httpx.Client() as one:  # the connection goes on to be used
+            for _ in range(2):
+                answer = one.post(run.url + CHAT, json=body, headers=headers)
+                assert answer.text.endswith("data: [DONE]\n\n")
+                assert ("access-control-allow-origin" in answer.headers) == bool(origins)
+            assert len(run.server.server_state.connections) == 1
