@@ -77,7 +77,9 @@ class Served:
             await self._engineroom(listening, settings, EngineRoomServer)
             return
         app = _raw(self._tokens) if self._kind == "raw" else _fastapi(self._tokens)
-        config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off")
+        config = uvicorn.Config(
+            app, log_config=None, access_log=False, lifespan="off", proxy_headers=False
+        )
         server = uvicorn.Server(config)
         loop = asyncio.get_running_loop()
         self._stop = lambda: loop.call_soon_threadsafe(setattr, server, "should_exit", True)

@@ -194,3 +194,20 @@ def test_a_bar_that_cannot_be_measured_or_breaks_leaves_the_others(monkeypatch, 
     assert '"median": 2.0' in file.read_text(encoding="utf-8")
     bars.pop(1)
     assert command.main([]) == 0
+
+
+def test_the_servers_load_is_measured_side_by_side(capsys, monkeypatch):
+    pytest.importorskip("uvicorn", reason="needs engineroom[server]")
+    pytest.importorskip("msgspec", reason="needs engineroom[server]")
+    from benchmarks import server_load
+
+    monkeypatch.setitem(server_load.SIDES, "litserve", "no_such_module")
+    monkeypatch.setattr(server_load.measure, "__defaults__", ((1, 3),))
+    assert server_load.main(["engineroom", "litserve", "--seconds", "0.1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1:3] for line in lines[2:4]] == [
+        [" engineroom ", " 1 "], [" engineroom ", " 3 "],
+    ]  # fmt: skip
+    assert lines[4:] == ["litserve: skipped, it needs no_such_module: pip install no_such_module"]
+    with pytest.raises(SystemExit):
+        server_load.main(["nobody"])

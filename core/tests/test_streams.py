@@ -276,6 +276,116 @@ async def test_a_handler_that_yields_while_it_is_closed_harms_no_closing(caplog)
     assert "ignored GeneratorExit" in caplog.text
 
 
+# ── pumping ──────────────────────────────────────────────────────────────────────────────────
+
+
+async def pumped(stream, wait=None, into=None):
+    """What a stream puts, read to the end; ``wait`` makes what is waited for after each."""
+    chunks = [] if into is None else into
+
+    def put(chunk):
+        chunks.append(chunk)
+        return wait() if wait is not None else None
+
+    await stream.pump(put)
+    return chunks
+
+
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize("fields", [{}, {"fail": "during"}, {"fail": "before"}])
+async def test_pumping_gives_what_iterating_gives(waits, fields):
+    bench = echo_bench(**fields)
+    expected = await drained(bench.service.stream(bench.request("one two three")))
+    stream = bench.service.stream(bench.request("one two three"))
+    chunks = await pumped(stream, (lambda: asyncio.sleep(0)) if waits else None)
+    assert [type(chunk) for chunk in chunks] == [type(chunk) for chunk in expected]
+    assert [c for c in chunks if type(c) is str] == [c for c in expected if type(c) is str]
+    assert stream.response.finish_reason == ("error" if fields else "eos_token")
+    assert await pumped(stream) == [] and bench.at_rest()
+
+
+async def test_a_stream_that_was_begun_is_pumped_to_its_end():
+    bench = echo_bench()
+    stream = bench.service.stream(bench.request("a b c"))
+    assert await anext(stream) == "a"
+    assert await pumped(stream) == [" b", " c"]
+
+
+async def test_a_stream_that_is_pumped_has_no_second_reader():
+    bench = gate_bench()
+    request, stream = await begun(bench)
+    reader = asyncio.create_task(pumped(stream))
+    await until(lambda: bench.handler.decoding(request, after=1))
+    for read in (drained(stream), pumped(stream)):
+        with pytest.raises(RuntimeError, match="one reader"):
+            await read
+    bench.handler.permit(request.request_id, 2)
+    assert await reader == [" two", " three"]
+
+
+@pytest.mark.parametrize("how", ["deadline", "aclose", "cancel"])
+async def test_a_pumped_stream_is_stopped_while_it_waits_for_the_runtime(how):
+    bench = gate_bench()
+    request, stream = await begun(bench, timeout_s=3600)
+    reader = asyncio.create_task(pumped(stream))
+    await until(lambda: bench.handler.decoding(request, after=1))
+    if how == "deadline":
+        bench.expire(request)
+        (chunk,) = await reader
+        assert isinstance(chunk.error, RequestTimeoutError)
+    elif how == "aclose":
+        await stream.aclose()
+        assert await reader == []
+    else:
+        reader.cancel()
+        await asyncio.wait([reader])
+        assert reader.cancelled()
+    assert bench.handler.ended == [request.request_id] and bench.at_rest()
+
+
+@pytest.mark.parametrize("how", ["deadline", "aclose", "cancel"])
+async def test_a_pumped_stream_is_stopped_while_its_reader_is_slow(how):
+    bench = gate_bench()
+    request, stream = await begun(bench, timeout_s=3600)
+    slow = asyncio.get_running_loop().create_future()
+    bench.handler.permit(request.request_id)
+    chunks = []
+    reader = asyncio.create_task(pumped(stream, lambda: slow, chunks))
+    await until(lambda: chunks == [" two"])
+    if how == "deadline":
+        bench.expire(request)
+        await until(lambda: bench.handler.ended)  # it does not wait for the reader
+        assert not reader.done() and not slow.done()
+        slow.set_result(None)
+        first, last = await reader
+        assert first == " two" and isinstance(last.error, RequestTimeoutError)
+    elif how == "aclose":
+        await stream.aclose()
+        assert bench.handler.ended
+        slow.set_result(None)
+        assert await reader == [" two"]
+    else:
+        reader.cancel()
+        await asyncio.wait([reader])
+        assert reader.cancelled() and slow.cancelled()
+        await stream.aclose()
+    assert bench.handler.ended == [request.request_id] and bench.at_rest()
+
+
+async def test_what_the_taker_raises_stops_the_pumping_and_closing_the_work():
+    bench = gate_bench()
+    request, stream = await begun(bench)
+    bench.handler.permit(request.request_id)
+
+    def put(chunk):
+        raise ValueError(chunk)
+
+    with pytest.raises(ValueError, match="two"):
+        await stream.pump(put)
+    await stream.aclose()
+    assert bench.handler.ended == [request.request_id] and bench.at_rest()
+
+
 # ── abandonment ──────────────────────────────────────────────────────────────────────────────
 
 

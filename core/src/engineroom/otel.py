@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import OrderedDict
 from typing import Any, Final
 
 from opentelemetry import metrics, trace
@@ -31,6 +32,7 @@ __all__ = ["OpenTelemetryObserver", "configure"]
 
 _SCOPE: Final = "engineroom"
 _MAX_OPEN: Final = 100_000
+_MAX_ENDED: Final = 4096
 _PARAMS: Final = {
     "max_new_tokens": "gen_ai.request.max_tokens",
     "temperature": "gen_ai.request.temperature",
@@ -64,6 +66,7 @@ class OpenTelemetryObserver:
         meter = metrics.get_meter(_SCOPE, meter_provider=meter_provider)
         self._propagator = TraceContextTextMapPropagator()
         self._open: dict[str, Span] = {}
+        self._ended: OrderedDict[str, Span] = OrderedDict()  # whole answers are sent afterwards
 
         def seconds(name: str, text: str) -> Any:
             return meter.create_histogram(
@@ -83,8 +86,8 @@ class OpenTelemetryObserver:
         )
 
     def traceparent_of(self, request_id: str) -> str | None:
-        """The ``traceparent`` of a request's span while it is open."""
-        span = self._open.get(request_id)
+        """The ``traceparent`` of a request's span while it is open, and for a while after."""
+        span = self._open.get(request_id) or self._ended.get(request_id)
         if span is None:
             return None
         carrier: dict[str, str] = {}
@@ -140,6 +143,9 @@ class OpenTelemetryObserver:
             labels["error.type"] = response.error_type
         if span is not None:
             _finish(span, response)
+            self._ended[request.request_id] = span
+            if len(self._ended) > _MAX_ENDED:
+                self._ended.popitem(last=False)
         total, first = response.inference_time_ms, response.time_to_first_token_ms
         written = response.generated_tokens
         if total is not None:

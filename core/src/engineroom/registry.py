@@ -409,6 +409,10 @@ class HandlerRegistry:
         """Whether any observer has this hook."""
         return bool(getattr(self._manager.hook, hook).get_hookimpls())
 
+    def plugins_with(self, method: str) -> list[Any]:
+        """The handlers and observers that have a method of this name."""
+        return [plugin for plugin in self._manager.get_plugins() if hasattr(plugin, method)]
+
     def notify(self, hook: str, **arguments: Any) -> None:
         """Call an observer hook. An observer that raises is logged; the rest are called."""
         for implementation in getattr(self._manager.hook, hook).get_hookimpls():

@@ -297,6 +297,7 @@ class LLMInferenceService:
                 handler, warnings = self._choose(scope, loaded_model)
                 entered = time.perf_counter()
                 inner = handler.stream_infer(loaded_model, scope.request)
+                advance = inner.__anext__
                 final: InferenceResponse | None = None
                 if self.registry.listens("engineroom_request_gaps"):
                     gaps = []
@@ -326,7 +327,10 @@ class LLMInferenceService:
                         except GeneratorExit:
                             closing = True
                             raise
-                        chunk = await anext(inner, _END)
+                        try:
+                            chunk = await advance()
+                        except StopAsyncIteration:
+                            break
                 finally:
                     await inner.aclose()
                 scope.check()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Any, Final
 
@@ -76,6 +76,33 @@ class InferenceStream(AsyncGenerator[str, None]):
             return chunk
         finally:
             scope.end()
+
+    async def pump(self, put: Callable[[str], Awaitable[None] | None]) -> None:
+        """Read to the end: as ``async for``, for a reader that can take chunks without waiting.
+
+        :param put: takes a chunk; returns what to wait for before the next one, or ``None``.
+            What it raises stops the reading, not the work: close the stream.
+        """
+        scope = self._scope
+        if scope.closer is not None:
+            await scope.closed()
+        scope.begin()
+        try:
+            async for chunk in self._chunks:
+                waiting = put(chunk)
+                if waiting is not None:
+                    scope.end()  # who waits for a slow reader is not read
+                    await waiting
+                    if scope.closer is not None:
+                        await scope.closed()
+                    scope.begin()
+        finally:
+            scope.end()
+        if scope.unread is not None:
+            chunk, scope.unread = scope.unread, None
+            waiting = put(chunk)
+            if waiting is not None:
+                await waiting
 
     async def asend(self, value: None) -> str:
         """As ``__anext__``; a stream takes no values."""

@@ -59,7 +59,8 @@ def test_a_source_is_served_as_default_and_sigterm_ends_it_well(site, spawn):
     assert ask(url, "default")["choices"][0]["message"]["content"] == "one two"
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 0
-    assert process.stderr.read() == b""
+    said = process.stderr.read().decode()
+    assert re.fullmatch(r"loading echo:\necho: is ready after \d+\.\d s\n", said), said
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for one process")
@@ -172,3 +173,88 @@ def test_without_the_extra_the_package_is_importable(environment):
         "assert not loaded & {'starlette', 'prometheus_client', 'opentelemetry'}, loaded"
     )
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+# ── a deployment that changes, and the command that asks for it ──────────────────────────────
+
+
+@pytest.fixture
+def deployed(site, spawn, tmp_path, command):
+    """A server of a deployment file, and ``engineroom models`` to ask it with."""
+    needs_server()
+    site.echo()
+    file = tmp_path / "d.yaml"
+    file.write_text(MODELS)
+    made = {}
+
+    def serve(*args: str):
+        process = made["process"] = spawn("serve", "-c", str(file), "--port", "0", *args)
+        url = url_of(process)
+        read_until(process, "two is ready")
+        return process, file, lambda *words: command("models", *words, "--url", url)
+
+    yield serve
+    made["process"].terminate()
+    assert made["process"].wait(20) == 0 or sys.platform == "win32"
+
+
+def read_until(process, wanted: str) -> list[str]:
+    lines = []
+    while not lines or wanted not in lines[-1]:
+        line = process.stderr.readline().decode()
+        assert line, lines
+        lines.append(line)
+    return lines
+
+
+def test_models_of_a_server_are_listed_planned_loaded_and_unloaded(deployed):
+    _, _, models_of = deployed()
+    assert "two" in models_of("ls").out and "ready" in models_of("ls").out
+    assert models_of("unload", "second").out == "two: unloaded\n"
+    states = {m["id"]: m["state"] for m in json.loads(models_of("ls", "--json").out)}
+    assert states == {"one": "ready", "two": "unloaded"}
+    planned = {
+        m["model_id"]: m["action"] for m in json.loads(models_of("plan", "--json").out)["models"]
+    }
+    assert planned["two"] == "preload" != planned["one"]
+    assert "UNLOADS FIRST" in models_of("plan").out
+    assert models_of("load", "two").out == "two: ready\n"
+    missing = models_of("load", "three")
+    assert missing.status == 1 and "'three' is not a model of this deployment" in missing.error
+
+
+def test_a_deployment_is_reloaded_on_demand(deployed):
+    process, file, models_of = deployed()
+    assert models_of("reload").out == "nothing changed\n"
+    file.write_text(MODELS + "  - {model_id: three, source: 'echo:'}\n")
+    assert models_of("reload").out == "added: three\n"
+    read_until(process, "the deployment was reloaded: added: three")
+    assert "three" in models_of("ls").out
+    file.write_text("models: 3\n")
+    wrong = models_of("reload")
+    assert wrong.status == 1 and "models" in wrong.error
+    assert "three" in models_of("ls").out
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="the system has no SIGHUP")
+def test_sighup_reloads_the_deployment(deployed):
+    process, file, models_of = deployed()
+    file.write_text(MODELS + "  - {model_id: three, source: 'echo:'}\n")
+    process.send_signal(signal.SIGHUP)
+    read_until(process, "the deployment was reloaded: added: three")
+    file.write_text("models: 3\n")
+    process.send_signal(signal.SIGHUP)
+    assert "the old one goes on" in read_until(process, "was not reloaded")[-1]
+    assert "three" in models_of("ls").out
+
+
+def test_a_deployment_is_watched(deployed):
+    pytest.importorskip("watchfiles", reason="watching needs engineroom[watch]")
+    process, file, _ = deployed("--watch")
+    file.write_text(MODELS + "  - {model_id: three, source: 'echo:'}\n")
+    read_until(process, "the deployment was reloaded: added: three")
+
+
+def test_to_watch_takes_a_deployment(command):
+    needs_server()
+    assert "--watch is for a whole deployment" in command("serve", "-m", "echo:", "--watch").error

@@ -321,3 +321,9 @@ def test_the_stats_line_leaves_out_what_is_not_known():
     assert stats_line(one) == "smollm2 · 1 token · 2.0 tokens/s"
     stopped = _response(finish_reason="stop_sequence", stop_sequence="\n")
     assert stats_line(stopped) == "smollm2 · stopped by stop_sequence '\\n'"
+
+
+@pytest.mark.parametrize("group", [(), ("models",)])
+def test_summaries_of_commands_are_whole(command, group):
+    lines = command(*group, "--help").out.partition("Commands:")[2].partition("Examples:")[0]
+    assert lines.strip() and "..." not in lines and "…" not in lines

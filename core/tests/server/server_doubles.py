@@ -2,8 +2,10 @@
 
 It stands in for a runtime; what is under test is the server. Words that begin with ``!``:
 ``!hang`` waits for ever in prefill, ``!drip`` never ends, ``!fail`` fails before the first token,
-``!break`` fails after the second, ``!dead`` is an engine that has ended, ``!leak`` fails with a
-path in the message, ``!refuse`` is a request that cannot be honoured.
+``!break`` fails after the second, ``!dead`` is an engine that has ended, ``!die`` one that ends
+after the second token, ``!mortal`` one that has ended as often as ``deaths`` says, ``!wait`` waits
+in prefill for ``gate``, ``!leak`` fails with a path in the message, ``!refuse`` is a request that
+cannot be honoured.
 """
 
 from __future__ import annotations
@@ -38,6 +40,8 @@ class TalkHandler(TokenHandler):
         self.seen: list[InferenceRequest] = []
         self.load_gate: asyncio.Event | None = None
         self.fail_load = False
+        self.gate = asyncio.Event()
+        self.deaths = 0
 
     def capabilities(self) -> Capabilities:
         params = frozenset(GenerationParams.model_fields)
@@ -85,6 +89,11 @@ class TalkHandler(TokenHandler):
             assert request.messages is not None
             text = request.messages[-1].content or ""
         words = re.findall(r"\s*\S+|\s+", text)
+        if "!wait" in text:
+            await self.gate.wait()
+        if "!mortal" in text and self.deaths > 0:
+            self.deaths -= 1
+            raise EngineDeadError("the process at /opt/engine/bin ended with status -9")
         if "!refuse" in text:
             raise ConfigurationError("the prompt has 9000 tokens, but the context has 4096")
         if "!dead" in text:
@@ -103,6 +112,8 @@ class TalkHandler(TokenHandler):
                 await asyncio.sleep(0.002 if "!drip" in text else 0)
                 if "!break" in text and number == 2:
                     raise RuntimeError("asked to fail after the second token")
+                if "!die" in text and number == 2:
+                    raise EngineDeadError("the process at /opt/engine/bin ended with status -9")
                 yield self._step(number, word, request)
                 number += 1
             if "!drip" not in text:

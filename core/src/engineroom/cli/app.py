@@ -85,11 +85,19 @@ def options(
 
 
 app.command("run", epilog=RUN_EPILOG)(run)
-app.command("chat", epilog=CHAT_EPILOG)(chat)
-app.command("serve", epilog=SERVE_EPILOG)(serve)
-app.command("new-key", epilog=NEW_KEY_EPILOG)(new_key)
-app.add_typer(models_app, name="models")
-app.command("plugins", epilog=PLUGINS_EPILOG)(plugins)
-app.command("doctor", epilog=DOCTOR_EPILOG)(doctor)
-app.command("new-plugin", epilog=NEW_PLUGIN_EPILOG)(new_plugin)
-app.command("conformance", epilog=CONFORMANCE_EPILOG)(conformance)
+app.command("chat", short_help="Talk with a model.", epilog=CHAT_EPILOG)(chat)
+app.command("serve", short_help="Serve models over HTTP.", epilog=SERVE_EPILOG)(serve)
+app.command("new-key", short_help="Make a key for a server.", epilog=NEW_KEY_EPILOG)(new_key)
+app.add_typer(models_app, name="models", short_help="List, plan, load and unload models.")
+app.command(
+    "plugins", short_help="List the installed plugins, in their order.", epilog=PLUGINS_EPILOG
+)(plugins)
+app.command(
+    "doctor", short_help="Look over the installation and the machine.", epilog=DOCTOR_EPILOG
+)(doctor)
+app.command(
+    "new-plugin", short_help="Write a plugin package for a runtime.", epilog=NEW_PLUGIN_EPILOG
+)(new_plugin)
+app.command(
+    "conformance", short_help="Check that a handler keeps the contract.", epilog=CONFORMANCE_EPILOG
+)(conformance)

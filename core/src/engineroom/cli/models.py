@@ -70,8 +70,12 @@ _SERVER_OPTION: Final = typer.Option(
 )
 
 models_app = typer.Typer(rich_markup_mode=None, epilog=_EPILOG)
-models_app.command("pull", epilog=PULL_EPILOG)(pull_command)
-models_app.command("rm-cache", epilog=RM_CACHE_EPILOG)(rm_cache)
+models_app.command(
+    "pull", short_help="Fetch models of the hub ahead of their use.", epilog=PULL_EPILOG
+)(pull_command)
+models_app.command(
+    "rm-cache", short_help="Remove the hub's models from this machine.", epilog=RM_CACHE_EPILOG
+)(rm_cache)
 
 
 @models_app.callback(invoke_without_command=True)
@@ -85,7 +89,7 @@ def models(
         _list(config, as_json)
 
 
-@models_app.command("ls", epilog=_EPILOG)
+@models_app.command("ls", short_help="List the models, or those of a server.", epilog=_EPILOG)
 def ls(
     ctx: typer.Context,
     config: Annotated[Path | None, CONFIG_OPTION] = None,
@@ -104,7 +108,9 @@ def ls(
         _list(config or _given(ctx).get("config"), as_json)
 
 
-@models_app.command("plan", epilog=_PLAN_EPILOG)
+@models_app.command(
+    "plan", short_help="Say what would be loaded, and what would go.", epilog=_PLAN_EPILOG
+)
 def plan(
     ctx: typer.Context,
     config: Annotated[Path | None, CONFIG_OPTION] = None,
@@ -172,7 +178,7 @@ def plan(
     )
 
 
-@models_app.command("show", epilog=_SHOW_EPILOG)
+@models_app.command("show", short_help="Show a model and what it would take.", epilog=_SHOW_EPILOG)
 def show(
     ctx: typer.Context,
     model: Annotated[
@@ -225,7 +231,7 @@ def load(
     _show_state(RemoteManager(url).load(model), as_json)
 
 
-@models_app.command("unload", epilog=_LOAD_EPILOG)
+@models_app.command("unload", short_help="Unload a model of a running server.", epilog=_LOAD_EPILOG)
 def unload(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model of the server.")],
     url: Annotated[str | None, _SERVER_OPTION] = None,

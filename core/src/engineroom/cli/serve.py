@@ -23,7 +23,9 @@ from engineroom.cli.resolve import (
 from engineroom.cli.run import CONFIG_OPTION
 from engineroom.cli.settings import Settings
 from engineroom.errors import ConfigurationError
-from engineroom.manager import LLMModelManager
+from engineroom.hookspecs import hookimpl
+from engineroom.manager import LLMModelManager, PreloadProgress
+from engineroom.reload import ReloadReport
 from engineroom.service import LLMInferenceService
 from engineroom.telemetry import LOGGER_NAME, LoggingObserver
 
@@ -46,7 +48,8 @@ Environment:
   ENGINEROOM_API_KEYS    keys, separated by commas, beside those of --keys
   ENGINEROOM_ADMIN_KEYS  the same for --admin-keys
 
-SIGTERM and Ctrl-C drain the server; a second one ends it at once.
+SIGTERM and Ctrl-C drain the server; a second one ends it at once. SIGHUP has it read the
+deployment file anew.
 """
 
 NEW_KEY_EPILOG: Final = """\b
@@ -149,6 +152,14 @@ def serve(  # one parameter a flag: that is how typer is told of them
             metavar="SECONDS",
         ),
     ] = None,
+    heartbeat: Annotated[
+        float | None,
+        _flag(
+            "Send a comment on streams that are silent for so long; 0: never.  [default: 15]",
+            "--heartbeat",
+            metavar="SECONDS",
+        ),
+    ] = None,
     unknown_fields: Annotated[
         UnknownFields | None,
         _flag(
@@ -176,6 +187,10 @@ def serve(  # one parameter a flag: that is how typer is told of them
         bool,
         typer.Option("--preload/--no-preload", help="Load the models at once.", show_default=True),
     ] = True,
+    watch: Annotated[
+        bool,
+        _flag("Read the deployment file anew when it changes, too; SIGHUP always does.", "--watch"),
+    ] = False,
     otel: Annotated[
         bool, _flag("Trace and measure with OpenTelemetry (OTEL_* variables).", "--otel")
     ] = False,
@@ -188,6 +203,8 @@ def serve(  # one parameter a flag: that is how typer is told of them
     """
     if model is None and (runtime is not None or option):
         raise CommandError("--runtime and --option say how to load --model; give that, too")
+    if model is not None and watch:
+        raise CommandError("--watch is for a whole deployment; leave --model out")
     server = _server()
     settings = server.ServerSettings(
         **_given(
@@ -203,6 +220,7 @@ def serve(  # one parameter a flag: that is how typer is told of them
             max_connections=max_connections,
             request_timeout_s=request_timeout,
             drain_timeout_s=drain_timeout,
+            heartbeat_s=heartbeat,
             unknown_fields=unknown_fields.value if unknown_fields is not None else None,
         ),
         insecure=insecure,
@@ -218,6 +236,7 @@ def serve(  # one parameter a flag: that is how typer is told of them
         service.registry.register_plugin(LoggingObserver(), name="cli-log")
     if otel:
         service.registry.register_plugin(_observer(), name="opentelemetry")
+    service.registry.register_plugin(_Reloads(), name="cli-reloads")
     errors = _Errors()
     if not told.logging:
         logging.getLogger(LOGGER_NAME).addHandler(errors)
@@ -228,6 +247,8 @@ def serve(  # one parameter a flag: that is how typer is told of them
             settings,
             preload=preload,
             started=lambda url: say(f"engineroom serves {names} on {url} (Ctrl-C stops it)"),
+            watch=watch,
+            progress=_tell,
         )
     finally:
         logging.getLogger(LOGGER_NAME).removeHandler(errors)
@@ -286,7 +307,8 @@ def _manager(
             raise ConfigurationError(f"--model was not given, and {NO_DEPLOYMENT}")
         registry = registry_for(deployment)
         warn_of_quarantined(registry)
-        return LLMModelManager(config=deployment, registry=registry)
+        # From the file, and not from what was read: so it can be read anew.
+        return LLMModelManager(config_path=config, registry=registry)
     target = resolve(model, config, runtime, options)
     warn_of_quarantined(target.registry)
     (entry,) = [
@@ -301,6 +323,27 @@ def _manager(
         entry = entry.model_copy(update={"preload": True})
     deployment = target.deployment.model_copy(update={"models": [entry]})
     return dataclasses.replace(target, deployment=deployment).manager()
+
+
+def _tell(progress: PreloadProgress) -> None:
+    """A line for each step of preloading."""
+    place = f" ({progress.number} of {progress.total})" if progress.total > 1 else ""
+    if progress.step == "loading":
+        say(f"loading {progress.model_id}{place}")
+    elif progress.step == "ready":
+        say(f"{progress.model_id} is ready after {progress.seconds:.1f} s{place}")
+    elif progress.step == "skipped":
+        say(f"{progress.model_id} is loaded when it is asked for{place}: {progress.detail}")
+    # What failed, the log says.
+
+
+class _Reloads:
+    """Says what a reload of the deployment changed."""
+
+    @hookimpl
+    def engineroom_deployment_reloaded(self, report: ReloadReport) -> None:
+        """A line for each."""
+        say(f"the deployment was reloaded: {report}")
 
 
 class _Errors(logging.Handler):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from typing import Annotated, Any
 from urllib.parse import unquote
 
@@ -52,23 +51,14 @@ async def unload_model(call: Call) -> None:
 
 async def plan(call: Call) -> None:
     """What is in memory and what would fit, as the manager tells it."""
-    await _of_manager(call, "plan")
+    found = await _typed(call, _manager(call).plan())
+    await call.answer_json({"plan": _plain(found)})
 
 
 async def reload(call: Call) -> None:
     """Read the deployment anew, as the manager does it."""
-    await _of_manager(call, "reload")
-
-
-async def _of_manager(call: Call, name: str) -> None:
-    """Call what not every manager has."""
-    method: Callable[[], Any] | None = getattr(call.context.manager, name, None)
-    if method is None:
-        raise Refused(501, f"this server's model manager has no {name}", "not_implemented")
-    result = method()
-    if asyncio.iscoroutine(result):
-        result = await _typed(call, result)
-    await call.answer_json({name: _plain(result)})
+    report = await _typed(call, _manager(call).reload())
+    await call.answer_json({"reload": _plain(report)})
 
 
 def _plain(value: Any) -> Any:
@@ -84,10 +74,15 @@ def _redacted(value: Any) -> Any:
     return [_redacted(each) for each in value] if isinstance(value, list) else value
 
 
-def _target(call: Call) -> tuple[LLMModelManager, str]:
+def _manager(call: Call) -> LLMModelManager:
     manager = call.context.manager
     if manager is None:
         raise Refused(501, "this server's models come from elsewhere", "not_implemented")
+    return manager
+
+
+def _target(call: Call) -> tuple[LLMModelManager, str]:
+    manager = _manager(call)
     model_id = unquote(call.path_params["model"])
     known = call.context.canonical(model_id)
     if known is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import Field
@@ -25,7 +25,7 @@ from engineroom.server.fields import (
     stops,
     text_of,
 )
-from engineroom.server.frames import around, json_text, named_event
+from engineroom.server.frames import framer, named_event
 from engineroom.server.refusals import Refused
 from engineroom.streams import InferenceStream
 
@@ -155,14 +155,6 @@ class MessagesWriter:
 
     def __init__(self, message_id: str, model: str) -> None:
         self._message = _message(message_id, model)
-        self._before, self._after = around(
-            lambda text: {
-                "type": "content_block_delta",
-                "index": 0,
-                "delta": {"type": "text_delta", "text": text},
-            },
-            "content_block_delta",
-        )
 
     def begin(self, streams: Sequence[InferenceStream]) -> bytes:
         """The message and its block come to be."""
@@ -178,13 +170,20 @@ class MessagesWriter:
             + named_event("ping", {"type": "ping"})
         )
 
-    def text(self, index: int, text: str) -> bytes:
-        """A delta."""
-        return self._before + json_text(text) + self._after
+    def framer(self, index: int) -> Callable[[str], bytes]:
+        """Makes deltas."""
+        return framer(
+            lambda text: {
+                "type": "content_block_delta",
+                "index": 0,
+                "delta": {"type": "text_delta", "text": text},
+            },
+            "content_block_delta",
+        )
 
     def text_with_logprobs(self, index: int, text: str, logprobs: Sequence[TokenLogprob]) -> bytes:
         """Not asked for."""
-        return self.text(index, text)
+        return self.framer(index)(text)
 
     def finish(self, index: int, response: InferenceResponse) -> bytes:
         """The block ends; why the message does, and the usage."""

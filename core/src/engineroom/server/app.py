@@ -138,7 +138,7 @@ def with_cors(front: Front, settings: ServerSettings) -> ASGIApp:
         allow_origins=list(settings.cors_origins),
         allow_methods=["GET", "POST"],
         allow_headers=["*"],
-        expose_headers=["x-request-id", "retry-after"],
+        expose_headers=["x-request-id", "retry-after", "traceresponse"],
     )
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
 from engineroom.server.frames import BadJsonError, dumps, loads
 from engineroom.server.keys import ANONYMOUS, Identity
+from engineroom.server.protocol import WRITE
 from engineroom.server.refusals import Refused
 
 if TYPE_CHECKING:
@@ -158,13 +159,19 @@ class Call:
     async def start(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
         """Send status and headers."""
         self.started = True
-        await self.send(
-            {
-                "type": "http.response.start",
-                "status": status,
-                "headers": [(b"x-request-id", self.id.encode("latin-1")), *headers],
-            }
-        )
+        sent = [(b"x-request-id", self.id.encode("latin-1")), *headers]
+        if (trace := self.context.traceparent_of(self.id)) is not None:
+            sent.append((b"traceresponse", trace.encode("latin-1")))
+        await self.send({"type": "http.response.start", "status": status, "headers": sent})
+
+    def writer(self) -> Callable[[bytes], Awaitable[None] | None]:
+        """What sends a part of the body: it returns what to wait for, or ``None``."""
+        write: Callable[[bytes], Awaitable[None] | None] | None
+        write = self.scope.get("extensions", {}).get(WRITE)
+        if write is not None:
+            return write
+        send = self.send
+        return lambda part: send({"type": "http.response.body", "body": part, "more_body": True})
 
     async def answer(
         self,

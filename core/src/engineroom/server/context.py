@@ -117,6 +117,14 @@ class ServerContext:
         except EngineRoomError:
             return None  # the request itself is told why
 
+    def traceparent_of(self, request_id: str) -> str | None:
+        """The W3C trace context of a request's span, where an observer traces."""
+        for observer in self.service.registry.plugins_with("traceparent_of"):
+            found: str | None = observer.traceparent_of(request_id)
+            if found is not None:
+                return found
+        return None
+
     # ── errors ───────────────────────────────────────────────────────────────────────────────
 
     def refusal_of(self, error: EngineRoomError) -> Refused:

@@ -8,13 +8,14 @@ away, and the service stops the work within a step, wherever it is.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Protocol
 
 from engineroom.errors import EngineRoomError
 from engineroom.schemas import InferenceRequest, InferenceResponse, TokenLogprob
 from engineroom.server.call import SSE_HEADERS, Call
+from engineroom.server.heartbeat import Heartbeat
 from engineroom.server.limits import Slot
 from engineroom.server.refusals import Refused
 from engineroom.streams import InferenceStream, StreamError
@@ -34,8 +35,8 @@ class Writer(Protocol):
     def begin(self, streams: Sequence[InferenceStream]) -> bytes:
         """What comes before the first text; the prompt was read by then."""
 
-    def text(self, index: int, text: str) -> bytes:
-        """A step's text of one answer. Called for each: it must be quick."""
+    def framer(self, index: int) -> Callable[[str], bytes]:
+        """What makes a frame of a step's text of one answer. Called for each: it is quick."""
 
     def text_with_logprobs(self, index: int, text: str, logprobs: Sequence[TokenLogprob]) -> bytes:
         """The same where ``wants_logprobs`` is true; ``text`` may be empty."""
@@ -72,19 +73,22 @@ async def answer_all(call: Call, requests: Sequence[InferenceRequest]) -> list[I
 
 
 async def stream_all(call: Call, requests: Sequence[InferenceRequest], writer: Writer) -> None:
-    """Stream the answers. The status is sent with the first text, so that it is the right one.
+    """Stream the answers. The status is sent with the first text, so that it is the right one, or
+    with the first heartbeat.
 
     :raises Refused: one of them failed before anything was sent.
     :raises ClientGoneError: nobody reads any more.
     """
     async with call.attended(), place(call, requests) as slot:
         streams = [call.context.service.stream(request) for request in requests]
+        heartbeat = Heartbeat(call)
         try:
             if len(streams) == 1:
-                await _stream_one(call, streams[0], writer)
+                await _stream_one(call, streams[0], writer, heartbeat)
             else:
-                await _stream_many(call, streams, writer)
+                await _stream_many(call, streams, writer, heartbeat)
         finally:
+            heartbeat.cut()
             for stream in streams:
                 await stream.aclose()
             slot.used = _used([s.response for s in streams if s.response is not None])
@@ -126,12 +130,16 @@ async def place(call: Call, requests: Sequence[InferenceRequest]) -> AsyncIterat
         raise
 
 
-async def _stream_one(call: Call, stream: InferenceStream, writer: Writer) -> None:
+async def _stream_one(
+    call: Call, stream: InferenceStream, writer: Writer, heartbeat: Heartbeat
+) -> None:
     chunk = await anext(stream, None)
-    if isinstance(chunk, StreamError):
-        raise call.context.refusal_of(chunk.error)
+    heartbeat.spoke = True
+    if not call.started:
+        if isinstance(chunk, StreamError):
+            raise call.context.refusal_of(chunk.error)
+        await call.start(200, SSE_HEADERS)
     send = call.send
-    await call.start(200, SSE_HEADERS)
     head = writer.begin([stream])
     if writer.wants_logprobs:
         seen = 0
@@ -141,30 +149,42 @@ async def _stream_one(call: Call, stream: InferenceStream, writer: Writer) -> No
             seen = len(entries)
             await send({"type": "http.response.body", "body": head + frame, "more_body": True})
             head = b""
+            heartbeat.spoke = True
             chunk = await anext(stream, None)
         if (entries := stream.logprobs[seen:]) and not isinstance(chunk, StreamError):
             head += writer.text_with_logprobs(0, "", entries)
-    else:
-        write = writer.text
-        if chunk is not None:
-            first = head + write(0, chunk)
-            head = b""
-            await send({"type": "http.response.body", "body": first, "more_body": True})
-            async for chunk in stream:
-                if chunk.__class__ is StreamError:
-                    break
-                frame = write(0, chunk)
-                await send({"type": "http.response.body", "body": frame, "more_body": True})
+    elif chunk is not None and not isinstance(chunk, StreamError):
+        frame_of, write = writer.framer(0), call.writer()
+        first = write(head + frame_of(chunk))
+        head = b""
+        if first is not None:
+            await first
+        failed: StreamError | None = None
+
+        def put(chunk: str) -> Awaitable[None] | None:
+            nonlocal failed
+            if chunk.__class__ is StreamError:
+                failed = chunk
+                return None
+            heartbeat.spoke = True
+            return write(frame_of(chunk))
+
+        # In a task of its own: it wakes for each step, and each coroutine above it would, too.
+        await asyncio.create_task(stream.pump(put))
+        chunk = failed
     response = stream.response
     assert response is not None
     if isinstance(chunk, StreamError):
         tail = writer.fail(call.context.refusal_of(chunk.error), [response])
     else:
         tail = writer.finish(0, response) + writer.end([response])
+    await heartbeat.stop()
     await send({"type": "http.response.body", "body": head + tail})
 
 
-async def _stream_many(call: Call, streams: Sequence[InferenceStream], writer: Writer) -> None:
+async def _stream_many(
+    call: Call, streams: Sequence[InferenceStream], writer: Writer, heartbeat: Heartbeat
+) -> None:
     """Several streams in one: each is read by a task, and they are sent as they come."""
     queue: asyncio.Queue[tuple[int, str | None]] = asyncio.Queue(_QUEUED_CHUNKS)
 
@@ -175,7 +195,7 @@ async def _stream_many(call: Call, streams: Sequence[InferenceStream], writer: W
 
     tasks = [asyncio.create_task(read(i, stream)) for i, stream in enumerate(streams)]
     try:
-        await _send_many(call, streams, writer, queue)
+        await _send_many(call, streams, writer, queue, heartbeat)
     finally:
         for task in tasks:
             task.cancel()
@@ -187,12 +207,16 @@ async def _send_many(
     streams: Sequence[InferenceStream],
     writer: Writer,
     queue: asyncio.Queue[tuple[int, str | None]],
+    heartbeat: Heartbeat,
 ) -> None:
     left = len(streams)
+    begun = False
+    frames = [writer.framer(index) for index in range(left)]
     seen = [0] * left
     head = b""
     while left:
         index, chunk = await queue.get()
+        heartbeat.spoke = True
         if isinstance(chunk, StreamError):
             refused = call.context.refusal_of(chunk.error)
             if not call.started:
@@ -201,10 +225,13 @@ async def _send_many(
                 await stream.aclose()
             responses = [s.response for s in streams if s.response is not None]
             tail = head + writer.fail(refused, responses)
+            await heartbeat.stop()
             await call.send({"type": "http.response.body", "body": tail})
             return
-        if not call.started:
-            await call.start(200, SSE_HEADERS)
+        if not begun:
+            begun = True
+            if not call.started:
+                await call.start(200, SSE_HEADERS)
             head = writer.begin(streams)
         frame = b""
         if writer.wants_logprobs:
@@ -213,7 +240,7 @@ async def _send_many(
                 frame = writer.text_with_logprobs(index, chunk or "", entries[seen[index] :])
                 seen[index] = len(entries)
         elif chunk is not None:
-            frame = writer.text(index, chunk)
+            frame = frames[index](chunk)
         if chunk is None:
             left -= 1
             response = streams[index].response
@@ -222,6 +249,7 @@ async def _send_many(
         await call.send({"type": "http.response.body", "body": head + frame, "more_body": True})
         head = b""
     tail = writer.end([s.response for s in streams if s.response is not None])
+    await heartbeat.stop()
     await call.send({"type": "http.response.body", "body": tail})
 
 

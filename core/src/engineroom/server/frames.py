@@ -7,11 +7,12 @@ text as a JSON string. No object is built for a chunk.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any, Final
 
 import msgspec
 
-__all__ = ["DONE", "BadJsonError", "around", "dumps", "event", "json_text", "loads", "named_event"]
+__all__ = ["DONE", "BadJsonError", "dumps", "event", "framer", "json_text", "loads", "named_event"]
 
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder().decode
@@ -61,8 +62,8 @@ def named_event(name: str, value: Any) -> bytes:
     return b"event: " + name.encode() + b"\ndata: " + dumps(value) + b"\n\n"
 
 
-def around(make: Any, name: str | None = None) -> tuple[bytes, bytes]:
-    """The bytes before and after the text of an event.
+def framer(make: Any, name: str | None = None) -> Callable[[str], bytes]:
+    """What makes an event of a text, without encoding again what does not change.
 
     :param make: gives the event's value for a text.
     :param name: the event's name.
@@ -70,4 +71,12 @@ def around(make: Any, name: str | None = None) -> tuple[bytes, bytes]:
     whole = event(make(_MARK)) if name is None else named_event(name, make(_MARK))
     before, mark, after = whole.partition(_MARK_JSON)
     assert mark
-    return before, after
+    encode = _encode
+
+    def frame(text: str) -> bytes:
+        try:
+            return before + encode(text) + after
+        except UnicodeEncodeError:
+            return before + json_text(text) + after
+
+    return frame

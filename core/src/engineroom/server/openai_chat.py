@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias
 
 from pydantic import Field
@@ -27,7 +27,7 @@ from engineroom.server.fields import (
     stops,
     text_of,
 )
-from engineroom.server.frames import DONE, around, dumps, event, json_text
+from engineroom.server.frames import DONE, dumps, event, framer
 from engineroom.server.refusals import Refused
 from engineroom.streams import InferenceStream
 
@@ -308,9 +308,6 @@ class ChatWriter:
             "system_fingerprint": None,
         }
         self._count = count
-        self._around = [
-            around(lambda text, i=i: self._chunk(i, {"content": text})) for i in range(count)
-        ]
 
     def _chunk(self, index: int, delta: Any, **more: Any) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **more}
@@ -326,10 +323,9 @@ class ChatWriter:
             for i in range(self._count)
         )
 
-    def text(self, index: int, text: str) -> bytes:
-        """A chunk."""
-        before, after = self._around[index]
-        return before + json_text(text) + after
+    def framer(self, index: int) -> Callable[[str], bytes]:
+        """Makes chunks."""
+        return framer(lambda text: self._chunk(index, {"content": text}))
 
     def text_with_logprobs(self, index: int, text: str, logprobs: Sequence[TokenLogprob]) -> bytes:
         """A chunk with its tokens' log probabilities."""

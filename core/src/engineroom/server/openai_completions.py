@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
@@ -12,7 +12,7 @@ from engineroom.schemas import InferenceRequest, InferenceResponse, TokenLogprob
 from engineroom.server.call import Call
 from engineroom.server.exchange import answer_all, stream_all
 from engineroom.server.fields import parse
-from engineroom.server.frames import DONE, around, dumps, event, json_text
+from engineroom.server.frames import DONE, dumps, event, framer
 from engineroom.server.openai_chat import (
     OpenAIRequest,
     finish_of,
@@ -166,7 +166,6 @@ class CompletionWriter:
         self._prompts = prompts
         self._usage = usage
         self._offsets = [0] * len(heads)
-        self._around = [around(lambda text, i=i: self._chunk(i, text)) for i in range(len(heads))]
 
     def _chunk(self, index: int, text: str, **more: Any) -> dict[str, Any]:
         choice = {"index": index, "text": text, "logprobs": None, "finish_reason": None, **more}
@@ -177,12 +176,11 @@ class CompletionWriter:
 
     def begin(self, streams: Sequence[InferenceStream]) -> bytes:
         """The prompts, where they are echoed."""
-        return b"".join(self.text(i, head) for i, head in enumerate(self._heads) if head)
+        return b"".join(self.framer(i)(head) for i, head in enumerate(self._heads) if head)
 
-    def text(self, index: int, text: str) -> bytes:
-        """A chunk."""
-        before, after = self._around[index]
-        return before + json_text(text) + after
+    def framer(self, index: int) -> Callable[[str], bytes]:
+        """Makes chunks."""
+        return framer(lambda text: self._chunk(index, text))
 
     def text_with_logprobs(self, index: int, text: str, logprobs: Sequence[TokenLogprob]) -> bytes:
         """A chunk with its tokens' log probabilities."""

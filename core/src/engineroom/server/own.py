@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -11,7 +11,7 @@ from engineroom.schemas import InferenceRequest, InferenceResponse, TokenLogprob
 from engineroom.server.call import Call
 from engineroom.server.exchange import answer_all, stream_all
 from engineroom.server.fields import check_count, common_fields
-from engineroom.server.frames import around, event, json_text, named_event
+from engineroom.server.frames import event, framer, named_event
 from engineroom.server.refusals import Refused, refused_fields
 from engineroom.streams import InferenceStream
 
@@ -60,16 +60,13 @@ class InferenceWriter:
 
     wants_logprobs = False
 
-    def __init__(self) -> None:
-        self._before, self._after = around(lambda text: {"text": text})
-
     def begin(self, streams: Sequence[InferenceStream]) -> bytes:
         """Nothing."""
         return b""
 
-    def text(self, index: int, text: str) -> bytes:
-        """A chunk."""
-        return self._before + json_text(text) + self._after
+    def framer(self, index: int) -> Callable[[str], bytes]:
+        """Makes chunks."""
+        return framer(lambda text: {"text": text})
 
     def text_with_logprobs(self, index: int, text: str, logprobs: Sequence[TokenLogprob]) -> bytes:
         """Log probabilities are in the final response."""

@@ -8,6 +8,7 @@ whose time is up is aborted where closing it would wait for a peer that does not
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from engineroom.server.frames import dumps
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
         cycle: Any
 
         def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+        def on_headers_complete(self) -> None: ...
         def on_response_complete(self) -> None: ...
         def timeout_keep_alive_handler(self) -> None: ...
         def shutdown(self) -> None: ...
@@ -32,8 +34,11 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-__all__ = ["guarded_protocol"]
+__all__ = ["WRITE", "guarded_protocol"]
 
+WRITE: Final = "engineroom.write"
+"""The ASGI extension: a function that takes a frame of a body and returns what to wait for, or
+``None``. It does what ``send`` does, without a message, a coroutine and a copy for each frame."""
 LINGER_S: Final = 5.0
 """Seconds that a closed connection gets to take what was written."""
 _REASONS: Final = {
@@ -52,6 +57,28 @@ def guarded_protocol(settings: ServerSettings) -> type[asyncio.Protocol]:
     except ImportError:  # httptools is not installed
         from uvicorn.protocols.http.h11_impl import H11Protocol as base  # noqa: N813
     return type("GuardedProtocol", (_Guard, base), {"limits": settings})
+
+
+def _writer(cycle: Any) -> Callable[[bytes], Awaitable[None] | None]:
+    """How a frame gets on the wire of a request that is answered in chunks."""
+    flow, write = cycle.flow, cycle.transport.write
+
+    def put(frame: bytes) -> Awaitable[None] | None:
+        if (
+            flow.write_paused
+            or cycle.disconnected
+            or not (cycle.response_started and cycle.chunked_encoding)
+            or cycle.response_complete
+            or not frame  # which would be the end
+        ):
+            sent: Awaitable[None] = cycle.send(
+                {"type": "http.response.body", "body": frame, "more_body": True}
+            )
+            return sent
+        write(b"%x\r\n%b\r\n" % (len(frame), frame))
+        return None
+
+    return put
 
 
 class _Guard(_Base):
@@ -115,6 +142,12 @@ class _Guard(_Base):
 
     def send_400_response(self, msg: str) -> None:
         self._answer(Refused(400, "this is no HTTP request that can be read", "invalid_http"))
+
+    def on_headers_complete(self) -> None:
+        """Offer the application a shorter way for the frames of a stream (httptools only)."""
+        super().on_headers_complete()
+        if self.cycle is not None:
+            self.cycle.scope["extensions"] = {WRITE: _writer(self.cycle)}
 
     def on_response_complete(self) -> None:
         self._head_bytes = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import Field
@@ -245,15 +245,18 @@ class ResponsesWriter:
             + self._event("response.content_part.added", **self._place, part=shape.part(""))
         )
 
-    def text(self, index: int, text: str) -> bytes:
-        """A delta."""
+    def framer(self, index: int) -> Callable[[str], bytes]:
+        """Makes deltas."""
+        return self._delta
+
+    def _delta(self, text: str) -> bytes:
         number = self._number
         self._number = number + 1
         return self._before + json_text(text) + b',"sequence_number":%d}\n\n' % number
 
     def text_with_logprobs(self, index: int, text: str, logprobs: Sequence[TokenLogprob]) -> bytes:
         """Not asked for."""
-        return self.text(index, text)
+        return self._delta(text)
 
     def finish(self, index: int, response: InferenceResponse) -> bytes:
         """The part, the message and the response are done."""

@@ -20,12 +20,14 @@ from typing import Any, Final
 import uvicorn
 
 from engineroom.errors import ConfigurationError, EngineRoomError
+from engineroom.manager import LLMModelManager, PreloadProgress
 from engineroom.server.app import Front, with_cors
 from engineroom.server.context import ServerContext
 from engineroom.server.protocol import guarded_protocol
 from engineroom.server.refusals import stopping
 from engineroom.server.settings import ServerSettings
 from engineroom.service import LLMInferenceService
+from engineroom.triggers import reloading
 
 __all__ = ["EngineRoomServer", "bind", "loop_factory", "serve"]
 
@@ -60,6 +62,7 @@ class EngineRoomServer(uvicorn.Server):
                 log_level="critical",  # what is to be said, the application says
                 access_log=False,
                 server_header=False,
+                proxy_headers=False,  # nothing here asks who the client is
                 timeout_keep_alive=settings.keep_alive_s,  # type: ignore[arg-type]
                 timeout_graceful_shutdown=CLOSE_S,
                 backlog=2048,
@@ -71,17 +74,35 @@ class EngineRoomServer(uvicorn.Server):
         sockets: list[socket.socket],
         preload: bool = True,
         started: Callable[[], None] = lambda: None,
+        *,
+        watch: bool = False,
+        progress: Callable[[PreloadProgress], None] | None = None,
     ) -> None:
         """Serve until a signal, or :meth:`stop`, ends it.
+
+        SIGHUP has the manager read its deployment file anew, where it has one.
 
         :param sockets: where to listen; they are closed in the end.
         :param preload: load the configured models, while ``/readyz`` says that it is not ready.
         :param started: called once the server listens.
+        :param watch: read the deployment file anew whenever it changes.
+        :param progress: is told before and after each model that is preloaded.
+        :raises ConfigurationError: ``watch`` lacks its library, or there is no deployment file.
         :raises EngineRoomError: no model at all could be preloaded.
         """
+        async with self._reloading(watch):
+            await self._serve_and_stop(sockets, preload, started, progress)
+
+    async def _serve_and_stop(
+        self,
+        sockets: list[socket.socket],
+        preload: bool,
+        started: Callable[[], None],
+        progress: Callable[[PreloadProgress], None] | None,
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self.context.starting = preload and self.context.manager is not None
-        loading = asyncio.create_task(self._preload()) if self.context.starting else None
+        loading = asyncio.create_task(self._preload(progress)) if self.context.starting else None
         self._announce = started
         try:
             await self.serve(sockets)
@@ -119,12 +140,18 @@ class EngineRoomServer(uvicorn.Server):
         await super().startup(sockets)
         self._announce()
 
-    async def _preload(self) -> None:
+    def _reloading(self, watch: bool) -> contextlib.AbstractAsyncContextManager[object]:
+        manager = self.context.manager
+        if manager is None or not (watch or _has_file(manager)):
+            return contextlib.nullcontext()
+        return reloading(manager, watch=watch)
+
+    async def _preload(self, progress: Callable[[PreloadProgress], None] | None) -> None:
         """Load the models; without a single one the server ends."""
         manager = self.context.manager
         assert manager is not None
         try:
-            await manager.load_configured_models()
+            await manager.load_configured_models(progress)
         except EngineRoomError as error:
             wanted = [m.model_id for m in manager.config.models if m.preload]
             nothing = all(manager.get_loaded_model(name) is None for name in wanted)
@@ -161,6 +188,14 @@ class EngineRoomServer(uvicorn.Server):
             raise KeyboardInterrupt
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self.stop)
+
+
+def _has_file(manager: LLMModelManager) -> bool:
+    try:
+        manager.config_path  # noqa: B018 - it raises where there is none
+    except ConfigurationError:
+        return False
+    return True
 
 
 def bind(settings: ServerSettings) -> socket.socket:
@@ -208,13 +243,17 @@ def serve(
     *,
     preload: bool = True,
     started: Callable[[str], Any] = lambda _: None,
+    watch: bool = False,
+    progress: Callable[[PreloadProgress], None] | None = None,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C. Blocks; closes the service in the end.
 
     :param settings: by default those of a server that only this machine reaches.
     :param preload: load the configured models at once rather than with their first requests.
     :param started: called with the server's URL once it listens.
-    :raises ConfigurationError: it cannot listen there.
+    :param watch: read the deployment file anew whenever it changes, as SIGHUP does.
+    :param progress: is told before and after each model that is preloaded.
+    :raises ConfigurationError: it cannot listen there, or cannot watch.
     :raises EngineRoomError: no model at all could be preloaded.
     """
     settings = settings or ServerSettings()
@@ -224,5 +263,7 @@ def serve(
     url = f"http://{host}:{name[1]}"
     server = EngineRoomServer(service, settings)
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
-        work = server.run_until_stopped([bound], preload, started=lambda: started(url))
+        work = server.run_until_stopped(
+            [bound], preload, started=lambda: started(url), watch=watch, progress=progress
+        )
         runner.run(work)

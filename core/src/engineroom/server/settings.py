@@ -11,7 +11,9 @@ from engineroom.server.keys import KeyRing
 
 __all__ = ["ServerSettings"]
 
-_FROM_ZERO: Final = frozenset({"port", "max_queued", "key_max_queued", "drain_timeout_s"})
+_FROM_ZERO: Final = frozenset(
+    {"port", "max_queued", "key_max_queued", "drain_timeout_s", "heartbeat_s"}
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +42,8 @@ class ServerSettings:
     :param keep_alive_s: seconds that a connection stays open without a request.
     :param request_timeout_s: seconds for a request, waiting included (408); a request may ask
         for less.
+    :param heartbeat_s: seconds for which a stream may be silent, while a long prompt is read for
+        instance; then a comment is sent. 0: none is.
     :param drain_timeout_s: seconds that running requests get when the server stops.
     :param unknown_fields: what to do about fields that an API does not know.
     :param cors_origins: origins whose pages may use the server; ``*``: all. None by default.
@@ -69,6 +73,7 @@ class ServerSettings:
     write_timeout_s: float = 30.0
     keep_alive_s: float = 75.0
     request_timeout_s: float | None = 600.0
+    heartbeat_s: float = 15.0
     drain_timeout_s: float = 30.0
     unknown_fields: Literal["ignore", "refuse"] = "ignore"
     cors_origins: tuple[str, ...] = ()

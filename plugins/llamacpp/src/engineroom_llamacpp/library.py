@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import importlib.util
 import logging
@@ -52,6 +53,8 @@ def load() -> Any:
                 f"llama-cpp-python cannot be loaded: {error}; reinstall it: "
                 "pip install --force-reinstall --no-deps llama-cpp-python"
             ) from error
+
+        _close_at_the_end(llama_cpp)
 
         @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
         def write(level: int, text: bytes | None, _: Any) -> None:
@@ -158,3 +161,11 @@ class AbortFlag:
     def set(self, value: bool) -> None:
         """Raise or lower the flag."""
         self._buffer[0] = b"\1" if value else b"\0"
+
+
+def _close_at_the_end(library: Any) -> None:
+    """llama-cpp-python opens the null device at import and leaves it to warn of that at exit."""
+    for name in ("outnull_file", "errnull_file"):
+        file = getattr(getattr(library, "_utils", None), name, None)
+        if file is not None:
+            atexit.register(file.close)
