@@ -86,7 +86,5 @@ class TestSmolLM2(LlamaCppConformance):
     @pytest.fixture
     def model_config(self) -> ModelConfig:
         # One thread: the event loop needs a processor, too, and a machine of two may be busy.
-        # And without reuse, which like company changes the last digits: beams, which weigh what is
-        # nearly as likely, then find another text the second time.
-        options = {"n_ctx": 512, "n_threads": 1, "prefix_cache": False}
+        options = {"n_ctx": 512, "n_threads": 1}
         return ModelConfig(model_id="smollm2", source=SMOLLM2, options=options)

@@ -183,15 +183,20 @@ class LlamaEngine(BatchingEngine[Task]):
         # Promised is all that running requests still have to read, and a token each.
         promised = self.sequences.cells.busy + sum(other.to_come for other in running)
         room = self.n_ctx - promised - len(task.tokens) - task.width
-        if room >= 0:
-            return True
+        if room >= 0 or task.beams is not None:
+            return room >= 0
         return room + self.sequences.common(task.tokens, self._contents(task.adapter)) >= 0
 
     def started(self, task: Task) -> None:
         """Give it a sequence, with as much of its prompt as is in the cache already."""
-        sequence, task.cached = self.sequences.take(
-            task.tokens, self._contents(task.adapter), task.adapter
-        )
+        if task.beams is None:
+            sequence, task.cached = self.sequences.take(
+                task.tokens, self._contents(task.adapter), task.adapter
+            )
+        else:
+            # Reuse changes the last digits, and beams weigh what is nearly as likely: the same
+            # request would find another text the second time.
+            sequence = self.sequences.begin(task.adapter)
         task.sequences = [sequence]
         if task.saved is not None:
             self._bring_back(task, task.saved)

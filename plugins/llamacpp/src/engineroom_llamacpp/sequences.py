@@ -113,6 +113,10 @@ class Sequences:
             return found, common
         return self._fork(found, common), common
 
+    def begin(self, adapter: str | None = None) -> CellSequence:
+        """An empty sequence. One must be unused."""
+        return self._fresh(None, adapter)
+
     def common(
         self, tokens: Sequence[int], busy: Iterable[tuple[CellSequence, Sequence[int]]]
     ) -> int:
@@ -166,7 +170,7 @@ class Sequences:
         :param tokens: those at its beginning whose cells are right, to be kept.
         """
         kept = [s for s in self._idle if s.adapter == sequence.adapter]
-        if not self.reuse or len(tokens) < _WORTH_KEEPING or self._is_known(tokens, kept):
+        if not self.reuse or len(tokens) < _BLOCK or self._is_known(tokens, kept):
             self._drop(sequence)
             return
         for other in [s for s in kept if common_prefix(s.tokens, tokens) == len(s.tokens)]:

@@ -162,7 +162,7 @@ def _add_prompts(
         budget = min(budget, prefill_chunk)
     now: list[Task] = []
     for task in reading:
-        if sequences.reuse and len(tasks) > 1:
+        if sequences.reuse and len(tasks) > 1 and task.beams is None:
             busy = contents(other for other in tasks if other is not task)
             known = sequences.longer(task.sequences[0], task.tokens, task.cached, busy)
             if known > task.cached:
