@@ -480,3 +480,16 @@ def test_no_source_that_anyone_can_write_escapes_the_typed_errors(tmp_path: Path
     for source in ("", " ", "hf:", "hf:a", "package:x", "\0", "~nobody-here/x", "x" * 5000):
         with pytest.raises(EngineRoomError):
             find_checkpoint(source, PLAIN)
+
+
+# ── options ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_deployment_changes_its_runtime_in_one_line() -> None:
+    """What other runtimes call the context and the places is understood."""
+    other = HfTransformersOptions.model_validate({"n_ctx": 512, "n_parallel": 3})
+    assert (other.max_context, other.max_batch_size) == (512, 3)
+    with pytest.raises(ValueError, match="max_context and n_ctx are the same; give one of them"):
+        HfTransformersOptions.model_validate({"n_ctx": 512, "max_context": 512})
+    with pytest.raises(ValueError, match="max_batch_size"):
+        HfTransformersOptions.model_validate({"n_parallel": 0})

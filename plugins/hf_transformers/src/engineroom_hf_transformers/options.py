@@ -22,7 +22,11 @@ _Int: TypeAlias = Annotated[int, BeforeValidator(_no_switch), Field(le=2**31 - 1
 
 
 class HfTransformersOptions(BaseModel):
-    """Options of one model. Sizes are in tokens where nothing else is said."""
+    """Options of one model. Sizes are in tokens where nothing else is said.
+
+    ``n_ctx`` and ``n_parallel``, which other runtimes have, may be written for ``max_context`` and
+    ``max_batch_size``.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -75,6 +79,20 @@ class HfTransformersOptions(BaseModel):
     """Run Python code that comes with the model. Only for models that you trust."""
     allow_pickle: bool = False
     """Load weights that are no safetensors. Unpickling may run code that comes with them."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _other_names(cls, given: Any) -> Any:
+        """``n_ctx`` and ``n_parallel``, so that a deployment changes its runtime in one line."""
+        if not isinstance(given, dict):
+            return given
+        given = dict(given)
+        for other, own in (("n_ctx", "max_context"), ("n_parallel", "max_batch_size")):
+            if other in given:
+                if own in given:
+                    raise ValueError(f"{own} and {other} are the same; give one of them")
+                given[own] = given.pop(other)
+        return given
 
     @model_validator(mode="after")
     def _fit_together(self) -> HfTransformersOptions:

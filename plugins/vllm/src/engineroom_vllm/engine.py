@@ -153,6 +153,11 @@ class VLLMEngine:
                 "one must be left to generate; shorten the prompt, or set the option "
                 "max_model_len higher"
             )
+        if request.adapter is not None and request.adapter not in self._adapters:
+            known = ", ".join(sorted(self._adapters)) or "none (see the option lora_modules)"
+            raise ConfigurationError(
+                f"adapter {request.adapter!r} is not loaded with this model; it has {known}"
+            )
         speculative = self.options.speculative_config is not None
         check_params(request.params, self.n_vocab, speculative=speculative)
 
@@ -208,7 +213,7 @@ class VLLMEngine:
             sampling,
             request_id,
             priority=request.priority,
-            lora=self._adapters.get(request.model_id),
+            lora=self._adapters.get(request.adapter or request.model_id),
         )
 
     def _steps(self, output: Any, logprobs: int | None) -> Iterator[TokenStep]:

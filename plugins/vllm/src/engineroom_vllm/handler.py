@@ -49,9 +49,9 @@ class VLLMHandler(TokenHandler):
     api_version: ClassVar[str] = "1.0"
 
     def capabilities(self) -> Capabilities:
-        """Everything but tools; beams without sampling."""
+        """Everything but tools; beams without sampling; adapters by their name in the options."""
         params = frozenset(GenerationParams.model_fields)
-        return Capabilities(params=params, chat=True, structured_output=_KINDS)
+        return Capabilities(params=params, chat=True, structured_output=_KINDS, adapters=True)
 
     def unavailable(self) -> str | None:
         """Why not, where vLLM is not installed; which of its two builds, only the user can tell."""

@@ -39,7 +39,7 @@ _Bytes: TypeAlias = Annotated[int, BeforeValidator(_bytes), Field(ge=1)]
 
 
 class LoraModule(BaseModel):
-    """A LoRA adapter, used by requests whose ``model_id`` is its name."""
+    """A LoRA adapter, used by requests whose ``adapter`` or ``model_id`` is its name."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
