@@ -32,7 +32,7 @@ HEAVY = {
 }
 
 LAYERS = [
-    {"errors", "suggestions", "decode_loop", "units", "memory", "machine"},
+    {"errors", "suggestions", "decode_loop", "units", "memory", "machine", "hub_partial"},
     {"schemas", "text", "sources", "meter"},
     {"hookspecs", "options", "hub"},
     {"handler"},
