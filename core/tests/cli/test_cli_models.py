@@ -49,7 +49,7 @@ def test_the_plan_as_tables(echo, deployment, order):
     assert "code: it does not fit beside the others" in result.out
     assert "code, variant 1 (absent, echo:): refused: model 'code': handler 'absent'" in result.out
     assert "huge: there is no room for model 'huge': it needs 12.0 GiB on cpu" in result.out
-    assert lines[-1].split() == ["cpu", "10.0", "GiB", "6.0", "GiB", "4.0", "GiB"]
+    assert lines[-1].split() == ["cpu", "10.0", "GiB", "6.0", "GiB", "-", "4.0", "GiB"]
 
 
 def test_the_plan_as_json(echo, deployment, monkeypatch):
@@ -122,7 +122,7 @@ class FakeServer:
                      "memory": {"cpu": 3 << 30}, "evicts": [], "reason": "",
                      "variants": []}  # fmt: skip
             device = {"device": "cpu", "budget": None, "detected": False, "held": 3 << 30,
-                      "reserved": 0, "free": None}  # fmt: skip
+                      "reserved": 0, "not_returned": 1 << 30, "free": None}  # fmt: skip
             return {"plan": {"models": [model], "devices": [device]}}
         return {"models": [chat]} if path.endswith("/models") else chat
 
@@ -161,6 +161,7 @@ def test_a_servers_model_is_loaded_and_unloaded(command, server, monkeypatch, wh
 def test_a_servers_plan_and_reload(command, server):
     result = command("models", "plan", "--url", server.url)
     assert "a/chat" in result.out and "unlimited" in result.out
+    assert "1.0 GiB" in result.out  # what unloads did not give back
     result = command("models", "reload", "--url", server.url)
     assert result.out == "added: new\nchanged: a/chat\n"
 

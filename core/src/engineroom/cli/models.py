@@ -169,7 +169,7 @@ def plan(
                     if d["budget"] is None
                     else format_size(d["budget"]) + (" (detected)" if d["detected"] else ""),
                     format_size(d["held"] + d["reserved"]),
-                    format_size(d["not_returned"]) if d["not_returned"] else "-",
+                    format_size(d["not_returned"]) if d.get("not_returned") else "-",
                     "-" if d["free"] is None else format_size(d["free"]),
                 )
                 for d in devices
