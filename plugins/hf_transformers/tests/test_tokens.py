@@ -173,6 +173,8 @@ def test_what_is_decoded_token_by_token_is_the_text_of_the_whole(
 @example(text="你好", more="世界🙂👩‍👩‍👧 é")
 @example(text="", more=" leading")
 @example(text="a", more="  two  spaces \n\n")
+@example(text="11111111", more="0000000001")  # many that do not show, before one that does
+@example(text="1", more="00000000000000000000001")
 def test_a_text_is_decoded_as_the_library_decodes_it(kind: str, text: str, more: str) -> None:
     known = vocabulary(kind)
     first = backend(known).encode(text, add_special_tokens=False).ids

@@ -134,17 +134,30 @@ class PieceDecoder:
 
 
 class WindowDecoder:
-    """Decodes the last tokens anew with each one, and gives what was added to their text."""
+    """Decodes the last tokens anew with each one, and gives what was added to their text.
 
-    __slots__ = ("_decode", "_held", "_ids", "_shown")
+    :param seed: the last tokens that came before.
+    :param shows: whether a token has a text. Others would push those out of the window on which
+        the text of the next one depends.
+    """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], seed: Sequence[int]) -> None:
+    __slots__ = ("_decode", "_held", "_ids", "_shown", "_shows")
+
+    def __init__(
+        self,
+        decode: Callable[[Sequence[int]], str],
+        seed: Sequence[int],
+        shows: Callable[[int], bool] = lambda _: True,
+    ) -> None:
         self._decode = decode
+        self._shows = shows
         self._ids = list(seed)
         self._shown = decode(self._ids)
         self._held = 0
 
     def feed(self, token_id: int) -> str:
+        if not self._shows(token_id):
+            return ""
         self._ids.append(token_id)
         text = self._decode(self._ids)
         if text.endswith("\ufffd") and self._held < _HELD:

@@ -255,7 +255,7 @@ class Vocabulary:
                 seed.insert(0, token)
                 if len(seed) == WINDOW:
                     break
-        return WindowDecoder(self._decode, seed)
+        return WindowDecoder(self._decode, seed, self._shows)
 
     def token_text(self, token_id: int) -> str:
         """A token's own text, special ones included; empty for ids beyond the tokenizer's."""
