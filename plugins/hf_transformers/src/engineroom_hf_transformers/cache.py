@@ -9,12 +9,12 @@ On the CPU the memory of a slot is taken from the system page by page, as it is 
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
-
-import numpy as np
 
 if TYPE_CHECKING:
     import torch
@@ -201,8 +201,15 @@ def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
 
     if device.type != "cpu":
         return torch.zeros(size, dtype=dtype, device=device)
-    room = np.zeros(math.prod(size) * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(room).view(dtype).view(size)
+    count = math.prod(size) * dtype.itemsize
+    if not count:
+        return torch.zeros(size, dtype=dtype)
+    room = mmap.mmap(-1, count)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        # In pages of 2 MiB, which NumPy asks for, the first tokens of a slot would take all of it.
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            room.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(room, dtype=dtype).view(size)
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
