@@ -199,3 +199,15 @@ def test_models_are_loaded_so_where_it_can_be(
     config = ModelConfig(model_id="m", source=str(tiny("qwen2")))
     parts = load_parts(config, HfTransformersOptions(device="cpu", **options))
     assert bool(hollow(parts.model)) == packed
+
+
+def test_the_file_does_not_stay_in_memory(copied: Callable[[str], Path]) -> None:
+    maps = Path("/proc/self/maps")
+    if not maps.is_file():
+        pytest.skip("this system does not tell what is mapped")
+    folder = copied("llama")
+    parts = load_parts(
+        ModelConfig(model_id="m", source=str(folder)), HfTransformersOptions(device="cpu")
+    )
+    assert hollow(parts.model)
+    assert str(folder) not in maps.read_text(encoding="utf-8")

@@ -17,7 +17,7 @@ import logging
 import math
 import platform
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -65,6 +65,8 @@ def pack(model: Any, kind: str, n_vocab: int, *, keep: bool = False) -> int:
         before = _trial(model, kind, n_vocab)
         if before is None:
             return 0
+        if not keep:
+            _let_go_of_the_file(model, layers)
         undo = [_take_over(layer, keep=keep) for layer in layers]
         after = _trial(model, kind, n_vocab)
         far = _distance(before, after)
@@ -109,6 +111,14 @@ def _layers(model: Any) -> Iterator[_Layer]:
         if hasattr(module, "_hf_hook") or module._forward_hooks or module._forward_pre_hooks:
             continue
         yield _Layer(module, not plain, owners[weight.data_ptr()] > 1)
+
+
+def _let_go_of_the_file(model: Any, layers: Sequence[_Layer]) -> None:
+    """Copy what stays plain out of the mapped file, which else would stay in memory in whole."""
+    packed = {id(each.module.weight) for each in layers if not each.shared}
+    for parameter in model.parameters():
+        if id(parameter) not in packed:
+            parameter.data = parameter.data.clone()
 
 
 def _take_over(layer: _Layer, *, keep: bool) -> Callable[[], None]:
