@@ -7,7 +7,7 @@ import logging
 import multiprocessing.connection
 import multiprocessing.process
 import threading
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias
@@ -59,6 +59,7 @@ class VLLMEngine:
     :param llm: vLLM's ``AsyncLLM``, ready.
     :param footprint: the processes that belong to it.
     :param log: what they write.
+    :param ended: called once the engine is closed.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class VLLMEngine:
         options: VLLMOptions,
         footprint: Footprint,
         log: EngineLog,
+        ended: Callable[[], None] = lambda: None,
     ) -> None:
         self.name = name
         self.options = options
@@ -78,6 +80,7 @@ class VLLMEngine:
         self._library = library
         self._llm: Any = llm
         self._log = log
+        self._ended = ended
         facts = library.facts(llm)
         self.n_ctx: int = facts.context
         self.n_vocab: int = facts.vocabulary
@@ -403,6 +406,7 @@ class VLLMEngine:
             )
         self._watch.join()
         self._log.close()
+        self._ended()
 
 
 class _Closed:

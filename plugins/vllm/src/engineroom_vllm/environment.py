@@ -13,10 +13,19 @@ from typing import Final
 
 from engineroom import ConfigurationError
 
-__all__ = ["available_memory", "cpu_settings", "cpus", "hidden_main", "variables"]
+__all__ = [
+    "available_memory",
+    "cpu_settings",
+    "cpus",
+    "engine_processes",
+    "forked_binding",
+    "hidden_main",
+    "variables",
+]
 
 SMALL_MACHINE: Final = 4
 """Up to so many cores all of them compute; beyond, one is left for the other processes."""
+_LIST: Final = frozenset("0123456789,")
 _CHANGED_BY_VLLM: Final = (
     "LD_PRELOAD",
     "LOCAL_WORLD_SIZE",
@@ -125,6 +134,22 @@ def cpu_settings(
     found["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, part)) for part in parts)
     names = ", ".join(str(cpu) for part in parts for cpu in part)
     return found, f"{each * ranks} threads, bound to cores {names} of {count}"
+
+
+def forked_binding(environment: Mapping[str, str]) -> dict[str, str] | None:
+    """What vLLM will set for its worker to bind threads, which libgomp reads when it is loaded.
+
+    :param environment: as vLLM's own configuration has left it.
+    :returns: variables that the process has to be started with from which the worker is forked;
+        ``None``: another OpenMP, which binds a process before it is forked.
+    """
+    bind = environment.get("VLLM_CPU_OMP_THREADS_BIND")
+    if bind == "nobind":
+        return {}
+    preloaded = environment.get("LD_PRELOAD", "")
+    if bind is None or "libgomp" not in preloaded or "|" in bind or not set(bind) <= _LIST:
+        return None
+    return {"GOMP_CPU_AFFINITY": bind.replace(",", " ")}
 
 
 def available_memory() -> int:

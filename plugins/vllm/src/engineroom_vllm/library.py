@@ -7,9 +7,11 @@ another way, the names are tried in turn here.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -18,7 +20,15 @@ from typing import Any, Final
 
 from engineroom import ConfigurationError, StructuredOutput, did_you_mean
 
-__all__ = ["INSTALL", "Library", "installed", "load"]
+__all__ = [
+    "FORKED_BY_ENGINE",
+    "FORKED_BY_PROGRAM",
+    "FORKED_IMPORTS",
+    "INSTALL",
+    "Library",
+    "installed",
+    "load",
+]
 
 logger = logging.getLogger("engineroom.vllm.library")
 
@@ -28,6 +38,16 @@ INSTALL: Final = (
 _LEVELS: Final = {logging.ERROR: logging.WARNING, logging.CRITICAL: logging.WARNING}
 _SOCKETS_S: Final = 2.0
 """Seconds for the event loop to close the sockets of an engine that has ended."""
+FORKED_IMPORTS: Final = (
+    "vllm.v1.engine.core",
+    "vllm.v1.executor.multiproc_executor",
+    "vllm.v1.worker.cpu_worker",
+)
+"""What the processes of an engine on a CPU import."""
+FORKED_BY_PROGRAM: Final = (("vllm.v1.engine.utils", "get_mp_context"),)
+"""Functions by which vLLM chooses how the first process of an engine is started."""
+FORKED_BY_ENGINE: Final = (("vllm.v1.executor.multiproc_executor", "get_mp_context"),)
+"""And how that one starts its workers."""
 _lock: Final = threading.Lock()
 _state: Final[dict[str, Library]] = {}
 
@@ -114,6 +134,22 @@ class Library:
         """
         given = {name: value for name, value in arguments.items() if value is not None}
         return self._arguments(**given).create_engine_config()
+
+    def can_fork(self, configuration: Any) -> bool:
+        """Whether an engine's processes can be forked by :mod:`.forkserver`: one process that
+        schedules and one that computes, on a CPU, and vLLM has the places where they are started.
+        """
+        if not (self.cpu and sys.platform == "linux"):
+            return False
+        parallel = configuration.parallel_config
+        alone = getattr(parallel, "world_size_across_dp", parallel.world_size) == 1
+        if not alone or getattr(parallel, "numa_bind", False):
+            return False
+        return all(
+            importlib.util.find_spec(name) is not None
+            and hasattr(importlib.import_module(name), function)
+            for name, function in (*FORKED_BY_PROGRAM, *FORKED_BY_ENGINE)
+        )
 
     def start(self, configuration: Any) -> Any:
         """Start an engine and wait until it is ready. Blocks for a minute or more."""

@@ -8,6 +8,8 @@ import os
 import re
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
@@ -25,12 +27,20 @@ from engineroom_vllm.environment import (
     cpu_settings,
     cpus,
     engine_processes,
+    forked_binding,
     hidden_main,
     variables,
 )
 from engineroom_vllm.folder import ModelFolder, read_folder
 from engineroom_vllm.footprint import Footprint
-from engineroom_vllm.library import Library, load
+from engineroom_vllm.forkserver import SERVERS, Lease, UnusableError, put_in
+from engineroom_vllm.library import (
+    FORKED_BY_ENGINE,
+    FORKED_BY_PROGRAM,
+    FORKED_IMPORTS,
+    Library,
+    load,
+)
 from engineroom_vllm.log import EngineLog
 from engineroom_vllm.memory import PROCESS_BYTES, MemoryPlan, plan, require
 from engineroom_vllm.options import VLLMOptions
@@ -62,6 +72,8 @@ class Load:
         self._abandoned = False
         self._footprint: Footprint | None = None
         self._before: set[int] = set()
+        self._lease: Lease | None = None
+        self._late = threading.Event()
         self._engine: VLLMEngine | None = None
 
     def run(self) -> VLLMEngine:
@@ -100,10 +112,14 @@ class Load:
     def _kill(self) -> None:
         """End the processes of the load that is under way, and what they have left."""
         with self._lock:
-            footprint, before = self._footprint, self._before
+            footprint = self._footprint
         if footprint is not None:
-            footprint.look(engine_processes() - before)
+            self._look(footprint)
             footprint.remove(0)
+
+    def _look(self, footprint: Footprint) -> None:
+        """See which processes have been started."""
+        footprint.look(engine_processes() - self._before, self._forked() - self._before)
 
     def _start(self, library: Library, folder: ModelFolder) -> VLLMEngine:
         name = self._config.model_id
@@ -151,7 +167,11 @@ class Load:
         self, library: Library, folder: ModelFolder, wanted: MemoryPlan, log: EngineLog
     ) -> VLLMEngine:
         began = time.monotonic()
-        llm, footprint = self._processes(library, folder, wanted, log)
+        try:
+            llm, footprint = self._processes(library, folder, wanted, log)
+        except BaseException:
+            self._give_back()
+            raise
         try:
             engine = VLLMEngine(
                 library,
@@ -161,10 +181,12 @@ class Load:
                 options=self._options,
                 footprint=footprint,
                 log=log,
+                ended=self._give_back,
             )
         except BaseException:
             library.shut_down(llm, 5.0)
             footprint.remove(0)
+            self._give_back()
             raise
         logger.info(
             "model %r: the engine is ready after %.0f s",
@@ -185,31 +207,26 @@ class Load:
             )
         except Exception as error:  # vLLM's checks raise whatever they like
             raise explain(error, "", name) from error
-        footprint = Footprint()
-        with self._lock:
-            if self._abandoned:
-                raise ResourceNotAvailableError("the load was cancelled")
-            before = engine_processes()
-            self._footprint, self._before = footprint, before
-        late = threading.Event()
-
-        def give_up() -> None:
-            late.set()
-            self._kill()
-
-        timer = threading.Timer(limit, give_up)
-        timer.daemon = True
+        timer = threading.Timer(limit, self._give_up)
+        timer.name, timer.daemon = "vllm-timeout", True
         timer.start()
-        log.follow(lambda: footprint.look(engine_processes() - before))
         try:
-            with hidden_main(lambda: bool(engine_processes() - before)):
+            self._lease = self._leased(library, configuration)
+            footprint = Footprint()
+            with self._lock:
+                if self._abandoned:
+                    raise ResourceNotAvailableError("the load was cancelled")
+                self._before = engine_processes() | self._forked()
+                self._footprint = footprint
+            log.follow(lambda: self._look(footprint))
+            with self._starting():
                 llm = library.start(configuration)
         except Exception as error:
             log.rest()
             self._kill()
             if self._abandoned:
                 raise ResourceNotAvailableError("the load was cancelled") from error
-            if late.is_set():
+            if self._late.is_set():
                 raise ResourceNotAvailableError(
                     f"the engine of model {name!r} was not ready after {limit:g} s; set "
                     "load_timeout_s higher, or look into the log for what it waits for"
@@ -220,8 +237,54 @@ class Load:
             log.rest()
             with self._lock:
                 self._footprint = None
-        footprint.look(engine_processes() - before)
+        self._look(footprint)
         return llm, footprint
+
+    def _give_up(self) -> None:
+        self._late.set()
+        self._kill()
+
+    # ── how the processes are started ────────────────────────────────────────────────────────
+
+    def _leased(self, library: Library, configuration: Any) -> Lease | None:
+        """A process to fork them from; ``None``: they are spawned."""
+        if not library.can_fork(configuration):
+            return None
+        binding = forked_binding(os.environ)
+        if binding is None:
+            return None
+        try:
+            return SERVERS.lease(
+                os.environ,
+                FORKED_IMPORTS,
+                more=binding,
+                hooks=FORKED_BY_ENGINE,
+                given_up=lambda: self._abandoned or self._late.is_set(),
+            )
+        except (UnusableError, OSError) as error:
+            if self._abandoned or self._late.is_set():
+                raise
+            logger.warning(
+                "model %r: the engine's processes are started one by one, which takes longer: %s",
+                self._config.model_id,
+                error,
+            )
+            return None
+
+    def _forked(self) -> set[int]:
+        return self._lease.server.children() if self._lease is not None else set()
+
+    @contextmanager
+    def _starting(self) -> Iterator[None]:
+        with hidden_main(lambda: bool(engine_processes() - self._before)), ExitStack() as stack:
+            if self._lease is not None:
+                stack.enter_context(put_in(FORKED_BY_PROGRAM))
+                stack.enter_context(self._lease.server.used())
+            yield
+
+    def _give_back(self) -> None:
+        if self._lease is not None:
+            self._lease.release(self._options.keep_ready_s)
 
 
 def _eager(options: VLLMOptions, library: Library) -> bool:

@@ -102,6 +102,9 @@ class VLLMOptions(BaseModel):
     """A Jinja template to use instead of the model's own."""
     load_timeout_s: Annotated[_Float, Field(gt=0)] = 1800.0
     """Seconds that the engine may take to become ready."""
+    keep_ready_s: Annotated[_Float, Field(ge=0)] = 0.0
+    """On CPUs: seconds that the process which engines are forked from stays, with vLLM imported,
+    once the last engine has ended. The next load is the quicker by its start."""
     engine_args: dict[str, Any] = Field(default_factory=dict)
     """Any other argument of vLLM's engine, by its name there."""
 
