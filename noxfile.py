@@ -417,6 +417,7 @@ def tests(session: nox.Session) -> None:
     for package in ("core", *PLUGINS):
         session.notify(f"minimums({package})")
     session.notify("tests_integration")
+    session.notify("tests_vllm")
 
 
 @nox.session(python=CORE_PYTHONS)

@@ -1,4 +1,4 @@
-"""Real engines. Each takes half a minute or more to start, so that tests share what they can.
+"""Real engines. Each takes some seconds to start, so that tests share what they can.
 
 Where vLLM is not installed all of it is skipped: the session ``tests_vllm`` runs it.
 """
@@ -35,8 +35,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 _T = TypeVar("_T")
 
 SMOLLM2 = "SmolLM2-135M-Instruct"
-SMALL = {"n_ctx": 512, "kv_cache_memory": "256MiB"}
-"""Of memory, too: several engines run one after another on a machine that is shared."""
+SMALL = {"n_ctx": 512, "kv_cache_memory": "256MiB", "keep_ready_s": 60}
+"""Of memory, too: several engines run one after another on a machine that is shared. vLLM stays
+imported between them."""
 
 
 def pytest_sessionfinish() -> None:

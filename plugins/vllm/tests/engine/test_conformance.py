@@ -12,7 +12,7 @@ from engineroom.testing import HandlerConformance
 from engineroom.testing.conformance import overrides
 from engineroom_vllm import VLLMHandler
 
-SMALL = {"n_ctx": 512, "n_parallel": 8, "kv_cache_memory": "256MiB"}
+SMALL = {"n_ctx": 512, "n_parallel": 8, "kv_cache_memory": "256MiB", "keep_ready_s": 60}
 
 
 class VLLMConformance(HandlerConformance):
@@ -20,8 +20,8 @@ class VLLMConformance(HandlerConformance):
     runtime_modules = ("vllm", "torch", "transformers", "tokenizers", "jinja2")
     timeout_s = 240
     max_stall_s = 2.5
-    # Each load is half a minute; as few as the check takes.
-    load_cycles = 4
+    # Many more of them are made in test_cycles.py.
+    load_cycles = 6
 
 
 class TestTinyModel(VLLMConformance):

@@ -200,6 +200,7 @@ def test_a_second_engine_runs_beside_the_first_where_there_is_memory_for_both(
 
 
 SCRIPT = """
+import psutil
 from engineroom import InferenceRequest, LLMInferenceService, LLMModelManager
 from engineroom_vllm import VLLMHandler
 print("begin", flush=True)
@@ -211,6 +212,8 @@ with LLMInferenceService(manager, handlers=[VLLMHandler()]) as service:
     )
     response.raise_for_error()
     print(response.generated_tokens, flush=True)
+children = [" ".join(child.cmdline()) for child in psutil.Process().children()]
+assert not [child for child in children if "forkserver" in child], children
 print("end", flush=True)
 """
 
