@@ -143,6 +143,7 @@ class LLMInferenceService:
         :raises EngineRoomError: what else a request may fail with.
         """
         _check_texts(texts, model_id)
+        await self._discover()
         if self._closed:
             raise ResourceNotAvailableError("the service is closed; it takes no more requests")
         if self.num_requests >= self._max_requests:
@@ -151,7 +152,6 @@ class LLMInferenceService:
                 "(max_requests); send it again later"
             )
         self._portal.bind()
-        self.registry.discover()
         work = asyncio.ensure_future(self._embed(model_id, texts))
         self._embedding.add(work)
         try:
