@@ -51,7 +51,13 @@ class VLLMHandler(TokenHandler):
     def capabilities(self) -> Capabilities:
         """Everything but tools; beams without sampling; adapters by their name in the options."""
         params = frozenset(GenerationParams.model_fields)
-        return Capabilities(params=params, chat=True, structured_output=_KINDS, adapters=True)
+        return Capabilities(
+            params=params,
+            chat=True,
+            structured_output=_KINDS,
+            adapters=True,
+            prompt_token_ids=True,
+        )
 
     def unavailable(self) -> str | None:
         """Why not, where vLLM is not installed; which of its two builds, only the user can tell."""
@@ -161,6 +167,12 @@ def _engine(loaded_model: LoadedModel) -> VLLMEngine:
 
 
 async def _tokens(engine: VLLMEngine, request: InferenceRequest) -> list[int]:
+    if (ids := request.prompt_token_ids) is not None:
+        if (largest := max(ids)) >= engine.n_vocab:
+            raise ConfigurationError(
+                f"prompt_token_ids has {largest}; the model's tokens are 0 to {engine.n_vocab - 1}"
+            )
+        return list(ids)
     if request.prompt is not None:
         length = len(request.prompt)
     else:
