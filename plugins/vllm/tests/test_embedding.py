@@ -14,10 +14,10 @@ from engineroom_vllm.folder import ModelFolder
 from engineroom_vllm.options import VLLMOptions
 
 
-def folder(path: Path, *, encoder: bool = True) -> ModelFolder:
+def folder(path: Path, *, encoder: bool = True, kind: str = "XModel") -> ModelFolder:
     return ModelFolder(
         path=path,
-        architectures=("BertModel",),
+        architectures=(kind,),
         weight_bytes=1,
         trained=512,
         token_values=1,
@@ -49,7 +49,7 @@ def declare(path: Path, *modules: str, pooling: dict[str, Any] | None = None) ->
             Recipe("CLS", normalise=True),
         ),
         (["Pooling"], {"pooling_mode_lasttoken": True, "include_prompt": True}, Recipe("LAST")),
-        (["Pooling", "Dense"], {"pooling_mode": "cls"}, Recipe("CLS")),
+        (["Pooling"], {"pooling_mode": "cls"}, Recipe("CLS")),
         (["Normalize"], None, Recipe("MEAN", normalise=True)),
         ([], None, Recipe()),
     ],
@@ -85,6 +85,41 @@ def test_what_vllm_cannot_do_is_refused_by_name(
         recipe_of(declare(tmp_path, *modules, pooling=pooling))
 
 
+DENSE = {
+    "in_features": 4,
+    "out_features": 2,
+    "bias": True,
+    "activation_function": "torch.nn.modules.activation.Tanh",
+}
+WEIGHTS = json.dumps({"linear.weight": {"dtype": "F32"}, "linear.bias": {"dtype": "F32"}})
+
+
+@pytest.mark.parametrize(
+    ("settings", "weights", "fine"),
+    [
+        (DENSE, WEIGHTS, True),
+        ({**DENSE, "activation_function": "torch.nn.modules.linear.Identity"}, WEIGHTS, True),
+        ({**DENSE, "activation_function": "torch.nn.modules.activation.Mish"}, WEIGHTS, False),
+        ({**DENSE, "in_features": "4"}, WEIGHTS, False),
+        (DENSE, json.dumps({"w": {"dtype": "F32"}}), False),
+        (DENSE, "", False),
+        ({}, WEIGHTS, False),
+    ],
+)
+def test_a_dense_layer_that_would_be_left_out_in_silence_is_refused(
+    tmp_path: Path, settings: dict[str, Any], weights: str, fine: bool
+) -> None:
+    found = declare(tmp_path, "Transformer", "Pooling", "Dense", pooling={"pooling_mode": "cls"})
+    (tmp_path / "Dense" / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    header = len(weights).to_bytes(8, "little") + weights.encode()
+    (tmp_path / "Dense" / "model.safetensors").write_bytes(header)
+    if fine:
+        assert recipe_of(found) == Recipe("CLS")
+    else:
+        with pytest.raises(ConfigurationError, match="no dense layer that vLLM can read"):
+            recipe_of(found)
+
+
 @pytest.mark.parametrize(
     ("listing", "problem"),
     [
@@ -111,5 +146,6 @@ def test_the_option_decides_before_the_folder_and_the_folder_before_vllm(tmp_pat
         assert runner_of(folder(tmp_path, encoder=encoder), pooling) == "pooling"
     assert runner_of(folder(tmp_path), auto) == "pooling"
     assert runner_of(folder(tmp_path, encoder=False), auto) == "auto"
+    assert runner_of(folder(tmp_path, encoder=False, kind="LlamaModel"), auto) == "pooling"
     (tmp_path / "modules.json").write_text("[]", encoding="utf-8")
     assert runner_of(folder(tmp_path, encoder=False), auto) == "pooling"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from engineroom import ConfigurationError
 
-__all__ = ["ModelFolder", "is_model_folder", "read_folder", "read_json"]
+__all__ = ["ModelFolder", "is_model_folder", "read_folder", "read_json", "tensors_of"]
 
 _T = TypeVar("_T", dict[str, Any], list[Any])
 
@@ -167,17 +167,25 @@ def _dtype(config: Mapping[str, Any]) -> str | None:
 
 def _dtype_of(file: Path) -> str | None:
     """What most tensors of a safetensors file are made of, for folders that do not say."""
+    found = Counter(tensors_of(file).values())
+    return next((_DTYPES[name] for name, _ in found.most_common() if name in _DTYPES), None)
+
+
+def tensors_of(file: Path) -> dict[str, str]:
+    """The tensors of a safetensors file, and the type of each, as its header writes it.
+
+    Nothing of another file, or of a damaged one.
+    """
     if file.suffix != ".safetensors":
-        return None
+        return {}
     try:
         with file.open("rb") as opened:
             size = int.from_bytes(opened.read(8), "little")
             header = json.loads(opened.read(size)) if size <= _LARGEST else None
-    except (ValueError, RecursionError):  # damaged, which vLLM will tell
-        return None
-    tensors: Sequence[Any] = list(header.values()) if isinstance(header, dict) else []
-    found = Counter(str(t.get("dtype")) for t in tensors if isinstance(t, Mapping))
-    return next((_DTYPES[name] for name, _ in found.most_common() if name in _DTYPES), None)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    found = header.items() if isinstance(header, dict) else ()
+    return {n: str(t["dtype"]) for n, t in found if isinstance(t, Mapping) and "dtype" in t}
 
 
 def _token_values(config: Mapping[str, Any]) -> int:

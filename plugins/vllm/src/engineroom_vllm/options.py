@@ -69,7 +69,7 @@ class VLLMOptions(BaseModel):
     """Most requests that wait; more are refused at once."""
     runner: Literal["auto", "generate", "pooling"] = "auto"
     """What the model is for: ``generate`` text, or ``pooling``, which makes embeddings. ``auto``:
-    encoders, and folders with a ``modules.json``, make embeddings."""
+    encoders, decoders without their head, and folders with a ``modules.json`` make embeddings."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of weights and computation; ``auto``: as the model's files say."""
     quantization: str | None = None
