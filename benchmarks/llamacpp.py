@@ -181,7 +181,7 @@ def against_the_native_server(settings: Settings) -> Iterator[Measurement]:
         path = model_path(kind)
         with (
             Worker(ForgetfulSide, path) as service,
-            PythonServerSide(path, default_threads()) as python_server,
+            PythonServerSide(path, default_threads(), service.call("ends")) as python_server,
         ):
             prompts = _prompts(service, count)
             python_server.at_once(prompts[:2], count)

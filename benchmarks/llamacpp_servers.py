@@ -79,6 +79,7 @@ class NativeServerSide:
             "temperature": 0.0,
             "top_k": 1,
             "samplers": ["top_k"],
+            "ignore_eos": True,
             "cache_prompt": False,
             "stream": True,
         }
@@ -99,10 +100,12 @@ class PythonServerSide:
     It answers one request after another. It is told not to break off an answer when the next
     request comes, which it would by itself, and to keep no logits but the last ones.
 
+    :param ends: tokens that end an answer, which it is not to choose.
     :raises UnavailableError: it cannot be started.
     """
 
-    def __init__(self, path: Path, threads: int) -> None:
+    def __init__(self, path: Path, threads: int, ends: Sequence[int]) -> None:
+        self._no_end = {str(token): -100.0 for token in ends}
         if any(importlib.util.find_spec(name) is None for name in _PYTHON_SERVER):
             raise UnavailableError(
                 "llama-cpp-python's server is not whole; pip install 'llama-cpp-python[server]'"
@@ -152,6 +155,7 @@ class PythonServerSide:
             "temperature": 0.0,
             "top_k": 1,
             "repeat_penalty": 1.0,
+            "logit_bias": self._no_end,
             "stream": True,
         }
         reason = None

@@ -45,6 +45,17 @@ class Side(LatencySide):
             self.at_once(prompts, count)
         return peak.mib
 
+    def ends(self) -> list[int]:
+        """The tokens that end an answer."""
+        import llama_cpp
+
+        loaded = self._manager.get_loaded_model("smollm2")
+        assert loaded is not None
+        model = loaded.model_object.model
+        vocab = llama_cpp.llama_model_get_vocab(model.handle)
+        tokens = range(model.n_vocab)
+        return [token for token in tokens if llama_cpp.llama_vocab_is_eog(vocab, token)]
+
     def built_for(self) -> str:
         """Which of the processor's instructions the library uses."""
         import llama_cpp
