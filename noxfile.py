@@ -613,7 +613,8 @@ def use_wheel(session: nox.Session, dist: Path) -> None:
 def bench(session: nox.Session) -> None:
     """What is measured, as a table: nox -s bench -- [benchmark …]."""
 
-    with_vllm = "vllm" in session.posargs  # minutes, and gigabytes without a build for CPUs
+    # Minutes, and gigabytes without a build for CPUs.
+    with_vllm = any(name.split(":")[0] == "vllm" for name in session.posargs)
 
     def installing() -> None:
         install(session, "core", *IN_PROCESS, extra=[*group("bench"), *extras("core", "server")])

@@ -1,6 +1,7 @@
 """Measure the bars and print the table.
 
-``python -m benchmarks`` measures all of them; ``python -m benchmarks core 4`` a group and a bar.
+``python -m benchmarks`` measures all of them; ``python -m benchmarks core 4`` a group, and a bar
+wherever it is; ``python -m benchmarks llamacpp:4`` that bar of that group alone.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ COLUMNS: Final = ("bar", "what", "target", "median", "min–max", "met", "rounds
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command. Missed targets are no failure; a bar that breaks is."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="group or number; none: all")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="group, number or group:number; none: all"
+    )
     parser.add_argument("--rounds", type=int, default=0, help="pairs of each comparison (5)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
     parser.add_argument("--quick", action="store_true", help="less work, 3 rounds: to try it out")
@@ -93,14 +96,15 @@ def chosen(names: Sequence[str]) -> list[Bar]:
         for name, module in GROUPS.items()
     }
     numbers = {str(each.number) for group in available.values() for each in group}
-    if unknown := [n for n in names if n not in available and n not in numbers]:
+    both = {f"{name}:{each.number}" for name, group in available.items() for each in group}
+    if unknown := [n for n in names if n not in {*available, *numbers, *both}]:
         known = ", ".join([*available, *sorted(numbers, key=int)])
         raise LookupError(f"there is no group or bar {unknown[0]!r}; there is: {known}")
     return [
         each
         for name, group in available.items()
         for each in group
-        if not names or name in names or str(each.number) in names
+        if not names or {name, str(each.number), f"{name}:{each.number}"} & {*names}
     ]
 
 

@@ -26,11 +26,11 @@ from benchmarks.harness import (
     repeat,
 )
 from benchmarks.latency import WARM
+from benchmarks.llamacpp_servers import NativeServerSide, PythonServerSide
 from benchmarks.llamacpp_sides import (
     CHUNK,
     BareSide,
     ForgetfulSide,
-    NativeServerSide,
     NinePlacesSide,
     Side,
     model_path,
@@ -141,11 +141,13 @@ def batching(settings: Settings) -> Iterator[Measurement]:
 
 @bar(5)
 def against_the_native_server(settings: Settings) -> Iterator[Measurement]:
-    """Tokens per second of eight requests at once ÷ llama.cpp's own server, Q4_0 and Q8_0.
+    """Tokens per second of eight requests at once ÷ the servers that there are, Q4_0 and Q8_0.
 
-    A: eight streams at one time through the service. B: eight clients that stream from llama.cpp's
-    server by HTTP on the loopback interface: the same model, threads, context and slots. Neither
-    reuses what it has read.
+    A: eight streams at one time through the service. B: eight clients that stream from a server
+    by HTTP on the loopback interface, with the same model, threads and context: llama.cpp's own,
+    with as many slots; then llama-cpp-python's, which has one. None reuses what it has read. The
+    wheel of llama.cpp's server is compiled for more processors than this one; to compare with a
+    library that is compiled alike, name its folder in ``LLAMA_CPP_LIB_PATH``.
     """
     if importlib.util.find_spec("xllamacpp") is None:
         raise UnavailableError("llama.cpp's server is not installed; pip install xllamacpp")
@@ -160,6 +162,7 @@ def against_the_native_server(settings: Settings) -> Iterator[Measurement]:
         ):
             prompts = _prompts(service, count)
             server.call("at_once", prompts, count)
+            built = f"{server.call('built_for')} against {service.call('built_for')} here"
             pairs = interleave(
                 lambda: float(service.call("at_once", prompts, count)),  # noqa: B023
                 lambda: float(server.call("at_once", prompts, count)),  # noqa: B023
@@ -168,6 +171,28 @@ def against_the_native_server(settings: Settings) -> Iterator[Measurement]:
         total = EIGHT * count
         yield Measurement(
             f"llamacpp 8 at once ÷ llama.cpp's own server, {kind}",
+            at_least(1.0),
+            pairs.values(lambda a, b: b / a),
+            pairs.discarded,
+            f"{total / pairs.median_a():.0f} tokens/s, {total / pairs.median_b():.0f} there; "
+            f"its library uses {built}",
+        )
+    for kind in ("Q4_0", "Q8_0"):
+        path = model_path(kind)
+        with (
+            Worker(ForgetfulSide, path) as service,
+            PythonServerSide(path, default_threads(), service.call("ends")) as python_server,
+        ):
+            prompts = _prompts(service, count)
+            python_server.at_once(prompts[:2], count)
+            pairs = interleave(
+                lambda: float(service.call("at_once", prompts, count)),  # noqa: B023
+                lambda: python_server.at_once(prompts, count),  # noqa: B023
+                settings.rounds,
+            )
+        total = EIGHT * count
+        yield Measurement(
+            f"llamacpp 8 at once ÷ llama-cpp-python's server, {kind}",
             at_least(1.0),
             pairs.values(lambda a, b: b / a),
             pairs.discarded,

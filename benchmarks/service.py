@@ -36,12 +36,18 @@ class ServiceSide:
         self._runner.run(self._manager.load_configured_models())
 
     def long_answers(self, prompts: Sequence[str], count: int) -> list[str]:
-        """Those prompts whose answers have ``count`` tokens. Warms up, too."""
+        """Those prompts whose answers have ``count`` tokens, in company and alone.
+
+        Company changes the last digits, and with them now and then an answer. Warms up, too.
+        """
         found: list[str] = []
         for at in range(0, len(prompts), EIGHT):
             eight = prompts[at : at + EIGHT]
             counts = self._runner.run(self._all(eight, count))
-            found += [p for p, n in zip(eight, counts, strict=True) if n == count]
+            long = [p for p, n in zip(eight, counts, strict=True) if n == count]
+            found += [p for p in long if self._runner.run(self._count(p, count)) == count]
+            if len(found) >= EIGHT:
+                break
         return found
 
     def at_once(self, prompts: Sequence[str], count: int) -> float:

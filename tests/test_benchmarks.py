@@ -159,9 +159,21 @@ def test_bars_are_chosen_by_group_and_by_number(capsys):
     for name in command.GROUPS:  # two runtimes may have the same bar, but none has one twice
         found = [each.number for each in command.chosen([name])]
         assert len(found) == len(set(found))
-    with pytest.raises(SystemExit):
-        command.main(["no-such-bar"])
-    assert "no-such-bar" in capsys.readouterr().err
+    both = [each.measure.__module__ for each in command.chosen(["llamacpp:9"])]
+    assert both == ["benchmarks.llamacpp"]
+    for name in ("no-such-bar", "llamacpp:1"):
+        with pytest.raises(SystemExit):
+            command.main([name])
+        assert name in capsys.readouterr().err
+
+
+def test_what_a_library_is_compiled_for_is_read_from_what_it_says():
+    from benchmarks.llamacpp_sides import instructions
+
+    said = "CPU : SSE3 = 1 | AVX = 1 | AVX2 = 1 | AVX512 = 0 | FMA = 1 | OPENMP = 1 | "
+    assert instructions(said) == "AVX, AVX2"
+    assert instructions("CPU : NEON = 1 | ARM_FMA = 1 | DOTPROD = 1 | ") == "NEON, DOTPROD"
+    assert instructions("") == "no vector instructions"
 
 
 def test_every_bar_says_what_its_sides_are():

@@ -151,6 +151,19 @@ def test_the_other_apis(client, url):
     assert message.content[0].text and message.usage.output_tokens > 0
 
 
+def test_token_ids_are_the_prompt_whose_tokens_they_are(client):
+    asked = {"model": "default", "temperature": 0, "max_tokens": 8}
+    text = client.completions.create(**asked, prompt="The capital of France is")
+    tokens = [504, 3575, 282, 4649, 314]
+    (one,) = client.completions.create(**asked, prompt=tokens).choices
+    assert one.text == text.choices[0].text
+    assert text.usage.prompt_tokens == len(tokens)
+    streamed = client.completions.create(**asked, prompt=[tokens], stream=True)
+    assert "".join(chunk.choices[0].text for chunk in streamed) == one.text
+    with pytest.raises(openai.BadRequestError, match="prompt_token_ids has 49152"):
+        client.completions.create(model="default", prompt=[504, 49152])
+
+
 def test_a_prompt_that_is_too_long_is_refused(client):
     with pytest.raises(openai.BadRequestError, match="tokens"):
         client.completions.create(model="default", prompt="word " * 5000)

@@ -41,6 +41,10 @@ ALSO: dict[str, tuple[set[str], str]] = {
         {"no-leaked-tasks"},
         "nothing can be checked on a loop that does not turn any more",
     ),
+    "prompt-too-long": (
+        {"prompt-token-ids-refused"},
+        "token ids that are too many are a prompt that is too long",
+    ),
     "cancel-by-task__goes_on": (
         {"*"},
         "what cannot be stopped keeps its slot, and later checks wait for it or for the next",
@@ -870,6 +874,54 @@ def unknown_adapter():
 
         def capabilities(self):
             return dataclasses.replace(super().capabilities(), adapters=True)
+
+    return Broken
+
+
+@defect
+def prompt_token_ids():
+    class Broken(ToyHandler):
+        """Reads them from the end."""
+
+        def tokens(self, loaded_model, request):
+            ids = super().tokens(loaded_model, request)
+            return ids if request.prompt_token_ids is None else ids[::-1]
+
+    return Broken
+
+
+@defect
+def prompt_token_ids__beginning_added():
+    class Broken(ToyHandler):
+        """Puts a token of the beginning before them, too."""
+
+        def tokens(self, loaded_model, request):
+            ids = super().tokens(loaded_model, request)
+            return ids if request.prompt_token_ids is None else [1, *ids]
+
+    return Broken
+
+
+@defect
+def prompt_token_ids_refused():
+    class Broken(ToyHandler):
+        """Takes ids for others where there are none."""
+
+        def tokens(self, loaded_model, request):
+            return [token % 257 for token in super().tokens(loaded_model, request)]
+
+    return Broken
+
+
+@defect
+def prompt_token_ids_refused__cut():
+    class Broken(ToyHandler):
+        """Reads the last of them where there are too many."""
+
+        def tokens(self, loaded_model, request):
+            ids = super().tokens(loaded_model, request)
+            most = loaded_model.max_context_tokens - 8
+            return ids if request.prompt_token_ids is None else ids[-most:]
 
     return Broken
 

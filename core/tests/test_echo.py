@@ -42,6 +42,17 @@ async def test_it_says_the_prompt_back(prompt, split_bytes):
     assert "".join([c async for c in handler.stream_infer(model, request(prompt))]) == prompt
 
 
+@pytest.mark.parametrize("split_bytes", [False, True])
+async def test_token_ids_are_characters(split_bytes):
+    handler, model = await loaded(split_bytes=split_bytes)
+    asked = request(None, prompt_token_ids=[ord(c) for c in "a 🦉"])
+    response = await handler.infer(model, asked)
+    assert (response.generated_text, response.prompt_tokens) == ("a 🦉", 3)
+    for token in (0xD800, 0x110000):
+        with pytest.raises(ConfigurationError, match=f"{token} is no character"):
+            await handler.infer(model, request(None, prompt_token_ids=[65, token]))
+
+
 async def test_it_repeats_and_honours_the_limit():
     handler, model = await loaded(repeat=2)
     assert (await handler.infer(model, request("a b"))).generated_text == "a ba b"

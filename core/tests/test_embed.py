@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -81,6 +82,20 @@ async def test_a_handler_that_does_not_claim_it_is_not_asked() -> None:
         with pytest.raises(ConfigurationError, match="'echo' makes no embeddings"):
             await service.embed("m", ["a"])
     assert handler.ended == 0
+
+
+async def test_plugins_are_discovered_off_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+    async with make(EchoHandler()) as service:
+        discover = service.registry.discover
+
+        def noting() -> None:
+            threads.append(threading.get_ident())
+            discover()
+
+        monkeypatch.setattr(service.registry, "discover", noting)
+        await service.embed("m", ["a"])
+    assert threads and threads[0] != threading.get_ident()
 
 
 async def test_an_unknown_model_is_named() -> None:

@@ -109,7 +109,9 @@ def test_a_required_field_is_required(schema: type[BaseModel]) -> None:
     assert required <= set(MINIMAL[schema])
 
 
-@pytest.mark.parametrize("schema", set(MINIMAL) - {InferenceResponse, LoadedModel})
+@pytest.mark.parametrize(
+    "schema", [s for s in MINIMAL if s not in (InferenceResponse, LoadedModel)]
+)
 def test_what_goes_in_is_frozen(schema: type[BaseModel]) -> None:
     instance = schema(**MINIMAL[schema])
     name = next(iter(schema.model_fields))
@@ -117,7 +119,7 @@ def test_what_goes_in_is_frozen(schema: type[BaseModel]) -> None:
         setattr(instance, name, getattr(instance, name))
 
 
-@pytest.mark.parametrize("schema", set(MINIMAL) - {LoadedModel})
+@pytest.mark.parametrize("schema", [s for s in MINIMAL if s is not LoadedModel])
 def test_a_schema_survives_json(schema: type[BaseModel]) -> None:
     instance = schema(**MINIMAL[schema])
     assert schema.model_validate_json(instance.model_dump_json()) == instance
@@ -303,6 +305,7 @@ def test_the_defaults_of_a_request() -> None:
     assert made.model_dump(exclude={"request_id", "params"}) == {
         "model_id": "m",
         "prompt": "Hello",
+        "prompt_token_ids": None,
         "messages": None,
         "stream": False,
         "stop_sequences": None,
@@ -326,11 +329,24 @@ def test_each_request_has_an_id_and_metadata_of_its_own() -> None:
 def test_a_request_has_a_prompt_or_messages() -> None:
     message = ChatMessage(role="user", content="Hello")
     assert InferenceRequest(model_id="m", messages=[message]).prompt is None
-    assert "neither was given" in refused(InferenceRequest, model_id="m")
-    assert "both were given" in refused(
+    assert "none of them was given" in refused(InferenceRequest, model_id="m")
+    assert "prompt and messages were given" in refused(
         InferenceRequest, model_id="m", prompt="", messages=[message]
     )
+    assert "prompt and prompt_token_ids were given" in refused(
+        InferenceRequest, model_id="m", prompt="", prompt_token_ids=[1]
+    )
     assert "\nmessages\n" in refused(InferenceRequest, model_id="m", messages=[])
+
+
+@pytest.mark.parametrize("ids", [[], [-1], [True], ["1"], [1.0], [2**31], [None], "1", 1], ids=repr)
+def test_token_ids_are_whole_numbers_from_nought(ids: Any) -> None:
+    assert "\nprompt_token_ids" in refused(InferenceRequest, model_id="m", prompt_token_ids=ids)
+
+
+def test_token_ids_are_a_prompt() -> None:
+    made = InferenceRequest(model_id="m", prompt_token_ids=[0, 2**31 - 1])
+    assert (made.prompt_token_ids, made.prompt, made.messages) == ([0, 2**31 - 1], None, None)
 
 
 def test_an_empty_prompt_is_a_prompt() -> None:

@@ -349,6 +349,15 @@ async def test_messages_are_never_only_warned_about():
     assert "messages" in (await bench.service.infer(request)).error_message
 
 
+async def test_token_ids_are_never_only_warned_about():
+    bench = plain_bench(_good)
+    request = InferenceRequest(model_id="plain", prompt_token_ids=[1], on_unsupported="warn")
+    refused = await bench.service.infer(request)
+    assert refused.error_type == "ConfigurationError"
+    assert "prompt_token_ids" in refused.error_message
+    assert "on_unsupported" not in refused.error_message
+
+
 async def test_an_adapter_is_refused_where_the_handler_knows_none():
     bench = echo_bench()
     response = await bench.service.infer(bench.request("a b", adapter="legal"))

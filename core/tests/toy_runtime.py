@@ -66,6 +66,9 @@ class ToyTemplate:
             raise ConfigurationError(f"this model does not know the roles {' → '.join(roles)}")
         return "".join(f"<{m.role}>{m.content}\n" for m in messages) + "<assistant>"
 
+    def encode(self, text):
+        return list(text.encode())
+
 
 @dataclass(eq=False)
 class ToyModel:
@@ -109,7 +112,7 @@ class ToyHandler(TokenHandler):
     api_version = "1.0"
 
     def capabilities(self) -> Capabilities:
-        return Capabilities(params=HONOURED, chat=True, embeddings=True)
+        return Capabilities(params=HONOURED, chat=True, embeddings=True, prompt_token_ids=True)
 
     async def embed(self, loaded_model: LoadedModel, texts) -> Embeddings:
         if any(len(t.encode()) > loaded_model.max_context_tokens for t in texts):
@@ -167,6 +170,8 @@ class ToyHandler(TokenHandler):
         return loaded_model.tokenizer.render(messages)
 
     def tokens(self, loaded_model: LoadedModel, request: InferenceRequest) -> list[int]:
+        if request.prompt_token_ids is not None:
+            return list(request.prompt_token_ids)
         text = request.prompt
         if text is None:
             text = self.render(loaded_model, request.messages)
@@ -179,6 +184,8 @@ class ToyHandler(TokenHandler):
             raise ConfigurationError(
                 f"the prompt has {len(prompt)} tokens, the context {model.options.n_ctx}"
             )
+        if max(prompt) > EOS:
+            raise ConfigurationError("the prompt has a token that is none; there are 257")
         if any(token > EOS for token in request.params.logit_bias or ()):
             raise ConfigurationError("logit_bias names a token that is none; there are 257")
 

@@ -53,6 +53,7 @@ class Capabilities:
         ``json_schema``, ``regex`` and ``grammar``.
     :param embeddings: has :meth:`InferenceHandler.embed`, for models that are made for it.
     :param adapters: honours ``adapter``, and refuses names that it does not know.
+    :param prompt_token_ids: takes ``prompt_token_ids``, and refuses ids that the model has not.
     """
 
     params: frozenset[str] = frozenset()
@@ -62,6 +63,7 @@ class Capabilities:
     structured_output: frozenset[str] = frozenset()
     embeddings: bool = False
     adapters: bool = False
+    prompt_token_ids: bool = False
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.params) - set(GenerationParams.model_fields)):
@@ -82,6 +84,8 @@ class Capabilities:
             ]
         if request.messages is not None and not self.chat:
             found.append("messages")
+        if request.prompt_token_ids is not None and not self.prompt_token_ids:
+            found.append("prompt_token_ids")
         if request.stop_sequences and not self.stop_sequences:
             found.append("stop_sequences")
         if not self.tools:

@@ -80,6 +80,10 @@ def no_booleans(value: Any) -> Any:
     return value
 
 
+MAX_TOKEN_ID: Final = 2**31 - 1
+"""Runtimes count tokens in 32 bits; which ids a model has, only its runtime knows."""
+
+TokenId = Annotated[int, Field(strict=True, ge=0, le=MAX_TOKEN_ID)]
 Identifier = Annotated[
     str, Field(min_length=1, max_length=256), AfterValidator(_no_control_characters)
 ]
@@ -212,12 +216,19 @@ class ChatMessage(_FrozenSchema):
         return self
 
 
+INPUTS: Final = ("prompt", "prompt_token_ids", "messages")
+"""What a request may ask to be continued, of which it has one."""
+
+
 class InferenceRequest(_FrozenSchema):
-    """One request to one model: a ``prompt`` as it stands, or chat ``messages``."""
+    """One request to one model: a ``prompt`` as it stands, its tokens, or chat ``messages``."""
 
     model_id: Identifier
     prompt: Text | None = None
     """Text to continue, taken as it is: no chat template is applied."""
+    prompt_token_ids: Annotated[list[TokenId], Field(min_length=1)] | None = None
+    """A prompt as token ids of the model's own vocabulary, taken as they are: nothing is added,
+    no token of the beginning either."""
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
     """A conversation, rendered with the model's own chat template."""
     params: GenerationParams = GenerationParams()
@@ -240,9 +251,12 @@ class InferenceRequest(_FrozenSchema):
 
     @model_validator(mode="after")
     def _one_input(self) -> InferenceRequest:
-        if (self.prompt is None) == (self.messages is None):
-            found = "neither was" if self.prompt is None else "both were"
-            raise ValueError(f"give exactly one of prompt and messages; {found} given")
+        given = [name for name in INPUTS if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = f"{' and '.join(given)} were" if given else "none of them was"
+            raise ValueError(
+                f"give exactly one of prompt, prompt_token_ids and messages; {found} given"
+            )
         if sum(map(len, self.stop_sequences or ())) > MAX_STOP_CHARS:
             raise ValueError(f"stop_sequences may have {MAX_STOP_CHARS} characters together")
         return self

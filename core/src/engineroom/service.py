@@ -28,7 +28,13 @@ from engineroom.generation import effective_capabilities, watching
 from engineroom.handler import Capabilities, Embeddings, InferenceHandler, StreamEnd
 from engineroom.manager import LLMModelManager, ModelSource
 from engineroom.registry import DispatchReport, HandlerRegistry
-from engineroom.schemas import InferenceRequest, InferenceResponse, LoadedModel, OnUnsupported
+from engineroom.schemas import (
+    INPUTS,
+    InferenceRequest,
+    InferenceResponse,
+    LoadedModel,
+    OnUnsupported,
+)
 from engineroom.scope import RequestScope
 from engineroom.streams import InferenceStream, StreamError
 from engineroom.telemetry import request_logger
@@ -143,6 +149,7 @@ class LLMInferenceService:
         :raises EngineRoomError: what else a request may fail with.
         """
         _check_texts(texts, model_id)
+        await self._discover()
         if self._closed:
             raise ResourceNotAvailableError("the service is closed; it takes no more requests")
         if self.num_requests >= self._max_requests:
@@ -151,7 +158,6 @@ class LLMInferenceService:
                 "(max_requests); send it again later"
             )
         self._portal.bind()
-        self.registry.discover()
         work = asyncio.ensure_future(self._embed(model_id, texts))
         self._embedding.add(work)
         try:
@@ -426,8 +432,14 @@ class LLMInferenceService:
         if not unsupported:
             return []
         warn = (request.on_unsupported or self._on_unsupported) == "warn"
-        # Without its messages a request has no input: that cannot be a warning.
-        if not warn or "messages" in unsupported:
+        # Without its input a request has nothing to continue: that cannot be a warning.
+        inputs = [name for name in INPUTS if name in unsupported]
+        if inputs:
+            raise ConfigurationError(
+                f"handler {handler.name!r} does not honour {', '.join(unsupported)}; send prompt= "
+                f"instead of {inputs[0]}=, or use another runtime"
+            )
+        if not warn:
             raise ConfigurationError(
                 f"handler {handler.name!r} does not honour {', '.join(unsupported)}; leave "
                 f"{'it' if len(unsupported) == 1 else 'them'} out, use another runtime, or set "

@@ -5,7 +5,7 @@ It stands in for a runtime; what is under test is the server. Words that begin w
 ``!break`` fails after the second, ``!dead`` is an engine that has ended, ``!die`` one that ends
 after the second token, ``!mortal`` one that has ended as often as ``deaths`` says, ``!wait`` waits
 in prefill for ``gate``, ``!leak`` fails with a path in the message, ``!refuse`` is a request that
-cannot be honoured.
+cannot be honoured. Token ids of a prompt are characters.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class TalkHandler(TokenHandler):
 
     def capabilities(self) -> Capabilities:
         params = frozenset(GenerationParams.model_fields)
-        return Capabilities(params=params, chat=True, adapters=True)
+        return Capabilities(params=params, chat=True, adapters=True, prompt_token_ids=True)
 
     def can_handle(self, loaded_model: LoadedModel) -> bool:
         return loaded_model.model_object == "talk"
@@ -85,6 +85,8 @@ class TalkHandler(TokenHandler):
 
     async def _talk(self, request: InferenceRequest) -> AsyncGenerator[TokenStep, None]:
         text = request.prompt
+        if request.prompt_token_ids is not None:
+            text = "".join(map(chr, request.prompt_token_ids))
         if text is None:
             assert request.messages is not None
             text = request.messages[-1].content or ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -13,6 +14,7 @@ pytest.importorskip("httpx", reason="needs httpx")
 
 import httpx
 import openai
+from server_doubles import TalkHandler
 
 CHAT = [{"role": "user", "content": "one two three"}]
 
@@ -216,6 +218,48 @@ def test_log_probabilities_of_a_completion(client, stream):
     assert parts[0].top_logprobs[0] == {"alt0": -1.0}
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_prompts_are_token_ids(client, stream):
+    ids = [[ord(c) for c in text] for text in ("a b", "c")]
+    for prompt, texts in ((ids[0], ["a b"]), (ids, ["a b", "c"])):
+        answer = client.completions.create(model="m", prompt=prompt, stream=stream)
+        got = [""] * len(texts)
+        for part in answer if stream else [answer]:
+            for choice in part.choices:
+                got[choice.index] += choice.text
+        assert got == texts
+
+
+def test_token_ids_where_the_runtime_takes_none(start):
+    class TextHandler(TalkHandler):
+        def capabilities(self):
+            return replace(super().capabilities(), prompt_token_ids=False)
+
+    with (
+        start(handler=TextHandler()) as run,
+        openai.OpenAI(base_url=f"{run.url}/v1", api_key="x", max_retries=0) as client,
+        pytest.raises(openai.BadRequestError) as caught,
+    ):
+        client.completions.create(model="m", prompt=[97, 98])
+    assert "does not honour prompt_token_ids" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        [], [[]], [[1], []], [-1], [1, True], [True], [1.5], [1, "a"], ["a", 1], [[1], "a"],
+        [2**31], [["a"]], [[[1]]], [None], None, 5, {"a": 1},
+    ],
+)  # fmt: skip
+def test_prompts_that_are_none_are_named(shared, prompt):
+    body = {"model": "m", "prompt": prompt}
+    answer = httpx.post(f"{shared.url}/v1/completions", json=body)
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert (error["param"], error["type"]) == ("prompt", "invalid_request_error")
+    assert len(error["message"]) < 200
+
+
 def test_models_are_listed(client):
     assert [model.id for model in client.models.list()] == ["m", "default"]
     assert client.models.retrieve("default").id == "default"
@@ -267,8 +311,8 @@ def test_what_asks_for_nothing_is_let_pass(client, field, value):
     [
         ({"prompt": "x", "suffix": "y"}, "suffix"),
         ({"prompt": "x", "best_of": 2}, "best_of"),
-        ({"prompt": [1, 2, 3]}, "prompt"),
-        ({"prompt": [[1], [2]]}, "prompt"),
+        ({"prompt": [1, 2, 3], "echo": True}, "echo"),
+        ({"prompt": [[1], [2]], "echo": True}, "echo"),
         ({"prompt": "x", "echo": True, "logprobs": 1}, "echo"),
     ],
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -178,6 +180,37 @@ def test_only_the_logits_that_are_wanted_are_computed(models: Tiny) -> None:
     forward = forward_of(parts, options())
     assert forward([5, 6, 7], [], [Span(0, 0, 0, 3)], []).shape == (0, parts.n_vocab)
     forward.close()
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")  # torch's own compiler does
+async def test_a_compiled_model_answers_alike(
+    tiny: Callable[[str], Path],
+    models: Tiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not shutil.which("c++"):
+        pytest.skip("torch.compile needs a C++ compiler")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    with Rig(load(tiny("llama"), compile=True), compile=True) as rig:
+        assert not rig.engine.why_one_by_one
+        prompts = [rig.tokens(text) for text in (TEXT[:90], TEXT[9:60], "hello")]
+        answers = await asyncio.gather(*(rig.read(rig.send(tokens)) for tokens in prompts))
+        for tokens, answer in zip(prompts, answers, strict=True):
+            assert answer.error is None
+            assert answer.tokens == models.reference("llama").greedy(tokens, 24)
+
+
+async def test_a_model_is_spread_as_a_mapping_says(
+    tiny: Callable[[str], Path], models: Tiny
+) -> None:
+    where = {"model.embed_tokens": "cpu", "model.layers": "cpu", "model.norm": "cpu"}
+    spread = {"device": "auto", "device_map": where | {"model.rotary_emb": "cpu", "lm_head": "cpu"}}
+    with Rig(load(tiny("llama"), **spread), **spread) as rig:
+        assert not rig.engine.why_one_by_one
+        tokens = rig.tokens(TEXT[:90])
+        assert (await rig.answer(tokens)).tokens == models.reference("llama").greedy(tokens, 24)
 
 
 def test_a_step_is_given_up_at_a_layer(models: Tiny) -> None:

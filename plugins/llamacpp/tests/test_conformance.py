@@ -11,7 +11,7 @@ import pytest
 from llama_benches import EXACT, ask
 from llama_bert import write_bert
 
-from engineroom import ModelConfig
+from engineroom import LoadedModel, ModelConfig
 from engineroom.testing import HandlerConformance
 from engineroom_llamacpp import LlamaCppHandler
 
@@ -23,6 +23,11 @@ class LlamaCppConformance(HandlerConformance):
     handler_class = LlamaCppHandler
     runtime_modules = ("llama_cpp", "numpy", "jinja2")
     options: ClassVar[dict[str, Any]] = OPTIONS
+
+    def token_ids(self, loaded_model: LoadedModel, text: str) -> list[int]:
+        """As the model's own tokenizer has them."""
+        ids: list[int] = loaded_model.tokenizer.tokenize(text)
+        return ids
 
     @pytest.fixture
     def model_config(self, tiny_model: Path) -> ModelConfig:

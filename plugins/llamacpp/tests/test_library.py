@@ -219,3 +219,21 @@ def test_another_thread_raises_the_flag(llama: Any) -> None:
     thread.start()
     thread.join()
     assert flag.callback(flag.data) is True
+
+
+@pytest.mark.parametrize(("raised", "expected"), [(False, logging.WARNING), (True, logging.DEBUG)])
+def test_what_is_logged_of_an_abort_is_for_those_who_debug(
+    llama: Any, raised: bool, expected: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    flag = AbortFlag(llama)
+
+    def compute(status: int) -> int:
+        flag.set(raised)
+        say(ERROR, b"failed to decode")
+        return status
+
+    with caplog.at_level(logging.DEBUG, LOGGER):
+        assert flag.compute(compute, 2) == 2
+        say(ERROR, b"later")
+    assert [r.levelno for r in caplog.records] == [expected, logging.WARNING]
+    assert ("failed to decode" in last_error("nothing")) is not raised

@@ -72,6 +72,45 @@ def test_the_context_is_what_is_wanted_or_was_trained_but_not_endless(tmp_path: 
     assert odd.dtype == "auto"
 
 
+def tensors(**dtypes: str) -> bytes:
+    """A safetensors file's header."""
+    header = json.dumps(
+        {"__metadata__": {"format": "pt"}, **{n: {"dtype": d} for n, d in dtypes.items()}}
+    )
+    return len(header).to_bytes(8, "little") + header.encode()
+
+
+@pytest.mark.parametrize(
+    ("weights", "dtype"),
+    [
+        (tensors(a="F32", b="F32", ids="I64"), "float32"),
+        (tensors(a="BF16", b="BF16", norm="F32"), "bfloat16"),
+        (tensors(a="F16"), "float16"),
+        (tensors(a="U8", b="U8", scale="BF16"), "bfloat16"),
+        (tensors(a="I32"), "auto"),
+        (tensors(), "auto"),
+        (b"", "auto"),
+        (b"\xff" * 8, "auto"),
+        (b"\x02" + b"\0" * 7 + b"[]", "auto"),
+        (b"\x05" + b"\0" * 7 + b"oops!", "auto"),
+        (b"\x09" + b"\0" * 7 + b'{"a": 1}\n', "auto"),
+    ],
+)
+def test_weights_say_their_type_where_the_configuration_does_not(
+    tmp_path: Path, weights: bytes, dtype: str
+) -> None:
+    path = write(tmp_path / "m", {"architectures": ["X"]})
+    (path / "model.safetensors").write_bytes(weights)
+    assert read_folder(path).dtype == dtype
+    assert read_folder(write(path, {**CONFIG, "dtype": "float16"}, None)).dtype == "float16"
+
+
+def test_encoders_are_known_by_their_kind(tmp_path: Path) -> None:
+    for kind, encoder in (("bert", True), ("xlm-roberta", True), ("llama", False), (None, False)):
+        config = {**CONFIG, "architectures": ["SomeModel"], "model_type": kind}
+        assert read_folder(write(tmp_path / "m", config)).encoder is encoder
+
+
 def test_tokens_that_end_come_from_both_files(tmp_path: Path) -> None:
     path = write(tmp_path / "m")
     (path / "generation_config.json").write_text(

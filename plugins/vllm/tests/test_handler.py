@@ -158,7 +158,7 @@ def test_everything_but_tools_is_claimed() -> None:
         params={"num_beams": 2, "structured_output": {"grammar": "x"}, "seed": 1, "min_p": 0.1},
     )
     assert found.unsupported(request) == []
-    assert found.chat and not found.tools
+    assert found.chat and found.embeddings and not found.tools
 
 
 def test_the_estimate_counts_weights_cache_and_on_a_cpu_the_processes(
@@ -216,6 +216,41 @@ def test_options_are_handed_to_the_engine(folder: Path) -> None:
     assert found["speculative_config"] == {"method": "ngram"}
     assert found["block_size"] == 32
     assert "enable_lora" not in found
+
+
+def test_only_what_is_needed_has_to_be_free_when_the_engine_starts(folder: Path) -> None:
+    assert arguments(folder)["gpu_memory_utilization"] == 0.01
+    assert arguments(folder, gpu_memory_utilization=0.4)["gpu_memory_utilization"] == 0.4
+    assert arguments(folder, gpu_memory_utilization=0.4)["kv_cache_memory_bytes"] is None
+
+
+def test_an_engine_is_told_what_its_model_is_for(folder: Path) -> None:
+    found = arguments(folder)
+    assert found["runner"] == "auto" and "pooler_config" not in found
+    assert arguments(folder, runner="generate")["runner"] == "generate"
+    mean = {"pooling_type": "MEAN", "use_activation": False}
+    assert arguments(folder, runner="pooling")["pooler_config"] == mean
+    own = {"pooling_type": "LAST"}
+    given = arguments(folder, runner="pooling", engine_args={"pooler_config": own})
+    assert given["pooler_config"] == own
+    (folder / "modules.json").write_text("[]", encoding="utf-8")
+    assert arguments(folder)["runner"] == "pooling"
+    assert "pooler_config" not in arguments(folder, runner="generate")
+
+
+def test_how_much_an_encoder_reads_is_left_to_vllm(folder: Path) -> None:
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(
+        json.dumps({**settings, "architectures": ["BertModel"], "model_type": "bert"}),
+        encoding="utf-8",
+    )
+    found = arguments(folder)
+    assert (found["runner"], found["max_model_len"], found["enable_prefix_caching"]) == (
+        "pooling",
+        None,
+        None,
+    )
+    assert arguments(folder, n_ctx=64)["max_model_len"] == 64
 
 
 def test_adapters_are_looked_at_before_the_engine_is_started(folder: Path, tmp_path: Path) -> None:

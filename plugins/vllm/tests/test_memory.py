@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,13 @@ def test_what_the_deployment_says_is_taken() -> None:
 def test_a_model_of_unknown_measures_gets_a_bounded_cache_in_main_memory() -> None:
     assert plan(folder(0), options(), cpu=True).cache_bytes == 1 << 30
     assert plan(folder(0), options(), cpu=False).cache_bytes is None
+
+
+def test_an_encoder_keeps_no_cache() -> None:
+    encoder = dataclasses.replace(folder(), encoder=True)
+    assert plan(encoder, options(), cpu=True, free=1 << 36).cache_bytes == 0
+    assert plan(encoder, options(), cpu=False).cache_bytes_each == 0
+    assert plan(encoder, options(kv_cache_memory="1MiB"), cpu=True).cache_bytes == MIB
 
 
 @given(free=st.integers(0, 1 << 36), context=st.integers(8, 8192), parallel=st.integers(1, 64))

@@ -16,6 +16,7 @@ DEFAULTS: dict[str, Any] = {
     "max_num_seqs": None,
     "n_parallel": None,
     "max_queue": 256,
+    "runner": "auto",
     "dtype": "auto",
     "quantization": None,
     "gpu_memory_utilization": None,

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from engineroom import ConfigurationError, GenerationParams
 from engineroom.text import TextPipeline
+from engineroom_vllm import VLLMHandler
 from engineroom_vllm.sampling import check_params, sampling_arguments, stops_alone
 
 VOCABULARY = 1000
@@ -73,6 +74,41 @@ def test_every_parameter_has_its_name_in_vllm() -> None:
         "logprobs": 0,
         "stop_token_ids": [],
     }
+
+
+MAPPED: dict[str, tuple[Any, str]] = {
+    "max_new_tokens": (7, "max_tokens"),
+    "temperature": (0.5, "temperature"),
+    "top_p": (0.9, "top_p"),
+    "top_k": (40, "top_k"),
+    "min_p": (0.1, "min_p"),
+    "repetition_penalty": (1.2, "repetition_penalty"),
+    "presence_penalty": (-1.0, "presence_penalty"),
+    "frequency_penalty": (2.0, "frequency_penalty"),
+    "seed": (3, "seed"),
+    "logit_bias": ({5: 1.0}, "logit_bias"),
+    "logprobs": (3, "logprobs"),
+}
+"""Field of the contract → a value that asks for something, and its name in vLLM."""
+ELSEWHERE = {
+    "do_sample",  # temperature 0
+    "num_beams",  # requests for one token each
+    "early_stopping",  # likewise
+    "structured_output",  # an argument of another kind
+}
+
+
+def test_no_parameter_is_dropped_in_silence() -> None:
+    """Each has a name in vLLM, or its own way; the handler claims exactly these."""
+    fields = set(GenerationParams.model_fields)
+    assert fields == MAPPED.keys() | ELSEWHERE
+    assert VLLMHandler().capabilities().params == fields
+    neutral = arguments(**dict.fromkeys(fields))
+    for field, (value, name) in MAPPED.items():
+        found = arguments(**{**dict.fromkeys(fields), field: value})
+        changed = {key for key in found if found[key] != neutral[key]}
+        assert changed == {name}, field
+        assert found[name] == value
 
 
 def test_an_answer_is_never_longer_than_the_context_has_room() -> None:

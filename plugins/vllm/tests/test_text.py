@@ -74,6 +74,17 @@ def test_a_prompt_begins_once_as_the_model_wants() -> None:
     assert codec().prompt("", None) == []
 
 
+def test_a_text_for_embeddings_begins_and_ends_once_as_the_model_wants() -> None:
+    found = codec(begin=True)
+    body = found.prompt("hi", None)[1:]
+    assert found.whole("hi") == [1, *body, 2]
+    assert found.whole("<s>hi</s>") == [1, *body, 2]
+    assert found.whole("") == [1, 2]
+    plain = codec()
+    assert plain.whole("hi") == plain.prompt("hi", None) == body
+    assert plain.whole("") == []
+
+
 def test_special_tokens_of_a_prompt_are_meant_and_those_of_a_message_are_text() -> None:
     found = codec()
     assert found.prompt("<|end|>", None) == [3]

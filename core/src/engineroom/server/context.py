@@ -144,7 +144,7 @@ class ServerContext:
     def log_prompt(self, request: InferenceRequest) -> None:
         """Write what was asked to the log, where the deployment says so."""
         if self.settings.log_prompts:
-            asked: Any = request.prompt
+            asked: Any = request.prompt_token_ids or request.prompt
             if request.messages is not None:
                 asked = [m.model_dump(exclude_none=True) for m in request.messages]
             request_logger(logger, request).info("prompt of %s: %r", request.request_id, asked)

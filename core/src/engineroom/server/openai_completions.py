@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
-from engineroom.schemas import InferenceRequest, InferenceResponse, TokenLogprob
+from engineroom.schemas import InferenceRequest, InferenceResponse, TokenId, TokenLogprob
 from engineroom.server.call import Call
 from engineroom.server.exchange import answer_all, stream_all
 from engineroom.server.fields import parse
@@ -28,25 +28,40 @@ __all__ = ["CompletionRequest", "completions"]
 DEFAULT_MAX_TOKENS = 16
 """As OpenAI's."""
 
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+_PROMPTS: Mapping[type, str] = {str: "texts", int: "ids", list: "lists of ids"}
+
+
+def _kind_of_prompt(value: Any) -> str | None:
+    """Which of its forms a prompt has: mistakes are told of that one alone."""
+    if not isinstance(value, list):
+        return "text" if isinstance(value, str) else None
+    return _PROMPTS.get(type(value[0])) if value else "texts"
 
 
 class CompletionRequest(OpenAIRequest):
     """Prompts to be continued as they stand: no chat template is applied."""
 
-    prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1)]
-        | TokenIds
-        | Annotated[list[TokenIds], Field(min_length=1)]
-    )
-    """A text or several. Token ids are refused where the runtime takes none."""
+    prompt: Annotated[
+        Annotated[str, Tag("text")]
+        | Annotated[list[str], Field(min_length=1), Tag("texts")]
+        | Annotated[TokenIds, Tag("ids")]
+        | Annotated[list[TokenIds], Field(min_length=1), Tag("lists of ids")],
+        Discriminator(
+            _kind_of_prompt,
+            custom_error_type="prompt",
+            custom_error_message="must be a text, a list of texts, a list of token ids, or a list "
+            "of lists of token ids",
+        ),
+    ]
+    """A text or several, or their token ids, which are refused where the runtime takes none."""
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     """16 unless said."""
     echo: bool | None = None
-    """Put the prompt before the text."""
+    """Put the prompt before the text. Not with token ids."""
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
+    RENAMED: ClassVar[Mapping[str, str]] = {**OpenAIRequest.RENAMED, "prompt_token_ids": "prompt"}
     REFUSED: ClassVar[Mapping[str, Collection[Any]]] = {
         "suffix": ("",),
         "best_of": (1,),
@@ -61,7 +76,7 @@ async def completions(call: Call) -> None:
     for each in requests:
         call.context.log_prompt(each)
     created, completion_id = int(time.time()), f"cmpl-{call.id}"
-    echoed = prompts if request.echo else [""] * len(prompts)
+    echoed = [each if request.echo and isinstance(each, str) else "" for each in prompts]
     heads = [head for head in echoed for _ in range(request.n or 1)]
     if request.stream:
         usage = bool(request.stream_options and request.stream_options.include_usage)
@@ -100,27 +115,25 @@ async def completions(call: Call) -> None:
     )
 
 
-def _prompts(request: CompletionRequest) -> list[str]:
-    prompt = request.prompt
-    if isinstance(prompt, str):
-        return [prompt]
-    if texts := [each for each in prompt if isinstance(each, str)]:
-        return texts
-    raise Refused(
-        400,
-        "prompt: token ids are not supported by this server; send text",
-        "unsupported_parameter",
-        "prompt",
-    )
+def _prompts(request: CompletionRequest) -> list[str | list[int]]:
+    prompt: Any = request.prompt
+    return [prompt] if _kind_of_prompt(prompt) in ("text", "ids") else list(prompt)
 
 
 def _requests(
-    call: Call, request: CompletionRequest, prompts: Sequence[str]
+    call: Call, request: CompletionRequest, prompts: Sequence[str | list[int]]
 ) -> list[InferenceRequest]:
     if request.echo and request.logprobs is not None:
         raise Refused(
             400,
             "logprobs of the prompt are not supported by this server; leave echo or logprobs out",
+            "unsupported_parameter",
+            "echo",
+        )
+    if request.echo and not all(isinstance(each, str) for each in prompts):
+        raise Refused(
+            400,
+            "echo with token ids is not supported by this server; leave echo out, or send text",
             "unsupported_parameter",
             "echo",
         )
@@ -132,7 +145,10 @@ def _requests(
         request,
         params,
         absent={"temperature": None, "max_new_tokens": DEFAULT_MAX_TOKENS},
-        inputs=[{"prompt": prompt} for prompt in prompts],
+        inputs=[
+            {"prompt" if isinstance(prompt, str) else "prompt_token_ids": prompt}
+            for prompt in prompts
+        ],
     )
 
 

@@ -18,7 +18,7 @@ from typing import Annotated, ClassVar, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from engineroom.errors import InferenceError, QueueFullError
+from engineroom.errors import ConfigurationError, InferenceError, QueueFullError
 from engineroom.generation import TokenHandler, TokenStep
 from engineroom.handler import Capabilities, Embeddings, HandlerHealth
 from engineroom.options import parse_options
@@ -69,7 +69,8 @@ class EchoHandler(TokenHandler):
     """Says the prompt, or the last message, back word by word.
 
     Loads any ``source`` that starts with ``echo:``. Honours ``max_new_tokens`` and
-    ``stop_sequences``; other parameters are refused, as they should be.
+    ``stop_sequences``; other parameters are refused, as they should be. Token ids of a prompt
+    are characters by their number in Unicode, of which it says one a step.
 
     :param unloadable: ``False``: ``can_load`` says no to everything.
     """
@@ -88,6 +89,7 @@ class EchoHandler(TokenHandler):
             params=frozenset({"max_new_tokens", "temperature", "do_sample"}),
             chat=True,
             embeddings=True,
+            prompt_token_ids=True,
         )
 
     def can_handle(self, loaded_model: LoadedModel) -> bool:
@@ -164,11 +166,10 @@ class EchoHandler(TokenHandler):
             model.waiting -= 1
         model.running += 1
         try:
-            prompt = _text(request)
+            pieces = _input(options, request)
             if options.fail == "before":
                 raise RuntimeError("asked to fail before the first token")
-            pieces = _pieces(options, prompt)
-            yield TokenStep(prompt_tokens=len(pieces))
+            yield TokenStep(prompt_tokens=len(request.prompt_token_ids or pieces))
             produced = 0
             for _ in range(options.repeat):
                 for piece in pieces:
@@ -201,11 +202,17 @@ def _letters(text: str) -> list[float]:
     return [count / length for count in counts]
 
 
-def _text(request: InferenceRequest) -> str:
+def _input(options: EchoOptions, request: InferenceRequest) -> Sequence[str | bytes]:
+    if (ids := request.prompt_token_ids) is not None:
+        for token in ids:
+            if token > 0x10FFFF or 0xD800 <= token <= 0xDFFF:
+                raise ConfigurationError(f"prompt_token_ids: {token} is no character of Unicode")
+        characters = [chr(token) for token in ids]
+        return _pieces(options, "".join(characters)) if options.split_bytes else characters
     if request.prompt is not None:
-        return request.prompt
+        return _pieces(options, request.prompt)
     assert request.messages is not None
-    return request.messages[-1].content or ""
+    return _pieces(options, request.messages[-1].content or "")
 
 
 def _pieces(options: EchoOptions, text: str) -> list[str] | list[bytes]:

@@ -6,7 +6,7 @@ row (:mod:`.attention`), runs the model once, chooses the next tokens (:mod:`.sa
 them to asyncio all at once.
 
 * A long prompt never stalls the others: beside decoding requests a step reads at most
-  ``prefill_chunk`` of its tokens.
+  ``prefill_chunk`` of its tokens, and fewer where they attend to many (:mod:`.chunking`).
 * Where tokens are proposed (:mod:`.drafting`), a decoding request has several in the step; those
   that the model would have chosen itself are kept.
 * What only ``generate()`` can do (beam search; every request of a model whose cache cannot be
@@ -35,9 +35,10 @@ from engineroom import (
 from engineroom_hf_transformers.attention import StepStoppedError
 from engineroom_hf_transformers.by_generate import Generation, neutral
 from engineroom_hf_transformers.cache import Slots
+from engineroom_hf_transformers.chunking import ReadingCost
 from engineroom_hf_transformers.drafting import Drafter, make_drafter
 from engineroom_hf_transformers.embedding import EmbeddingJob, Recipe, recipe_of
-from engineroom_hf_transformers.model import forward_of, why_not_driven
+from engineroom_hf_transformers.model import forward_of, reading_cost, why_not_driven
 from engineroom_hf_transformers.outcomes import Outcome, logprobs, step_of, take
 from engineroom_hf_transformers.sampling import Sampling, choose
 from engineroom_hf_transformers.step_errors import nonsense, step_error
@@ -90,6 +91,7 @@ class HfEngine(BatchingEngine[Job]):
         """Why requests run one at a time; empty: they are batched."""
         batched = not self.why_one_by_one
         self._forward = forward_of(parts, options) if batched else None
+        self._cost = reading_cost(parts) if batched else ReadingCost({})
         self._slots = (
             Slots(self._forward.cache, reuse=options.prefix_cache) if self._forward else None
         )
@@ -227,7 +229,7 @@ class HfEngine(BatchingEngine[Job]):
         try:
             if self._drafter is not None:
                 self._propose(tasks)
-            rows = compose(tasks, self._max_batch_tokens, self.options.prefill_chunk)
+            rows = compose(tasks, self._max_batch_tokens, self.options.prefill_chunk, self._cost)
             logits = self._forward(
                 [token for row in rows for token in tokens_of(row)],
                 [row.span for row in rows if row.outputs == row.span.count == 1],

@@ -52,7 +52,9 @@ class HuggingFaceTransformersHandler(TokenHandler):
 
     def capabilities(self) -> Capabilities:
         """Everything but structured output; embeddings from models that are made for them."""
-        return Capabilities(params=_HONOURED, chat=True, tools=True, embeddings=True)
+        return Capabilities(
+            params=_HONOURED, chat=True, tools=True, embeddings=True, prompt_token_ids=True
+        )
 
     def can_handle(self, loaded_model: LoadedModel) -> bool:
         """True for models that this handler loaded."""
@@ -158,9 +160,9 @@ class HuggingFaceTransformersHandler(TokenHandler):
     ) -> AsyncGenerator[TokenStep, None]:
         """Queue the request and yield what each step gives.
 
-        :raises ConfigurationError: the prompt is empty or longer than the context, a
-            ``logit_bias`` names no token, the chat template refuses the messages, or beams are
-            asked for together with log probabilities.
+        :raises ConfigurationError: the prompt is empty or longer than the context, it or a
+            ``logit_bias`` names a token that the model has not, the chat template refuses the
+            messages, or beams are asked for together with log probabilities.
         :raises QueueFullError: too many requests wait.
         """
         engine = _engine(loaded_model)
@@ -197,6 +199,8 @@ def _unload(engine: HfEngine) -> None:
 
 
 async def _tokens(engine: HfEngine, request: InferenceRequest) -> list[int]:
+    if request.prompt_token_ids is not None:
+        return list(request.prompt_token_ids)
     tools = None if request.tool_choice == "none" else request.tools
     arguments = (request.prompt, request.messages, tools)
     if request.prompt is not None:
@@ -224,6 +228,10 @@ def _check(engine: HfEngine, request: InferenceRequest, tokens: list[int]) -> No
             f"higher (the model was made for {engine.parts.n_trained or 'an unknown number'})"
         )
     n_vocab = engine.parts.n_vocab
+    if request.prompt_token_ids and (largest := max(tokens)) >= n_vocab:
+        raise ConfigurationError(
+            f"prompt_token_ids has {largest}; the model's tokens are 0 to {n_vocab - 1}"
+        )
     for token in params.logit_bias or ():
         if token >= n_vocab:
             raise ConfigurationError(

@@ -23,6 +23,7 @@ from engineroom_hf_transformers.attention import (
     stopping,
 )
 from engineroom_hf_transformers.cache import LayerShape, SlotCache
+from engineroom_hf_transformers.chunking import ReadingCost, cost_of
 
 if TYPE_CHECKING:
     import torch
@@ -107,6 +108,12 @@ class Forward:
         """Give the cache up."""
         self.cache.close()
         self._model = None
+
+
+def reading_cost(parts: Parts) -> ReadingCost:
+    """What it takes to read a prompt, of a model that :func:`why_not_driven` takes."""
+    recorder = _record(parts.model, _probe_tokens(parts.n_vocab)[:2])
+    return cost_of(parts.model, recorder.calls.values())
 
 
 def forward_of(parts: Parts, options: HfTransformersOptions) -> Forward:

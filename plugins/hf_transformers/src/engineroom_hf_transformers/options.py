@@ -47,7 +47,8 @@ class HfTransformersOptions(BaseModel):
     """Most tokens of prompt and generated text of one request. The cache has
     ``max_batch_size`` times as many. ``None``: what the model was made for, at most 4096."""
     prefill_chunk: Annotated[_Int, Field(ge=1)] = 128
-    """Most prompt tokens of a step while others decode: what a long prompt may delay them by."""
+    """Most prompt tokens of a step while others decode: what a long prompt may delay them by. Late
+    in a prompt, where a token attends to many, a step reads fewer, so that it takes as long."""
     max_batch_tokens: Annotated[_Int, Field(ge=1)] | None = None
     """Most tokens of a step. ``None``: 128 on the CPU, where more gain nothing and a step could not
     be given up soon enough, and 1024 on a GPU; at least ``max_batch_size``."""

@@ -83,7 +83,8 @@ def pack(model: Any, kind: str, n_vocab: int, *, keep: bool = False) -> int:
 def _available(dtype: torch.dtype) -> bool:
     import torch
 
-    if platform.machine().lower() not in {"x86_64", "amd64"} or not torch.backends.mkldnn.enabled:
+    enabled: Any = torch.backends.mkldnn.enabled
+    if platform.machine().lower() not in {"x86_64", "amd64"} or not enabled:
         return False
     operators = torch.ops.mkldnn
     if not hasattr(operators, "_linear_pointwise") or not hasattr(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -10,6 +11,7 @@ from engineroom import EngineTask, InferenceRequest, TokenStep
 from engineroom_hf_transformers.attention import Span
 from engineroom_hf_transformers.by_generate import MakeLogprob
 from engineroom_hf_transformers.cache import Slot
+from engineroom_hf_transformers.chunking import ReadingCost
 from engineroom_hf_transformers.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -83,11 +85,14 @@ class Row:
     outputs: int
 
 
-def compose(tasks: Sequence[Task], max_batch_tokens: int, prefill_chunk: int) -> list[Row]:
+def compose(
+    tasks: Sequence[Task], max_batch_tokens: int, prefill_chunk: int, cost: ReadingCost
+) -> list[Row]:
     """Who has how many tokens in the step, and which logits.
 
     :param max_batch_tokens: most tokens of the step.
-    :param prefill_chunk: most of them that are of prompts, where others decode.
+    :param prefill_chunk: most of them that are of prompts, where others decode; as many cost as
+        much as may be read then.
     """
     decoding = sorted(
         (task for task in tasks if task.decodes and not task.proposed), key=_slot_index
@@ -108,15 +113,22 @@ def compose(tasks: Sequence[Task], max_batch_tokens: int, prefill_chunk: int) ->
         add(task, 1, 1)
     for task in checking:
         add(task, 1 + len(task.proposed), 1 + len(task.proposed))
-    budget = max(1, max_batch_tokens - place)
-    if rows:
-        budget = min(budget, prefill_chunk)
+    room = max(1, max_batch_tokens - place)
+    budget = cost(0, prefill_chunk) if rows else math.inf
+    read = 0
     for task in tasks:
         todo = len(task.tokens) - task.cached
-        if todo > 1 and budget > 0:
-            count = min(todo, budget)
-            add(task, count, 1 if count == todo else 0)
-            budget -= count
+        if todo <= 1:
+            continue
+        count = min(todo, room - read)
+        if budget < math.inf:
+            # A step reads something, as late in a prompt as it may be.
+            count = min(count, cost.most(task.cached, budget) or (0 if read else 1))
+        if not count:
+            continue
+        add(task, count, 1 if count == todo else 0)
+        budget -= cost(task.cached, count)
+        read += count
     return rows
 
 

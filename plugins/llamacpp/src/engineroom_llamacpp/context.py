@@ -168,7 +168,7 @@ class LlamaContext:
 
         :returns: llama.cpp's status: 0 done, 1 no room in the cache, 2 aborted, else failed.
         """
-        return int(self._library.llama_decode(self._handle, self._batch))
+        return self.abort.compute(self._library.llama_decode, self._handle, self._batch)
 
     def logits(self, index: int) -> Logits:
         """The logits after the batch's token ``index``: a view, valid until the next batch."""

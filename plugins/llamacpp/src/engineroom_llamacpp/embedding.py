@@ -223,7 +223,7 @@ class EmbeddingContext:
         batch.n_tokens = place
         if self._memory:  # encoders have none
             self._library.llama_memory_clear(self._memory, False)
-        return int(self._library.llama_decode(self._handle, batch))
+        return self.abort.compute(self._library.llama_decode, self._handle, batch)
 
     def vector(self, sequence: int) -> Numbers | None:
         """The vector of a text of the last batch; ``None``: it is not made of numbers."""

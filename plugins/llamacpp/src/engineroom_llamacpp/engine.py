@@ -5,7 +5,7 @@ one token of every decoding request and a chunk of every prompt that is still to
 batch (:mod:`.tasks`), computes it, chooses the next tokens, and hands them to asyncio all at once.
 
 * A long prompt never stalls the others: beside decoding requests a step reads at most
-  ``prefill_chunk`` of its tokens.
+  ``prefill_chunk`` of its tokens, and fewer where later ones take longer (:mod:`.pace`).
 * Beginnings that an earlier or another running request has are not computed again
   (:mod:`.sequences`).
 * Cells of the unified cache are counted (:mod:`.cells`). When they run out, the youngest request
@@ -23,6 +23,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from time import perf_counter
 from typing import TYPE_CHECKING, Final
 
 from engineroom import (
@@ -45,6 +46,7 @@ from engineroom_llamacpp.library import last_error
 from engineroom_llamacpp.model import LlamaModel
 from engineroom_llamacpp.options import LlamaCppOptions
 from engineroom_llamacpp.outcomes import Outcomes
+from engineroom_llamacpp.pace import PromptPace
 from engineroom_llamacpp.sampling import NoNumbersError, Sampler
 from engineroom_llamacpp.sequences import CellSequence, Sequences
 from engineroom_llamacpp.tasks import Row, Task, compose, contents
@@ -109,6 +111,7 @@ class LlamaEngine(BatchingEngine[Task]):
         except BaseException:
             self._context.close()
             raise
+        self._pace = PromptPace(options.prefill_chunk)
         self._outcomes = Outcomes(model, self._context, self.sequences)
         loop = DecodeLoop(f"llamacpp-{name}") if self._context.on_gpu else CPU_LOOP
         super().__init__(name, loop, max_running=options.n_parallel, max_queue=options.max_queue)
@@ -282,9 +285,12 @@ class LlamaEngine(BatchingEngine[Task]):
             rows = self._compose(self._whose_turn())
         if not rows:
             return
+        decoding = rows[0].task.decodes
+        began = perf_counter()
         status = self._context.decode()
         if status == 0:
             self._take(rows)
+            self._pace.end(perf_counter() - began, decoding=decoding)
         elif status == _ABORTED:
             for row in rows:
                 self._keep_aborted(row.task)
@@ -297,7 +303,7 @@ class LlamaEngine(BatchingEngine[Task]):
 
     def _compose(self, tasks: Sequence[Task]) -> list[Row]:
         self._context.use_adapter(self._adapter)
-        return compose(tasks, self._context, self.sequences, self.options.prefill_chunk)
+        return compose(tasks, self._context, self.sequences, self._pace)
 
     def _whose_turn(self) -> list[Task]:
         """Running requests of one adapter. The adapters take turns, a step each."""

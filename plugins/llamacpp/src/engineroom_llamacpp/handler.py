@@ -52,7 +52,9 @@ class LlamaCppHandler(TokenHandler):
         """Everything but structured output and tools; embeddings from models that
         are made for them, and adapters that the options give a name.
         """
-        return Capabilities(params=_HONOURED, chat=True, embeddings=True, adapters=True)
+        return Capabilities(
+            params=_HONOURED, chat=True, embeddings=True, adapters=True, prompt_token_ids=True
+        )
 
     def can_handle(self, loaded_model: LoadedModel) -> bool:
         """True for models that this handler loaded."""
@@ -152,9 +154,9 @@ class LlamaCppHandler(TokenHandler):
     ) -> AsyncGenerator[TokenStep, None]:
         """Queue the request and yield a step a token.
 
-        :raises ConfigurationError: the prompt is empty or longer than the context, a
-            ``logit_bias`` names no token, the chat template refuses the messages, or beams are
-            asked for that cannot be searched with.
+        :raises ConfigurationError: the prompt is empty or longer than the context, it or a
+            ``logit_bias`` names a token that the model has not, the chat template refuses the
+            messages, or beams are asked for that cannot be searched with.
         :raises QueueFullError: too many requests wait.
         """
         engine = _generator(loaded_model)
@@ -202,6 +204,8 @@ def _embedder(loaded_model: LoadedModel) -> EmbeddingEngine:
 
 
 async def _tokens(engine: LlamaEngine, request: InferenceRequest) -> list[int]:
+    if request.prompt_token_ids is not None:
+        return list(request.prompt_token_ids)
     if request.prompt is not None:
         length = len(request.prompt)
     else:
@@ -219,6 +223,11 @@ def _check(engine: LlamaEngine, request: InferenceRequest, tokens: list[int]) ->
             f"the prompt has {len(tokens)} tokens, the context has {engine.n_ctx}, and at least "
             "one must be left to generate; shorten the prompt, or set the option n_ctx higher "
             f"(the model was trained for {engine.model.n_ctx_train})"
+        )
+    if request.prompt_token_ids and (largest := max(tokens)) >= engine.model.n_vocab:
+        raise ConfigurationError(
+            f"prompt_token_ids has {largest}; the model's tokens are 0 to "
+            f"{engine.model.n_vocab - 1}"
         )
     known = engine.model.adapters_by_name
     if request.adapter is not None and request.adapter not in known:

@@ -9,6 +9,7 @@ import logging
 import sys
 import threading
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,11 +29,20 @@ _GPU: Final = 1
 _INTEGRATED: Final = 2
 """Of ``enum ggml_backend_dev_type``."""
 _GPU_LIBRARIES: Final = ("cuda", "hip", "musa", "vulkan", "sycl", "metal", "opencl", "cann")
+_DEBUG: Final = 1
 _WARNING: Final = 3
 _ERROR: Final = 4
 _LEVELS: Final = {_WARNING: logging.WARNING, _ERROR: logging.WARNING}
 """Of ``enum ggml_log_level``, what is not for debugging. An error of the library's is a warning
 here: whoever called it raises an error of its own, with :func:`last_error` in it."""
+
+
+class _Thread(threading.local):
+    flag: AbortFlag | None = None
+    """What may abort the computation that this thread waits for."""
+
+
+_thread: Final = _Thread()
 _lock: Final = threading.Lock()
 _state: dict[str, Any] = {}
 _errors: Final[deque[str]] = deque(maxlen=4)
@@ -60,6 +70,8 @@ def load() -> Any:
         def write(level: int, text: bytes | None, _: Any) -> None:
             line = (text or b"").decode("utf-8", "replace").strip()
             if line and line != ".":
+                if (flag := _thread.flag) is not None and flag.raised:
+                    level = _DEBUG  # it tells of what it was asked to do
                 _remember(level, line)
                 logger.log(_LEVELS.get(level, logging.DEBUG), "%s", line)
 
@@ -161,6 +173,23 @@ class AbortFlag:
     def set(self, value: bool) -> None:
         """Raise or lower the flag."""
         self._buffer[0] = b"\1" if value else b"\0"
+
+    @property
+    def raised(self) -> bool:
+        """Whether it is."""
+        return self._buffer[0] != b"\0"
+
+    def compute(self, call: Callable[..., int], *arguments: Any) -> int:
+        """Call what the flag aborts. An abort is no failure, and what llama.cpp logs of it goes to
+        those who debug.
+
+        :returns: llama.cpp's status.
+        """
+        _thread.flag = self
+        try:
+            return int(call(*arguments))
+        finally:
+            _thread.flag = None
 
 
 def _close_at_the_end(library: Any) -> None:

@@ -64,7 +64,8 @@ class LlamaCppOptions(BaseModel):
     n_ubatch: Annotated[_Int, Field(ge=1, le=65536)] = 512
     """Most tokens that llama.cpp computes at once inside of a step."""
     prefill_chunk: Annotated[_Int, Field(ge=1)] = 128
-    """Most prompt tokens of a step while others decode: what a long prompt may delay them by."""
+    """Most prompt tokens of a step while others decode: what a long prompt may delay them by.
+    Further on in a prompt, where tokens take longer, a step has fewer."""
     max_queue: Annotated[_Int, Field(ge=0)] = 256
     """Most requests that wait for a sequence; more are refused at once."""
     prefix_cache: bool = True

@@ -10,6 +10,7 @@ from engineroom import EngineTask
 from engineroom_llamacpp.beams import BeamSearch
 from engineroom_llamacpp.cells import common_prefix
 from engineroom_llamacpp.context import LlamaContext, SavedSequence
+from engineroom_llamacpp.pace import PromptPace
 from engineroom_llamacpp.sampling import Sampler
 from engineroom_llamacpp.sequences import CellSequence, Sequences
 
@@ -97,7 +98,7 @@ def contents(tasks: Iterable[Task]) -> Iterator[tuple[CellSequence, list[int]]]:
 
 
 def compose(
-    tasks: Sequence[Task], context: LlamaContext, sequences: Sequences, prefill_chunk: int
+    tasks: Sequence[Task], context: LlamaContext, sequences: Sequences, pace: PromptPace
 ) -> list[Row]:
     """Fill the context's batch: who has how many tokens in the step, and which logits.
 
@@ -105,10 +106,11 @@ def compose(
     is room; then chunks of prompts.
 
     :param tasks: running requests with one adapter.
-    :param prefill_chunk: most tokens of prompts, where others decode.
+    :param pace: says how many tokens of prompts, where others decode.
     :returns: nothing, where one that decodes has no room: it must not be left behind.
     """
     context.begin()
+    pace.begin()
     decoding = [task for task in tasks if task.decodes]
     reading = [task for task in tasks if not task.decodes]
     needed = sum(len(task.sequences) for task in decoding)
@@ -124,7 +126,7 @@ def compose(
             spare -= len(proposed)
         rows.append(_add_beams(task, context) if task.searches else _add_next(task, context))
     if reading:
-        _add_prompts(tasks, reading, rows, context, sequences, prefill_chunk)
+        _add_prompts(tasks, reading, rows, context, sequences, pace)
     return rows
 
 
@@ -153,13 +155,12 @@ def _add_prompts(
     rows: list[Row],
     context: LlamaContext,
     sequences: Sequences,
-    prefill_chunk: int,
+    pace: PromptPace,
 ) -> None:
     """Chunks of prompts, as many as there is room for; a beginning that many have only once."""
     taken = sum(row.count * len(row.task.sequences) for row in rows)
     budget = context.n_batch - taken
-    if rows:
-        budget = min(budget, prefill_chunk)
+    beside = bool(rows)
     now: list[Task] = []
     for task in reading:
         if sequences.reuse and len(tasks) > 1 and task.beams is None:
@@ -170,10 +171,13 @@ def _add_prompts(
             if any(_same(task, other) for other in now):
                 continue
         count = min(len(task.tokens) - task.cached, budget)
+        if beside:
+            count = pace.most(task.cached, count)
         sequences.make_room(taken + count)
         count = min(count, sequences.cells.free - taken)
         if count < 1:
             break
+        pace.add(task.cached, count)
         chunk = task.tokens[task.cached : task.cached + count]
         outputs = int(task.cached + count == len(task.tokens))
         first = context.add(task.sequences[0].index, task.cached, chunk, outputs)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import logging
+import math
 import multiprocessing.connection
 import multiprocessing.process
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, TypeVar
 
 from engineroom import (
     ConfigurationError,
@@ -21,7 +23,6 @@ from engineroom import (
     InferenceRequest,
     QueueFullError,
     ResourceNotAvailableError,
-    TokenLogprob,
     TokenStep,
 )
 from engineroom_vllm.beams import Likeliest, search
@@ -30,6 +31,7 @@ from engineroom_vllm.footprint import Footprint
 from engineroom_vllm.library import Library
 from engineroom_vllm.log import EngineLog
 from engineroom_vllm.options import VLLMOptions
+from engineroom_vllm.outputs import Outputs
 from engineroom_vllm.sampling import beam_search, check_params, sampling_arguments
 from engineroom_vllm.text import TextCodec
 
@@ -37,8 +39,7 @@ __all__ = ["VLLMEngine"]
 
 logger = logging.getLogger("engineroom.vllm")
 
-_Finish: TypeAlias = Literal["eos_token", "length"]
-
+_T = TypeVar("_T")
 _SHUTDOWN_S: Final = 20.0
 """Seconds for an engine to end by itself when its model is unloaded; it takes one or two."""
 _WORKERS_S: Final = 3.0
@@ -86,9 +87,11 @@ class VLLMEngine:
         self.n_vocab: int = facts.vocabulary
         self.parallel: int = facts.parallel
         self.cache_tokens: int = facts.cache_tokens
+        self.embeds: bool = library.pools(llm.vllm_config)
         self.codec = TextCodec(llm.get_tokenizer(), options.chat_template)
         own = self.codec.end_token
         self._ends = folder.end_tokens | ({own} if own is not None else set())
+        self._outputs = Outputs(self.codec, self._ends)
         self._adapters = {
             module.name: library.lora(module.name, number, module.path)
             for number, module in enumerate(options.lora_modules, 1)
@@ -107,11 +110,17 @@ class VLLMEngine:
         """Listen to the engine from now on, on this event loop.
 
         :raises EngineDeadError: it has ended already.
+        :raises ConfigurationError: it can neither generate text nor make embeddings.
         """
         try:
-            await self._library.wake(self._llm)
+            tasks = await self._library.wake(self._llm)
         except self._library.dead_error as error:
             raise self._gone() from error.with_traceback(None)
+        if self.embeds and "embed" not in tasks:
+            raise ConfigurationError(
+                f"vLLM runs model {self.name!r} for {', '.join(tasks)}, not for embeddings; save "
+                "it without its head (transformers' AutoModel), or use hf_transformers"
+            )
 
     async def generate(
         self, request: InferenceRequest, tokens: list[int]
@@ -128,9 +137,73 @@ class VLLMEngine:
         running = self._running[order] = _Running(len(tokens), [])
         steps = self._beams if beam_search(request.params) else self._tokens
         try:
-            async with aclosing(steps(request, tokens, running, order)) as found:
-                async for step in found:
-                    yield step
+            with self._typed_errors():
+                async with aclosing(steps(request, tokens, running, order)) as found:
+                    async for step in found:
+                        yield step
+        finally:
+            del self._running[order]
+
+    async def embed(self, texts: Sequence[list[int]]) -> list[list[float]]:
+        """Vectors of texts, each as token ids. Cancelling aborts what is in the engine.
+
+        :raises ConfigurationError: a text does not fit.
+        :raises QueueFullError: too many requests wait.
+        :raises EngineDeadError: the engine has ended.
+        """
+        for number, ids in enumerate(texts):
+            if len(ids) > self.n_ctx:
+                raise ConfigurationError(
+                    f"text {number} has {len(ids)} tokens, and the model reads {self.n_ctx} at "
+                    "most; cut it into parts"
+                )
+            if not ids:
+                raise ConfigurationError(f"text {number} has no tokens")
+        self._admit()
+        order = next(self._orders)
+        running = self._running[order] = _Running(0, [])
+        vectors: list[list[float]] = [[] for _ in texts]
+        todo = iter(enumerate(texts))
+
+        async def work() -> None:
+            for number, ids in todo:
+                vectors[number] = await self._vector(ids, f"{order}-{number}", running)
+
+        try:
+            with self._typed_errors():
+                # As many as the engine computes in a step, and as many that wait for the next.
+                await _together([work() for _ in range(min(len(texts), 2 * self.parallel))])
+        finally:
+            del self._running[order]
+        return vectors
+
+    async def _vector(self, ids: list[int], request_id: str, running: _Running) -> list[float]:
+        if self._ended:
+            raise self._gone()
+        running.ids.append(request_id)
+        running.tokens += len(ids)
+        found: list[float] = []
+        try:
+            outputs = self._library.encode(self._llm, ids, request_id)
+            async with aclosing(outputs):
+                async for output in outputs:
+                    found = self._library.vector(output)
+        finally:
+            running.ids.remove(request_id)
+            running.tokens -= len(ids)
+        if not found and self._ended:
+            raise self._gone()
+        if not found or not all(map(math.isfinite, found)):
+            raise InferenceError(
+                "the model computed no numbers for a text; its files may be damaged"
+            )
+        return found
+
+    @contextmanager
+    def _typed_errors(self) -> Iterator[None]:
+        """Make what vLLM raises about a request an error of engineroom's."""
+        try:
+            yield
         except EngineRoomError:
             raise
         except self._library.dead_error as error:
@@ -139,13 +212,11 @@ class VLLMEngine:
         except self._library.request_errors as error:
             raise ConfigurationError(f"vLLM refuses the request: {error}") from error
         except Exception as error:
-            if self._closing or self._dead is not None or self._library.errored(self._llm):
+            if self._ended:
                 raise self._gone() from error
             raise InferenceError(
                 f"vLLM failed on the request: {type(error).__name__}: {error.__cause__ or error}"
             ) from error
-        finally:
-            del self._running[order]
 
     def _check(self, request: InferenceRequest, tokens: Sequence[int]) -> None:
         if not tokens:
@@ -165,7 +236,7 @@ class VLLMEngine:
         check_params(request.params, self.n_vocab, speculative=speculative)
 
     def _admit(self) -> None:
-        if self._dead is not None or self._closing or self._library.errored(self._llm):
+        if self._ended:
             raise self._gone()
         waiting = len(self._running) - self.parallel
         if waiting >= self.options.max_queue:
@@ -197,7 +268,10 @@ class VLLMEngine:
                         prompt_tokens=len(tokens),
                         cached_prompt_tokens=max(output.num_cached_tokens or 0, 0),
                     )
-                for step in self._steps(output.outputs[0], request.params.logprobs):
+                answer = output.outputs[0]
+                if answer.finish_reason == "abort":
+                    raise self._gone()
+                for step in self._outputs.steps(answer, request.params.logprobs):
                     running.tokens += len(step.token_ids)
                     yield step
 
@@ -219,65 +293,12 @@ class VLLMEngine:
             lora=self._adapters.get(request.adapter or request.model_id),
         )
 
-    def _steps(self, output: Any, logprobs: int | None) -> Iterator[TokenStep]:
-        """One step a token, however many vLLM hands over at once: stop sequences count tokens."""
-        ids = list(output.token_ids)
-        finish = self._finish(output)
-        if finish == "eos_token" and ids:
-            ids.pop()
-        if not self.codec.knows_bytes:
-            yield TokenStep(ids, output.text, finish=finish)
-            return
-        if not ids:
-            if finish is not None:
-                yield TokenStep(finish=finish)
-            return
-        last = len(ids) - 1
-        for place, token in enumerate(ids):
-            step = TokenStep(
-                (token,), self.codec.piece(token), finish=finish if place == last else None
-            )
-            if logprobs is not None:
-                found = output.logprobs[place]
-                choices = [(i, entry.logprob) for i, entry in found.items()]
-                step.logprobs = (self._logprob(token, choices, logprobs),)
-            yield step
-
-    def _finish(self, output: Any) -> _Finish | None:
-        """Why a request has ended, in the contract's words; ``None``: it goes on."""
-        reason = output.finish_reason
-        if reason is None:
-            return None
-        if reason == "length":
-            return "length"
-        if reason == "stop":
-            # A token of a stop sequence of the request's is text, in which core finds it.
-            stopped = output.stop_reason
-            return "eos_token" if stopped is None or stopped in self._ends else None
-        if reason == "abort":
-            raise self._gone()
-        raise InferenceError(f"vLLM ended the request with {reason!r}; its log says more")
-
-    def _logprob(
-        self, token: int, choices: Sequence[tuple[int, float]], count: int
-    ) -> TokenLogprob:
-        likeliest = sorted(choices, key=lambda choice: -choice[1])[:count]
-        text = self.codec.token_text
-        return TokenLogprob(
-            token_id=token,
-            token=text(token),
-            logprob=next(value for i, value in choices if i == token),
-            top=[(i, text(i), value) for i, value in likeliest],
-        )
-
     # ── beams ────────────────────────────────────────────────────────────────────────────────
 
     async def _beams(
         self, request: InferenceRequest, tokens: list[int], running: _Running, order: int
     ) -> AsyncGenerator[TokenStep, None]:
         """The best of several sequences, by requests for one token each; vLLM has no other way."""
-        import asyncio
-
         params = request.params
         room = self.n_ctx - len(tokens)
         limit = room if params.max_new_tokens is None else min(params.max_new_tokens, room)
@@ -304,21 +325,16 @@ class VLLMEngine:
             return found
 
         async def expand(sequences: list[tuple[int, ...]], count: int) -> list[Likeliest]:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(likeliest(each, count)) for each in sequences]
-            return [task.result() for task in tasks]
+            return await _together([likeliest(each, count) for each in sequences])
 
-        try:
-            best = await search(
-                expand,
-                beams=params.num_beams or 1,
-                limit=limit,
-                ends=self._ends,
-                early_stopping=bool(params.early_stopping),
-                least=params.logprobs or 0,
-            )
-        except BaseExceptionGroup as group:
-            raise group.exceptions[0] from group
+        best = await search(
+            expand,
+            beams=params.num_beams or 1,
+            limit=limit,
+            ends=self._ends,
+            early_stopping=bool(params.early_stopping),
+            least=params.logprobs or 0,
+        )
         yield TokenStep(prompt_tokens=len(tokens), cached_prompt_tokens=cached[0] if cached else 0)
         for token, choices in zip(best.tokens, best.choices, strict=True):
             if token in self._ends:
@@ -326,7 +342,7 @@ class VLLMEngine:
                 return
             step = TokenStep((token,), self.codec.piece(token))
             if params.logprobs is not None:
-                step.logprobs = (self._logprob(token, choices, params.logprobs),)
+                step.logprobs = (self._outputs.logprob(token, choices, params.logprobs),)
             yield step
         yield TokenStep(finish="length")
 
@@ -349,6 +365,11 @@ class VLLMEngine:
             num_requests_waiting=max(0, count - self.parallel),
             kv_cache_usage=usage,
         )
+
+    @property
+    def _ended(self) -> bool:
+        """Whether the engine takes nothing more, whatever the cause."""
+        return self._closing or self._dead is not None or self._library.errored(self._llm)
 
     def _gone(self) -> EngineRoomError:
         """What a request is told whose engine is no more."""
@@ -407,6 +428,16 @@ class VLLMEngine:
         self._watch.join()
         self._log.close()
         self._ended()
+
+
+async def _together(work: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
+    """What all of them return. If one fails the others are cancelled, and its error is raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(each) for each in work]
+    except BaseExceptionGroup as group_of_errors:
+        raise group_of_errors.exceptions[0] from group_of_errors
+    return [task.result() for task in tasks]
 
 
 class _Closed:

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from engineroom import ConfigurationError
 
-__all__ = ["ModelFolder", "is_model_folder", "read_folder"]
+__all__ = ["ModelFolder", "is_model_folder", "read_folder", "read_json", "tensors_of"]
+
+_T = TypeVar("_T", dict[str, Any], list[Any])
 
 _WEIGHTS: Final = ("*.safetensors", "pytorch_model*.bin", "consolidated*.pth")
 _LARGEST: Final = 16 << 20
 """Bytes of a configuration file; the largest known have some kilobytes."""
 _WIDTHS: Final = {"float32": 4, "float16": 2, "bfloat16": 2, "float": 4, "half": 2}
+_DTYPES: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""Types of numbers as safetensors files write them."""
+_ENCODERS: Final = frozenset(
+    {"bert", "gte", "modernbert", "new", "nomic_bert", "roberta", "xlm-roberta"}
+)
+"""Kinds of models that vLLM has as encoders."""
 DEFAULT_CONTEXT: Final = 8192
 """Most tokens of a context where the deployment does not say."""
 
@@ -28,6 +37,7 @@ class ModelFolder:
     :param token_values: numbers that the key/value cache keeps for a token; 0: not known.
     :param dtype: type of the weights' numbers; ``auto``: it is not said.
     :param end_tokens: tokens that end a generation.
+    :param encoder: it is known to make vectors of texts, and to keep no key/value cache.
     """
 
     path: Path
@@ -37,6 +47,7 @@ class ModelFolder:
     token_values: int
     dtype: str
     end_tokens: frozenset[int]
+    encoder: bool = False
 
     def context(self, wanted: int | None) -> int:
         """Tokens of the context: ``wanted``, or as trained and at most 8192."""
@@ -56,7 +67,7 @@ class ModelFolder:
 def is_model_folder(path: Path) -> bool:
     """Whether a folder holds weights of transformers' format. A look, which never raises."""
     try:
-        config = _read(path / "config.json")
+        config = read_json(path / "config.json", dict)
     except (ConfigurationError, OSError):
         return False
     return bool(_architectures(config)) and bool(_weight_files(path))
@@ -70,9 +81,12 @@ def read_folder(path: Path) -> ModelFolder:
     """
     where = repr(str(path))
     if not path.is_dir():
-        hint = (
-            "; GGUF files are run by engineroom-llamacpp" if path.suffix.lower() == ".gguf" else ""
-        )
+        hint = ""
+        if path.suffix.lower() == ".gguf":
+            hint = (
+                "; GGUF files are run by engineroom-llamacpp; for vLLM, save it as transformers "
+                "does (from_pretrained with gguf_file=, then save_pretrained)"
+            )
         raise ConfigurationError(
             f"{where} is a file; vLLM runs models from folders as transformers saves them, with "
             f"config.json and weights{hint}"
@@ -82,7 +96,7 @@ def read_folder(path: Path) -> ModelFolder:
             f"{where} has no config.json; vLLM runs folders as transformers saves them: name the "
             "folder that has config.json, tokenizer.json and *.safetensors"
         )
-    config = _read(path / "config.json")
+    config = read_json(path / "config.json", dict)
     architectures = _architectures(config)
     if not architectures:
         raise ConfigurationError(
@@ -103,12 +117,18 @@ def read_folder(path: Path) -> ModelFolder:
         weight_bytes=sum(file.stat().st_size for file in files),
         trained=_number(inner, "max_position_embeddings") or None,
         token_values=_token_values(inner),
-        dtype=_dtype(inner),
+        dtype=_dtype(inner) or _dtype_of(files[0]) or "auto",
         end_tokens=_end_tokens(path, inner),
+        encoder=inner.get("model_type") in _ENCODERS,
     )
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_json(file: Path, kind: type[_T]) -> _T:
+    """A small file of a model's folder.
+
+    :param kind: what it holds.
+    :raises ConfigurationError: it is too large, or holds something else.
+    """
     try:
         if file.stat().st_size > _LARGEST:
             raise ValueError(f"it has more than {_LARGEST >> 20} MiB")
@@ -117,8 +137,9 @@ def _read(file: Path) -> dict[str, Any]:
         raise ConfigurationError(
             f"{str(file)!r} is damaged: {error}; copy or download it again"
         ) from error
-    if not isinstance(content, dict):
-        raise ConfigurationError(f"{str(file)!r} is damaged: it holds no object")
+    if not isinstance(content, kind):
+        what = "object" if kind is dict else "list"
+        raise ConfigurationError(f"{str(file)!r} is damaged: it holds no {what}")
     return content
 
 
@@ -139,9 +160,32 @@ def _number(config: Mapping[str, Any], name: str) -> int:
     return value if type(value) is int and value > 0 else 0
 
 
-def _dtype(config: Mapping[str, Any]) -> str:
+def _dtype(config: Mapping[str, Any]) -> str | None:
     said = config.get("dtype") or config.get("torch_dtype")
-    return said if isinstance(said, str) and said in _WIDTHS else "auto"
+    return said if isinstance(said, str) and said in _WIDTHS else None
+
+
+def _dtype_of(file: Path) -> str | None:
+    """What most tensors of a safetensors file are made of, for folders that do not say."""
+    found = Counter(tensors_of(file).values())
+    return next((_DTYPES[name] for name, _ in found.most_common() if name in _DTYPES), None)
+
+
+def tensors_of(file: Path) -> dict[str, str]:
+    """The tensors of a safetensors file, and the type of each, as its header writes it.
+
+    Nothing of another file, or of a damaged one.
+    """
+    if file.suffix != ".safetensors":
+        return {}
+    try:
+        with file.open("rb") as opened:
+            size = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(size)) if size <= _LARGEST else None
+    except (OSError, ValueError, RecursionError):
+        return {}
+    found = header.items() if isinstance(header, dict) else ()
+    return {n: str(t["dtype"]) for n, t in found if isinstance(t, Mapping) and "dtype" in t}
 
 
 def _token_values(config: Mapping[str, Any]) -> int:
@@ -155,7 +199,7 @@ def _end_tokens(path: Path, config: Mapping[str, Any]) -> frozenset[int]:
     found: set[int] = set()
     sources = [config]
     if (path / "generation_config.json").is_file():
-        sources.append(_read(path / "generation_config.json"))
+        sources.append(read_json(path / "generation_config.json", dict))
     for source in sources:
         value = source.get("eos_token_id")
         found.update(v for v in (value if isinstance(value, list) else [value]) if type(v) is int)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from engineroom import (
     Capabilities,
     ConfigurationError,
+    Embeddings,
     GenerationParams,
     HandlerHealth,
     InferenceRequest,
@@ -49,9 +50,17 @@ class VLLMHandler(TokenHandler):
     api_version: ClassVar[str] = "1.0"
 
     def capabilities(self) -> Capabilities:
-        """Everything but tools; beams without sampling; adapters by their name in the options."""
-        params = frozenset(GenerationParams.model_fields)
-        return Capabilities(params=params, chat=True, structured_output=_KINDS, adapters=True)
+        """Everything but tools; beams without sampling; adapters by their name in the options;
+        embeddings from models that are made for them.
+        """
+        return Capabilities(
+            params=frozenset(GenerationParams.model_fields),
+            chat=True,
+            structured_output=_KINDS,
+            adapters=True,
+            embeddings=True,
+            prompt_token_ids=True,
+        )
 
     def unavailable(self) -> str | None:
         """Why not, where vLLM is not installed; which of its two builds, only the user can tell."""
@@ -138,17 +147,40 @@ class VLLMHandler(TokenHandler):
         """The engine's own word."""
         return _engine(loaded_model).health()
 
+    async def embed(self, loaded_model: LoadedModel, texts: Sequence[str]) -> Embeddings:
+        """Texts as vectors, pooled as the model's folder says.
+
+        :raises ConfigurationError: the model makes no embeddings, or a text is too long for it.
+        :raises QueueFullError: too many requests wait.
+        :raises EngineDeadError: the engine has ended.
+        """
+        engine = _engine(loaded_model)
+        if not engine.embeds:
+            raise ConfigurationError(
+                "this model generates text and makes no embeddings; use an encoder, or a model "
+                "whose folder has a modules.json that says how to pool, or set the option "
+                "runner: pooling"
+            )
+        tokens = await asyncio.to_thread(lambda: [engine.codec.whole(text) for text in texts])
+        return Embeddings(await engine.embed(tokens), sum(map(len, tokens)))
+
     async def generate_tokens(
         self, loaded_model: LoadedModel, request: InferenceRequest
     ) -> AsyncGenerator[TokenStep, None]:
         """Run the request and yield a step a token.
 
         :raises ConfigurationError: the prompt is empty or longer than the context, a parameter
-            is one that vLLM has no way for, or the chat template refuses the messages.
+            is one that vLLM has no way for, the chat template refuses the messages, or the model
+            makes embeddings.
         :raises QueueFullError: too many requests wait.
         :raises EngineDeadError: the engine has ended.
         """
         engine = _engine(loaded_model)
+        if engine.embeds:
+            raise ConfigurationError(
+                "this model makes embeddings and generates no text; ask for embeddings, or load a "
+                "model that generates text, or set the option runner: generate"
+            )
         tokens = await _tokens(engine, request)
         async with aclosing(engine.generate(request, tokens)) as steps:
             async for step in steps:
@@ -161,6 +193,12 @@ def _engine(loaded_model: LoadedModel) -> VLLMEngine:
 
 
 async def _tokens(engine: VLLMEngine, request: InferenceRequest) -> list[int]:
+    if (ids := request.prompt_token_ids) is not None:
+        if (largest := max(ids)) >= engine.n_vocab:
+            raise ConfigurationError(
+                f"prompt_token_ids has {largest}; the model's tokens are 0 to {engine.n_vocab - 1}"
+            )
+        return list(ids)
     if request.prompt is not None:
         length = len(request.prompt)
     else:

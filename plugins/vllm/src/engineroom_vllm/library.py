@@ -84,8 +84,10 @@ class Library:
 
     def __init__(self) -> None:
         import vllm
+        from vllm.config import PoolerConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.platforms import current_platform
+        from vllm.pooling_params import PoolingParams
         from vllm.sampling_params import (
             RequestOutputKind,
             SamplingParams,
@@ -103,6 +105,8 @@ class Library:
         self._sampling_params: Any = SamplingParams
         self._structured: Any = StructuredOutputsParams
         self._delta = RequestOutputKind.DELTA
+        self._pooler: Any = PoolerConfig
+        self._pooling_params: Any = PoolingParams
         self._tokens = _tokens_input()
         self._log_is_ours = not logging_is_the_users()
         if self._log_is_ours:
@@ -133,6 +137,8 @@ class Library:
         Arguments with a value of ``None`` are left to vLLM.
         """
         given = {name: value for name, value in arguments.items() if value is not None}
+        if isinstance(pooler := given.get("pooler_config"), Mapping):
+            given["pooler_config"] = self._pooler(**pooler)
         return self._arguments(**given).create_engine_config()
 
     def can_fork(self, configuration: Any) -> bool:
@@ -150,6 +156,26 @@ class Library:
             and hasattr(importlib.import_module(name), function)
             for name, function in (*FORKED_BY_PROGRAM, *FORKED_BY_ENGINE)
         )
+
+    def check(self, configuration: Any) -> None:
+        """Refuse what would end the engine at its first request: vLLM itself looks no earlier.
+
+        :raises ConfigurationError: says what the model has and what vLLM can do.
+        """
+        model = configuration.model_config
+        size = int(model.get_head_size() or 0)
+        if not self.cpu or not size or getattr(model, "use_mla", False):
+            return
+        try:
+            from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+        except ImportError:
+            return
+        sizes = CPUAttentionBackend.get_supported_head_sizes()
+        if sizes and size not in sizes and not getattr(model, "is_attention_free", False):
+            raise ConfigurationError(
+                f"the model's attention heads have {size} numbers each; on CPUs vLLM computes "
+                f"heads of {', '.join(map(str, sizes))}; use hf_transformers"
+            )
 
     def start(self, configuration: Any) -> Any:
         """Start an engine and wait until it is ready. Blocks for a minute or more."""
@@ -185,9 +211,17 @@ class Library:
         )
 
     @staticmethod
-    async def wake(llm: Any) -> None:
-        """Let the engine listen on this event loop, so that its death is noticed from now on."""
-        await llm.get_supported_tasks()
+    def pools(configuration: Any) -> bool:
+        """Whether an engine so configured makes vectors instead of text."""
+        return str(configuration.model_config.runner_type) == "pooling"
+
+    @staticmethod
+    async def wake(llm: Any) -> tuple[str, ...]:
+        """Let the engine listen on this event loop, so that its death is noticed from now on.
+
+        :returns: what it can do: ``generate``, ``embed``, ``classify``, …
+        """
+        return tuple(map(str, await llm.get_supported_tasks()))
 
     @staticmethod
     def errored(llm: Any) -> bool:
@@ -241,6 +275,19 @@ class Library:
         )
         return found
 
+    def encode(self, llm: Any, tokens: list[int], request_id: str) -> AsyncGenerator[Any, None]:
+        """Outputs of a text, of which there is one. Cancelling the task aborts the request."""
+        found: AsyncGenerator[Any, None] = llm.encode(
+            self._tokens(tokens), self._pooling_params(task="embed"), request_id
+        )
+        return found
+
+    @staticmethod
+    def vector(output: Any) -> list[float]:
+        """The numbers of an output of :meth:`encode`; of one that was aborted, none."""
+        found: list[float] = output.outputs.data.float().flatten().tolist()
+        return found
+
     @staticmethod
     def lora(name: str, number: int, path: str) -> Any:
         """An adapter as requests name it."""
@@ -272,13 +319,11 @@ def _close_context(llm: Any) -> None:
 def _request_errors() -> tuple[type[Exception], ...]:
     """What vLLM raises about a request that it refuses."""
     try:
-        from vllm.exceptions import VLLMClientError
+        from vllm import exceptions
     except ImportError:
-        try:
-            from vllm.exceptions import VLLMValidationError as VLLMClientError
-        except ImportError:
-            return (ValueError,)
-    return (ValueError, VLLMClientError)
+        return (ValueError,)
+    names = ("VLLMClientError", "VLLMValidationError")
+    return (ValueError, *(getattr(exceptions, n) for n in names if hasattr(exceptions, n)))
 
 
 def _tokens_input() -> Any:

@@ -21,6 +21,7 @@ from engineroom import (
     ResourceNotAvailableError,
     resolve_source,
 )
+from engineroom_vllm.embedding import recipe_of, runner_of
 from engineroom_vllm.engine import VLLMEngine
 from engineroom_vllm.environment import (
     available_memory,
@@ -53,6 +54,9 @@ _turn: Final = threading.Lock()
 """One load at a time: vLLM reads the process's environment."""
 _MOST_LOGPROBS: Final = 4096
 """Of one token: what beam search asks for; requests are bounded by the contract."""
+_NO_SHARE: Final = 0.01
+"""Of a device's memory: what has to be free when an engine starts, even where its cache's size is
+given. By itself it is nine tenths, and a second model would find no place."""
 _RANKS: Final = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks of LoRA adapters that vLLM has room for."""
 _NO_MEMORY: Final = re.compile(
@@ -129,14 +133,14 @@ class Load:
             wanted = plan(folder, self._options, cpu=library.cpu, free=free)
             if free is not None:
                 require(wanted, free)
-            settings = self._settings(library, wanted) | log.variables()
+            settings = self._settings(library, wanted, folder.encoder) | log.variables()
             with variables(settings):
                 return self._engine_of(library, folder, wanted, log)
         except BaseException:
             log.close()
             raise
 
-    def _settings(self, library: Library, wanted: MemoryPlan) -> dict[str, str]:
+    def _settings(self, library: Library, wanted: MemoryPlan, encoder: bool) -> dict[str, str]:
         """The environment of the engine, told in the log."""
         options, name = self._options, self._config.model_id
         found = {
@@ -154,10 +158,10 @@ class Load:
             logger.info("model %r: %s", name, said)
         cache = wanted.cache_bytes
         logger.info(
-            "model %r: vLLM %s, %d tokens of context, %d requests at one time, %s of cache",
+            "model %r: vLLM %s, %s tokens of context, %d requests at one time, %s of cache",
             name,
             library.version,
-            wanted.context,
+            "its own" if encoder and options.context is None else wanted.context,
             wanted.parallel,
             "vLLM's share" if cache is None else f"{cache / (1 << 20):.0f} MiB",
         )
@@ -201,10 +205,16 @@ class Load:
         """The engine's processes, started and ready."""
         name, limit = self._config.model_id, self._options.load_timeout_s
         eager = _eager(self._options, library)
+        arguments = engine_arguments(folder, self._options, wanted, eager=eager)
         try:
-            configuration = library.configure(
-                engine_arguments(folder, self._options, wanted, eager=eager)
-            )
+            configuration = library.configure(arguments)
+            if arguments["runner"] == "auto" and library.pools(configuration):
+                # Else vLLM would choose how, and each architecture has another default.
+                arguments = pooling_arguments(folder) | arguments | {"runner": "pooling"}
+                configuration = library.configure(arguments)
+            library.check(configuration)
+        except EngineRoomError:
+            raise
         except Exception as error:  # vLLM's checks raise whatever they like
             raise explain(error, "", name) from error
         timer = threading.Timer(limit, self._give_up)
@@ -300,17 +310,20 @@ def engine_arguments(
     """
     found: dict[str, Any] = {
         "model": str(folder.path),
-        "max_model_len": wanted.context,
+        "runner": runner_of(folder, options),
+        # How much an encoder reads, more files than one tell, and vLLM knows them.
+        "max_model_len": options.context if folder.encoder else wanted.context,
         "max_num_seqs": wanted.parallel,
         # Left to itself, vLLM computes a model of 32-bit weights in 16 bits.
         "dtype": folder.dtype if options.dtype == "auto" else options.dtype,
         "quantization": options.quantization,
-        "gpu_memory_utilization": options.gpu_memory_utilization,
+        "gpu_memory_utilization": options.gpu_memory_utilization
+        or (None if wanted.cache_bytes is None else _NO_SHARE),
         "kv_cache_memory_bytes": wanted.cache_bytes_each,
         "tensor_parallel_size": options.tensor_parallel_size,
         "pipeline_parallel_size": options.pipeline_parallel_size,
         "distributed_executor_backend": options.distributed_executor_backend,
-        "enable_prefix_caching": options.enable_prefix_caching,
+        "enable_prefix_caching": None if folder.encoder else options.enable_prefix_caching,
         "enforce_eager": eager,
         "speculative_config": options.speculative_config,
         "generation_config": "vllm",
@@ -320,6 +333,8 @@ def engine_arguments(
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }
+    if found["runner"] == "pooling":
+        found |= pooling_arguments(folder)
     if options.lora_modules:
         rank = max(_rank(Path(module.path).expanduser()) for module in options.lora_modules)
         found |= {
@@ -328,6 +343,18 @@ def engine_arguments(
             "max_lora_rank": next((r for r in _RANKS if r >= rank), rank),
         }
     return found | options.engine_args
+
+
+def pooling_arguments(folder: ModelFolder) -> dict[str, Any]:
+    """Arguments of an engine that makes embeddings.
+
+    :raises ConfigurationError: the folder asks for what vLLM cannot do.
+    """
+    recipe = recipe_of(folder)
+    return {
+        "runner": "pooling",
+        "pooler_config": {"pooling_type": recipe.pooling, "use_activation": recipe.normalise},
+    }
 
 
 def _rank(path: Path) -> int:

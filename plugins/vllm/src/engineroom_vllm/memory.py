@@ -69,6 +69,8 @@ def plan(
         cache = options.kv_cache_memory * devices
     elif options.gpu_memory_utilization is not None:
         cache = None
+    elif folder.encoder:
+        cache = 0
     elif token == 0:
         cache = _UNKNOWN if cpu else None
     else:

@@ -67,6 +67,9 @@ class VLLMOptions(BaseModel):
     """The same, under the name that other runtimes have."""
     max_queue: Annotated[_Int, Field(ge=0)] = 256
     """Most requests that wait; more are refused at once."""
+    runner: Literal["auto", "generate", "pooling"] = "auto"
+    """What the model is for: ``generate`` text, or ``pooling``, which makes embeddings. ``auto``:
+    encoders, decoders without their head, and folders with a ``modules.json`` make embeddings."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of weights and computation; ``auto``: as the model's files say."""
     quantization: str | None = None
@@ -145,6 +148,7 @@ OWN_ARGUMENTS: Final = {
         for name in (
             "max_model_len",
             "max_num_seqs",
+            "runner",
             "dtype",
             "quantization",
             "gpu_memory_utilization",

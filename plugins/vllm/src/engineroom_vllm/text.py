@@ -50,7 +50,7 @@ class TextCodec:
             for number, token in added.items()
         }
         self._kind = _decoder(json.loads(source).get("decoder"))
-        self._begin = self._marks_of_the_beginning()
+        self._begin, self._end = self._marks()
         texts = sorted((t.content for t in added.values() if t.special), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, texts))) if texts else None
         end = getattr(tokenizer, "eos_token_id", None)
@@ -102,19 +102,25 @@ class TextCodec:
             ids += self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
+    def whole(self, text: str) -> list[int]:
+        """Token ids of a text with all that the model wants around it, for embeddings."""
+        ids = self._from_beginning(text)
+        ended = not self._end or ids[-len(self._end) :] == self._end
+        return ids if ended else [*ids, *self._end]
+
     def _from_beginning(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         begins = ids[: len(self._begin)] == self._begin  # chat templates often write it as well
         return ids if begins else [*self._begin, *ids]
 
-    def _marks_of_the_beginning(self) -> list[int]:
+    def _marks(self) -> tuple[list[int], list[int]]:
+        """What the tokeniser writes before a text, and after it."""
         found = self._tokenizer.encode("x")
-        marks = []
-        for token, special in zip(found.ids, found.special_tokens_mask, strict=True):
-            if not special:
-                break
-            marks.append(token)
-        return marks
+        special = [bool(each) for each in found.special_tokens_mask]
+        if all(special):
+            return found.ids, []
+        first, last = special.index(False), len(special) - special[::-1].index(False)
+        return found.ids[:first], found.ids[last:]
 
     def render(self, messages: Sequence[ChatMessage]) -> str:
         """The messages as the model wants to read them.

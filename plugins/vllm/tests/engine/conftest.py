@@ -152,6 +152,55 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
+def write_encoder(folder: Path, *, head: str = "BertModel", heads: int = 4) -> Path:
+    """A BERT with random weights and a vocabulary of words."""
+    import torch
+    import transformers
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import BertConfig, PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    whole = ["the", "a", "cat", "hat", "mat", "on", "quick", "brown", "fox", "jumps", "over"]
+    words = [*special, *letters, *(f"##{c}" for c in letters), *whole]
+    numbers = {word: i for i, word in enumerate(dict.fromkeys(words))}
+    tokenizer = Tokenizer(models.WordPiece(numbers, unk_token="[UNK]"))
+    tokenizer.add_special_tokens(special)
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = ("pad", "unk", "cls", "sep", "mask")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        **{f"{name}_token": token for name, token in zip(names, special, strict=True)},
+    ).save_pretrained(folder)
+    torch.manual_seed(5)
+    config = BertConfig(
+        vocab_size=len(numbers),
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        intermediate_size=96,
+        max_position_embeddings=128,
+        initializer_range=0.3,
+    )
+    getattr(transformers, head)(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_encoder() -> Callable[..., Path]:
+    """:func:`write_encoder`."""
+    return write_encoder
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_encoder(tmp_path_factory.mktemp("models") / "encoder")
+
+
 # ── engines ──────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -224,6 +273,12 @@ class Bench:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+@pytest.fixture(scope="session")
+def bench_class() -> type[Bench]:
+    """For tests that need a model, or a life of it, of their own."""
+    return Bench
 
 
 @pytest.fixture(scope="session")

@@ -31,20 +31,26 @@ class TestTinyModel(VLLMConformance):
 
 
 class OneEngine(VLLMHandler):
-    """Starts one engine and gives it to every load; it ends when the suite does."""
+    """Starts one engine for each model and gives it to every load; they end with the suite."""
 
     def __init__(self) -> None:
-        self._first: LoadedModel | None = None
+        self._engines: dict[tuple[str | None, str], LoadedModel] = {}
+        self._own: LoadedModel | None = None
 
     async def load_model(self, config: ModelConfig) -> LoadedModel:
-        if self._first is None or config.options != self._first.config.options:
-            self._first = await super().load_model(config)
-            return self._first
-        return self._first.model_copy(update={"config": config, "model_id": config.model_id})
+        key = (config.source, repr(config.options))
+        if key not in self._engines:
+            self._engines[key] = await super().load_model(config)
+        if self._own is None:
+            self._own = self._engines[key]
+            return self._own
+        update = {"config": config, "model_id": config.model_id}
+        return self._engines[key].model_copy(update=update)
 
     async def unload_model(self, loaded_model: LoadedModel) -> None:
-        if loaded_model is self._first:
-            await super().unload_model(loaded_model)
+        if loaded_model is self._own:
+            for engine in self._engines.values():
+                await super().unload_model(engine)
 
 
 @pytest.mark.real_model
@@ -66,3 +72,7 @@ class TestSmolLM2(VLLMConformance):
         # A short context makes the kit's long answers short: some tokens a second is all it has.
         options = {**SMALL, "n_ctx": 160}
         return ModelConfig(model_id="smollm2", source=str(smollm2), options=options)
+
+    @pytest.fixture(scope="class")
+    def embedding_config(self, encoder: Path) -> ModelConfig:
+        return ModelConfig(model_id="encoder", source=str(encoder))

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from engineroom import ChatMessage
+from engineroom import ChatMessage, ConfigurationError
 
 pytestmark = pytest.mark.real_model
 
@@ -135,7 +135,13 @@ def test_penalties_and_bias_are_those_of_the_contract(smol: Any, reference: Refe
 
 @pytest.mark.parametrize(
     "params",
-    [{"top_k": 3}, {"top_p": 0.6}, {"min_p": 0.3}, {"top_k": 4, "min_p": 0.2}],
+    [
+        {"top_k": 3},
+        {"top_p": 0.6},
+        {"min_p": 0.3},
+        {"top_k": 4, "min_p": 0.2},
+        {"top_k": 4, "top_p": 0.7},
+    ],
 )
 def test_truncation_keeps_the_tokens_that_the_contract_keeps(
     smol: Any, reference: Reference, params: dict[str, Any]
@@ -280,6 +286,14 @@ def test_a_request_that_cannot_be_done_is_refused_and_harms_nobody(
         response = smol.answer(**fields)
         assert response.error_type == "ConfigurationError", response
         assert re.search(said, response.error_message)
+
+
+def test_a_model_that_generates_text_makes_no_embeddings(smol: Any, plain: str) -> None:
+    with (
+        unharmed(smol, plain),
+        pytest.raises(ConfigurationError, match="generates text and makes no embeddings"),
+    ):
+        smol.run(smol.service.embed("m", ["a"]))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import traceback
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, ClassVar, Final, NoReturn
 
@@ -247,6 +247,15 @@ class Checks:
         if hasattr(tokenizer, "render"):
             return str(tokenizer.render(messages))
         return None
+
+    def token_ids(self, loaded_model: LoadedModel, text: str) -> Sequence[int] | None:
+        """The tokens of a prompt, with those that the model adds; ``None``: they cannot be told.
+
+        By default ``loaded_model.tokenizer`` is asked, if it has ``encode(text)``, as tokenizers
+        of transformers have.
+        """
+        tokenizer = loaded_model.tokenizer
+        return list(tokenizer.encode(text)) if hasattr(tokenizer, "encode") else None
 
     def settings(self) -> Settings:
         """The class attributes."""

@@ -129,6 +129,9 @@ def said(request: InferenceRequest) -> str:
     if request.prompt is not None:
         shown = request.prompt if len(request.prompt) <= 40 else request.prompt[:37] + "…"
         parts.append(f"prompt={shown!r}")
+    elif (ids := request.prompt_token_ids) is not None:
+        more = ", …" if len(ids) > 8 else ""
+        parts.append(f"prompt_token_ids=[{', '.join(map(str, ids[:8]))}{more}]")
     else:
         parts.append(f"messages=[{', '.join(m.role for m in request.messages or ())}]")
     parts += [

@@ -171,7 +171,7 @@ class Kit:
         given = dict(params or {})
         if self.honours("max_new_tokens"):
             given.setdefault("max_new_tokens", n)
-        if prompt is None and "messages" not in fields:
+        if prompt is None and not {"messages", "prompt_token_ids"} & fields.keys():
             prompt = self.settings.prompt
         return InferenceRequest(
             model_id=fields.pop("model_id", self.config.model_id),

@@ -363,6 +363,19 @@ _CHAT: Final = {
     ),
 }
 
+_TOKEN_IDS: Final = {
+    "prompt-token-ids": Rule(
+        "Token ids are a prompt as they are",
+        "prompt_token_ids have the answer that the text has whose tokens they are, and nothing is "
+        "added to them.",
+    ),
+    "prompt-token-ids-refused": Rule(
+        "Token ids that cannot be read are refused",
+        "Ids that the model has not, and more of them than the context has room for, are a "
+        "ConfigurationError, and the next request is answered.",
+    ),
+}
+
 _EMBEDDINGS: Final = {
     "embeddings-fit": Rule(
         "Each text has a vector",
@@ -408,6 +421,7 @@ RULES: Final[Mapping[str, Rule]] = {
     **_CANCELLATION,
     **_FAULTS,
     **_CHAT,
+    **_TOKEN_IDS,
     **_EMBEDDINGS,
     **_HYGIENE,
 }

@@ -20,6 +20,7 @@ from engineroom.testing.conformance.outcomes import BrokenRuleError
 from engineroom.testing.conformance.overriding import reason_of
 from engineroom.testing.conformance.parameters import ParameterChecks
 from engineroom.testing.conformance.text import TextChecks
+from engineroom.testing.conformance.token_ids import TokenIdChecks
 
 __all__ = ["CHECKS", "HandlerConformance"]
 
@@ -29,6 +30,7 @@ class HandlerConformance(
     HygieneChecks,
     EmbeddingChecks,
     ChatChecks,
+    TokenIdChecks,
     FaultChecks,
     CancellationChecks,
     ConcurrencyChecks,
@@ -76,9 +78,10 @@ class HandlerConformance(
     ``runtime_modules``
         modules that importing the plugin must not import, besides the well-known runtimes.
 
-    Methods to override: ``make_handler()``, ``render_chat(loaded_model, messages)``. The fixture
-    ``embedding_config`` names a model that makes embeddings, where ``model_config`` makes none. A
-    check that is replaced is marked with ``@overrides("the reason")``.
+    Methods to override: ``make_handler()``, ``render_chat(loaded_model, messages)``,
+    ``token_ids(loaded_model, text)``. The fixture ``embedding_config`` names a model that makes
+    embeddings, where ``model_config`` makes none. A check that is replaced is marked with
+    ``@overrides("the reason")``.
     """
 
     def test_overrides(self) -> None:

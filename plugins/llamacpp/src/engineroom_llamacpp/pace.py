@@ -1,0 +1,122 @@
+"""How much of a prompt a step reads beside requests that decode. Pure.
+
+Each token attends to all that come before it, so that the same number of tokens takes the longer
+the further on in the prompt they are: with SmolLM2-135M on a CPU twice as long after 900 tokens.
+What decoding requests are to be spared is time. So the further on, the fewer tokens a step reads:
+as many as take no longer than a whole chunk does at the beginning of a prompt. How much dearer
+later tokens are depends on the model, its quantisation and the machine; it is learnt from the
+steps themselves.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+__all__ = ["PromptPace"]
+
+_LEAST: Final = 16
+"""Fewer tokens are not worth a step: weights are read from memory once for all of them."""
+_KEPT: Final = 0.97
+"""What an observation still counts when the next one comes."""
+_MOST_OFF: Final = 1.5
+"""A step that takes more than so many times what was expected was disturbed from outside, and
+counts only for that."""
+_NEW: Final = 0.2
+"""What the last step counts in the mean of those that only decode."""
+_ENOUGH: Final = 4
+"""Observations after which something is expected."""
+
+
+class PromptPace:
+    """Deals the tokens of prompts out to steps.
+
+    :param chunk: most tokens of prompts of a step.
+    """
+
+    def __init__(self, chunk: int) -> None:
+        self.chunk = chunk
+        self._least = min(_LEAST, chunk)
+        self._dearer = 0.0  # by what share a token is, for each that comes before it
+        self._sums = [0.0] * 5  # of weights w, w·x, w·x², w·y, w·x·y
+        self._seen = 0
+        self._decoding: float | None = None
+        self.begin()
+
+    def begin(self) -> None:
+        """A new step."""
+        self._taken = 0
+        self._spent = 0.0
+        self._places = 0.0
+
+    def most(self, position: int, wanted: int) -> int:
+        """How many tokens of a prompt may be read from ``position`` on in this step.
+
+        :param wanted: tokens that there are.
+        :returns: at least one for a step's first prompt.
+        """
+        count = self._that_cost(position, self._cost(0, self.chunk) - self._spent)
+        if count < min(wanted, self.chunk):
+            count -= count % self._least
+            if not self._taken:
+                count = max(count, self._least)
+        return min(count, wanted)
+
+    def add(self, position: int, count: int) -> None:
+        """So many tokens from ``position`` on are read in this step."""
+        self._taken += count
+        self._spent += self._cost(position, count)
+        self._places += count * (position + count / 2)
+
+    def end(self, seconds: float, *, decoding: bool) -> None:
+        """The step took so long.
+
+        :param decoding: whether there were tokens of decoding requests in it.
+        """
+        if not decoding:  # no step of the kind that is to be planned
+            return
+        if not self._taken:
+            usual = self._decoding if self._decoding is not None else seconds
+            self._decoding = usual + _NEW * (min(seconds, _MOST_OFF * usual) - usual)
+            return
+        place = self._places / self._taken
+        each = max(0.0, seconds - (self._decoding or 0.0)) / self._taken
+        if self._seen >= _ENOUGH and (expected := self._expected(place)) > 0:
+            each = min(each, _MOST_OFF * expected)
+        self._learn(place, each)
+
+    def _learn(self, place: float, each: float) -> None:
+        """Fit a line through what tokens took at their places; recent ones count most."""
+        weight = self._taken / self.chunk
+        new = (1.0, place, place * place, each, place * each)
+        self._sums = [
+            _KEPT * old + weight * value for old, value in zip(self._sums, new, strict=True)
+        ]
+        self._seen += 1
+        at_start, rise = self._line()
+        self._dearer = rise / at_start if at_start > 0 else 0.0
+
+    def _line(self) -> tuple[float, float]:
+        """Seconds of a token at the beginning, and how many more for each before it."""
+        w, wx, wxx, wy, wxy = self._sums
+        spread = w * wxx - wx * wx
+        rise = (w * wxy - wx * wy) / spread if spread > 1e-6 * w * wxx else 0.0
+        at_start = (wy - rise * wx) / w
+        if rise > 0 and at_start > 0:
+            return at_start, rise
+        return wy / w, 0.0
+
+    def _expected(self, place: float) -> float:
+        at_start, rise = self._line()
+        return at_start + rise * place
+
+    def _cost(self, position: int, count: int) -> float:
+        """What tokens cost, in tokens at a beginning."""
+        return count * (1 + self._dearer * (position + count / 2))
+
+    def _that_cost(self, position: int, cost: float) -> int:
+        """How many tokens cost so much."""
+        if cost <= 0:
+            return 0
+        slope = 1 + self._dearer * position
+        return int(2 * cost / (slope + math.sqrt(slope * slope + 2 * self._dearer * cost)) + 1e-9)

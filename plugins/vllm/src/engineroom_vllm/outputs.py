@@ -1,0 +1,80 @@
+"""What vLLM gives of a request, as the steps of engineroom's contract. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, TypeAlias
+
+from engineroom import InferenceError, TokenLogprob, TokenStep
+from engineroom_vllm.text import TextCodec
+
+__all__ = ["Outputs"]
+
+_Finish: TypeAlias = Literal["eos_token", "length"]
+
+
+class Outputs:
+    """Reads vLLM's outputs for one model.
+
+    :param ends: tokens that end a generation.
+    """
+
+    def __init__(self, codec: TextCodec, ends: frozenset[int]) -> None:
+        self._codec = codec
+        self._ends = ends
+
+    def steps(self, output: Any, logprobs: int | None) -> Iterator[TokenStep]:
+        """One step a token, however many vLLM hands over at once: stop sequences count tokens.
+
+        :param output: a ``CompletionOutput`` of what is new.
+        :param logprobs: how many likeliest alternatives to tell; ``None``: nothing of the kind.
+        :raises InferenceError: vLLM ended the request for a reason that is no end.
+        """
+        ids = list(output.token_ids)
+        finish = self._finish(output)
+        if finish == "eos_token" and ids:
+            ids.pop()
+        if not self._codec.knows_bytes:
+            yield TokenStep(ids, output.text, finish=finish)
+            return
+        if not ids:
+            if finish is not None:
+                yield TokenStep(finish=finish)
+            return
+        last = len(ids) - 1
+        for place, token in enumerate(ids):
+            step = TokenStep(
+                (token,), self._codec.piece(token), finish=finish if place == last else None
+            )
+            if logprobs is not None:
+                found = output.logprobs[place]
+                choices = [(i, entry.logprob) for i, entry in found.items()]
+                step.logprobs = (self.logprob(token, choices, logprobs),)
+            yield step
+
+    def _finish(self, output: Any) -> _Finish | None:
+        """Why a request has ended, in the contract's words; ``None``: it goes on."""
+        reason = output.finish_reason
+        if reason is None:
+            return None
+        if reason == "length":
+            return "length"
+        if reason == "stop":
+            # A token of a stop sequence of the request's is text, in which core finds it.
+            stopped = output.stop_reason
+            return "eos_token" if stopped is None or stopped in self._ends else None
+        raise InferenceError(f"vLLM ended the request with {reason!r}; its log says more")
+
+    def logprob(self, token: int, choices: Sequence[tuple[int, float]], count: int) -> TokenLogprob:
+        """A token among the likeliest ``count``.
+
+        :param choices: tokens with their log probabilities; the token itself is among them.
+        """
+        likeliest = sorted(choices, key=lambda choice: -choice[1])[:count]
+        text = self._codec.token_text
+        return TokenLogprob(
+            token_id=token,
+            token=text(token),
+            logprob=next(value for i, value in choices if i == token),
+            top=[(i, text(i), value) for i, value in likeliest],
+        )
