@@ -346,6 +346,23 @@ async def test_a_change_of_the_file_reloads(file):
     await manager.close()
 
 
+async def test_a_watch_that_ends_is_told_and_the_rest_goes_on(file, monkeypatch, caplog):
+    watchfiles = pytest.importorskip("watchfiles", reason="watching needs engineroom[watch]")
+
+    async def broken(*_, **__):
+        raise OSError("OS file watch limit reached")
+        yield
+
+    monkeypatch.setattr(watchfiles, "awatch", broken)
+    manager = from_file(file)
+    async with reloading(manager, on_signal=False, watch=True) as asked:
+        await until(lambda: "OS file watch limit reached" in caplog.text)
+        file.write_text(FILE.replace("MODEL", "second"), encoding="utf-8")
+        asked.set()
+        await until(lambda: list(states(manager)) == ["second"])
+    await manager.close()
+
+
 async def test_watching_without_its_library_says_what_to_install(file, monkeypatch):
     monkeypatch.setitem(sys.modules, "watchfiles", None)
     with pytest.raises(ConfigurationError, match=r"engineroom\[watch\]"):

@@ -104,5 +104,10 @@ def _changes(manager: LLMModelManager) -> AsyncIterator[set[tuple[Any, str]]]:
 
 
 async def _watch(changes: AsyncIterator[set[tuple[Any, str]]], asked: asyncio.Event) -> None:
-    async for _ in changes:
-        asked.set()
+    try:
+        async for _ in changes:
+            asked.set()
+    except (OSError, RuntimeError) as error:  # watchfiles' own is a RuntimeError
+        logger.error(
+            "the deployment file is not watched any more: %s; reload it by SIGHUP or by hand", error
+        )

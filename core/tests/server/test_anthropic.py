@@ -103,6 +103,7 @@ def test_a_failure_before_the_first_token_has_its_status(client, word, kind, str
     assert body["type"] == "error"
     assert body["error"]["type"] in ("invalid_request_error", "api_error")
     assert body["request_id"] == caught.value.response.headers["x-request-id"]
+    assert body["request_id"] == caught.value.request_id
 
 
 def test_a_stream_that_fails_midway_says_so(client):

@@ -202,7 +202,7 @@ def named(clients):
 @named([*WHOLE, *STREAMS])
 def test_a_dead_engine_is_503_before_the_first_text(shared, client):
     answer = client(shared.url, "one !dead", 0)
-    assert answer.status == 503 and answer.text == ""
+    assert answer.status == 503 and answer.text == "" and answer.retry_after == "1"
     assert BROKEN in answer.error and "/opt/engine" not in answer.error
 
 

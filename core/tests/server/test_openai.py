@@ -307,6 +307,30 @@ def test_what_asks_for_nothing_is_let_pass(client, field, value):
 
 
 @pytest.mark.parametrize(
+    ("field", "value", "taken"),
+    [
+        ("tool_calls", [], True),
+        ("tool_calls", None, True),
+        ("tool_calls", [{"id": "1", "type": "function", "function": {"name": "f"}}], False),
+        ("function_call", {"name": "f", "arguments": "{}"}, False),
+        ("audio", {"id": "1"}, False),
+        ("audio", None, True),
+        ("refusal", None, True),
+    ],
+)
+def test_what_an_answer_that_is_sent_back_may_have(shared, field, value, taken):
+    said = {"role": "assistant", "content": "Hello.", field: value}
+    body = {"model": "m", "messages": [*CHAT, said, *CHAT]}
+    answer = httpx.post(f"{shared.url}/v1/chat/completions", json=body)
+    if taken:
+        assert answer.status_code == 200, answer.text
+        return
+    error = answer.json()["error"]
+    assert (error["code"], error["param"]) == ("unsupported_parameter", "messages")
+    assert error["message"].startswith(f"messages.1.{field} is not supported")
+
+
+@pytest.mark.parametrize(
     ("body", "field"),
     [
         ({"prompt": "x", "suffix": "y"}, "suffix"),

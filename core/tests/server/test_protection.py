@@ -335,6 +335,7 @@ def test_the_body_must_be_json(shared, headers, status):
         ("GET", "/../../etc/passwd", 404),
         ("POST", CHAT + "/", 404),
         ("HEAD", "/healthz", 200),
+        ("HEAD", CHAT, 405),
         ("BREW", "/healthz", None),
     ],
 )
@@ -484,7 +485,9 @@ def test_there_may_be_only_so_many_connections(start):
         held = [run.connect() for _ in range(3)]
         run.until(lambda: len(run.server.server_state.connections) == 3)
         with run.connect() as further:
-            assert read_all(further).startswith(b"HTTP/1.1 503 ")
+            answer = read_all(further)
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert b"\r\nretry-after: 1\r\n" in answer and b"\r\nx-request-id: " in answer
         for connection in held:
             connection.close()
         run.until(lambda: not run.server.server_state.connections)

@@ -108,7 +108,7 @@ class Front:
         if call.started:
             raise ConnectionAbortedError("the answer had begun; the connection is closed")
         if call.scope["method"] == "HEAD":
-            await call.answer(refused.status, b"")
+            await call.answer(refused.status, b"", refused.all_headers())
             return
         await call.refuse(refused)
 
@@ -138,7 +138,7 @@ def with_cors(front: Front, settings: ServerSettings) -> ASGIApp:
         allow_origins=list(settings.cors_origins),
         allow_methods=["GET", "POST"],
         allow_headers=["*"],
-        expose_headers=["x-request-id", "retry-after", "traceresponse"],
+        expose_headers=["x-request-id", "request-id", "retry-after", "traceresponse"],
     )
 
 

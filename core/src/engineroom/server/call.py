@@ -159,7 +159,10 @@ class Call:
     async def start(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
         """Send status and headers."""
         self.started = True
-        sent = [(b"x-request-id", self.id.encode("latin-1")), *headers]
+        name = self.id.encode("latin-1")
+        sent = [(b"x-request-id", name), *headers]
+        if self.family == "anthropic":
+            sent.append((b"request-id", name))  # what their clients read
         if (trace := self.context.traceparent_of(self.id)) is not None:
             sent.append((b"traceresponse", trace.encode("latin-1")))
         await self.send({"type": "http.response.start", "status": status, "headers": sent})
@@ -192,10 +195,7 @@ class Call:
         """Send an error; after a body that was not read, in a way that the client can read it."""
         body = dumps(refused.anthropic(self.id) if self.family == "anthropic" else refused.openai())
         headers = [*JSON_HEADERS, (b"content-length", str(len(body)).encode())]
-        headers += [(n.encode(), v.encode("latin-1")) for n, v in refused.headers.items()]
-        if refused.retry_after_s is not None:
-            headers.append((b"retry-after", str(refused.retry_after_s).encode()))
-        await self.start(refused.status, headers)
+        await self.start(refused.status, [*headers, *refused.all_headers()])
         # To close under a client that is still writing would throw the answer away: the error
         # goes out whole, and what still comes is read and forgotten before the end.
         await self.send({"type": "http.response.body", "body": body, "more_body": True})

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import base64
 import struct
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from engineroom.errors import EngineRoomError
 from engineroom.schemas import GenerationParams, InferenceRequest
@@ -21,11 +21,20 @@ __all__ = ["EmbeddingsRequest", "embeddings"]
 MAX_INPUTS = 2048
 
 
+def _no_token_ids(value: Any) -> Any:
+    if isinstance(value, list) and value and isinstance(value[0], int | list):
+        raise ValueError("token ids are not supported by this server; send text")
+    return value
+
+
 class EmbeddingsRequest(ApiRequest):
     """Texts to be turned into vectors."""
 
     model: ModelName
-    input: str | Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS)]
+    input: Annotated[
+        str | Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS)],
+        BeforeValidator(_no_token_ids),
+    ]
     encoding_format: Literal["float", "base64"] | None = None
     user: str | None = None
 
@@ -39,10 +48,6 @@ async def embeddings(call: Call) -> None:
     for number, text in enumerate(texts):
         if not text:
             raise Refused(400, f"input.{number}: the text is empty", "invalid_value", "input")
-    embed: Callable[[str, Sequence[str]], Awaitable[Any]] | None
-    embed = getattr(call.context.service, "embed", None)
-    if embed is None:
-        raise Refused(501, "this server has no embeddings", "not_implemented")
     # It takes its place among the others; nothing is generated.
     placeholder = InferenceRequest(
         model_id=request.model,
@@ -52,10 +57,10 @@ async def embeddings(call: Call) -> None:
     )
     async with call.attended(), place(call, [placeholder]) as slot:
         try:
-            found = await embed(request.model, texts)
+            found = await call.context.service.embed(request.model, texts)
         except EngineRoomError as error:
             raise call.context.refusal_of(error) from error
-        slot.used = tokens = int(getattr(found, "prompt_tokens", None) or 0)
+        slot.used = tokens = found.prompt_tokens
     encode = _base64 if request.encoding_format == "base64" else list
     await call.answer_json(
         {

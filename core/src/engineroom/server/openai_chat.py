@@ -56,9 +56,10 @@ class ChatInput(SubSchema):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
     name: str | None = None
-    tool_calls: None = None
-    function_call: None = None
-    audio: None = None
+    tool_calls: list[Any] | None = None
+    """Only none: what a model had called, no runtime here is told."""
+    function_call: Any = None
+    audio: Any = None
 
 
 class OpenAIRequest(Sampling):
@@ -186,6 +187,14 @@ def _requests(call: Call, request: ChatRequest) -> list[InferenceRequest]:
 
 
 def _message(message: ChatInput, where: str) -> ChatMessage:
+    for name in ("tool_calls", "function_call", "audio"):
+        if getattr(message, name):
+            raise Refused(
+                400,
+                f"{where}.{name} is not supported by this server; leave it out",
+                "unsupported_parameter",
+                "messages",
+            )
     text = text_of(message.content, where)
     if text is None:
         raise Refused(400, f"{where}: the message has no content", "invalid_value", "messages")

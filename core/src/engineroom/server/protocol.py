@@ -8,11 +8,12 @@ whose time is up is aborted where closing it would wait for a peer that does not
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from engineroom.server.frames import dumps
-from engineroom.server.refusals import Refused
+from engineroom.server.refusals import RETRY_AFTER_S, Refused
 from engineroom.server.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -99,7 +100,8 @@ class _Guard(_Base):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         if len(self.connections) > self.limits.max_connections:
-            self._answer(Refused(503, "the server has too many connections; try again", "too_many"))
+            told = "the server has too many connections; try again"
+            self._answer(Refused(503, told, "too_many", retry_after_s=RETRY_AFTER_S))
             return
         self._await_head()
 
@@ -194,10 +196,18 @@ class _Guard(_Base):
         self._ended = True
         if not self.transport.is_closing() and not self._answering():
             body = dumps(refused.openai())
+            more = b"".join(b"%b: %b\r\n" % header for header in refused.all_headers())
             self.transport.write(
                 b"HTTP/1.1 %d %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\n"
-                b"connection: close\r\n\r\n%b"
-                % (refused.status, _REASONS[refused.status], len(body), body)
+                b"x-request-id: %b\r\n%bconnection: close\r\n\r\n%b"
+                % (
+                    refused.status,
+                    _REASONS[refused.status],
+                    len(body),
+                    secrets.token_hex(12).encode(),
+                    more,
+                    body,
+                )
             )
         # Closed under a client that still writes, the connection would be reset and the answer
         # be lost: it is ended instead, and what comes is let fall until the client is done.

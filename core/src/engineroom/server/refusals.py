@@ -24,13 +24,14 @@ from engineroom.errors import (
     ResourceNotAvailableError,
 )
 
-__all__ = ["Refused", "refusal", "refused_fields", "stopping", "without_paths"]
+__all__ = ["RETRY_AFTER_S", "Refused", "refusal", "refused_fields", "stopping", "without_paths"]
 
 _PATH: Final = re.compile(
     r"(?<![\w/.:<])(?:~?/[\w.@+-]+(?:/[\w.@+~-]*)+|[A-Za-z]:[\\/][^\s'\",;]+|\\\\[^\s'\",;]+)"
 )
 _MAX_SHOWN: Final = 80
 RETRY_AFTER_S: Final = 1
+"""For what is over as soon as others end: places, connections, memory."""
 
 _TYPES: Final[Mapping[int, str]] = {
     401: "authentication_error",
@@ -78,6 +79,13 @@ class Refused(Exception):  # noqa: N818 - it is an answer, and is raised to give
         """OpenAI's ``error.type``."""
         return _TYPES.get(self.status, "invalid_request_error")
 
+    def all_headers(self) -> list[tuple[bytes, bytes]]:
+        """The headers, the one that says when to try again among them."""
+        headers = [(n.encode(), v.encode("latin-1")) for n, v in self.headers.items()]
+        if self.retry_after_s is not None:
+            headers.append((b"retry-after", str(self.retry_after_s).encode()))
+        return headers
+
     def openai(self) -> dict[str, Any]:
         """OpenAI's error object."""
         return {
@@ -112,7 +120,9 @@ def refusal(error: EngineRoomError, *, load_failed: bool = False) -> Refused:
     if isinstance(error, RequestTimeoutError):
         return Refused(408, message, "request_timeout")
     if isinstance(error, EngineDeadError):
-        return Refused(503, _hidden("the model's engine has ended", error), "engine_dead")
+        # The next request has the model loaded anew.
+        message = _hidden("the model's engine has ended", error)
+        return Refused(503, message, "engine_dead", retry_after_s=RETRY_AFTER_S)
     if load_failed or isinstance(error, NoSuitableHandlerError):
         return Refused(503, _hidden("the model could not be loaded", error), "model_not_loaded")
     if isinstance(error, ResourceNotAvailableError):

@@ -127,7 +127,7 @@ def all_routes() -> list[RouteInfo]:
             work=True,
             request=EmbeddingsRequest,
             response=answers.EmbeddingList,
-            errors=(*WORK_ERRORS, 501),
+            errors=WORK_ERRORS,
             example={"model": "default", "input": ["Why is the sky blue?"]},
         ),
         RouteInfo(
