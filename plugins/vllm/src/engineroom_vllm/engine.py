@@ -60,7 +60,7 @@ class VLLMEngine:
     :param llm: vLLM's ``AsyncLLM``, ready.
     :param footprint: the processes that belong to it.
     :param log: what they write.
-    :param ended: called once the engine is closed.
+    :param when_closed: called once the engine is closed.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class VLLMEngine:
         options: VLLMOptions,
         footprint: Footprint,
         log: EngineLog,
-        ended: Callable[[], None] = lambda: None,
+        when_closed: Callable[[], None] = lambda: None,
     ) -> None:
         self.name = name
         self.options = options
@@ -81,7 +81,7 @@ class VLLMEngine:
         self._library = library
         self._llm: Any = llm
         self._log = log
-        self._ended = ended
+        self._when_closed = when_closed
         facts = library.facts(llm)
         self.n_ctx: int = facts.context
         self.n_vocab: int = facts.vocabulary
@@ -427,7 +427,7 @@ class VLLMEngine:
             )
         self._watch.join()
         self._log.close()
-        self._ended()
+        self._when_closed()
 
 
 async def _together(work: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:

@@ -185,7 +185,7 @@ class Load:
                 options=self._options,
                 footprint=footprint,
                 log=log,
-                ended=self._give_back,
+                when_closed=self._give_back,
             )
         except BaseException:
             library.shut_down(llm, 5.0)
