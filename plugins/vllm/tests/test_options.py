@@ -32,6 +32,7 @@ DEFAULTS: dict[str, Any] = {
     "bind_threads": True,
     "chat_template": None,
     "load_timeout_s": 1800.0,
+    "keep_ready_s": 0.0,
     "engine_args": {},
 }
 WHOLE_NUMBERS = {
