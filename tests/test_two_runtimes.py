@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,44 @@ async def test_both_runtimes_answer_in_turn_as_the_plan_said(file: Path) -> None
             assert list(account.holders) == [model_id]
             assert account.free is not None and account.free >= 0, account
         assert all(s.error is None for s in manager.list_models())
+
+
+ALTERNATING = """
+import asyncio, sys
+from engineroom import GenerationParams, InferenceRequest, LLMInferenceService, LLMModelManager
+
+async def main():
+    manager = LLMModelManager(sys.argv[1])
+    async with LLMInferenceService(manager) as service:
+        assert "torch" not in sys.modules and "llama_cpp" not in sys.modules
+        for name in ("exact", "small", "code", "exact", "small", "exact"):
+            request = InferenceRequest(
+                model_id=name, prompt="The capital of France is",
+                params=GenerationParams(temperature=0, max_new_tokens=8),
+            )
+            response = await service.infer(request)
+            response.raise_for_error()
+            (account,) = manager.memory()
+            print(name, response.handler, account.not_returned >> 20, flush=True)
+
+asyncio.run(main())
+"""
+
+
+def test_libraries_of_a_runtime_take_nothing_of_the_models_budget(file: Path) -> None:
+    # In a process of its own: in this one they were imported before anything was measured.
+    done = subprocess.run(
+        [sys.executable, "-c", ALTERNATING, str(file)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    answers = [line.split() for line in done.stdout.splitlines()]
+    assert [name for name, _, _ in answers] == ["exact", "small", "code", "exact", "small", "exact"]
+    # torch and transformers are 400 MiB.
+    assert all(int(mib) < 200 for _, _, mib in answers), answers
 
 
 async def test_another_runtime_under_load_breaks_no_request(file: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from contextlib import AsyncExitStack
 from dataclasses import asdict
 
@@ -628,7 +629,7 @@ async def test_what_stayed_behind_and_is_used_again_is_not_counted_twice():
 
 
 async def test_what_a_model_left_behind_does_not_stand_in_its_own_way(caplog):
-    """A library that stays is in the model's footprint, and among what was not given back."""
+    """A pool that an allocator keeps is in the model's footprint, and was not given back."""
     manager, _ = leaking(leaks=6 * GIB, takes=8 * GIB)
     handler = manager.registry.get("sized")
     load_model = handler.load_model
@@ -654,6 +655,42 @@ async def test_what_a_model_left_behind_does_not_stand_in_its_own_way(caplog):
     with pytest.raises(ResourceNotAvailableError, match="unloaded models did not give back"):
         await manager.load("b")
     await manager.load("a")
+
+
+async def test_libraries_that_a_load_needs_are_not_counted_as_the_models():
+    manager, observer = leaking()
+    handler = manager.registry.get("sized")
+    imported: list[int] = []
+
+    def import_runtime():
+        if not imported:  # it is asked before each load
+            handler.meter.usage["cpu"] += 3 * GIB
+        imported.append(threading.get_ident())
+
+    handler.import_runtime = import_runtime
+    for _ in range(2):
+        await manager.load("a")
+        held = cpu(manager).held
+        await manager.unload("a")
+        assert (held, cpu(manager).not_returned) == (4 * GIB, 0)
+    assert observer.unloaded == [{}, {}]
+    assert len(imported) == 2 and threading.get_ident() not in imported, "the loop was held up"
+
+
+@pytest.mark.parametrize("error", [ConfigurationError("install it again"), OSError("no .so")])
+async def test_libraries_that_cannot_be_imported_fail_the_load(error):
+    handler = FakeSizedHandler()
+
+    def import_runtime():
+        raise error
+
+    handler.import_runtime = import_runtime
+    manager = manager_of(model("a", 4), memory={"cpu": 10}, handlers=[handler])
+    kind = ConfigurationError if isinstance(error, ConfigurationError) else InferenceError
+    with pytest.raises(kind, match=str(error)):
+        await manager.load("a")
+    assert handler.loads["a"] == 0 and states(manager)["a"] == "failed"
+    assert cpu(manager).free == 10
 
 
 async def test_what_the_deployment_says_counts_whole_after_the_next_load():

@@ -212,6 +212,16 @@ class InferenceHandler(ABC):
         return False
 
     @hookspec
+    def import_runtime(self) -> None:
+        """Import the runtime's libraries, if that was not done before.
+
+        Called in a thread before a load is measured, each time: libraries stay in the process,
+        and would be taken for memory that the model did not give back.
+
+        :raises ConfigurationError: they are not installed, or cannot be imported.
+        """
+
+    @hookspec
     async def load_model(self, config: ModelConfig) -> LoadedModel:
         """Load the model, without blocking the event loop.
 

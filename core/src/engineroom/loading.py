@@ -175,6 +175,9 @@ class Loader:
         assert handler is not None
         devices = {"cpu", *candidate.need}
         model_id = config.model_id
+        await typed(
+            handler, "import_runtime", model_id, lambda: self._in_thread(handler.import_runtime)
+        )
         for attempt in range(1, _CHANGED_ATTEMPTS + 1):
             logger.info("loading model %r with %s from %s", model_id, handler.name, config.source)
             with _Interval(self) as interval:

@@ -21,6 +21,7 @@ _KINDS: Final[dict[str, _Kind]] = {
     "stream_infer": _GENERATOR,
     "embed": _COROUTINE,
     "can_load": _PLAIN,
+    "import_runtime": _PLAIN,
     "load_model": _COROUTINE,
     "unload_model": _COROUTINE,
     "estimate_memory": _PLAIN,

@@ -76,6 +76,15 @@ class HuggingFaceTransformersHandler(TokenHandler):
             return None  # it would have to be downloaded first
         return estimate_bytes(find_checkpoint(source, options), options)
 
+    def import_runtime(self) -> None:
+        """Import torch and what a load needs of transformers: seconds, the first time.
+
+        :raises ConfigurationError: they are not installed, or cannot be imported.
+        """
+        from engineroom_hf_transformers.loading import import_libraries
+
+        import_libraries()
+
     async def load_model(self, config: ModelConfig) -> LoadedModel:
         """Load the weights and look at what the model can do, in a thread.
 

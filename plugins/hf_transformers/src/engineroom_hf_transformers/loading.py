@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, cast
 
 from engineroom import ConfigurationError, ModelConfig, default_threads, give_back_memory
 from engineroom_hf_transformers.adapters import adapter_folder, with_adapter
@@ -26,7 +27,20 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Kind", "Parts", "load_parts", "release"]
+__all__ = ["Kind", "Parts", "import_libraries", "load_parts", "release"]
+
+_IMPORTED: Final = (
+    "torch",
+    "transformers",
+    "transformers.modeling_utils",
+    "transformers.generation",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.modeling_gguf_pytorch_utils",
+    "accelerate",
+    "gguf",
+)
+_OPTIONAL: Final = frozenset({"accelerate", "gguf", "transformers.modeling_gguf_pytorch_utils"})
 
 Kind: TypeAlias = Literal["causal", "encoder-decoder", "embedding"]
 
@@ -73,6 +87,24 @@ def release(parts: Parts) -> None:
 
         torch.cuda.empty_cache()
     give_back_memory()
+
+
+def import_libraries() -> None:
+    """Import what a load imports of torch and transformers, whatever the model.
+
+    :raises ConfigurationError: something of it cannot be imported.
+    """
+    quieten()
+    for name in _IMPORTED:
+        try:
+            importlib.import_module(name)
+        except (ImportError, OSError, RuntimeError) as error:
+            if name in _OPTIONAL:
+                continue  # the load that needs it says so
+            raise ConfigurationError(
+                f"{name} cannot be imported: {type(error).__name__}: {error}; install it again: "
+                "pip install --upgrade engineroom-hf-transformers"
+            ) from error
 
 
 # ── loading ──────────────────────────────────────────────────────────────────────────────────

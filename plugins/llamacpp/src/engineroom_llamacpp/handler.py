@@ -81,6 +81,15 @@ class LlamaCppHandler(TokenHandler):
         options = parse_options(LlamaCppOptions, config)
         return estimate_bytes(config.source or "", options)
 
+    def import_runtime(self) -> None:
+        """Import llama.cpp, and initialise it.
+
+        :raises ConfigurationError: it is not installed, or its shared library cannot be loaded.
+        """
+        from engineroom_llamacpp.library import load
+
+        load()
+
     async def load_model(self, config: ModelConfig) -> LoadedModel:
         """Load the weights and make the context, in a thread.
 

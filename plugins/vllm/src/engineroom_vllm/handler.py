@@ -98,6 +98,15 @@ class VLLMHandler(TokenHandler):
 
         return estimate(source, options)
 
+    def import_runtime(self) -> None:
+        """Import vLLM into this process; its engines have processes of their own.
+
+        :raises ConfigurationError: it is not installed, or cannot be imported.
+        """
+        from engineroom_vllm.library import load
+
+        load()
+
     async def load_model(self, config: ModelConfig) -> LoadedModel:
         """Start an engine and wait, in a thread, until it is ready: a minute or more.
 
