@@ -36,6 +36,7 @@ INSTALL: Final = (
     'pip install "engineroom-vllm[cuda]" (GPUs) or pip install "engineroom-vllm[cpu]" (no GPU)'
 )
 _LEVELS: Final = {logging.ERROR: logging.WARNING, logging.CRITICAL: logging.WARNING}
+_FORMATTER: Final = logging.Formatter()
 _SOCKETS_S: Final = 2.0
 """Seconds for the event loop to close the sockets of an engine that has ended."""
 FORKED_IMPORTS: Final = (
@@ -337,11 +338,21 @@ def _tokens_input() -> Any:
 
 
 class _Forward(logging.Handler):
-    """vLLM's own log, in this process, as engineroom's."""
+    """vLLM's own log, in this process, as engineroom's.
+
+    Tracebacks come as text: their frames have the engine's sockets, which would stay open for as
+    long as somebody keeps the record. That an engine has died is told by whoever watches it; that
+    it ends when it is unloaded is no news.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         level = _LEVELS.get(record.levelno, logging.DEBUG)
-        logger.log(level, "%s", record.getMessage(), exc_info=record.exc_info)
+        text = record.getMessage()
+        if record.exc_info and (kind := record.exc_info[0]) is not None:
+            text = f"{text}\n{_FORMATTER.formatException(record.exc_info)}"
+            if kind.__name__ == "EngineDeadError":
+                level = logging.DEBUG
+        logger.log(level, "%s", text)
 
 
 def _take_over_the_log() -> None:
