@@ -137,6 +137,31 @@ async def test_a_model_that_generates_text_may_make_embeddings_too(
     assert close(found.vectors, reference(folder, TEXTS, "lasttoken"))
 
 
+async def test_a_text_ends_as_the_tokenizer_ends_it_and_a_prompt_does_not(
+    copied: Callable[[str], Path],
+) -> None:
+    from tokenizers import Tokenizer, processors
+
+    folder = declare(
+        copied("qwen3"), "Transformer", "Pooling", pooling={"pooling_mode_lasttoken": True}
+    )
+    file = folder / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    end = next(iter(tokenizer.get_added_tokens_decoder().items()))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {end[1].content}", special_tokens=[(end[1].content, end[0])]
+    )
+    tokenizer.save(str(file))
+    async with service(folder) as bench:
+        found = await bench.embed("m", TEXTS)
+        text = InferenceRequest(
+            model_id="m", prompt="the", params=GenerationParams(max_new_tokens=1)
+        )
+        prompt_tokens = (await bench.infer(text)).prompt_tokens
+    assert close(found.vectors, reference(folder, TEXTS, "lasttoken"))
+    assert prompt_tokens == len(tokenizer.encode("the", add_special_tokens=False).ids)
+
+
 @pytest.mark.parametrize("most", [8, 16, 512])
 async def test_batches_of_whatever_size_give_the_same(
     tiny: Callable[[str], Path], most: int

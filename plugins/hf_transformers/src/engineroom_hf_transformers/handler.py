@@ -148,7 +148,7 @@ class HuggingFaceTransformersHandler(TokenHandler):
                 "this model generates text and makes no embeddings; use an encoder, or a model "
                 "whose folder has a modules.json that says how to pool"
             )
-        tokens = await asyncio.to_thread(lambda: [engine.vocabulary.prompt(t, None) for t in texts])
+        tokens = await asyncio.to_thread(lambda: [engine.vocabulary.whole(t) for t in texts])
         for number, ids in enumerate(tokens):
             if len(ids) > engine.n_ctx:
                 raise ConfigurationError(

@@ -78,8 +78,8 @@ class Vocabulary:
             re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
         )
         self._bos: int | None = self._tokenizer.bos_token_id
-        self._prefix, suffix = self._surroundings()
-        self._suffix = suffix if encoder else []
+        self._prefix, self._suffix = self._surroundings()
+        self._encoder = encoder
         self._texts: dict[int, str] = {}
         self._pieces = Pieces.of(self._backend, self._special)
 
@@ -104,15 +104,25 @@ class Vocabulary:
         :raises ConfigurationError: there is no chat template, or it refuses the messages.
         """
         if prompt is not None:
-            tokens = self._encode(prompt)
-            if tokens[: len(self._prefix)] != self._prefix:
-                tokens = self._prefix + tokens
-            if self._suffix and tokens[-len(self._suffix) :] != self._suffix:
-                tokens += self._suffix
-            return tokens
+            return self._surrounded(prompt, ended=self._encoder)
         tokens = self._conversation(messages or (), tools)
         while self._bos is not None and tokens[:2] == [self._bos, self._bos]:
             del tokens[0]
+        return tokens
+
+    def whole(self, text: str) -> list[int]:
+        """Token ids of a text that is not to be continued: with an end token, where the tokenizer
+        appends one. Embedding models that pool the last token were trained to look at that.
+        """
+        return self._surrounded(text, ended=True)
+
+    def _surrounded(self, text: str, *, ended: bool) -> list[int]:
+        """The text's tokens between what the tokenizer adds, unless that is written there."""
+        tokens = self._encode(text)
+        if tokens[: len(self._prefix)] != self._prefix:
+            tokens = self._prefix + tokens
+        if ended and self._suffix and tokens[-len(self._suffix) :] != self._suffix:
+            tokens += self._suffix
         return tokens
 
     def count(self, text: str) -> int:
