@@ -1,6 +1,7 @@
 """The server on each real runtime that is installed: SmolLM2, the command, and real clients.
 
-One word differs between the runtimes: the value of ``--runtime``.
+One word differs between the runtimes: the value of ``--runtime``. vLLM reads no GGUF file, so that
+it gets the same model as Transformers saves it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from benchmarks.smollm2 import float32_folder
 
 pytest.importorskip("uvicorn", reason="needs engineroom[server]")
 httpx = pytest.importorskip("httpx", reason="the clients' tests need httpx")
@@ -44,7 +46,8 @@ def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     if importlib.util.find_spec(needed) is None:
         pytest.skip(f"needs {needed}, which the runtime {request.param} runs on")
     log = tmp_path_factory.mktemp("serve") / "log"
-    command = [sys.executable, "-m", "engineroom", "serve", "--model", SMOLLM2, "--port", "0"]
+    model = str(float32_folder("")) if request.param == "vllm" else SMOLLM2
+    command = [sys.executable, "-m", "engineroom", "serve", "--model", model, "--port", "0"]
     command += ["--runtime", request.param, "--drain-timeout", "1"]
     command += [word for option in options for word in ("-o", option)]
     with log.open("wb") as written:
