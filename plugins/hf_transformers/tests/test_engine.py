@@ -603,11 +603,14 @@ async def test_what_lay_in_the_memory_before_harms_nobody(
     """Memory comes as it is: here with the worst that can be in it."""
     import torch
 
-    def dirty(size: Any, **kw: Any) -> torch.Tensor:
-        return torch.full(size, float("nan"), **kw)
+    empty = torch.empty
+    parts = models.parts("llama")  # with memory as it is: only the engine is tried
+
+    def dirty(*size: Any, **kw: Any) -> torch.Tensor:
+        return empty(*size, **kw).fill_(float("nan"))
 
     monkeypatch.setattr(torch, "empty", dirty)
-    with Rig(models.parts("llama")) as rig:
+    with Rig(parts) as rig:
         monkeypatch.undo()
         assert not rig.engine.why_one_by_one
         prompts = [rig.tokens("hello"), rig.tokens(TEXT)[50:62], rig.tokens(TEXT)[:16]]
