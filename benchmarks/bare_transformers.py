@@ -6,22 +6,15 @@ serve``, which gets real requests by HTTP on the loopback interface.
 
 from __future__ import annotations
 
-import http.client
 import importlib.util
-import json
 import logging
-import os
-import socket
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final
 
+from benchmarks.foreign_servers import Clients, ServerProcess, events
 from benchmarks.harness import DiscardError, UnavailableError
 from benchmarks.service import checked
 from benchmarks.workers import Peak
@@ -105,7 +98,7 @@ class BatchSide(GenerateSide):
         return checked(time.perf_counter() - began, counts, count)
 
 
-class ServeSide:
+class ServeSide(ServerProcess, Clients):
     """``transformers serve`` in a process of its own, and clients that ask it. Use in a ``with``.
 
     :param batching: with its continuous batching.
@@ -118,36 +111,19 @@ class ServeSide:
                 f"transformers serve needs {', '.join(missing)}: pip install transformers[serving]"
             )
         self._folder = str(folder)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._port = int(free.getsockname()[1])
-        options = ["--host", "127.0.0.1", "--port", str(self._port), "--dtype", "float32"]
+        options = ["--dtype", "float32"]
         if batching:
             options += ["--continuous-batching"]
             for name, value in POOL.items():
                 options += [f"--cb-{name.replace('_', '-')}", str(value)]
         start = "import sys; from transformers.cli.transformers import main; sys.exit(main())"
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
-        self._process = subprocess.Popen(
+        super().__init__(
+            "transformers serve",
             [sys.executable, "-c", start, "serve", self._folder, *options],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
+            {"OMP_NUM_THREADS": str(threads)},
+            ready="/health",
+            starting_s=_STARTING,
         )
-        try:
-            self._wait()
-        except BaseException:
-            self._end()
-            raise
-
-    def at_once(self, prompts: Sequence[str], count: int) -> float:
-        """Seconds until as many clients as there are prompts have their streamed answers."""
-        with ThreadPoolExecutor(len(prompts)) as clients:
-            began = time.perf_counter()
-            counts = list(clients.map(lambda prompt: self._ask(prompt, count), prompts))
-            return checked(time.perf_counter() - began, counts, count)
 
     def _ask(self, prompt: str, count: int) -> int:
         """The number of tokens of an answer."""
@@ -158,65 +134,11 @@ class ServeSide:
             "temperature": 0,
             "stream": True,
         }
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=600)
-        try:
-            connection.request(
-                "POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"}
-            )
-            response = connection.getresponse()
-            if response.status != 200:
-                text = response.read(500).decode(errors="replace")
-                raise UnavailableError(f"transformers serve answered {response.status}: {text}")
-            tokens = 0
-            for line in response:
-                if not line.startswith(b"data: {"):
-                    continue
-                event = json.loads(line.removeprefix(b"data: "))
-                if "error" in event:
-                    raise UnavailableError(f"transformers serve failed: {event['error']}")
-                if usage := event.get("usage"):
-                    tokens = int(usage["completion_tokens"])
-            return tokens
-        finally:
-            connection.close()
-
-    def _wait(self) -> None:
-        """Until it answers."""
-        end = time.monotonic() + _STARTING
-        while time.monotonic() < end and self._process.poll() is None:
-            connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=5)
-            try:
-                connection.request("GET", "/health")
-                if connection.getresponse().status == 200:
-                    return
-            except OSError:
-                pass
-            finally:
-                connection.close()
-            time.sleep(0.5)
-        self._log.seek(0)
-        said = self._log.read().decode(errors="replace").strip().splitlines()
-        raise UnavailableError(f"transformers serve did not start: {' | '.join(said[-3:])}")
-
-    def _end(self) -> None:
-        self._process.terminate()
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._log.close()
-
-    def __enter__(self) -> ServeSide:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._end()
+        tokens = 0
+        for event in events(self.port, "/v1/completions", body, self.who):
+            if usage := event.get("usage"):
+                tokens = int(usage["completion_tokens"])
+        return tokens
 
 
 def _installed(name: str) -> bool:

