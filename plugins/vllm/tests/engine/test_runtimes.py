@@ -109,8 +109,10 @@ def answered(
         if runtime not in made:
             if importlib.util.find_spec(f"engineroom_{runtime}") is None:
                 pytest.skip(f"engineroom_{runtime} is not installed beside vLLM here")
-            assert text.count("vllm") == 1
-            deployment.write_text(text.replace("vllm", runtime), encoding="utf-8")
+            changed = text.replace("runtime: vllm", f"runtime: {runtime}")
+            words = zip(text.split(), changed.split(), strict=True)
+            assert [b for a, b in words if a != b] == ([] if runtime == "vllm" else [runtime])
+            deployment.write_text(changed, encoding="utf-8")
             made[runtime] = asyncio.run(answers(deployment))
         return made[runtime]
 
