@@ -32,7 +32,8 @@ HEAVY = {
 }
 
 LAYERS = [
-    {"errors", "suggestions", "decode_loop", "units", "memory", "machine", "hub_partial"},
+    {"errors", "suggestions", "decode_loop", "doorbell"},
+    {"units", "memory", "machine", "hub_partial"},
     {"schemas", "text", "sources", "meter"},
     {"hookspecs", "options", "hub"},
     {"handler"},

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from engineroom import EngineDeadError, InferenceError, TokenStep
+from engineroom.doorbell import Doorbell
 from engineroom.mailbox import Mailbox, deliver
 
 
@@ -107,45 +108,39 @@ async def test_a_step_put_while_the_wait_is_being_cancelled_is_kept() -> None:
     assert await tokens(mailbox, 1) == [4]
 
 
-class Calls:
-    """Counts a loop's wake-ups from other threads."""
+@pytest.fixture
+def rung(monkeypatch: pytest.MonkeyPatch) -> list[Doorbell]:
+    """Which doorbells were rung."""
+    found: list[Doorbell] = []
+    original = Doorbell.call
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, patch: pytest.MonkeyPatch) -> None:
-        self.count = 0
-        original = loop.call_soon_threadsafe
+    def noted(bell: Doorbell, callback: Any, argument: Any) -> None:
+        found.append(bell)
+        original(bell, callback, argument)
 
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            self.count += 1
-            return original(*args, **kwargs)
-
-        patch.setattr(loop, "call_soon_threadsafe", counted)
+    monkeypatch.setattr(Doorbell, "call", noted)
+    return found
 
 
-async def test_a_step_of_many_requests_wakes_their_loop_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    calls = Calls(asyncio.get_running_loop(), monkeypatch)
+async def test_a_step_of_many_requests_wakes_their_loop_once(rung: list[Doorbell]) -> None:
     mailboxes = [Mailbox() for _ in range(8)]
     elsewhere(lambda: deliver([(mailbox, step(i)) for i, mailbox in enumerate(mailboxes)]))
-    assert calls.count == 1
+    assert rung == [mailboxes[0].bell]
     assert [(await tokens(mailbox, 1))[0] for mailbox in mailboxes] == list(range(8))
 
 
-async def test_nothing_to_deliver_wakes_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = Calls(asyncio.get_running_loop(), monkeypatch)
+async def test_nothing_to_deliver_wakes_nobody(rung: list[Doorbell]) -> None:
     elsewhere(lambda: deliver([]))
-    assert calls.count == 0
+    assert not rung
 
 
-def test_each_event_loop_gets_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_event_loop_gets_its_own(rung: list[Doorbell]) -> None:
     loops = [asyncio.new_event_loop() for _ in range(2)]
     try:
-        calls = [Calls(loop, monkeypatch) for loop in loops]
         first, second = (loop.run_until_complete(_mailbox()) for loop in loops)
         parcels = [(first, step(1)), (second, step(2)), (first, step(3)), (second, step(4))]
-        before = [call.count for call in calls]
         elsewhere(lambda: deliver(parcels))
-        assert [call.count - b for call, b in zip(calls, before, strict=True)] == [1, 1]
+        assert rung == [first.bell, second.bell]
         assert loops[0].run_until_complete(tokens(first, 2)) == [1, 3]
         assert loops[1].run_until_complete(tokens(second, 2)) == [2, 4]
     finally:

@@ -23,6 +23,7 @@ import logging
 from collections import deque
 from collections.abc import Iterable
 
+from engineroom.doorbell import Doorbell
 from engineroom.errors import EngineRoomError
 from engineroom.generation import TokenStep
 
@@ -38,10 +39,11 @@ class Mailbox:
     :func:`deliver`.
     """
 
-    __slots__ = ("_items", "_waiter", "loop")
+    __slots__ = ("_items", "_waiter", "bell", "loop")
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
+        self.bell = Doorbell.of(self.loop)
         self._items: deque[TokenStep | EngineRoomError] = deque()
         self._waiter: asyncio.Future[None] | None = None
 
@@ -71,12 +73,12 @@ _Parcel = tuple[Mailbox, TokenStep | EngineRoomError]
 
 def deliver(parcels: Iterable[_Parcel]) -> None:
     """Hand steps over, from any thread; one wake-up for each event loop."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[_Parcel]] = {}
+    by_bell: dict[Doorbell, list[_Parcel]] = {}
     for parcel in parcels:
-        by_loop.setdefault(parcel[0].loop, []).append(parcel)
-    for loop, batch in by_loop.items():
+        by_bell.setdefault(parcel[0].bell, []).append(parcel)
+    for bell, batch in by_bell.items():
         try:
-            loop.call_soon_threadsafe(_put_all, batch)
+            bell.call(_put_all, batch)
         except RuntimeError:  # the loop was closed under its requests
             logger.debug("%d steps had no event loop to go to any more", len(batch))
 

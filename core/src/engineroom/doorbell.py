@@ -1,0 +1,95 @@
+"""Waking an event loop from a thread that computes, without giving it the interpreter.
+
+``loop.call_soon_threadsafe`` of asyncio's own loops writes to a socket and lets the GIL go
+meanwhile. The loop's thread wakes up, takes the GIL and keeps it until it has handled all that
+has come, and whoever called waits as long before it can compute the next step: 0.16 ms a step of
+one request with llama.cpp on two cores, 0.3 ms with eight, 3 % and 1 % of the step (measured
+2026-11-29). The same by :class:`Doorbell` takes 0.05 ms: it keeps the GIL while it writes, so that
+the loop's turn comes when the computation lets it go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import weakref
+from collections import deque
+from collections.abc import Callable
+from contextvars import Context
+from typing import Any, Final, TypeVar
+
+__all__ = ["Doorbell"]
+
+_T = TypeVar("_T")
+_bells: Final[weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Doorbell]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+class Doorbell:
+    """What rings at one event loop; get it by :meth:`of`.
+
+    Has a file descriptor as long as the loop exists, where the loop watches files and the system
+    has ``eventfd``; elsewhere it is ``call_soon_threadsafe``, which for uvloop is as good.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = weakref.ref(loop)  # the loop has this one
+        self._left: deque[tuple[Callable[[Any], object], Any]] = deque()
+        self._ring = _ringer() if isinstance(loop, asyncio.SelectorEventLoop) else None
+        if self._ring is None:
+            return
+        self._descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        weakref.finalize(loop, os.close, self._descriptor).atexit = False
+        # In a context of its own: the loop keeps it, and with it what some request has in its.
+        Context().run(loop.add_reader, self._descriptor, self._answer)
+
+    @classmethod
+    def of(cls, loop: asyncio.AbstractEventLoop) -> Doorbell:
+        """The loop's doorbell. On the loop only."""
+        bell = _bells.get(loop)
+        if bell is None:
+            bell = _bells[loop] = cls(loop)
+        return bell
+
+    def call(self, callback: Callable[[_T], object], argument: _T) -> None:
+        """Let the loop call it soon, after what was asked for before. From any thread.
+
+        :raises RuntimeError: the loop is closed.
+        """
+        loop = self._loop()
+        if loop is None or loop.is_closed():
+            raise RuntimeError("the event loop is closed")
+        if self._ring is None:
+            loop.call_soon_threadsafe(callback, argument)
+            return
+        self._left.append((callback, argument))
+        self._ring(self._descriptor, 1)
+
+    def _answer(self) -> None:
+        # First the bell is silenced: what comes later rings again.
+        os.eventfd_read(self._descriptor)
+        left = self._left
+        try:
+            for _ in range(len(left)):
+                callback, argument = left.popleft()
+                callback(argument)
+        finally:
+            if left:  # since one raised, which the loop reports
+                os.eventfd_write(self._descriptor, 1)
+
+
+def _ringer() -> Callable[[int, int], object] | None:
+    """C's ``eventfd_write``, called with the GIL held. It never blocks here: that would take 2⁶⁴
+    rings without an answer.
+    """
+    if not hasattr(os, "eventfd"):
+        return None
+    try:
+        import ctypes
+
+        write = ctypes.PyDLL(None).eventfd_write
+    except (ImportError, OSError, AttributeError):
+        return None
+    write.argtypes = (ctypes.c_int, ctypes.c_uint64)
+    return write
