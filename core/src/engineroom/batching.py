@@ -86,6 +86,7 @@ class BatchingEngine(ABC, Generic[_T]):
         self._max_queue = max_queue
         # Guarded by the loop's condition; ``running`` is changed by the thread alone.
         self._incoming: list[_T] = []
+        self._cancelling = False  # whether there is one to be taken out
         self._alone: _T | None = None
         self._closing = False
         self._ended = False
@@ -164,6 +165,7 @@ class BatchingEngine(ABC, Generic[_T]):
         with self._loop.condition:
             task.cancelled = True
             if not task.done:
+                self._cancelling = True
                 if self._alone is task:
                     self.interrupt(True)
                 self._loop.condition.notify_all()
@@ -251,11 +253,13 @@ class BatchingEngine(ABC, Generic[_T]):
             self.interrupt(False)
             self.waiting += self._incoming
             self._incoming.clear()
-            for task in [t for t in self.waiting if t.cancelled]:
-                self.waiting.remove(task)
-                task.done = True
-            for task in [t for t in self.running if t.cancelled]:
-                self.leave(task)
+            if self._cancelling:
+                self._cancelling = False
+                for task in [t for t in self.waiting if t.cancelled]:
+                    self.waiting.remove(task)
+                    task.done = True
+                for task in [t for t in self.running if t.cancelled]:
+                    self.leave(task)
             self._admit()
             self._alone = self.running[0] if len(self.running) == 1 else None
         return True

@@ -69,8 +69,8 @@ class DecodeLoop:
     def _run(self) -> None:
         while True:
             with self.condition:
-                self.condition.wait_for(lambda: any(w.has_work for w in self._workers))
-                ready = [worker for worker in self._workers if worker.has_work]
+                while not (ready := [worker for worker in self._workers if worker.has_work]):
+                    self.condition.wait()
             for worker in ready:
                 if not worker.turn() and self._remove(worker):
                     return

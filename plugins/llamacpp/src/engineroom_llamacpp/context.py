@@ -82,6 +82,10 @@ class LlamaContext:
                 f"{last_error('it does not say why')}; set n_ctx lower, or another cache type"
             )
         self._memory = library.llama_get_memory(self._handle)
+        # Its address as a number: llama_cpp's own declaration makes two objects of it each time.
+        self._logits_at: Any = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32)(
+            ctypes.cast(library.llama_get_logits_ith, ctypes.c_void_p).value
+        )
         self._rows: dict[int, Logits] = {}
         self._adapters, self._adapters_by_name = model.adapters, model.adapters_by_name
         self._adapter: str | None = None
@@ -150,17 +154,19 @@ class LlamaContext:
         :returns: index of the first with logits in the batch, for :meth:`logits`.
         """
         start = int(self._batch.n_tokens)
-        end = start + len(tokens)
-        self._tokens[start:end] = tokens
-        if end - start == 1:
+        end = self._batch.n_tokens = start + len(tokens)
+        if end - start == 1:  # slices would take several times as long
+            self._tokens[start] = tokens[0]
             self._positions[start] = position
-        else:
-            self._positions[start:end] = np.arange(position, position + end - start)
+            self._sequences[start] = sequence
+            self._outputs[start] = outputs
+            return end - outputs
+        self._tokens[start:end] = tokens
+        self._positions[start:end] = np.arange(position, position + end - start)
         self._sequences[start:end] = sequence
         if outputs < end - start:
             self._outputs[start : end - outputs] = 0
         self._outputs[end - outputs : end] = 1
-        self._batch.n_tokens = end
         return end - outputs
 
     def decode(self) -> int:
@@ -172,8 +178,7 @@ class LlamaContext:
 
     def logits(self, index: int) -> Logits:
         """The logits after the batch's token ``index``: a view, valid until the next batch."""
-        pointer = self._library.llama_get_logits_ith(self._handle, index)
-        address = ctypes.addressof(pointer.contents)
+        address = self._logits_at(self._handle, index)
         row = self._rows.get(address)
         if row is None:
             memory = (ctypes.c_float * self.n_vocab).from_address(address)
