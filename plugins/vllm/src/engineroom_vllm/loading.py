@@ -43,6 +43,7 @@ from engineroom_vllm.library import (
 from engineroom_vllm.log import EngineLog
 from engineroom_vllm.memory import PROCESS_BYTES, MemoryPlan, plan, require
 from engineroom_vllm.options import VLLMOptions
+from engineroom_vllm.scratch import Scratch
 
 __all__ = ["Load", "estimate", "explain"]
 
@@ -50,6 +51,8 @@ logger = logging.getLogger("engineroom.vllm")
 
 _turn: Final = threading.Lock()
 """One load at a time: vLLM reads the process's environment."""
+_ENDED: Final = re.compile(r"Failed core proc\(s\): \{[^}]*: (-?\d+)")
+"""What vLLM says of processes that ended before they were ready, with an exit code of theirs."""
 _NO_MEMORY: Final = re.compile(
     r"out of memory|[Aa]vailable memory|[Nn]o available memory|[Ff]ree memory|MemoryError|"
     r"[Cc]annot allocate|can't allocate|KV cache.*(?:needed|larger)|larger than the (?:available|"
@@ -68,6 +71,7 @@ class Load:
         self._footprint: Footprint | None = None
         self._before: set[int] = set()
         self._lease: Lease | None = None
+        self._scratch: Scratch | None = None
         self._late = threading.Event()
         self._engine: VLLMEngine | None = None
 
@@ -89,14 +93,16 @@ class Load:
         return engine
 
     def abandon(self) -> None:
-        """Nobody wants the engine any more, whether it is there already or comes later."""
+        """Nobody wants the engine any more, whether it is there already or comes later.
+
+        Does not block; what there is ends in a thread.
+        """
         with self._lock:
             self._abandoned = True
             engine = self._engine
-        if engine is not None:  # it came, but nobody got it
-            threading.Thread(target=engine.close, name="vllm-unload", daemon=True).start()
-        else:
-            self._kill()
+        # If it came, nobody got it.
+        end = self._kill if engine is None else engine.close
+        threading.Thread(target=end, name="vllm-unload", daemon=True).start()
 
     def _kill(self) -> None:
         """End the processes of the load that is under way, and what they have left."""
@@ -112,18 +118,26 @@ class Load:
 
     def _start(self, library: Library, folder: ModelFolder) -> VLLMEngine:
         name = self._config.model_id
-        log = EngineLog(name)
+        self._scratch = scratch = Scratch()
+        log = EngineLog(name, scratch.folder)
         try:
             free = available_memory() if library.cpu else None
             wanted = plan(folder, self._options, cpu=library.cpu, free=free)
             if free is not None:
                 require(wanted, free)
             settings = self._settings(library, wanted, folder.encoder) | log.variables()
+            settings |= scratch.variables(elsewhere=self._on_other_machines)
             with variables(settings):
                 return self._engine_of(library, folder, wanted, log)
         except BaseException:
-            log.close()
+            log.rest()
+            self._give_back()
             raise
+
+    @property
+    def _on_other_machines(self) -> bool:
+        """Whether some of the engine's processes may run there."""
+        return self._options.distributed_executor_backend == "ray"
 
     def _settings(self, library: Library, wanted: MemoryPlan, encoder: bool) -> dict[str, str]:
         """The environment of the engine, told in the log."""
@@ -156,11 +170,7 @@ class Load:
         self, library: Library, folder: ModelFolder, wanted: MemoryPlan, log: EngineLog
     ) -> VLLMEngine:
         began = time.monotonic()
-        try:
-            llm, footprint = self._processes(library, folder, wanted, log)
-        except BaseException:
-            self._give_back()
-            raise
+        llm, footprint = self._processes(library, folder, wanted, log)
         try:
             engine = VLLMEngine(
                 library,
@@ -175,7 +185,6 @@ class Load:
         except BaseException:
             library.shut_down(llm, 5.0)
             footprint.remove(0)
-            self._give_back()
             raise
         logger.info(
             "model %r: the engine is ready after %.0f s",
@@ -207,7 +216,11 @@ class Load:
         timer.start()
         try:
             self._lease = self._leased(library, configuration)
-            footprint = Footprint()
+            scratch = self._scratch
+            assert scratch is not None
+            footprint = Footprint(
+                folders=(scratch.temporary, scratch.sockets), segments=scratch.segments
+            )
             with self._lock:
                 if self._abandoned:
                     raise ResourceNotAvailableError("the load was cancelled")
@@ -226,7 +239,7 @@ class Load:
                     f"the engine of model {name!r} was not ready after {limit:g} s; set "
                     "load_timeout_s higher, or look into the log for what it waits for"
                 ) from error
-            raise explain(error, log.cause(), name) from error
+            raise explain(error, log.cause(), name, silent=log.silent) from error
         finally:
             timer.cancel()
             log.rest()
@@ -278,6 +291,9 @@ class Load:
             yield
 
     def _give_back(self) -> None:
+        """The engine is no more: nothing of it is needed."""
+        if self._scratch is not None:
+            self._scratch.close()
         if self._lease is not None:
             self._lease.release(self._options.keep_ready_s)
 
@@ -286,14 +302,19 @@ def _eager(options: VLLMOptions, library: Library) -> bool:
     return library.cpu if options.enforce_eager is None else options.enforce_eager
 
 
-def explain(error: BaseException, cause: str, name: str) -> EngineRoomError:
+def explain(
+    error: BaseException, cause: str, name: str, *, silent: bool = False
+) -> EngineRoomError:
     """A failed start as a typed error.
 
     :param error: what vLLM raised.
     :param cause: the exception that the engine's own processes wrote, if any.
+    :param silent: they would have written one, and did not.
     """
     said = cause or f"{type(error).__name__}: {_short(error)}"
-    if "-9" in str(error) and not cause:
+    ended = _ENDED.search(str(error))
+    if ended is not None and not cause and (silent or "-" in ended[1]):
+        # Who fails says why. Who is killed does not, nor does a process whose worker was.
         return ResourceNotAvailableError(
             f"model {name!r}: the engine was killed while it loaded, most often for want of "
             "memory; lower max_model_len or kv_cache_memory, or unload another model",
