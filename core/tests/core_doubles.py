@@ -235,12 +235,17 @@ class FakeMeter:
     def __init__(self, **capacity: int) -> None:
         self.capacities = capacity
         self.usage: dict[str, int] = {}
+        self.children: dict[int, int] = {}
+        """Main memory of child processes, by their ids."""
 
     def capacity(self, device):
         return self.capacities.get(device)
 
-    def used(self, devices):
-        return {device: self.usage[device] for device in devices if device in self.usage}
+    def used(self, devices, without=()):
+        found = {device: self.usage[device] for device in devices if device in self.usage}
+        if "cpu" in found:
+            found["cpu"] += sum(n for pid, n in self.children.items() if pid not in without)
+        return found
 
 
 def without_threads(manager: LLMModelManager) -> LLMModelManager:

@@ -122,6 +122,63 @@ async def test_libraries_that_a_load_needs_are_not_counted_as_the_models():
     assert len(imported) == 2 and threading.get_ident() not in imported, "the loop was held up"
 
 
+async def test_a_process_that_a_runtime_keeps_is_no_models_memory(caplog):
+    """It starts with the first load, stays after the unload, and ends whenever it likes."""
+    manager, observer = leaking()
+    handler = manager.registry.get("sized")
+    children, load_model = handler.meter.children, handler.load_model
+
+    async def starting(config):
+        children[77] = 2 * GIB
+        return await load_model(config)
+
+    handler.load_model = starting
+    handler.runtime_processes = lambda: list(children)
+    for _ in range(3):
+        await manager.load("a")
+        held = cpu(manager).held
+        await manager.unload("a")
+        assert (held, cpu(manager).not_returned) == (4 * GIB, 0)
+        children.clear()
+    assert observer.unloaded == [{}, {}, {}]
+    assert "did not give back" not in caplog.text
+
+
+async def test_a_process_of_one_runtime_does_not_disturb_what_another_ones_model_takes():
+    first, second, meter = FakeSizedHandler(), FakeSizedHandler(), FakeMeter()
+    first.name, second.name = "first", "second"
+    first.meter = second.meter = meter
+    meter.usage["cpu"], meter.children[77] = GIB, 3 * GIB
+    first.runtime_processes = lambda: (77,)
+    models = [
+        model(name, 4 * GIB, options={"says": None}, runtime=runtime)
+        for name, runtime in (("a", "first"), ("b", "second"))
+    ]
+    manager = manager_of(*models, memory={"cpu": 20 * GIB}, handlers=[first, second], meter=meter)
+    await manager.load("a")
+    load_model = second.load_model
+
+    async def while_it_ends(config):
+        meter.children.clear()
+        return await load_model(config)
+
+    second.load_model = while_it_ends
+    await manager.load("b")
+    assert cpu(manager).holders == {"a": 4 * GIB, "b": 4 * GIB}
+
+
+async def test_a_runtime_that_fails_to_name_its_processes_loads_nevertheless(caplog):
+    manager, _ = leaking()
+
+    def failing():
+        raise OSError("no /proc")
+
+    manager.registry.get("sized").runtime_processes = failing
+    await manager.load("a")
+    assert cpu(manager).held == 4 * GIB
+    assert "'sized': runtime_processes failed" in caplog.text and "no /proc" in caplog.text
+
+
 @pytest.mark.parametrize("error", [ConfigurationError("install it again"), OSError("no .so")])
 async def test_libraries_that_cannot_be_imported_fail_the_load(error):
     handler = FakeSizedHandler()

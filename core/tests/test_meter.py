@@ -80,6 +80,7 @@ def test_the_process_is_measured_with_its_children():
     ) as child:
         assert child.stdout.readline() == "there\n"
         assert meter.used(["cpu"])["cpu"] > before + 60 * MIB
+        assert meter.used(["cpu"], {child.pid})["cpu"] < before + 30 * MIB
         child.communicate("\n")
 
 

@@ -14,7 +14,7 @@ plugin's module must not import its runtime; that waits until ``load_model``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
@@ -220,6 +220,15 @@ class InferenceHandler(ABC):
 
         :raises ConfigurationError: they are not installed, or cannot be imported.
         """
+
+    @hookspec
+    def runtime_processes(self) -> Collection[int]:
+        """Process ids of children of this process that belong to the runtime and to no model.
+
+        Such a one may start or end with any load, and what it takes is no model's memory. Asked
+        in a thread, before and after each load and unload.
+        """
+        return ()
 
     @hookspec
     async def load_model(self, config: ModelConfig) -> LoadedModel:

@@ -74,6 +74,8 @@ class Loader:
         self._room = room
         self._meter = meter
         self._in_thread = in_thread
+        self._handlers: tuple[InferenceHandler, ...] = ()
+        """All that have loaded: what a runtime keeps may outlive its models."""
         self._changing = 0
         self._changes = 0
 
@@ -173,6 +175,8 @@ class Loader:
     async def _load_reserved(self, entry: ModelEntry, candidate: Candidate) -> None:
         handler, config = candidate.handler, candidate.config
         assert handler is not None
+        if handler not in self._handlers:
+            self._handlers += (handler,)  # a new one: another thread may read the old one
         devices = {"cpu", *candidate.need}
         model_id = config.model_id
         await typed(
@@ -259,7 +263,7 @@ class Loader:
         lost: dict[str, int] = {}
         try:
             with _Interval(self) as interval:
-                before = await self._in_thread(lambda: self._meter.used(devices))
+                before = await self._in_thread(lambda: self._used(devices))
                 try:
                     await typed(
                         handler,
@@ -268,7 +272,7 @@ class Loader:
                         lambda: handler.unload_model(loaded),
                     )
                 finally:
-                    after = await self._in_thread(lambda: self._meter.used(devices))
+                    after = await self._in_thread(lambda: self._used(devices))
                     if interval.undisturbed and entry.variant is not None:
                         footprint = entry.footprints.get(entry.variant, Footprint())
                         lost = footprint.unloaded(_difference(after, before))
@@ -286,7 +290,20 @@ class Loader:
     def _look(
         self, devices: Iterable[str], config: ModelConfig
     ) -> tuple[Mapping[str, int], object]:
-        return self._meter.used(devices), stamp(config.source)
+        return self._used(devices), stamp(config.source)
+
+    def _used(self, devices: Iterable[str]) -> Mapping[str, int]:
+        """What is used beside processes that are no model's, whichever runtime they belong to."""
+        without: set[int] = set()
+        for handler in self._handlers:
+            try:
+                without.update(handler.runtime_processes())
+            except Exception:
+                logger.exception(
+                    "handler %r: runtime_processes failed; what they take counts for the model",
+                    handler.name,
+                )
+        return self._meter.used(devices, without)
 
 
 async def typed(

@@ -11,7 +11,7 @@ import ctypes
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -32,10 +32,12 @@ class MemoryMeter(Protocol):
     def capacity(self, device: str) -> int | None:
         """Bytes that models may take on the device; ``None``: that cannot be told."""
 
-    def used(self, devices: Iterable[str]) -> dict[str, int]:
+    def used(self, devices: Iterable[str], without: Collection[int] = ()) -> dict[str, int]:
         """Bytes that this process (or, of a GPU, everybody) uses now.
 
         Devices that cannot be measured are left out.
+
+        :param without: ids of child processes whose main memory does not count.
         """
 
 
@@ -63,11 +65,11 @@ class MachineMeter:
             return None
         return None if free is None else int(free * (1 - KEPT_SHARE))
 
-    def used(self, devices: Iterable[str]) -> dict[str, int]:
+    def used(self, devices: Iterable[str], without: Collection[int] = ()) -> dict[str, int]:
         """Of ``cpu`` what this process and its children have resident; of a GPU what all use."""
         found = {}
         for device in devices:
-            amount = _resident() if device == "cpu" else None
+            amount = _resident(without) if device == "cpu" else None
             if device != "cpu" and (gpu := _gpu(device)) is not None:
                 amount = gpu[1]
             if amount is not None:
@@ -88,7 +90,7 @@ class MachineMeter:
         return free
 
 
-def _resident() -> int | None:
+def _resident(without: Collection[int]) -> int | None:
     import psutil
 
     try:
@@ -99,6 +101,8 @@ def _resident() -> int | None:
         logger.debug("the process's memory cannot be measured", exc_info=True)
         return None
     for child in children:
+        if child.pid in without:
+            continue
         try:
             total += int(child.memory_info().rss)
         except (OSError, psutil.Error):  # it has ended since

@@ -22,6 +22,7 @@ _KINDS: Final[dict[str, _Kind]] = {
     "embed": _COROUTINE,
     "can_load": _PLAIN,
     "import_runtime": _PLAIN,
+    "runtime_processes": _PLAIN,
     "load_model": _COROUTINE,
     "unload_model": _COROUTINE,
     "estimate_memory": _PLAIN,

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
 import psutil
@@ -49,6 +50,29 @@ def test_what_lives_on_is_ended(family: psutil.Popen) -> None:
     footprint = Footprint([family.pid])
     assert footprint.remove(0) == 2
     assert footprint.alive() == []
+    assert footprint.remove(0) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="shared memory has files on Linux only")
+def test_shared_memory_that_nobody_was_seen_with_is_known_by_its_name() -> None:
+    footprint = Footprint(segments="psm_engine7_")
+    ours, other = (SharedMemory(f"psm_engine{n}_a", create=True, size=64) for n in (7, 8))
+    for segment in (ours, other):
+        segment.close()
+    footprint.remove(0)
+    left = {path.name for path in Path("/dev/shm").glob("psm_engine*")}
+    other.unlink()
+    assert left == {"psm_engine8_a"}
+
+
+def test_files_and_sockets_go_with_the_processes(family: psutil.Popen, tmp_path: Path) -> None:
+    folders = [tmp_path / "files", tmp_path / "sockets"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "left").touch()
+    footprint = Footprint([family.pid], folders)
+    assert footprint.remove(0) == 2
+    assert list(tmp_path.iterdir()) == []
     assert footprint.remove(0) == 0
 
 

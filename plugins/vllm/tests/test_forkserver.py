@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection, wait
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
 import psutil
@@ -82,6 +85,55 @@ def test_a_process_is_forked_with_the_environment_of_who_asks(
 def test_a_forked_process_has_others_forked_beside_it(running: ForkServer) -> None:
     _, parent, _, _ = answer(ask_for_another)
     assert parent == running._process.pid
+
+
+def tell_where_temporary_files_are(pipe: Connection) -> None:
+    looked = os.environ["USUAL"] == sys.modules["looks"].WHERE
+    pipe.send((0, 0, tempfile.gettempdir(), looked))
+
+
+def test_each_process_has_the_folder_for_temporary_files_of_who_asks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = tempfile.gettempdir()
+    monkeypatch.setenv("USUAL", usual)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # an engine's, which the server outlives
+    # The import looks for the folder, as vLLM's do.
+    (tmp_path / "looks.py").write_text("import tempfile\nWHERE = tempfile.gettempdir()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    running = server(("looks",))
+    try:
+        with running.used():
+            assert answer(tell_where_temporary_files_are)[2:] == (str(tmp_path), True)
+            monkeypatch.setenv("TMPDIR", usual)
+            assert answer(tell_where_temporary_files_are)[2:] == (usual, True)
+    finally:
+        running.close()
+
+
+def test_an_engines_own_folder_needs_no_other_server(
+    running: ForkServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_RPC_BASE_PATH", "/somewhere")
+    assert running.fits(os.environ, {})
+    assert answer(tell, "VLLM_RPC_BASE_PATH")[1:3] == (running._process.pid, "/somewhere")
+
+
+def make_shared_memory(pipe: Connection) -> None:
+    segment = SharedMemory(create=True, size=64)
+    pipe.send((0, 0, segment.name, True))
+    segment.close()
+    segment.unlink()
+
+
+def test_shared_memory_is_named_after_the_engine(
+    running: ForkServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert re.fullmatch(r"psm_[0-9a-f]{8}", answer(make_shared_memory)[2] or "")
+    monkeypatch.setenv(forkserver.SEGMENTS, "psm_abcdefgh_")
+    names = {answer(make_shared_memory)[2] for _ in range(2)}
+    assert len(names) == 2
+    assert all(re.fullmatch(r"psm_abcdefgh_[0-9a-f]{8}", name or "") for name in names)
 
 
 def test_how_a_process_ended_is_told(running: ForkServer) -> None:
@@ -194,6 +246,18 @@ def test_engines_share_a_server_and_the_last_one_ends_it() -> None:
     assert second.server.usable
     second.release()
     assert not second.server.usable
+
+
+def test_its_processes_are_the_servers_and_not_what_they_have_started() -> None:
+    servers = ForkServers()
+    assert servers.processes() == frozenset()
+    first, second = lease(servers), lease(servers, OMP_NUM_THREADS="17")
+    assert servers.processes() == {first.server.pid, second.server.pid}
+    first.release(keep_s=600)
+    second.release()
+    assert servers.processes() == {first.server.pid}
+    servers._close_idle()
+    assert servers.processes() == frozenset()
 
 
 def test_another_environment_gets_another_server() -> None:

@@ -20,9 +20,10 @@ from engineroom import (
     ResourceNotAvailableError,
 )
 from engineroom_vllm import VLLMHandler, handler, library
+from engineroom_vllm.arguments import engine_arguments
 from engineroom_vllm.folder import ModelFolder
 from engineroom_vllm.library import INSTALL
-from engineroom_vllm.loading import engine_arguments, explain
+from engineroom_vllm.loading import explain
 from engineroom_vllm.memory import plan
 from engineroom_vllm.options import VLLMOptions
 
@@ -179,12 +180,13 @@ def test_the_estimate_counts_weights_cache_and_on_a_cpu_the_processes(
 # ── the engine's arguments ───────────────────────────────────────────────────────────────────────
 
 
-def arguments(path: Path, *, eager: bool = True, **given: Any) -> dict[str, Any]:
+def arguments(path: Path, *, eager: bool = True, cpu: bool = False, **given: Any) -> dict[str, Any]:
     from engineroom_vllm.folder import read_folder
 
     options = VLLMOptions.model_validate(given)
     found: ModelFolder = read_folder(path)
-    return engine_arguments(found, options, plan(found, options, cpu=True), eager=eager)
+    wanted = plan(found, options, cpu=True)
+    return engine_arguments(found, options, wanted, eager=eager, cpu=cpu)
 
 
 def test_the_engine_never_takes_parameters_from_the_models_files(folder: Path) -> None:
@@ -216,6 +218,37 @@ def test_options_are_handed_to_the_engine(folder: Path) -> None:
     assert found["speculative_config"] == {"method": "ngram"}
     assert found["block_size"] == 32
     assert "enable_lora" not in found
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("dtype", "bfloat16"),
+        ("quantization", "awq"),
+        ("gpu_memory_utilization", 0.4),
+        ("tensor_parallel_size", 4),
+        ("pipeline_parallel_size", 2),
+        ("distributed_executor_backend", "ray"),
+        ("enable_prefix_caching", False),
+        ("enforce_eager", False),
+        ("max_num_seqs", 3),
+        ("max_model_len", 64),
+        ("runner", "generate"),
+        ("speculative_config", {"method": "ngram", "num_speculative_tokens": 3}),
+    ],
+)
+def test_an_option_of_vllms_own_name_is_its_argument(
+    folder: Path, option: str, value: object
+) -> None:
+    eager = value if option == "enforce_eager" else True
+    assert arguments(folder, eager=bool(eager), **{option: value})[option] == value
+
+
+def test_a_cache_is_shared_out_over_the_devices(folder: Path) -> None:
+    devices = {"tensor_parallel_size": 2, "pipeline_parallel_size": 3}
+    assert arguments(folder, kv_cache_memory="6MiB", **devices)["kv_cache_memory_bytes"] == 6 << 20
+    alone = arguments(folder)["kv_cache_memory_bytes"]
+    assert arguments(folder, **devices)["kv_cache_memory_bytes"] == -(-alone // 6)
 
 
 def test_only_what_is_needed_has_to_be_free_when_the_engine_starts(folder: Path) -> None:
@@ -266,6 +299,12 @@ def test_adapters_are_looked_at_before_the_engine_is_started(folder: Path, tmp_p
     (adapter / "adapter_config.json").write_text('{"r": 12}', encoding="utf-8")
     found = arguments(folder, lora_modules=[module])
     assert (found["enable_lora"], found["max_loras"], found["max_lora_rank"]) == (True, 1, 16)
+    # Where one place has to stay empty, for requests without an adapter.
+    assert arguments(folder, cpu=True, lora_modules=[module])["max_loras"] == 2
+    few = {"lora_modules": [module], "engine_args": {"max_loras": 1}}
+    assert arguments(folder, **few)["max_loras"] == 1
+    with pytest.raises(ConfigurationError, match=r"max_loras is 1.*empty one: 2"):
+        arguments(folder, cpu=True, **few)
 
 
 # ── failed starts ────────────────────────────────────────────────────────────────────────────────
@@ -293,10 +332,16 @@ def test_adapters_are_looked_at_before_the_engine_is_started(folder: Path, tmp_p
             "kv_cache_memory",
         ),
         (
-            RuntimeError("Engine core initialization failed. Failed core proc(s): {'E': -9}"),
+            RuntimeError("Engine core initialization failed. Failed core proc(s): {'E_0': -9}"),
             "",
             ResourceNotAvailableError,
             "killed while it loaded",
+        ),
+        (
+            ValueError("the folder qwen-9b has no such file"),
+            "",
+            ConfigurationError,
+            "qwen-9b",
         ),
         (MemoryError(), "", ResourceNotAvailableError, "not enough memory"),
         (RuntimeError("it broke"), "", ConfigurationError, "RuntimeError: it broke"),
@@ -314,3 +359,16 @@ def test_a_failed_start_is_a_typed_error_with_its_cause(
     found = explain(error, cause, "m")
     assert type(found) is kind
     assert said in str(found) and "'m'" in str(found)
+
+
+def test_an_engine_that_ends_without_a_word_was_killed_or_its_worker_was() -> None:
+    error = RuntimeError("Engine core initialization failed. Failed core proc(s): {'E': 1}")
+    killed = explain(error, "", "m", silent=True)
+    assert isinstance(killed, ResourceNotAvailableError)
+    assert "killed while it loaded" in str(killed) and "max_model_len" in str(killed)
+    # Where it writes elsewhere, or says why, that is not known, or known better.
+    assert isinstance(explain(error, "", "m"), ConfigurationError)
+    assert isinstance(explain(error, "KeyError: 'a'", "m", silent=True), ConfigurationError)
+    # What was refused before any process was started has nothing to do with it.
+    refused = explain(ValueError("no such type"), "", "m", silent=True)
+    assert isinstance(refused, ConfigurationError)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import weakref
 
 import pytest
 
-from engineroom_vllm.library import _Forward
+from engineroom_vllm.library import _Forward, _imported_quietly
 
 
 class EngineDeadError(Exception):
@@ -47,3 +48,29 @@ def test_the_end_of_an_engine_is_told_by_who_watches_it(caplog: pytest.LogCaptur
     with caplog.at_level(logging.DEBUG, "engineroom.vllm.library"):
         log_failure(EngineDeadError("it has ended"))
     assert [record.levelno for record in caplog.records] == [logging.DEBUG]
+
+
+def test_what_an_import_says_goes_nowhere_else(
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("VLLM_LOGGING_CONFIG_PATH", "VLLM_CONFIGURE_LOGGING", "VLLM_LOGGING_LEVEL"):
+        monkeypatch.delenv(name, raising=False)
+    with caplog.at_level(logging.DEBUG, "engineroom.vllm.library"), _imported_quietly():
+        # Whose value keeps vLLM from setting up a log that writes to the standard output.
+        assert os.environ["VLLM_CONFIGURE_LOGGING"] == "0"
+        logging.getLogger("vllm.fake_module").info("a part is missing")
+    assert "VLLM_CONFIGURE_LOGGING" not in os.environ
+    assert "a part is missing" in caplog.messages
+    assert capfd.readouterr() == ("", "")
+
+
+def test_who_has_set_up_vllms_log_keeps_it_while_it_is_imported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("VLLM_CONFIGURE_LOGGING", "1")
+    before = list(logging.getLogger("vllm").handlers)
+    with _imported_quietly():
+        assert os.environ["VLLM_CONFIGURE_LOGGING"] == "1"
+        assert logging.getLogger("vllm").handlers == before

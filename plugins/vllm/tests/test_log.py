@@ -39,8 +39,10 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("plain")
-def test_another_process_writes_where_it_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    log = EngineLog("m")
+def test_another_process_writes_where_it_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = EngineLog("m", tmp_path)
     config = log.variables()["VLLM_LOGGING_CONFIG_PATH"]
     code = (
         "import json, logging, logging.config, sys\n"
@@ -55,21 +57,19 @@ def test_another_process_writes_where_it_is_told(caplog: pytest.LogCaptureFixtur
     said = [(r.name, r.levelname, r.getMessage()) for r in caplog.records]
     assert ("engineroom.vllm", "INFO", "model 'm': the weights were loaded in 2.50 s") in said
     assert ("engineroom.vllm.library", "WARNING", "it went wrong") in said
-    folder = Path(config).parent
-    log.close()
-    log.close()
-    assert not folder.exists()
+    assert Path(config).parent == tmp_path
 
 
 @pytest.mark.usefixtures("plain")
-def test_the_first_exception_that_says_something_is_the_cause() -> None:
-    log = EngineLog("m")
+def test_the_first_exception_that_says_something_is_the_cause(tmp_path: Path) -> None:
+    log = EngineLog("m", tmp_path)
     file = file_of(log)
-    assert log.cause() == ""
+    assert log.cause() == "" and log.silent
     file.write_text(FAILURE, encoding="utf-8")
     assert log.cause() == (
         "ValueError: There is no module or parameter named 'odd' in LlamaForCausalLM"
     )
+    assert not log.silent
     # What came first began it; what only points to something else says nothing.
     hollow = "RuntimeError: Engine core initialization failed. See root cause above.\n"
     file.write_text(f"{hollow}KeyError: 'a'\nzmq.error.ZMQError: closed\n", encoding="utf-8")
@@ -78,13 +78,15 @@ def test_the_first_exception_that_says_something_is_the_cause() -> None:
     assert log.cause() == "OutOfMemoryError: CUDA out of memory."
     file.write_text("INFO\tall is well: 3 Errors: none\n", encoding="utf-8")
     assert log.cause() == ""
-    log.close()
+    file.unlink()
     assert log.cause() == ""
 
 
-def test_who_has_set_up_vllms_log_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_has_set_up_vllms_log_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
-    log = EngineLog("m")
+    log = EngineLog("m", tmp_path)
     assert log.variables() == {}
+    assert not log.silent
     log.follow()
-    log.close()
+    log.rest()
+    log.rest()

@@ -426,7 +426,6 @@ class VLLMEngine:
                 killed,
             )
         self._watch.join()
-        self._log.close()
         self._when_closed()
 
 

@@ -1,13 +1,15 @@
-"""What an engine has outside of this process: its processes and its shared memory.
+"""What an engine has outside of this process: its processes, its shared memory and its files.
 
 vLLM ends them itself where it can. Where one was killed, the others may live on and a segment
-stays behind; who has looked at them while they ran can end and remove them.
+stays behind; who has looked at them while they ran can end and remove them. Files and sockets stay
+behind always.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+import shutil
 import time
 from collections.abc import Iterable
 from multiprocessing import resource_tracker
@@ -23,15 +25,22 @@ logger = logging.getLogger("engineroom.vllm")
 _SEGMENT: Final = re.compile(r"\s(/dev/shm/(?:psm_|vllm|VLLM)[^\s]*)(?: \(deleted\))?$")
 """Segments of Python's ``shared_memory`` and of vLLM's own, in ``/proc/<pid>/maps``."""
 _PYTHONS: Final = "psm_"
+_SHARED: Final = Path("/dev/shm")  # noqa: S108 - where the system has shared memory
 
 
 class Footprint:
     """The processes of one engine, and the shared memory that they have mapped.
 
     :param roots: the processes that this process has started; their descendants count as well.
+    :param folders: where the engine's own files are.
+    :param segments: how names of shared memory begin that is the engine's, whoever has it mapped.
     """
 
-    def __init__(self, roots: Iterable[int] = ()) -> None:
+    def __init__(
+        self, roots: Iterable[int] = (), folders: Iterable[Path] = (), segments: str = ""
+    ) -> None:
+        self._folders = tuple(folders)
+        self._prefix = segments
         self._processes: dict[int, psutil.Process] = {}
         self._segments: set[Path] = set()
         self._roots: tuple[int, ...] = ()
@@ -76,7 +85,7 @@ class Footprint:
         return [p for p in self._processes.values() if _runs(p)]
 
     def remove(self, patience_s: float) -> int:
-        """End what still runs after ``patience_s`` seconds, and remove shared memory. Blocks.
+        """End what still runs after ``patience_s`` seconds; remove shared memory and files. Blocks.
 
         :returns: how many processes had to be killed.
         """
@@ -87,6 +96,8 @@ class Footprint:
             except psutil.Error:
                 continue
         self._wait(5.0)
+        if self._prefix:  # also of processes that ended before anybody looked
+            self._segments |= set(_SHARED.glob(f"{self._prefix}*"))
         for segment in self._segments:
             try:
                 segment.unlink()
@@ -98,6 +109,8 @@ class Footprint:
             if segment.name.startswith(_PYTHONS):
                 # Else it would be missed, with a warning, when this process ends.
                 resource_tracker.unregister(f"/{segment.name}", "shared_memory")
+        for folder in self._folders:
+            shutil.rmtree(folder, ignore_errors=True)
         return len(left)
 
     def _wait(self, limit_s: float) -> list[psutil.Process]:

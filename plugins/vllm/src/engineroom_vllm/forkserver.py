@@ -26,6 +26,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -40,6 +41,7 @@ from multiprocessing import (
     process,
     reduction,
     resource_tracker,
+    shared_memory,
     util,
 )
 from pathlib import Path
@@ -47,7 +49,16 @@ from typing import Any, ClassVar, Final, NamedTuple
 
 import psutil
 
-__all__ = ["CONTEXT", "SERVERS", "ForkServer", "Lease", "UnusableError", "put_in", "serve"]
+__all__ = [
+    "CONTEXT",
+    "SEGMENTS",
+    "SERVERS",
+    "ForkServer",
+    "Lease",
+    "UnusableError",
+    "put_in",
+    "serve",
+]
 
 logger = logging.getLogger("engineroom.vllm")
 
@@ -60,7 +71,14 @@ _READ_AT_START: Final = (
 """How names of variables begin that the loader or an import may have read: who needs other values
 needs another server."""
 _LOG: Final = "VLLM_LOGGING_CONFIG_PATH"
-_READ_LATER: Final = (_LOG, "VLLM_CONFIGURE_LOGGING", "VLLM_CPU_OMP_THREADS_BIND")
+SEGMENTS: Final = "ENGINEROOM_VLLM_SEGMENTS"
+"""The variable that says how names of an engine's shared memory begin, without the slash."""
+_READ_LATER: Final = (
+    _LOG,
+    "VLLM_CONFIGURE_LOGGING",
+    "VLLM_CPU_OMP_THREADS_BIND",
+    "VLLM_RPC_BASE_PATH",
+)
 """Set anew in each process before vLLM reads them."""
 _READY: Final = b"ready"
 _MOST_FDS: Final = 250
@@ -241,7 +259,8 @@ class ForkServer:
         own = {k: v for k, v in environment.items() if k not in _READ_LATER} | dict(more)
         self.start = _at_start(own)
         # Threads of its linear algebra would not survive the fork; an engine does without them.
-        own |= {"OPENBLAS_NUM_THREADS": "1"}
+        # It outlives the engine whose folder TMPDIR names.
+        own |= {"OPENBLAS_NUM_THREADS": "1", "TMPDIR": tempfile.gettempdir()}
         if _LOG in environment:
             own["VLLM_CONFIGURE_LOGGING"] = "0"
         requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -313,6 +332,11 @@ class ForkServer:
             yield
         finally:
             _Here.client = None
+
+    @property
+    def pid(self) -> int:
+        """Its own process id."""
+        return self._process.pid
 
     def children(self) -> set[int]:
         """Process ids of all that it has started and that run."""
@@ -484,6 +508,8 @@ def _work(fds: list[int]) -> int:
         start, environment = state["start"], state["environment"]
         os.environ.clear()
         os.environ.update(environment)
+        tempfile.tempdir = None  # the server may have looked for its own
+        _name_segments(environment.get(SEGMENTS, ""))
         os.chdir(state["folder"])
         os.sched_setaffinity(0, state["cpus"])
         if (path := environment.get(_LOG)) is not None:
@@ -493,6 +519,14 @@ def _work(fds: list[int]) -> int:
     with put_in(state["hooks"]):
         code: int = found._bootstrap(sentinel)
     return code
+
+
+def _name_segments(prefix: str) -> None:
+    """Let names of Python's shared memory begin so in this process: they tell whose it is."""
+    if prefix and hasattr(shared_memory, "_SHM_NAME_PREFIX"):
+        naming: Any = shared_memory
+        naming._SHM_NAME_PREFIX = f"/{prefix}"
+        naming._SHM_SAFE_NAME_LENGTH = len(naming._SHM_NAME_PREFIX) + 8
 
 
 # ── which server ─────────────────────────────────────────────────────────────────────────────────
@@ -525,6 +559,12 @@ class ForkServers:
         self._lock = threading.Lock()
         self._leases: dict[ForkServer, int] = {}
         self._timers: dict[ForkServer, threading.Timer] = {}
+        self._ending: set[ForkServer] = set()
+
+    def processes(self) -> frozenset[int]:
+        """Process ids of the servers, without those of the engines."""
+        with self._lock:
+            return frozenset(server.pid for server in (*self._leases, *self._ending))
 
     def lease(
         self,
@@ -581,7 +621,12 @@ class ForkServers:
             del self._leases[server]
             if (timer := self._timers.pop(server, None)) is not None:
                 timer.cancel()
-        server.close()
+            self._ending.add(server)
+        try:
+            server.close()
+        finally:
+            with self._lock:
+                self._ending.discard(server)
 
 
 SERVERS: Final = ForkServers()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, ClassVar, Final
 
@@ -106,6 +106,12 @@ class VLLMHandler(TokenHandler):
         from engineroom_vllm.library import load
 
         load()
+
+    def runtime_processes(self) -> Collection[int]:
+        """The process that engines are forked from; they themselves are models'."""
+        from engineroom_vllm.forkserver import SERVERS
+
+        return SERVERS.processes()
 
     async def load_model(self, config: ModelConfig) -> LoadedModel:
         """Start an engine and wait, in a thread, until it is ready: a minute or more.

@@ -14,7 +14,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, Final
 
@@ -49,6 +50,7 @@ FORKED_BY_PROGRAM: Final = (("vllm.v1.engine.utils", "get_mp_context"),)
 """Functions by which vLLM chooses how the first process of an engine is started."""
 FORKED_BY_ENGINE: Final = (("vllm.v1.executor.multiproc_executor", "get_mp_context"),)
 """And how that one starts its workers."""
+_CONFIGURE: Final = "VLLM_CONFIGURE_LOGGING"
 _lock: Final = threading.Lock()
 _state: Final[dict[str, Library]] = {}
 
@@ -71,7 +73,9 @@ def load() -> Library:
             if not installed():
                 raise ConfigurationError(f"vLLM is not installed; {INSTALL}")
             try:
-                found = _state["library"] = Library()
+                with _imported_quietly():
+                    found = Library()
+                _state["library"] = found
             except (ImportError, OSError, RuntimeError, AttributeError) as error:
                 raise ConfigurationError(
                     f"vLLM cannot be imported: {type(error).__name__}: {error}; install it again: "
@@ -110,8 +114,6 @@ class Library:
         self._pooling_params: Any = PoolingParams
         self._tokens = _tokens_input()
         self._log_is_ours = not logging_is_the_users()
-        if self._log_is_ours:
-            _take_over_the_log()
 
     # ── the engine ───────────────────────────────────────────────────────────────────────────
 
@@ -363,9 +365,28 @@ def _take_over_the_log() -> None:
         handler.close()
     theirs.addHandler(_Forward())
     theirs.propagate = False
+    if theirs.level == logging.NOTSET:
+        theirs.setLevel(logging.INFO)
+
+
+@contextmanager
+def _imported_quietly() -> Iterator[None]:
+    """Meanwhile vLLM sets up no log of its own, which 0.30 does when it is imported: what is said
+    until it is taken over would go to the standard output.
+    """
+    if logging_is_the_users():
+        yield
+        return
+    _take_over_the_log()
+    os.environ[_CONFIGURE] = "0"
+    try:
+        yield
+    finally:
+        del os.environ[_CONFIGURE]
+        _take_over_the_log()
 
 
 def logging_is_the_users() -> bool:
     """Whether the environment says how vLLM is to log."""
-    names = ("VLLM_LOGGING_CONFIG_PATH", "VLLM_CONFIGURE_LOGGING", "VLLM_LOGGING_LEVEL")
+    names = ("VLLM_LOGGING_CONFIG_PATH", _CONFIGURE, "VLLM_LOGGING_LEVEL")
     return any(name in os.environ for name in names)

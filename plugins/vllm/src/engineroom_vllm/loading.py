@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -11,7 +10,6 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import metadata
-from pathlib import Path
 from typing import Any, Final
 
 from engineroom import (
@@ -21,7 +19,7 @@ from engineroom import (
     ResourceNotAvailableError,
     resolve_source,
 )
-from engineroom_vllm.embedding import recipe_of, runner_of
+from engineroom_vllm.arguments import engine_arguments, pooling_arguments
 from engineroom_vllm.engine import VLLMEngine
 from engineroom_vllm.environment import (
     available_memory,
@@ -45,20 +43,16 @@ from engineroom_vllm.library import (
 from engineroom_vllm.log import EngineLog
 from engineroom_vllm.memory import PROCESS_BYTES, MemoryPlan, plan, require
 from engineroom_vllm.options import VLLMOptions
+from engineroom_vllm.scratch import Scratch
 
-__all__ = ["Load", "engine_arguments", "estimate", "explain"]
+__all__ = ["Load", "estimate", "explain"]
 
 logger = logging.getLogger("engineroom.vllm")
 
 _turn: Final = threading.Lock()
 """One load at a time: vLLM reads the process's environment."""
-_MOST_LOGPROBS: Final = 4096
-"""Of one token: what beam search asks for; requests are bounded by the contract."""
-_NO_SHARE: Final = 0.01
-"""Of a device's memory: what has to be free when an engine starts, even where its cache's size is
-given. By itself it is nine tenths, and a second model would find no place."""
-_RANKS: Final = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Ranks of LoRA adapters that vLLM has room for."""
+_ENDED: Final = re.compile(r"Failed core proc\(s\): \{[^}]*: (-?\d+)")
+"""What vLLM says of processes that ended before they were ready, with an exit code of theirs."""
 _NO_MEMORY: Final = re.compile(
     r"out of memory|[Aa]vailable memory|[Nn]o available memory|[Ff]ree memory|MemoryError|"
     r"[Cc]annot allocate|can't allocate|KV cache.*(?:needed|larger)|larger than the (?:available|"
@@ -77,6 +71,7 @@ class Load:
         self._footprint: Footprint | None = None
         self._before: set[int] = set()
         self._lease: Lease | None = None
+        self._scratch: Scratch | None = None
         self._late = threading.Event()
         self._engine: VLLMEngine | None = None
 
@@ -88,12 +83,6 @@ class Load:
         folder = read_folder(resolve_source(self._config.source or ""))
         library = load()
         library.check_arguments(self._options.engine_args)
-        if library.cpu and self._options.lora_modules:
-            raise ConfigurationError(
-                "lora_modules: vLLM on a CPU was once seen to give a request the text of an "
-                "adapter that another one beside it had named; merge the adapter into the "
-                "weights, or use a GPU"
-            )
         with _turn:
             engine = self._start(library, folder)
         with self._lock:
@@ -104,14 +93,16 @@ class Load:
         return engine
 
     def abandon(self) -> None:
-        """Nobody wants the engine any more, whether it is there already or comes later."""
+        """Nobody wants the engine any more, whether it is there already or comes later.
+
+        Does not block; what there is ends in a thread.
+        """
         with self._lock:
             self._abandoned = True
             engine = self._engine
-        if engine is not None:  # it came, but nobody got it
-            threading.Thread(target=engine.close, name="vllm-unload", daemon=True).start()
-        else:
-            self._kill()
+        # If it came, nobody got it.
+        end = self._kill if engine is None else engine.close
+        threading.Thread(target=end, name="vllm-unload", daemon=True).start()
 
     def _kill(self) -> None:
         """End the processes of the load that is under way, and what they have left."""
@@ -127,18 +118,26 @@ class Load:
 
     def _start(self, library: Library, folder: ModelFolder) -> VLLMEngine:
         name = self._config.model_id
-        log = EngineLog(name)
+        self._scratch = scratch = Scratch()
+        log = EngineLog(name, scratch.folder)
         try:
             free = available_memory() if library.cpu else None
             wanted = plan(folder, self._options, cpu=library.cpu, free=free)
             if free is not None:
                 require(wanted, free)
             settings = self._settings(library, wanted, folder.encoder) | log.variables()
+            settings |= scratch.variables(elsewhere=self._on_other_machines)
             with variables(settings):
                 return self._engine_of(library, folder, wanted, log)
         except BaseException:
-            log.close()
+            log.rest()
+            self._give_back()
             raise
+
+    @property
+    def _on_other_machines(self) -> bool:
+        """Whether some of the engine's processes may run there."""
+        return self._options.distributed_executor_backend == "ray"
 
     def _settings(self, library: Library, wanted: MemoryPlan, encoder: bool) -> dict[str, str]:
         """The environment of the engine, told in the log."""
@@ -171,11 +170,7 @@ class Load:
         self, library: Library, folder: ModelFolder, wanted: MemoryPlan, log: EngineLog
     ) -> VLLMEngine:
         began = time.monotonic()
-        try:
-            llm, footprint = self._processes(library, folder, wanted, log)
-        except BaseException:
-            self._give_back()
-            raise
+        llm, footprint = self._processes(library, folder, wanted, log)
         try:
             engine = VLLMEngine(
                 library,
@@ -190,7 +185,6 @@ class Load:
         except BaseException:
             library.shut_down(llm, 5.0)
             footprint.remove(0)
-            self._give_back()
             raise
         logger.info(
             "model %r: the engine is ready after %.0f s",
@@ -205,7 +199,7 @@ class Load:
         """The engine's processes, started and ready."""
         name, limit = self._config.model_id, self._options.load_timeout_s
         eager = _eager(self._options, library)
-        arguments = engine_arguments(folder, self._options, wanted, eager=eager)
+        arguments = engine_arguments(folder, self._options, wanted, eager=eager, cpu=library.cpu)
         try:
             configuration = library.configure(arguments)
             if arguments["runner"] == "auto" and library.pools(configuration):
@@ -222,7 +216,11 @@ class Load:
         timer.start()
         try:
             self._lease = self._leased(library, configuration)
-            footprint = Footprint()
+            scratch = self._scratch
+            assert scratch is not None
+            footprint = Footprint(
+                folders=(scratch.temporary, scratch.sockets), segments=scratch.segments
+            )
             with self._lock:
                 if self._abandoned:
                     raise ResourceNotAvailableError("the load was cancelled")
@@ -241,7 +239,7 @@ class Load:
                     f"the engine of model {name!r} was not ready after {limit:g} s; set "
                     "load_timeout_s higher, or look into the log for what it waits for"
                 ) from error
-            raise explain(error, log.cause(), name) from error
+            raise explain(error, log.cause(), name, silent=log.silent) from error
         finally:
             timer.cancel()
             log.rest()
@@ -293,6 +291,9 @@ class Load:
             yield
 
     def _give_back(self) -> None:
+        """The engine is no more: nothing of it is needed."""
+        if self._scratch is not None:
+            self._scratch.close()
         if self._lease is not None:
             self._lease.release(self._options.keep_ready_s)
 
@@ -301,84 +302,19 @@ def _eager(options: VLLMOptions, library: Library) -> bool:
     return library.cpu if options.enforce_eager is None else options.enforce_eager
 
 
-def engine_arguments(
-    folder: ModelFolder, options: VLLMOptions, wanted: MemoryPlan, *, eager: bool
-) -> dict[str, Any]:
-    """Arguments of vLLM's engine. ``None`` leaves one to vLLM.
-
-    :raises ConfigurationError: a LoRA adapter is not there.
-    """
-    found: dict[str, Any] = {
-        "model": str(folder.path),
-        "runner": runner_of(folder, options),
-        # How much an encoder reads, more files than one tell, and vLLM knows them.
-        "max_model_len": options.context if folder.encoder else wanted.context,
-        "max_num_seqs": wanted.parallel,
-        # Left to itself, vLLM computes a model of 32-bit weights in 16 bits.
-        "dtype": folder.dtype if options.dtype == "auto" else options.dtype,
-        "quantization": options.quantization,
-        "gpu_memory_utilization": options.gpu_memory_utilization
-        or (None if wanted.cache_bytes is None else _NO_SHARE),
-        "kv_cache_memory_bytes": wanted.cache_bytes_each,
-        "tensor_parallel_size": options.tensor_parallel_size,
-        "pipeline_parallel_size": options.pipeline_parallel_size,
-        "distributed_executor_backend": options.distributed_executor_backend,
-        "enable_prefix_caching": None if folder.encoder else options.enable_prefix_caching,
-        "enforce_eager": eager,
-        "speculative_config": options.speculative_config,
-        "generation_config": "vllm",
-        "logprobs_mode": "raw_logprobs",
-        "max_logprobs": _MOST_LOGPROBS,
-        "scheduling_policy": "priority",
-        "disable_log_stats": True,
-        "use_tqdm_on_load": False,
-    }
-    if found["runner"] == "pooling":
-        found |= pooling_arguments(folder)
-    if options.lora_modules:
-        rank = max(_rank(Path(module.path).expanduser()) for module in options.lora_modules)
-        found |= {
-            "enable_lora": True,
-            "max_loras": len(options.lora_modules),
-            "max_lora_rank": next((r for r in _RANKS if r >= rank), rank),
-        }
-    return found | options.engine_args
-
-
-def pooling_arguments(folder: ModelFolder) -> dict[str, Any]:
-    """Arguments of an engine that makes embeddings.
-
-    :raises ConfigurationError: the folder asks for what vLLM cannot do.
-    """
-    recipe = recipe_of(folder)
-    return {
-        "runner": "pooling",
-        "pooler_config": {"pooling_type": recipe.pooling, "use_activation": recipe.normalise},
-    }
-
-
-def _rank(path: Path) -> int:
-    file = path / "adapter_config.json"
-    try:
-        rank = json.loads(file.read_text(encoding="utf-8"))["r"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigurationError(
-            f"lora_modules: {str(path)!r} holds no adapter (a folder with adapter_config.json, "
-            f"which says the rank r, and its weights): {type(error).__name__}: {error}"
-        ) from error
-    if type(rank) is not int or rank < 1:
-        raise ConfigurationError(f"lora_modules: {str(file)!r} says the rank is {rank!r}")
-    return rank
-
-
-def explain(error: BaseException, cause: str, name: str) -> EngineRoomError:
+def explain(
+    error: BaseException, cause: str, name: str, *, silent: bool = False
+) -> EngineRoomError:
     """A failed start as a typed error.
 
     :param error: what vLLM raised.
     :param cause: the exception that the engine's own processes wrote, if any.
+    :param silent: they would have written one, and did not.
     """
     said = cause or f"{type(error).__name__}: {_short(error)}"
-    if "-9" in str(error) and not cause:
+    ended = _ENDED.search(str(error))
+    if ended is not None and not cause and (silent or "-" in ended[1]):
+        # Who fails says why. Who is killed does not, nor does a process whose worker was.
         return ResourceNotAvailableError(
             f"model {name!r}: the engine was killed while it loaded, most often for want of "
             "memory; lower max_model_len or kv_cache_memory, or unload another model",

@@ -10,8 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import shutil
-import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -47,11 +45,12 @@ class EngineLog:
     """The log of one engine's processes.
 
     :param name: the model, for messages.
+    :param folder: where it lies; the caller removes it.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, folder: Path) -> None:
         self._name = name
-        self._folder = Path(tempfile.mkdtemp(prefix="engineroom-vllm-"))
+        self._folder = folder
         self._file = self._folder / "engine.log"
         self._read = 0
         self._rest = ""
@@ -81,6 +80,11 @@ class EngineLog:
         path.write_text(json.dumps(config), encoding="utf-8")
         return {"VLLM_LOGGING_CONFIG_PATH": str(path), "VLLM_CONFIGURE_LOGGING": "1"}
 
+    @property
+    def silent(self) -> bool:
+        """Whether the processes write here, and none has written of an exception."""
+        return self._file.exists() and not self.cause()
+
     def follow(self, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Tell what is written from now on, until :meth:`rest`.
 
@@ -93,7 +97,7 @@ class EngineLog:
         self._thread.start()
 
     def rest(self) -> None:
-        """Stop following. What is there is told, and forgotten if all went well."""
+        """Stop following; what is there is told. Harmless when done twice."""
         self._done.set()
         if self._thread is not None:
             self._thread.join()
@@ -109,11 +113,6 @@ class EngineLog:
             return ""
         found = [match for line in text.splitlines() if (match := _cause(line))]
         return found[0] if found else ""
-
-    def close(self) -> None:
-        """Remove the file. Harmless when done twice."""
-        self.rest()
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _follow(self, meanwhile: Callable[[], None]) -> None:
         while not self._done.wait(_LOOK_S):

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import getpass
 import importlib.util
 import os
 import shutil
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Coroutine, Iterator
@@ -199,6 +201,22 @@ def make_encoder() -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_encoder(tmp_path_factory.mktemp("models") / "encoder")
+
+
+@pytest.fixture
+def temporary(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
+    """Where this process and its engines make their temporary files meanwhile; empty at first."""
+    tmp_path_factory.getbasetemp()  # pytest's own is elsewhere
+    # Else torch would keep what it compiles there; and as it is, another fork server would do.
+    compiled = str(Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", compiled)
+    folder = Path(tempfile.mkdtemp(prefix="e-", dir="/tmp"))  # sockets' paths are short
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setenv("TMPDIR", str(folder))
+    yield folder
+    shutil.rmtree(folder)
 
 
 # ── engines ──────────────────────────────────────────────────────────────────────────────────────

@@ -47,7 +47,7 @@ def children() -> list[str]:
 
 
 @pytest.mark.long
-def test_many_loads_leave_nothing_behind(make: Callable[..., Any]) -> None:
+def test_many_loads_leave_nothing_behind(temporary: Path, make: Callable[..., Any]) -> None:
     bench = make(keep_ready_s=60)
     shared = segments()
     settled: tuple[dict[str, str], list[str], list[str], int] | None = None
@@ -55,7 +55,9 @@ def test_many_loads_leave_nothing_behind(make: Callable[..., Any]) -> None:
         bench.load()
         if cycle in (1, CYCLES):
             assert bench.answer(max_new_tokens=4).generated_tokens == 4
+            assert list(temporary.rglob("*")), "sockets are not where they are looked for"
         bench.run(bench.manager.unload("m"))
+        assert list(temporary.iterdir()) == []
         if cycle in (SETTLED, CYCLES):
             gc.collect()
             seen = files(), threads(), children(), psutil.Process().memory_info().rss

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from engineroom import (
 )
 from engineroom_vllm import VLLMHandler
 from engineroom_vllm.environment import available_memory, engine_processes
+from engineroom_vllm.forkserver import SERVERS
 
 Make = Callable[..., Any]
 SMALL = {"n_ctx": 512, "kv_cache_memory": "256MiB"}
@@ -32,6 +34,17 @@ CHANGED = ("LD_PRELOAD", "VLLM_LOGGING_CONFIG_PATH", "VLLM_CPU_OMP_THREADS_BIND"
 
 def shared_memory() -> set[str]:
     return {file.name for file in Path("/dev/shm").glob("psm_*")}
+
+
+@pytest.fixture(autouse=True)
+def nothing_temporary_is_left(temporary: Path) -> Iterator[None]:
+    """Whatever becomes of an engine."""
+    yield
+    assert list(temporary.iterdir()) == []
+
+
+def sockets(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_socket()]
 
 
 def config(source: Path, **options: Any) -> ModelConfig:
@@ -89,6 +102,28 @@ async def test_a_cache_smaller_than_one_context_is_told_by_the_engine_itself(
     assert "kv_cache_memory" in str(error)
 
 
+@pytest.mark.parametrize("victim", ["engine core", "worker"])
+async def test_a_load_whose_process_is_killed_says_that_memory_was_short(
+    tiny_model: Path, victim: str
+) -> None:
+    """As the kernel does where memory runs out."""
+    loading = asyncio.create_task(failure(tiny_model, keep_ready_s=60))
+    while not (cores := engine_processes()):
+        assert not loading.done()
+        await asyncio.sleep(0.02)
+    found = cores if victim == "engine core" else set()
+    while not found:  # forked beside the core, which has asked for it
+        assert not loading.done()
+        await asyncio.sleep(0.02)
+        [server] = SERVERS.processes()
+        found = {child.pid for child in psutil.Process(server).children()} - cores
+    os.kill(found.pop(), signal.SIGKILL)
+    error = await loading
+    assert isinstance(error, ResourceNotAvailableError)
+    assert "killed while it loaded, most often for want of memory" in str(error)
+    assert "lower max_model_len or kv_cache_memory" in str(error)
+
+
 async def test_weights_of_another_model_are_told(tiny_model: Path, tmp_path: Path) -> None:
     odd = copy_of(tiny_model, tmp_path / "odd", num_hidden_layers=2, hidden_size=64)
     error = await failure(odd)
@@ -101,7 +136,9 @@ async def test_a_load_that_takes_too_long_ends(tiny_model: Path) -> None:
     assert "load_timeout_s" in str(error)
 
 
-async def test_a_load_that_nobody_waits_for_leaves_nothing(tiny_model: Path) -> None:
+async def test_a_load_that_nobody_waits_for_leaves_nothing(
+    temporary: Path, tiny_model: Path
+) -> None:
     before = shared_memory()
     load = asyncio.create_task(VLLMHandler().load_model(config(tiny_model)))
     while not engine_processes():
@@ -113,6 +150,8 @@ async def test_a_load_that_nobody_waits_for_leaves_nothing(tiny_model: Path) -> 
         await load
     while engine_processes():
         await asyncio.sleep(0.05)
+    while list(temporary.iterdir()):
+        await asyncio.sleep(0.05)
     assert shared_memory() <= before
     left = [p for p in children if p.is_running() and "VLLM" in p.name()]
     assert not left
@@ -123,7 +162,7 @@ async def test_a_load_that_nobody_waits_for_leaves_nothing(tiny_model: Path) -> 
 
 @pytest.mark.parametrize("victim", ["engine core", "worker"])
 def test_a_killed_engine_ends_its_requests_at_once_and_leaves_nothing(
-    make: Make, victim: str
+    make: Make, temporary: Path, victim: str
 ) -> None:
     before = shared_memory()
     bench = make()
@@ -132,6 +171,7 @@ def test_a_killed_engine_ends_its_requests_at_once_and_leaves_nothing(
     processes = engine.footprint.alive()
     core = engine.footprint.roots[0]
     worker = next(p.pid for p in processes if p.pid != core)
+    assert sockets(temporary)
 
     async def die() -> tuple[Any, float]:
         running = asyncio.create_task(
@@ -155,6 +195,7 @@ def test_a_killed_engine_ends_its_requests_at_once_and_leaves_nothing(
     assert not health.ok and "has died" in health.detail
     assert health.num_requests_running == health.num_requests_waiting == 0
     bench.run(bench.until(lambda: not engine.footprint.alive()))
+    bench.run(bench.until(lambda: not sockets(temporary)))
     bench.run(bench.manager.unload("m"))  # which the manager may have done already
     assert shared_memory() <= before
     assert engine_processes() == set()
@@ -184,6 +225,23 @@ def test_unloading_ends_what_runs_without_force_and_leaves_nothing(
     assert engine.footprint.alive() == []
     assert shared_memory() <= before
     assert not [r for r in caplog.records if "killed" in r.getMessage()]
+
+
+def test_a_load_tells_how_far_it_is(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    bench = make()
+    with caplog.at_level("INFO", logger="engineroom.vllm"):
+        bench.load()
+    said = [r.getMessage() for r in caplog.records if r.name == "engineroom.vllm"]
+    stages = [
+        r"model 'm': \d+ threads, ",
+        r"model 'm': vLLM \S+, 512 tokens of context, 8 requests at one time, 256 MiB of cache",
+        r"model 'm': loading the weights",
+        r"model 'm': the weights were loaded in [\d.]+ s",
+        r"model 'm': the cache has room for [\d,]+ tokens",
+        r"model 'm': the engine is ready after \d+ s",
+    ]
+    places = [next((i for i, m in enumerate(said) if re.match(s, m)), -1) for s in stages]
+    assert places == sorted(places) and places[0] >= 0, said
 
 
 def test_a_second_engine_runs_beside_the_first_where_there_is_memory_for_both(
