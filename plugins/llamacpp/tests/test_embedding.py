@@ -192,12 +192,13 @@ async def test_a_model_that_generates_text_may_make_embeddings_too(
     # The last token decides: with another pooling the vectors are others.
     mean = await make(with_pooling(tiny_model, tmp_path / "mean.gguf", 1))
     assert not close((await mean.service.embed("m", TEXTS)).vectors, one)
-    # The cache of both contexts counts.
+    # The cache of both contexts counts, and the logits of all tokens, twice.
     sizes = [
         sum(estimate(read_header(each), bench.engine.options).values())
         for each in (tiny_model, path)
     ]
-    assert sizes[1] - sizes[0] == 512 * 2 * (32 + 32) * 2
+    logits = 2 * 4 * 512 * bench.engine.model.n_vocab
+    assert sizes[1] - sizes[0] == 512 * 2 * (32 + 32) * 2 + logits
 
 
 def test_what_a_file_says_of_pooling(tiny_model: Path, bert: Path, tmp_path: Path) -> None:

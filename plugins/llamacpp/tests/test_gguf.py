@@ -278,6 +278,20 @@ def test_a_header_may_not_be_larger_than_any_model_needs(
     assert "500" in refusal(write(content))
 
 
+@pytest.mark.parametrize(
+    ("bound", "what"), [("_MAX_ENTRIES", "metadata entries"), ("_MAX_TOKENS", "tokens")]
+)
+def test_more_entries_than_any_model_has_are_refused(
+    write: Any, monkeypatch: pytest.MonkeyPatch, bound: str, what: str
+) -> None:
+    tokens = ("tokenizer.ggml.tokens", ARRAY, (STRING, ["a", "b"]))
+    path = write(image([ARCHITECTURE, tokens]))
+    read_header(path)
+    monkeypatch.setattr(reader, bound, 1)
+    with pytest.raises(ConfigurationError, match=f"declares 2 {what}, and no model has more"):
+        read_header(path)
+
+
 def test_a_key_that_is_there_twice_is_named(write: Any) -> None:
     content = image([ARCHITECTURE, ("again", U32, 1), ("again", U32, 2)])
     assert "'again' is there twice" in refusal(write(content))

@@ -211,6 +211,60 @@ def test_any_vocabulary(parts: Parts, outcomes: Any) -> None:
         assert found[name] == "refused", name
 
 
+def test_vocabularies_that_would_be_read_for_ever(parts: Parts, outcomes: Any) -> None:
+    """RWKV's tokenizer goes on only where what it reads begins with a token; WordPiece tries every
+    length up to that of the longest one.
+    """
+    many = 269
+    first = [b"\\x%02x" % byte for byte in range(0x80, 0x100)]
+    all_bytes = [*first, *(bytes([byte]) for byte in range(0x80) if byte != 0x5C), b"\\\\"]
+    words = [b"<s>", *(b"aw%d" % i for i in range(many - len(all_bytes) - 1))]
+    escaped = [b"\\t", b"\\xe5b", b"\\'\"c"]
+    rwkv = {
+        "whole": [*words, *all_bytes],
+        "no a": [*words, b"zz", *(token for token in all_bytes if token != b"a")],
+        "no E5": [*words[:-1], escaped[1], *(t for t in all_bytes if t != b"\\xe5"), b"zz"],
+        "escapes": [*words[:-3], *escaped, *all_bytes],
+    }
+
+    def images() -> Iterator[tuple[str, bytes]]:
+        for name, tokens in rwkv.items():
+            assert len(tokens) == many, (name, len(tokens))
+            changes = {
+                "tokenizer.ggml.model": string(b"rwkv"),
+                "tokenizer.ggml.tokens": strings(tokens),
+                "tokenizer.ggml.token_type": numbers("i", [1] * many),
+            }
+            yield name, parts.image(dict(changes))
+        for length in (256, 257):
+            changes = {
+                "tokenizer.ggml.model": string(b"bert"),
+                "tokenizer.ggml.tokens": strings(
+                    [b"w%d" % i for i in range(268)] + [b"a" * length]
+                ),
+                "tokenizer.ggml.token_type": numbers("i", [1] * many),
+                "tokenizer.ggml.cls_token_id": u32(2),
+                "tokenizer.ggml.seperator_token_id": u32(3),
+            }
+            yield f"piece of {length}", parts.image(dict(changes))
+
+    assert outcomes(images()) == {
+        "whole": "used",
+        "no a": "refused",
+        "no E5": "refused",
+        "escapes": "used",
+        "piece of 256": "used",
+        "piece of 257": "refused",
+    }
+
+
+def test_rotary_dimensions_fit_the_heads(parts: Parts, outcomes: Any) -> None:
+    key = "llama.rope.dimension_count"
+    found = outcomes((str(n), parts.image({key: u32(n)})) for n in (2, 16, 17, 18, 2**31))
+    assert found["16"] == "used"
+    assert {found["17"], found["18"], found[str(2**31)]} == {"refused"}
+
+
 def test_any_tensors(parts: Parts, outcomes: Any) -> None:
     name, shape, kind, offset = parts.entries[0]
     others = parts.entries[1:]

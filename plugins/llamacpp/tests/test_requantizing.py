@@ -147,6 +147,64 @@ def test_many_at_once_make_one(source: Path, cache: Path, monkeypatch: pytest.Mo
     assert leftovers(cache) == []
 
 
+def test_many_processes_at_once_make_one(source: Path, cache: Path) -> None:
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from engineroom_llamacpp import requantizing\n"
+        "from engineroom_llamacpp.gguf import read_header\n"
+        "from engineroom_llamacpp.options import LlamaCppOptions\n"
+        "original = requantizing._write\n"
+        "requantizing._write = lambda *a: (print('made', flush=True), original(*a))\n"
+        "path = Path(sys.argv[1])\n"
+        "sys.stdin.readline()\n"
+        "options = LlamaCppOptions(requantize='q4_0')\n"
+        "print(requantizing.requantized(path, read_header(path), options, 'm'))\n"
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(source)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(4)
+    ]
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    told = [process.communicate(timeout=60)[0].split() for process in processes]
+    lines = [line for lines in told for line in lines]
+    assert [process.returncode for process in processes] == [0] * 4
+    assert lines.count("made") == 1
+    assert set(lines) - {"made"} == set(map(str, copies(cache)))
+    assert leftovers(cache) == []
+
+
+@pytest.mark.parametrize("left", [0, 100, -1])
+def test_a_copy_that_is_cut_short_is_made_anew(
+    source: Path, cache: Path, left: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy = made(source)
+    whole = copy.read_bytes()
+    copy.write_bytes(whole[:left])
+    estimated = estimate_bytes(str(source), Q4_0)
+    assert estimated is not None  # of the source: there is no copy
+    assert made(source) == copy
+    assert copy.read_bytes() == whole
+    assert "is damaged, and is made anew" in caplog.text
+    assert leftovers(cache) == []
+
+
+def test_what_a_killed_process_left_is_deleted(source: Path, cache: Path) -> None:
+    copy = made(source)
+    copy.unlink()
+    (cache / f"{copy.stem}abcdefgh.part").write_bytes(b"a" * 1000)
+    assert made(source) == copy
+    assert leftovers(cache) == []
+
+
 def test_a_folder_without_room_is_told_before_anything_is_written(
     source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -156,6 +156,19 @@ def test_a_trial_that_does_not_end_is_refused(
         stand_trial(tiny_model)
 
 
+def test_a_trial_that_takes_all_memory_is_refused(
+    tiny_model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    growing = (
+        "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+        "from engineroom_llamacpp import trial; trial._MOST_BYTES = 200 << 20; "
+        "trial._watch_memory(); [bytes([n % 256]) * (1 << 22) for n in range(2000)]"
+    )
+    monkeypatch.setattr(trial, "_CODE", growing)
+    with pytest.raises(ConfigurationError, match="status 70: it took more than 200 MiB of memory"):
+        stand_trial(tiny_model)
+
+
 @pytest.mark.parametrize("code", ["import os; os.abort()", "import sys; sys.exit(7)"])
 def test_any_other_end_is_a_refusal(
     tiny_model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, code: str

@@ -1,7 +1,7 @@
 """Conversations into prompts, with the model's own template, in a sandbox.
 
 A template comes with a model file, so from anyone: it is Jinja in the immutable sandbox, as in
-transformers, whose names and filters it may use.
+transformers, whose names and filters it may use, and with bounds (:mod:`.template_sandbox`).
 """
 
 from __future__ import annotations
@@ -34,17 +34,19 @@ class ChatTemplate:
 
     def __init__(self, source: str, tokens: dict[str, str]) -> None:
         from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        environment = ImmutableSandboxedEnvironment(
+        from engineroom_llamacpp.template_sandbox import BoundedEnvironment
+
+        environment = BoundedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _generation()]
         )
-        environment.filters["tojson"] = _to_json
+        environment.add_filter("tojson", _to_json)
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = _strftime_now
         self._tokens = tokens
+        self._environment = environment
         try:
-            self._template = environment.from_string(source)
+            self._template = environment.compiled(source)
         except Exception as error:  # syntax errors of Jinja's, and of the Python it makes
             raise ConfigurationError(f"the chat template is not valid: {error}") from error
 
@@ -56,6 +58,7 @@ class ChatTemplate:
         """
         plain: list[dict[str, Any]] = [m.model_dump(exclude_none=True) for m in messages]
         roles = " → ".join(message.role for message in messages)
+        self._environment.begin()
         try:
             prompt = self._template.render(
                 messages=plain,

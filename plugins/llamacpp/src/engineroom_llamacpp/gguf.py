@@ -40,10 +40,17 @@ _MAX_NESTING: Final = 4
 _MAX_PARTS: Final = 999
 _PART: Final = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _FIRST: Final = "model-00001-of-00003.gguf"
+_MAX_PIECE: Final = 256
+"""Bytes of a token of WordPiece's; real ones have up to some 60."""
+_BEGINNING: Final = re.compile(rb"\\x[0-9a-fA-F]{2}|\\?.", re.DOTALL)
+"""The first byte of a token of RWKV's, which are written with escapes."""
 _MAX_VALUES: Final = 4096
 """Numbers of an array that are kept: those of one for each layer, not those of a vocabulary."""
 _MAPPED: Final = 32
 """What ggml asks of the address of mapped tensors."""
+_MAX_ENTRIES: Final = 100_000
+"""Tensors, or entries of the metadata; real ones have some thousand. Each costs memory here."""
+_MAX_TOKENS: Final = 2**22
 _MAX_HEADER: Final = 256 * 2**20
 """Real ones have some 20 MiB. Bounds the time and the memory that a damaged file can cost."""
 
@@ -164,7 +171,7 @@ class _Reader:
             _refuse(self._path, f"it is of version {version}; versions 2 and 3 can be read")
         tensors, pairs = self._scalar(10), self._scalar(10)
         # The smallest pair takes 13 bytes, the smallest tensor entry 32.
-        self._enough(pairs, 13, "metadata entries")
+        self._enough(pairs, 13, "metadata entries", _MAX_ENTRIES)
         metadata: dict[str, Any] = {}
         kinds: dict[str, int] = {}
         for _ in range(pairs):
@@ -176,7 +183,7 @@ class _Reader:
                 self._check_tokens(kind, self._at)
             metadata[key] = self._value(kind)
             kinds[key] = kind
-        self._enough(tensors, 32, "tensors")
+        self._enough(tensors, 32, "tensors", _MAX_ENTRIES)
         declared = self._tensors(tensors)
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
@@ -186,7 +193,7 @@ class _Reader:
             _refuse(self._path, f"its data begin at byte {start}, no multiple of {_MAPPED}")
         placed = self._placed(declared, start, alignment)
         total = sum(tensor.size for tensor in placed)
-        self._check_bytes(metadata)
+        self._check_vocabulary(metadata)
         return GgufHeader(version, metadata, tensors, total, self._size, placed, kinds)
 
     def _placed(self, declared: list[Tensor], start: int, alignment: int) -> tuple[Tensor, ...]:
@@ -265,7 +272,7 @@ class _Reader:
         if inner != _STRING:
             _refuse(self._path, "its vocabulary is no array of strings")
         count = self._scalar(10)
-        self._enough(count, 8, "tokens")
+        self._enough(count, 8, "tokens", _MAX_TOKENS)
         tokens: set[bytes] = set()
         for _ in range(count):
             length = self._scalar(10)
@@ -278,15 +285,39 @@ class _Reader:
         self._at = start
         self._tokens = tokens
 
-    def _check_bytes(self, metadata: Mapping[str, Any]) -> None:
-        """A vocabulary of sentencepiece's falls back to bytes: one that has no token for some
-        byte ends the process with the first text that has it.
+    def _check_vocabulary(self, metadata: Mapping[str, Any]) -> None:
+        """What a vocabulary must have for texts to be read, and to be read in time.
+
+        One of sentencepiece's falls back to bytes: where it has no token for some byte, the first
+        text that has it ends the process. WordPiece tries all lengths up to that of the longest
+        token, at every place.
         """
-        if metadata.get("tokenizer.ggml.model") != "llama":
+        model = metadata.get("tokenizer.ggml.model")
+        if model == "rwkv":
+            self._check_beginnings()
+        if model == "bert" and (longest := max(map(len, self._tokens), default=0)) > _MAX_PIECE:
+            _refuse(self._path, f"its vocabulary has a token of {longest} bytes")
+        if model != "llama":
             return
         for byte in range(256):
             if b"<0x%02X>" % byte not in self._tokens and bytes([byte]) not in self._tokens:
                 _refuse(self._path, f"its vocabulary has no token for the byte 0x{byte:02X}")
+
+    def _check_beginnings(self) -> None:
+        """RWKV's tokenizer stays where it is, for ever, where a text begins as a token does and
+        has no token that begins so: a single byte must be one.
+        """
+        beginnings: set[int] = set()
+        whole_tokens: set[int] = set()
+        for token in self._tokens:
+            if (match := _BEGINNING.match(token)) is not None:
+                same = whole_tokens if match.end() == len(token) else beginnings
+                same.add(_byte(match[0]))
+        for byte in sorted(beginnings - whole_tokens):
+            _refuse(
+                self._path,
+                f"its vocabulary has tokens that begin with the byte 0x{byte:02X}, and none for it",
+            )
 
     def _scalar(self, kind: int) -> Any:
         code = _SCALARS.get(kind)
@@ -309,6 +340,15 @@ class _Reader:
         if self._at > _MAX_HEADER:
             _refuse(self._path, f"its header goes on past {_MAX_HEADER} bytes, as no model's does")
 
-    def _enough(self, count: int, least: int, what: str) -> None:
+    def _enough(self, count: int, least: int, what: str, most: float = math.inf) -> None:
         if count * least > self._size - self._at:
             _refuse(self._path, f"it declares {count} {what}, for which it is too small")
+        if count > most:
+            _refuse(self._path, f"it declares {count} {what}, and no model has more than {most}")
+
+
+def _byte(escaped: bytes) -> int:
+    """A byte that may be written with an escape."""
+    if len(escaped) == 4:
+        return int(escaped[2:].decode(), 16)
+    return {b"\\t": 9, b"\\n": 10, b"\\r": 13}.get(escaped, escaped[-1])

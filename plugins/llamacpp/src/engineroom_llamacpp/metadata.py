@@ -39,10 +39,23 @@ def what_is_wrong(header: GgufHeader) -> str:
     if out not in (None, width) and not any("dense" in t.name for t in header.tensors):
         return f"embedding_length_out is {out}, but nothing makes it of {width}"
     return (
-        _wrong_experts(header, layers or 0)
+        _wrong_rope(header)
+        or _wrong_experts(header, layers or 0)
         or _wrong_vocabulary(metadata)
         or next(filter(None, map(_wrong_type, header.tensors)), "")
     )
+
+
+def _wrong_rope(header: GgufHeader) -> str:
+    """More rotary dimensions than a head has show in the first computation, not at the load."""
+    dimensions = header.number("rope.dimension_count") or 0
+    width, heads = header.number("embedding_length") or 0, header.numbers("attention.head_count", 1)
+    head = header.number("attention.key_length")
+    if head is None and heads is not None and heads[0] > 0:
+        head = width // heads[0]
+    if head is not None and dimensions > head:
+        return f"rope.dimension_count is {dimensions}, of heads of {head}"
+    return ""
 
 
 def _wrong_type(tensor: Tensor) -> str:

@@ -15,6 +15,7 @@ from engineroom import ChatMessage, ConfigurationError, ResourceNotAvailableErro
 from engineroom_llamacpp.adapters import load_adapters
 from engineroom_llamacpp.chat import ChatTemplate
 from engineroom_llamacpp.library import last_error, load
+from engineroom_llamacpp.long_runs import with_stack_for
 from engineroom_llamacpp.options import LlamaCppOptions
 
 __all__ = ["END", "LlamaModel"]
@@ -78,6 +79,8 @@ class LlamaModel:
                 for token in range(self.n_vocab)
             )
             """How many tokens end the generation."""
+            kind = library.llama_vocab_type(self._vocab)
+            self._has_expressions = kind == library.LLAMA_VOCAB_TYPE_BPE
             self._adds_bos = bool(library.llama_vocab_get_add_bos(self._vocab))
             self._bos = int(library.llama_vocab_bos(self._vocab))
             self._pieces: dict[int, bytes | None] = {}
@@ -137,7 +140,13 @@ class LlamaModel:
         :param special: read special tokens in the text as such.
         :param begin: the text begins a prompt: add what the model wants there, unless the text
             begins with it already. Only together with ``special``.
+        :raises ConfigurationError: the text has a run of characters that is too long.
         """
+        if self._has_expressions:
+            return with_stack_for(text, lambda: self._tokenize(text, special, begin))
+        return self._tokenize(text, special, begin)
+
+    def _tokenize(self, text: str, special: bool, begin: bool) -> list[int]:
         data = text.encode()
         library = self.library
         begin = begin and special

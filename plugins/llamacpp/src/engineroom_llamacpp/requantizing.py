@@ -6,7 +6,8 @@ llama.cpp make a copy in one that has. What the model answers changes, as its we
 
 A copy is named by all that tells its source from another file: path, size, times, inode and
 samples of the content, and llama.cpp's build. A source that changes gets a copy of its own, and
-the old one is deleted. Copies appear whole or not at all, and one process makes each.
+the old one is deleted. Copies appear whole or not at all, one process makes each, and what a killed
+one left is deleted by the next.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ _FAST_WITH: Final = {
     "DOTPROD": frozenset({2, 12, 13, 14, 20, 39}),
 }
 """What ggml-cpu's ``repack.cpp`` has kernels for, by the processor's features."""
+_PART: Final = ".part"
 _SPARE: Final = 64 << 20
 """Bytes that are to stay free on the disk."""
 
@@ -91,11 +93,21 @@ def cached_copy(path: Path, options: LlamaCppOptions) -> Path | None:
     if options.requantize is None:
         return None
     copy = _copy_of(path, options.requantize)
-    return copy if copy.is_file() else None
+    return copy if _is_whole(copy) else None
+
+
+def _is_whole(copy: Path) -> bool:
+    """Whether the copy is there, and as large as it says. It appeared whole, but disks fail."""
+    try:
+        return copy.is_file() and bool(read_header(copy))
+    except ConfigurationError as error:
+        logger.warning("the requantised copy is damaged, and is made anew: %s", error)
+        return False
 
 
 def requantized(path: Path, header: GgufHeader, options: LlamaCppOptions, name: str) -> Path:
-    """The file to load in place of ``path``: a copy, made now where there is none yet.
+    """The file to load in place of ``path``: a copy, made now where there is none yet, or a
+    damaged one.
 
     Blocks: seconds to minutes for the making, and for another process that makes the same.
 
@@ -110,7 +122,7 @@ def requantized(path: Path, header: GgufHeader, options: LlamaCppOptions, name: 
         logger.info("model %r: its weights are %s already", name, target)
         return path
     copy = _copy_of(path, target)
-    if not copy.is_file():
+    if not _is_whole(copy):
         _make(path, header, options, copy)
     logger.warning(
         "model %r: its weights are requantised from %s to %s (%s); it answers otherwise than the "
@@ -130,7 +142,9 @@ def _make(path: Path, header: GgufHeader, options: LlamaCppOptions, copy: Path) 
         copy.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(copy.with_suffix(".lock")):
             # The source may have changed, or another process made it, while this one waited.
-            if not copy.is_file():
+            if not _is_whole(copy):
+                for part in copy.parent.glob(f"{_escaped(copy.stem)}*{_PART}"):
+                    part.unlink()  # of a process that was killed: nobody else makes this copy
                 _check_room(header, options, copy.parent)
                 _write(path, options, copy)
     except OSError as error:
@@ -163,7 +177,7 @@ def _write(path: Path, options: LlamaCppOptions, copy: Path) -> None:
     params.ftype = _TARGETS[options.requantize][0]
     params.nthread = options.n_threads or default_threads()
     params.allow_requantize = True
-    handle, temporary = tempfile.mkstemp(prefix=copy.stem, suffix=".part", dir=copy.parent)
+    handle, temporary = tempfile.mkstemp(prefix=copy.stem, suffix=_PART, dir=copy.parent)
     os.close(handle)
     made = Path(temporary)
     try:

@@ -3,8 +3,11 @@
 Weights and key/value cache are counted as llama.cpp places them: the last ``n_gpu_layers`` layers
 (one more: the output layer) go to GPUs, split over them by ``tensor_split`` or by their free
 memory, and each layer's share of the cache goes with it. What reads the tokens stays with the CPU.
-A mapped file counts in full, though its pages come and go as they are used. What llama.cpp needs
-to compute (some tens of MiB, more with large ``n_ubatch``) is not counted.
+A mapped file counts in full, though its pages come and go as they are used. On the CPU, weights
+that have fast kernels are copied into another order, and the mapped pages that they came from are
+given back when memory is short: a process may be seen to have both for a while. What llama.cpp
+needs to compute (some forty MiB) is not counted, but for what grows with the text: where a model
+that generates makes embeddings, logits of every token of a text, twice.
 """
 
 from __future__ import annotations
@@ -100,6 +103,8 @@ def estimate(
                 add(place(layers), size)  # a copy of it is the output layer
     for layer, size in enumerate(_cache(header, options, layers)):
         add(place(layer), size)
+    if not is_encoder(header):
+        add(place(layers), 2 * 4 * _embedding_tokens(header, options) * _vocabulary(header))
     return found
 
 
@@ -141,9 +146,7 @@ def _cache(header: GgufHeader, options: LlamaCppOptions, layers: int) -> list[in
     trained = header.number("context_length") or DEFAULT_CONTEXT
     cells = options.n_ctx or min(trained, DEFAULT_CONTEXT)
     k_bytes, v_bytes = _CACHE_BYTES[options.cache_type_k], _CACHE_BYTES[options.cache_type_v]
-    embedding = 0
-    if pooling_of(header) is not None:  # a second context, of halves
-        embedding = min(options.n_ctx or DEFAULT_CONTEXT, trained)
+    embedding = _embedding_tokens(header, options)  # a second context, of halves
     found = []
     for all_heads, kv in zip(heads, kv_heads, strict=True):
         head = width // max(1, all_heads)
@@ -154,3 +157,19 @@ def _cache(header: GgufHeader, options: LlamaCppOptions, layers: int) -> list[in
             + embedding * (k_width + v_width) * 2
         )
     return found
+
+
+def _embedding_tokens(header: GgufHeader, options: LlamaCppOptions) -> int:
+    """Tokens of the context that makes embeddings; 0: there is none."""
+    if pooling_of(header) is None:
+        return 0
+    trained = header.number("context_length") or DEFAULT_CONTEXT
+    return min(options.n_ctx or DEFAULT_CONTEXT, trained)
+
+
+def _vocabulary(header: GgufHeader) -> int:
+    """Rows of the matrix that reads tokens."""
+    for tensor in header.tensors:
+        if tensor.name == "token_embd.weight":
+            return tensor.shape[-1]
+    return 0

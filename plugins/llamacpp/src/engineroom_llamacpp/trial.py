@@ -13,6 +13,8 @@ import logging
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Final
 
@@ -30,6 +32,11 @@ _CODE: Final = (
     "from engineroom_llamacpp.trial import attempt; attempt(sys.argv[2])"
 )
 _TOKENS: Final = 64
+_FAR: Final = (0xE000, 0xF000, 0x10000, 0x40000, 0x80000, 0xC0000, 0x100000)
+_MOST_BYTES: Final = 4 << 30
+"""Of memory, for a trial, which takes some hundred MiB: no weights are read."""
+_WATCH_S: Final = 0.05
+_TOO_MUCH: Final = 70
 
 
 def stand_trial(path: Path) -> None:
@@ -85,6 +92,7 @@ def attempt(path: str) -> str | None:
     :returns: why llama.cpp or this runtime refuses the file in words, if so.
     """
     _quietly()
+    _watch_memory()
     from engineroom_llamacpp.context import LlamaContext
     from engineroom_llamacpp.embedding import EmbeddingContext
     from engineroom_llamacpp.gguf import read_header
@@ -103,12 +111,31 @@ def attempt(path: str) -> str | None:
             EmbeddingContext(model, options, pooling, 1)
     except EngineRoomError as error:  # the load itself comes to it, and tells it
         return error.message
-    for character in (*map(chr, range(0x100)), "\u4f60", "\U0001f642"):
+    # Every character of one byte, and every byte that one of several begins with.
+    beginnings = (*range(0x100, 0x800, 0x40), *range(0x800, 0xD800, 0x400), *_FAR)
+    for character in map(chr, (*range(0x100), *beginnings)):
         model.tokenize(f"a{character} b")
     for token in range(model.n_vocab):
         model.piece(token)
         model.token_text(token)
     return None
+
+
+def _watch_memory() -> None:
+    """End this process when it takes too much; a limit of the system's would count addresses, of
+    which libraries for GPUs reserve far more than there is memory.
+    """
+    import psutil
+
+    process = psutil.Process()
+
+    def watch() -> None:
+        while process.memory_info().rss < _MOST_BYTES:
+            time.sleep(_WATCH_S)
+        os.write(2, f"\nit took more than {_MOST_BYTES >> 20} MiB of memory\n".encode())
+        os._exit(_TOO_MUCH)
+
+    threading.Thread(target=watch, name="memory", daemon=True).start()
 
 
 def _quietly() -> None:

@@ -1,0 +1,58 @@
+"""Long texts, over which llama.cpp overflows the stack.
+
+Its pre-tokenizers of many models (Mistral's, DeepSeek's, GPT-OSS's, Llama 4's) are expressions for
+``std::regex``, which calls itself once a character of what it matches: 27,000 letters without a
+space take the 8 MiB of a thread's stack, and the process ends. Some (EXAONE's) match whole texts,
+spaces and all. So long texts are read by a thread with a stack that is large enough.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final, TypeVar
+
+from engineroom import ConfigurationError, ResourceNotAvailableError
+
+__all__ = ["MOST_CHARACTERS", "with_stack_for"]
+
+MOST_CHARACTERS: Final = 2**18
+"""Of a run without a space, or of spaces. Some expressions take time by the square of it."""
+_FEW: Final = 1000
+"""So many fit any stack."""
+_BYTES: Final = 512
+"""Of the stack for each character; 314 to 334 were measured. It is memory once it is used."""
+_BASE: Final = 2**20
+_RUN: Final = re.compile(rf"\s{{{_FEW},}}|\S{{{_FEW},}}")
+_lock: Final = threading.Lock()
+_T = TypeVar("_T")
+
+
+def with_stack_for(text: str, call: Callable[[], _T]) -> _T:
+    """Call what reads the text, in a thread of its own where it is long. Blocks.
+
+    :raises ConfigurationError: a run is longer than :data:`MOST_CHARACTERS`.
+    :raises ResourceNotAvailableError: there is no memory for the stack.
+    """
+    if len(text) < _FEW:
+        return call()
+    longest = max((match.end() - match.start() for match in _RUN.finditer(text)), default=0)
+    if longest > MOST_CHARACTERS:
+        raise ConfigurationError(
+            f"the text has {longest} characters without a space between them, or as many spaces; "
+            f"this model's tokenizer reads at most {MOST_CHARACTERS}; break them up"
+        )
+    with ThreadPoolExecutor(1, thread_name_prefix="llamacpp-tokenize") as pool:
+        with _lock:
+            before = threading.stack_size(_BASE + len(text) * _BYTES)
+            try:
+                future = pool.submit(call)
+            except RuntimeError as error:
+                raise ResourceNotAvailableError(
+                    f"no thread can be started with a stack for {len(text)} characters: {error}"
+                ) from error
+            finally:
+                threading.stack_size(before)
+        return future.result()

@@ -1,0 +1,300 @@
+"""Jinja's sandbox with bounds: on what a template computes, and on what it writes.
+
+Jinja's own keeps a template from getting at anything. It does not keep it from taking for ever, or
+all memory: with nested loops, ``'a' * 10**10``, ``9**9**9`` or a macro that calls itself twice.
+Here loops and calls are counted, and what grows is measured before it is made. Nothing is computed
+while a template is compiled.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import threading
+from collections.abc import Callable, Sized
+from string import Formatter
+from typing import Any, Final
+
+from jinja2 import nodes, pass_context
+from jinja2.environment import Template
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
+
+__all__ = ["MOST_CHARACTERS", "MOST_STEPS", "BoundedEnvironment"]
+
+MOST_STEPS: Final = 5_000_000
+"""Turns of loops, calls, and elements that these were given: a second or two."""
+MOST_CHARACTERS: Final = 2**27
+"""Characters (and elements of lists) that are written or made on the way, a hundred times the
+longest prompts."""
+_MOST_SOURCE: Final = 2**18
+"""Characters of a template; long ones have 30,000."""
+_MOST_BITS: Final = 4096
+_MOST_WIDTH: Final = 1_000_000
+_WIDTH: Final = re.compile(r"\d{7}|\*")
+_GROWING: Final = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs"})
+"""Methods of strings whose number is a length."""
+_INSTANT: Final = frozenset({"length", "count", "first", "last", "default", "d", "attr", "safe"})
+_LISTS: Final = _INSTANT | {
+    *("batch", "dictsort", "groupby", "items", "list", "map", "random", "reject", "rejectattr"),
+    *("reverse", "select", "selectattr", "slice", "sum"),
+}
+"""Filters that make no text of what they are given."""
+_QUICK: Final = 16
+"""Elements that pass in the time of a turn, where C passes them."""
+_PREFIX: Final = "engineroom."
+_VALUES: Final = frozenset({"default", "d", "int", "float"})
+"""Filters whose number is a value, not a length."""
+
+
+class _Spent(threading.local):
+    steps = 0
+    characters = 0
+
+
+class _Format(SandboxedFormatter):
+    def format_field(self, value: Any, format_spec: str) -> Any:
+        _check_widths(format_spec)
+        return super().format_field(value, format_spec)
+
+
+class BoundedEnvironment(ImmutableSandboxedEnvironment):
+    """The environment of one template, which may be rendered by several threads.
+
+    What exceeds the bounds raises ``OverflowError`` while it is rendered.
+    """
+
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(optimized=False, finalize=_written, **options)
+        self._spent = _Spent()
+        del self.globals["lipsum"]
+        for name, apply in list(self.filters.items()):
+            self.add_filter(name, apply)
+        for built_in in (self.each, self.turn, self.joined, self.weighed):
+            self.filters[_PREFIX + built_in.__name__] = built_in
+
+    def compiled(self, source: str) -> Template:
+        """The template, ready to be rendered, with what counts built into it.
+
+        :raises jinja2.TemplateError: it is not valid, or too long.
+        """
+        if len(source) > _MOST_SOURCE:
+            raise OverflowError(f"it has {len(source)} characters, more than {_MOST_SOURCE}")
+        tree = self.parse(source)
+        for loop in list(tree.find_all(nodes.For)):
+            loop.iter = _told("each", loop.iter)
+        bodies: list[nodes.For | nodes.Macro | nodes.CallBlock | nodes.Block] = [
+            *tree.find_all(nodes.For),
+            *tree.find_all(nodes.Macro),
+            *tree.find_all(nodes.CallBlock),
+            *tree.find_all(nodes.Block),
+        ]
+        for node in bodies:
+            text = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
+            count = _told("turn", nodes.Const(text, lineno=node.lineno))
+            node.body.insert(0, nodes.ExprStmt(count, lineno=node.lineno))
+        for join in list(tree.find_all(nodes.Concat)):
+            join.nodes = [_told("joined", nodes.List(join.nodes, lineno=join.lineno))]
+        for compare in list(tree.find_all(nodes.Compare)):
+            compare.expr = _told("weighed", compare.expr)
+            for operand in compare.ops:
+                operand.expr = _told("weighed", operand.expr)
+        return self.from_string(tree)
+
+    def add_filter(self, name: str, apply: Callable[..., Any]) -> None:
+        """One more filter, or another in place of one."""
+        self.filters[name] = self._bounded(name, apply)
+
+    def begin(self) -> None:
+        """What this thread renders next has all of the bounds to itself."""
+        self._spent.steps = self._spent.characters = 0
+
+    # ── what is built into templates ─────────────────────────────────────────────────────────
+
+    def each(self, values: Any) -> Any:
+        """What a loop goes through."""
+        if isinstance(values, Sized):
+            self._step(len(values))
+            return values
+        return self._counted(values)
+
+    def _counted(self, values: Any) -> Any:
+        for value in values:
+            self._step()
+            yield value
+
+    def turn(self, text: int) -> str:
+        """A turn of a loop, or a call, which writes at most so much text of the template's own."""
+        self._step()
+        self.make(text)
+        return ""
+
+    def joined(self, parts: list[Any]) -> str:
+        """What ``~`` makes."""
+        for part in parts:
+            self.weighed(part)
+        texts = [str(part) for part in parts]
+        self.make(sum(map(len, texts)))
+        return "".join(texts)
+
+    def weighed(self, value: Any) -> Any:
+        """What is to be compared or written, which takes as long as there is in it.
+
+        Lists may have one another many times, and so be larger than all that was made of them.
+        """
+        todo = [value]
+        while todo:
+            each = todo.pop()
+            if isinstance(each, dict):
+                self._step(1 + len(each))
+                todo += each.values()
+            elif isinstance(each, list | tuple | set):
+                self._step(1 + len(each))
+                todo += each
+            elif isinstance(each, str) and each is not value:
+                self.make(len(each))
+        return value
+
+    def make(self, count: int) -> None:
+        """Account for characters, or elements, before they are made."""
+        self._spent.characters += count
+        if self._spent.characters > MOST_CHARACTERS:
+            raise OverflowError(f"it makes more than {MOST_CHARACTERS} characters")
+
+    def _step(self, count: int = 1) -> None:
+        self._spent.steps += count
+        if self._spent.steps > MOST_STEPS:
+            raise OverflowError(f"it takes more than {MOST_STEPS} steps")
+
+    # ── what Jinja asks ──────────────────────────────────────────────────────────────────────
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """Compute it, unless it would be too large."""
+        if operator == "%" and isinstance(left, str):
+            return self._printed(left, right)
+        if isinstance(left, int) and isinstance(right, int):
+            _check_integers(operator, left, right)
+        elif operator == "*":
+            for many, times in ((left, right), (right, left)):
+                if isinstance(many, Sized) and isinstance(times, int):
+                    self.make(len(many) * max(0, times))
+        elif operator == "+" and isinstance(left, Sized) and isinstance(right, Sized):
+            self.make(len(left) + len(right))
+        return super().call_binop(context, operator, left, right)
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+        """Call it, unless what it makes would be too large."""
+        given = (*args, *kwargs.values())
+        __self._step(1 + sum(map(_elements, given)) // _QUICK)
+        owner = getattr(__obj, "__self__", None)
+        if isinstance(owner, str):
+            name = str(getattr(__obj, "__name__", ""))
+            if name in _GROWING:
+                _check_lengths(given)
+            __self._may_grow((owner, *given))
+        return super().call(__context, __obj, *args, **kwargs)
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """``str.format``, with bounds."""
+        if super().wrap_str_format(value) is None:
+            return None
+        formatter: Formatter = _Format(self)
+        source: str = value.__self__
+        mapped = value.__name__ == "format_map"
+
+        @functools.wraps(value)
+        def wrapper(*args: Any, **kwargs: Any) -> str:
+            if mapped:
+                (kwargs,), args = args, ()
+            self._may_grow((source, *args, *kwargs.values()))
+            found = formatter.vformat(source, args, kwargs)
+            self.make(len(found))
+            return found
+
+        return wrapper
+
+    def _printed(self, source: str, values: Any) -> str:
+        _check_widths(source)
+        self._may_grow((source, *(values if isinstance(values, tuple) else (values,))))
+        found: str = source % values
+        self.make(len(found))
+        return found
+
+    def _bounded(self, name: str, apply: Callable[..., Any]) -> Callable[..., Any]:
+        """A filter that is told when it would make too much."""
+        first = 0 if getattr(apply, "jinja_pass_arg", None) is None else 1
+
+        @functools.wraps(apply)
+        def bounded(*args: Any, **kwargs: Any) -> Any:
+            given = (*args[first:], *kwargs.values())
+            if name in _LISTS:
+                self._step(1 + (0 if name in _INSTANT else _elements(given[0]) // _QUICK))
+            else:
+                for each in given:
+                    self.weighed(each)
+            if name == "format":
+                _check_widths(str(given[0]))
+            elif name not in _VALUES:
+                _check_lengths(given[1:])
+            if name not in _LISTS:
+                self._may_grow(given)
+            found = apply(*args, **kwargs)
+            if isinstance(found, str):
+                self.make(len(found))
+            return found
+
+        return bounded
+
+    def _may_grow(self, given: tuple[Any, ...]) -> None:
+        """Where each character of one text may become another text, as in ``replace``."""
+        sizes = sorted(map(_characters, given))[-2:]
+        if len(sizes) == 2 and sizes[0] * sizes[1] > MOST_CHARACTERS:
+            raise OverflowError(f"it may make more than {MOST_CHARACTERS} characters")
+
+
+def _told(name: str, value: nodes.Node) -> nodes.Filter:
+    """The value, as the environment's method of this name gives it back."""
+    return nodes.Filter(value, _PREFIX + name, [], [], None, None, lineno=value.lineno)
+
+
+@pass_context  # and so is not called while a template is compiled
+def _written(context: Context, value: Any) -> Any:
+    environment: Any = context.environment
+    if not isinstance(value, str):
+        value = str(environment.weighed(value))
+    environment.make(len(value))
+    return value
+
+
+def _elements(value: Any) -> int:
+    return len(value) if isinstance(value, Sized) and not isinstance(value, str) else 0
+
+
+def _characters(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, list | tuple):  # which may be joined
+        return sum(len(each) if isinstance(each, str) else 1 for each in value)
+    return _elements(value)
+
+
+def _check_integers(operator: str, left: int, right: int) -> None:
+    bits = left.bit_length()
+    if operator == "**":
+        bits *= max(1, right)
+    elif operator == "*":
+        bits += right.bit_length()
+    if bits > _MOST_BITS:
+        raise OverflowError(f"it computes with numbers of more than {_MOST_BITS} bits")
+
+
+def _check_lengths(given: tuple[Any, ...]) -> None:
+    if any(isinstance(each, int) and abs(each) > _MOST_WIDTH for each in given):
+        raise OverflowError(f"it asks for a length of more than {_MOST_WIDTH}")
+
+
+def _check_widths(source: str) -> None:
+    if _WIDTH.search(source):
+        raise OverflowError(f"it may ask for a width of more than {_MOST_WIDTH}")
