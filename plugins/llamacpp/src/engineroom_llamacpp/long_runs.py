@@ -25,6 +25,8 @@ _FEW: Final = 1000
 _BYTES: Final = 512
 """Of the stack for each character; 314 to 334 were measured. It is memory once it is used."""
 _BASE: Final = 2**20
+_PAGE: Final = 2**16
+"""A stack is a whole number of pages; none of today's are larger."""
 _RUN: Final = re.compile(rf"\s{{{_FEW},}}|\S{{{_FEW},}}")
 _lock: Final = threading.Lock()
 _T = TypeVar("_T")
@@ -46,7 +48,8 @@ def with_stack_for(text: str, call: Callable[[], _T]) -> _T:
         )
     with ThreadPoolExecutor(1, thread_name_prefix="llamacpp-tokenize") as pool:
         with _lock:
-            before = threading.stack_size(_BASE + len(text) * _BYTES)
+            size = _BASE + len(text) * _BYTES
+            before = threading.stack_size(size + -size % _PAGE)
             try:
                 future = pool.submit(call)
             except RuntimeError as error:
