@@ -25,7 +25,7 @@ from engineroom.server.fields import (
     stops,
     text_of,
 )
-from engineroom.server.frames import framer, named_event
+from engineroom.server.frames import Framer, named_event
 from engineroom.server.refusals import Refused
 from engineroom.streams import InferenceStream
 
@@ -172,7 +172,7 @@ class MessagesWriter:
 
     def framer(self, index: int) -> Callable[[str], bytes]:
         """Makes deltas."""
-        return framer(
+        return Framer(
             lambda text: {
                 "type": "content_block_delta",
                 "index": 0,

@@ -154,11 +154,11 @@ async def _stream_one(
         if (entries := stream.logprobs[seen:]) and not isinstance(chunk, StreamError):
             head += writer.text_with_logprobs(0, "", entries)
     elif chunk is not None and not isinstance(chunk, StreamError):
-        frame_of, write = writer.framer(0), call.writer()
-        first = write(head + frame_of(chunk))
+        frame_of = writer.framer(0)
+        first = head + frame_of(chunk)
+        await send({"type": "http.response.body", "body": first, "more_body": True})
         head = b""
-        if first is not None:
-            await first
+        write = call.writer(frame_of)
         failed: StreamError | None = None
 
         def put(chunk: str) -> Awaitable[None] | None:
@@ -167,7 +167,7 @@ async def _stream_one(
                 failed = chunk
                 return None
             heartbeat.spoke = True
-            return write(frame_of(chunk))
+            return write(chunk)
 
         # In a task of its own: it wakes for each step, and each coroutine above it would, too.
         await asyncio.create_task(stream.pump(put))

@@ -27,7 +27,7 @@ from engineroom.server.fields import (
     stops,
     text_of,
 )
-from engineroom.server.frames import DONE, dumps, event, framer
+from engineroom.server.frames import DONE, Framer, dumps, event
 from engineroom.server.refusals import Refused
 from engineroom.streams import InferenceStream
 
@@ -334,7 +334,7 @@ class ChatWriter:
 
     def framer(self, index: int) -> Callable[[str], bytes]:
         """Makes chunks."""
-        return framer(lambda text: self._chunk(index, {"content": text}))
+        return Framer(lambda text: self._chunk(index, {"content": text}))
 
     def text_with_logprobs(self, index: int, text: str, logprobs: Sequence[TokenLogprob]) -> bytes:
         """A chunk with its tokens' log probabilities."""
