@@ -72,7 +72,12 @@ class MessagesRequest(Sampling):
         "service_tier": ("auto", "standard_only"),
         "speed": ("standard",),
         "context_management": (),
+        "diagnostics": ({},),
+        "inference_geo": (),
+        "user_profile_id": (),
+        "workspace_id": (),
     }
+    WITHOUT_EFFECT: ClassVar[Collection[str]] = ("cache_control",)
 
 
 async def messages(call: Call) -> None:
