@@ -188,9 +188,9 @@ def common_fields(call: Call, request: Any) -> dict[str, Any]:
             metadata[name.decode()] = value
     if isinstance(given := getattr(request, "metadata", None), dict):
         metadata = {**given, **metadata}
-    for name in ("user", "safety_identifier"):
-        if (who := getattr(request, name, None)) is not None:
-            metadata[name] = who
+    for field in ("user", "safety_identifier"):
+        if (who := getattr(request, field, None)) is not None:
+            metadata[field] = who
     metadata["api_key"] = call.identity.name
     return {
         "timeout_s": min(timeouts) if timeouts else None,
