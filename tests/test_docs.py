@@ -333,3 +333,114 @@ def test_every_module_is_in_the_architecture() -> None:
         for file in folder.glob("*.py"):
             if not file.name.startswith("__"):
                 assert named(file.name, ARCHITECTURE) or file.name in ARCHITECTURE, file.name
+
+
+# ── the server ───────────────────────────────────────────────────────────────────────────────
+
+LIMITS_WITHOUT_FLAG = {
+    "max_messages": "messages of a conversation",
+    "max_choices": "answers to one request, prompts times `n`",
+    "max_header_bytes": "headers",
+    "header_timeout_s": "headers",
+    "body_timeout_s": "time for a body to arrive",
+    "write_timeout_s": "time that a reader may leave a full buffer unread",
+    "keep_alive_s": "time that a connection stays open unused",
+}
+"""Fields of ``ServerSettings`` → their row in the table of limits."""
+
+
+def server_table(title: str) -> list[list[str]]:
+    """The rows of a section's table in ``server.md``."""
+    text = (DOCS / "server.md").read_text(encoding="utf-8")
+    part = re.split(r"^## ", text.partition(f"\n## {title}\n")[2], maxsplit=1, flags=re.MULTILINE)[
+        0
+    ]
+    lines = [line for line in part.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[1:]]
+
+
+def as_told(name: str, value: float | None) -> str:
+    """A limit as the table writes it."""
+    if value is None:
+        return "none"
+    if name.endswith("_bytes"):
+        mebibytes, rest = divmod(int(value), 1 << 20)
+        return f"{int(value) >> 10} KiB" if rest else f"{mebibytes} MiB"
+    return f"{value:g} s" if name.endswith("_s") else f"{value:g}"
+
+
+def test_every_route_is_told() -> None:
+    from engineroom.server.routes import all_routes
+
+    told = sorted(row[0].strip("`") for row in server_table("Routes"))
+    assert told == sorted(f"{r.method} {r.path.replace(':path}', '}')}" for r in all_routes())
+
+
+def test_every_status_is_told() -> None:
+    from engineroom.server.openapi import document
+
+    described = {
+        status
+        for methods in document()["paths"].values()
+        for operation in methods.values()
+        for status in operation["responses"]
+    }
+    assert described - {"200", *(row[0] for row in server_table("Errors"))} == set()
+
+
+def test_every_limit_is_told_with_its_default() -> None:
+    from engineroom.server.settings import ServerSettings
+
+    limits = {
+        name: value
+        for name, value in vars_of(ServerSettings()).items()
+        if name != "port" and (value is None or type(value) in (int, float))
+    }
+    assert len(limits) > 15
+    rows_of = server_table("Limits")
+    for name, value in limits.items():
+        if name in LIMITS_WITHOUT_FLAG:
+            (row,) = [row for row in rows_of if row[0] == LIMITS_WITHOUT_FLAG[name]]
+        else:
+            flag = "--" + name.removesuffix("_s").removesuffix("_bytes").replace("_", "-")
+            (row,) = [row for row in rows_of if f"`{flag}`" in row[1]]
+        assert as_told(name, value) in re.split(r"[,;] ", row[2]), name
+
+
+def vars_of(settings: Any) -> dict[str, Any]:
+    import dataclasses
+
+    return {each.name: getattr(settings, each.name) for each in dataclasses.fields(settings)}
+
+
+def test_every_flag_of_serve_is_told() -> None:
+    import typer.main
+
+    from engineroom.cli.app import app
+
+    command = typer.main.get_command(app)
+    serve = command.commands["serve"]  # type: ignore[attr-defined]
+    text = (DOCS / "server.md").read_text(encoding="utf-8")
+    flags = [
+        flag
+        for parameter in serve.params
+        for flag in (*parameter.opts, *parameter.secondary_opts)
+        if flag.startswith("--") and flag != "--help"
+    ]
+    assert len(flags) > 20
+    assert [flag for flag in flags if flag not in text] == []
+
+
+def test_every_field_that_is_refused_or_has_no_effect_is_told() -> None:
+    from engineroom.server import anthropic, embeddings, openai_chat, openai_completions, responses
+
+    text = (DOCS / "server.md").read_text(encoding="utf-8")
+    for schema in (
+        openai_chat.ChatRequest,
+        openai_completions.CompletionRequest,
+        embeddings.EmbeddingsRequest,
+        responses.ResponsesRequest,
+        anthropic.MessagesRequest,
+    ):
+        for name in (*schema.REFUSED, *schema.WITHOUT_EFFECT):
+            assert f"`{name}`" in text or f"`{name}." in text, name

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
 import pytest
@@ -14,12 +15,14 @@ from engineroom.errors import InferenceError
 from engineroom.generation import Progress, TokenHandler, TokenStep, watching
 from engineroom.handler import StreamEnd
 from engineroom.schemas import (
+    GenerationParams,
     InferenceRequest,
     InferenceResponse,
     LoadedModel,
     ModelConfig,
     TokenLogprob,
 )
+from engineroom.service import LLMInferenceService
 
 # A busy machine is no failure.
 untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -446,3 +449,70 @@ def test_a_subclass_that_yields_no_tokens_cannot_be_made() -> None:
 
     with pytest.raises(TypeError, match="generate_tokens"):
         Empty()  # type: ignore[abstract]
+
+
+# ── the service, which reads the steps itself ────────────────────────────────────────────────
+
+
+class One:
+    """A source of one model."""
+
+    @contextlib.asynccontextmanager
+    async def lease(self, model_id: str) -> AsyncIterator[LoadedModel]:
+        yield MODEL
+
+
+async def through_the_service(handler: TokenHandler, request: InferenceRequest):
+    async with LLMInferenceService(One(), handlers=[handler]) as service:
+        stream = service.stream(request)
+        chunks = [chunk async for chunk in stream]
+    assert stream.response is not None
+    return chunks, stream.response
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [],
+        [TokenStep((1,), "one"), TokenStep((2,), " two")],  # it does not say why it ends
+        [TokenStep((1,), "one"), TokenStep((2,), " two", finish="eos_token")],
+        [TokenStep((1,), b"\xf0\x9f"), TokenStep((2,), b"\x98\x80"), TokenStep((3,), b"\xf0")],
+        [TokenStep((1,), "one S"), TokenStep((2,), "T"), TokenStep((3,), "OP two")],
+        [TokenStep((1,), "one S"), TokenStep((2,), "TO")],  # held back to the end
+        [TokenStep(prompt_tokens=3), TokenStep(finish="length")],
+        [TokenStep((n,), str(n)) for n in range(9)],  # more than the limit
+    ],
+)
+async def test_a_stream_of_the_service_is_that_of_the_handler(steps: list[TokenStep]) -> None:
+    params = GenerationParams(max_new_tokens=7)
+    request = InferenceRequest(model_id="m", prompt="p", stop_sequences=["STOP"], params=params)
+    *expected, end = [chunk async for chunk in Scripted(*steps).stream_infer(MODEL, request)]
+    assert isinstance(end, StreamEnd)
+    handler = Scripted(*steps)
+    chunks, response = await through_the_service(handler, request)
+    assert chunks == expected
+    timeless = {"inference_time_ms": None, "time_to_first_token_ms": None}
+    assert response.model_copy(update=timeless) == end.response.model_copy(update=timeless)
+    assert handler.closed or not steps
+
+
+async def test_the_slot_is_given_back_before_a_slow_reader_has_the_last_text() -> None:
+    handler = Scripted(TokenStep((1,), "one"), TokenStep((2,), " two", finish="length"))
+    async with LLMInferenceService(One(), handlers=[handler]) as service:
+        stream = service.stream(InferenceRequest(model_id="m", prompt="p"))
+        assert await anext(stream) == "one"
+        assert not handler.closed
+        assert await anext(stream) == " two"
+        assert handler.closed
+        await stream.aclose()
+
+
+async def test_a_stream_infer_of_the_runtime_s_own_is_used() -> None:
+    class Loud(Scripted):
+        async def stream_infer(self, loaded_model: LoadedModel, request: InferenceRequest):
+            async for chunk in super().stream_infer(loaded_model, request):
+                yield chunk if isinstance(chunk, StreamEnd) else chunk.upper()
+
+    handler = Loud(TokenStep((1,), "one"), TokenStep((2,), " two"))
+    chunks, _ = await through_the_service(handler, InferenceRequest(model_id="m", prompt="p"))
+    assert chunks == ["ONE", " TWO"]

@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from engineroom.errors import InferenceError
 from engineroom.handler import Capabilities, InferenceHandler, StreamEnd
@@ -27,7 +27,7 @@ from engineroom.schemas import (
 )
 from engineroom.text import TextPipeline
 
-__all__ = ["TokenHandler", "TokenStep", "effective_capabilities"]
+__all__ = ["LAST_STEP", "TokenHandler", "TokenStep", "effective_capabilities", "open_stream"]
 
 
 @dataclass(slots=True)
@@ -48,6 +48,10 @@ class TokenStep:
     finish: FinishReason | None = None
     prompt_tokens: int | None = None
     cached_prompt_tokens: int | None = None
+
+
+LAST_STEP: Final = TokenStep(finish="eos_token")
+"""What a generator of steps that ends without having said why is taken to have yielded."""
 
 
 class Progress:
@@ -123,12 +127,12 @@ class _Generation:
             if self.logprobs is None:
                 self.logprobs = []
             self.logprobs.extend(step.logprobs)
-        if step.token_ids:
+        if tokens := step.token_ids:
             if self._first_at is None:
                 self._first_at = time.perf_counter()
-            self.generated_tokens += len(step.token_ids)
+            self.generated_tokens += len(tokens)
         pipeline = self._pipeline
-        shown = pipeline.feed(step.text) if step.text else ""
+        shown = pipeline.feed(text) if (text := step.text) else ""
         if pipeline.matched is not None:
             self.finish_reason = "stop_sequence"
         elif step.finish is not None:
@@ -251,3 +255,21 @@ class TokenHandler(InferenceHandler):
         if text:
             yield text
         yield StreamEnd(generation.response())
+
+
+def open_stream(
+    handler: InferenceHandler,
+    loaded_model: LoadedModel,
+    request: InferenceRequest,
+    progress: Progress,
+) -> tuple[AsyncGenerator[Any, None], _Generation | None]:
+    """What a streamed request is read from: one generator less for each step, where that can be.
+
+    :returns: what ``stream_infer`` gives, and ``None``; or the steps of a :class:`TokenHandler`,
+        and what makes text of them, as its ``stream_infer`` would.
+    """
+    streams = getattr(handler.stream_infer, "__func__", None)
+    if isinstance(handler, TokenHandler) and streams is TokenHandler.stream_infer:
+        generation = progress.generation = _Generation(request, handler.name)
+        return handler.generate_tokens(loaded_model, request), generation
+    return handler.stream_infer(loaded_model, request), None

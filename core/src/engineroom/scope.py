@@ -118,7 +118,8 @@ class RequestScope:
 
     def check(self) -> None:
         """Raise what stopped the request, should its handler have swallowed it."""
-        if self._task is not None and (self._task.cancelling() - self._cancelled > self._baseline):
+        task = self._task
+        if task is not None and task.cancelling() > self._baseline + self._cancelled:
             raise asyncio.CancelledError
         if self.cause is not None:
             raise self.cause

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import operator
 import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Final, Protocol, runtime_checkable
@@ -24,7 +25,7 @@ from engineroom.errors import (
     RequestTimeoutError,
     ResourceNotAvailableError,
 )
-from engineroom.generation import effective_capabilities, watching
+from engineroom.generation import LAST_STEP, effective_capabilities, open_stream, watching
 from engineroom.handler import Capabilities, Embeddings, InferenceHandler, StreamEnd
 from engineroom.manager import LLMModelManager, ModelSource
 from engineroom.registry import DispatchReport, HandlerRegistry
@@ -293,8 +294,8 @@ class LLMInferenceService:
         """The chunks of a stream. Runs in whichever task reads."""
         texts: list[str] = []
         first: float | None = None
-        last = 0.0
-        gaps: list[float] | None = None
+        times: list[float] | None = None  # of the chunks whose gaps were not told yet
+        now = time.perf_counter
         closing = False  # nothing may be yielded any more
         try:
             await self._discover()
@@ -302,41 +303,50 @@ class LLMInferenceService:
             async with self._source.lease(scope.request.model_id) as loaded_model:
                 handler, warnings = self._choose(scope, loaded_model)
                 entered = time.perf_counter()
-                inner = handler.stream_infer(loaded_model, scope.request)
+                inner, generation = open_stream(
+                    handler, loaded_model, scope.request, scope.progress
+                )
                 advance = inner.__anext__
+                end: Any = _END if generation is None else LAST_STEP
                 final: InferenceResponse | None = None
+                ended = False
                 if self.registry.listens("engineroom_request_gaps"):
-                    gaps = []
+                    times = []
                 try:
                     with watching(scope.progress):
-                        chunk = await anext(inner, _END)
-                    while chunk is not _END:
+                        piece = await anext(inner, end)
+                    while piece is not _END:
+                        if generation is not None:
+                            chunk = generation.take(piece)
+                            if generation.finish_reason is not None:
+                                # Before the last text goes out: slow readers must not keep slots.
+                                await inner.aclose()
+                                chunk += generation.finish()
+                                final, ended = generation.response(), True
+                        elif isinstance(piece, StreamEnd):
+                            chunk, final = "", piece.response
+                        else:
+                            chunk = _checked(handler, piece)
                         scope.check()
-                        if chunk.__class__ is not str:
-                            if isinstance(chunk, StreamEnd):
-                                final = chunk.response
-                                chunk = await anext(inner, _END)
-                                continue
-                            _check_chunk(handler, chunk)
-                        if first is None:
-                            first = time.perf_counter()
-                            last = first
-                        elif gaps is not None:
-                            now = time.perf_counter()
-                            gaps.append(now - last)
-                            last = now
-                            if len(gaps) >= _GAPS:
-                                self._spaced(scope, gaps)
-                        texts.append(chunk)
-                        try:
-                            yield chunk
-                        except GeneratorExit:
-                            closing = True
-                            raise
-                        try:
-                            chunk = await advance()
-                        except StopAsyncIteration:
+                        if chunk:
+                            if first is None:
+                                first = now()
+                            if times is not None:
+                                times.append(now())
+                                if len(times) > _GAPS:
+                                    self._spaced(scope, times)
+                            texts.append(chunk)
+                            try:
+                                yield chunk
+                            except GeneratorExit:
+                                closing = True
+                                raise
+                        if ended:
                             break
+                        try:
+                            piece = await advance()
+                        except StopAsyncIteration:
+                            piece = end
                 finally:
                     await inner.aclose()
                 scope.check()
@@ -345,10 +355,10 @@ class LLMInferenceService:
                     response.generated_text = "".join(texts)
                 if first is not None:
                     response.time_to_first_token_ms = (first - scope.started) * 1000
-            self._spaced(scope, gaps)
+            self._spaced(scope, times)
             self._finish(scope, response)
         except BaseException as error:  # noqa: BLE001 - logged, or raised again, in _failed
-            self._spaced(scope, gaps)
+            self._spaced(scope, times)
             response = self._failed(scope, error, "".join(texts))
             cause = response._cause
             if scope.quiet or not isinstance(cause, EngineRoomError):
@@ -407,16 +417,16 @@ class LLMInferenceService:
     def _rejected(self, scope: RequestScope, reason: str) -> None:
         self.registry.notify("engineroom_request_rejected", request=scope.request, reason=reason)
 
-    def _spaced(self, scope: RequestScope, gaps: list[float] | None) -> None:
-        """Tell the observers how far chunks lay apart, and begin anew."""
-        if gaps:
+    def _spaced(self, scope: RequestScope, times: list[float] | None) -> None:
+        """Tell the observers how far chunks lay apart, and begin anew with the last one."""
+        if times and len(times) > 1:
             self.registry.notify(
                 "engineroom_request_gaps",
                 request=scope.request,
                 handler=scope.handler,
-                gaps_s=tuple(gaps),
+                gaps_s=tuple(map(operator.sub, times[1:], times)),
             )
-            gaps.clear()
+            del times[:-1]
 
     def _choose(
         self, scope: RequestScope, loaded_model: LoadedModel
@@ -592,12 +602,13 @@ def _as_typed(error: Exception, request: InferenceRequest) -> EngineRoomError:
     return typed.with_context(request_id=request.request_id, model_id=request.model_id)
 
 
-def _check_chunk(handler: InferenceHandler, chunk: object) -> None:
+def _checked(handler: InferenceHandler, chunk: object) -> str:
     if not isinstance(chunk, str):
         raise InferenceError(
             f"handler {handler.name!r}: stream_infer yielded {type(chunk).__name__} instead of "
             "str; mend the plugin"
         )
+    return chunk
 
 
 def _registry_for(

@@ -32,17 +32,26 @@ _new_decoder: Final = codecs.getincrementaldecoder("utf-8")
 class Utf8Decoder:
     """Decode UTF-8 that arrives in pieces; invalid bytes become U+FFFD, never an error."""
 
-    __slots__ = ("_decoder",)
+    __slots__ = ("_begun", "_decoder")
 
     def __init__(self) -> None:
         self._decoder = _new_decoder(errors="replace")
+        self._begun = False  # the decoder holds the first bytes of a character
 
     def feed(self, data: bytes) -> str:
         """The characters that ``data`` completes."""
-        return self._decoder.decode(data)
+        if not self._begun:
+            try:
+                return data.decode()  # as good as always, at a quarter of the decoder's cost
+            except UnicodeDecodeError:
+                pass
+        text = self._decoder.decode(data)
+        self._begun = self._decoder.getstate()[0] != b""
+        return text
 
     def finish(self) -> str:
         """End the stream: one U+FFFD for a character that was begun, else nothing."""
+        self._begun = False
         return self._decoder.decode(b"", True)
 
 
@@ -181,18 +190,15 @@ class TextPipeline:
     :param stops: the request's stop sequences, if any.
     """
 
-    __slots__ = ("_decoder", "_matcher", "_undecoded")
+    __slots__ = ("_decoder", "_matcher", "_undecoded", "matched")
 
     def __init__(self, stops: Iterable[str] | None = None) -> None:
         wanted = tuple(stops or ())
         self._matcher = StopMatcher(wanted) if wanted else None
         self._decoder = Utf8Decoder()
         self._undecoded = False
-
-    @property
-    def matched(self) -> str | None:
+        self.matched: str | None = None
         """The stop sequence that ended the text; ``None`` while there is none."""
-        return self._matcher.matched if self._matcher is not None else None
 
     def feed(self, piece: str | bytes) -> str:
         """Take a piece; return what may be shown now (often nothing, never a half character)."""
@@ -205,15 +211,21 @@ class TextPipeline:
         else:
             self._undecoded = True
             piece = self._decoder.feed(piece)
-        if self._matcher is None or not piece:
+        matcher = self._matcher
+        if matcher is None or not piece:
             return piece
-        return self._matcher.feed(piece)
+        shown = matcher.feed(piece)
+        self.matched = matcher.matched
+        return shown
 
     def finish(self) -> str:
         """End the stream; return what was still held back."""
         rest = self._decoder.finish()
         self._undecoded = False
-        if self._matcher is None:
+        matcher = self._matcher
+        if matcher is None:
             return rest
-        shown = self._matcher.feed(rest) if rest else ""
-        return shown + self._matcher.finish()
+        shown = matcher.feed(rest) if rest else ""
+        shown += matcher.finish()
+        self.matched = matcher.matched
+        return shown

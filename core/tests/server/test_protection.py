@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -259,6 +260,41 @@ def test_a_deadline_is_kept(start):
         answer = httpx.post(run.url + CHAT, json=talk("!hang", timeout_s=3600))
         assert answer.status_code == 408
         run.until(lambda: run.handler.running == 0)
+
+
+def test_waiting_for_a_place_counts(start):
+    with start(max_running=1, request_timeout_s=60) as run:
+        first = hold(run)
+        run.until(lambda: run.handler.running == 1)
+        for stream in (False, True):
+            answer = httpx.post(run.url + CHAT, json=talk(stream=stream, timeout_s=0.1))
+            error = answer.json()["error"]
+            assert (answer.status_code, error["code"]) == (408, "request_timeout"), answer.text
+            assert "its turn did not come within 0.1 s" in error["message"]
+        assert run.server.context.limiter.queued == 0
+        first.close()
+        run.until(lambda: run.handler.running == 0)
+        assert httpx.post(run.url + CHAT, json=talk(timeout_s=60)).status_code == 200
+
+
+def test_a_request_has_what_its_wait_left_of_its_time(start):
+    with start(max_running=1, request_timeout_s=60) as run, ThreadPoolExecutor() as pool:
+        first = hold(run)
+        run.until(lambda: run.handler.running == 1)
+        second = pool.submit(httpx.post, run.url + CHAT, json=talk(timeout_s=50))
+        run.until(lambda: run.server.context.limiter.queued == 1)
+        first.close()
+        assert second.result().status_code == 200
+        assert run.handler.seen[-1].timeout_s < 50
+
+
+def test_embeddings_have_a_deadline_too(start):
+    from engineroom.testing import EchoHandler
+
+    models = [{"model_id": "m", "source": "echo:", "options": {"token_delay_s": 60}}]
+    with start(models, EchoHandler(), request_timeout_s=0.2) as run:
+        answer = httpx.post(run.url + "/v1/embeddings", json={"model": "m", "input": "a"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (408, "request_timeout")
 
 
 # ── bodies ───────────────────────────────────────────────────────────────────────────────────

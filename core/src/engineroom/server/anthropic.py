@@ -25,7 +25,7 @@ from engineroom.server.fields import (
     stops,
     text_of,
 )
-from engineroom.server.frames import framer, named_event
+from engineroom.server.frames import Framer, named_event
 from engineroom.server.refusals import Refused
 from engineroom.streams import InferenceStream
 
@@ -72,7 +72,12 @@ class MessagesRequest(Sampling):
         "service_tier": ("auto", "standard_only"),
         "speed": ("standard",),
         "context_management": (),
+        "diagnostics": ({},),
+        "inference_geo": (),
+        "user_profile_id": (),
+        "workspace_id": (),
     }
+    WITHOUT_EFFECT: ClassVar[Collection[str]] = ("cache_control",)
 
 
 async def messages(call: Call) -> None:
@@ -172,7 +177,7 @@ class MessagesWriter:
 
     def framer(self, index: int) -> Callable[[str], bytes]:
         """Makes deltas."""
-        return framer(
+        return Framer(
             lambda text: {
                 "type": "content_block_delta",
                 "index": 0,

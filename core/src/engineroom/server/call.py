@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from engineroom.server.frames import BadJsonError, dumps, loads
 from engineroom.server.keys import ANONYMOUS, Identity
-from engineroom.server.protocol import WRITE
+from engineroom.server.protocol import WRITE, TextWriter
 from engineroom.server.refusals import Refused
 
 if TYPE_CHECKING:
@@ -167,14 +167,21 @@ class Call:
             sent.append((b"traceresponse", trace.encode("latin-1")))
         await self.send({"type": "http.response.start", "status": status, "headers": sent})
 
-    def writer(self) -> Callable[[bytes], Awaitable[None] | None]:
-        """What sends a part of the body: it returns what to wait for, or ``None``."""
-        write: Callable[[bytes], Awaitable[None] | None] | None
-        write = self.scope.get("extensions", {}).get(WRITE)
-        if write is not None:
-            return write
-        send = self.send
-        return lambda part: send({"type": "http.response.body", "body": part, "more_body": True})
+    def writer(self, frame_of: Callable[[str], bytes]) -> TextWriter:
+        """What sends texts of an answer that has begun.
+
+        :param frame_of: makes a part of the body of a text.
+        """
+        shorter = self.scope.get("extensions", {}).get(WRITE)
+        writer: TextWriter | None = None if shorter is None else shorter(frame_of)
+        if writer is not None:
+            return writer
+
+        def write(text: str) -> Awaitable[None]:
+            body = frame_of(text)
+            return self.send({"type": "http.response.body", "body": body, "more_body": True})
+
+        return write
 
     async def answer(
         self,

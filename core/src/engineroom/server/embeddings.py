@@ -13,7 +13,7 @@ from engineroom.errors import EngineRoomError
 from engineroom.schemas import GenerationParams, InferenceRequest
 from engineroom.server.call import Call
 from engineroom.server.exchange import place
-from engineroom.server.fields import ApiRequest, ModelName, parse
+from engineroom.server.fields import ApiRequest, ModelName, common_fields, parse
 from engineroom.server.refusals import Refused
 
 __all__ = ["EmbeddingsRequest", "embeddings"]
@@ -48,16 +48,21 @@ async def embeddings(call: Call) -> None:
     for number, text in enumerate(texts):
         if not text:
             raise Refused(400, f"input.{number}: the text is empty", "invalid_value", "input")
+    common = common_fields(call, request)
     # It takes its place among the others; nothing is generated.
     placeholder = InferenceRequest(
         model_id=request.model,
         prompt="",
         request_id=call.id,
         params=GenerationParams(max_new_tokens=1),
+        timeout_s=common["timeout_s"],
+        metadata=common["metadata"],
     )
     async with call.attended(), place(call, [placeholder]) as slot:
         try:
-            found = await call.context.service.embed(request.model, texts)
+            found = await call.context.service.embed(
+                request.model, texts, timeout_s=slot.left_of(common["timeout_s"])
+            )
         except EngineRoomError as error:
             raise call.context.refusal_of(error) from error
         slot.used = tokens = found.prompt_tokens

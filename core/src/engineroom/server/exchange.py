@@ -59,6 +59,7 @@ async def answer_all(call: Call, requests: Sequence[InferenceRequest]) -> list[I
     """
     service = call.context.service
     async with call.attended(), place(call, requests) as slot:
+        requests = [_after(slot, request) for request in requests]
         if len(requests) == 1:
             responses = [await service.infer(requests[0])]
         else:
@@ -80,7 +81,7 @@ async def stream_all(call: Call, requests: Sequence[InferenceRequest], writer: W
     :raises ClientGoneError: nobody reads any more.
     """
     async with call.attended(), place(call, requests) as slot:
-        streams = [call.context.service.stream(request) for request in requests]
+        streams = [call.context.service.stream(_after(slot, request)) for request in requests]
         heartbeat = Heartbeat(call)
         try:
             if len(streams) == 1:
@@ -115,17 +116,20 @@ def error_of(response: InferenceResponse) -> EngineRoomError | None:
 async def place(call: Call, requests: Sequence[InferenceRequest]) -> AsyncIterator[Slot]:
     """A place for the requests among those that run, as the server's limits give it.
 
-    :raises Refused: 429: there is none.
+    :raises Refused: 429: there is none; 408: none became free within the requests' ``timeout_s``.
     """
     context = call.context
     limiter = context.limiter
     tokens = sum(r.params.max_new_tokens or _UNKNOWN_LIMIT for r in requests)
+    waiting = True
     try:
-        async with limiter.slot(call.identity.name, len(requests), tokens) as slot:
+        who, timeout_s = call.identity.name, requests[0].timeout_s
+        async with limiter.slot(who, len(requests), tokens, timeout_s) as slot:
+            waiting = False
             context.rejections.waited(requests[0], slot.waited_s)
             yield slot
     except Refused as refused:
-        if refused.status == 429:
+        if waiting and refused.status in (408, 429):
             context.rejections.rejected(requests[0], refused.code or "limit")
         raise
 
@@ -154,11 +158,11 @@ async def _stream_one(
         if (entries := stream.logprobs[seen:]) and not isinstance(chunk, StreamError):
             head += writer.text_with_logprobs(0, "", entries)
     elif chunk is not None and not isinstance(chunk, StreamError):
-        frame_of, write = writer.framer(0), call.writer()
-        first = write(head + frame_of(chunk))
+        frame_of = writer.framer(0)
+        first = head + frame_of(chunk)
+        await send({"type": "http.response.body", "body": first, "more_body": True})
         head = b""
-        if first is not None:
-            await first
+        write = call.writer(frame_of)
         failed: StreamError | None = None
 
         def put(chunk: str) -> Awaitable[None] | None:
@@ -167,7 +171,7 @@ async def _stream_one(
                 failed = chunk
                 return None
             heartbeat.spoke = True
-            return write(frame_of(chunk))
+            return write(chunk)
 
         # In a task of its own: it wakes for each step, and each coroutine above it would, too.
         await asyncio.create_task(stream.pump(put))
@@ -251,6 +255,13 @@ async def _send_many(
     tail = writer.end([s.response for s in streams if s.response is not None])
     await heartbeat.stop()
     await call.send({"type": "http.response.body", "body": tail})
+
+
+def _after(slot: Slot, request: InferenceRequest) -> InferenceRequest:
+    """The request with the time that the wait for its place has left it."""
+    if request.timeout_s is None or slot.waited_s == 0:
+        return request
+    return request.model_copy(update={"timeout_s": slot.left_of(request.timeout_s)})
 
 
 def _used(responses: Sequence[InferenceResponse]) -> int:

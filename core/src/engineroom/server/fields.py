@@ -18,6 +18,7 @@ __all__ = [
     "Number",
     "Sampling",
     "Stop",
+    "StreamOptions",
     "SubSchema",
     "TextPart",
     "build",
@@ -54,13 +55,32 @@ class SubSchema(BaseModel):
 class ApiRequest(SubSchema):
     """The body of a request.
 
-    ``REFUSED`` names fields that the API has and this server does not honour, with the values
-    that ask for nothing; any other value is refused by name.
+    Every field that the API has is in the schema and honoured, or in one of these two.
     """
 
     REFUSED: ClassVar[Mapping[str, Collection[Any]]] = {}
+    """Fields that this server does not honour → the values that ask for nothing. Any other value
+    is refused by name."""
+    WITHOUT_EFFECT: ClassVar[Collection[str]] = ()
+    """Fields that can have no effect here, whatever they say: they speak of tools, which are
+    refused, or of the prices and lifetimes of a cache, which change no answer."""
     RENAMED: ClassVar[Mapping[str, str]] = {}
     """Fields of ``GenerationParams`` and ``InferenceRequest`` → what this API calls them."""
+
+
+def _not_obfuscated(value: Any) -> Any:
+    if value is True:
+        raise ValueError("is not supported by this server; leave it out")
+    return value
+
+
+class StreamOptions(SubSchema):
+    """How to stream."""
+
+    include_usage: bool | None = None
+    """A last chunk, without choices, has the usage."""
+    include_obfuscation: Annotated[bool | None, BeforeValidator(_not_obfuscated)] = None
+    """Not with ``true``: chunks are as long as their texts."""
 
 
 class Sampling(ApiRequest):
@@ -109,7 +129,9 @@ def parse(call: Call, schema: type[_Request], raw: Any) -> _Request:
         request = schema.model_validate(raw)
     except ValidationError as error:
         raise refused_fields(error) from error
-    unknown = sorted(set(request.model_extra or ()) - set(schema.REFUSED))
+    unknown = sorted(
+        set(request.model_extra or ()).difference(schema.REFUSED, schema.WITHOUT_EFFECT)
+    )
     if unknown:
         shown = ", ".join(repr(name[:64]) for name in unknown[:8])
         if call.context.settings.unknown_fields == "refuse":
@@ -166,8 +188,9 @@ def common_fields(call: Call, request: Any) -> dict[str, Any]:
             metadata[name.decode()] = value
     if isinstance(given := getattr(request, "metadata", None), dict):
         metadata = {**given, **metadata}
-    if (user := getattr(request, "user", None)) is not None:
-        metadata["user"] = user
+    for field in ("user", "safety_identifier"):
+        if (who := getattr(request, field, None)) is not None:
+            metadata[field] = who
     metadata["api_key"] = call.identity.name
     return {
         "timeout_s": min(timeouts) if timeouts else None,

@@ -12,12 +12,23 @@ from typing import Any, Final
 
 import msgspec
 
-__all__ = ["DONE", "BadJsonError", "dumps", "event", "framer", "json_text", "loads", "named_event"]
+__all__ = [
+    "DONE",
+    "BadJsonError",
+    "Framer",
+    "chunker",
+    "dumps",
+    "event",
+    "json_text",
+    "loads",
+    "named_event",
+]
 
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder().decode
 
 DONE: Final = b"data: [DONE]\n\n"
+_SHORT: Final = 64
 _MARK: Final = "\ue000text\ue000"
 _MARK_JSON: Final = _encode(_MARK)
 
@@ -62,21 +73,45 @@ def named_event(name: str, value: Any) -> bytes:
     return b"event: " + name.encode() + b"\ndata: " + dumps(value) + b"\n\n"
 
 
-def framer(make: Any, name: str | None = None) -> Callable[[str], bytes]:
-    """What makes an event of a text, without encoding again what does not change.
+class Framer:
+    """Makes an event of a text, without encoding again what does not change.
 
     :param make: gives the event's value for a text.
     :param name: the event's name.
     """
-    whole = event(make(_MARK)) if name is None else named_event(name, make(_MARK))
-    before, mark, after = whole.partition(_MARK_JSON)
-    assert mark
-    encode = _encode
 
-    def frame(text: str) -> bytes:
+    __slots__ = ("_after", "_before")
+
+    def __init__(self, make: Callable[[str], Any], name: str | None = None) -> None:
+        whole = event(make(_MARK)) if name is None else named_event(name, make(_MARK))
+        self._before, mark, self._after = whole.partition(_MARK_JSON)
+        assert mark
+
+    def __call__(self, text: str) -> bytes:
+        """The event."""
+        return self._before + json_text(text) + self._after
+
+
+def chunker(frame_of: Callable[[str], bytes]) -> Callable[[str], bytes]:
+    """What makes a chunk, as HTTP 1.1 sends bodies of unknown length, of a text's frame."""
+    if not isinstance(frame_of, Framer):
+        return lambda text: b"%x\r\n%b\r\n" % (len(frame := frame_of(text)), frame)
+    encode, before = _encode, frame_of._before
+    after = frame_of._after + b"\r\n"
+    around = len(before) + len(frame_of._after)
+    begins: dict[int, bytes] = {}  # by the text's length: most texts are short
+
+    def chunk(text: str) -> bytes:
         try:
-            return before + encode(text) + after
+            encoded = encode(text)
         except UnicodeEncodeError:
-            return before + json_text(text) + after
+            encoded = json_text(text)
+        size = len(encoded)
+        begin = begins.get(size)
+        if begin is None:
+            begin = b"%x\r\n%b" % (around + size, before)
+            if size < _SHORT:
+                begins[size] = begin
+        return begin + encoded + after
 
-    return frame
+    return chunk

@@ -65,6 +65,10 @@ class Slot:
     waited_s: float = 0.0
     used: int | None = None
 
+    def left_of(self, timeout_s: float | None) -> float | None:
+        """What the wait has left of a request's time."""
+        return None if timeout_s is None else max(0.001, timeout_s - self.waited_s)
+
 
 @dataclass(eq=False, slots=True)
 class _Waiter:
@@ -94,16 +98,27 @@ class Limiter:
         return sum(waiter.count for waiter in self._queue)
 
     @asynccontextmanager
-    async def slot(self, key: str, count: int, tokens: int) -> AsyncIterator[Slot]:
+    async def slot(
+        self, key: str, count: int, tokens: int, timeout_s: float | None = None
+    ) -> AsyncIterator[Slot]:
         """A place for ``count`` requests at once, held inside the ``async with``.
 
         :param tokens: most that they will write, as far as that is known.
-        :raises Refused: 429, with the seconds after which to try again.
+        :param timeout_s: seconds to wait for it.
+        :raises Refused: 429, with the seconds after which to try again; 408: it took too long.
         """
         buckets = self._take_tokens(key, tokens)
         slot = Slot()
         try:
-            await self._enter(key, count, slot)
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await self._enter(key, count, slot)
+            except TimeoutError as error:
+                raise Refused(
+                    408,
+                    f"its turn did not come within {timeout_s:g} s; send it again later",
+                    "request_timeout",
+                ) from error
             try:
                 yield slot
             finally:

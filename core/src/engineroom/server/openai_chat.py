@@ -17,6 +17,7 @@ from engineroom.server.fields import (
     Number,
     Sampling,
     Stop,
+    StreamOptions,
     SubSchema,
     TextPart,
     build,
@@ -27,7 +28,7 @@ from engineroom.server.fields import (
     stops,
     text_of,
 )
-from engineroom.server.frames import DONE, dumps, event, framer
+from engineroom.server.frames import DONE, Framer, dumps, event
 from engineroom.server.refusals import Refused
 from engineroom.streams import InferenceStream
 
@@ -39,15 +40,6 @@ FINISH: Final[Mapping[str, str]] = {
     "length": "length",
 }
 Seed: TypeAlias = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
-
-
-class StreamOptions(SubSchema):
-    """How to stream."""
-
-    include_usage: bool | None = None
-    """A last chunk, without choices, has the usage."""
-    include_obfuscation: bool | None = None
-    """Accepted; nothing is obfuscated."""
 
 
 class ChatInput(SubSchema):
@@ -98,6 +90,7 @@ class ChatRequest(OpenAIRequest):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     metadata: dict[str, Any] | None = None
+    safety_identifier: str | None = None
 
     REFUSED: ClassVar[Mapping[str, Collection[Any]]] = {
         "tools": ([],),
@@ -113,7 +106,14 @@ class ChatRequest(OpenAIRequest):
         "verbosity": ("medium",),
         "store": (False,),
         "service_tier": ("auto", "default"),
+        "moderation": (),
     }
+    WITHOUT_EFFECT: ClassVar[Collection[str]] = (
+        "parallel_tool_calls",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+    )
 
 
 async def chat_completions(call: Call) -> None:
@@ -334,7 +334,7 @@ class ChatWriter:
 
     def framer(self, index: int) -> Callable[[str], bytes]:
         """Makes chunks."""
-        return framer(lambda text: self._chunk(index, {"content": text}))
+        return Framer(lambda text: self._chunk(index, {"content": text}))
 
     def text_with_logprobs(self, index: int, text: str, logprobs: Sequence[TokenLogprob]) -> bytes:
         """A chunk with its tokens' log probabilities."""

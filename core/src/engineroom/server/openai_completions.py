@@ -12,7 +12,7 @@ from engineroom.schemas import InferenceRequest, InferenceResponse, TokenId, Tok
 from engineroom.server.call import Call
 from engineroom.server.exchange import answer_all, stream_all
 from engineroom.server.fields import parse
-from engineroom.server.frames import DONE, dumps, event, framer
+from engineroom.server.frames import DONE, Framer, dumps, event
 from engineroom.server.openai_chat import (
     OpenAIRequest,
     finish_of,
@@ -196,7 +196,7 @@ class CompletionWriter:
 
     def framer(self, index: int) -> Callable[[str], bytes]:
         """Makes chunks."""
-        return framer(lambda text: self._chunk(index, text))
+        return Framer(lambda text: self._chunk(index, text))
 
     def text_with_logprobs(self, index: int, text: str, logprobs: Sequence[TokenLogprob]) -> bytes:
         """A chunk with its tokens' log probabilities."""

@@ -11,7 +11,7 @@ from engineroom.schemas import InferenceRequest, InferenceResponse, TokenLogprob
 from engineroom.server.call import Call
 from engineroom.server.exchange import answer_all, stream_all
 from engineroom.server.fields import check_count, common_fields
-from engineroom.server.frames import event, framer, named_event
+from engineroom.server.frames import Framer, event, named_event
 from engineroom.server.refusals import Refused, refused_fields
 from engineroom.streams import InferenceStream
 
@@ -66,7 +66,7 @@ class InferenceWriter:
 
     def framer(self, index: int) -> Callable[[str], bytes]:
         """Makes chunks."""
-        return framer(lambda text: {"text": text})
+        return Framer(lambda text: {"text": text})
 
     def text_with_logprobs(self, index: int, text: str, logprobs: Sequence[TokenLogprob]) -> bytes:
         """Log probabilities are in the final response."""

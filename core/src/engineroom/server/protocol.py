@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, Final
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from engineroom.server.frames import dumps
+from engineroom.server.frames import chunker, dumps
 from engineroom.server.refusals import RETRY_AFTER_S, Refused
 from engineroom.server.settings import ServerSettings
 
@@ -35,11 +36,14 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-__all__ = ["WRITE", "guarded_protocol"]
+__all__ = ["WRITE", "TextWriter", "guarded_protocol"]
 
+TextWriter: TypeAlias = Callable[[str], Awaitable[None] | None]
+"""Sends a text; returns what to wait for before the next one, or ``None``."""
 WRITE: Final = "engineroom.write"
-"""The ASGI extension: a function that takes a frame of a body and returns what to wait for, or
-``None``. It does what ``send`` does, without a message, a coroutine and a copy for each frame."""
+"""The ASGI extension, for an answer that has begun: given what makes a frame of a text, it returns
+what sends a text's frame, and that returns what to wait for, or ``None``. It does what ``send``
+does, without a message, a coroutine and a copy for each frame. ``None`` instead: use ``send``."""
 LINGER_S: Final = 5.0
 """Seconds that a closed connection gets to take what was written."""
 _REASONS: Final = {
@@ -60,23 +64,19 @@ def guarded_protocol(settings: ServerSettings) -> type[asyncio.Protocol]:
     return type("GuardedProtocol", (_Guard, base), {"limits": settings})
 
 
-def _writer(cycle: Any) -> Callable[[bytes], Awaitable[None] | None]:
-    """How a frame gets on the wire of a request that is answered in chunks."""
-    flow, write = cycle.flow, cycle.transport.write
+def _writer(cycle: Any, frame_of: Callable[[str], bytes]) -> TextWriter | None:
+    """How a text's frame gets on the wire of a request that is answered in chunks."""
+    if not (cycle.response_started and cycle.chunked_encoding) or cycle.response_complete:
+        return None
+    flow, write, chunk_of = cycle.flow, cycle.transport.write, chunker(frame_of)
 
-    def put(frame: bytes) -> Awaitable[None] | None:
-        if (
-            flow.write_paused
-            or cycle.disconnected
-            or not (cycle.response_started and cycle.chunked_encoding)
-            or cycle.response_complete
-            or not frame  # which would be the end
-        ):
+    def put(text: str) -> Awaitable[None] | None:
+        if flow.write_paused or cycle.disconnected:
             sent: Awaitable[None] = cycle.send(
-                {"type": "http.response.body", "body": frame, "more_body": True}
+                {"type": "http.response.body", "body": frame_of(text), "more_body": True}
             )
             return sent
-        write(b"%x\r\n%b\r\n" % (len(frame), frame))
+        write(chunk_of(text))
         return None
 
     return put
@@ -149,7 +149,7 @@ class _Guard(_Base):
         """Offer the application a shorter way for the frames of a stream (httptools only)."""
         super().on_headers_complete()
         if self.cycle is not None:
-            self.cycle.scope["extensions"] = {WRITE: _writer(self.cycle)}
+            self.cycle.scope["extensions"] = {WRITE: partial(_writer, self.cycle)}
 
     def on_response_complete(self) -> None:
         self._head_bytes = 0

@@ -16,6 +16,7 @@ from engineroom.server.fields import (
     ModelName,
     Number,
     Sampling,
+    StreamOptions,
     SubSchema,
     TextPart,
     build,
@@ -56,8 +57,12 @@ class ResponsesRequest(Sampling):
     top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     seed: Seed | None = None
     stream: bool | None = None
+    stream_options: StreamOptions | None = None
     metadata: dict[str, Any] | None = None
     user: str | None = None
+    safety_identifier: str | None = None
+    parallel_tool_calls: bool | None = None
+    """Said back; there are no tools."""
 
     RENAMED: ClassVar[Mapping[str, str]] = {
         "model_id": "model",
@@ -76,7 +81,10 @@ class ResponsesRequest(Sampling):
         "conversation": (),
         "prompt": (),
         "background": (False,),
-        "store": (False, True),
+        "background_options": ({},),
+        "store": (False,),
+        "access_programs": ({},),
+        "image": ({},),
         "truncation": ("disabled",),
         "include": ([],),
         "top_logprobs": (0,),
@@ -84,6 +92,12 @@ class ResponsesRequest(Sampling):
         "context_management": ([],),
         "moderation": (),
     }
+    WITHOUT_EFFECT: ClassVar[Collection[str]] = (
+        "max_tool_calls",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+    )
 
 
 async def create_response(call: Call) -> None:
@@ -183,7 +197,7 @@ class _Shape:
             "metadata": request.metadata or {},
             "model": request.model,
             "output": output,
-            "parallel_tool_calls": True,
+            "parallel_tool_calls": request.parallel_tool_calls is not False,
             "previous_response_id": None,
             "reasoning": {"effort": None, "summary": None},
             "service_tier": "default",
