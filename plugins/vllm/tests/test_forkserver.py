@@ -87,6 +87,33 @@ def test_a_forked_process_has_others_forked_beside_it(running: ForkServer) -> No
     assert parent == running._process.pid
 
 
+def tell_processors(pipe: Connection) -> None:
+    pipe.send((0, 0, str(sorted(os.sched_getaffinity(0))), True))
+
+
+def ask_for_one_that_tells_processors(pipe: Connection) -> None:
+    child = CONTEXT.Process(target=tell_processors, args=(pipe,))
+    child.start()
+    child.join()
+
+
+def test_only_a_process_that_computes_is_bound_to_its_first_core() -> None:
+    usable = sorted(os.sched_getaffinity(0))
+    first = usable[-1]
+    running = server(GOMP_CPU_AFFINITY=f"{first} {usable[0]}")
+    try:
+        with running.used():
+            assert answer(tell_processors)[2] == str(usable)  # the engine's first process
+            assert answer(ask_for_one_that_tells_processors)[2] == str([first])  # its worker
+    finally:
+        running.close()
+
+
+@pytest.mark.parametrize("bound", [None, "", "nonsense", "100000 0"])
+def test_what_binds_to_no_core_there_is_leaves_all_of_them(bound: str | None) -> None:
+    assert forkserver._cpus(bound) == os.sched_getaffinity(0)
+
+
 def tell_where_temporary_files_are(pipe: Connection) -> None:
     looked = os.environ["USUAL"] == sys.modules["looks"].WHERE
     pipe.send((0, 0, tempfile.gettempdir(), looked))

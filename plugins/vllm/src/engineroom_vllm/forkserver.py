@@ -21,6 +21,7 @@ import logging
 import logging.config
 import os
 import pickle
+import re
 import selectors
 import signal
 import socket
@@ -71,6 +72,7 @@ _READ_AT_START: Final = (
 """How names of variables begin that the loader or an import may have read: who needs other values
 needs another server."""
 _LOG: Final = "VLLM_LOGGING_CONFIG_PATH"
+_BOUND: Final = "GOMP_CPU_AFFINITY"
 SEGMENTS: Final = "ENGINEROOM_VLLM_SEGMENTS"
 """The variable that says how names of an engine's shared memory begin, without the slash."""
 _READ_LATER: Final = (
@@ -135,7 +137,7 @@ class _Popen(popen_forkserver.Popen):
             "start": client.start,
             "hooks": client.hooks,
             "folder": str(Path.cwd()),
-            "cpus": os.sched_getaffinity(0),
+            "cpus": _cpus(os.environ.get(_BOUND)),
         }
         data = BytesIO()
         context.set_spawning_popen(self)
@@ -154,6 +156,16 @@ class _Popen(popen_forkserver.Popen):
             self.pid = forkserver.read_signed(self.sentinel)
         except EOFError as error:
             raise OSError("the process that starts vLLM's processes has ended") from error
+
+
+def _cpus(bound: str | None) -> set[int]:
+    """Processors for a new process's own thread: libgomp binds the one that loads it to the first
+    of those it is told, but a forked process does not load it again. Unbound, that thread would
+    share a core with another one that computes.
+    """
+    usable = os.sched_getaffinity(0)
+    first = re.match(r"\s*(\d+)", bound or "")
+    return (first and {int(first[1])} & usable) or usable
 
 
 class ForkedProcess(process.BaseProcess):
