@@ -83,9 +83,8 @@ class LlamaContext:
             )
         self._memory = library.llama_get_memory(self._handle)
         # Its address as a number: llama_cpp's own declaration makes two objects of it each time.
-        self._logits_at: Any = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32)(
-            ctypes.cast(library.llama_get_logits_ith, ctypes.c_void_p).value
-        )
+        kind = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32)
+        self._logits_at: Any = ctypes.cast(library.llama_get_logits_ith, kind)
         self._rows: dict[int, Logits] = {}
         self._adapters, self._adapters_by_name = model.adapters, model.adapters_by_name
         self._adapter: str | None = None
