@@ -18,6 +18,7 @@ import pytest
 
 from engineroom import ResourceNotAvailableError
 from engineroom_vllm import scratch as scratch_module
+from engineroom_vllm.forkserver import SEGMENTS
 from engineroom_vllm.scratch import Scratch, remove_abandoned
 
 HOLD = (
@@ -55,7 +56,7 @@ def test_the_engine_is_told_where_they_are(base: Path) -> None:
     scratch = Scratch()
     found = scratch.variables()
     assert found["TMPDIR"] == found["VLLM_RPC_BASE_PATH"] == str(scratch.temporary)
-    assert found["ENGINEROOM_VLLM_SEGMENTS"] == scratch.segments
+    assert found[SEGMENTS] == scratch.segments
     assert scratch.folder.name.rpartition(".")[2] in scratch.segments
     # What torch has compiled is for the next engine, too.
     assert Path(found["TORCHINDUCTOR_CACHE_DIR"]).parent == base

@@ -73,7 +73,7 @@ _READ_AT_START: Final = (
 needs another server."""
 _LOG: Final = "VLLM_LOGGING_CONFIG_PATH"
 _BOUND: Final = "GOMP_CPU_AFFINITY"
-SEGMENTS: Final = "ENGINEROOM_VLLM_SEGMENTS"
+SEGMENTS: Final = "SEGMENTS_OF_ENGINE"
 """The variable that says how names of an engine's shared memory begin, without the slash."""
 _READ_LATER: Final = (
     _LOG,
