@@ -9,7 +9,8 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,17 @@ async def _bell() -> Doorbell:
     return Doorbell.of(asyncio.get_running_loop())
 
 
+async def rung_by(ringers: Sequence[Callable[[], None]], done: asyncio.Event) -> None:
+    """Let each ring in a thread of its own, until ``done`` is set."""
+    threads = [threading.Thread(target=ring) for ring in ringers]
+    for thread in threads:
+        thread.start()
+    async with asyncio.timeout(60):
+        await done.wait()
+    for thread in threads:
+        thread.join()
+
+
 def test_a_loop_has_one(loop: asyncio.AbstractEventLoop) -> None:
     assert loop.run_until_complete(_bell()) is loop.run_until_complete(_bell())
 
@@ -73,13 +85,7 @@ def test_every_call_of_every_thread_comes_in_its_order(loop: asyncio.AbstractEve
             for place in range(calls):
                 bell.call(take, (number, place))
 
-        ringing = [threading.Thread(target=ring, args=(number,)) for number in range(threads)]
-        for thread in ringing:
-            thread.start()
-        async with asyncio.timeout(30):
-            await done.wait()
-        for thread in ringing:
-            thread.join()
+        await rung_by([partial(ring, number) for number in range(threads)], done)
 
     loop.run_until_complete(main())
     for number in range(threads):
@@ -99,11 +105,7 @@ def test_no_ring_is_lost_between_two_sleeps_of_the_loop(loop: asyncio.AbstractEv
                     return
             bell.call(lambda _: done.set(), None)
 
-        thread = threading.Thread(target=ring)
-        thread.start()
-        async with asyncio.timeout(30):
-            await done.wait()
-        thread.join()
+        await rung_by([ring], done)
 
     loop.run_until_complete(main())
 
@@ -185,11 +187,7 @@ def test_who_rings_keeps_the_interpreter(own_loop: asyncio.AbstractEventLoop) ->
                 answered.wait(10)
             bell.call(lambda _: done.set(), None)
 
-        thread = threading.Thread(target=ring)
-        thread.start()
-        async with asyncio.timeout(60):
-            await done.wait()
-        thread.join()
+        await rung_by([ring], done)
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(100)

@@ -88,10 +88,10 @@ class FakeSlowLoads(InferenceHandler):
         await self._gate("unload", loaded_model.model_id)
 
     async def infer(self, loaded_model, request):
-        raise NotImplementedError
+        raise NotImplementedError("no rule sends a request: models are leased")
 
     async def stream_infer(self, loaded_model, request):
-        raise NotImplementedError
+        raise NotImplementedError("no rule sends a request: models are leased")
         yield
 
 

@@ -141,7 +141,7 @@ async def test_a_device_that_is_not_there(tiny_model):
     import ctranslate2
 
     if ctranslate2.get_cuda_device_count():
-        pytest.skip("this machine has one")
+        pytest.skip("this machine has a CUDA device")
     with pytest.raises(ResourceNotAvailableError, match="CUDA.*set the option device: cpu"):
         await load(tiny_model, device="cuda")
 

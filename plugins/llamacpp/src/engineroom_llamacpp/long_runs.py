@@ -27,7 +27,8 @@ _BYTES: Final = 512
 _BASE: Final = 2**20
 _PAGE: Final = 2**16
 """A stack is a whole number of pages; none of today's are larger."""
-_RUN: Final = re.compile(rf"\s{{{_FEW},}}|\S{{{_FEW},}}")
+# Begun at a run's beginning only: else each place of a long one is a beginning, too.
+_RUN: Final = re.compile(rf"(?<!\s)\s{{{_FEW},}}|(?<!\S)\S{{{_FEW},}}")
 _lock: Final = threading.Lock()
 _T = TypeVar("_T")
 
