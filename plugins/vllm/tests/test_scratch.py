@@ -164,7 +164,8 @@ def test_a_folder_that_is_taken_for_abandoned_before_it_is_locked_is_made_anew(
         if len(asked) == 1:  # it has the lock
             raise BlockingIOError
         if len(asked) == 2:  # it had the lock, and has removed the folder
-            shutil.rmtree(max(base.iterdir(), key=lambda p: p.stat().st_ctime_ns))
+            mine = os.fstat(fd)
+            shutil.rmtree(next(p for p in base.iterdir() if os.path.samestat(p.stat(), mine)))
         lock(fd, how)
 
     monkeypatch.setattr(scratch_module.fcntl, "flock", another_is_quicker)
