@@ -74,13 +74,8 @@ class SteppedHandler(_Loading, TokenHandler):
 
     async def generate_tokens(
         self, loaded_model: LoadedModel, request: InferenceRequest
-    ) -> AsyncGenerator[TokenStep, None]:
-        mailbox = self.engine.open()
-        while True:
-            step = await mailbox.get()
-            yield step
-            if step.finish is not None:
-                return
+    ) -> AsyncGenerator[Mailbox, None]:
+        yield self.engine.open()
 
 
 class MarkedHandler(_Loading, TokenHandler):

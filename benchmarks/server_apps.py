@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator
 from typing import Any, ClassVar
 
 from benchmarks.fake import FakeEngine, SteppedHandler
-from engineroom import LLMInferenceService, LLMModelManager, TokenStep
+from engineroom import LLMInferenceService, LLMModelManager, Mailbox, TokenStep
 
 __all__ = ["STREAMS", "Served", "drive"]
 
@@ -112,13 +112,8 @@ class Served:
 
             async def generate_tokens(
                 self, loaded_model: Any, request: Any
-            ) -> AsyncGenerator[TokenStep, None]:
-                mailbox = self._open()
-                while True:
-                    step = await mailbox.get()
-                    yield step
-                    if step.finish is not None:
-                        return
+            ) -> AsyncGenerator[Mailbox, None]:
+                yield self._open()
 
         manager = LLMModelManager(config={"models": [{"model_id": "m", "source": "fake:"}]})
         service = LLMInferenceService(manager, handlers=[Handler()])

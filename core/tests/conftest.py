@@ -60,3 +60,21 @@ def _bounded(function):
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("ENGINEROOM_HANDLERS", "ENGINEROOM_DISABLED_HANDLERS", "ENGINEROOM_CONFIG"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(params=["yielded", "mailbox"])
+def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How the doubles hand over their steps: themselves, or as engines with a thread do.
+
+    The marker ``yielded`` says why a test is about the first alone.
+    """
+    if request.param == "mailbox" and (mark := request.node.get_closest_marker("yielded")):
+        pytest.skip(f"steps that are yielded only: {mark.args[0]}")
+    if request.param == "mailbox":
+        from core_doubles import GateHandler, through_mailboxes
+
+        from engineroom.testing import EchoHandler
+
+        for handler in (GateHandler, EchoHandler):
+            monkeypatch.setattr(handler, "generate_tokens", through_mailboxes(handler))
+    return request.param

@@ -9,13 +9,16 @@ from contextlib import asynccontextmanager
 
 from engineroom import (
     Capabilities,
+    EngineRoomError,
     HandlerRegistry,
+    InferenceError,
     InferenceHandler,
     InferenceRequest,
     InferenceResponse,
     LLMInferenceService,
     LLMModelManager,
     LoadedModel,
+    Mailbox,
     ModelConfig,
     TokenHandler,
     TokenStep,
@@ -178,6 +181,39 @@ class GateHandler(TokenHandler):
                 result = self.cleanup()
                 if result is not None:
                     await result
+
+
+def through_mailboxes(handler: type[TokenHandler]) -> Callable[..., AsyncGenerator[Mailbox, None]]:
+    """A handler's ``generate_tokens`` whose steps come through a mailbox.
+
+    A task stands for the engine's thread.
+    """
+    steps_of = handler.generate_tokens
+
+    async def generate_tokens(self, loaded_model, request):
+        mailbox = Mailbox()
+
+        async def work():
+            try:
+                async for step in steps_of(self, loaded_model, request):
+                    mailbox.put(step)
+                    await asyncio.sleep(0)
+                mailbox.put(TokenStep(finish="eos_token"))
+            except EngineRoomError as error:
+                mailbox.put(error)
+            except Exception as error:
+                told = InferenceError(f"{type(error).__name__}: {error}")
+                told.__cause__ = error
+                mailbox.put(told)
+
+        engine = asyncio.create_task(work())
+        try:
+            yield mailbox
+        finally:
+            engine.cancel()
+            await asyncio.wait([engine])
+
+    return generate_tokens
 
 
 class PlainHandler(InferenceHandler):

@@ -169,3 +169,119 @@ async def test_a_closed_loop_does_not_keep_the_others_from_their_steps(
 
 async def _mailbox() -> Mailbox:
     return Mailbox()
+
+
+# ── pouring ──────────────────────────────────────────────────────────────────────────────────
+
+
+class Taken:
+    """Takes steps until it has had ``most``; raises instead at the token ``bad``."""
+
+    def __init__(self, most: int, bad: int | None = None) -> None:
+        self.tokens: list[int] = []
+        self.most, self.bad = most, bad
+
+    def __call__(self, step: TokenStep) -> bool:
+        (token,) = step.token_ids
+        if token == self.bad:
+            raise ValueError(f"no {token}")
+        self.tokens.append(token)
+        return len(self.tokens) < self.most
+
+
+@pytest.mark.parametrize("before", [0, 1, 2, 3])
+async def test_steps_are_poured_in_order_those_from_before_first(before: int) -> None:
+    mailbox, taken = Mailbox(), Taken(3)
+    for token in range(before):
+        mailbox.put(step(token))
+    pouring = asyncio.create_task(mailbox.pour(taken))
+    await asyncio.sleep(0)
+    assert taken.tokens == list(range(before))
+    for token in range(before, 5):
+        mailbox.put(step(token))
+    async with asyncio.timeout(5):
+        await pouring
+    assert taken.tokens == [0, 1, 2]
+    assert await tokens(mailbox, 2) == [3, 4]  # what was not taken is kept
+
+
+async def test_a_poured_step_is_taken_in_the_callback_that_brings_it() -> None:
+    mailbox, taken = Mailbox(), Taken(9)
+    pouring = asyncio.create_task(mailbox.pour(taken))
+    await asyncio.sleep(0)
+    mailbox.put(step(1))
+    assert taken.tokens == [1]  # and the loop has not turned
+    elsewhere(lambda: deliver([(mailbox, step(2))]))
+    async with asyncio.timeout(5):
+        while taken.tokens != [1, 2]:
+            await asyncio.sleep(0)
+    assert not pouring.done()
+    pouring.cancel()
+    await asyncio.wait([pouring])
+
+
+@pytest.mark.parametrize("waits", [True, False])
+async def test_an_error_ends_the_pouring_in_its_turn(waits: bool) -> None:
+    mailbox, taken, error = Mailbox(), Taken(9), EngineDeadError("it died")
+    pouring = asyncio.create_task(mailbox.pour(taken))
+    if waits:
+        await asyncio.sleep(0)
+    mailbox.put(step(1))
+    mailbox.put(error)
+    mailbox.put(step(2))
+    with pytest.raises(EngineDeadError) as caught:
+        async with asyncio.timeout(5):
+            await pouring
+    assert caught.value is error and taken.tokens == [1]
+    assert await tokens(mailbox, 1) == [2]
+
+
+@pytest.mark.parametrize("waits", [True, False])
+async def test_what_the_taker_raises_is_raised_by_the_pouring_and_harms_no_neighbour(
+    waits: bool,
+) -> None:
+    mailbox, neighbour, taken = Mailbox(), Mailbox(), Taken(9, bad=2)
+    pouring = asyncio.create_task(mailbox.pour(taken))
+    if waits:
+        await asyncio.sleep(0)
+    elsewhere(
+        lambda: deliver(
+            [(mailbox, step(1)), (mailbox, step(2)), (mailbox, step(3)), (neighbour, step(4))]
+        )
+    )
+    async with asyncio.timeout(5):
+        with pytest.raises(ValueError, match="no 2"):
+            await pouring
+        assert taken.tokens == [1]
+        assert await tokens(neighbour, 1) == [4]
+    assert await tokens(mailbox, 1) == [3]
+    again = asyncio.create_task(mailbox.pour(Taken(1)))  # nothing of the failure is left
+    await asyncio.sleep(0)
+    mailbox.put(step(5))
+    async with asyncio.timeout(5):
+        await again
+
+
+async def test_a_step_that_comes_while_the_pouring_is_being_cancelled_is_kept() -> None:
+    mailbox, taken = Mailbox(), Taken(9)
+    pouring = asyncio.create_task(mailbox.pour(taken))
+    await asyncio.sleep(0)
+    pouring.cancel()
+    mailbox.put(step(4))
+    with pytest.raises(asyncio.CancelledError):
+        await pouring
+    assert not taken.tokens
+    mailbox.put(step(5))
+    assert not taken.tokens and await tokens(mailbox, 2) == [4, 5]
+
+
+async def test_pouring_that_is_cancelled_as_it_ends_is_cancelled() -> None:
+    mailbox, taken = Mailbox(), Taken(9, bad=1)
+    pouring = asyncio.create_task(mailbox.pour(taken))
+    await asyncio.sleep(0)
+    mailbox.put(step(1))  # the failure is on its way
+    pouring.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await pouring
+    mailbox.put(step(2))
+    assert await tokens(mailbox, 1) == [2]

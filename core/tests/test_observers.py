@@ -30,6 +30,8 @@ from engineroom import (
 from engineroom.hookspecs import ObserverSpec
 from engineroom.testing import EchoHandler
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 
 def observer(**hooks):
     """An object with these hooks."""

@@ -11,6 +11,8 @@ from core_doubles import Bench, PlainHandler, drained, echo_bench, gate_bench, u
 
 from engineroom import InferenceError, ModelConfig, RequestTimeoutError, StreamError
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 
 async def begun(bench, prompt="one two three", **fields):
     """A stream whose first chunk was read."""
@@ -159,6 +161,7 @@ async def test_another_task_closes_while_it_is_read(after):
     assert stream.response.error_message is None
 
 
+@pytest.mark.yielded("an engine does not wait for the reader of the first chunk")
 async def test_another_task_closes_while_it_is_queued():
     bench = echo_bench(n_parallel=1)
     holder = bench.service.stream(bench.request("hold the slot"))
@@ -413,6 +416,7 @@ async def test_breaking_out_of_a_loop_stops_the_work():
     assert bench.recorder.reasons == ["cancelled"]
 
 
+@pytest.mark.yielded("what an engine does afterwards concerns no stream")
 async def test_letting_go_of_a_stream_that_fails_in_cleaning_up_ends_it_once(caplog):
     bench = gate_bench()
 
@@ -454,6 +458,7 @@ async def test_a_reader_that_stops_reading_keeps_its_chunks_and_hinders_nobody()
     assert bench.at_rest()
 
 
+@pytest.mark.yielded("the engine's stand-in is a task, which ends with its loop")
 def test_a_stream_that_is_open_when_its_loop_ends_is_cancelled_without_a_noise(caplog):
     bench = gate_bench()
 

@@ -1,16 +1,17 @@
 """From one stream of tokens to everything else.
 
 A runtime that subclasses :class:`TokenHandler` writes one async generator of
-:class:`TokenStep`; UTF-8, stop sequences, counts, timing, finish reasons, ``infer``,
-``stream_infer`` and cancellation are done here, once, so that streamed and whole answers are
-equal by construction and alike on every runtime.
+:class:`TokenStep`, or of the :class:`~engineroom.mailbox.Mailbox` that they come through; UTF-8,
+stop sequences, counts, timing, finish reasons, ``infer``, ``stream_infer`` and cancellation are
+done here, once, so that streamed and whole answers are equal by construction and alike on every
+runtime.
 """
 
 from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from typing import Any, Final, Protocol
 
 from engineroom.errors import InferenceError
 from engineroom.handler import Capabilities, InferenceHandler, StreamEnd
+from engineroom.mailbox import Mailbox
 from engineroom.schemas import (
     FinishReason,
     InferenceRequest,
@@ -27,7 +29,14 @@ from engineroom.schemas import (
 )
 from engineroom.text import TextPipeline
 
-__all__ = ["LAST_STEP", "TokenHandler", "TokenStep", "effective_capabilities", "open_stream"]
+__all__ = [
+    "LAST_STEP",
+    "Generation",
+    "TokenHandler",
+    "TokenStep",
+    "effective_capabilities",
+    "open_stream",
+]
 
 
 @dataclass(slots=True)
@@ -83,7 +92,7 @@ def watching(progress: Progress) -> Iterator[None]:
         _progress.reset(token)
 
 
-class _Generation:
+class Generation:
     """The text, the counts and the clock of one request."""
 
     __slots__ = (
@@ -202,8 +211,13 @@ class TokenHandler(InferenceHandler):
     @abstractmethod
     def generate_tokens(
         self, loaded_model: LoadedModel, request: InferenceRequest
-    ) -> AsyncGenerator[TokenStep, None]:
+    ) -> AsyncGenerator[TokenStep | Mailbox, None]:
         """Generate: an ``async def`` that yields a :class:`TokenStep` a decoding step.
+
+        Where an engine's thread makes the steps, it yields the request's
+        :class:`~engineroom.mailbox.Mailbox` instead: what is in there are the steps from then
+        on, and the generator is not resumed but closed. That costs less, for nothing has to be
+        woken for a step.
 
         It is closed (``GeneratorExit``) or cancelled (``CancelledError``) at a ``yield`` or an
         ``await`` when a stop sequence matched, the limit is reached, or nobody wants the answer
@@ -221,12 +235,19 @@ class TokenHandler(InferenceHandler):
         self, loaded_model: LoadedModel, request: InferenceRequest
     ) -> InferenceResponse:
         """The whole answer; see :meth:`generate_tokens`."""
-        generation = _Generation(request, self.name)
+        generation = Generation(request, self.name)
         steps = self.generate_tokens(loaded_model, request)
+
+        def take(step: TokenStep) -> bool:
+            generation.take(step)
+            return generation.finish_reason is None
+
         try:
             async for step in steps:
-                generation.take(step)
-                if generation.finish_reason is not None:
+                if isinstance(step, Mailbox):
+                    await step.pour(take)
+                    break
+                if not take(step):
                     break
         finally:
             await steps.aclose()
@@ -237,17 +258,23 @@ class TokenHandler(InferenceHandler):
         self, loaded_model: LoadedModel, request: InferenceRequest
     ) -> AsyncGenerator[str, None]:
         """The answer piece by piece, then a ``StreamEnd``; see :meth:`generate_tokens`."""
-        generation = _Generation(request, self.name)
+        generation = Generation(request, self.name)
         steps = self.generate_tokens(loaded_model, request)
+        advance: Callable[[], Awaitable[TokenStep | Mailbox]] = steps.__anext__
         text = ""
         try:
-            async for step in steps:
-                text = generation.take(step)
-                if generation.finish_reason is not None:
-                    break
+            while generation.finish_reason is None:
                 if text:
                     yield text
                     text = ""
+                try:
+                    step = await advance()
+                except StopAsyncIteration:
+                    break
+                if isinstance(step, Mailbox):
+                    advance = step.get
+                else:
+                    text = generation.take(step)
         finally:
             # Before the last text is handed on: a slow reader must not keep the slot.
             await steps.aclose()
@@ -262,7 +289,7 @@ def open_stream(
     loaded_model: LoadedModel,
     request: InferenceRequest,
     progress: Progress,
-) -> tuple[AsyncGenerator[Any, None], _Generation | None]:
+) -> tuple[AsyncGenerator[Any, None], Generation | None]:
     """What a streamed request is read from: one generator less for each step, where that can be.
 
     :returns: what ``stream_infer`` gives, and ``None``; or the steps of a :class:`TokenHandler`,
@@ -270,6 +297,6 @@ def open_stream(
     """
     streams = getattr(handler.stream_infer, "__func__", None)
     if isinstance(handler, TokenHandler) and streams is TokenHandler.stream_infer:
-        generation = progress.generation = _Generation(request, handler.name)
+        generation = progress.generation = Generation(request, handler.name)
         return handler.generate_tokens(loaded_model, request), generation
     return handler.stream_infer(loaded_model, request), None

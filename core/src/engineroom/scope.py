@@ -8,6 +8,7 @@ import weakref
 from collections.abc import AsyncGenerator
 from typing import Any
 
+from engineroom.chunks import Sink
 from engineroom.errors import EngineRoomError, InferenceError
 from engineroom.generation import Progress
 from engineroom.schemas import InferenceRequest, InferenceResponse
@@ -39,6 +40,7 @@ class RequestScope:
         "quiet",
         "request",
         "response",
+        "sink",
         "started",
         "stopped",
         "unread",
@@ -57,6 +59,7 @@ class RequestScope:
         self.cause: EngineRoomError | None = None
         self.quiet = False  # nobody waits for the error: the reader asked for the end
         self.closer: asyncio.Task[None] | None = None
+        self.sink: Sink | None = None  # where the reader wants to be given chunks unasked
         self.unread: str | None = None  # the last chunk, where nobody read as it came
         self.response: InferenceResponse | None = None
         self.stopped = False

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import operator
 import time
 from collections.abc import AsyncGenerator, Sequence
+from functools import partial
 from typing import Any, Final, Protocol, runtime_checkable
 
 from engineroom.blocking import BlockingPortal, BlockingStream
+from engineroom.chunks import Given, pour
 from engineroom.errors import (
     ConfigurationError,
     EngineRoomError,
@@ -27,6 +28,7 @@ from engineroom.errors import (
 )
 from engineroom.generation import LAST_STEP, effective_capabilities, open_stream, watching
 from engineroom.handler import Capabilities, Embeddings, InferenceHandler, StreamEnd
+from engineroom.mailbox import Mailbox
 from engineroom.manager import LLMModelManager, ModelSource
 from engineroom.registry import DispatchReport, HandlerRegistry
 from engineroom.schemas import (
@@ -45,8 +47,6 @@ __all__ = ["LLMInferenceService"]
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_REQUESTS: Final = 1024
-_GAPS: Final = 256
-"""Gaps between chunks that are told at once."""
 _END: Final = StreamEnd(InferenceResponse(request_id="", model_id=""))
 """What a handler's generator that has ended is taken to have yielded."""
 
@@ -292,32 +292,35 @@ class LLMInferenceService:
 
     async def _chunks(self, scope: RequestScope) -> AsyncGenerator[str, None]:
         """The chunks of a stream. Runs in whichever task reads."""
-        texts: list[str] = []
-        first: float | None = None
-        times: list[float] | None = None  # of the chunks whose gaps were not told yet
-        now = time.perf_counter
+        given = Given()
         closing = False  # nothing may be yielded any more
         try:
             await self._discover()
             self._admit(scope)
             async with self._source.lease(scope.request.model_id) as loaded_model:
                 handler, warnings = self._choose(scope, loaded_model)
+                if self.registry.listens("engineroom_request_gaps"):
+                    given.listener = partial(self._spaced, scope)
                 entered = time.perf_counter()
                 inner, generation = open_stream(
                     handler, loaded_model, scope.request, scope.progress
                 )
                 advance = inner.__anext__
+                mailbox: Mailbox | None = None
                 end: Any = _END if generation is None else LAST_STEP
                 final: InferenceResponse | None = None
                 ended = False
-                if self.registry.listens("engineroom_request_gaps"):
-                    times = []
                 try:
                     with watching(scope.progress):
                         piece = await anext(inner, end)
                     while piece is not _END:
                         if generation is not None:
-                            chunk = generation.take(piece)
+                            if isinstance(piece, Mailbox):
+                                mailbox, advance, chunk = piece, piece.get, ""
+                            elif isinstance(piece, str):  # it was taken as it was poured
+                                chunk = piece
+                            else:
+                                chunk = generation.take(piece)
                             if generation.finish_reason is not None:
                                 # Before the last text goes out: slow readers must not keep slots.
                                 await inner.aclose()
@@ -328,14 +331,10 @@ class LLMInferenceService:
                         else:
                             chunk = _checked(handler, piece)
                         scope.check()
-                        if chunk:
-                            if first is None:
-                                first = now()
-                            if times is not None:
-                                times.append(now())
-                                if len(times) > _GAPS:
-                                    self._spaced(scope, times)
-                            texts.append(chunk)
+                        sink = scope.sink
+                        if chunk or (sink is not None and sink.held is not None):
+                            if chunk:
+                                given.add(chunk)
                             try:
                                 yield chunk
                             except GeneratorExit:
@@ -344,7 +343,10 @@ class LLMInferenceService:
                         if ended:
                             break
                         try:
-                            piece = await advance()
+                            if mailbox is None or generation is None or scope.sink is None:
+                                piece = await advance()
+                            else:
+                                piece = await pour(mailbox, generation, given, scope.sink)
                         except StopAsyncIteration:
                             piece = end
                 finally:
@@ -352,14 +354,14 @@ class LLMInferenceService:
                 scope.check()
                 response = _completed(scope, handler, final, warnings, entered)
                 if final is None:
-                    response.generated_text = "".join(texts)
-                if first is not None:
-                    response.time_to_first_token_ms = (first - scope.started) * 1000
-            self._spaced(scope, times)
+                    response.generated_text = "".join(given.texts)
+                if given.first_at is not None:
+                    response.time_to_first_token_ms = (given.first_at - scope.started) * 1000
+            given.tell()
             self._finish(scope, response)
         except BaseException as error:  # noqa: BLE001 - logged, or raised again, in _failed
-            self._spaced(scope, times)
-            response = self._failed(scope, error, "".join(texts))
+            given.tell()
+            response = self._failed(scope, error, "".join(given.texts))
             cause = response._cause
             if scope.quiet or not isinstance(cause, EngineRoomError):
                 return
@@ -417,16 +419,14 @@ class LLMInferenceService:
     def _rejected(self, scope: RequestScope, reason: str) -> None:
         self.registry.notify("engineroom_request_rejected", request=scope.request, reason=reason)
 
-    def _spaced(self, scope: RequestScope, times: list[float] | None) -> None:
-        """Tell the observers how far chunks lay apart, and begin anew with the last one."""
-        if times and len(times) > 1:
-            self.registry.notify(
-                "engineroom_request_gaps",
-                request=scope.request,
-                handler=scope.handler,
-                gaps_s=tuple(map(operator.sub, times[1:], times)),
-            )
-            del times[:-1]
+    def _spaced(self, scope: RequestScope, gaps_s: tuple[float, ...]) -> None:
+        """Tell the observers how far chunks lay apart."""
+        self.registry.notify(
+            "engineroom_request_gaps",
+            request=scope.request,
+            handler=scope.handler,
+            gaps_s=gaps_s,
+        )
 
     def _choose(
         self, scope: RequestScope, loaded_model: LoadedModel

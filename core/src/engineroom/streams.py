@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from types import TracebackType
 from typing import Any, Final
 
+from engineroom.chunks import Put, Sink
 from engineroom.errors import EngineRoomError, InferenceError
 from engineroom.schemas import InferenceRequest, InferenceResponse, TokenLogprob
 from engineroom.scope import RequestScope
@@ -77,32 +78,37 @@ class InferenceStream(AsyncGenerator[str, None]):
         finally:
             scope.end()
 
-    async def pump(self, put: Callable[[str], Awaitable[None] | None]) -> None:
+    async def pump(self, put: Put) -> None:
         """Read to the end: as ``async for``, for a reader that can take chunks without waiting.
 
         :param put: takes a chunk; returns what to wait for before the next one, or ``None``.
+            Called on the event loop, where the runtime hands steps over by mailboxes in the very
+            callback that brings them: neither in the task that waits here nor in its context.
             What it raises stops the reading, not the work: close the stream.
         """
         scope = self._scope
         if scope.closer is not None:
             await scope.closed()
         scope.begin()
+        sink = scope.sink = Sink(put)
         try:
             async for chunk in self._chunks:
-                waiting = put(chunk)
-                if waiting is not None:
+                if chunk:
+                    sink.held = put(chunk)
+                if sink.held is not None:
                     scope.end()  # who waits for a slow reader is not read
-                    await waiting
+                    await sink.wait()
                     if scope.closer is not None:
                         await scope.closed()
                     scope.begin()
         finally:
             scope.end()
+            scope.sink = None
+            sink.close()
         if scope.unread is not None:
             chunk, scope.unread = scope.unread, None
-            waiting = put(chunk)
-            if waiting is not None:
-                await waiting
+            sink.held = put(chunk)
+            await sink.wait()
 
     async def asend(self, value: None) -> str:
         """As ``__anext__``; a stream takes no values."""

@@ -18,6 +18,7 @@ from engineroom import (
     HandlerHealth,
     InferenceRequest,
     LoadedModel,
+    Mailbox,
     ModelConfig,
     ModelNotFoundError,
     ResourceNotAvailableError,
@@ -143,7 +144,7 @@ class CTranslate2Handler(TokenHandler):
 
     async def generate_tokens(
         self, loaded_model: LoadedModel, request: InferenceRequest
-    ) -> AsyncGenerator[TokenStep, None]:
+    ) -> AsyncGenerator[TokenStep | Mailbox, None]:
         """Queue the request and yield a step a token.
 
         :raises ConfigurationError: the prompt is empty or longer than the context, or the chat
@@ -175,11 +176,7 @@ class CTranslate2Handler(TokenHandler):
         try:
             model.engine.submit(job)
             yield TokenStep(prompt_tokens=len(ids))
-            while True:
-                step = await job.mailbox.get()
-                yield step
-                if step.finish is not None:
-                    return
+            yield job.mailbox
         finally:
             model.engine.cancel(job)
 

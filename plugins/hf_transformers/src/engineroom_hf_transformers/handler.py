@@ -16,9 +16,9 @@ from engineroom import (
     HandlerHealth,
     InferenceRequest,
     LoadedModel,
+    Mailbox,
     ModelConfig,
     TokenHandler,
-    TokenStep,
     parse_options,
     run_in_new_thread,
 )
@@ -166,7 +166,7 @@ class HuggingFaceTransformersHandler(TokenHandler):
 
     async def generate_tokens(
         self, loaded_model: LoadedModel, request: InferenceRequest
-    ) -> AsyncGenerator[TokenStep, None]:
+    ) -> AsyncGenerator[Mailbox, None]:
         """Queue the request and yield what each step gives.
 
         :raises ConfigurationError: the prompt is empty or longer than the context, it or a
@@ -179,11 +179,7 @@ class HuggingFaceTransformersHandler(TokenHandler):
         _check(engine, request, tokens)
         task = engine.request(request, tokens)
         try:
-            while True:
-                step = await task.mailbox.get()
-                yield step
-                if step.finish is not None:
-                    return
+            yield task.mailbox
         finally:
             engine.cancel(task)
 

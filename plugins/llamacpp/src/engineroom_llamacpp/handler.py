@@ -15,10 +15,10 @@ from engineroom import (
     HandlerHealth,
     InferenceRequest,
     LoadedModel,
+    Mailbox,
     ModelConfig,
     ModelNotFoundError,
     TokenHandler,
-    TokenStep,
     parse_options,
     resolve_source,
 )
@@ -160,7 +160,7 @@ class LlamaCppHandler(TokenHandler):
 
     async def generate_tokens(
         self, loaded_model: LoadedModel, request: InferenceRequest
-    ) -> AsyncGenerator[TokenStep, None]:
+    ) -> AsyncGenerator[Mailbox, None]:
         """Queue the request and yield a step a token.
 
         :raises ConfigurationError: the prompt is empty or longer than the context, it or a
@@ -173,11 +173,7 @@ class LlamaCppHandler(TokenHandler):
         _check(engine, request, tokens)
         task = engine.request(request, tokens)
         try:
-            while True:
-                step = await task.mailbox.get()
-                yield step
-                if step.finish is not None:
-                    return
+            yield task.mailbox
         finally:
             engine.cancel(task)
 
