@@ -291,3 +291,23 @@ async def test_what_the_taker_raises_comes_out_of_pump_and_the_stream_can_be_rea
         await stream.pump(put)
     assert await drained(stream) == ["2 ", "3 "]
     assert stream.response is not None and stream.response.finish_reason == "eos_token"
+
+
+@pytest.mark.parametrize("way", ["infer", "stream", "pump"])
+@pytest.mark.parametrize("nonsense", [None, TokenStep([1], 7)])  # type: ignore[arg-type]
+async def test_nonsense_in_a_mailbox_fails_its_request_alone(
+    way: str, nonsense: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    handler = Posting([], [TokenStep([n], f"{n} ") for n in range(3)] + [nonsense])
+    service = service_of(handler)
+    if way == "infer":
+        response: InferenceResponse | None = await service.infer(ask())
+    elif way == "stream":
+        stream = service.stream(ask())
+        assert isinstance((await drained(stream))[-1], StreamError)
+        response = stream.response
+    else:
+        chunks, response = await pumped(service, ask())
+        assert isinstance(chunks[-1], StreamError)
+    assert response is not None and response.error_type == "InferenceError"
+    assert "request failed" in caplog.text and handler.closed == 1
