@@ -18,9 +18,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from engineroom_vllm import forkserver
+from engineroom_vllm import forkserver, forkserver_context
 from engineroom_vllm.environment import forked_binding
-from engineroom_vllm.forkserver import CONTEXT, ForkServer, ForkServers, UnusableError, put_in
+from engineroom_vllm.forkserver import ForkServer, ForkServers, UnusableError
+from engineroom_vllm.forkserver_context import CONTEXT, put_in
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="engines are forked on Linux only")
 HERE = (__name__, "context_of_the_library")
@@ -111,7 +112,7 @@ def test_only_a_process_that_computes_is_bound_to_its_first_core() -> None:
 
 @pytest.mark.parametrize("bound", [None, "", "nonsense", "100000 0"])
 def test_what_binds_to_no_core_there_is_leaves_all_of_them(bound: str | None) -> None:
-    assert forkserver._cpus(bound) == os.sched_getaffinity(0)
+    assert forkserver_context._cpus(bound) == os.sched_getaffinity(0)
 
 
 def tell_where_temporary_files_are(pipe: Connection) -> None:
@@ -157,7 +158,7 @@ def test_shared_memory_is_named_after_the_engine(
     running: ForkServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert re.fullmatch(r"psm_[0-9a-f]{8}", answer(make_shared_memory)[2] or "")
-    monkeypatch.setenv(forkserver.SEGMENTS, "psm_abcdefgh_")
+    monkeypatch.setenv(forkserver_context.SEGMENTS, "psm_abcdefgh_")
     names = {answer(make_shared_memory)[2] for _ in range(2)}
     assert len(names) == 2
     assert all(re.fullmatch(r"psm_abcdefgh_[0-9a-f]{8}", name or "") for name in names)
@@ -227,7 +228,8 @@ def test_closing_ends_what_it_has_started(running: ForkServer) -> None:
 
 SCRIPT = """
 import os, signal, time
-from engineroom_vllm.forkserver import CONTEXT, ForkServer
+from engineroom_vllm.forkserver import ForkServer
+from engineroom_vllm.forkserver_context import CONTEXT
 server = ForkServer(dict(os.environ), ["json"], more={}, hooks=())
 with server.used():
     child = CONTEXT.Process(target=time.sleep, args=(600,))

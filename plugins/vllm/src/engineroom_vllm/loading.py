@@ -32,7 +32,8 @@ from engineroom_vllm.environment import (
 )
 from engineroom_vllm.folder import ModelFolder, read_folder
 from engineroom_vllm.footprint import Footprint
-from engineroom_vllm.forkserver import SERVERS, Lease, UnusableError, put_in
+from engineroom_vllm.forkserver import SERVERS, Lease, UnusableError
+from engineroom_vllm.forkserver_context import put_in
 from engineroom_vllm.library import (
     FORKED_BY_ENGINE,
     FORKED_BY_PROGRAM,

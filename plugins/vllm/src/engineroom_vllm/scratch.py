@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Final
 
 from engineroom import ResourceNotAvailableError
-from engineroom_vllm.forkserver import SEGMENTS
+from engineroom_vllm.forkserver_context import SEGMENTS
 
 __all__ = ["Scratch", "remove_abandoned"]
 
