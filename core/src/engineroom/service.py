@@ -181,7 +181,7 @@ class LLMInferenceService:
         try:
             async with self._source.lease(model_id) as loaded_model:
                 handler = self.registry.select(loaded_model)
-                if not self._capabilities_of(handler).embeddings:
+                if not self.capabilities_of(handler).embeddings:
                     raise ConfigurationError(
                         f"handler {handler.name!r} makes no embeddings; use another runtime"
                     )
@@ -235,6 +235,13 @@ class LLMInferenceService:
                 "service.registry.explain(loaded_model)"
             )
         return self._source.explain(model_id)
+
+    def capabilities_of(self, handler: InferenceHandler) -> Capabilities:
+        """What a handler of the service can do; it is asked once."""
+        capabilities = self._capabilities.get(handler.name)
+        if capabilities is None:
+            capabilities = self._capabilities[handler.name] = effective_capabilities(handler)
+        return capabilities
 
     @property
     def model_source(self) -> ModelSource:
@@ -438,7 +445,7 @@ class LLMInferenceService:
 
     def _check(self, handler: InferenceHandler, request: InferenceRequest) -> list[str]:
         """Refuse what the handler does not honour, or say so in warnings."""
-        unsupported = self._capabilities_of(handler).unsupported(request)
+        unsupported = self.capabilities_of(handler).unsupported(request)
         if not unsupported:
             return []
         warn = (request.on_unsupported or self._on_unsupported) == "warn"
@@ -459,12 +466,6 @@ class LLMInferenceService:
             f"{name} was ignored: handler {handler.name!r} does not honour it"
             for name in unsupported
         ]
-
-    def _capabilities_of(self, handler: InferenceHandler) -> Capabilities:
-        capabilities = self._capabilities.get(handler.name)
-        if capabilities is None:
-            capabilities = self._capabilities[handler.name] = effective_capabilities(handler)
-        return capabilities
 
     def _finish(self, scope: RequestScope, response: InferenceResponse) -> InferenceResponse:
         """Count the request out and tell the observers. Called once for each admitted one."""

@@ -6,7 +6,6 @@ import logging
 from typing import Any
 
 from engineroom.errors import EngineRoomError, ModelNotFoundError
-from engineroom.generation import effective_capabilities
 from engineroom.handler import HandlerHealth, InferenceHandler
 from engineroom.manager import LLMModelManager, ModelStatus
 from engineroom.schemas import InferenceRequest, LoadedModel
@@ -113,7 +112,7 @@ class ServerContext:
             else:
                 choices = self.manager.get_config(model_id).choices()
                 handler = registry.select_loader(choices[0])
-            return effective_capabilities(handler).params
+            return self.service.capabilities_of(handler).params
         except EngineRoomError:
             return None  # the request itself is told why
 
