@@ -13,6 +13,8 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+import h11
+
 from engineroom.server.frames import chunker, dumps
 from engineroom.server.refusals import RETRY_AFTER_S, Refused
 from engineroom.server.settings import ServerSettings
@@ -26,9 +28,14 @@ if TYPE_CHECKING:
         loop: asyncio.AbstractEventLoop
         connections: set[Any]
         cycle: Any
+        flow: Any
+        timeout_keep_alive: float
+        timeout_keep_alive_task: asyncio.TimerHandle | None
 
         def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+        def on_message_begin(self) -> None: ...
         def on_headers_complete(self) -> None: ...
+        def on_message_complete(self) -> None: ...
         def on_response_complete(self) -> None: ...
         def timeout_keep_alive_handler(self) -> None: ...
         def shutdown(self) -> None: ...
@@ -90,6 +97,10 @@ class _Guard(_Base):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._ended = False  # the last word was said; what still comes is not read
+        self._started: Any = None  # the cycle that is answered, where others wait behind it
+        self._part: str | None = None  # of a request, "head" or "body", is to come (httptools only)
+        self._refused_body = False  # a request was answered whose body still comes
+        self._early_bytes = 0  # what came of further requests while one is answered
         self._head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
@@ -111,14 +122,30 @@ class _Guard(_Base):
                 timer.cancel()
         self._head_timer = self._write_timer = self._linger_timer = None
         super().connection_lost(exc)
+        if self._started is not None and not self._started.response_complete:
+            self._started.disconnected = True  # uvicorn tells the one that came last
+            self._started.message_event.set()
 
     def data_received(self, data: bytes) -> None:
         if self._ended or self.transport.is_closing():
             return
+        early = self._answering() and not self._current.more_body
         super().data_received(data)
+        if self._refused_body:
+            if self._taking_body():
+                return  # nobody wants it
+            self._refused_body = False
+            self._cancel_head()
+            if not self._answering():
+                self.timeout_keep_alive_task = self.loop.call_later(
+                    self.timeout_keep_alive, self.timeout_keep_alive_handler
+                )
+                return
         if self._answering():
             self._head_bytes = 0
             self._cancel_head()
+            if early:
+                self._read_on(len(data))
             return
         self._head_bytes += len(data)
         if self._head_bytes > self.limits.max_header_bytes:
@@ -145,15 +172,35 @@ class _Guard(_Base):
     def send_400_response(self, msg: str) -> None:
         self._answer(Refused(400, "this is no HTTP request that can be read", "invalid_http"))
 
+    def on_message_begin(self) -> None:
+        self._part = "head"
+        super().on_message_begin()
+
     def on_headers_complete(self) -> None:
         """Offer the application a shorter way for the frames of a stream (httptools only)."""
+        self._part = "body"
+        waits = self._answering()
         super().on_headers_complete()
+        if not waits:
+            self._started = self.cycle
         if self.cycle is not None:
             self.cycle.scope["extensions"] = {WRITE: partial(_writer, self.cycle)}
 
+    def on_message_complete(self) -> None:
+        self._part = None
+        super().on_message_complete()
+
     def on_response_complete(self) -> None:
         self._head_bytes = 0
+        if waiting := self._waiting():
+            self._started = waiting[-1][0]
+        elif self._taking_body() and not self.transport.is_closing():
+            self._refused_body = True
+            self._cancel_head()
+            self._head_timer = self.loop.call_later(self.limits.body_timeout_s, self._end)
         super().on_response_complete()
+        if self._early_bytes and not self._waiting():
+            self._early_bytes = 0 if self._conn is None else len(self._conn.trailing_data[0])
         if self.transport.is_closing():
             self._linger()
 
@@ -168,9 +215,43 @@ class _Guard(_Base):
 
     # ── ours ─────────────────────────────────────────────────────────────────────────────────
 
+    @property
+    def _conn(self) -> h11.Connection | None:
+        """The parser of h11; ``None`` with httptools."""
+        conn: h11.Connection | None = getattr(self, "conn", None)
+        return conn
+
+    @property
+    def _current(self) -> Any:
+        """The cycle that is answered, or was last."""
+        return self.cycle if self._started is None else self._started
+
+    def _waiting(self) -> Any:
+        """Requests that were read whole while another is answered, the next one last."""
+        return getattr(self, "pipeline", ())
+
     def _answering(self) -> bool:
         """Whether a request is being answered, so that its headers were whole."""
         return self.cycle is not None and not self.cycle.response_complete
+
+    def _taking_body(self) -> bool:
+        """Whether a request's headers have come, and its body has not."""
+        conn = self._conn
+        return self._part == "body" if conn is None else conn.their_state is h11.SEND_BODY
+
+    def _read_on(self, more: int) -> None:
+        """See what was sent ahead of its turn, and the end of the connection behind it."""
+        self._early_bytes += more
+        if self._early_bytes > self.limits.max_header_bytes:
+            self._end_after_this()
+        self.flow.resume_reading()
+
+    def _end_after_this(self) -> None:
+        """Nothing more is read; the answer that is on its way is the last one."""
+        self._ended = True
+        self._current.keep_alive = False
+        if waiting := self._waiting():
+            waiting.clear()
 
     def _await_head(self) -> None:
         self._head_timer = self.loop.call_later(self.limits.header_timeout_s, self._head_is_late)
@@ -193,8 +274,16 @@ class _Guard(_Base):
     def _answer(self, refused: Refused) -> None:
         """Answer without the application, and close."""
         self._cancel_head()
+        if self._answering():
+            if not self._current.more_body:  # it is wrong what comes after the request
+                self._end_after_this()
+                return
+            self._current.disconnected = True  # nobody waits for this request's end
+            self._current.message_event.set()
         self._ended = True
-        if not self.transport.is_closing() and not self._answering():
+        if not self.transport.is_closing() and not (
+            self._answering() and self._current.response_started
+        ):
             body = dumps(refused.openai())
             more = b"".join(b"%b: %b\r\n" % header for header in refused.all_headers())
             self.transport.write(
@@ -209,8 +298,16 @@ class _Guard(_Base):
                     body,
                 )
             )
-        # Closed under a client that still writes, the connection would be reset and the answer
-        # be lost: it is ended instead, and what comes is let fall until the client is done.
+        self._end()
+
+    def _end(self) -> None:
+        """Say no more.
+
+        Closed under a client that still writes, the connection would be reset and the answer
+        be lost: it is ended instead, and what comes is let fall until the client is done.
+        """
+        self._head_timer = None
+        self._ended = True
         if self.transport.can_write_eof():
             self.transport.write_eof()
         else:
