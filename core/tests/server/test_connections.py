@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from typing import Any
 
 import pytest
@@ -157,3 +158,22 @@ def test_a_body_that_breaks_off_in_garbage_is_a_bad_request(start, caplog):
         assert answer.startswith(b"HTTP/1.1 400 ") and b'"invalid_http"' in answer
         run.until(lambda: not run.server.server_state.tasks)
     assert not caplog.records
+
+
+# ── another protocol ─────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("cut", [0, 60], ids=["at once", "in pieces"])
+def test_an_offer_of_another_protocol_is_not_taken_and_does_no_harm(start, cut):
+    """HTTP clients of Java offer HTTP/2 with each request that is not encrypted."""
+    offer = ("Connection: Upgrade, HTTP2-Settings", "UPGRADE: h2c")
+    prompt = json.dumps({"model": "default", "prompt": "\r\nupgrade: me"}).encode()
+    request = post(prompt, "content-type: application/json", "HTTP2-Settings: AAMAAABk", *offer)
+    with start() as run, run.connect() as connection:
+        for _ in range(2):  # the connection can be used again
+            connection.sendall(request[:cut])
+            if cut:
+                time.sleep(0.05)  # so that it arrives apart; right in any case
+            connection.sendall(request[cut:])
+            status, body = read_answer(connection)
+            assert (status, json.loads(body)["choices"][0]["text"]) == (200, "\r\nupgrade: me")

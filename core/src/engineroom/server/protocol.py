@@ -8,6 +8,7 @@ whose time is up is aborted where closing it would wait for a peer that does not
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -53,6 +54,7 @@ what sends a text's frame, and that returns what to wait for, or ``None``. It do
 does, without a message, a coroutine and a copy for each frame. ``None`` instead: use ``send``."""
 LINGER_S: Final = 5.0
 """Seconds that a closed connection gets to take what was written."""
+_UPGRADE: Final = re.compile(rb"(?i)(?<=\n)upgrade(?=[ \t]*:)")
 _REASONS: Final = {
     400: b"Bad Request",
     408: b"Request Timeout",
@@ -130,7 +132,7 @@ class _Guard(_Base):
         if self._ended or self.transport.is_closing():
             return
         early = self._answering() and not self._current.more_body
-        super().data_received(data)
+        super().data_received(data if self._part == "body" else self._without_upgrade(data))
         if self._refused_body:
             if self._taking_body():
                 return  # nobody wants it
@@ -238,6 +240,19 @@ class _Guard(_Base):
         """Whether a request's headers have come, and its body has not."""
         conn = self._conn
         return self._part == "body" if conn is None else conn.their_state is h11.SEND_BODY
+
+    def _without_upgrade(self, data: bytes) -> bytes:
+        """The data without an offer to change to another protocol, which is not taken.
+
+        With it httptools would not read the request's body: HTTP clients of Java send one with
+        every request.
+        """
+        if self._conn is not None:
+            return data
+        head, blank, rest = data.partition(b"\r\n\r\n")
+        if _UPGRADE.search(head) is None:
+            return data
+        return _UPGRADE.sub(b"x-upgrade", head) + blank + rest
 
     def _read_on(self, more: int) -> None:
         """See what was sent ahead of its turn, and the end of the connection behind it."""
