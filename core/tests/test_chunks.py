@@ -23,6 +23,7 @@ from engineroom import (
     LoadedModel,
     Mailbox,
     ModelConfig,
+    RequestTimeoutError,
     StreamError,
     TokenHandler,
     TokenStep,
@@ -311,3 +312,156 @@ async def test_nonsense_in_a_mailbox_fails_its_request_alone(
         assert isinstance(chunks[-1], StreamError)
     assert response is not None and response.error_type == "InferenceError"
     assert "request failed" in caplog.text and handler.closed == 1
+
+
+# ── at the same time ─────────────────────────────────────────────────────────────────────────
+
+
+class Manual(Posting):
+    """A step, then a mailbox that the test fills."""
+
+    def __init__(self) -> None:
+        super().__init__([TokenStep([0], "0 ")], ())
+        self.mailboxes: list[Mailbox] = []
+        self.may_close = asyncio.Event()
+        self.may_close.set()
+
+    async def _post(self, mailbox: Mailbox) -> None:
+        self.mailboxes.append(mailbox)
+
+    async def generate_tokens(
+        self, loaded_model: LoadedModel, request: InferenceRequest
+    ) -> AsyncGenerator[TokenStep | Mailbox, None]:
+        try:
+            async for item in super().generate_tokens(loaded_model, request):
+                yield item
+        finally:
+            await self.may_close.wait()
+
+
+async def turns(count: int = 20) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("how", ["deadline", "aclose"])
+async def test_what_stops_a_stream_before_its_reader_is_waited_for_waits_for_it(how: str) -> None:
+    handler = Manual()
+    stream = service_of(handler).stream(ask())
+    assert await anext(stream) == "0 "
+    sent: list[str] = []
+
+    async def send(chunk: str) -> None:
+        await asyncio.sleep(0)
+        sent.append(chunk)
+
+    reader = asyncio.create_task(stream.pump(send))
+    await turns()
+    handler.mailboxes[0].put(TokenStep([1], "1 "))  # and before the reader's task wakes
+    if how == "deadline":
+        stream._scope.interrupt(RequestTimeoutError("late"))
+    else:
+        await stream.aclose()
+    await reader
+    assert stream.response is not None
+    if how == "deadline":
+        assert sent[0] == "1 " and isinstance(sent[1], str) and "late" in sent[1] and len(sent) == 2
+        assert stream.response.finish_reason == "timeout"
+    else:
+        assert not sent and stream.response.finish_reason == "cancelled"
+
+
+@pytest.mark.parametrize("raises", [False, True])
+async def test_a_taker_that_cancels_its_reader_harms_no_neighbour(raises: bool) -> None:
+    handler = Manual()
+    service = service_of(handler)
+    streams = [service.stream(ask()) for _ in range(2)]
+    for stream in streams:
+        await anext(stream)
+    readers: list[asyncio.Task[None]] = []
+
+    def cancels(chunk: str) -> None:
+        readers[0].cancel()
+        if raises:
+            raise ValueError(chunk)
+
+    got: list[str] = []
+    readers += [
+        asyncio.create_task(streams[0].pump(cancels)),
+        asyncio.create_task(streams[1].pump(got.append)),
+    ]
+    await turns()
+    deliver([(mailbox, TokenStep([1], "1 ")) for mailbox in handler.mailboxes])
+    deliver([(mailbox, TokenStep([2], "2 ", finish="length")) for mailbox in handler.mailboxes])
+    async with asyncio.timeout(10):
+        await asyncio.wait(readers)
+    assert readers[0].cancelled() and readers[1].result() is None
+    assert got == ["1 ", "2 "]
+    await streams[0].aclose()
+    assert handler.closed == 2
+
+
+@pytest.mark.parametrize("way", ["iterated", "pumped"])
+async def test_who_reads_a_stream_that_is_being_closed_finds_its_end(way: str) -> None:
+    handler = Manual()
+    stream = service_of(handler).stream(ask())
+    assert await anext(stream) == "0 "
+    handler.may_close.clear()
+    slow = asyncio.Event()
+    if way == "pumped":
+        reader: asyncio.Task[Any] = asyncio.create_task(stream.pump(lambda _: slow.wait()))
+        await turns()
+        handler.mailboxes[0].put(TokenStep([1], "1 "))
+        await turns()
+    closing = asyncio.create_task(stream.aclose())
+    await turns()
+    if way == "iterated":
+        reader = asyncio.create_task(drained(stream))
+    slow.set()
+    await turns()
+    assert not reader.done() and not closing.done()
+    handler.may_close.set()
+    async with asyncio.timeout(10):
+        await closing
+        assert not await reader
+
+
+async def test_text_that_is_no_step_fails_its_request() -> None:
+    class Text(Posting):
+        async def generate_tokens(
+            self, loaded_model: LoadedModel, request: InferenceRequest
+        ) -> AsyncGenerator[Any, None]:
+            yield TokenStep([0], "0 ")
+            yield "text"
+
+    stream = service_of(Text([], ())).stream(ask())
+    first, last = await drained(stream)
+    assert first == "0 " and isinstance(last, StreamError)
+
+
+@pytest.mark.parametrize("way", ["infer", "stream", "pump"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        TokenStep([1], "1 ", logprobs=("no",)),  # type: ignore[arg-type]
+        TokenStep([1], "1 ", prompt_tokens="many"),  # type: ignore[arg-type]
+        TokenStep([1], "1 ", finish="tired"),  # type: ignore[arg-type]
+    ],
+)
+async def test_a_step_that_no_response_can_tell_of_fails_its_request(
+    way: str, wrong: TokenStep, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = service_of(Posting([], [TokenStep([0], "0 "), wrong, TokenStep(finish="length")]))
+    if way == "infer":
+        response: InferenceResponse | None = await service.infer(ask())
+    elif way == "stream":
+        stream = service.stream(ask())
+        assert isinstance((await drained(stream))[-1], StreamError)
+        response = stream.response
+    else:
+        response = (await pumped(service, ask()))[1]
+    assert response is not None and response.error_type == "InferenceError"
+    assert response.error_message is not None and response.generated_text in {"0 ", "0 1 "}
+    assert "handler 'posting' yielded steps that make no response" in response.error_message
+    assert "'no'" not in response.error_message and "mend the plugin" in caplog.text
+    assert service.num_requests == 0

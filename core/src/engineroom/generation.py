@@ -17,6 +17,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
 
+from pydantic import ValidationError
+
 from engineroom.errors import InferenceError
 from engineroom.handler import Capabilities, InferenceHandler, StreamEnd
 from engineroom.mailbox import Mailbox
@@ -76,6 +78,8 @@ class _Snapshot(Protocol):
     logprobs: list[TokenLogprob] | None
     prompt_tokens: int | None
 
+    @property
+    def text(self) -> str: ...
     def response(self) -> InferenceResponse: ...
 
 
@@ -163,24 +167,41 @@ class Generation:
             self._parts.append(rest)
         return rest
 
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return "".join(self._parts)
+
     def response(self) -> InferenceResponse:
-        """The response as far as it has come."""
+        """The response as far as it has come.
+
+        :raises InferenceError: a step had a value that no response may have.
+        """
         now = time.perf_counter()
         first = self._first_at
-        return InferenceResponse(
-            request_id=self._request.request_id,
-            model_id=self._request.model_id,
-            generated_text="".join(self._parts),
-            finish_reason=self.finish_reason,
-            stop_sequence=self._pipeline.matched,
-            prompt_tokens=self.prompt_tokens,
-            generated_tokens=self.generated_tokens,
-            cached_prompt_tokens=self.cached_prompt_tokens,
-            inference_time_ms=(now - self._started) * 1000,
-            time_to_first_token_ms=None if first is None else (first - self._started) * 1000,
-            logprobs=self.logprobs,
-            handler=self.handler,
-        )
+        try:
+            return InferenceResponse(
+                request_id=self._request.request_id,
+                model_id=self._request.model_id,
+                generated_text=self.text,
+                finish_reason=self.finish_reason,
+                stop_sequence=self._pipeline.matched,
+                prompt_tokens=self.prompt_tokens,
+                generated_tokens=self.generated_tokens,
+                cached_prompt_tokens=self.cached_prompt_tokens,
+                inference_time_ms=(now - self._started) * 1000,
+                time_to_first_token_ms=None if first is None else (first - self._started) * 1000,
+                logprobs=self.logprobs,
+                handler=self.handler,
+            )
+        except ValidationError as error:
+            # Without the values, which are text of the model's.
+            wrong = error.errors(include_url=False, include_context=False, include_input=False)
+            told = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in wrong[:3])
+            raise InferenceError(
+                f"handler {self.handler!r} yielded steps that make no response: {told}; mend the "
+                "plugin"
+            ) from None
 
 
 def effective_capabilities(handler: InferenceHandler) -> Capabilities:

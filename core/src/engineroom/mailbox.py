@@ -68,7 +68,8 @@ class Mailbox:
         except BaseException as error:  # noqa: BLE001 - raised again where it is awaited
             self._failure = error
         self._take = None
-        waiter.set_result(None)
+        if not waiter.done():  # the taker may have cancelled the task that waits
+            waiter.set_result(None)
 
     async def get(self) -> TokenStep:
         """The next step. :raises EngineRoomError: the request has failed."""

@@ -36,6 +36,7 @@ class RequestScope:
         "closer",
         "deadline",
         "handler",
+        "leaving",
         "progress",
         "quiet",
         "request",
@@ -58,6 +59,7 @@ class RequestScope:
         self.handler: str | None = None  # its name, once one is chosen
         self.cause: EngineRoomError | None = None
         self.quiet = False  # nobody waits for the error: the reader asked for the end
+        self.leaving = False  # a task closes the stream
         self.closer: asyncio.Task[None] | None = None
         self.sink: Sink | None = None  # where the reader wants to be given chunks unasked
         self.unread: str | None = None  # the last chunk, where nobody read as it came
@@ -116,6 +118,7 @@ class RequestScope:
 
     def leave(self) -> None:
         """The reader itself asks for the end; from here on nothing interrupts the cleaning up."""
+        self.leaving = True
         if self.cause is None:
             self.cause, self.quiet = InferenceError("the stream was closed"), True
 
@@ -143,9 +146,11 @@ class RequestScope:
         return self._task is None or self._task.cancelling() > 0
 
     async def closed(self) -> None:
-        """Wait until the scope's own task, if there is one, has closed the stream."""
+        """Wait until what closes the stream, the scope's own task or another, has done so."""
         if self.closer is not None and not self.closer.done():
             await asyncio.wait([self.closer])
+        elif self.leaving and not self.stopped:
+            await self.finished()
 
     def finished(self) -> asyncio.Future[None]:
         """A future that is done when the request has ended."""

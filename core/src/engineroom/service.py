@@ -324,7 +324,8 @@ class LLMInferenceService:
                         if generation is not None:
                             if isinstance(piece, Mailbox):
                                 mailbox, advance, chunk = piece, piece.get, ""
-                            elif isinstance(piece, str):  # it was taken as it was poured
+                            elif mailbox is not None and isinstance(piece, str):
+                                # It was taken as it was poured.
                                 chunk = piece
                             else:
                                 chunk = generation.take(piece)
@@ -576,12 +577,15 @@ def _completed(
 def _partial(scope: RequestScope, text: str | None) -> InferenceResponse:
     """How far a request had come, as its handler or its chunks tell."""
     generation = scope.progress.generation
+    response = InferenceResponse(
+        request_id=scope.request.request_id, model_id=scope.request.model_id
+    )
     if generation is not None:
-        response = generation.response()
-    else:
-        response = InferenceResponse(
-            request_id=scope.request.request_id, model_id=scope.request.model_id
-        )
+        try:
+            response = generation.response()
+        except InferenceError as error:
+            request_logger(logger, scope.request).warning("%s", error.message)
+            response.generated_text = generation.text
     if text:
         response.generated_text = text
     response.stop_sequence = None

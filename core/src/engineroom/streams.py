@@ -65,7 +65,7 @@ class InferenceStream(AsyncGenerator[str, None]):
 
     async def __anext__(self) -> str:
         scope = self._scope
-        if scope.closer is not None:
+        if scope.cause is not None:
             await scope.closed()
         scope.begin()
         try:
@@ -87,20 +87,23 @@ class InferenceStream(AsyncGenerator[str, None]):
             What it raises stops the reading, not the work: close the stream.
         """
         scope = self._scope
-        if scope.closer is not None:
+        if scope.cause is not None:
             await scope.closed()
         scope.begin()
         sink = scope.sink = Sink(put)
         try:
             async for chunk in self._chunks:
-                if chunk:
-                    sink.held = put(chunk)
-                if sink.held is not None:
+                left = chunk
+                if sink.held is None:
+                    sink.held, left = put(chunk), ""
+                while sink.held is not None:
                     scope.end()  # who waits for a slow reader is not read
                     await sink.wait()
-                    if scope.closer is not None:
+                    if scope.cause is not None:
                         await scope.closed()
                     scope.begin()
+                    if left:  # the end, which came before the wait could begin
+                        sink.held, left = put(left), ""
         finally:
             scope.end()
             scope.sink = None
