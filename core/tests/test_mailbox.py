@@ -285,3 +285,22 @@ async def test_pouring_that_is_cancelled_as_it_ends_is_cancelled() -> None:
         await pouring
     mailbox.put(step(2))
     assert await tokens(mailbox, 1) == [2]
+
+
+@pytest.mark.parametrize("raises", [False, True])
+async def test_a_taker_that_cancels_its_own_reader_harms_no_neighbour(raises: bool) -> None:
+    mailbox, neighbour = Mailbox(), Mailbox()
+
+    def take(step: TokenStep) -> bool:
+        pouring.cancel()
+        if raises:
+            raise ValueError("no")
+        return False
+
+    pouring = asyncio.create_task(mailbox.pour(take))
+    await asyncio.sleep(0)
+    elsewhere(lambda: deliver([(mailbox, step(1)), (neighbour, step(2))]))
+    async with asyncio.timeout(5):
+        with pytest.raises(asyncio.CancelledError):
+            await pouring
+        assert await tokens(neighbour, 1) == [2]

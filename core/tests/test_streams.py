@@ -236,6 +236,24 @@ async def test_the_reader_comes_back_while_the_deadline_cleans_up():
     assert bench.recorder.reasons == ["timeout"] and bench.at_rest()
 
 
+@pytest.mark.parametrize("pumps", [False, True])
+async def test_the_reader_comes_back_while_another_task_closes(pumps):
+    bench = gate_bench()
+    release = asyncio.get_running_loop().create_future()
+    bench.handler.cleanup = lambda: release
+    request, stream = await begun(bench)
+    closer = asyncio.create_task(stream.aclose())
+    await until(lambda: bench.handler.ended == [request.request_id])
+    chunks = []
+    reader = asyncio.create_task(stream.pump(chunks.append) if pumps else drained(stream))
+    await asyncio.sleep(0)
+    assert not reader.done() and not closer.done()
+    release.set_result(None)
+    assert not await reader and not chunks
+    await closer
+    assert bench.recorder.reasons == ["cancelled"] and bench.at_rest()
+
+
 async def test_a_cancelled_closing_is_cancelled_and_gives_everything_back():
     bench = gate_bench()
     bench.handler.cleanup = lambda: asyncio.get_running_loop().create_future()

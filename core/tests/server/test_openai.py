@@ -103,7 +103,13 @@ def test_parameters_arrive(client, shared):
         seed=7,
         logit_bias={"5": -100},
         user="ann",
-        extra_body={"top_k": 9, "min_p": 0.1, "repetition_penalty": 1.1, "timeout_s": 5},
+        extra_body={
+            "top_k": 9,
+            "min_p": 0.1,
+            "repetition_penalty": 1.1,
+            "timeout_s": 5,
+            "priority": 3,
+        },
     )
     request = shared.handler.seen[-1]
     params = request.params
@@ -111,9 +117,17 @@ def test_parameters_arrive(client, shared):
     assert (params.presence_penalty, params.frequency_penalty) == (0.1, -0.2)
     assert (params.seed, params.logit_bias, params.repetition_penalty) == (7, {5: -100.0}, 1.1)
     assert params.max_new_tokens is None
-    assert request.timeout_s == 5
+    assert (request.timeout_s, request.priority) == (5, 3)
     assert request.metadata["user"] == "ann"
     assert [m.role for m in request.messages] == ["system", "user"]
+
+
+def test_a_client_cannot_say_whose_key_it_has(client, shared):
+    client.chat.completions.create(model="m", messages=CHAT)
+    own = shared.handler.seen[-1].metadata["api_key"]
+    said = {"api_key": "boss", "who": "ann"}
+    client.chat.completions.create(model="m", messages=CHAT, metadata=said)
+    assert shared.handler.seen[-1].metadata == {"api_key": own, "who": "ann"}
 
 
 def test_an_adapter_arrives_by_its_name(client, shared):

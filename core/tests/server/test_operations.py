@@ -116,6 +116,15 @@ def states(run) -> dict[str, str]:
     return {model["id"]: model["state"] for model in answer["models"]}
 
 
+def test_a_model_is_reached_by_the_name_that_the_path_has(start):
+    odd = {"model_id": "50%25 off?", "source": "talk:"}
+    with start([odd]) as run:
+        name = "50%2525%20off%3F"
+        assert httpx.get(f"{run.url}/v1/models/{name}").json()["id"] == odd["model_id"]
+        answer = httpx.post(f"{run.url}/v1/admin/models/{name}/unload")
+        assert answer.json()["state"] == "unloaded"
+
+
 def test_models_are_loaded_and_unloaded(start):
     with start(TWO) as run:
         assert states(run) == {"a": "ready", "org/b": "unloaded"}

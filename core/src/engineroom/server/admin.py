@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Awaitable
 from typing import Annotated, Any
-from urllib.parse import unquote
 
 from pydantic import Field, TypeAdapter
 
@@ -83,7 +82,7 @@ def _manager(call: Call) -> LLMModelManager:
 
 def _target(call: Call) -> tuple[LLMModelManager, str]:
     manager = _manager(call)
-    model_id = unquote(call.path_params["model"])
+    model_id: str = call.path_params["model"]
     known = call.context.canonical(model_id)
     if known is None:
         raise Refused(

@@ -164,27 +164,32 @@ class Limiter:
 
     async def _enter(self, key: str, count: int, slot: Slot) -> None:
         settings = self._settings
-        for limit, whose in (
+        for largest, whose in (
             (settings.max_running, "the server"),
             (settings.key_max_running, "a key"),
         ):
-            if limit is not None and count > limit:
+            if largest is not None and count > largest:
                 raise Refused(
                     400,
-                    f"{count} answers at once are more than {whose} may run ({limit}); "
+                    f"{count} answers at once are more than {whose} may run ({largest}); "
                     "ask for fewer",
                     "too_many_choices",
                 )
-        if self._fits(key, count) and not self._ahead(key):
-            self._occupy(key, count)
-            return
-        if self.queued + count > settings.max_queued:
-            raise _queue_full("the server", settings.max_queued)
-        limit = settings.key_max_queued
-        if limit is not None and count + sum(w.count for w in self._queue if w.key == key) > limit:
-            raise _queue_full("this key", limit)
+        # Through the queue, whoever it is: new requests do not overtake, or several answers at
+        # once would wait for ever.
         waiter = _Waiter(key, count, asyncio.get_running_loop().create_future())
         self._queue[waiter] = None
+        self._admit()
+        if waiter.future.done():
+            return
+        mine = sum(w.count for w in self._queue if w.key == key)
+        for whose, waiting, most in (
+            ("the server", self.queued, settings.max_queued),
+            ("this key", mine, settings.key_max_queued),
+        ):
+            if most is not None and waiting > most:
+                del self._queue[waiter]
+                raise _queue_full(whose, most)
         began = self._clock()
         try:
             await waiter.future
@@ -198,16 +203,13 @@ class Limiter:
             slot.waited_s = self._clock() - began
             self._admit()
 
-    def _ahead(self, key: str) -> bool:
-        """Whether somebody waits who could go first: new requests do not overtake."""
-        return any(w.key == key or self._fits(w.key, w.count) for w in self._queue)
+    def _has_room(self, count: int) -> bool:
+        limit = self._settings.max_running
+        return limit is None or self.running + count <= limit
 
-    def _fits(self, key: str, count: int) -> bool:
-        settings = self._settings
-        return (settings.max_running is None or self.running + count <= settings.max_running) and (
-            settings.key_max_running is None
-            or self._by_key.get(key, 0) + count <= settings.key_max_running
-        )
+    def _key_has_room(self, key: str, count: int) -> bool:
+        limit = self._settings.key_max_running
+        return limit is None or self._by_key.get(key, 0) + count <= limit
 
     def _occupy(self, key: str, count: int) -> None:
         self.running += count
@@ -228,18 +230,14 @@ class Limiter:
         for waiter in list(self._queue):
             if waiter.future.done() or waiter.key in blocked:
                 continue
-            if self._fits(waiter.key, waiter.count):
+            if not self._key_has_room(waiter.key, waiter.count):
+                blocked.add(waiter.key)
+            elif self._has_room(waiter.count):
                 self._occupy(waiter.key, waiter.count)
                 del self._queue[waiter]
                 waiter.future.set_result(None)
-            elif self._key_is_the_reason(waiter):
-                blocked.add(waiter.key)
             else:
                 return
-
-    def _key_is_the_reason(self, waiter: _Waiter) -> bool:
-        limit = self._settings.max_running
-        return limit is None or self.running + waiter.count <= limit
 
 
 def _queue_full(whose: str, limit: int) -> Refused:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from typing import Any
-from urllib.parse import unquote
 
 import engineroom
 from engineroom.manager import ModelStatus
@@ -51,7 +50,7 @@ async def models(call: Call) -> None:
 
 async def model(call: Call) -> None:
     """One model."""
-    wanted = unquote(call.path_params["model"])
+    wanted: str = call.path_params["model"]
     for status in call.context.models():
         for entry in _entries(status):
             if entry["id"] == wanted:
