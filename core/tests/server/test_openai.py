@@ -442,12 +442,21 @@ def test_a_stream_that_fails_midway_says_so_and_ends(client, shared):
     assert raw.endswith("data: [DONE]\n\n") and raw.count('"error":') == 1
 
 
-def test_one_of_several_answers_that_fails_ends_the_stream(client):
+def test_one_of_several_answers_that_fails_ends_the_stream_and_counts_all(client, shared):
     stream = client.completions.create(
-        model="m", prompt=["one two three four five", "a b !break d"], stream=True
+        model="m",
+        prompt=["!drip for ever", "a b !break d"],
+        stream=True,
+        stream_options={"include_usage": True},
+        max_tokens=10**6,
     )
+    got = []
     with pytest.raises(openai.APIError):
-        list(stream)
+        got.extend(stream)
+    assert got[-1].usage.prompt_tokens == 3 + 4
+    written = sum(bool(c.choices[0].text) for c in got[:-1])
+    assert got[-1].usage.completion_tokens >= written >= 2
+    shared.until(lambda: shared.handler.running == 0, "the other one has stopped, too")
 
 
 async def test_many_at_once_get_their_own(shared):

@@ -227,9 +227,10 @@ def test_a_key_has_limits_of_its_own(start):
         first.close()
 
 
-def test_tokens_per_minute(start):
+@pytest.mark.parametrize("stream", [False, True])
+def test_tokens_per_minute(start, stream):
     with start(key_tokens_per_minute=30, **RING) as run:
-        body = talk("a b c d e f", max_tokens=10)
+        body = talk("a b c d e f", max_tokens=10, stream=stream)
         statuses = [
             httpx.post(run.url + CHAT, json=body, headers=bearer(USER)).status_code
             for _ in range(3)
