@@ -340,8 +340,8 @@ def test_every_module_is_in_the_architecture() -> None:
 LIMITS_WITHOUT_FLAG = {
     "max_messages": "messages of a conversation",
     "max_choices": "answers to one request, prompts times `n`",
-    "max_header_bytes": "headers",
-    "header_timeout_s": "headers",
+    "max_header_bytes": "headers, and what is sent ahead of an answer",
+    "header_timeout_s": "headers, and what is sent ahead of an answer",
     "body_timeout_s": "time for a body to arrive",
     "write_timeout_s": "time that a reader may leave a full buffer unread",
     "keep_alive_s": "time that a connection stays open unused",
