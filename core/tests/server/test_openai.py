@@ -166,6 +166,21 @@ def test_log_probabilities(client, stream):
 
 
 @pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("n", [1, 2])
+def test_tokens_without_text_have_log_probabilities_too(client, stream, n):
+    answer = client.chat.completions.create(
+        model="m", messages=CHAT, logprobs=True, stop=" three", n=n, stream=stream
+    )
+    choices = [c for part in answer for c in part.choices] if stream else answer.choices
+    for index in range(n):
+        mine = [c for c in choices if c.index == index]
+        entries = [e for c in mine if c.logprobs for e in c.logprobs.content]
+        assert [entry.token for entry in entries] == ["one", " two", " three"]
+        texts = [c.delta.content if stream else c.message.content for c in mine]
+        assert "".join(text or "" for text in texts) == "one two"
+
+
+@pytest.mark.parametrize("stream", [False, True])
 def test_several_answers_have_seeds_of_their_own(client, shared, stream):
     answer = client.chat.completions.create(
         model="m", messages=CHAT, n=3, seed=11, stream=stream,
