@@ -177,3 +177,18 @@ def test_an_offer_of_another_protocol_is_not_taken_and_does_no_harm(start, cut):
             connection.sendall(request[cut:])
             status, body = read_answer(connection)
             assert (status, json.loads(body)["choices"][0]["text"]) == (200, "\r\nupgrade: me")
+
+
+# ── a reader that does not read ──────────────────────────────────────────────────────────────
+
+
+def test_a_stream_waits_for_a_reader_that_does_not_read(start):
+    with start() as run, run.connect() as connection:
+        connection.sendall(asked("!drip " + "x" * 100_000, stream=True, max_tokens=10**6))
+        connections = run.server.server_state.connections
+        run.until(lambda: any(p.flow is not None and p.flow.write_paused for p in connections))
+        (protocol,) = connections
+        steps = run.handler.steps
+        time.sleep(0.3)  # for what must not happen
+        assert run.handler.steps <= steps + 4
+        assert protocol.transport.get_write_buffer_size() < 1_000_000
