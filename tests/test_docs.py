@@ -37,7 +37,7 @@ from engineroom import (
     ModelVariant,
     TokenHandler,
 )
-from engineroom.config import parse_deployment
+from engineroom.config.deployment import parse_deployment
 from engineroom.schemas import FINISH_REASONS
 from engineroom.testing import EchoOptions
 
@@ -377,7 +377,7 @@ def test_every_route_is_told() -> None:
 
 
 def test_every_status_is_told() -> None:
-    from engineroom.server.openapi import document
+    from engineroom.server.apis.openapi import document
 
     described = {
         status

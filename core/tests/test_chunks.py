@@ -29,7 +29,7 @@ from engineroom import (
     TokenStep,
     deliver,
 )
-from engineroom.handler import StreamEnd
+from engineroom.handlers.base import StreamEnd
 
 MODEL = LoadedModel(model_id="m", model_object=None, config=ModelConfig(model_id="m", source="s"))
 Item = TokenStep | EngineRoomError

@@ -11,7 +11,7 @@ import pytest
 from broken_handlers import ALSO, BROKEN, ELSEWHERE, ENDLESS
 from toy_runtime import ToyHandler
 
-import engineroom.plugins
+import engineroom.handlers.discovery
 import engineroom.testing.conformance.base as base
 from engineroom import ConfigurationError, GenerationParams, ModelConfig
 from engineroom.testing import HandlerConformance, overrides
@@ -178,7 +178,7 @@ def installed(monkeypatch, folder: Path, name: str, value: str, api: str = "") -
         found = distributions(path=[str(folder)])
         return [e for d in found for e in d.entry_points if e.group == group]
 
-    monkeypatch.setattr(engineroom.plugins, "entry_points", entry_points)
+    monkeypatch.setattr(engineroom.handlers.discovery, "entry_points", entry_points)
 
 
 def test_the_entry_point_of_a_good_plugin(monkeypatch, tmp_path):

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from engineroom import doorbell
-from engineroom.doorbell import Doorbell
+from engineroom.generation.waker import Doorbell
 
 KINDS = ["eventfd", "without eventfd", "uvloop"]
 

@@ -15,7 +15,7 @@ from engineroom import (
     QueueFullError,
 )
 from engineroom.testing import EchoHandler, EchoModel, EchoOptions
-from engineroom.validation import validate_handler
+from engineroom.handlers.validation import validate_handler
 
 
 async def loaded(**options):

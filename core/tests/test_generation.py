@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from engineroom.errors import InferenceError
-from engineroom.generation import Progress, TokenHandler, TokenStep, watching
-from engineroom.handler import StreamEnd
+from engineroom.generation.generation import Progress, TokenHandler, TokenStep, watching
+from engineroom.handlers.base import StreamEnd
 from engineroom.schemas import (
     GenerationParams,
     InferenceRequest,

@@ -10,7 +10,7 @@ import pytest
 from manager_doubles import FakeSizedHandler, cpu, manager_of, model
 
 from engineroom import InferenceRequest, LLMInferenceService
-from engineroom.meter import MachineMeter
+from engineroom.memory.probe import MachineMeter
 from engineroom.testing import EchoHandler, load_cycles
 
 pytestmark = pytest.mark.long

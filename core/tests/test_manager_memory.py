@@ -476,7 +476,7 @@ async def test_a_grant_that_comes_with_the_deadline_counts(monkeypatch):
         timeouts.append(timeout_at(when))
         return timeouts[-1]
 
-    monkeypatch.setattr("engineroom.room.asyncio.timeout_at", noted)
+    monkeypatch.setattr("engineroom.models.eviction.asyncio.timeout_at", noted)
     manager = manager_of(model("a", 8), model("b", 8), memory={"cpu": 10})
     async with manager.lease("a"):
         waiting = asyncio.create_task(manager.load("b"))

@@ -28,9 +28,9 @@ from engineroom import (
     ModelNotFoundError,
     ResourceNotAvailableError,
 )
-from engineroom.config import parse_deployment
-from engineroom.reload import compare, load_settled
-from engineroom.triggers import reloading
+from engineroom.config.deployment import parse_deployment
+from engineroom.config.changes import compare, load_settled
+from engineroom.models.reloading import reloading
 
 
 def deployment(*models: dict, **keys) -> dict:
@@ -295,14 +295,14 @@ def test_a_file_that_is_being_written_is_read_when_it_is_whole(file, monkeypatch
         if steps:
             file.write_text(steps.pop(0), encoding="utf-8")
 
-    monkeypatch.setattr("engineroom.reload.time.sleep", write_on)
+    monkeypatch.setattr("engineroom.config.changes.time.sleep", write_on)
     assert [m.model_id for m in load_settled(file).models] == ["a", "b"]
 
 
 def test_a_file_that_never_comes_to_rest_is_a_mistake(file, monkeypatch):
     turn = iter(range(10**6))
     monkeypatch.setattr(
-        "engineroom.reload.time.sleep",
+        "engineroom.config.changes.time.sleep",
         lambda _: file.write_text(f"# {next(turn)}\n", encoding="utf-8"),
     )
     with pytest.raises(ConfigurationError, match="being written all the time"):

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from engineroom.memory import (
+from engineroom.memory.account import (
     TOLERANCE_BYTES,
     Footprint,
     MemoryAccount,

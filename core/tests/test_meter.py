@@ -11,9 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-import engineroom.machine as machine
-import engineroom.meter as meter_module
-from engineroom.meter import MachineMeter, give_back_memory
+import engineroom.memory.machine as machine
+import engineroom.memory.probe as meter_module
+from engineroom.memory.probe import MachineMeter, give_back_memory
 
 MIB = 1 << 20
 

@@ -27,7 +27,7 @@ from engineroom import (
     hookimpl,
     request_logger,
 )
-from engineroom.hookspecs import ObserverSpec
+from engineroom.handlers.markers import ObserverSpec
 from engineroom.testing import EchoHandler
 
 pytestmark = pytest.mark.usefixtures("both_ways")
@@ -173,7 +173,7 @@ async def test_an_installed_observer_sees_the_very_first_request(monkeypatch):
     def entry_points(group):
         return [Entry()] if group == Entry.group else []
 
-    monkeypatch.setattr("engineroom.plugins.entry_points", entry_points)
+    monkeypatch.setattr("engineroom.handlers.discovery.entry_points", entry_points)
     bench = echo_bench()
     service = LLMInferenceService(LLMModelManager(config=bench.manager.config))
     service.register_handler(EchoHandler())

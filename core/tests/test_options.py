@@ -8,7 +8,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
 from engineroom import ConfigurationError, LLMModelManager, ModelConfig, parse_options
-from engineroom.suggestions import known_keys
+from engineroom.config.suggestions import known_keys
 
 
 class Strict(BaseModel):

@@ -891,7 +891,7 @@ async def test_neither_finding_plugins_nor_estimating_holds_up_the_loop(stream, 
             seen["can_load"] = threading.get_ident()
             return super().can_load(config)
 
-    monkeypatch.setattr("engineroom.registry.installed_plugins", installed)
+    monkeypatch.setattr("engineroom.handlers.registry.installed_plugins", installed)
     bench = Bench(Estimating(), echo_config())
     if stream:
         assert await drained(bench.service.stream(bench.request("a b"))) == ["a", " b"]
@@ -909,7 +909,7 @@ async def test_requests_that_come_while_plugins_are_found_wait_for_them(monkeypa
         assert found.wait(10)
         return []
 
-    monkeypatch.setattr("engineroom.registry.installed_plugins", installed)
+    monkeypatch.setattr("engineroom.handlers.registry.installed_plugins", installed)
     bench = Bench(EchoHandler(), echo_config())
     tasks = [asyncio.create_task(bench.service.infer(bench.request("a"))) for _ in range(3)]
     await until(entered.is_set)

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engineroom.errors import ConfigurationError, EngineRoomError, ModelNotFoundError
-from engineroom.sources import (
+from engineroom.sources.source import (
     HubSource,
     PackageSource,
     PathSource,

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from engineroom.text import StopMatcher, TextPipeline, Utf8Decoder, _Automaton
+from engineroom.generation.text import StopMatcher, TextPipeline, Utf8Decoder, _Automaton
 
 # A busy machine is no failure.
 untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -6,9 +6,9 @@ import pytest
 from core_doubles import PlainHandler, bare_registry
 
 from engineroom import ConfigurationError, InferenceHandler, TokenHandler
-from engineroom.handler import API_VERSION
+from engineroom.handlers.base import API_VERSION
 from engineroom.testing import EchoHandler
-from engineroom.validation import HANDLER_METHODS, validate_handler
+from engineroom.handlers.validation import HANDLER_METHODS, validate_handler
 
 
 def handler(**methods):

@@ -14,7 +14,7 @@
 
     asyncio.run(main())
 
-Read :mod:`engineroom.service` first, then :mod:`engineroom.handler`. Runtimes are plugins:
+Read :mod:`engineroom.service` first, then :mod:`engineroom.handlers.base`. Runtimes are plugins:
 ``pip install engineroom-llamacpp``, and ``engineroom plugins`` lists them.
 """
 
@@ -24,18 +24,18 @@ import logging
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from engineroom.batching import BatchingEngine, EngineTask
-    from engineroom.config import (
+    from engineroom.engine.batching import BatchingEngine, EngineTask
+    from engineroom.config.deployment import (
         DeploymentConfig,
         load_deployment,
     )
-    from engineroom.decode_loop import (
+    from engineroom.engine.decode_loop import (
         CPU_LOOP,
         DecodeLoop,
         default_threads,
         run_in_new_thread,
     )
-    from engineroom.entries import (
+    from engineroom.models.entry import (
         ModelStatus,
         VariantOutcome,
     )
@@ -50,11 +50,11 @@ if TYPE_CHECKING:
         RequestTimeoutError,
         ResourceNotAvailableError,
     )
-    from engineroom.generation import (
+    from engineroom.generation.generation import (
         TokenHandler,
         TokenStep,
     )
-    from engineroom.handler import (
+    from engineroom.handlers.base import (
         API_VERSION,
         Capabilities,
         Embeddings,
@@ -62,33 +62,33 @@ if TYPE_CHECKING:
         InferenceHandler,
         StreamEnd,
     )
-    from engineroom.hookspecs import (
+    from engineroom.handlers.markers import (
         hookimpl,
     )
-    from engineroom.mailbox import Mailbox, deliver
-    from engineroom.manager import (
+    from engineroom.generation.mailbox import Mailbox, deliver
+    from engineroom.models.manager import (
         LLMModelManager,
         ModelSource,
         PreloadProgress,
     )
-    from engineroom.memory import (
+    from engineroom.memory.account import (
         DeviceMemory,
     )
-    from engineroom.meter import give_back_memory
-    from engineroom.options import (
+    from engineroom.memory.probe import give_back_memory
+    from engineroom.config.options import (
         parse_options,
     )
-    from engineroom.plan import (
+    from engineroom.models.plan import (
         Plan,
         PlannedModel,
         PlannedVariant,
     )
-    from engineroom.registry import (
+    from engineroom.handlers.registry import (
         DispatchReport,
         HandlerRegistry,
         HandlerVerdict,
     )
-    from engineroom.reload import (
+    from engineroom.config.changes import (
         ReloadReport,
     )
     from engineroom.schemas import (
@@ -106,15 +106,15 @@ if TYPE_CHECKING:
     from engineroom.service import (
         LLMInferenceService,
     )
-    from engineroom.sources import (
+    from engineroom.sources.source import (
         find_source,
         resolve_source,
     )
-    from engineroom.streams import (
+    from engineroom.inference.streams import (
         InferenceStream,
         StreamError,
     )
-    from engineroom.suggestions import (
+    from engineroom.config.suggestions import (
         did_you_mean,
     )
     from engineroom.telemetry import (
@@ -122,10 +122,10 @@ if TYPE_CHECKING:
         RequestLogger,
         request_logger,
     )
-    from engineroom.text import (
+    from engineroom.generation.text import (
         TextPipeline,
     )
-    from engineroom.triggers import (
+    from engineroom.models.reloading import (
         reloading,
     )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from engineroom.handler import API_VERSION
+from engineroom.handlers.base import API_VERSION
 
 __all__ = ["v1"]
 

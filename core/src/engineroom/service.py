@@ -1,9 +1,9 @@
 """The dispatcher: a request in, the model's handler found, an answer or a typed error out.
 
 Start reading here. :meth:`LLMInferenceService.process_inference` leases the model
-(:mod:`engineroom.manager`), takes the first handler that can run it
-(:mod:`engineroom.registry`), refuses what that handler cannot honour, and runs it inside a
-:class:`~engineroom.scope.RequestScope`, which is how deadlines, ``aclose`` and ``close`` stop
+(:mod:`engineroom.models.manager`), takes the first handler that can run it
+(:mod:`engineroom.handlers.registry`), refuses what that handler cannot honour, and runs it inside a
+:class:`~engineroom.inference.scope.RequestScope`, which is how deadlines, ``aclose`` and ``close`` stop
 the work without harming the task that asked for it.
 """
 
@@ -16,8 +16,8 @@ from collections.abc import AsyncGenerator, Sequence
 from functools import partial
 from typing import Any, Final, Protocol, runtime_checkable
 
-from engineroom.blocking import BlockingPortal, BlockingStream
-from engineroom.chunks import Given, pour
+from engineroom.inference.blocking import BlockingPortal, BlockingStream
+from engineroom.inference.delivery import Given, pour
 from engineroom.errors import (
     ConfigurationError,
     EngineRoomError,
@@ -26,11 +26,11 @@ from engineroom.errors import (
     RequestTimeoutError,
     ResourceNotAvailableError,
 )
-from engineroom.generation import LAST_STEP, effective_capabilities, open_stream, watching
-from engineroom.handler import Capabilities, Embeddings, InferenceHandler, StreamEnd
-from engineroom.mailbox import Mailbox
-from engineroom.manager import LLMModelManager, ModelSource
-from engineroom.registry import DispatchReport, HandlerRegistry
+from engineroom.generation.generation import LAST_STEP, effective_capabilities, open_stream, watching
+from engineroom.handlers.base import Capabilities, Embeddings, InferenceHandler, StreamEnd
+from engineroom.generation.mailbox import Mailbox
+from engineroom.models.manager import LLMModelManager, ModelSource
+from engineroom.handlers.registry import DispatchReport, HandlerRegistry
 from engineroom.schemas import (
     INPUTS,
     InferenceRequest,
@@ -38,8 +38,8 @@ from engineroom.schemas import (
     LoadedModel,
     OnUnsupported,
 )
-from engineroom.scope import RequestScope
-from engineroom.streams import InferenceStream, StreamError
+from engineroom.inference.scope import RequestScope
+from engineroom.inference.streams import InferenceStream, StreamError
 from engineroom.telemetry import request_logger
 
 __all__ = ["LLMInferenceService"]

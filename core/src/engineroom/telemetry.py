@@ -6,7 +6,7 @@ import logging
 from collections.abc import MutableMapping
 from typing import Any, Final
 
-from engineroom.hookspecs import hookimpl
+from engineroom.handlers.markers import hookimpl
 from engineroom.schemas import InferenceRequest, InferenceResponse, LoadedModel
 
 __all__ = ["LOGGER_NAME", "LoggingObserver", "RequestLogger", "request_logger"]

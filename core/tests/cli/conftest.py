@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-import engineroom.plugins
+import engineroom.handlers.discovery
 from engineroom.cli import main
 
 RECORDER = '''
@@ -127,7 +127,7 @@ def command(
         return [e for d in found for e in d.entry_points if e.group == group]
 
     monkeypatch.syspath_prepend(site.path)
-    monkeypatch.setattr(engineroom.plugins, "entry_points", entry_points)
+    monkeypatch.setattr(engineroom.handlers.discovery, "entry_points", entry_points)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     before = set(sys.modules)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import engineroom.cli.doctor as doctor_module
-import engineroom.machine as machine
+import engineroom.memory.machine as machine
 
 DEPLOYMENT = """\
 models:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from engineroom.cli import new_plugin as module
 from engineroom.cli.new_plugin import PluginNames, plugin_names, render
 from engineroom.cli.output import CommandError
-from engineroom.plugins import HANDLER_GROUP, PluginRecord
+from engineroom.handlers.discovery import HANDLER_GROUP, PluginRecord
 
 # ── names ────────────────────────────────────────────────────────────────────────────────────
 

@@ -25,7 +25,7 @@ from engineroom import (
     TokenStep,
 )
 from engineroom.errors import ConfigurationError, EngineDeadError
-from engineroom.handler import HandlerHealth
+from engineroom.handlers.base import HandlerHealth
 from engineroom.schemas import TokenLogprob
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from server_doubles import TalkHandler
 
 from engineroom import LLMInferenceService, LLMModelManager
-from engineroom.handler import InferenceHandler
+from engineroom.handlers.base import InferenceHandler
 from engineroom.server.runner import EngineRoomServer, bind, loop_factory
 from engineroom.server.settings import ServerSettings
 

@@ -337,7 +337,7 @@ def test_clients_skip_the_comments(start, client, word, monkeypatch):
             if pings == 3:
                 run.handler.gate.set()
 
-    monkeypatch.setattr("engineroom.server.exchange.Heartbeat", Counting)
+    monkeypatch.setattr("engineroom.server.http.exchange.Heartbeat", Counting)
     with start(heartbeat_s=0.02) as run:
         answer = client(run.url, f"!wait two {word}".strip(), 0)
     assert pings >= 3 and answer.status == 200

@@ -17,11 +17,11 @@ from openai.types import completion_create_params, embedding_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.responses import response_create_params
 
-from engineroom.server.anthropic import MessagesRequest
-from engineroom.server.embeddings import EmbeddingsRequest
-from engineroom.server.openai_chat import ChatRequest
-from engineroom.server.openai_completions import CompletionRequest
-from engineroom.server.responses import ResponsesRequest
+from engineroom.server.apis.anthropic_messages import MessagesRequest
+from engineroom.server.apis.openai_embeddings import EmbeddingsRequest
+from engineroom.server.apis.openai_chat import ChatRequest
+from engineroom.server.apis.openai_completions import CompletionRequest
+from engineroom.server.apis.openai_responses import ResponsesRequest
 
 CHAT = {"messages": [{"role": "user", "content": "one"}]}
 APIS = {

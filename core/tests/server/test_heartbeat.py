@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("uvicorn")
 pytest.importorskip("msgspec")
 
-from engineroom.server.heartbeat import PING, Heartbeat
+from engineroom.server.http.heartbeat import PING, Heartbeat
 
 
 class Sent:

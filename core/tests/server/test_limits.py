@@ -15,8 +15,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from engineroom.server.keys import KeyRing
-from engineroom.server.limits import Limiter, TokenBucket
-from engineroom.server.refusals import Refused
+from engineroom.server.http.limits import Limiter, TokenBucket
+from engineroom.server.http.errors import Refused
 from engineroom.server.settings import ServerSettings
 
 

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engineroom import InferenceRequest, InferenceResponse
-from engineroom.server.openapi import document
+from engineroom.server.apis.openapi import document
 from engineroom.server.routes import all_routes
 
 

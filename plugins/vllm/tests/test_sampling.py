@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engineroom import ConfigurationError, GenerationParams
-from engineroom.text import TextPipeline
+from engineroom.generation.text import TextPipeline
 from engineroom_vllm import VLLMHandler
 from engineroom_vllm.sampling import check_params, sampling_arguments, stops_alone
 

@@ -17,7 +17,7 @@ from engineroom.cli.output import CommandError, error_line, say, write, write_te
 from engineroom.cli.parameters import make_params, parse_options
 from engineroom.errors import EngineRoomError
 from engineroom.schemas import ChatMessage, GenerationParams
-from engineroom.suggestions import did_you_mean
+from engineroom.config.suggestions import did_you_mean
 
 __all__ = ["ChatSession"]
 

@@ -13,7 +13,7 @@ from engineroom.cli.resolve import Target
 from engineroom.errors import ConfigurationError, EngineRoomError, InferenceError
 from engineroom.schemas import ChatMessage, GenerationParams, InferenceRequest
 from engineroom.service import LLMInferenceService
-from engineroom.streams import StreamError
+from engineroom.inference.streams import StreamError
 
 __all__ = ["LocalTalker", "ServerTalker", "Talker"]
 

@@ -15,9 +15,9 @@ from engineroom.cli.pull import PULL_EPILOG, RM_CACHE_EPILOG, pull_command, rm_c
 from engineroom.cli.remote import KEY_VARIABLE, URL_VARIABLE, RemoteManager
 from engineroom.cli.resolve import NO_DEPLOYMENT, deployment_or_none, resolve, warn_of_quarantined
 from engineroom.cli.run import CONFIG_OPTION
-from engineroom.config import DeploymentConfig
-from engineroom.manager import LLMModelManager
-from engineroom.plan import Plan, PlannedModel, sizes
+from engineroom.config.deployment import DeploymentConfig
+from engineroom.models.manager import LLMModelManager
+from engineroom.models.plan import Plan, PlannedModel, sizes
 from engineroom.units import format_size
 
 __all__ = ["models_app"]

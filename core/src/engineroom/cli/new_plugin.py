@@ -23,7 +23,7 @@ import typer
 import engineroom
 from engineroom.cli import EXIT_FAILED
 from engineroom.cli.output import CommandError, warning_line, write
-from engineroom.plugins import HANDLER_GROUP, PluginRecord, installed_plugins
+from engineroom.handlers.discovery import HANDLER_GROUP, PluginRecord, installed_plugins
 
 __all__ = ["NEW_PLUGIN_EPILOG", "PluginNames", "new_plugin", "plugin_names", "render"]
 

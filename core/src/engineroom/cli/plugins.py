@@ -14,8 +14,8 @@ from engineroom.cli.output import say, table, write, write_json
 from engineroom.cli.resolve import deployment_or_none, registry_for, resolve
 from engineroom.cli.run import CONFIG_OPTION
 from engineroom.cli.settings import Settings
-from engineroom.plugins import HANDLER_GROUP, PluginRecord, install_hint
-from engineroom.registry import HandlerRegistry
+from engineroom.handlers.discovery import HANDLER_GROUP, PluginRecord, install_hint
+from engineroom.handlers.registry import HandlerRegistry
 
 __all__ = ["PLUGINS_EPILOG", "in_order", "plugin_facts", "plugin_table", "plugins"]
 

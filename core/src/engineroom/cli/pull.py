@@ -11,9 +11,9 @@ import typer
 from engineroom.cli.output import CommandError, say, table, write
 from engineroom.cli.resolve import NO_DEPLOYMENT, deployment_or_none
 from engineroom.cli.run import CONFIG_OPTION
-from engineroom.config import DeploymentConfig
-from engineroom.hub import HubFile, cached_repos, pull, remove_cached
-from engineroom.sources import HubSource, parse_source
+from engineroom.config.deployment import DeploymentConfig
+from engineroom.sources.hub import HubFile, cached_repos, pull, remove_cached
+from engineroom.sources.source import HubSource, parse_source
 from engineroom.units import format_size
 
 __all__ = ["PULL_EPILOG", "RM_CACHE_EPILOG", "pull_command", "rm_cache"]
@@ -119,7 +119,7 @@ def _hub(text: str) -> HubSource:
 
 
 def _of(deployment: DeploymentConfig, model: str) -> list[HubSource]:
-    from engineroom.manager import LLMModelManager
+    from engineroom.models.manager import LLMModelManager
 
     choices = LLMModelManager(config=deployment).get_config(model).choices()
     return [_hub(c.source) for c in choices if c.source and c.source.startswith("hf:")]

@@ -23,9 +23,9 @@ from engineroom.cli.resolve import (
 from engineroom.cli.run import CONFIG_OPTION
 from engineroom.cli.settings import Settings
 from engineroom.errors import ConfigurationError
-from engineroom.hookspecs import hookimpl
-from engineroom.manager import LLMModelManager, PreloadProgress
-from engineroom.reload import ReloadReport
+from engineroom.handlers.markers import hookimpl
+from engineroom.models.manager import LLMModelManager, PreloadProgress
+from engineroom.config.changes import ReloadReport
 from engineroom.service import LLMInferenceService
 from engineroom.telemetry import LOGGER_NAME, LoggingObserver
 

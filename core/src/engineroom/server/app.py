@@ -2,7 +2,7 @@
 
 Start reading here. :class:`Front` is the border: it gives each request an id, asks for the key,
 turns errors into answers, and lets nothing else out. Behind it Starlette's router finds the
-:class:`Endpoint`, a coroutine that is given a :class:`~engineroom.server.call.Call`. All of it
+:class:`Endpoint`, a coroutine that is given a :class:`~engineroom.server.http.call.Call`. All of it
 is pure ASGI, so that a client that goes away is noticed wherever its request is.
 """
 
@@ -18,10 +18,10 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route, Router
 
 from engineroom.server import routes
-from engineroom.server.call import Call, ClientGoneError
-from engineroom.server.context import ServerContext
-from engineroom.server.guard import check_admin, check_front, identify
-from engineroom.server.refusals import Refused, stopping
+from engineroom.server.http.call import Call, ClientGoneError
+from engineroom.server.http.context import ServerContext
+from engineroom.server.http.guard import check_admin, check_front, identify
+from engineroom.server.http.errors import Refused, stopping
 from engineroom.server.settings import ServerSettings
 from engineroom.service import LLMInferenceService
 

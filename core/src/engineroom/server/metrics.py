@@ -16,13 +16,13 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.metrics_core import GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.utils import floatToGoString
 
-from engineroom.hookspecs import hookimpl
-from engineroom.manager import ModelState
+from engineroom.handlers.markers import hookimpl
+from engineroom.models.manager import ModelState
 from engineroom.schemas import InferenceRequest, InferenceResponse, LoadedModel
-from engineroom.server.call import Call
+from engineroom.server.http.call import Call
 
 if TYPE_CHECKING:
-    from engineroom.server.context import ServerContext
+    from engineroom.server.http.context import ServerContext
 
 __all__ = ["PrometheusObserver", "metrics"]
 

@@ -10,13 +10,13 @@ from pydantic import BaseModel
 
 from engineroom.schemas import InferenceRequest, InferenceResponse
 from engineroom.server import admin, answers, openapi, operations, own
-from engineroom.server.anthropic import MessagesRequest, messages
-from engineroom.server.call import Call
-from engineroom.server.embeddings import EmbeddingsRequest, embeddings
+from engineroom.server.apis.anthropic_messages import MessagesRequest, messages
+from engineroom.server.http.call import Call
+from engineroom.server.apis.openai_embeddings import EmbeddingsRequest, embeddings
 from engineroom.server.metrics import metrics
-from engineroom.server.openai_chat import ChatRequest, chat_completions
-from engineroom.server.openai_completions import CompletionRequest, completions
-from engineroom.server.responses import ResponsesRequest, create_response
+from engineroom.server.apis.openai_chat import ChatRequest, chat_completions
+from engineroom.server.apis.openai_completions import CompletionRequest, completions
+from engineroom.server.apis.openai_responses import ResponsesRequest, create_response
 
 __all__ = ["RouteInfo", "all_routes", "open_paths"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from dataclasses import dataclass
 
-from engineroom.manager import LLMModelManager
+from engineroom.models.manager import LLMModelManager
 
 __all__ = ["LoadCycles", "load_cycles"]
 

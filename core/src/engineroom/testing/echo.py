@@ -19,9 +19,9 @@ from typing import Annotated, ClassVar, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from engineroom.errors import ConfigurationError, InferenceError, QueueFullError
-from engineroom.generation import TokenHandler, TokenStep
-from engineroom.handler import Capabilities, Embeddings, HandlerHealth
-from engineroom.options import parse_options
+from engineroom.generation.generation import TokenHandler, TokenStep
+from engineroom.handlers.base import Capabilities, Embeddings, HandlerHealth
+from engineroom.config.options import parse_options
 from engineroom.schemas import InferenceRequest, LoadedModel, ModelConfig
 
 __all__ = ["EchoHandler", "EchoModel", "EchoOptions"]

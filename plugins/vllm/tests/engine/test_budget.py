@@ -20,7 +20,7 @@ from engineroom import (
     ResourceNotAvailableError,
     hookimpl,
 )
-from engineroom.memory import DeviceMemory
+from engineroom.memory.account import DeviceMemory
 from engineroom_vllm import VLLMHandler
 from engineroom_vllm.environment import engine_processes
 from engineroom_vllm.forkserver import SERVERS

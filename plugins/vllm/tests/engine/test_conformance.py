@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from engineroom import LoadedModel, ModelConfig
-from engineroom.handler import InferenceHandler
+from engineroom.handlers.base import InferenceHandler
 from engineroom.testing import HandlerConformance
 from engineroom.testing.conformance import overrides
 from engineroom_vllm import VLLMHandler

@@ -12,8 +12,8 @@ from typing import Any, ClassVar, Final, NoReturn
 import pytest
 
 from engineroom.errors import ConfigurationError
-from engineroom.handler import InferenceHandler
-from engineroom.plugins import HANDLER_GROUP, install_hint, installed_plugins
+from engineroom.handlers.base import InferenceHandler
+from engineroom.handlers.discovery import HANDLER_GROUP, install_hint, installed_plugins
 from engineroom.schemas import ChatMessage, LoadedModel, ModelConfig
 from engineroom.testing.conformance.foundations import FOUNDATIONS, Foundation, lay
 from engineroom.testing.conformance.kit import Kit, Settings

@@ -8,8 +8,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from engineroom.handler import HandlerHealth
-from engineroom.manager import LLMModelManager
+from engineroom.handlers.base import HandlerHealth
+from engineroom.models.manager import LLMModelManager
 from engineroom.schemas import (
     GenerationParams,
     InferenceRequest,
@@ -18,7 +18,7 @@ from engineroom.schemas import (
     ModelConfig,
 )
 from engineroom.service import LLMInferenceService
-from engineroom.streams import InferenceStream, StreamError
+from engineroom.inference.streams import InferenceStream, StreamError
 from engineroom.testing.conformance.outcomes import broken
 
 if TYPE_CHECKING:

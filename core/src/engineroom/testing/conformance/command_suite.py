@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from engineroom.handler import InferenceHandler
+from engineroom.handlers.base import InferenceHandler
 from engineroom.schemas import ModelConfig
 from engineroom.testing.conformance.kit import Settings
 from engineroom.testing.conformance.runner import Job, current_job

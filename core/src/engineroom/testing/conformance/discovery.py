@@ -20,8 +20,8 @@ from engineroom.errors import (
     ModelNotFoundError,
     ResourceNotAvailableError,
 )
-from engineroom.handler import API_VERSION, HandlerHealth
-from engineroom.plugins import HANDLER_GROUP, installed_plugins
+from engineroom.handlers.base import API_VERSION, HandlerHealth
+from engineroom.handlers.discovery import HANDLER_GROUP, installed_plugins
 from engineroom.schemas import LoadedModel, ModelConfig
 from engineroom.testing.conformance.base import Checks, check
 from engineroom.testing.conformance.kit import Kit

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Final
 
 from engineroom.errors import ConfigurationError, EngineRoomError
-from engineroom.handler import Embeddings
+from engineroom.handlers.base import Embeddings
 from engineroom.testing.conformance.base import Checks, check
 from engineroom.testing.conformance.bench import Bench
 from engineroom.testing.conformance.kit import Kit

@@ -6,12 +6,12 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Final, Literal, TypeAlias, get_args
 
 from engineroom.errors import EngineRoomError
-from engineroom.handler import Capabilities
+from engineroom.handlers.base import Capabilities
 from engineroom.schemas import FINISH_REASONS, InferenceResponse
 from engineroom.testing.conformance.bench import said
 from engineroom.testing.conformance.kit import Kit
 from engineroom.testing.conformance.outcomes import HungError, broken
-from engineroom.validation import validate_handler
+from engineroom.handlers.validation import validate_handler
 
 __all__ = ["FOUNDATIONS", "Foundation", "lay"]
 

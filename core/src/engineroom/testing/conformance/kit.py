@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from engineroom.errors import ConfigurationError
-from engineroom.generation import effective_capabilities
-from engineroom.handler import Capabilities, InferenceHandler
+from engineroom.generation.generation import effective_capabilities
+from engineroom.handlers.base import Capabilities, InferenceHandler
 from engineroom.schemas import (
     GenerationParams,
     InferenceRequest,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
 from engineroom.errors import ConfigurationError
-from engineroom.handler import InferenceHandler
+from engineroom.handlers.base import InferenceHandler
 from engineroom.schemas import ModelConfig
 
 __all__ = ["CheckResult", "Job", "Outcome", "SelectionError", "current_job", "run_suite"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from engineroom.handler import StreamEnd
+from engineroom.handlers.base import StreamEnd
 from engineroom.schemas import InferenceResponse
 from engineroom.testing.conformance.base import Checks, check
 from engineroom.testing.conformance.bench import Streamed, said

@@ -1,0 +1,112 @@
+"""A new deployment in the place of the old one: what differs, and when to read it again."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from engineroom.config.deployment import DeploymentConfig, deployment_path, parse_deployment
+from engineroom.errors import ConfigurationError
+from engineroom.schemas import ModelConfig
+
+__all__ = ["ReloadReport", "compare", "load_settled"]
+
+_SETTLE_S: Final = 0.05
+_ATTEMPTS: Final = 40
+
+
+@dataclass(frozen=True, slots=True)
+class ReloadReport:
+    """What a reload of the deployment changed, by model id.
+
+    :param added: models that are new; those with ``preload`` are being loaded.
+    :param removed: models that are gone; their requests end first.
+    :param changed: models with another source, runtime, variants, options or memory; running
+        requests end on the old one, new ones get the new one.
+    :param adjusted: models of which only names, priority, times and the like changed; they stay
+        loaded.
+    :param needs_restart: keys of the deployment that changed and count only after a restart.
+    """
+
+    added: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
+    adjusted: tuple[str, ...] = ()
+    needs_restart: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        parts = [
+            f"{label}: {', '.join(names)}"
+            for label, names in (
+                ("added", self.added),
+                ("removed", self.removed),
+                ("changed", self.changed),
+                ("adjusted", self.adjusted),
+                ("after a restart only", self.needs_restart),
+            )
+            if names
+        ]
+        return "; ".join(parts) or "nothing changed"
+
+
+def compare(old: DeploymentConfig, new: DeploymentConfig) -> ReloadReport:
+    """What differs between two deployments."""
+    before = {model.model_id: model for model in old.models}
+    after = {model.model_id: model for model in new.models}
+    both = [(before[name], model) for name, model in after.items() if name in before]
+    soft = (old.keep_alive, old.load_timeout_s, old.fallback) != (
+        new.keep_alive,
+        new.load_timeout_s,
+        new.fallback,
+    )
+    return ReloadReport(
+        added=tuple(name for name in after if name not in before),
+        removed=tuple(name for name in before if name not in after),
+        changed=tuple(b.model_id for a, b in both if _substance(a) != _substance(b)),
+        adjusted=tuple(
+            b.model_id for a, b in both if _substance(a) == _substance(b) and (a != b or soft)
+        ),
+        needs_restart=tuple(
+            key
+            for key in ("handlers", "disabled_handlers", "on_unsupported")
+            if getattr(old, key) != getattr(new, key)
+        ),
+    )
+
+
+def _substance(model: ModelConfig) -> object:
+    """What a loaded model is made from."""
+    return [(c.source, c.runtime, c.options, c.memory) for c in model.choices()]
+
+
+def load_settled(path: str | os.PathLike[str] | None) -> DeploymentConfig:
+    """Read a deployment file that somebody may be writing just now. Blocks.
+
+    It is read until it is the same twice, a moment apart, so that half of a file does not count.
+
+    :raises ConfigurationError: it has mistakes, or does not come to rest.
+    """
+    file = deployment_path(path)
+    for _ in range(_ATTEMPTS):
+        before = _read(file)
+        time.sleep(_SETTLE_S)
+        if before == _read(file):
+            return parse_deployment(before[0], os.fspath(file), base=file.parent)
+    raise ConfigurationError(
+        f"the deployment file {os.fspath(file)!r} is being written all the time; write it to "
+        "another name first and rename it"
+    )
+
+
+def _read(file: Path) -> tuple[bytes, int, int]:
+    try:
+        data = file.read_bytes()
+        found = file.stat()
+    except OSError as error:
+        raise ConfigurationError(
+            f"the deployment file {os.fspath(file)!r} cannot be read: {error.strerror or error}"
+        ) from error
+    return data, found.st_mtime_ns, found.st_ino

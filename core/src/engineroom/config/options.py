@@ -1,0 +1,51 @@
+"""The ``options:`` of a model, checked against a runtime's own schema."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from engineroom.errors import ConfigurationError
+from engineroom.schemas import ModelConfig
+from engineroom.config.suggestions import did_you_mean, known_keys
+
+__all__ = ["parse_options", "problems"]
+
+_M = TypeVar("_M", bound=BaseModel)
+
+
+def parse_options(schema: type[_M], config: ModelConfig) -> _M:
+    """Check a model's options.
+
+    :param schema: a pydantic model with ``extra="forbid"``.
+    :raises ConfigurationError: on one line, all mistakes at once, each with its key; for an
+        unknown key the nearest known one.
+    """
+    try:
+        return schema.model_validate(config.options)
+    except ValidationError as error:
+        raise ConfigurationError(
+            f"options of model {config.model_id!r}: {problems(error, schema)}",
+            model_id=config.model_id,
+        ) from error
+
+
+def problems(error: ValidationError, schema: type[BaseModel] | None = None) -> str:
+    """A pydantic error on one line: ``key: what is wrong; key: what is wrong``.
+
+    :param schema: where the nearest known key is looked for.
+    """
+    found = []
+    for item in error.errors(include_url=False, include_input=False):
+        key = ".".join(str(part) for part in item["loc"])
+        message = " ".join(item["msg"].removeprefix("Value error, ").split())
+        if item["type"] == "extra_forbidden":
+            message = "there is no such key"
+            known = known_keys(schema, item["loc"]) if schema is not None else []
+            if known:
+                message += did_you_mean(str(item["loc"][-1]), known) or (
+                    f"; there are {', '.join(known)}"
+                )
+        found.append(f"{key}: {message}" if key else message)
+    return "; ".join(found)

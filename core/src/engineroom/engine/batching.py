@@ -1,0 +1,305 @@
+"""What every engine that batches does the same: a queue, slots, turns, cancelling, ending.
+
+A runtime that decodes in this process subclasses :class:`BatchingEngine` and writes one method,
+:meth:`~BatchingEngine.step`: compute one decoding step of all that is in ``running``. The engine
+takes its turns on a thread (:mod:`engineroom.engine.decode_loop`); requests come in from any event loop
+and what they get goes back through their :class:`~engineroom.generation.mailbox.Mailbox`, once a step for all
+of them.
+
+* The queue is bounded; what does not fit is refused at once.
+* Waiting requests go by priority, then by arrival.
+* Cancelling takes effect before the next step, wherever the request is.
+* An exception that a step lets out ends the engine: its requests fail with ``EngineDeadError``,
+  and so does whatever is sent afterwards.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from engineroom.engine.decode_loop import DecodeLoop
+from engineroom.errors import (
+    EngineDeadError,
+    EngineRoomError,
+    QueueFullError,
+    ResourceNotAvailableError,
+)
+from engineroom.generation.generation import TokenStep
+from engineroom.handlers.base import HandlerHealth
+from engineroom.generation.mailbox import Mailbox, deliver
+from engineroom.telemetry import RequestLogger
+
+__all__ = ["BatchingEngine", "EngineTask"]
+
+logger = logging.getLogger("engineroom.batching")
+
+_PARCEL = tuple[Mailbox, TokenStep | EngineRoomError]
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class EngineTask:
+    """One request on its way through an engine. Runtimes add what they need.
+
+    Made on the request's event loop, where its steps are taken from ``mailbox``.
+
+    :param log: where the request's records go.
+    :param priority: waiting requests of a higher one go first.
+    """
+
+    log: RequestLogger
+    priority: int = 0
+    mailbox: Mailbox = field(default_factory=Mailbox)
+    order: int = 0
+    """When it came, among the engine's requests; set by :meth:`BatchingEngine.submit`."""
+    cancelled: bool = False
+    """Nobody waits for it any more."""
+    done: bool = False
+    """It has left the engine."""
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Who goes first: the higher priority, then the one that came first."""
+        return (-self.priority, self.order)
+
+
+_T = TypeVar("_T", bound=EngineTask)
+
+
+class BatchingEngine(ABC, Generic[_T]):
+    """Many requests through one model, a step at a time.
+
+    :param name: the model's name, for messages.
+    :param loop: where it takes its turns: the one for the CPU, or one of its own.
+    :param max_running: requests that are decoded at one time.
+    :param max_queue: requests that wait beyond those; more are refused at once.
+    """
+
+    def __init__(self, name: str, loop: DecodeLoop, *, max_running: int, max_queue: int) -> None:
+        self.name = name
+        self._loop = loop
+        self._max_running = max_running
+        self._max_queue = max_queue
+        # Guarded by the loop's condition; ``running`` is changed by the thread alone.
+        self._incoming: list[_T] = []
+        self._cancelling = False  # whether there is one to be taken out
+        self._alone: _T | None = None
+        self._closing = False
+        self._ended = False
+        self._dead: EngineDeadError | None = None
+        self._orders = itertools.count()
+        self.waiting: list[_T] = []
+        """Requests that wait, on the thread; to be changed by :meth:`wait_again` only."""
+        self.running: list[_T] = []
+        """Requests that hold a slot, in the order in which they got it."""
+
+    # ── what a runtime writes ────────────────────────────────────────────────────────────────
+
+    @abstractmethod
+    def step(self) -> None:
+        """Compute one step of what is in ``running``, and :meth:`hand_over` what it gave.
+
+        Requests that end are taken out with :meth:`leave`. What fails should fail its requests
+        (:meth:`fail`) and return; an exception that gets out ends the engine.
+        """
+
+    def may_start(self, task: _T) -> bool:
+        """Whether the first of those that wait can be given a slot now; one is free.
+
+        Always true for a request that would be alone: else nothing would ever go on.
+        """
+        return True
+
+    def started(self, task: _T) -> None:
+        """The request was given a slot: give it what it needs."""
+
+    def released(self, task: _T) -> None:
+        """The request has left ``running``: take back what :meth:`started` gave."""
+
+    def interrupt(self, on: bool) -> None:
+        """Abort the step that is being computed, or (``False``) let the next ones through.
+
+        Called from any thread under the loop's condition: must not block. Where a runtime can
+        do this, cancelling a request that is alone, and closing, need not wait for the step.
+        """
+
+    def shut(self) -> None:
+        """Free everything; called once, on the thread, after the last step."""
+
+    def cache_usage(self) -> float | None:
+        """Used share of the key/value cache, 0 to 1. Called under the loop's condition."""
+        return None
+
+    # ── for asyncio ──────────────────────────────────────────────────────────────────────────
+
+    def submit(self, task: _T) -> _T:
+        """Queue a request; its steps come through ``task.mailbox``.
+
+        :raises QueueFullError: ``max_queue`` requests are waiting already.
+        :raises EngineDeadError: the engine has died.
+        :raises ResourceNotAvailableError: the engine is being closed.
+        """
+        with self._loop.condition:
+            if self._dead is not None:
+                raise EngineDeadError(self._dead.message)
+            if self._closing:
+                raise ResourceNotAvailableError("the model is being unloaded; send it again")
+            waiting = len(self.waiting) + len(self._incoming)
+            free = self._max_running - len(self.running)
+            if waiting >= self._max_queue + max(0, free):
+                raise QueueFullError(
+                    f"{waiting} requests wait for model {self.name!r} already, which is the "
+                    f"bound (option max_queue={self._max_queue}); send it again later"
+                )
+            task.order = next(self._orders)
+            self._incoming.append(task)
+            self._loop.condition.notify_all()
+        return task
+
+    def cancel(self, task: _T) -> None:
+        """Stop a request's work and give its slot back. Harmless after its end."""
+        with self._loop.condition:
+            task.cancelled = True
+            if not task.done:
+                self._cancelling = True
+                if self._alone is task:
+                    self.interrupt(True)
+                self._loop.condition.notify_all()
+
+    def health(self) -> HandlerHealth:
+        """Requests running and waiting, and how full the cache is."""
+        with self._loop.condition:
+            return HandlerHealth(
+                ok=self._dead is None and not self._closing,
+                detail=self._dead.message if self._dead else "",
+                num_requests_running=len(self.running),
+                num_requests_waiting=len(self.waiting) + len(self._incoming),
+                kv_cache_usage=None if self._ended else self.cache_usage(),
+            )
+
+    def open(self) -> None:
+        """Begin to take turns; to be called once, when the engine is ready."""
+        self._loop.add(self)
+
+    def close(self) -> None:
+        """End the engine and free what it has. Blocks; requests still running fail."""
+        with self._loop.condition:
+            self._closing = True
+            if not self._ended:
+                self.interrupt(True)
+            self._loop.condition.notify_all()
+        self._loop.wait_for_end(self)
+
+    # ── for steps, on the thread ─────────────────────────────────────────────────────────────
+
+    def hand_over(self, parcels: Iterable[_PARCEL]) -> None:
+        """Give requests their steps, or the errors that end them: once a step, for all."""
+        deliver(parcels)
+
+    def leave(self, task: _T) -> None:
+        """The request has ended; its slot is free."""
+        task.done = True
+        self._release(task)
+
+    def wait_again(self, task: _T) -> None:
+        """The request gives its slot back, and goes on when there is room again."""
+        self._release(task)
+        with self._loop.condition:
+            self.waiting.append(task)
+
+    def fail(self, tasks: Iterable[_T], error: EngineRoomError) -> None:
+        """End requests with an error; the engine goes on. Each gets an error of its own."""
+        failed = list(tasks)
+        for task in failed:
+            self.leave(task)
+        deliver((task.mailbox, _copy(error)) for task in failed if not task.cancelled)
+
+    # ── turns ────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a turn would do anything."""
+        return bool(self.running or self._incoming or self.waiting or self._closing)
+
+    def turn(self) -> bool:
+        """One step, or the end; see :class:`~engineroom.engine.decode_loop.Worker`."""
+        failure: EngineRoomError
+        try:
+            if self._take_in():
+                if self.running:
+                    self.step()
+                return True
+            failure = ResourceNotAvailableError(
+                f"model {self.name!r} was unloaded while the request ran; send it again"
+            )
+        except Exception as error:
+            logger.exception("the engine of model %r has died", self.name)
+            failure = EngineDeadError(
+                f"the engine of model {self.name!r} has died: {type(error).__name__}: {error}; "
+                "unload the model and load it again"
+            )
+        self._end(failure)
+        return False
+
+    def _take_in(self) -> bool:
+        """Drop what was cancelled, start what can start. False: the engine is to end."""
+        with self._loop.condition:
+            if self._closing:
+                return False
+            self.interrupt(False)
+            self.waiting += self._incoming
+            self._incoming.clear()
+            if self._cancelling:
+                self._cancelling = False
+                for task in [t for t in self.waiting if t.cancelled]:
+                    self.waiting.remove(task)
+                    task.done = True
+                for task in [t for t in self.running if t.cancelled]:
+                    self.leave(task)
+            self._admit()
+            self._alone = self.running[0] if len(self.running) == 1 else None
+        return True
+
+    def _admit(self) -> None:
+        if not self.waiting:
+            return
+        self.waiting.sort(key=lambda task: task.rank)
+        while self.waiting and len(self.running) < self._max_running:
+            task = self.waiting[0]
+            if self.running and not self.may_start(task):
+                return
+            self.waiting.pop(0)
+            self.running.append(task)
+            self.started(task)
+
+    def _release(self, task: _T) -> None:
+        self.running.remove(task)
+        self.released(task)
+
+    def _end(self, failure: EngineRoomError) -> None:
+        """Free everything, and tell the requests that are left."""
+        with self._loop.condition:
+            if isinstance(failure, EngineDeadError):
+                self._dead = failure
+            self._closing = self._ended = True
+            left = [*self.running, *self.waiting, *self._incoming]
+            self.running, self.waiting, self._incoming = [], [], []
+            self._alone = None
+            for task in left:
+                task.done = True
+        try:
+            self.shut()
+        except Exception:  # a runtime that has died may fail at anything
+            logger.exception("the engine of model %r could not free what it had", self.name)
+        deliver((task.mailbox, _copy(failure)) for task in left if not task.cancelled)
+
+
+def _copy(error: EngineRoomError) -> EngineRoomError:
+    """Each request gets an error of its own, to which its names can be added."""
+    copied = type(error)(error.message)
+    copied.__cause__ = error.__cause__
+    return copied

@@ -1,0 +1,281 @@
+"""What a runtime is to engineroom: one class with three methods to write.
+
+A runtime is a subclass of :class:`InferenceHandler` (or, easier, of
+:class:`~engineroom.generation.generation.TokenHandler`), published under an entry point::
+
+    [project.entry-points."engineroom.handlers"]
+    my_runtime = "my_package.handler:MyHandler"
+
+Methods need no decorator: the registry takes a subclass's methods for implementations of the
+hook specifications here, and says at registration what is wrong with them. Importing the
+plugin's module must not import its runtime; that waits until ``load_model``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Final
+
+from engineroom.errors import ConfigurationError
+from engineroom.handlers.markers import hookspec
+from engineroom.schemas import (
+    GenerationParams,
+    InferenceRequest,
+    InferenceResponse,
+    LoadedModel,
+    ModelConfig,
+)
+
+__all__ = [
+    "API_VERSION",
+    "Capabilities",
+    "Embeddings",
+    "HandlerHealth",
+    "InferenceHandler",
+    "StreamEnd",
+]
+
+API_VERSION: Final = "1.0"
+"""Version of the handler contract. Handlers of another major version are refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a handler can do. What it cannot do is refused by name, never dropped.
+
+    :param params: the fields of :class:`~engineroom.schemas.GenerationParams` that it honours.
+    :param chat: takes ``messages``.
+    :param stop_sequences: honours ``stop_sequences``; every ``TokenHandler`` does.
+    :param tools: honours ``tools`` and ``tool_choice``.
+    :param structured_output: kinds of ``structured_output`` that it honours, of
+        ``json_schema``, ``regex`` and ``grammar``.
+    :param embeddings: has :meth:`InferenceHandler.embed`, for models that are made for it.
+    :param adapters: honours ``adapter``, and refuses names that it does not know.
+    :param prompt_token_ids: takes ``prompt_token_ids``, and refuses ids that the model has not.
+    """
+
+    params: frozenset[str] = frozenset()
+    chat: bool = False
+    stop_sequences: bool = False
+    tools: bool = False
+    structured_output: frozenset[str] = frozenset()
+    embeddings: bool = False
+    adapters: bool = False
+    prompt_token_ids: bool = False
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.params) - set(GenerationParams.model_fields)):
+            raise ConfigurationError(
+                f"Capabilities(params=…) names {', '.join(unknown)}, which GenerationParams "
+                f"does not have; its fields are {', '.join(GenerationParams.model_fields)}"
+            )
+
+    def unsupported(self, request: InferenceRequest) -> list[str]:
+        """Names of what ``request`` asks for and this handler cannot do, in a fixed order."""
+        found = sorted(request.params.requested() - self.params)
+        structured = request.params.structured_output
+        if structured is not None and "structured_output" not in found:
+            found += [
+                f"structured_output.{kind}"
+                for kind in ("json_schema", "regex", "grammar")
+                if getattr(structured, kind) is not None and kind not in self.structured_output
+            ]
+        if request.messages is not None and not self.chat:
+            found.append("messages")
+        if request.prompt_token_ids is not None and not self.prompt_token_ids:
+            found.append("prompt_token_ids")
+        if request.stop_sequences and not self.stop_sequences:
+            found.append("stop_sequences")
+        if not self.tools:
+            found += [n for n in ("tools", "tool_choice") if getattr(request, n)]
+        if request.adapter is not None and not self.adapters:
+            found.append("adapter")
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """Texts as vectors.
+
+    :param vectors: one a text, in the order of the texts, all of one length.
+    :param prompt_tokens: tokens of all texts together.
+    """
+
+    vectors: Sequence[Sequence[float]]
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class HandlerHealth:
+    """How a loaded model's engine is doing.
+
+    :param ok: it serves requests.
+    :param detail: why not, if not; else what is worth knowing, which ``explain`` shows.
+    :param num_requests_running: requests that hold a slot.
+    :param num_requests_waiting: requests that wait for one.
+    :param kv_cache_usage: used share of the key/value cache, 0 to 1; ``None`` if not known.
+    """
+
+    ok: bool = True
+    detail: str = ""
+    num_requests_running: int = 0
+    num_requests_waiting: int = 0
+    kv_cache_usage: float | None = None
+
+
+class StreamEnd(str):
+    """What ``stream_infer`` may yield last: no text, but the final response in ``response``.
+
+    It is an empty string, so that joining the chunks of a stream stays right. Without it the
+    service knows the text but neither the counts nor why the stream ended.
+    """
+
+    __slots__ = ("response",)
+    response: InferenceResponse
+
+    def __new__(cls, response: InferenceResponse) -> StreamEnd:
+        self = super().__new__(cls, "")
+        self.response = response
+        return self
+
+
+class InferenceHandler(ABC):
+    """A runtime. Subclass it, set ``name``, and write the three abstract methods.
+
+    One instance serves every model of its runtime, many requests at once, and lives as long as
+    the process. ``infer`` and ``stream_infer`` are cancelled like any coroutine: by
+    ``asyncio.CancelledError`` or, for a stream, by ``aclose()``. Stop the work within one
+    decoding step, give the slot back, and let the exception pass.
+    """
+
+    name: ClassVar[str]
+    """Unique; the name of the entry point, and what ``runtime:`` and ``handlers:`` refer to."""
+
+    api_version: ClassVar[str] = API_VERSION
+    """The contract that the handler was written for; plugins write it out as a constant."""
+
+    @hookspec
+    @abstractmethod
+    def can_handle(self, loaded_model: LoadedModel) -> bool:
+        """Say whether this handler can run requests on the model.
+
+        Called for every handler in order until one says ``True``. Must be cheap, free of side
+        effects and right for models of other runtimes, whose ``model_object`` may be anything.
+
+        :returns: ``True`` or ``False``; anything else counts as a defect.
+        """
+
+    @hookspec
+    @abstractmethod
+    async def infer(
+        self, loaded_model: LoadedModel, request: InferenceRequest
+    ) -> InferenceResponse:
+        """Answer the request in whole.
+
+        :returns: text, finish reason, counts.
+        :raises EngineRoomError: typed, where the cause is known; other exceptions become
+            ``InferenceError``.
+        """
+
+    @hookspec
+    @abstractmethod
+    def stream_infer(
+        self, loaded_model: LoadedModel, request: InferenceRequest
+    ) -> AsyncGenerator[str, None]:
+        """Answer the request piece by piece: an ``async def`` with ``yield``.
+
+        The joined pieces are the text that ``infer`` gives for the same request. May end with
+        a :class:`StreamEnd`. Errors are raised, as in ``infer``.
+        """
+
+    @hookspec
+    async def embed(self, loaded_model: LoadedModel, texts: Sequence[str]) -> Embeddings:
+        """Turn texts into vectors; asked only where ``capabilities().embeddings`` says so.
+
+        The vector of a text does not depend on the texts beside it. Cancelled like any
+        coroutine.
+
+        :param texts: at least one, none of them empty.
+        :raises ConfigurationError: the model makes no embeddings, or a text is too long for it.
+        """
+        raise ConfigurationError(f"handler {self.name!r} makes no embeddings")
+
+    @hookspec
+    def can_load(self, config: ModelConfig) -> bool:
+        """Say whether ``source`` is in this runtime's native format.
+
+        A look at a name or a few bytes, not a load. A foreign format that the runtime could
+        convert is a ``False``: it is loaded where the deployment names the runtime.
+        """
+        return False
+
+    @hookspec
+    def import_runtime(self) -> None:
+        """Import the runtime's libraries, if that was not done before.
+
+        Called in a thread before a load is measured, each time: libraries stay in the process,
+        and would be taken for memory that the model did not give back.
+
+        :raises ConfigurationError: they are not installed, or cannot be imported.
+        """
+
+    @hookspec
+    def runtime_processes(self) -> Collection[int]:
+        """Process ids of children of this process that belong to the runtime and to no model.
+
+        Such a one may start or end with any load, and what it takes is no model's memory. Asked
+        in a thread, before and after each load and unload.
+        """
+        return ()
+
+    @hookspec
+    async def load_model(self, config: ModelConfig) -> LoadedModel:
+        """Load the model, without blocking the event loop.
+
+        :raises ModelNotFoundError: no such file or model.
+        :raises ConfigurationError: an option is wrong, or the file is damaged.
+        :raises ResourceNotAvailableError: it does not fit.
+        """
+        raise ConfigurationError(
+            f"handler {self.name!r} runs models but does not load them; load "
+            f"{config.model_id!r} with another runtime, or lease it from a source of your own",
+            model_id=config.model_id,
+        )
+
+    @hookspec
+    async def unload_model(self, loaded_model: LoadedModel) -> None:
+        """Give everything back: memory, threads, processes, files. Called once."""
+
+    @hookspec
+    def estimate_memory(self, config: ModelConfig) -> Mapping[str, int] | None:
+        """Bytes that the loaded model will take on each device, before anything is loaded.
+
+        :returns: ``{"cpu": bytes, "cuda:0": bytes}``, or ``None`` if it cannot be told.
+        """
+        return None
+
+    @hookspec
+    def capabilities(self) -> Capabilities:
+        """What the handler can do. By default nothing beyond a plain prompt is claimed."""
+        return Capabilities()
+
+    @hookspec
+    def count_tokens(self, loaded_model: LoadedModel, text: str) -> int | None:
+        """Tokens of ``text`` without any that the model adds; ``None`` if it cannot be told."""
+        return None
+
+    @hookspec
+    def health(self, loaded_model: LoadedModel) -> HandlerHealth:
+        """How the model's engine is doing now. Cheap; called often."""
+        return HandlerHealth()
+
+    @hookspec
+    def unavailable(self) -> str | None:
+        """Why this runtime cannot work here, with what to do; ``None``: it can.
+
+        Asked once of an installed plugin, when it is found; with an answer it is listed and not
+        used. Quick, and imports no runtime.
+        """
+        return None

@@ -1,0 +1,133 @@
+"""The checks of a handler that pluggy leaves out; each error names plugin, method and remedy."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Final
+
+from engineroom.errors import ConfigurationError
+from engineroom.handlers.base import API_VERSION, InferenceHandler
+
+__all__ = ["HANDLER_METHODS", "validate_handler"]
+
+_Kind = str
+_PLAIN: Final[_Kind] = "def"
+_COROUTINE: Final[_Kind] = "async def"
+_GENERATOR: Final[_Kind] = "async def with yield"
+
+_KINDS: Final[dict[str, _Kind]] = {
+    "can_handle": _PLAIN,
+    "infer": _COROUTINE,
+    "stream_infer": _GENERATOR,
+    "embed": _COROUTINE,
+    "can_load": _PLAIN,
+    "import_runtime": _PLAIN,
+    "runtime_processes": _PLAIN,
+    "load_model": _COROUTINE,
+    "unload_model": _COROUTINE,
+    "estimate_memory": _PLAIN,
+    "capabilities": _PLAIN,
+    "count_tokens": _PLAIN,
+    "health": _PLAIN,
+    "unavailable": _PLAIN,
+}
+HANDLER_METHODS: Final = frozenset(_KINDS)
+"""The methods of :class:`~engineroom.handlers.base.InferenceHandler` that are hook specifications."""
+
+
+def validate_handler(handler: object) -> InferenceHandler:
+    """Check what was given for a handler.
+
+    :returns: the handler itself.
+    :raises ConfigurationError: it is a class, no handler, nameless, of another API version, or
+        one of its methods has the wrong parameters or the wrong kind.
+    """
+    if isinstance(handler, type):
+        raise ConfigurationError(
+            f"handler {handler.__name__}: a class was given where an instance belongs; "
+            f"write {handler.__name__}()"
+        )
+    if not isinstance(handler, InferenceHandler):
+        raise ConfigurationError(
+            f"handler {type(handler).__name__}: not an InferenceHandler; "
+            "derive its class from engineroom.InferenceHandler or engineroom.TokenHandler"
+        )
+    name = getattr(handler, "name", None)
+    who = f"handler {name!r} ({type(handler).__module__}.{type(handler).__qualname__})"
+    if not isinstance(name, str) or not name or name != name.strip():
+        raise ConfigurationError(
+            f'{who}: it has no name; set name = "my_runtime" in the class, as in its entry point'
+        )
+    _check_api_version(who, handler.api_version)
+    for method, kind in _KINDS.items():
+        _check_method(who, handler, method, kind)
+    return handler
+
+
+def _check_api_version(who: str, version: object) -> None:
+    major = version.partition(".")[0] if isinstance(version, str) else None
+    if major is None or not major.isdecimal():
+        raise ConfigurationError(
+            f"{who}: api_version is {version!r}, not a version; write "
+            f'api_version = "{API_VERSION}" in the class'
+        )
+    wanted = API_VERSION.partition(".")[0]
+    if major != wanted:
+        newer = int(major) > int(wanted)
+        raise ConfigurationError(
+            f"{who}: written for version {version} of the handler contract, this engineroom "
+            f"has {API_VERSION}; "
+            + ("pip install --upgrade engineroom" if newer else "upgrade the plugin")
+        )
+
+
+def _check_method(who: str, handler: InferenceHandler, method: str, kind: _Kind) -> None:
+    function = getattr(handler, method)
+    wanted = _signature(method, getattr(InferenceHandler, method))
+    if not callable(function):
+        raise ConfigurationError(f"{who}.{method} is not a method; write {wanted}")
+    if _kind(function) != kind:
+        raise ConfigurationError(
+            f"{who}.{method} is written with {_kind(function)!r}, but it must be {kind!r}; "
+            f"write {wanted}" + (" and yield its pieces" if kind == _GENERATOR else "")
+        )
+    expected = _parameters(getattr(InferenceHandler, method))[1:]
+    found = inspect.signature(function).parameters
+    required = [
+        p.name
+        for p in found.values()
+        if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    ]
+    if missing := [name for name in expected if name not in found]:
+        raise ConfigurationError(
+            f"{who}.{method} lacks the parameter {missing[0]!r}; write {wanted}"
+        )
+    if extra := [name for name in required if name not in expected]:
+        raise ConfigurationError(
+            f"{who}.{method} asks for a parameter {extra[0]!r} that it will not be given; "
+            f"write {wanted}"
+        )
+    if by_keyword := [n for n in expected if found[n].kind is inspect.Parameter.KEYWORD_ONLY]:
+        raise ConfigurationError(
+            f"{who}.{method} takes {by_keyword[0]!r} by keyword only, but it is given by place; "
+            f"write {wanted}"
+        )
+    if list(found)[: len(expected)] != expected:
+        raise ConfigurationError(
+            f"{who}.{method} has its parameters in another order; write {wanted}"
+        )
+
+
+def _kind(function: object) -> _Kind:
+    if inspect.isasyncgenfunction(function):
+        return _GENERATOR
+    return _COROUTINE if inspect.iscoroutinefunction(function) else _PLAIN
+
+
+def _parameters(function: object) -> list[str]:
+    return list(inspect.signature(function).parameters)  # type: ignore[arg-type]
+
+
+def _signature(method: str, function: object) -> str:
+    prefix = "def" if _KINDS[method] == _PLAIN else "async def"
+    return f"`{prefix} {method}({', '.join(_parameters(function))})`"

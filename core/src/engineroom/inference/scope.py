@@ -1,0 +1,178 @@
+"""The life of one request: its clock, its deadline, and the way to stop it from outside."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import weakref
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from engineroom.inference.delivery import Sink
+from engineroom.errors import EngineRoomError, InferenceError
+from engineroom.generation.generation import Progress
+from engineroom.schemas import InferenceRequest, InferenceResponse
+
+__all__ = ["RequestScope"]
+
+
+class RequestScope:
+    """Lets a timer, ``close()`` or another task stop a request, and tell that from a cancellation.
+
+    While the request's code runs (between :meth:`begin` and :meth:`end`) it is stopped by
+    cancelling its task, as :func:`asyncio.timeout` does: the cancellation is taken back where
+    :meth:`taken` says that it was ours. A stream whose reader is busy elsewhere is closed in a
+    task of the scope's own, and the reader finds the error in ``unread`` when it comes back.
+    """
+
+    __slots__ = (
+        "_baseline",
+        "_cancelled",
+        "_chunks",
+        "_task",
+        "_timer",
+        "_waiters",
+        "cause",
+        "closer",
+        "deadline",
+        "handler",
+        "leaving",
+        "progress",
+        "quiet",
+        "request",
+        "response",
+        "sink",
+        "started",
+        "stopped",
+        "unread",
+    )
+
+    def __init__(self, request: InferenceRequest) -> None:
+        self.request = request
+        self.started = time.perf_counter()
+        self.deadline = (
+            None
+            if request.timeout_s is None
+            else asyncio.get_running_loop().time() + request.timeout_s
+        )
+        self.progress = Progress()
+        self.handler: str | None = None  # its name, once one is chosen
+        self.cause: EngineRoomError | None = None
+        self.quiet = False  # nobody waits for the error: the reader asked for the end
+        self.leaving = False  # a task closes the stream
+        self.closer: asyncio.Task[None] | None = None
+        self.sink: Sink | None = None  # where the reader wants to be given chunks unasked
+        self.unread: str | None = None  # the last chunk, where nobody read as it came
+        self.response: InferenceResponse | None = None
+        self.stopped = False
+        self._task: asyncio.Task[Any] | None = None
+        self._baseline = 0
+        self._cancelled = False
+        self._chunks: weakref.ref[AsyncGenerator[str, None]] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._waiters: list[asyncio.Future[None]] = []
+
+    @property
+    def reading(self) -> bool:
+        """Whether the request's code runs or waits in some task."""
+        return self._task is not None
+
+    def watch(self, chunks: AsyncGenerator[str, None]) -> None:
+        """Close ``chunks`` on an interruption while nobody reads them.
+
+        Not kept alive: a reader that lets go of the stream ends it.
+        """
+        self._chunks = weakref.ref(chunks)
+
+    def begin(self) -> None:
+        """The request's code is entered by the current task."""
+        if self._task is not None:
+            raise RuntimeError("a stream has one reader; another task is reading this one")
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._baseline = task.cancelling()
+
+    def end(self) -> None:
+        """The request's code is left."""
+        task, self._task = self._task, None
+        if self._cancelled and task is not None:  # swallowed, or overtaken by the end
+            self._cancelled = False
+            task.uncancel()
+
+    def arm(self, expire: EngineRoomError) -> None:
+        """Interrupt with ``expire`` at the deadline, if there is one."""
+        if self.deadline is not None:
+            self._timer = asyncio.get_running_loop().call_at(self.deadline, self.interrupt, expire)
+
+    def interrupt(self, cause: EngineRoomError, quiet: bool = False) -> None:
+        """Stop the request now, whether it is read or not. Only the first cause counts."""
+        if self.cause is not None or self.stopped:
+            return
+        self.cause, self.quiet = cause, quiet
+        if self._task is not None:
+            self._cancelled = True
+            self._task.cancel()
+        elif self._chunks is not None and (chunks := self._chunks()) is not None:
+            self.closer = asyncio.get_running_loop().create_task(_close(chunks))
+
+    def leave(self) -> None:
+        """The reader itself asks for the end; from here on nothing interrupts the cleaning up."""
+        self.leaving = True
+        if self.cause is None:
+            self.cause, self.quiet = InferenceError("the stream was closed"), True
+
+    def check(self) -> None:
+        """Raise what stopped the request, should its handler have swallowed it."""
+        task = self._task
+        if task is not None and task.cancelling() > self._baseline + self._cancelled:
+            raise asyncio.CancelledError
+        if self.cause is not None:
+            raise self.cause
+
+    def taken(self) -> bool:
+        """Take a caught ``CancelledError`` back, if it came from :meth:`interrupt`.
+
+        :returns: ``False`` where the task was (also) cancelled by somebody else.
+        """
+        if not self._cancelled or self._task is None:
+            return False
+        self._cancelled = False
+        return self._task.uncancel() <= self._baseline
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether somebody cancels the task that runs the request's code."""
+        return self._task is None or self._task.cancelling() > 0
+
+    async def closed(self) -> None:
+        """Wait until what closes the stream, the scope's own task or another, has done so."""
+        if self.closer is not None and not self.closer.done():
+            await asyncio.wait([self.closer])
+        elif self.leaving and not self.stopped:
+            await self.finished()
+
+    def finished(self) -> asyncio.Future[None]:
+        """A future that is done when the request has ended."""
+        future = asyncio.get_running_loop().create_future()
+        if self.stopped:
+            future.set_result(None)
+        else:
+            self._waiters.append(future)
+        return future
+
+    def stop(self, response: InferenceResponse) -> None:
+        """The request has ended with ``response``."""
+        self.stopped = True
+        self.response = response
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+        self._waiters.clear()
+
+
+async def _close(generator: AsyncGenerator[str, None]) -> None:
+    await generator.aclose()

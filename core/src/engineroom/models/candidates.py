@@ -1,0 +1,131 @@
+"""What it would take to load a model: its variants, their handlers, their memory. Blocks.
+
+Everything here may read files and import plugins, so the manager calls it in a thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Literal
+
+from engineroom.errors import EngineRoomError
+from engineroom.handlers.base import InferenceHandler
+from engineroom.handlers.registry import HandlerRegistry
+from engineroom.schemas import ModelConfig
+from engineroom.sources.source import PathSource, parse_source
+
+__all__ = ["Candidate", "stamp", "survey"]
+
+logger = logging.getLogger("engineroom.survey")
+
+_MOST_FILES: Final = 1000
+
+NeedFrom = Literal["deployment", "measured", "estimate", "unknown"]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A variant of a model and what it needs.
+
+    :param place: its place among the model's variants, from 0.
+    :param config: the model with this variant's source, runtime and options.
+    :param handler: what would load it; ``None``: nothing, for the reason in ``error``.
+    :param takes: bytes by device; empty where they are not known.
+    :param need_from: who says so: the deployment, an earlier load, or the handler's estimate.
+    :param need: what has to be free for it: less than ``takes`` where some of that was left behind
+        by itself, and is in the account already.
+    """
+
+    place: int
+    config: ModelConfig
+    handler: InferenceHandler | None = None
+    takes: Mapping[str, int] = field(default_factory=dict)
+    need_from: NeedFrom = "unknown"
+    need: Mapping[str, int] = field(default_factory=dict)
+    error: EngineRoomError | None = None
+
+
+def survey(
+    registry: HandlerRegistry, config: ModelConfig, known: Mapping[int, Mapping[str, int]]
+) -> list[Candidate]:
+    """Every variant of a model, in order of preference.
+
+    :param known: what variants were seen to hold when they were loaded before, by place.
+    """
+    return [
+        _candidate(registry, place, choice, known.get(place))
+        for place, choice in enumerate(config.choices())
+    ]
+
+
+def _candidate(
+    registry: HandlerRegistry, place: int, config: ModelConfig, known: Mapping[str, int] | None
+) -> Candidate:
+    try:
+        handler = registry.select_loader(config)
+        if config.memory is not None:
+            return Candidate(place, config, handler, dict(config.memory), "deployment")
+        if known is not None:
+            return Candidate(place, config, handler, dict(known), "measured")
+        estimate = _estimate(handler, config)
+    except EngineRoomError as error:
+        return Candidate(place, config, error=error)
+    if estimate is None:
+        return Candidate(place, config, handler)
+    return Candidate(place, config, handler, estimate, "estimate")
+
+
+def _estimate(handler: InferenceHandler, config: ModelConfig) -> dict[str, int] | None:
+    """The handler's own; one that fails or makes no sense is logged, and counts for nothing."""
+    try:
+        found: object = handler.estimate_memory(config)
+    except EngineRoomError:
+        raise  # no such file, a wrong option: the load would say the same
+    except Exception:
+        logger.exception(
+            "handler %r: estimate_memory failed for model %r; its memory is not known",
+            handler.name,
+            config.model_id,
+        )
+        return None
+    if found is None:
+        return None
+    if isinstance(found, Mapping) and all(
+        isinstance(d, str) and isinstance(n, int) and not isinstance(n, bool) and n >= 0
+        for d, n in found.items()
+    ):
+        return dict(found)
+    logger.error(
+        "handler %r: estimate_memory returned %r for model %r instead of bytes by device",
+        handler.name,
+        found,
+        config.model_id,
+    )
+    return None
+
+
+def stamp(source: str | None) -> object:
+    """Equal as long as nobody writes to the files that a source on this machine stands for."""
+    if source is None:
+        return None
+    try:
+        parsed = parse_source(source)
+        if not isinstance(parsed, PathSource):
+            return None
+        path = parsed.path
+        if not path.is_dir():
+            return _facts(path)
+        with os.scandir(path) as entries:
+            files = sorted(entry.name for entry in entries if entry.is_file())[:_MOST_FILES]
+        return tuple((name, _facts(path / name)) for name in files)
+    except (EngineRoomError, OSError):  # a source of a runtime's own, or gone
+        return None
+
+
+def _facts(path: Path) -> tuple[int, int, int]:
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns

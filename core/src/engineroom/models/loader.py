@@ -1,0 +1,359 @@
+"""One load and one unload: variants in turn, memory reserved, measured and given back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar
+
+from engineroom.models.entry import ModelEntry, VariantOutcome
+from engineroom.errors import (
+    ConfigurationError,
+    EngineRoomError,
+    InferenceError,
+    ResourceNotAvailableError,
+)
+from engineroom.handlers.base import InferenceHandler
+from engineroom.memory.account import Footprint, MemoryAccount, settled
+from engineroom.memory.probe import MemoryMeter
+from engineroom.handlers.registry import HandlerRegistry
+from engineroom.models.eviction import Room
+from engineroom.schemas import LoadedModel, ModelConfig
+from engineroom.models.candidates import Candidate, stamp, survey
+from engineroom.units import format_size
+
+__all__ = ["Loader"]
+
+logger = logging.getLogger("engineroom.loading")
+
+_T = TypeVar("_T")
+_CHANGED_ATTEMPTS = 2
+"""How often a model is loaded whose files are written meanwhile."""
+
+
+class _InThread(Protocol):
+    def __call__(self, call: Callable[[], _T], /) -> Awaitable[_T]: ...
+
+
+class _Interval:
+    """The time of a load or an unload; measurements count where nothing else overlapped it."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+        self._mark = 0
+        self._alone = False
+
+    def __enter__(self) -> _Interval:
+        loader = self._loader
+        loader._changing += 1
+        loader._changes += 1
+        self._alone, self._mark = loader._changing == 1, loader._changes
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loader._changing -= 1
+
+    @property
+    def undisturbed(self) -> bool:
+        return self._alone and self._loader._changes == self._mark
+
+
+class Loader:
+    """Does what the manager decides; keeps account and measurements.
+
+    :param in_thread: runs what blocks.
+    """
+
+    def __init__(
+        self, account: MemoryAccount, room: Room, meter: MemoryMeter, in_thread: _InThread
+    ) -> None:
+        self._account = account
+        self._room = room
+        self._meter = meter
+        self._in_thread = in_thread
+        self._handlers: tuple[InferenceHandler, ...] = ()
+        """All that have loaded: what a runtime keeps may outlive its models."""
+        self._changing = 0
+        self._changes = 0
+
+    async def survey(self, entry: ModelEntry, registry: HandlerRegistry) -> list[Candidate]:
+        """The model's variants; devices that they need get a budget if they have none yet."""
+        known = dict(entry.known)
+        config = entry.config
+
+        def look() -> tuple[list[Candidate], dict[str, int | None]]:
+            found = survey(registry, config, known)
+            devices = {device for candidate in found for device in candidate.takes}
+            new = [device for device in devices if not self._account.knows(device)]
+            return found, {device: self._meter.capacity(device) for device in new}
+
+        candidates, budgets = await self._in_thread(look)
+        for device, budget in budgets.items():
+            if not self._account.knows(device):
+                # What models of ours hold there already is not free, but it is theirs to share.
+                whole = None if budget is None else budget + self._account.taken(device)
+                self._account.set_budget(device, whole, detected=True)
+        prints = entry.footprints
+        return [
+            replace(c, need=prints.get(c.place, Footprint()).beside_left(c.takes))
+            for c in candidates
+        ]
+
+    # ── loading ──────────────────────────────────────────────────────────────────────────────
+
+    async def load(
+        self,
+        entry: ModelEntry,
+        candidates: Sequence[Candidate],
+        deadline: float,
+        *,
+        fallback: bool,
+    ) -> None:
+        """Load the first variant that there is room for; the next ones where it fails.
+
+        :raises EngineRoomError: none could be loaded.
+        """
+        errors: dict[int, EngineRoomError] = {}
+        outcomes = [
+            VariantOutcome(c.config.source or "", _runtime(c), "not tried") for c in candidates
+        ]
+        entry.outcomes = outcomes
+
+        def note(candidate: Candidate, error: EngineRoomError, *, tried: bool) -> None:
+            errors[candidate.place] = error
+            outcomes[candidate.place] = VariantOutcome(
+                candidate.config.source or "",
+                _runtime(candidate),
+                "failed" if tried else "refused",
+                error.message,
+            )
+
+        possible = []
+        for candidate in candidates:
+            if candidate.error is not None:
+                note(candidate, candidate.error, tried=False)
+            elif not self._room.fits_ever(entry, candidate.need):
+                note(candidate, self._room.refusal(entry, candidate.need), tried=False)
+            else:
+                possible.append(candidate)
+        while possible:
+            chosen = next((c for c in possible if self._room.fits_soon(entry, c.need)), possible[0])
+            possible.remove(chosen)
+            try:
+                await self._load_one(entry, chosen, deadline)
+            except EngineRoomError as error:
+                note(chosen, error, tried=True)
+                if not fallback:
+                    raise
+                if possible:
+                    logger.warning(
+                        "model %r: %s from %s failed, the next variant is tried: %s",
+                        entry.config.model_id,
+                        _runtime(chosen),
+                        chosen.config.source,
+                        error.describe(),
+                    )
+            else:
+                outcomes[chosen.place] = VariantOutcome(
+                    chosen.config.source or "", _runtime(chosen), "used"
+                )
+                entry.variant = chosen.place
+                return
+        raise _none_left(entry.config, [errors[place] for place in sorted(errors)])
+
+    async def _load_one(self, entry: ModelEntry, candidate: Candidate, deadline: float) -> None:
+        await self._room.acquire(entry, candidate.need, deadline)
+        try:
+            await self._load_reserved(entry, candidate)
+        except BaseException:
+            self._account.release(entry)
+            raise
+
+    async def _load_reserved(self, entry: ModelEntry, candidate: Candidate) -> None:
+        handler, config = candidate.handler, candidate.config
+        assert handler is not None
+        if handler not in self._handlers:
+            self._handlers += (handler,)  # a new one: another thread may read the old one
+        devices = {"cpu", *candidate.need}
+        model_id = config.model_id
+        await typed(
+            handler, "import_runtime", model_id, lambda: self._in_thread(handler.import_runtime)
+        )
+        for attempt in range(1, _CHANGED_ATTEMPTS + 1):
+            logger.info("loading model %r with %s from %s", model_id, handler.name, config.source)
+            with _Interval(self) as interval:
+                before, mark = await self._in_thread(lambda: self._look(devices, config))
+                started = time.perf_counter()
+                loaded = await typed(
+                    handler, "load_model", model_id, lambda: handler.load_model(config)
+                )
+                if not isinstance(loaded, LoadedModel):
+                    raise InferenceError(
+                        f"handler {handler.name!r}: load_model returned {type(loaded).__name__} "
+                        "instead of a LoadedModel; mend the plugin"
+                    )
+                duration = time.perf_counter() - started
+                try:
+                    after, mark_after = await self._in_thread(lambda: self._look(devices, config))
+                except BaseException:
+                    await _give_back(handler, loaded)
+                    raise
+                undisturbed = interval.undisturbed
+            if mark == mark_after:
+                break
+            logger.warning("model %r: its files were written while it was loaded", model_id)
+            await _give_back(handler, loaded)
+            if attempt == _CHANGED_ATTEMPTS:
+                raise ResourceNotAvailableError(
+                    f"the files of model {model_id!r} ({config.source}) are written while it is "
+                    "being loaded; wait until they are complete, and send it again",
+                    model_id=model_id,
+                )
+        if loaded.handler_name is None:
+            loaded.handler_name = handler.name
+        entry.loaded, entry.handler = loaded, handler
+        entry.load_duration_s = duration
+        self._settle(entry, candidate, loaded, _difference(before, after) if undisturbed else {})
+
+    def _settle(
+        self,
+        entry: ModelEntry,
+        candidate: Candidate,
+        loaded: LoadedModel,
+        growth: Mapping[str, int],
+    ) -> None:
+        """Put what the model takes into the account, in the place of what was reserved."""
+        footprint = entry.footprints.setdefault(candidate.place, Footprint())
+        for device, amount in footprint.loaded(growth).items():
+            self._account.reused(device, amount)
+        held = settled(candidate.takes, loaded.memory_bytes, footprint.grown)
+        if candidate.need_from == "deployment":
+            held = {d: max(held.get(d, 0), n) for d, n in {**held, **candidate.takes}.items()}
+        self._account.settle(entry, held)
+        entry.known[candidate.place] = held
+        for device in held:
+            free = self._account.free(device)
+            if free is not None and free < 0:
+                logger.warning(
+                    "model %r takes %s on %s, %s more than there is room for: set its memory: in "
+                    "the deployment, or raise the budget",
+                    entry.config.model_id,
+                    format_size(held[device]),
+                    device,
+                    format_size(-free),
+                )
+
+    # ── unloading ────────────────────────────────────────────────────────────────────────────
+
+    async def unload(self, entry: ModelEntry) -> dict[str, int]:
+        """Unload a model that nobody holds, and see what came back.
+
+        :returns: bytes that did not, by device.
+        :raises EngineRoomError: the handler failed; what it held is given back in the account,
+            except for what was measured to be missing.
+        """
+        loaded, handler = entry.loaded, entry.handler
+        assert loaded is not None and handler is not None
+        entry.loaded = entry.handler = None
+        held = self._account.holding(entry)
+        devices = {"cpu", *held}
+        lost: dict[str, int] = {}
+        try:
+            with _Interval(self) as interval:
+                before = await self._in_thread(lambda: self._used(devices))
+                try:
+                    await typed(
+                        handler,
+                        "unload_model",
+                        entry.config.model_id,
+                        lambda: handler.unload_model(loaded),
+                    )
+                finally:
+                    after = await self._in_thread(lambda: self._used(devices))
+                    if interval.undisturbed and entry.variant is not None:
+                        footprint = entry.footprints.get(entry.variant, Footprint())
+                        lost = footprint.unloaded(_difference(after, before))
+        finally:
+            self._account.release(entry, lost)
+            for device, amount in lost.items():
+                logger.warning(
+                    "model %r did not give back %s on %s; it counts as taken",
+                    entry.config.model_id,
+                    format_size(amount),
+                    device,
+                )
+        return lost
+
+    def _look(
+        self, devices: Iterable[str], config: ModelConfig
+    ) -> tuple[Mapping[str, int], object]:
+        return self._used(devices), stamp(config.source)
+
+    def _used(self, devices: Iterable[str]) -> Mapping[str, int]:
+        """What is used beside processes that are no model's, whichever runtime they belong to."""
+        without: set[int] = set()
+        for handler in self._handlers:
+            try:
+                without.update(handler.runtime_processes())
+            except Exception:
+                logger.exception(
+                    "handler %r: runtime_processes failed; what they take counts for the model",
+                    handler.name,
+                )
+        return self._meter.used(devices, without)
+
+
+async def typed(
+    handler: InferenceHandler, method: str, model_id: str, call: Callable[[], Awaitable[Any]]
+) -> Any:
+    """Call foreign code; whatever it raises comes out typed, with its traceback in the log."""
+    try:
+        return await call()
+    except EngineRoomError:
+        raise
+    except (Exception, asyncio.CancelledError) as error:
+        task = asyncio.current_task()
+        if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+            raise  # not the handler's own doing
+        logger.exception("handler %r: %s failed for model %r", handler.name, method, model_id)
+        raise InferenceError(
+            f"handler {handler.name!r}: {method} failed: {type(error).__name__}: {error}",
+            model_id=model_id,
+        ) from error
+
+
+async def _give_back(handler: InferenceHandler, loaded: LoadedModel) -> None:
+    """Unload what nobody got; a failure is logged, because another error is on its way."""
+    try:
+        await typed(handler, "unload_model", loaded.model_id, lambda: handler.unload_model(loaded))
+    except EngineRoomError as error:
+        logger.error("giving back model %r failed: %s", loaded.model_id, error.describe())
+
+
+def _difference(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, int]:
+    return {device: amount - before[device] for device, amount in after.items() if device in before}
+
+
+def _runtime(candidate: Candidate) -> str | None:
+    return candidate.handler.name if candidate.handler is not None else candidate.config.runtime
+
+
+def _none_left(config: ModelConfig, errors: Sequence[EngineRoomError]) -> EngineRoomError:
+    if len(errors) == 1:
+        return errors[0]
+    message = (
+        f"none of the {len(errors)} variants of model {config.model_id!r} can be loaded: "
+        + "; ".join(error.message for error in errors)
+    )
+    kinds = {type(error) for error in errors}
+    kind: type[EngineRoomError] = ConfigurationError
+    if len(kinds) == 1:
+        kind = kinds.pop()
+    elif any(issubclass(each, ResourceNotAvailableError) for each in kinds):
+        kind = ResourceNotAvailableError  # another time there may be room
+    error = kind(message, model_id=config.model_id)
+    error.__cause__ = errors[0]
+    return error

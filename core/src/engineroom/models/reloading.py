@@ -1,0 +1,113 @@
+"""When the deployment file is read again: at SIGHUP, and when it has changed.
+
+.. code-block:: python
+
+    async with reloading(manager, watch=True):
+        ...  # serve
+
+A file with mistakes changes nothing: the log says what is wrong, and the old deployment goes on.
+Watching needs ``pip install "engineroom[watch]"``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from engineroom.config.deployment import deployment_path
+from engineroom.errors import ConfigurationError, EngineRoomError
+from engineroom.models.manager import LLMModelManager
+
+__all__ = ["reloading"]
+
+logger = logging.getLogger("engineroom.triggers")
+
+
+@asynccontextmanager
+async def reloading(
+    manager: LLMModelManager, *, on_signal: bool = True, watch: bool = False
+) -> AsyncIterator[asyncio.Event]:
+    """Reload the manager's deployment file when asked to, as long as the block runs.
+
+    :param on_signal: reload at SIGHUP, where the system has that signal and the loop runs in the
+        main thread; elsewhere this does nothing.
+    :param watch: reload when the file has changed.
+    :returns: an event; setting it reloads, too.
+    :raises ConfigurationError: ``watch`` needs a library that is not installed, or the manager has
+        no deployment file.
+    """
+    asked = asyncio.Event()
+    tasks = {asyncio.create_task(_reload_when(asked, manager), name="engineroom-reload")}
+    heard = on_signal and _listen(asked)
+    try:
+        if watch:
+            changes = _changes(manager)
+            tasks.add(asyncio.create_task(_watch(changes, asked), name="engineroom-watch"))
+        yield asked
+    finally:
+        if heard:
+            asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+
+def _listen(asked: asyncio.Event) -> bool:
+    if not hasattr(signal, "SIGHUP"):  # Windows
+        return False
+    try:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, asked.set)
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        logger.info("SIGHUP does not reload the deployment here: %s", error)
+        return False
+    return True
+
+
+async def _reload_when(asked: asyncio.Event, manager: LLMModelManager) -> None:
+    """One reload after another; several requests for one are one."""
+    while True:
+        await asked.wait()
+        asked.clear()
+        try:
+            report = await manager.reload()
+        except EngineRoomError as error:
+            logger.error("the deployment was not reloaded, the old one goes on: %s", error)
+        else:
+            logger.info("the deployment was reloaded: %s", report)
+
+
+def _changes(manager: LLMModelManager) -> AsyncIterator[set[tuple[Any, str]]]:
+    try:
+        from watchfiles import awatch
+    except ImportError as error:
+        raise ConfigurationError(
+            'watching the deployment file needs watchfiles; pip install "engineroom[watch]", or '
+            "reload with SIGHUP"
+        ) from error
+    file = deployment_path(manager.config_path)
+    name = file.name
+
+    def ours(_: object, path: str) -> bool:
+        return os.path.basename(path) == name  # noqa: PTH119 - called for every file of the folder
+
+    # The folder, because a file that is replaced by another of its name is no longer watched; and
+    # what it may link to (as in Kubernetes) is replaced by a change of a link beside it.
+    beside = None if file.is_symlink() else ours
+    folder = file.resolve().parent if beside else file.parent
+    changes: AsyncIterator[set[tuple[Any, str]]] = awatch(folder, watch_filter=beside)
+    return changes
+
+
+async def _watch(changes: AsyncIterator[set[tuple[Any, str]]], asked: asyncio.Event) -> None:
+    try:
+        async for _ in changes:
+            asked.set()
+    except (OSError, RuntimeError) as error:  # watchfiles' own is a RuntimeError
+        logger.error(
+            "the deployment file is not watched any more: %s; reload it by SIGHUP or by hand", error
+        )

@@ -1,0 +1,86 @@
+"""engineroom's own API: ``POST /v1/inference``, with the schemas that the library has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from engineroom.schemas import InferenceRequest, InferenceResponse, TokenLogprob
+from engineroom.server.http.call import Call
+from engineroom.server.http.exchange import answer_all, stream_all
+from engineroom.server.apis.request_fields import check_count, common_fields
+from engineroom.server.http.frames import Framer, event, named_event
+from engineroom.server.http.errors import Refused, refused_fields
+from engineroom.inference.streams import InferenceStream
+
+__all__ = ["inference"]
+
+
+async def inference(call: Call) -> None:
+    """Answer an ``InferenceRequest``; a stream ends with the ``InferenceResponse``."""
+    raw = await call.json()
+    if not isinstance(raw, dict):
+        raise Refused(400, "the body must be a JSON object", "invalid_json")
+    try:
+        request = InferenceRequest.model_validate(_texts_to_ids(raw))
+    except ValidationError as error:
+        raise refused_fields(error) from error
+    if request.messages is not None:
+        check_count(call, request.messages)
+    common = common_fields(call, request)
+    request = request.model_copy(
+        update={
+            "request_id": call.id,
+            "timeout_s": common["timeout_s"],
+            "metadata": common["metadata"],
+        }
+    )
+    call.context.log_prompt(request)
+    if request.stream:
+        await stream_all(call, [request], InferenceWriter())
+        return
+    (response,) = await answer_all(call, [request])
+    await call.answer(200, response.model_dump_json().encode())
+
+
+def _texts_to_ids(raw: dict[str, Any]) -> dict[str, Any]:
+    """JSON's keys are strings; those of ``logit_bias`` mean token ids."""
+    params = raw.get("params")
+    bias = params.get("logit_bias") if isinstance(params, dict) else None
+    if not isinstance(params, dict) or not isinstance(bias, dict):
+        return raw
+    ids = {int(k) if k.isascii() and k.isdigit() and len(k) < 12 else k: v for k, v in bias.items()}
+    return {**raw, "params": {**params, "logit_bias": ids}}
+
+
+class InferenceWriter:
+    """``{"text": …}`` for each chunk, then an event ``response`` or ``error``."""
+
+    wants_logprobs = False
+
+    def begin(self, streams: Sequence[InferenceStream]) -> bytes:
+        """Nothing."""
+        return b""
+
+    def framer(self, index: int) -> Callable[[str], bytes]:
+        """Makes chunks."""
+        return Framer(lambda text: {"text": text})
+
+    def text_with_logprobs(self, index: int, text: str, logprobs: Sequence[TokenLogprob]) -> bytes:
+        """Log probabilities are in the final response."""
+        return event({"text": text})
+
+    def finish(self, index: int, response: InferenceResponse) -> bytes:
+        """The final response."""
+        return named_event("response", response.model_dump(mode="json"))
+
+    def end(self, responses: Sequence[InferenceResponse]) -> bytes:
+        """Nothing more."""
+        return b""
+
+    def fail(self, refused: Refused, responses: Sequence[InferenceResponse]) -> bytes:
+        """The error, then the final response, whose message says no more than the error."""
+        response = responses[0].model_copy(update={"error_message": refused.message})
+        return named_event("error", refused.openai()) + self.finish(0, response)

@@ -1,0 +1,258 @@
+"""What the APIs' requests have in common: strict schemas, and fields refused by name."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Final, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from engineroom.schemas import ChatMessage, GenerationParams, InferenceRequest
+from engineroom.server.http.call import Call
+from engineroom.server.http.errors import Refused, refused_fields
+
+__all__ = [
+    "ApiRequest",
+    "ModelName",
+    "Number",
+    "Sampling",
+    "Stop",
+    "StreamOptions",
+    "SubSchema",
+    "TextPart",
+    "build",
+    "chat_message",
+    "check_count",
+    "common_fields",
+    "parse",
+    "stops",
+    "text_of",
+]
+
+logger = logging.getLogger("engineroom.server.fields")
+
+
+def _no_control(value: Any) -> Any:
+    if isinstance(value, str) and any(ord(c) < 32 or 0x7F <= ord(c) < 0xA0 for c in value):
+        raise ValueError("must not contain control characters")
+    return value
+
+
+ModelName = Annotated[
+    str, Field(min_length=1, max_length=256, examples=["default"]), BeforeValidator(_no_control)
+]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Stop = str | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=64)]
+
+
+class SubSchema(BaseModel):
+    """A part of a request. Fields that it does not know are let pass."""
+
+    model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=())
+
+
+class ApiRequest(SubSchema):
+    """The body of a request.
+
+    Every field that the API has is in the schema and honoured, or in one of these two.
+    """
+
+    REFUSED: ClassVar[Mapping[str, Collection[Any]]] = {}
+    """Fields that this server does not honour → the values that ask for nothing. Any other value
+    is refused by name."""
+    WITHOUT_EFFECT: ClassVar[Collection[str]] = ()
+    """Fields that can have no effect here, whatever they say: they speak of tools, which are
+    refused, or of the prices and lifetimes of a cache, which change no answer."""
+    RENAMED: ClassVar[Mapping[str, str]] = {}
+    """Fields of ``GenerationParams`` and ``InferenceRequest`` → what this API calls them."""
+
+
+def _not_obfuscated(value: Any) -> Any:
+    if value is True:
+        raise ValueError("is not supported by this server; leave it out")
+    return value
+
+
+class StreamOptions(SubSchema):
+    """How to stream."""
+
+    include_usage: bool | None = None
+    """A last chunk, without choices, has the usage."""
+    include_obfuscation: Annotated[bool | None, BeforeValidator(_not_obfuscated)] = None
+    """Not with ``true``: chunks are as long as their texts."""
+
+
+class Sampling(ApiRequest):
+    """Parameters that go beyond the API's own; OpenAI's clients send them as ``extra_body``."""
+
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[Number, Field(ge=1)] | None = None
+    num_beams: Annotated[int, Field(ge=1)] | None = None
+    early_stopping: bool | None = None
+    timeout_s: Annotated[Number, Field(gt=0)] | None = None
+    """Seconds for the request; the server may allow less."""
+    priority: Annotated[int, Field(ge=-100, le=100)] | None = None
+    """Waiting requests of a higher priority go first."""
+    adapter: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    """Name of an adapter (LoRA) that was loaded with the model."""
+
+
+EXTENSIONS: Final = (
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "num_beams",
+    "early_stopping",
+)
+
+_Request = TypeVar("_Request", bound=ApiRequest)
+
+
+def parse(call: Call, schema: type[_Request], raw: Any) -> _Request:
+    """Check a body.
+
+    :raises Refused: 400; the message names every field that is wrong or not honoured.
+    """
+    if not isinstance(raw, dict):
+        raise Refused(400, "the body must be a JSON object", "invalid_json")
+    for name, neutral in schema.REFUSED.items():
+        if name in raw and not _neutral(raw[name], neutral):
+            raise Refused(
+                400,
+                f"{name} is not supported by this server; leave it out",
+                "unsupported_parameter",
+                name,
+            )
+    try:
+        request = schema.model_validate(raw)
+    except ValidationError as error:
+        raise refused_fields(error) from error
+    unknown = sorted(
+        set(request.model_extra or ()).difference(schema.REFUSED, schema.WITHOUT_EFFECT)
+    )
+    if unknown:
+        shown = ", ".join(repr(name[:64]) for name in unknown[:8])
+        if call.context.settings.unknown_fields == "refuse":
+            raise Refused(400, f"unknown fields: {shown}", "unknown_field", unknown[0][:64])
+        logger.debug("unknown fields were ignored: %s", shown)
+    return request
+
+
+def _neutral(value: Any, neutral: Collection[Any]) -> bool:
+    return value is None or any(value == each and type(value) is type(each) for each in neutral)
+
+
+def build(
+    call: Call,
+    request: ApiRequest,
+    *,
+    params: Mapping[str, Any],
+    absent: Mapping[str, Any],
+    model: str,
+    index: int = 0,
+    **fields: Any,
+) -> InferenceRequest:
+    """The service's request.
+
+    :param params: fields of ``GenerationParams`` that the client gave.
+    :param absent: fields that it did not give, as the API has them then; they are used where the
+        runtime honours them, and are the service's own defaults where it does not.
+    :param index: which of several answers.
+    :raises Refused: 400.
+    """
+    given = {name: value for name, value in params.items() if value is not None}
+    if missing := {n: v for n, v in absent.items() if n not in given}:
+        honoured = call.context.honours(model)
+        given |= {n: v for n, v in missing.items() if honoured is None or n in honoured}
+    try:
+        return InferenceRequest(
+            model_id=model,
+            params=GenerationParams(**given),
+            request_id=call.id if index == 0 else f"{call.id}-{index}",
+            **fields,
+        )
+    except ValidationError as error:
+        raise refused_fields(error, request.RENAMED) from error
+
+
+def common_fields(call: Call, request: Any) -> dict[str, Any]:
+    """Deadline, priority and metadata."""
+    limit = call.context.settings.request_timeout_s
+    wanted = getattr(request, "timeout_s", None)
+    timeouts = [each for each in (limit, wanted) if each is not None]
+    metadata: dict[str, Any] = {}
+    for name in (b"traceparent", b"tracestate"):
+        if value := call.header(name):
+            metadata[name.decode()] = value
+    if isinstance(given := getattr(request, "metadata", None), dict):
+        metadata = {**given, **metadata}
+    for field in ("user", "safety_identifier"):
+        if (who := getattr(request, field, None)) is not None:
+            metadata[field] = who
+    metadata["api_key"] = call.identity.name
+    return {
+        "timeout_s": min(timeouts) if timeouts else None,
+        "priority": getattr(request, "priority", None) or 0,
+        "adapter": getattr(request, "adapter", None),
+        "metadata": metadata,
+    }
+
+
+def stops(stop: str | Sequence[str] | None) -> list[str] | None:
+    """Stop sequences as a list; an empty string and an empty list are none."""
+    if not stop:
+        return None
+    return [stop] if isinstance(stop, str) else list(stop)
+
+
+def text_of(content: Any, where: str, kinds: Collection[str] = ("text",)) -> str | None:
+    """The text of a message: a string, or parts of text.
+
+    :raises Refused: 400: a part is something else.
+    """
+    if content is None or isinstance(content, str):
+        return content
+    texts: list[str] = []
+    for part in content:
+        kind = part.type
+        if kind not in kinds:
+            raise Refused(
+                400,
+                f"{where}: content of type {kind[:64]!r} is not supported by this server; "
+                f"send {' or '.join(kinds)}",
+                "unsupported_content",
+                where,
+            )
+        if part.text is None:
+            raise Refused(400, f"{where}: the part has no text", "invalid_value", where)
+        texts.append(part.text)
+    return "".join(texts)
+
+
+def check_count(call: Call, messages: Sequence[Any], name: str = "messages") -> None:
+    """Refuse more messages than the server takes. :raises Refused: 400."""
+    limit = call.context.settings.max_messages
+    if len(messages) > limit:
+        raise Refused(
+            400, f"{len(messages)} {name} are more than {limit}", "too_many_messages", name
+        )
+
+
+def chat_message(
+    role: str, content: str | None, where: str, name: str | None = None
+) -> ChatMessage:
+    """A message. :raises Refused: 400."""
+    try:
+        return ChatMessage.model_validate({"role": role, "content": content, "name": name})
+    except ValidationError as error:
+        problem = refused_fields(error)
+        raise Refused(400, f"{where}: {problem.message}", "invalid_value", "messages") from error
+
+
+class TextPart(SubSchema):
+    """A part of a message's content."""
+
+    type: str
+    text: str | None = None

@@ -1,0 +1,274 @@
+"""One HTTP request at work: what came, who sent it, and the ways to answer."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final
+
+from engineroom.server.http.frames import BadJsonError, dumps, loads
+from engineroom.server.keys import ANONYMOUS, Identity
+from engineroom.server.http.protocol import WRITE, TextWriter
+from engineroom.server.http.errors import Refused
+
+if TYPE_CHECKING:
+    from starlette.types import Receive, Scope, Send
+
+    from engineroom.server.app import ServerContext
+
+__all__ = ["SSE_HEADERS", "Attended", "Call", "ClientGoneError"]
+
+JSON_HEADERS: Final = ((b"content-type", b"application/json"),)
+SSE_HEADERS: Final = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # proxies would hold frames back
+)
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+_MAX_DISCARDED: Final = 512 << 20
+_DISCARD_S: Final = 10.0
+
+
+class ClientGoneError(Exception):
+    """Nobody waits for the answer any more."""
+
+
+class Call:
+    """One HTTP request.
+
+    :param scope: ASGI's description of it.
+    :param context: the server that it came to.
+    """
+
+    __slots__ = (
+        "_id",
+        "_receive",
+        "asked_id",
+        "context",
+        "headers",
+        "identity",
+        "path_params",
+        "scope",
+        "send",
+        "started",
+    )
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, context: ServerContext) -> None:
+        self.scope = scope
+        self.context = context
+        self._receive = receive
+        self.send = send
+        self.headers: dict[bytes, bytes] = {}
+        for name, value in scope["headers"]:
+            self.headers.setdefault(name, value)
+        self.identity: Identity = ANONYMOUS
+        self.path_params: MutableMapping[str, Any] = {}
+        self.started = False
+        given = self.headers.get(b"x-request-id", b"").decode("latin-1")
+        self.asked_id = given if _REQUEST_ID.fullmatch(given) else None
+        self._id: str | None = None
+
+    @property
+    def id(self) -> str:
+        """The request's id: unique, and beginning with what the client calls it."""
+        if self._id is None:
+            fresh = secrets.token_hex(4 if self.asked_id else 12)
+            self._id = f"{self.asked_id}-{fresh}" if self.asked_id else fresh
+        return self._id
+
+    @property
+    def family(self) -> str:
+        """Whose error object the client understands."""
+        path: str = self.scope["path"]
+        return "anthropic" if path.startswith("/v1/messages") else "openai"
+
+    def header(self, name: bytes) -> str:
+        """A header's value; empty where there is none."""
+        return self.headers.get(name, b"").decode("latin-1")
+
+    # ── what came ────────────────────────────────────────────────────────────────────────────
+
+    async def body(self) -> bytes:
+        """The whole body.
+
+        :raises Refused: it is too large (413) or does not come in time (408).
+        """
+        settings = self.context.settings
+        limit = settings.max_body_bytes
+        announced = self.header(b"content-length")
+        if announced.isdigit() and int(announced) > limit:
+            raise self._too_large(limit)
+        parts: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(settings.body_timeout_s):
+                while True:
+                    message = await self._receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientGoneError
+                    part: bytes = message.get("body", b"")
+                    size += len(part)
+                    if size > limit:
+                        raise self._too_large(limit)
+                    parts.append(part)
+                    if not message.get("more_body", False):
+                        return parts[0] if len(parts) == 1 else b"".join(parts)
+        except TimeoutError as error:
+            raise Refused(
+                408,
+                f"the body did not arrive within {settings.body_timeout_s:g} s",
+                "body_timeout",
+                headers={"connection": "close"},
+            ) from error
+
+    async def json(self) -> Any:
+        """The body, read as JSON.
+
+        :raises Refused: it is something else (415) or no JSON (400).
+        """
+        kind = self.header(b"content-type").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            shown = f"not {kind[:80]!r}" if kind else "and it has no content-type"
+            raise Refused(
+                415, f"the body must be application/json, {shown}", "unsupported_media_type"
+            )
+        encoding = self.header(b"content-encoding").strip().lower()
+        if encoding not in ("", "identity"):
+            raise Refused(
+                415, "the body must not be compressed; send it as it is", "unsupported_encoding"
+            )
+        data = await self.body()
+        try:
+            return loads(data)
+        except BadJsonError as error:
+            raise Refused(400, f"the body is no valid JSON: {error}", "invalid_json") from error
+
+    def _too_large(self, limit: int) -> Refused:
+        return Refused(
+            413,
+            f"the body is larger than {limit} bytes; send less",
+            "body_too_large",
+            headers={"connection": "close"},
+        )
+
+    # ── what is answered ─────────────────────────────────────────────────────────────────────
+
+    async def start(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        """Send status and headers."""
+        self.started = True
+        name = self.id.encode("latin-1")
+        sent = [(b"x-request-id", name), *headers]
+        if self.family == "anthropic":
+            sent.append((b"request-id", name))  # what their clients read
+        if (trace := self.context.traceparent_of(self.id)) is not None:
+            sent.append((b"traceresponse", trace.encode("latin-1")))
+        await self.send({"type": "http.response.start", "status": status, "headers": sent})
+
+    def writer(self, frame_of: Callable[[str], bytes]) -> TextWriter:
+        """What sends texts of an answer that has begun.
+
+        :param frame_of: makes a part of the body of a text.
+        """
+        shorter = self.scope.get("extensions", {}).get(WRITE)
+        writer: TextWriter | None = None if shorter is None else shorter(frame_of)
+        if writer is not None:
+            return writer
+
+        def write(text: str) -> Awaitable[None]:
+            body = frame_of(text)
+            return self.send({"type": "http.response.body", "body": body, "more_body": True})
+
+        return write
+
+    async def answer(
+        self,
+        status: int,
+        body: bytes,
+        headers: Iterable[tuple[bytes, bytes]] = JSON_HEADERS,
+    ) -> None:
+        """Send a whole answer."""
+        length = (b"content-length", str(len(body)).encode())
+        await self.start(status, (*headers, length))
+        await self.send({"type": "http.response.body", "body": body})
+
+    async def answer_json(self, value: Any, status: int = 200) -> None:
+        """Send a value as JSON."""
+        await self.answer(status, dumps(value))
+
+    async def refuse(self, refused: Refused) -> None:
+        """Send an error; after a body that was not read, in a way that the client can read it."""
+        body = dumps(refused.anthropic(self.id) if self.family == "anthropic" else refused.openai())
+        headers = [*JSON_HEADERS, (b"content-length", str(len(body)).encode())]
+        await self.start(refused.status, [*headers, *refused.all_headers()])
+        # To close under a client that is still writing would throw the answer away: the error
+        # goes out whole, and what still comes is read and forgotten before the end.
+        await self.send({"type": "http.response.body", "body": body, "more_body": True})
+        if refused.status == 413 and not self.headers.get(b"expect"):
+            await self._discard()
+        await self.send({"type": "http.response.body", "body": b""})
+
+    async def _discard(self) -> None:
+        left = _MAX_DISCARDED
+        try:
+            async with asyncio.timeout(_DISCARD_S):
+                while left > 0:
+                    message = await self._receive()
+                    left -= len(message.get("body", b""))
+                    if not message.get("more_body", False):
+                        return
+        except TimeoutError:
+            return
+
+    def attended(self) -> Attended:
+        """Stop what is done inside the ``async with`` as soon as the client goes away."""
+        return Attended(self._receive)
+
+
+class Attended:
+    """Cancels the task inside the ``async with`` when the client goes away.
+
+    The cancellation is taken back at the end of the block and becomes ``ClientGoneError``, as
+    :func:`asyncio.timeout` does with its own.
+    """
+
+    __slots__ = ("_baseline", "_receive", "_task", "_watcher", "gone")
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self.gone = False
+
+    async def __aenter__(self) -> Attended:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._baseline = task.cancelling()
+        self._watcher = asyncio.create_task(self._watch())
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        watcher = self._watcher
+        if not self.gone:
+            watcher.cancel()
+            return
+        if error is None:
+            try:  # the cancellation is on its way and strikes here
+                await asyncio.sleep(0)
+            except asyncio.CancelledError as late:
+                error = late
+        ours = self._task.uncancel() <= self._baseline
+        if ours and (error is None or isinstance(error, asyncio.CancelledError)):
+            raise ClientGoneError from error
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self.gone = True
+        self._task.cancel()

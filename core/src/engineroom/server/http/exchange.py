@@ -1,0 +1,268 @@
+"""From requests to answers: whole, or frame by frame, and over when the client is gone.
+
+Everything about one HTTP request happens in its own task: waiting for a place, the answer, and
+sending it. :class:`~engineroom.server.http.call.Attended` cancels that task when the client goes
+away, and the service stops the work within a step, wherever it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Protocol
+
+from engineroom.errors import EngineRoomError
+from engineroom.schemas import InferenceRequest, InferenceResponse, TokenLogprob
+from engineroom.server.http.call import SSE_HEADERS, Call
+from engineroom.server.http.heartbeat import Heartbeat
+from engineroom.server.http.limits import Slot
+from engineroom.server.http.errors import Refused
+from engineroom.inference.streams import InferenceStream, StreamError
+
+__all__ = ["Writer", "answer_all", "derived_seed", "place", "stream_all"]
+
+_QUEUED_CHUNKS = 64
+"""Chunks of several streams that wait to be sent; a slow reader slows them all down."""
+_UNKNOWN_LIMIT = 256
+
+
+class Writer(Protocol):
+    """Writes a stream in the form of one API. Made for each request."""
+
+    wants_logprobs: bool
+
+    def begin(self, streams: Sequence[InferenceStream]) -> bytes:
+        """What comes before the first text; the prompt was read by then."""
+
+    def framer(self, index: int) -> Callable[[str], bytes]:
+        """What makes a frame of a step's text of one answer. Called for each: it is quick."""
+
+    def text_with_logprobs(self, index: int, text: str, logprobs: Sequence[TokenLogprob]) -> bytes:
+        """The same where ``wants_logprobs`` is true; ``text`` may be empty."""
+
+    def finish(self, index: int, response: InferenceResponse) -> bytes:
+        """The end of one answer."""
+
+    def end(self, responses: Sequence[InferenceResponse]) -> bytes:
+        """The end of the stream."""
+
+    def fail(self, refused: Refused, responses: Sequence[InferenceResponse]) -> bytes:
+        """The end of a stream that failed midway: usage, the error, the end."""
+
+
+async def answer_all(call: Call, requests: Sequence[InferenceRequest]) -> list[InferenceResponse]:
+    """The answers in order.
+
+    :raises Refused: one of them failed.
+    :raises ClientGoneError: nobody waits for them any more.
+    """
+    service = call.context.service
+    async with call.attended(), place(call, requests) as slot:
+        requests = [_after(slot, request) for request in requests]
+        if len(requests) == 1:
+            responses = [await service.infer(requests[0])]
+        else:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(service.infer(each)) for each in requests]
+            responses = [task.result() for task in tasks]
+        slot.used = _used(responses)
+    for response in responses:
+        if (error := error_of(response)) is not None:
+            raise call.context.refusal_of(error)
+    return responses
+
+
+async def stream_all(call: Call, requests: Sequence[InferenceRequest], writer: Writer) -> None:
+    """Stream the answers. The status is sent with the first text, so that it is the right one, or
+    with the first heartbeat.
+
+    :raises Refused: one of them failed before anything was sent.
+    :raises ClientGoneError: nobody reads any more.
+    """
+    async with call.attended(), place(call, requests) as slot:
+        streams = [call.context.service.stream(_after(slot, request)) for request in requests]
+        heartbeat = Heartbeat(call)
+        try:
+            if len(streams) == 1:
+                await _stream_one(call, streams[0], writer, heartbeat)
+            else:
+                await _stream_many(call, streams, writer, heartbeat)
+        finally:
+            heartbeat.cut()
+            for stream in streams:
+                await stream.aclose()
+            slot.used = _used([s.response for s in streams if s.response is not None])
+
+
+def derived_seed(seed: int | None, index: int) -> int | None:
+    """The seed of one of several answers; the first has the one that was asked for."""
+    if seed is None:
+        return None
+    return (seed + index * 0x9E3779B97F4A7C15) % (1 << 63)
+
+
+def error_of(response: InferenceResponse) -> EngineRoomError | None:
+    """The typed error of a response that failed."""
+    try:
+        response.raise_for_error()
+    except EngineRoomError as error:
+        error.request_id, error.model_id = response.request_id, response.model_id
+        return error
+    return None
+
+
+@asynccontextmanager
+async def place(call: Call, requests: Sequence[InferenceRequest]) -> AsyncIterator[Slot]:
+    """A place for the requests among those that run, as the server's limits give it.
+
+    :raises Refused: 429: there is none; 408: none became free within the requests' ``timeout_s``.
+    """
+    context = call.context
+    limiter = context.limiter
+    tokens = sum(r.params.max_new_tokens or _UNKNOWN_LIMIT for r in requests)
+    waiting = True
+    try:
+        who, timeout_s = call.identity.name, requests[0].timeout_s
+        async with limiter.slot(who, len(requests), tokens, timeout_s) as slot:
+            waiting = False
+            context.rejections.waited(requests[0], slot.waited_s)
+            yield slot
+    except Refused as refused:
+        if waiting and refused.status in (408, 429):
+            context.rejections.rejected(requests[0], refused.code or "limit")
+        raise
+
+
+async def _stream_one(
+    call: Call, stream: InferenceStream, writer: Writer, heartbeat: Heartbeat
+) -> None:
+    chunk = await anext(stream, None)
+    heartbeat.spoke = True
+    if not call.started:
+        if isinstance(chunk, StreamError):
+            raise call.context.refusal_of(chunk.error)
+        await call.start(200, SSE_HEADERS)
+    send = call.send
+    head = writer.begin([stream])
+    if writer.wants_logprobs:
+        seen = 0
+        while chunk is not None and not isinstance(chunk, StreamError):
+            entries = stream.logprobs
+            frame = writer.text_with_logprobs(0, chunk, entries[seen:])
+            seen = len(entries)
+            await send({"type": "http.response.body", "body": head + frame, "more_body": True})
+            head = b""
+            heartbeat.spoke = True
+            chunk = await anext(stream, None)
+        if (entries := stream.logprobs[seen:]) and not isinstance(chunk, StreamError):
+            head += writer.text_with_logprobs(0, "", entries)
+    elif chunk is not None and not isinstance(chunk, StreamError):
+        frame_of = writer.framer(0)
+        first = head + frame_of(chunk)
+        await send({"type": "http.response.body", "body": first, "more_body": True})
+        head = b""
+        write = call.writer(frame_of)
+        failed: StreamError | None = None
+
+        def put(chunk: str) -> Awaitable[None] | None:
+            nonlocal failed
+            if chunk.__class__ is StreamError:
+                failed = chunk
+                return None
+            heartbeat.spoke = True
+            return write(chunk)
+
+        # In a task of its own: it wakes for each step, and each coroutine above it would, too.
+        await asyncio.create_task(stream.pump(put))
+        chunk = failed
+    response = stream.response
+    assert response is not None
+    if isinstance(chunk, StreamError):
+        tail = writer.fail(call.context.refusal_of(chunk.error), [response])
+    else:
+        tail = writer.finish(0, response) + writer.end([response])
+    await heartbeat.stop()
+    await send({"type": "http.response.body", "body": head + tail})
+
+
+async def _stream_many(
+    call: Call, streams: Sequence[InferenceStream], writer: Writer, heartbeat: Heartbeat
+) -> None:
+    """Several streams in one: each is read by a task, and they are sent as they come."""
+    queue: asyncio.Queue[tuple[int, str | None]] = asyncio.Queue(_QUEUED_CHUNKS)
+
+    async def read(index: int, stream: InferenceStream) -> None:
+        async for chunk in stream:
+            await queue.put((index, chunk))
+        await queue.put((index, None))
+
+    tasks = [asyncio.create_task(read(i, stream)) for i, stream in enumerate(streams)]
+    try:
+        await _send_many(call, streams, writer, queue, heartbeat)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+
+async def _send_many(
+    call: Call,
+    streams: Sequence[InferenceStream],
+    writer: Writer,
+    queue: asyncio.Queue[tuple[int, str | None]],
+    heartbeat: Heartbeat,
+) -> None:
+    left = len(streams)
+    begun = False
+    frames = [writer.framer(index) for index in range(left)]
+    seen = [0] * left
+    head = b""
+    while left:
+        index, chunk = await queue.get()
+        heartbeat.spoke = True
+        if isinstance(chunk, StreamError):
+            refused = call.context.refusal_of(chunk.error)
+            if not call.started:
+                raise refused
+            for stream in streams:  # their counts are wanted before the end
+                await stream.aclose()
+            responses = [s.response for s in streams if s.response is not None]
+            tail = head + writer.fail(refused, responses)
+            await heartbeat.stop()
+            await call.send({"type": "http.response.body", "body": tail})
+            return
+        if not begun:
+            begun = True
+            if not call.started:
+                await call.start(200, SSE_HEADERS)
+            head = writer.begin(streams)
+        frame = b""
+        if writer.wants_logprobs:
+            entries = streams[index].logprobs
+            if chunk is not None or len(entries) > seen[index]:
+                frame = writer.text_with_logprobs(index, chunk or "", entries[seen[index] :])
+                seen[index] = len(entries)
+        elif chunk is not None:
+            frame = frames[index](chunk)
+        if chunk is None:
+            left -= 1
+            response = streams[index].response
+            assert response is not None
+            frame += writer.finish(index, response)
+        await call.send({"type": "http.response.body", "body": head + frame, "more_body": True})
+        head = b""
+    tail = writer.end([s.response for s in streams if s.response is not None])
+    await heartbeat.stop()
+    await call.send({"type": "http.response.body", "body": tail})
+
+
+def _after(slot: Slot, request: InferenceRequest) -> InferenceRequest:
+    """The request with the time that the wait for its place has left it."""
+    if request.timeout_s is None or slot.waited_s == 0:
+        return request
+    return request.model_copy(update={"timeout_s": slot.left_of(request.timeout_s)})
+
+
+def _used(responses: Sequence[InferenceResponse]) -> int:
+    return sum((r.prompt_tokens or 0) + (r.generated_tokens or 0) for r in responses)

@@ -1,0 +1,249 @@
+"""How much at one time, and how much a minute: for all together and for each key."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Final
+
+from engineroom.server.http.errors import Refused
+from engineroom.server.settings import ServerSettings
+
+__all__ = ["Limiter", "Slot", "TokenBucket"]
+
+_MAX_BUCKETS: Final = 20_000
+
+
+class TokenBucket:
+    """Tokens a minute. What was promised is taken at once; what was used is settled later.
+
+    :param per_minute: how much comes back in a minute, and how much there is at most.
+    :param clock: seconds, never going back.
+    """
+
+    __slots__ = ("_clock", "_level", "_seen", "per_minute")
+
+    def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.per_minute = per_minute
+        self._clock = clock
+        self._level = float(per_minute)
+        self._seen = clock()
+
+    def wait_s(self, tokens: int) -> float:
+        """Seconds until so many can be taken; 0: now. More than a minute's are as a minute's."""
+        now = self._clock()
+        gained = (now - self._seen) * self.per_minute / 60
+        self._level = min(float(self.per_minute), self._level + gained)
+        self._seen = now
+        missing = min(tokens, self.per_minute) - self._level
+        return max(0.0, missing * 60 / self.per_minute)
+
+    def take(self, tokens: int) -> int:
+        """Take tokens; returns how many were, for :meth:`settle`."""
+        taken = min(tokens, self.per_minute)
+        self._level -= taken
+        return taken
+
+    def settle(self, taken: int, used: int) -> None:
+        """Put right what :meth:`take` guessed. May leave a debt."""
+        self._level = min(float(self.per_minute), self._level + taken - used)
+
+
+@dataclass(eq=False, slots=True)
+class Slot:
+    """A place among the running requests.
+
+    :param waited_s: seconds that were waited for it.
+    :param used: tokens read and written; said when it is over, ``None``: not known.
+    """
+
+    waited_s: float = 0.0
+    used: int | None = None
+
+    def left_of(self, timeout_s: float | None) -> float | None:
+        """What the wait has left of a request's time."""
+        return None if timeout_s is None else max(0.001, timeout_s - self.waited_s)
+
+
+@dataclass(eq=False, slots=True)
+class _Waiter:
+    key: str
+    count: int
+    future: asyncio.Future[None]
+
+
+class Limiter:
+    """Lets requests in as the settings say. Belongs to the event loop."""
+
+    def __init__(
+        self, settings: ServerSettings, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._settings = settings
+        self._clock = clock
+        self.running = 0
+        self._by_key: dict[str, int] = {}
+        self._queue: OrderedDict[_Waiter, None] = OrderedDict()
+        per_minute = settings.tokens_per_minute
+        self._bucket = TokenBucket(per_minute, clock) if per_minute else None
+        self._buckets: OrderedDict[str, TokenBucket] = OrderedDict()
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait."""
+        return sum(waiter.count for waiter in self._queue)
+
+    @asynccontextmanager
+    async def slot(
+        self, key: str, count: int, tokens: int, timeout_s: float | None = None
+    ) -> AsyncIterator[Slot]:
+        """A place for ``count`` requests at once, held inside the ``async with``.
+
+        :param tokens: most that they will write, as far as that is known.
+        :param timeout_s: seconds to wait for it.
+        :raises Refused: 429, with the seconds after which to try again; 408: it took too long.
+        """
+        buckets = self._take_tokens(key, tokens)
+        slot = Slot()
+        try:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await self._enter(key, count, slot)
+            except TimeoutError as error:
+                raise Refused(
+                    408,
+                    f"its turn did not come within {timeout_s:g} s; send it again later",
+                    "request_timeout",
+                ) from error
+            try:
+                yield slot
+            finally:
+                self._leave(key, count)
+        finally:
+            used = 0 if slot.used is None else slot.used
+            for bucket, taken in buckets:
+                bucket.settle(taken, used)
+
+    def _take_tokens(self, key: str, tokens: int) -> list[tuple[TokenBucket, int]]:
+        buckets = [("the server", self._bucket), ("this key", self._bucket_of(key))]
+        wait = 0.0
+        whose = ""
+        for owner, bucket in buckets:
+            if bucket is not None and (needed := bucket.wait_s(tokens)) > wait:
+                wait, whose = needed, owner
+        if wait > 0:
+            raise Refused(
+                429,
+                f"the tokens per minute of {whose} are used up; try again in "
+                f"{math.ceil(wait)} s, or ask for fewer tokens",
+                "tokens_per_minute",
+                retry_after_s=math.ceil(wait),
+            )
+        return [(bucket, bucket.take(tokens)) for _, bucket in buckets if bucket is not None]
+
+    def _bucket_of(self, key: str) -> TokenBucket | None:
+        per_minute = self._settings.key_tokens_per_minute
+        if not per_minute:
+            return None
+        bucket = self._buckets.get(key)
+        if bucket is None:
+            bucket = self._buckets[key] = TokenBucket(per_minute, self._clock)
+            if len(self._buckets) > _MAX_BUCKETS:
+                self._buckets.popitem(last=False)
+        return bucket
+
+    def refuse_waiting(self, refused: Refused) -> None:
+        """Send everybody away who waits."""
+        for waiter in list(self._queue):
+            if not waiter.future.done():
+                waiter.future.set_exception(refused)
+
+    async def _enter(self, key: str, count: int, slot: Slot) -> None:
+        settings = self._settings
+        for largest, whose in (
+            (settings.max_running, "the server"),
+            (settings.key_max_running, "a key"),
+        ):
+            if largest is not None and count > largest:
+                raise Refused(
+                    400,
+                    f"{count} answers at once are more than {whose} may run ({largest}); "
+                    "ask for fewer",
+                    "too_many_choices",
+                )
+        # Through the queue, whoever it is: new requests do not overtake, or several answers at
+        # once would wait for ever.
+        waiter = _Waiter(key, count, asyncio.get_running_loop().create_future())
+        self._queue[waiter] = None
+        self._admit()
+        if waiter.future.done():
+            return
+        mine = sum(w.count for w in self._queue if w.key == key)
+        for whose, waiting, most in (
+            ("the server", self.queued, settings.max_queued),
+            ("this key", mine, settings.key_max_queued),
+        ):
+            if most is not None and waiting > most:
+                del self._queue[waiter]
+                raise _queue_full(whose, most)
+        began = self._clock()
+        try:
+            await waiter.future
+        except BaseException:
+            future = waiter.future
+            if future.done() and not future.cancelled() and future.exception() is None:
+                self._leave(key, count)  # let in and cancelled at the same time
+            raise
+        finally:
+            self._queue.pop(waiter, None)
+            slot.waited_s = self._clock() - began
+            self._admit()
+
+    def _has_room(self, count: int) -> bool:
+        limit = self._settings.max_running
+        return limit is None or self.running + count <= limit
+
+    def _key_has_room(self, key: str, count: int) -> bool:
+        limit = self._settings.key_max_running
+        return limit is None or self._by_key.get(key, 0) + count <= limit
+
+    def _occupy(self, key: str, count: int) -> None:
+        self.running += count
+        self._by_key[key] = self._by_key.get(key, 0) + count
+
+    def _leave(self, key: str, count: int) -> None:
+        self.running -= count
+        left = self._by_key[key] - count
+        if left:
+            self._by_key[key] = left
+        else:
+            del self._by_key[key]
+        self._admit()
+
+    def _admit(self) -> None:
+        """Let in whoever fits, in order; a key at its bound holds nobody else up."""
+        blocked: set[str] = set()
+        for waiter in list(self._queue):
+            if waiter.future.done() or waiter.key in blocked:
+                continue
+            if not self._key_has_room(waiter.key, waiter.count):
+                blocked.add(waiter.key)
+            elif self._has_room(waiter.count):
+                self._occupy(waiter.key, waiter.count)
+                del self._queue[waiter]
+                waiter.future.set_result(None)
+            else:
+                return
+
+
+def _queue_full(whose: str, limit: int) -> Refused:
+    return Refused(
+        429,
+        f"the queue of {whose} is full ({limit} requests wait); try again later",
+        "queue_full",
+        retry_after_s=1,
+    )

@@ -1,0 +1,273 @@
+"""Models of the Hugging Face hub ahead of their use: fetched, checked, shown, removed. Blocks.
+
+``huggingface_hub`` downloads and keeps the files; a connection that breaks is taken up where it
+broke, and files that are complete are not fetched again. What it does not do is done here: room on
+the disk is looked for before, the files' hashes are compared afterwards, and a large file that was
+not complete when a process ended is gone on with by the next (:mod:`engineroom.sources.hub_resume`).
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from engineroom.errors import (
+    ConfigurationError,
+    EngineRoomError,
+    ModelNotFoundError,
+    ResourceNotAvailableError,
+)
+from engineroom.sources.hub_resume import fetch_on, partial_bytes
+from engineroom.sources.source import HubSource
+from engineroom.units import format_size
+
+__all__ = ["CachedRepo", "HubFile", "cached_repos", "pull", "remove_cached"]
+
+_FULL: Final = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+_CHUNK: Final = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class HubFile:
+    """A file of a repository.
+
+    :param size: bytes; ``None``: the hub does not say.
+    :param sha256: of its content, for large files.
+    :param git_id: its hash as a blob of git, for small ones.
+    """
+
+    name: str
+    size: int | None
+    sha256: str | None
+    git_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class CachedRepo:
+    """A repository that has files on this machine.
+
+    :param size: bytes on the disk, with those of files that are not complete.
+    :param last_used: seconds since 1970.
+    """
+
+    repo: str
+    size: int
+    files: int
+    last_used: float
+    path: Path
+
+
+def pull(
+    source: HubSource, *, told: Callable[[HubFile, str], None] | None = None
+) -> list[tuple[HubFile, Path]]:
+    """Fetch what a hub source stands for, and check each file by size and hash.
+
+    Files that are here and right are left alone; one that is damaged is fetched again.
+
+    :param told: is called with each file and what is done with it: ``fetching``, ``checking``,
+        ``fetching again`` or ``done``.
+    :raises ModelNotFoundError: there is no such repository or file, or the hub is out of reach.
+    :raises ResourceNotAvailableError: the disk has no room, or what comes does not match.
+    :raises ConfigurationError: ``huggingface_hub`` is not installed.
+    """
+    hub = _library()
+    name = f"hf:{source.repo}" + (f":{source.file}" if source.file else "")
+    tell = told or (lambda *_: None)
+    with _typed(hub, name):
+        info = hub.HfApi().model_info(source.repo, revision=source.revision, files_metadata=True)
+        files = [_file(sibling) for sibling in info.siblings or ()]
+        wanted = [file for file in files if source.file in (None, file.name)]
+        if not wanted:
+            known = ", ".join(file.name for file in files) or "none"
+            raise ModelNotFoundError(f"{name}: there is no such file; the repository has {known}")
+        _look_for_room(hub, source.repo, info.sha, wanted)
+        # By the name of the revision, not by its commit: only then is it found by that name later,
+        # without the hub.
+        return [(file, _fetch(hub, source.repo, source.revision, file, tell)) for file in wanted]
+
+
+def cached_repos() -> list[CachedRepo]:
+    """The repositories that have files on this machine, by name.
+
+    :raises ConfigurationError: ``huggingface_hub`` is not installed.
+    """
+    return sorted(
+        (
+            CachedRepo(r.repo_id, _size(r), r.nb_files, r.last_accessed, r.repo_path)
+            for r in _cache(_library()).repos
+            if r.repo_type == "model"
+        ),
+        key=lambda repo: repo.repo,
+    )
+
+
+def remove_cached(repos: Iterable[str]) -> int:
+    """Remove repositories, all revisions of each, from this machine.
+
+    :returns: the bytes that became free.
+    :raises ModelNotFoundError: one of them is not here; then none is removed.
+    :raises ConfigurationError: ``huggingface_hub`` is not installed.
+    """
+    cache = _cache(_library())
+    here = {r.repo_id: r for r in cache.repos if r.repo_type == "model"}
+    names = list(dict.fromkeys(repos))
+    if missing := [name for name in names if name not in here]:
+        raise ModelNotFoundError(
+            f"{', '.join(missing)}: nothing of it is in the cache (there is: "
+            f"{', '.join(sorted(here)) or 'nothing'})"
+        )
+    freed = sum(_size(here[name]) for name in names)
+    revisions = [revision.commit_hash for name in names for revision in here[name].revisions]
+    cache.delete_revisions(*revisions).execute()
+    return freed
+
+
+def _size(repo: Any) -> int:
+    return int(repo.size_on_disk) + partial_bytes(repo.repo_id)
+
+
+def _library() -> Any:
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ConfigurationError(
+            'models of the Hugging Face hub need its library; pip install "engineroom[hub]"'
+        ) from error
+    return huggingface_hub
+
+
+def _cache(hub: Any) -> Any:
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        return hub.scan_cache_dir()
+    except CacheNotFound:  # nothing was ever downloaded
+        return _EmptyCache()
+
+
+class _EmptyCache:
+    repos: tuple[Any, ...] = ()
+
+
+def _file(sibling: Any) -> HubFile:
+    lfs = getattr(sibling, "lfs", None)
+    return HubFile(
+        sibling.rfilename,
+        sibling.size,
+        lfs.sha256 if lfs is not None else None,
+        sibling.blob_id if lfs is None else None,
+    )
+
+
+def _look_for_room(hub: Any, repo: str, revision: str, files: Sequence[HubFile]) -> None:
+    """Refuse before the first byte where the disk cannot hold what is missing."""
+    missing = sum(
+        max(0, (file.size or 0) - (partial_bytes(repo, file.sha256) if file.sha256 else 0))
+        for file in files
+        if not isinstance(hub.try_to_load_from_cache(repo, file.name, revision=revision), str)
+    )
+    folder = _cache_folder()
+    free = shutil.disk_usage(folder).free
+    if missing > free:
+        raise ResourceNotAvailableError(
+            f"hf:{repo} needs {format_size(missing)} more on the disk, and {str(folder)!r} has "
+            f"{format_size(free)} free; remove something (`engineroom models rm-cache`), or set "
+            "HF_HOME to a larger disk"
+        )
+
+
+def _cache_folder() -> Path:
+    """The cache, or the folder in which it will be made."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE)
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder
+
+
+def _fetch(
+    hub: Any, repo: str, revision: str | None, file: HubFile, tell: Callable[[HubFile, str], None]
+) -> Path:
+    tell(file, "fetching")
+    here = isinstance(hub.try_to_load_from_cache(repo, file.name, revision=revision), str)
+    if not here and file.sha256 is not None and file.size is not None:
+        fetch_on(hub, repo, revision, file.name, file.sha256, file.size)
+    path = Path(hub.hf_hub_download(repo, file.name, revision=revision))
+    tell(file, "checking")
+    if (wrong := _wrong(path, file)) is None:
+        tell(file, "done")
+        return path
+    tell(file, "fetching again")
+    path = Path(hub.hf_hub_download(repo, file.name, revision=revision, force_download=True))
+    if (wrong := _wrong(path, file)) is None:
+        tell(file, "done")
+        return path
+    _forget(path)
+    raise ResourceNotAvailableError(
+        f"hf:{repo}:{file.name} was fetched twice and is not what the hub says: {wrong}; it was "
+        "removed. Try again later, or look at what is between here and the hub"
+    )
+
+
+def _wrong(path: Path, file: HubFile) -> str | None:
+    """What does not match; ``None``: all that is known of the file does."""
+    size = path.stat().st_size
+    if file.size is not None and size != file.size:
+        return f"it has {size} bytes instead of {file.size}"
+    if file.sha256 is not None:
+        expected, digest = file.sha256, hashlib.sha256()
+    elif file.git_id is not None:
+        # How git names a blob; nothing here relies on it against an attacker.
+        expected, digest = file.git_id, hashlib.sha1(usedforsecurity=False)
+        digest.update(f"blob {size}\0".encode())
+    else:
+        return None
+    with path.open("rb") as content:
+        while chunk := content.read(_CHUNK):
+            digest.update(chunk)
+    return None if digest.hexdigest() == expected else "its hash is another"
+
+
+def _forget(path: Path) -> None:
+    """Remove a file from the cache: what the name links to, and the name."""
+    blob = path.resolve()
+    path.unlink(missing_ok=True)
+    blob.unlink(missing_ok=True)
+
+
+class _typed:  # noqa: N801 - reads as a function
+    """Turns what the library raises into errors that say what to do."""
+
+    def __init__(self, hub: Any, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None or isinstance(error, EngineRoomError):
+            return
+        if isinstance(error, OSError) and error.errno in _FULL:
+            raise ResourceNotAvailableError(
+                f"{self._name}: the disk is full ({error.strerror}); what has come is kept. "
+                "Remove something (`engineroom models rm-cache`), or set HF_HOME to a larger disk, "
+                "and pull again"
+            ) from error
+        if isinstance(error, OSError | ValueError | RuntimeError):
+            said = next(iter(str(error).splitlines()), "") or type(error).__name__
+            raise ModelNotFoundError(
+                f"{self._name} could not be fetched: {said}; check the name and the connection, "
+                "and log in with `hf auth login` if it is private"
+            ) from error
+        if type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "requests"):
+            raise ModelNotFoundError(
+                f"{self._name}: the hub ({os.environ.get('HF_ENDPOINT', 'huggingface.co')}) cannot "
+                f"be reached: {error}; connect and try again"
+            ) from error
