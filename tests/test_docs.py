@@ -432,15 +432,21 @@ def test_every_flag_of_serve_is_told() -> None:
 
 
 def test_every_field_that_is_refused_or_has_no_effect_is_told() -> None:
-    from engineroom.server import anthropic, embeddings, openai_chat, openai_completions, responses
+    from engineroom.server.apis import (
+        anthropic_messages,
+        openai_chat,
+        openai_completions,
+        openai_embeddings,
+        openai_responses,
+    )
 
     text = (DOCS / "server.md").read_text(encoding="utf-8")
     for schema in (
         openai_chat.ChatRequest,
         openai_completions.CompletionRequest,
-        embeddings.EmbeddingsRequest,
-        responses.ResponsesRequest,
-        anthropic.MessagesRequest,
+        openai_embeddings.EmbeddingsRequest,
+        openai_responses.ResponsesRequest,
+        anthropic_messages.MessagesRequest,
     ):
         for name in (*schema.REFUSED, *schema.WITHOUT_EFFECT):
             assert f"`{name}`" in text or f"`{name}." in text, name

@@ -26,8 +26,8 @@ from engineroom import (
     TokenStep,
     api,
 )
-from engineroom.handlers.markers import ObserverSpec
 from engineroom.handlers.discovery import API_GROUP, HANDLER_GROUP, PLUGIN_GROUP
+from engineroom.handlers.observer_hooks import ObserverSpec
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "plugins.md"
 TEXT = PAGE.read_text(encoding="utf-8")

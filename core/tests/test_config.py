@@ -12,16 +12,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from engineroom.config.deployment import (
-    CONFIG_VARIABLE,
-    DeploymentConfig,
-    load_deployment,
-    parse_deployment,
-)
-from engineroom.errors import ConfigurationError
-from engineroom.handlers.registry import HANDLERS_VARIABLE
-from engineroom.schemas import ModelConfig, ModelVariant
+from engineroom.config.deployment import DeploymentConfig, load_deployment, parse_deployment
+from engineroom.config.environment import CONFIG_VARIABLE, HANDLERS_VARIABLE
+from engineroom.config.model import ModelConfig, ModelVariant
 from engineroom.config.suggestions import did_you_mean
+from engineroom.errors import ConfigurationError
 
 # A busy machine is no failure.
 untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from engineroom import doorbell
+from engineroom.generation import waker as doorbell
 from engineroom.generation.waker import Doorbell
 
 KINDS = ["eventfd", "without eventfd", "uvloop"]

@@ -14,8 +14,8 @@ from engineroom import (
     InferenceRequest,
     QueueFullError,
 )
-from engineroom.testing import EchoHandler, EchoModel, EchoOptions
 from engineroom.handlers.validation import validate_handler
+from engineroom.testing import EchoHandler, EchoModel, EchoOptions
 
 
 async def loaded(**options):

@@ -11,17 +11,13 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from engineroom.config.model import LoadedModel, ModelConfig
 from engineroom.errors import InferenceError
-from engineroom.generation.generation import Progress, TokenHandler, TokenStep, watching
+from engineroom.generation.generation import Progress, watching
+from engineroom.generation.steps import TokenStep
 from engineroom.handlers.base import StreamEnd
-from engineroom.schemas import (
-    GenerationParams,
-    InferenceRequest,
-    InferenceResponse,
-    LoadedModel,
-    ModelConfig,
-    TokenLogprob,
-)
+from engineroom.handlers.token_handler import TokenHandler
+from engineroom.schemas import GenerationParams, InferenceRequest, InferenceResponse, TokenLogprob
 from engineroom.service import LLMInferenceService
 
 # A busy machine is no failure.

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from engineroom import EngineDeadError, InferenceError, TokenStep
-from engineroom.generation.waker import Doorbell
 from engineroom.generation.mailbox import Mailbox, deliver
+from engineroom.generation.waker import Doorbell
 
 
 def step(token: int) -> TokenStep:
@@ -161,7 +161,7 @@ async def test_a_closed_loop_does_not_keep_the_others_from_their_steps(
 
     dead = await asyncio.to_thread(in_another_loop)
     alive = Mailbox()
-    with caplog.at_level(logging.DEBUG, "engineroom.generation.mailbox"):
+    with caplog.at_level(logging.DEBUG, "engineroom.mailbox"):
         elsewhere(lambda: deliver([(dead, step(1)), (dead, step(2)), (alive, step(3))]))
     assert await tokens(alive, 1) == [3]
     assert "2 steps had no event loop" in caplog.text

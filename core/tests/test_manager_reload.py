@@ -28,8 +28,8 @@ from engineroom import (
     ModelNotFoundError,
     ResourceNotAvailableError,
 )
-from engineroom.config.deployment import parse_deployment
 from engineroom.config.changes import compare, load_settled
+from engineroom.config.deployment import parse_deployment
 from engineroom.models.reloading import reloading
 
 

@@ -27,7 +27,7 @@ from engineroom import (
     hookimpl,
     request_logger,
 )
-from engineroom.handlers.markers import ObserverSpec
+from engineroom.handlers.observer_hooks import ObserverSpec
 from engineroom.testing import EchoHandler
 
 pytestmark = pytest.mark.usefixtures("both_ways")

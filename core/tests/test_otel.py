@@ -89,7 +89,7 @@ async def test_a_request_is_a_span(bench):
         "gen_ai.response.finish_reasons": ("length",),
         "gen_ai.usage.input_tokens": 3,
         "gen_ai.usage.output_tokens": 2,
-        "engineroom.handlers.base": "echo",
+        "engineroom.handler": "echo",
     }
     assert {name: span.attributes[name] for name in wanted} == wanted
     assert span.parent is None and span.kind is SpanKind.INTERNAL

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from engineroom.handlers.discovery import HANDLER_GROUP, PLUGIN_GROUP, install_hint, installed_plugins
+from engineroom.handlers.discovery import (
+    HANDLER_GROUP,
+    PLUGIN_GROUP,
+    install_hint,
+    installed_plugins,
+)
 
 
 @pytest.mark.parametrize(

@@ -201,7 +201,7 @@ def test_listing_plugins_imports_nothing(publish):
         """
         [engineroom.handlers]
         dear = er_dear:Handler
-        [engineroom.handlers.discovery]
+        [engineroom.plugins]
         watch = er_dear
         [engineroom.api]
         dear = engineroom.api:v1.0
@@ -361,13 +361,13 @@ SEVERAL = (
 
 
 def test_a_plugin_may_publish_several_handlers(publish, publish_handler):
-    publish("er-several", "[engineroom.handlers.discovery]\nseveral = er_several\n", SEVERAL)
+    publish("er-several", "[engineroom.plugins]\nseveral = er_several\n", SEVERAL)
     publish_handler("zeta")
     assert names(registry()) == ["zeta", "several_b", "several_a"]
 
 
 def test_published_handlers_are_listed_like_installed_ones(publish, publish_handler):
-    publish("er-several", "[engineroom.handlers.discovery]\nseveral = er_several\n", SEVERAL)
+    publish("er-several", "[engineroom.plugins]\nseveral = er_several\n", SEVERAL)
     publish_handler("zeta")
     publish_handler("alpha")
     found = registry(allow=["several_a", "zeta"])
@@ -386,7 +386,7 @@ def test_a_plugin_that_fails_while_it_registers_is_quarantined_whole(publish):
         seen.append(request)
 """
     )
-    publish("er-several", "[engineroom.handlers.discovery]\nseveral = er_several\n", module)
+    publish("er-several", "[engineroom.plugins]\nseveral = er_several\n", module)
     found = registry()
     found.discover()
     (record,) = found.plugins
@@ -398,7 +398,7 @@ def test_a_plugin_that_fails_while_it_registers_is_quarantined_whole(publish):
 
 
 def test_a_disabled_plugin_is_not_imported(publish):
-    publish("er-watch", "[engineroom.handlers.discovery]\nwatch = er_watch\n", "raise RuntimeError")
+    publish("er-watch", "[engineroom.plugins]\nwatch = er_watch\n", "raise RuntimeError")
     found = registry(disabled=["watch"])
     found.discover()
     assert [r.status for r in found.plugins] == ["disabled"]

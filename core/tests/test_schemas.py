@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
+from engineroom.config.model import LoadedModel, ModelConfig, ModelVariant
 from engineroom.errors import EngineDeadError, EngineRoomError, InferenceError, error_class
 from engineroom.errors import __all__ as error_names
 from engineroom.schemas import (
@@ -21,9 +22,6 @@ from engineroom.schemas import (
     GenerationParams,
     InferenceRequest,
     InferenceResponse,
-    LoadedModel,
-    ModelConfig,
-    ModelVariant,
     StructuredOutput,
     TokenLogprob,
 )

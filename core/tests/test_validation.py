@@ -7,8 +7,8 @@ from core_doubles import PlainHandler, bare_registry
 
 from engineroom import ConfigurationError, InferenceHandler, TokenHandler
 from engineroom.handlers.base import API_VERSION
-from engineroom.testing import EchoHandler
 from engineroom.handlers.validation import HANDLER_METHODS, validate_handler
+from engineroom.testing import EchoHandler
 
 
 def handler(**methods):

@@ -24,9 +24,10 @@ from opentelemetry.metrics import MeterProvider
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, TracerProvider
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from engineroom.config.model import LoadedModel
 from engineroom.errors import ConfigurationError
 from engineroom.handlers.markers import hookimpl
-from engineroom.schemas import InferenceRequest, InferenceResponse, LoadedModel
+from engineroom.schemas import InferenceRequest, InferenceResponse
 
 __all__ = ["OpenTelemetryObserver", "configure"]
 
@@ -137,7 +138,7 @@ class OpenTelemetryObserver:
             "gen_ai.operation.name": _operation(request),
             "gen_ai.provider.name": "engineroom",
             "gen_ai.request.model": request.model_id,
-            "engineroom.handlers.base": response.handler or "",
+            "engineroom.handler": response.handler or "",
         }
         if response.error_type is not None:
             labels["error.type"] = response.error_type
@@ -168,7 +169,7 @@ class OpenTelemetryObserver:
             start_time=now - int(duration_s * 1e9),
             attributes={
                 "gen_ai.request.model": loaded_model.model_id,
-                "engineroom.handlers.base": loaded_model.handler_name or "",
+                "engineroom.handler": loaded_model.handler_name or "",
             },
         )
         span.end(now)
@@ -216,7 +217,7 @@ def _finish(span: Span, response: InferenceResponse) -> None:
         ("gen_ai.usage.input_tokens", response.prompt_tokens),
         ("gen_ai.usage.output_tokens", response.generated_tokens),
         ("gen_ai.usage.cache_read.input_tokens", response.cached_prompt_tokens),
-        ("engineroom.handlers.base", response.handler),
+        ("engineroom.handler", response.handler),
     ):
         if value is not None:
             span.set_attribute(name, value)

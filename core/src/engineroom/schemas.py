@@ -23,19 +23,16 @@ from pydantic import (
 )
 
 from engineroom.errors import EngineRoomError, error_class
-from engineroom.units import DeviceSizes, Duration
 
 __all__ = [
     "FINISH_REASONS",
     "MAX_STOP_CHARS",
     "ChatMessage",
     "FinishReason",
+    "FrozenSchema",
     "GenerationParams",
     "InferenceRequest",
     "InferenceResponse",
-    "LoadedModel",
-    "ModelConfig",
-    "ModelVariant",
     "OnUnsupported",
     "StructuredOutput",
     "TokenLogprob",
@@ -96,11 +93,13 @@ class _Schema(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
-class _FrozenSchema(BaseModel):
+class FrozenSchema(BaseModel):
+    """A schema whose values do not change, and which refuses unknown fields."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-class StructuredOutput(_FrozenSchema):
+class StructuredOutput(FrozenSchema):
     """What the text must match: exactly one of a JSON schema, a regular expression, a grammar."""
 
     json_schema: dict[str, Any] | None = None
@@ -118,7 +117,7 @@ class StructuredOutput(_FrozenSchema):
         return self
 
 
-class GenerationParams(_FrozenSchema):
+class GenerationParams(FrozenSchema):
     """How to generate. A runtime honours each field, refuses it by name or warns about it.
 
     The order in which sampling applies them is the same everywhere: ``logit_bias``,
@@ -200,7 +199,7 @@ _NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
 }
 
 
-class ChatMessage(_FrozenSchema):
+class ChatMessage(FrozenSchema):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -220,7 +219,7 @@ INPUTS: Final = ("prompt", "prompt_token_ids", "messages")
 """What a request may ask to be continued, of which it has one."""
 
 
-class InferenceRequest(_FrozenSchema):
+class InferenceRequest(FrozenSchema):
     """One request to one model: a ``prompt`` as it stands, its tokens, or chat ``messages``."""
 
     model_id: Identifier
@@ -262,7 +261,7 @@ class InferenceRequest(_FrozenSchema):
         return self
 
 
-class TokenLogprob(_FrozenSchema):
+class TokenLogprob(FrozenSchema):
     """One generated token, how likely it was, and what else was likely."""
 
     token_id: int
@@ -320,98 +319,3 @@ class InferenceResponse(_Schema):
             cls.__name__ for cls in type(error).__mro__ if cls is error_class(cls.__name__)
         )
         self._cause = error
-
-
-class ModelVariant(_FrozenSchema):
-    """One way to run a model: which runtime, from which source, with which options."""
-
-    source: Annotated[str, Field(min_length=1)]
-    runtime: Identifier | None = None
-    options: dict[str, Any] = Field(default_factory=dict)
-    memory: DeviceSizes | None = None
-    """What it takes of each device; ``None``: as its runtime estimates."""
-
-
-def source_mistake(model: Mapping[str, Any]) -> str | None:
-    """What is wrong about where a model comes from, given its fields; ``None``: nothing."""
-    if not model.get("variants"):
-        if model.get("source"):
-            return None
-        return "give a source (a path, hf:owner/name or package:module/file)"
-    if any(model.get(key) for key in ("source", "runtime", "options", "memory")):
-        return "give either variants, or source with runtime, options and memory; both were given"
-    return None
-
-
-class ModelConfig(_FrozenSchema):
-    """A model of a deployment: what it is called, where it comes from, what runs it."""
-
-    model_id: Identifier
-    source: Annotated[str, Field(min_length=1)] | None = None
-    """A path, ``hf:owner/name[:file]``, or ``package:module/file``; see ``docs/usage.md``."""
-    runtime: Identifier | None = None
-    """Name of the handler that loads it; ``None``: the first whose ``can_load`` says yes."""
-    options: dict[str, Any] = Field(default_factory=dict)
-    """The runtime's own options, checked by the runtime."""
-    aliases: list[Identifier] = Field(default_factory=list)
-    """Other names that requests may use."""
-    variants: list[ModelVariant] = Field(default_factory=list)
-    """Several ways to run it, in order of preference, instead of ``source`` and ``runtime``."""
-    memory: DeviceSizes | None = None
-    """What it takes of each device, ``{"cpu": "2GiB"}``; ``None``: as its runtime estimates."""
-    preload: bool = True
-    """Load it in ``load_configured_models()`` rather than with its first request."""
-    pinned: bool = False
-    """Never unload it to make room for another."""
-    priority: Annotated[int, BeforeValidator(no_booleans), Field(ge=-100, le=100)] = 0
-    """Of the models that could go to make room, those of a lower priority go first."""
-    keep_alive: Duration | None = None
-    """Seconds that it stays loaded without a request (``5m``, ``forever``, ``0``: it goes at
-    once); ``None``: as the deployment."""
-    load_timeout_s: Annotated[float, BeforeValidator(no_booleans), Field(ge=0)] | None = None
-    """Seconds that its requests wait for room to load it; ``None``: as the deployment."""
-    fallback: bool | None = None
-    """Try the next variant where one fails to load; ``None``: as the deployment."""
-
-    @model_validator(mode="after")
-    def _has_a_source(self) -> ModelConfig:
-        if mistake := source_mistake(vars(self)):
-            raise ValueError(mistake)
-        return self
-
-    def choices(self) -> list[ModelConfig]:
-        """This model once per variant, each with a source of its own, in order of preference."""
-        return [
-            self.model_copy(
-                update={
-                    "source": v.source,
-                    "runtime": v.runtime,
-                    "options": v.options,
-                    "memory": v.memory,
-                    "variants": [],
-                }
-            )
-            for v in self.variants
-        ] or [self]
-
-
-class LoadedModel(BaseModel):
-    """A model in memory, as the handler that loaded it made it. Compared by identity."""
-
-    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
-
-    model_id: str
-    model_object: Any
-    """The runtime's own object; only its handler looks inside."""
-    config: ModelConfig
-    handler_name: str | None = None
-    """Name of the handler that loaded it."""
-    tokenizer: Any = None
-    max_context_tokens: int | None = None
-    """Most tokens that prompt and generated text may have together."""
-    memory_bytes: int | None = None
-
-    __hash__ = object.__hash__
-
-    def __eq__(self, other: object) -> bool:
-        return self is other

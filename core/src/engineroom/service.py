@@ -3,8 +3,8 @@
 Start reading here. :meth:`LLMInferenceService.process_inference` leases the model
 (:mod:`engineroom.models.manager`), takes the first handler that can run it
 (:mod:`engineroom.handlers.registry`), refuses what that handler cannot honour, and runs it inside a
-:class:`~engineroom.inference.scope.RequestScope`, which is how deadlines, ``aclose`` and ``close`` stop
-the work without harming the task that asked for it.
+``RequestScope`` (:mod:`engineroom.inference.scope`), which is how deadlines, ``aclose`` and
+``close`` stop the work without harming the task that asked for it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from collections.abc import AsyncGenerator, Sequence
 from functools import partial
 from typing import Any, Final, Protocol, runtime_checkable
 
-from engineroom.inference.blocking import BlockingPortal, BlockingStream
-from engineroom.inference.delivery import Given, pour
+from engineroom.config.model import LoadedModel
 from engineroom.errors import (
     ConfigurationError,
     EngineRoomError,
@@ -26,20 +25,18 @@ from engineroom.errors import (
     RequestTimeoutError,
     ResourceNotAvailableError,
 )
-from engineroom.generation.generation import LAST_STEP, effective_capabilities, open_stream, watching
-from engineroom.handlers.base import Capabilities, Embeddings, InferenceHandler, StreamEnd
+from engineroom.generation.generation import watching
 from engineroom.generation.mailbox import Mailbox
-from engineroom.models.manager import LLMModelManager, ModelSource
+from engineroom.generation.steps import LAST_STEP
+from engineroom.handlers.base import Capabilities, Embeddings, InferenceHandler, StreamEnd
 from engineroom.handlers.registry import DispatchReport, HandlerRegistry
-from engineroom.schemas import (
-    INPUTS,
-    InferenceRequest,
-    InferenceResponse,
-    LoadedModel,
-    OnUnsupported,
-)
+from engineroom.handlers.token_handler import effective_capabilities, open_stream
+from engineroom.inference.blocking import BlockingPortal, BlockingStream
+from engineroom.inference.delivery import Given, pour
 from engineroom.inference.scope import RequestScope
 from engineroom.inference.streams import InferenceStream, StreamError
+from engineroom.models.manager import LLMModelManager, ModelSource
+from engineroom.schemas import INPUTS, InferenceRequest, InferenceResponse, OnUnsupported
 from engineroom.telemetry import request_logger
 
 __all__ = ["LLMInferenceService"]

@@ -6,8 +6,9 @@ import logging
 from collections.abc import MutableMapping
 from typing import Any, Final
 
+from engineroom.config.model import LoadedModel
 from engineroom.handlers.markers import hookimpl
-from engineroom.schemas import InferenceRequest, InferenceResponse, LoadedModel
+from engineroom.schemas import InferenceRequest, InferenceResponse
 
 __all__ = ["LOGGER_NAME", "LoggingObserver", "RequestLogger", "request_logger"]
 

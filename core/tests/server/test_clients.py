@@ -325,7 +325,7 @@ def test_no_comment_where_none_is_wanted(start):
 @named(STREAMS)
 @pytest.mark.parametrize("word", ["", "!dead"])
 def test_clients_skip_the_comments(start, client, word, monkeypatch):
-    from engineroom.server import heartbeat
+    from engineroom.server.http import heartbeat
 
     pings = 0
 

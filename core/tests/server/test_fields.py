@@ -18,9 +18,9 @@ from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.responses import response_create_params
 
 from engineroom.server.apis.anthropic_messages import MessagesRequest
-from engineroom.server.apis.openai_embeddings import EmbeddingsRequest
 from engineroom.server.apis.openai_chat import ChatRequest
 from engineroom.server.apis.openai_completions import CompletionRequest
+from engineroom.server.apis.openai_embeddings import EmbeddingsRequest
 from engineroom.server.apis.openai_responses import ResponsesRequest
 
 CHAT = {"messages": [{"role": "user", "content": "one"}]}

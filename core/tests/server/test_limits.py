@@ -14,9 +14,9 @@ pytest.importorskip("msgspec")
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from engineroom.server.keys import KeyRing
-from engineroom.server.http.limits import Limiter, TokenBucket
 from engineroom.server.http.errors import Refused
+from engineroom.server.http.limits import Limiter, TokenBucket
+from engineroom.server.keys import KeyRing
 from engineroom.server.settings import ServerSettings
 
 

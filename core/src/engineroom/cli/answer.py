@@ -10,9 +10,9 @@ from engineroom.cli.output import warning_line, write, write_text
 from engineroom.cli.resolve import Target
 from engineroom.errors import EngineRoomError
 from engineroom.handlers.markers import hookimpl
+from engineroom.inference.streams import StreamError
 from engineroom.schemas import InferenceRequest, InferenceResponse
 from engineroom.service import LLMInferenceService
-from engineroom.inference.streams import StreamError
 
 __all__ = ["answer"]
 

@@ -15,9 +15,9 @@ from pydantic import ValidationError
 from engineroom.cli.chat_talkers import Talker
 from engineroom.cli.output import CommandError, error_line, say, write, write_text
 from engineroom.cli.parameters import make_params, parse_options
+from engineroom.config.suggestions import did_you_mean
 from engineroom.errors import EngineRoomError
 from engineroom.schemas import ChatMessage, GenerationParams
-from engineroom.config.suggestions import did_you_mean
 
 __all__ = ["ChatSession"]
 

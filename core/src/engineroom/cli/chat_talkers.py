@@ -11,9 +11,9 @@ from typing import Any, Protocol
 from engineroom.cli.output import CommandError
 from engineroom.cli.resolve import Target
 from engineroom.errors import ConfigurationError, EngineRoomError, InferenceError
+from engineroom.inference.streams import StreamError
 from engineroom.schemas import ChatMessage, GenerationParams, InferenceRequest
 from engineroom.service import LLMInferenceService
-from engineroom.inference.streams import StreamError
 
 __all__ = ["LocalTalker", "ServerTalker", "Talker"]
 

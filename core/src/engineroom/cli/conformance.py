@@ -18,11 +18,11 @@ from pydantic import ValidationError
 from engineroom.cli import EXIT_FAILED
 from engineroom.cli.output import CommandError, table, write, write_json
 from engineroom.cli.parameters import parse_options
-from engineroom.generation.generation import effective_capabilities
+from engineroom.config.model import ModelConfig
+from engineroom.config.suggestions import did_you_mean
 from engineroom.handlers.base import InferenceHandler
 from engineroom.handlers.discovery import HANDLER_GROUP, PluginRecord, installed_plugins
-from engineroom.schemas import ModelConfig
-from engineroom.config.suggestions import did_you_mean
+from engineroom.handlers.token_handler import effective_capabilities
 
 __all__ = ["CONFORMANCE_EPILOG", "conformance"]
 

@@ -18,12 +18,18 @@ from engineroom.cli.output import write, write_json
 from engineroom.cli.plugins import in_order, plugin_facts, plugin_table
 from engineroom.cli.resolve import deployment_or_none, registry_for
 from engineroom.cli.run import CONFIG_OPTION
-from engineroom.config.deployment import CONFIG_VARIABLE, DeploymentConfig
+from engineroom.config.deployment import DeploymentConfig
+from engineroom.config.environment import CONFIG_VARIABLE
 from engineroom.errors import EngineRoomError
+from engineroom.handlers.discovery import (
+    HANDLER_GROUP,
+    PluginRecord,
+    install_hint,
+    installed_plugins,
+)
+from engineroom.handlers.registry import HandlerRegistry
 from engineroom.memory.machine import cgroup_limits, cpu, devices, memory
 from engineroom.models.manager import LLMModelManager
-from engineroom.handlers.discovery import HANDLER_GROUP, PluginRecord, install_hint, installed_plugins
-from engineroom.handlers.registry import HandlerRegistry
 from engineroom.sources.source import HubSource, PathSource, parse_source, resolve_source
 from engineroom.units import format_size
 

@@ -12,14 +12,15 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from engineroom.cli.output import CommandError, warning_line
-from engineroom.config.deployment import CONFIG_VARIABLE, DeploymentConfig, load_deployment
+from engineroom.config.deployment import DeploymentConfig, load_deployment
+from engineroom.config.environment import CONFIG_VARIABLE
+from engineroom.config.model import ModelConfig
+from engineroom.config.suggestions import did_you_mean
 from engineroom.errors import ConfigurationError, ModelNotFoundError
-from engineroom.models.manager import LLMModelManager
 from engineroom.handlers.discovery import install_hint
 from engineroom.handlers.registry import HandlerRegistry
-from engineroom.schemas import ModelConfig
+from engineroom.models.manager import LLMModelManager
 from engineroom.sources.source import HubSource, PackageSource, parse_source
-from engineroom.config.suggestions import did_you_mean
 
 __all__ = [
     "NO_DEPLOYMENT",

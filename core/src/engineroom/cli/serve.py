@@ -24,9 +24,9 @@ from engineroom.cli.run import CONFIG_OPTION
 from engineroom.cli.settings import Settings
 from engineroom.errors import ConfigurationError
 from engineroom.handlers.markers import hookimpl
-from engineroom.models.manager import LLMModelManager, PreloadProgress
-from engineroom.config.changes import ReloadReport
+from engineroom.models.manager import LLMModelManager
 from engineroom.service import LLMInferenceService
+from engineroom.status import PreloadProgress, ReloadReport
 from engineroom.telemetry import LOGGER_NAME, LoggingObserver
 
 __all__ = ["NEW_KEY_EPILOG", "SERVE_EPILOG", "new_key", "serve"]

@@ -4,52 +4,18 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from engineroom.config.deployment import DeploymentConfig, deployment_path, parse_deployment
+from engineroom.config.model import ModelConfig
 from engineroom.errors import ConfigurationError
-from engineroom.schemas import ModelConfig
+from engineroom.status import ReloadReport
 
-__all__ = ["ReloadReport", "compare", "load_settled"]
+__all__ = ["compare", "load_settled"]
 
 _SETTLE_S: Final = 0.05
 _ATTEMPTS: Final = 40
-
-
-@dataclass(frozen=True, slots=True)
-class ReloadReport:
-    """What a reload of the deployment changed, by model id.
-
-    :param added: models that are new; those with ``preload`` are being loaded.
-    :param removed: models that are gone; their requests end first.
-    :param changed: models with another source, runtime, variants, options or memory; running
-        requests end on the old one, new ones get the new one.
-    :param adjusted: models of which only names, priority, times and the like changed; they stay
-        loaded.
-    :param needs_restart: keys of the deployment that changed and count only after a restart.
-    """
-
-    added: tuple[str, ...] = ()
-    removed: tuple[str, ...] = ()
-    changed: tuple[str, ...] = ()
-    adjusted: tuple[str, ...] = ()
-    needs_restart: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        parts = [
-            f"{label}: {', '.join(names)}"
-            for label, names in (
-                ("added", self.added),
-                ("removed", self.removed),
-                ("changed", self.changed),
-                ("adjusted", self.adjusted),
-                ("after a restart only", self.needs_restart),
-            )
-            if names
-        ]
-        return "; ".join(parts) or "nothing changed"
 
 
 def compare(old: DeploymentConfig, new: DeploymentConfig) -> ReloadReport:

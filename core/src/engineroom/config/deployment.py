@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 
 from pydantic import (
     BaseModel,
@@ -31,24 +31,16 @@ from pydantic import (
     model_validator,
 )
 
-from engineroom.errors import ConfigurationError
-from engineroom.handlers.registry import HANDLERS_VARIABLE
-from engineroom.schemas import ModelConfig, OnUnsupported, no_booleans, source_mistake
-from engineroom.sources.source import expand_user, has_scheme
+from engineroom.config.environment import CONFIG_VARIABLE, HANDLERS_VARIABLE
+from engineroom.config.model import ModelConfig, source_mistake
 from engineroom.config.suggestions import did_you_mean, known_keys
+from engineroom.config.yaml_file import MAX_BYTES, line_of, plain_values, read_document
+from engineroom.errors import ConfigurationError
+from engineroom.schemas import OnUnsupported, no_booleans
+from engineroom.sources.source import expand_user, has_scheme
 from engineroom.units import DeviceBudgets, Duration
 
-__all__ = [
-    "CONFIG_VARIABLE",
-    "DeploymentConfig",
-    "deployment_path",
-    "load_deployment",
-    "parse_deployment",
-]
-
-CONFIG_VARIABLE: Final = "ENGINEROOM_CONFIG"
-_MAX_BYTES: Final = 1 << 20
-_MAX_NODES: Final = 100_000
+__all__ = ["DeploymentConfig", "deployment_path", "load_deployment", "parse_deployment"]
 
 
 class _NameTakenError(ValueError):
@@ -129,13 +121,11 @@ def parse_deployment(
     :param base: folder that relative paths of ``source:`` start from.
     :raises ConfigurationError: see :func:`load_deployment`.
     """
-    if len(data) > _MAX_BYTES:
-        raise ConfigurationError(
-            f"{name}: larger than {_MAX_BYTES} bytes; it is no deployment file"
-        )
+    if len(data) > MAX_BYTES:
+        raise ConfigurationError(f"{name}: larger than {MAX_BYTES} bytes; it is no deployment file")
     try:
-        root = _read(data, name)
-        plain = _plain(root, 1, [0], name)
+        root = read_document(data, name)
+        plain = plain_values(root, 1, [0], name)
     except RecursionError as error:
         raise ConfigurationError(f"{name}: nested too deeply") from error
     if not isinstance(root, Mapping):
@@ -157,75 +147,6 @@ def parse_deployment(
     return config if base is None else _anchored(config, base)
 
 
-def _read(data: str | bytes, name: str) -> Any:
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import MarkedYAMLError
-
-    yaml = YAML(typ="rt")  # executes no tags, and remembers where each value stood
-    try:
-        return yaml.load(data)
-    except MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark is not None else 1
-        problem = " ".join(filter(None, (error.context, error.problem)))
-        raise ConfigurationError(f"{name}:{line}: not valid YAML: {problem}") from error
-    except RecursionError:
-        raise
-    except Exception as error:  # the reader raises much else for odd bytes, tags and numbers
-        problem = " ".join(str(error).split())
-        raise ConfigurationError(f"{name}: not valid YAML: {problem}") from error
-
-
-def _plain(value: Any, line: int, count: list[int], name: str) -> Any:
-    """Plain dicts, lists and scalars; bounded, because aliases can make a small file enormous."""
-    count[0] += 1
-    if count[0] > _MAX_NODES:
-        raise ConfigurationError(f"{name}: expands to more than {_MAX_NODES} values")
-    if isinstance(value, Mapping):
-        _refuse_tag(value, line, name)
-        return {
-            _scalar(key, at := _line(value, key, line), name): _plain(item, at, count, name)
-            for key, item in value.items()
-        }
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        _refuse_tag(value, line, name)
-        return [
-            _plain(item, _line(value, place, line), count, name) for place, item in enumerate(value)
-        ]
-    return _scalar(value, line, name)
-
-
-def _scalar(value: Any, line: int, name: str) -> Any:
-    """The value itself: the reader's own types remember how it was written."""
-    from ruamel.yaml.scalarbool import ScalarBoolean
-
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, ScalarBoolean):  # an int to Python
-        return bool(value)
-    for kind in (str, int, float):
-        if isinstance(value, kind):
-            return kind(value)
-    _refuse_tag(value, line, name)
-    raise ConfigurationError(
-        f"{name}:{line}: {value} is read as a {type(value).__name__}; "
-        "if it is meant as text, put it in quotes"
-    )
-
-
-def _refuse_tag(value: Any, line: int, name: str) -> None:
-    if tag := getattr(getattr(value, "tag", None), "value", None):
-        raise ConfigurationError(f"{name}:{line}: the tag {tag} means nothing here; leave it out")
-
-
-def _line(node: Any, key: Any, default: int) -> int:
-    """The line on which an entry of a mapping or a list stands."""
-    try:
-        lines: Any = node.lc
-        return 1 + int((lines.key(key) if isinstance(node, Mapping) else lines.item(key))[0])
-    except (AttributeError, KeyError, IndexError, TypeError):  # merged in from elsewhere
-        return default
-
-
 def _problem(root: Any, error: Any) -> tuple[int, str]:
     """The line, and ``key: what is wrong`` with the nearest known key for an unknown one."""
     line = 1
@@ -233,7 +154,7 @@ def _problem(root: Any, error: Any) -> tuple[int, str]:
     cause = error.get("ctx", {}).get("error")
     loc = cause.loc if isinstance(cause, _NameTakenError) else error["loc"]
     for key in loc:
-        line = _line(node, key, line)
+        line = line_of(node, key, line)
         try:
             node = node[key]
         except (KeyError, IndexError, TypeError):

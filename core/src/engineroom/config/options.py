@@ -6,9 +6,9 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from engineroom.errors import ConfigurationError
-from engineroom.schemas import ModelConfig
+from engineroom.config.model import ModelConfig
 from engineroom.config.suggestions import did_you_mean, known_keys
+from engineroom.errors import ConfigurationError
 
 __all__ = ["parse_options", "problems"]
 

@@ -2,9 +2,9 @@
 
 A runtime that decodes in this process subclasses :class:`BatchingEngine` and writes one method,
 :meth:`~BatchingEngine.step`: compute one decoding step of all that is in ``running``. The engine
-takes its turns on a thread (:mod:`engineroom.engine.decode_loop`); requests come in from any event loop
-and what they get goes back through their :class:`~engineroom.generation.mailbox.Mailbox`, once a step for all
-of them.
+takes its turns on a thread (:class:`~engineroom.DecodeLoop`); requests come in from any event loop
+and what they get goes back through their :class:`~engineroom.Mailbox`, once a step for all of
+them.
 
 * The queue is bounded; what does not fit is refused at once.
 * Waiting requests go by priority, then by arrival.
@@ -29,9 +29,9 @@ from engineroom.errors import (
     QueueFullError,
     ResourceNotAvailableError,
 )
-from engineroom.generation.generation import TokenStep
-from engineroom.handlers.base import HandlerHealth
 from engineroom.generation.mailbox import Mailbox, deliver
+from engineroom.generation.steps import TokenStep
+from engineroom.handlers.base import HandlerHealth
 from engineroom.telemetry import RequestLogger
 
 __all__ = ["BatchingEngine", "EngineTask"]

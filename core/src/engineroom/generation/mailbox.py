@@ -20,11 +20,11 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from engineroom.generation.waker import Doorbell
 from engineroom.errors import EngineRoomError
+from engineroom.generation.waker import Doorbell
 
 if TYPE_CHECKING:
-    from engineroom.generation.generation import TokenStep
+    from engineroom.generation.steps import TokenStep
 
 __all__ = ["Mailbox", "deliver"]
 

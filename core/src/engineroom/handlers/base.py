@@ -1,7 +1,7 @@
 """What a runtime is to engineroom: one class with three methods to write.
 
 A runtime is a subclass of :class:`InferenceHandler` (or, easier, of
-:class:`~engineroom.generation.generation.TokenHandler`), published under an entry point::
+:class:`~engineroom.handlers.token_handler.TokenHandler`), published under an entry point::
 
     [project.entry-points."engineroom.handlers"]
     my_runtime = "my_package.handler:MyHandler"
@@ -18,15 +18,10 @@ from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
+from engineroom.config.model import LoadedModel, ModelConfig
 from engineroom.errors import ConfigurationError
 from engineroom.handlers.markers import hookspec
-from engineroom.schemas import (
-    GenerationParams,
-    InferenceRequest,
-    InferenceResponse,
-    LoadedModel,
-    ModelConfig,
-)
+from engineroom.schemas import GenerationParams, InferenceRequest, InferenceResponse
 
 __all__ = [
     "API_VERSION",

@@ -16,30 +16,30 @@ import threading
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 from weakref import WeakKeyDictionary
 
 import pluggy
 
+from engineroom.config.environment import DISABLED_VARIABLE, HANDLERS_VARIABLE
+from engineroom.config.model import LoadedModel, ModelConfig
+from engineroom.config.suggestions import did_you_mean
 from engineroom.errors import ConfigurationError, EngineRoomError, NoSuitableHandlerError
 from engineroom.handlers.base import InferenceHandler
-from engineroom.handlers.markers import PROJECT, ObserverSpec
 from engineroom.handlers.discovery import (
     HANDLER_GROUP,
     PluginRecord,
     install_hint,
     installed_plugins,
 )
-from engineroom.schemas import LoadedModel, ModelConfig
-from engineroom.config.suggestions import did_you_mean
+from engineroom.handlers.markers import PROJECT
+from engineroom.handlers.observer_hooks import ObserverSpec
 from engineroom.handlers.validation import HANDLER_METHODS, validate_handler
 
 __all__ = ["DispatchReport", "HandlerRegistry", "HandlerVerdict"]
 
 logger = logging.getLogger("engineroom.registry")
 
-DISABLED_VARIABLE: Final = "ENGINEROOM_DISABLED_HANDLERS"
-HANDLERS_VARIABLE: Final = "ENGINEROOM_HANDLERS"
 
 Verdict: TypeAlias = Literal[
     "chosen", "yes", "no", "error", "found", "active", "disabled", "not listed", "unavailable",

@@ -32,7 +32,7 @@ _KINDS: Final[dict[str, _Kind]] = {
     "unavailable": _PLAIN,
 }
 HANDLER_METHODS: Final = frozenset(_KINDS)
-"""The methods of :class:`~engineroom.handlers.base.InferenceHandler` that are hook specifications."""
+"""The methods of :class:`~engineroom.InferenceHandler` that are hook specifications."""
 
 
 def validate_handler(handler: object) -> InferenceHandler:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from engineroom.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from engineroom.schemas import InferenceResponse
     from engineroom.inference.streams import InferenceStream
+    from engineroom.schemas import InferenceResponse
 
 __all__ = ["BlockingPortal", "BlockingStream"]
 

@@ -8,8 +8,9 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Final, TypeAlias
 
-from engineroom.generation.generation import Generation, TokenStep
+from engineroom.generation.generation import Generation
 from engineroom.generation.mailbox import Mailbox
+from engineroom.generation.steps import TokenStep
 
 __all__ = ["Given", "Put", "Sink", "pour"]
 

@@ -8,9 +8,9 @@ import weakref
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from engineroom.inference.delivery import Sink
 from engineroom.errors import EngineRoomError, InferenceError
 from engineroom.generation.generation import Progress
+from engineroom.inference.delivery import Sink
 from engineroom.schemas import InferenceRequest, InferenceResponse
 
 __all__ = ["RequestScope"]

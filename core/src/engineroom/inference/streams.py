@@ -6,10 +6,10 @@ from collections.abc import AsyncGenerator, Sequence
 from types import TracebackType
 from typing import Any, Final
 
-from engineroom.inference.delivery import Put, Sink
 from engineroom.errors import EngineRoomError, InferenceError
-from engineroom.schemas import InferenceRequest, InferenceResponse, TokenLogprob
+from engineroom.inference.delivery import Put, Sink
 from engineroom.inference.scope import RequestScope
+from engineroom.schemas import InferenceRequest, InferenceResponse, TokenLogprob
 
 __all__ = ["STREAM_ERROR_PREFIX", "InferenceStream", "StreamError"]
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
+from engineroom.config.model import ModelConfig
 from engineroom.errors import EngineRoomError
 from engineroom.handlers.base import InferenceHandler
 from engineroom.handlers.registry import HandlerRegistry
-from engineroom.schemas import ModelConfig
 from engineroom.sources.source import PathSource, parse_source
 
 __all__ = ["Candidate", "stamp", "survey"]

@@ -5,71 +5,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 from engineroom.config.deployment import DeploymentConfig
+from engineroom.config.model import LoadedModel, ModelConfig
 from engineroom.errors import EngineRoomError
 from engineroom.handlers.base import InferenceHandler
 from engineroom.memory.account import Footprint
-from engineroom.schemas import LoadedModel, ModelConfig
+from engineroom.status import ModelState, ModelStatus, VariantOutcome
 
-__all__ = ["ModelEntry", "ModelState", "ModelStatus", "VariantOutcome"]
-
-ModelState: TypeAlias = Literal["unloaded", "loading", "ready", "draining", "failed"]
-
-
-@dataclass(frozen=True, slots=True)
-class VariantOutcome:
-    """What became of a variant when the model was last loaded, and why.
-
-    :param outcome: ``used``, ``failed`` (its load), ``refused`` (it cannot be loaded here, or
-        does not fit), ``not tried`` (another was used).
-    """
-
-    source: str
-    runtime: str | None
-    outcome: Literal["used", "failed", "refused", "not tried"]
-    reason: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelStatus:
-    """A model as :meth:`LLMModelManager.list_models` shows it. Made of plain values: it can be
-    written as JSON.
-
-    :param leases: requests that hold it now.
-    :param waiting: requests that wait for it to be loaded.
-    :param waits_for: while ``loading``: what there is no room for yet; empty: it is being loaded.
-    :param last_used: ``time.monotonic()`` of the last release; ``None``: never used.
-    :param idle_s: seconds since then, where nobody holds it.
-    :param memory_bytes: what the handler says that it takes.
-    :param memory: what the account holds for it, in bytes by device; reserved while it loads.
-    :param load_duration_s: seconds that its last load took.
-    :param keep_alive_s: seconds that it stays without a request; ``None``: forever.
-    :param error: why it failed, where ``state`` is ``failed``.
-    :param variants: what became of each variant when it was last loaded.
-    """
-
-    model_id: str
-    state: ModelState
-    aliases: tuple[str, ...] = ()
-    source: str = ""
-    runtime: str | None = None
-    leases: int = 0
-    waiting: int = 0
-    waits_for: str = ""
-    last_used: float | None = None
-    idle_s: float | None = None
-    memory_bytes: int | None = None
-    memory: Mapping[str, int] = field(default_factory=dict)
-    max_context_tokens: int | None = None
-    load_duration_s: float | None = None
-    pinned: bool = False
-    priority: int = 0
-    keep_alive_s: float | None = None
-    error: str | None = None
-    variants: tuple[VariantOutcome, ...] = ()
+__all__ = ["ModelEntry"]
 
 
 class ModelEntry:

@@ -19,9 +19,9 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 
-from engineroom.models.entry import ModelEntry
 from engineroom.errors import EngineRoomError, ResourceNotAvailableError
 from engineroom.memory.account import MemoryAccount, choose_victims
+from engineroom.models.entry import ModelEntry
 from engineroom.units import format_size
 
 __all__ = ["Room", "Unwanted"]

@@ -16,13 +16,14 @@ from functools import partial
 from typing import Any, TypeVar
 
 from engineroom.config.deployment import DeploymentConfig
-from engineroom.models.entry import ModelEntry, ModelState
 from engineroom.errors import EngineRoomError, ResourceNotAvailableError
-from engineroom.models.loader import Loader
+from engineroom.handlers.registry import HandlerRegistry
 from engineroom.memory.account import MemoryAccount
 from engineroom.memory.probe import MemoryMeter
-from engineroom.handlers.registry import HandlerRegistry
+from engineroom.models.entry import ModelEntry
 from engineroom.models.eviction import Room, Unwanted
+from engineroom.models.loader import Loader
+from engineroom.status import ModelState
 
 __all__ = ["ModelLives"]
 

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
-from engineroom.models.entry import ModelEntry, VariantOutcome
+from engineroom.config.model import LoadedModel, ModelConfig
 from engineroom.errors import (
     ConfigurationError,
     EngineRoomError,
@@ -17,12 +17,13 @@ from engineroom.errors import (
     ResourceNotAvailableError,
 )
 from engineroom.handlers.base import InferenceHandler
+from engineroom.handlers.registry import HandlerRegistry
 from engineroom.memory.account import Footprint, MemoryAccount, settled
 from engineroom.memory.probe import MemoryMeter
-from engineroom.handlers.registry import HandlerRegistry
-from engineroom.models.eviction import Room
-from engineroom.schemas import LoadedModel, ModelConfig
 from engineroom.models.candidates import Candidate, stamp, survey
+from engineroom.models.entry import ModelEntry
+from engineroom.models.eviction import Room
+from engineroom.status import VariantOutcome
 from engineroom.units import format_size
 
 __all__ = ["Loader"]

@@ -5,8 +5,8 @@ lease is given back) or ``failed`` (the next request tries again). Loads and unl
 the manager's own, so that a caller who is cancelled harms nobody who waits for the same model.
 What blocks (plugins, files, measurements) is done in threads.
 
-Here is what a deployment is to its users. The states are in :mod:`engineroom.models.lifecycle`, who holds how
-much memory in :mod:`engineroom.memory.account`, who waits for it and who has to go in
+Here is what a deployment is to its users. The states are in :mod:`engineroom.models.lifecycle`, who
+holds how much memory in :mod:`engineroom.memory.account`, who waits for it and who has to go in
 :mod:`engineroom.models.eviction`.
 """
 
@@ -18,15 +18,17 @@ import os
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from pydantic import ValidationError
 
+from engineroom.config.changes import compare, load_settled
 from engineroom.config.deployment import DeploymentConfig, load_deployment
-from engineroom.models.entry import ModelEntry, ModelState, ModelStatus
+from engineroom.config.model import LoadedModel, ModelConfig
+from engineroom.config.options import problems
+from engineroom.config.suggestions import did_you_mean
 from engineroom.errors import (
     ConfigurationError,
     EngineDeadError,
@@ -34,17 +36,15 @@ from engineroom.errors import (
     ModelNotFoundError,
     ResourceNotAvailableError,
 )
-from engineroom.models.lifecycle import ModelLives
+from engineroom.handlers.registry import DispatchReport, HandlerRegistry
 from engineroom.memory.account import DeviceMemory
 from engineroom.memory.probe import MachineMeter, MemoryMeter
-from engineroom.config.options import problems
+from engineroom.models.entry import ModelEntry
+from engineroom.models.lifecycle import ModelLives
 from engineroom.models.plan import Plan, make_plan
-from engineroom.handlers.registry import DispatchReport, HandlerRegistry
-from engineroom.config.changes import ReloadReport, compare, load_settled
-from engineroom.schemas import LoadedModel, ModelConfig
-from engineroom.config.suggestions import did_you_mean
+from engineroom.status import ModelState, ModelStatus, PreloadProgress, ReloadReport
 
-__all__ = ["LLMModelManager", "ModelSource", "ModelState", "ModelStatus", "PreloadProgress"]
+__all__ = ["LLMModelManager", "ModelSource", "ModelState", "ModelStatus"]
 
 logger = logging.getLogger("engineroom.manager")
 
@@ -57,26 +57,6 @@ class ModelSource(Protocol):
 
         :raises ModelNotFoundError: there is no such model (on entering).
         """
-
-
-@dataclass(frozen=True, slots=True)
-class PreloadProgress:
-    """A step of :meth:`LLMModelManager.load_configured_models`.
-
-    :param number: which of the models to load it is, from 1.
-    :param total: how many there are.
-    :param step: ``loading`` (it begins), ``ready``, ``skipped`` (it does not fit beside those
-        before it, and is loaded with its first request) or ``failed``.
-    :param seconds: what it took.
-    :param detail: why it was skipped or failed.
-    """
-
-    model_id: str
-    number: int
-    total: int
-    step: Literal["loading", "ready", "skipped", "failed"]
-    seconds: float = 0.0
-    detail: str = ""
 
 
 class _Lease(AbstractAsyncContextManager[LoadedModel]):

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from engineroom.config.deployment import DeploymentConfig
-from engineroom.models.entry import ModelEntry
 from engineroom.memory.account import DeviceMemory, MemoryAccount
-from engineroom.models.eviction import Room
 from engineroom.models.candidates import Candidate, NeedFrom
+from engineroom.models.entry import ModelEntry
+from engineroom.models.eviction import Room
 from engineroom.units import format_size
 
 __all__ = ["Plan", "PlannedModel", "PlannedVariant", "make_plan"]

@@ -20,8 +20,8 @@ from starlette.routing import Route, Router
 from engineroom.server import routes
 from engineroom.server.http.call import Call, ClientGoneError
 from engineroom.server.http.context import ServerContext
-from engineroom.server.http.guard import check_admin, check_front, identify
 from engineroom.server.http.errors import Refused, stopping
+from engineroom.server.http.guard import check_admin, check_front, identify
 from engineroom.server.settings import ServerSettings
 from engineroom.service import LLMInferenceService
 

@@ -16,9 +16,10 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.metrics_core import GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.utils import floatToGoString
 
+from engineroom.config.model import LoadedModel
 from engineroom.handlers.markers import hookimpl
 from engineroom.models.manager import ModelState
-from engineroom.schemas import InferenceRequest, InferenceResponse, LoadedModel
+from engineroom.schemas import InferenceRequest, InferenceResponse
 from engineroom.server.http.call import Call
 
 if TYPE_CHECKING:

@@ -9,14 +9,15 @@ from typing import Any, Final, Literal, TypeAlias
 from pydantic import BaseModel
 
 from engineroom.schemas import InferenceRequest, InferenceResponse
-from engineroom.server import admin, answers, openapi, operations, own
+from engineroom.server.apis import admin, answers, openapi, operations
+from engineroom.server.apis import native as own
 from engineroom.server.apis.anthropic_messages import MessagesRequest, messages
-from engineroom.server.http.call import Call
-from engineroom.server.apis.openai_embeddings import EmbeddingsRequest, embeddings
-from engineroom.server.metrics import metrics
 from engineroom.server.apis.openai_chat import ChatRequest, chat_completions
 from engineroom.server.apis.openai_completions import CompletionRequest, completions
+from engineroom.server.apis.openai_embeddings import EmbeddingsRequest, embeddings
 from engineroom.server.apis.openai_responses import ResponsesRequest, create_response
+from engineroom.server.http.call import Call
+from engineroom.server.metrics import metrics
 
 __all__ = ["RouteInfo", "all_routes", "open_paths"]
 

@@ -20,14 +20,15 @@ from typing import Any, Final
 import uvicorn
 
 from engineroom.errors import ConfigurationError, EngineRoomError
-from engineroom.models.manager import LLMModelManager, PreloadProgress
+from engineroom.models.manager import LLMModelManager
+from engineroom.models.reloading import reloading
 from engineroom.server.app import Front, with_cors
 from engineroom.server.http.context import ServerContext
-from engineroom.server.http.protocol import guarded_protocol
 from engineroom.server.http.errors import stopping
+from engineroom.server.http.protocol import guarded_protocol
 from engineroom.server.settings import ServerSettings
 from engineroom.service import LLMInferenceService
-from engineroom.models.reloading import reloading
+from engineroom.status import PreloadProgress
 
 __all__ = ["EngineRoomServer", "bind", "loop_factory", "serve"]
 

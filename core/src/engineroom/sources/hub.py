@@ -3,7 +3,7 @@
 ``huggingface_hub`` downloads and keeps the files; a connection that breaks is taken up where it
 broke, and files that are complete are not fetched again. What it does not do is done here: room on
 the disk is looked for before, the files' hashes are compared afterwards, and a large file that was
-not complete when a process ended is gone on with by the next (:mod:`engineroom.sources.hub_resume`).
+not complete when a process ended is gone on with by the next (:mod:`.hub_resume`).
 """
 
 from __future__ import annotations

@@ -18,11 +18,13 @@ from typing import Annotated, ClassVar, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from engineroom.errors import ConfigurationError, InferenceError, QueueFullError
-from engineroom.generation.generation import TokenHandler, TokenStep
-from engineroom.handlers.base import Capabilities, Embeddings, HandlerHealth
+from engineroom.config.model import LoadedModel, ModelConfig
 from engineroom.config.options import parse_options
-from engineroom.schemas import InferenceRequest, LoadedModel, ModelConfig
+from engineroom.errors import ConfigurationError, InferenceError, QueueFullError
+from engineroom.generation.steps import TokenStep
+from engineroom.handlers.base import Capabilities, Embeddings, HandlerHealth
+from engineroom.handlers.token_handler import TokenHandler
+from engineroom.schemas import InferenceRequest
 
 __all__ = ["EchoHandler", "EchoModel", "EchoOptions"]
 

@@ -1,6 +1,6 @@
 """The scheduler: many requests through one Transformers model, a step at a time.
 
-Queue, slots and cancelling are :class:`~engineroom.engine.batching.BatchingEngine`'s. A step here packs
+Queue, slots and cancelling are :class:`~engineroom.BatchingEngine`'s. A step here packs
 one token of every decoding request and chunks of the prompts that are still to be read into one
 row (:mod:`.attention`), runs the model once, chooses the next tokens (:mod:`.sampling`) and hands
 them to asyncio all at once.
@@ -127,7 +127,7 @@ class HfEngine(BatchingEngine[Job]):
         return found
 
     def request(self, request: InferenceRequest, tokens: list[int]) -> Task:
-        """Queue a request; see :meth:`~engineroom.engine.batching.BatchingEngine.submit`."""
+        """Queue a request; see :meth:`~engineroom.BatchingEngine.submit`."""
         params = request.params
         new = self.n_ctx if params.max_new_tokens is None else params.max_new_tokens
         task = Task(

@@ -85,7 +85,7 @@ class EmbeddingEngine(BatchingEngine[EmbeddingTask]):
         self.open()
 
     def embed(self, texts: Sequence[Sequence[int]]) -> EmbeddingTask:
-        """Queue texts, as token ids; see :meth:`~engineroom.engine.batching.BatchingEngine.submit`."""
+        """Queue texts, as token ids; see :meth:`~engineroom.BatchingEngine.submit`."""
         return self.submit(
             EmbeddingTask(
                 texts=texts,

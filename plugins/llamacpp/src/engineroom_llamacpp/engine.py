@@ -1,6 +1,6 @@
 """The scheduler: many requests through one llama.cpp context, a step at a time.
 
-Queue, slots and cancelling are :class:`~engineroom.engine.batching.BatchingEngine`'s. A step here puts
+Queue, slots and cancelling are :class:`~engineroom.BatchingEngine`'s. A step here puts
 one token of every decoding request and a chunk of every prompt that is still to be read into one
 batch (:mod:`.tasks`), computes it, chooses the next tokens, and hands them to asyncio all at once.
 
@@ -124,7 +124,7 @@ class LlamaEngine(BatchingEngine[Task]):
         self.open()
 
     def request(self, request: InferenceRequest, tokens: list[int]) -> Task:
-        """Queue a request; see :meth:`~engineroom.engine.batching.BatchingEngine.submit`."""
+        """Queue a request; see :meth:`~engineroom.BatchingEngine.submit`."""
         params = request.params
         room = self.n_ctx - len(tokens)
         beams = params.num_beams or 1

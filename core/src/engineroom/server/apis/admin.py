@@ -9,8 +9,8 @@ from pydantic import Field, TypeAdapter
 
 from engineroom.errors import EngineRoomError
 from engineroom.models.manager import LLMModelManager, ModelStatus
-from engineroom.server.http.call import Call
 from engineroom.server.apis.request_fields import ApiRequest, Number, parse
+from engineroom.server.http.call import Call
 from engineroom.server.http.errors import Refused, without_paths
 
 __all__ = ["UnloadRequest", "admin_models", "load_model", "plan", "reload", "unload_model"]

@@ -7,9 +7,8 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import Field
 
+from engineroom.inference.streams import InferenceStream
 from engineroom.schemas import ChatMessage, InferenceRequest, InferenceResponse, TokenLogprob
-from engineroom.server.http.call import Call
-from engineroom.server.http.exchange import answer_all, stream_all
 from engineroom.server.apis.request_fields import (
     EXTENSIONS,
     ModelName,
@@ -25,9 +24,10 @@ from engineroom.server.apis.request_fields import (
     stops,
     text_of,
 )
-from engineroom.server.http.frames import Framer, named_event
+from engineroom.server.http.call import Call
 from engineroom.server.http.errors import Refused
-from engineroom.inference.streams import InferenceStream
+from engineroom.server.http.exchange import answer_all, stream_all
+from engineroom.server.http.frames import Framer, named_event
 
 __all__ = ["MessagesRequest", "messages"]
 

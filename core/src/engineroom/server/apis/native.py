@@ -7,13 +7,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from engineroom.schemas import InferenceRequest, InferenceResponse, TokenLogprob
-from engineroom.server.http.call import Call
-from engineroom.server.http.exchange import answer_all, stream_all
-from engineroom.server.apis.request_fields import check_count, common_fields
-from engineroom.server.http.frames import Framer, event, named_event
-from engineroom.server.http.errors import Refused, refused_fields
 from engineroom.inference.streams import InferenceStream
+from engineroom.schemas import InferenceRequest, InferenceResponse, TokenLogprob
+from engineroom.server.apis.request_fields import check_count, common_fields
+from engineroom.server.http.call import Call
+from engineroom.server.http.errors import Refused, refused_fields
+from engineroom.server.http.exchange import answer_all, stream_all
+from engineroom.server.http.frames import Framer, event, named_event
 
 __all__ = ["inference"]
 

@@ -8,9 +8,8 @@ from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias
 
 from pydantic import Field
 
+from engineroom.inference.streams import InferenceStream
 from engineroom.schemas import ChatMessage, InferenceRequest, InferenceResponse, TokenLogprob
-from engineroom.server.http.call import Call
-from engineroom.server.http.exchange import answer_all, derived_seed, stream_all
 from engineroom.server.apis.request_fields import (
     EXTENSIONS,
     ModelName,
@@ -28,9 +27,10 @@ from engineroom.server.apis.request_fields import (
     stops,
     text_of,
 )
-from engineroom.server.http.frames import DONE, Framer, dumps, event
+from engineroom.server.http.call import Call
 from engineroom.server.http.errors import Refused
-from engineroom.inference.streams import InferenceStream
+from engineroom.server.http.exchange import answer_all, derived_seed, stream_all
+from engineroom.server.http.frames import DONE, Framer, dumps, event
 
 __all__ = ["ChatRequest", "chat_completions", "finish_of", "usage_of"]
 

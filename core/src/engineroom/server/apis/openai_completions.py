@@ -8,11 +8,8 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Discriminator, Field, Tag
 
+from engineroom.inference.streams import InferenceStream
 from engineroom.schemas import InferenceRequest, InferenceResponse, TokenId, TokenLogprob
-from engineroom.server.http.call import Call
-from engineroom.server.http.exchange import answer_all, stream_all
-from engineroom.server.apis.request_fields import parse
-from engineroom.server.http.frames import DONE, Framer, dumps, event
 from engineroom.server.apis.openai_chat import (
     OpenAIRequest,
     finish_of,
@@ -20,8 +17,11 @@ from engineroom.server.apis.openai_chat import (
     several,
     usage_of,
 )
+from engineroom.server.apis.request_fields import parse
+from engineroom.server.http.call import Call
 from engineroom.server.http.errors import Refused
-from engineroom.inference.streams import InferenceStream
+from engineroom.server.http.exchange import answer_all, stream_all
+from engineroom.server.http.frames import DONE, Framer, dumps, event
 
 __all__ = ["CompletionRequest", "completions"]
 

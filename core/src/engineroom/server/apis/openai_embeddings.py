@@ -11,10 +11,10 @@ from pydantic import BeforeValidator, Field
 
 from engineroom.errors import EngineRoomError
 from engineroom.schemas import GenerationParams, InferenceRequest
-from engineroom.server.http.call import Call
-from engineroom.server.http.exchange import place
 from engineroom.server.apis.request_fields import ApiRequest, ModelName, common_fields, parse
+from engineroom.server.http.call import Call
 from engineroom.server.http.errors import Refused
+from engineroom.server.http.exchange import place
 
 __all__ = ["EmbeddingsRequest", "embeddings"]
 

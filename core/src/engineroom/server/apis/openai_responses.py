@@ -8,9 +8,9 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import Field
 
+from engineroom.inference.streams import InferenceStream
 from engineroom.schemas import ChatMessage, InferenceRequest, InferenceResponse, TokenLogprob
-from engineroom.server.http.call import Call
-from engineroom.server.http.exchange import answer_all, stream_all
+from engineroom.server.apis.openai_chat import Seed
 from engineroom.server.apis.request_fields import (
     EXTENSIONS,
     ModelName,
@@ -26,10 +26,10 @@ from engineroom.server.apis.request_fields import (
     parse,
     text_of,
 )
-from engineroom.server.http.frames import dumps, json_text, named_event
-from engineroom.server.apis.openai_chat import Seed
+from engineroom.server.http.call import Call
 from engineroom.server.http.errors import Refused
-from engineroom.inference.streams import InferenceStream
+from engineroom.server.http.exchange import answer_all, stream_all
+from engineroom.server.http.frames import dumps, json_text, named_event
 
 __all__ = ["ResponsesRequest", "create_response"]
 

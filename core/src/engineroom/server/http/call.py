@@ -9,10 +9,10 @@ from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
-from engineroom.server.http.frames import BadJsonError, dumps, loads
-from engineroom.server.keys import ANONYMOUS, Identity
-from engineroom.server.http.protocol import WRITE, TextWriter
 from engineroom.server.http.errors import Refused
+from engineroom.server.http.frames import BadJsonError, dumps, loads
+from engineroom.server.http.protocol import WRITE, TextWriter
+from engineroom.server.keys import ANONYMOUS, Identity
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send

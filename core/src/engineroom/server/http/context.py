@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from engineroom.config.model import LoadedModel
 from engineroom.errors import EngineRoomError, ModelNotFoundError
 from engineroom.handlers.base import HandlerHealth, InferenceHandler
 from engineroom.models.manager import LLMModelManager, ModelStatus
-from engineroom.schemas import InferenceRequest, LoadedModel
+from engineroom.schemas import InferenceRequest
+from engineroom.server.http.errors import Refused, refusal
 from engineroom.server.http.limits import Limiter
 from engineroom.server.metrics import PrometheusObserver
-from engineroom.server.http.errors import Refused, refusal
 from engineroom.server.settings import ServerSettings
 from engineroom.service import LLMInferenceService
 from engineroom.telemetry import request_logger

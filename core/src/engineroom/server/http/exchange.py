@@ -13,12 +13,12 @@ from contextlib import asynccontextmanager
 from typing import Protocol
 
 from engineroom.errors import EngineRoomError
+from engineroom.inference.streams import InferenceStream, StreamError
 from engineroom.schemas import InferenceRequest, InferenceResponse, TokenLogprob
 from engineroom.server.http.call import SSE_HEADERS, Call
+from engineroom.server.http.errors import Refused
 from engineroom.server.http.heartbeat import Heartbeat
 from engineroom.server.http.limits import Slot
-from engineroom.server.http.errors import Refused
-from engineroom.inference.streams import InferenceStream, StreamError
 
 __all__ = ["Writer", "answer_all", "derived_seed", "place", "stream_all"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Final
 
 from engineroom.server.http.call import Call
-from engineroom.server.keys import ANONYMOUS, Identity
 from engineroom.server.http.errors import Refused
+from engineroom.server.keys import ANONYMOUS, Identity
 from engineroom.server.settings import is_loopback
 
 __all__ = ["check_admin", "check_front", "identify"]

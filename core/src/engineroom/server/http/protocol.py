@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import h11
 
-from engineroom.server.http.frames import chunker, dumps
 from engineroom.server.http.errors import RETRY_AFTER_S, Refused
+from engineroom.server.http.frames import chunker, dumps
 from engineroom.server.settings import ServerSettings
 
 if TYPE_CHECKING:

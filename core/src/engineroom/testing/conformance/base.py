@@ -11,10 +11,11 @@ from typing import Any, ClassVar, Final, NoReturn
 
 import pytest
 
+from engineroom.config.model import LoadedModel, ModelConfig
 from engineroom.errors import ConfigurationError
 from engineroom.handlers.base import InferenceHandler
 from engineroom.handlers.discovery import HANDLER_GROUP, install_hint, installed_plugins
-from engineroom.schemas import ChatMessage, LoadedModel, ModelConfig
+from engineroom.schemas import ChatMessage
 from engineroom.testing.conformance.foundations import FOUNDATIONS, Foundation, lay
 from engineroom.testing.conformance.kit import Kit, Settings
 from engineroom.testing.conformance.outcomes import (

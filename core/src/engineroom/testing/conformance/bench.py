@@ -8,17 +8,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from engineroom.config.model import LoadedModel, ModelConfig
 from engineroom.handlers.base import HandlerHealth
-from engineroom.models.manager import LLMModelManager
-from engineroom.schemas import (
-    GenerationParams,
-    InferenceRequest,
-    InferenceResponse,
-    LoadedModel,
-    ModelConfig,
-)
-from engineroom.service import LLMInferenceService
 from engineroom.inference.streams import InferenceStream, StreamError
+from engineroom.models.manager import LLMModelManager
+from engineroom.schemas import GenerationParams, InferenceRequest, InferenceResponse
+from engineroom.service import LLMInferenceService
 from engineroom.testing.conformance.outcomes import broken
 
 if TYPE_CHECKING:

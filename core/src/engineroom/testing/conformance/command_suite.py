@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
+from engineroom.config.model import ModelConfig
 from engineroom.handlers.base import InferenceHandler
-from engineroom.schemas import ModelConfig
 from engineroom.testing.conformance.kit import Settings
 from engineroom.testing.conformance.runner import Job, current_job
 from engineroom.testing.conformance.suite import HandlerConformance

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+from engineroom.config.model import LoadedModel, ModelConfig
 from engineroom.errors import (
     ConfigurationError,
     ModelNotFoundError,
@@ -22,7 +23,6 @@ from engineroom.errors import (
 )
 from engineroom.handlers.base import API_VERSION, HandlerHealth
 from engineroom.handlers.discovery import HANDLER_GROUP, installed_plugins
-from engineroom.schemas import LoadedModel, ModelConfig
 from engineroom.testing.conformance.base import Checks, check
 from engineroom.testing.conformance.kit import Kit
 from engineroom.testing.conformance.outcomes import broken, skip

@@ -7,11 +7,11 @@ from typing import Final, Literal, TypeAlias, get_args
 
 from engineroom.errors import EngineRoomError
 from engineroom.handlers.base import Capabilities
+from engineroom.handlers.validation import validate_handler
 from engineroom.schemas import FINISH_REASONS, InferenceResponse
 from engineroom.testing.conformance.bench import said
 from engineroom.testing.conformance.kit import Kit
 from engineroom.testing.conformance.outcomes import HungError, broken
-from engineroom.handlers.validation import validate_handler
 
 __all__ = ["FOUNDATIONS", "Foundation", "lay"]
 

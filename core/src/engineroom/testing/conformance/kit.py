@@ -12,15 +12,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
+from engineroom.config.model import ModelConfig
 from engineroom.errors import ConfigurationError
-from engineroom.generation.generation import effective_capabilities
 from engineroom.handlers.base import Capabilities, InferenceHandler
-from engineroom.schemas import (
-    GenerationParams,
-    InferenceRequest,
-    InferenceResponse,
-    ModelConfig,
-)
+from engineroom.handlers.token_handler import effective_capabilities
+from engineroom.schemas import GenerationParams, InferenceRequest, InferenceResponse
 from engineroom.testing.conformance.bench import Bench, Streamed, again, quietly, said
 from engineroom.testing.conformance.clock import Clock
 from engineroom.testing.conformance.loop import LoopThread, where

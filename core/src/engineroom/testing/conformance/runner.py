@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
+from engineroom.config.model import ModelConfig
 from engineroom.errors import ConfigurationError
 from engineroom.handlers.base import InferenceHandler
-from engineroom.schemas import ModelConfig
 
 __all__ = ["CheckResult", "Job", "Outcome", "SelectionError", "current_job", "run_suite"]
 
