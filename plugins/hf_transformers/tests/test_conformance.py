@@ -85,6 +85,7 @@ class TestMamba(HfTransformersConformance):
     kind = "mamba"
 
 
+@pytest.mark.kit_real
 @pytest.mark.real_model
 class TestSmolLM2(HfTransformersConformance):
     timeout_s = 300

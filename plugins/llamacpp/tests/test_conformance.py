@@ -116,6 +116,7 @@ async def test_with_little_room_requests_do_wait_for_each_other(
     await bench.idle()
 
 
+@pytest.mark.kit_real
 @pytest.mark.real_model
 class TestSmolLM2(LlamaCppConformance):
     timeout_s = 300

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Final, Literal, TypeAlias
 
 from engineroom import ConfigurationError, ModelConfig, resolve_source
-from engineroom.sources.source import HubSource, PathSource, Source, parse_source
+from engineroom.sources import HubSource, PathSource, Source, parse_source
 from engineroom_hf_transformers.headers import (
     begins_like_gguf,
     check_safetensors,

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Final, Protocol
 
-from engineroom.generation.text import Utf8Decoder
+from engineroom import Utf8Decoder
 
 __all__ = ["WINDOW", "Decoder", "PieceDecoder", "Pieces", "WindowDecoder"]
 

@@ -53,19 +53,31 @@ class OneEngine(VLLMHandler):
                 await super().unload_model(engine)
 
 
-@pytest.mark.real_model
-class TestSmolLM2(VLLMConformance):
+class VLLMOneEngine(VLLMConformance):
     load_cycles = 0
     queue_options = None
-    # What else is in a batch changes the last digits.
-    batch_invariant = False
 
     def make_handler(self) -> InferenceHandler:
         return OneEngine()
 
-    @overrides("OneEngine is not what is installed; the suite above looks at the entry point")
+    @overrides("OneEngine is not what is installed; TestTinyModel looks at the entry point")
     def test_entry_point(self) -> None:
         pass
+
+
+@pytest.mark.one_engine
+class TestOneEngine(VLLMOneEngine):
+    """What continuous integration has time for."""
+
+    @pytest.fixture(scope="class")
+    def model_config(self, tiny_model: Path) -> ModelConfig:
+        return ModelConfig(model_id="tiny", source=str(tiny_model), options=SMALL)
+
+
+@pytest.mark.real_model
+class TestSmolLM2(VLLMOneEngine):
+    # What else is in a batch changes the last digits.
+    batch_invariant = False
 
     @pytest.fixture(scope="class")
     def model_config(self, smollm2: Path) -> ModelConfig:
