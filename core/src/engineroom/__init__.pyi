@@ -103,17 +103,17 @@ from .handlers.base import (
 from .handlers.base import (
     StreamEnd as StreamEnd,
 )
+from .handlers.dispatch import (
+    DispatchReport as DispatchReport,
+)
+from .handlers.dispatch import (
+    HandlerVerdict as HandlerVerdict,
+)
 from .handlers.markers import (
     hookimpl as hookimpl,
 )
 from .handlers.registry import (
-    DispatchReport as DispatchReport,
-)
-from .handlers.registry import (
     HandlerRegistry as HandlerRegistry,
-)
-from .handlers.registry import (
-    HandlerVerdict as HandlerVerdict,
 )
 from .handlers.token_handler import (
     TokenHandler as TokenHandler,

@@ -29,7 +29,8 @@ from engineroom.generation.generation import watching
 from engineroom.generation.mailbox import Mailbox
 from engineroom.generation.steps import LAST_STEP
 from engineroom.handlers.base import Capabilities, Embeddings, InferenceHandler, StreamEnd
-from engineroom.handlers.registry import DispatchReport, HandlerRegistry
+from engineroom.handlers.dispatch import DispatchReport
+from engineroom.handlers.registry import HandlerRegistry
 from engineroom.handlers.token_handler import effective_capabilities, open_stream
 from engineroom.inference.blocking import BlockingPortal, BlockingStream
 from engineroom.inference.delivery import Given, pour

@@ -69,25 +69,25 @@ class Capabilities:
 
     def unsupported(self, request: InferenceRequest) -> list[str]:
         """Names of what ``request`` asks for and this handler cannot do, in a fixed order."""
-        found = sorted(request.params.requested() - self.params)
+        names = sorted(request.params.requested() - self.params)
         structured = request.params.structured_output
-        if structured is not None and "structured_output" not in found:
-            found += [
+        if structured is not None and "structured_output" not in names:
+            names += [
                 f"structured_output.{kind}"
                 for kind in ("json_schema", "regex", "grammar")
                 if getattr(structured, kind) is not None and kind not in self.structured_output
             ]
         if request.messages is not None and not self.chat:
-            found.append("messages")
+            names.append("messages")
         if request.prompt_token_ids is not None and not self.prompt_token_ids:
-            found.append("prompt_token_ids")
+            names.append("prompt_token_ids")
         if request.stop_sequences and not self.stop_sequences:
-            found.append("stop_sequences")
+            names.append("stop_sequences")
         if not self.tools:
-            found += [n for n in ("tools", "tool_choice") if getattr(request, n)]
+            names += [n for n in ("tools", "tool_choice") if getattr(request, n)]
         if request.adapter is not None and not self.adapters:
-            found.append("adapter")
-        return found
+            names.append("adapter")
+        return names
 
 
 @dataclass(frozen=True, slots=True)

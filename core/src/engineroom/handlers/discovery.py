@@ -1,13 +1,18 @@
-"""What is installed: plugins as their metadata tells, before any of them is imported."""
+"""What is installed: plugins as their metadata tells, and how one is imported."""
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from typing import Final, Literal, TypeAlias
+
+from engineroom.errors import ConfigurationError, EngineRoomError
+from engineroom.handlers.base import InferenceHandler
+from engineroom.handlers.validation import validate_handler
 
 __all__ = [
     "API_GROUP",
@@ -15,11 +20,13 @@ __all__ = [
     "PLUGIN_GROUP",
     "PluginRecord",
     "PluginStatus",
+    "handler_of",
     "install_hint",
     "installed_plugins",
+    "load_plugin",
 ]
 
-logger = logging.getLogger("engineroom.plugins")
+logger = logging.getLogger("engineroom.registry")
 
 HANDLER_GROUP: Final = "engineroom.handlers"
 """Entry points of handlers; the entry's name is the handler's name."""
@@ -31,12 +38,6 @@ API_GROUP: Final = "engineroom.api"
 PluginStatus: TypeAlias = Literal[
     "found", "active", "disabled", "not listed", "unavailable", "quarantined"
 ]
-
-_KNOWN_RUNTIMES: Final = {
-    "llamacpp": "engineroom-llamacpp",
-    "hf_transformers": "engineroom-hf-transformers",
-    "vllm": "engineroom-vllm",
-}
 
 
 @dataclass(slots=True)
@@ -60,6 +61,22 @@ class PluginRecord:
     traceback: str = ""
     entry_point: EntryPoint | None = field(default=None, repr=False)
 
+    def quarantine(self, error: BaseException, remedy: str) -> None:
+        """Note and log what went wrong and what to do; the plugin is not used."""
+        self.status = "quarantined"
+        self.reason = f"{type(error).__name__}: {error}"
+        self.remedy = remedy
+        self.traceback = "".join(traceback.format_exception(error))
+        logger.error(
+            "plugin %r of %s %s was quarantined: %s; to use it, %s; the rest goes on without it",
+            self.name,
+            self.distribution,
+            self.version,
+            self.reason,
+            remedy,
+            exc_info=error,
+        )
+
 
 def installed_plugins() -> list[PluginRecord]:
     """All plugins of this environment, sorted by name; nothing is imported."""
@@ -82,10 +99,54 @@ def installed_plugins() -> list[PluginRecord]:
     return sorted(records, key=lambda record: (record.group, record.name, record.distribution))
 
 
+def load_plugin(record: PluginRecord, use: Callable[[PluginRecord, object], None]) -> None:
+    """Import a plugin and use it. The border to foreign code: whatever it does ends here.
+
+    :param record: told what became of the plugin: active, unavailable or quarantined.
+    :param use: registers what the entry point names.
+    """
+    assert record.entry_point is not None
+    try:
+        plugin = record.entry_point.load()
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - foreign; quarantine logs it
+        record.quarantine(error, f"reinstall or upgrade it: pip install -U {record.distribution}")
+        return
+    try:
+        use(record, plugin)
+    except Exception as error:  # noqa: BLE001 - foreign code; quarantine logs it
+        remedy = "mend the plugin" if isinstance(error, EngineRoomError) else "report it"
+        record.quarantine(error, f"{remedy} ({record.distribution} {record.version})")
+        return
+    if record.status == "found":
+        record.status = "active"
+
+
+def handler_of(record: PluginRecord, plugin: object) -> InferenceHandler | None:
+    """The handler that an entry point names; ``None``: its runtime cannot be used here.
+
+    :param plugin: the handler, or its class.
+    :raises ConfigurationError: it is no proper handler, or not of the entry point's name.
+    """
+    handler = plugin() if isinstance(plugin, type) else plugin
+    name = getattr(handler, "name", None)
+    if name != record.name:
+        raise ConfigurationError(
+            f"handler {record.value}: its entry point is called {record.name!r} but its "
+            f"class has name = {name!r}; give both the same name"
+        )
+    valid = validate_handler(handler)
+    record.api_version = valid.api_version
+    if reason := valid.unavailable():
+        record.status, record.reason = "unavailable", str(reason)
+        logger.info("plugin %r cannot be used here: %s", record.name, reason)
+        return None
+    return valid
+
+
 def install_hint(runtime: str | None = None) -> str:
     """The command that installs a runtime, or the choice there is."""
     if runtime is not None:
-        return f"pip install {_KNOWN_RUNTIMES.get(runtime, f'engineroom-{runtime}')}"
+        return f"pip install engineroom-{runtime.replace('_', '-')}"
     return (
         "pip install engineroom-llamacpp (GGUF files, CPU and GPU), "
         "engineroom-hf-transformers (Hugging Face models) or engineroom-vllm (GPU servers)"
@@ -115,5 +176,6 @@ def _owner(entry: EntryPoint) -> tuple[str, str]:
         if entry.dist is not None:
             return entry.dist.name or "?", entry.dist.version or "?"
     except Exception:
-        logger.debug("the metadata of plugin %r cannot be read", entry.name, exc_info=True)
+        log = logging.getLogger("engineroom.plugins")
+        log.debug("the metadata of plugin %r cannot be read", entry.name, exc_info=True)
     return "?", "?"

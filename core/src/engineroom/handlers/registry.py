@@ -1,107 +1,37 @@
-"""Which handlers there are, in which order they are asked, and why.
+"""Which handlers there are, and in which order they are asked.
 
-Order of consultation: handlers given to :meth:`HandlerRegistry.register`, in call order; then
-the deployment's list (order and allow-list in one); without a list, the installed plugins by
-name. pluggy checks signatures, blocks names and carries the observer hooks; its own call loop
-asks the last one first and stops at ``False``, so dispatch is a plain loop over this registry.
+First those given to :meth:`HandlerRegistry.register`, in call order; then the deployment's list
+(order and allow-list in one); without a list, the installed plugins by name. pluggy checks
+signatures, blocks names and carries the observer hooks; its own call loop asks the last one
+first and stops at ``False``, so :mod:`~engineroom.handlers.dispatch` is a plain loop.
 """
 
 from __future__ import annotations
 
-import asyncio
-import inspect
-import logging
 import os
 import threading
-import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 from weakref import WeakKeyDictionary
-
-import pluggy
 
 from engineroom.config.environment import DISABLED_VARIABLE, HANDLERS_VARIABLE
 from engineroom.config.model import LoadedModel, ModelConfig
 from engineroom.config.suggestions import did_you_mean
-from engineroom.errors import ConfigurationError, EngineRoomError, NoSuitableHandlerError
+from engineroom.errors import ConfigurationError, NoSuitableHandlerError
 from engineroom.handlers.base import InferenceHandler
 from engineroom.handlers.discovery import (
     HANDLER_GROUP,
     PluginRecord,
+    handler_of,
     install_hint,
     installed_plugins,
+    load_plugin,
 )
-from engineroom.handlers.markers import PROJECT
-from engineroom.handlers.observer_hooks import ObserverSpec
-from engineroom.handlers.validation import HANDLER_METHODS, validate_handler
+from engineroom.handlers.dispatch import DispatchReport, explain, first_that_handles
+from engineroom.handlers.observers import HookManager
+from engineroom.handlers.validation import validate_handler
 
-__all__ = ["DispatchReport", "HandlerRegistry", "HandlerVerdict"]
-
-logger = logging.getLogger("engineroom.registry")
-
-
-Verdict: TypeAlias = Literal[
-    "chosen", "yes", "no", "error", "found", "active", "disabled", "not listed", "unavailable",
-    "quarantined"
-]  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class HandlerVerdict:
-    """What one handler says to one model, and why.
-
-    :param verdict: ``chosen`` (the first that said yes), ``yes`` (it would, but one before it
-        did), ``no``, ``error`` (its answer was a defect), or why it was not asked.
-    """
-
-    handler: str
-    verdict: Verdict
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class DispatchReport:
-    """Every handler, its verdict and its reason, in the order of consultation.
-
-    :param question: ``can_handle`` for a loaded model, ``can_load`` for one that is not.
-    :param chosen: name of the handler that is used; ``None``: there is none.
-    :param notes: what became of each of a model's variants, where it was loaded.
-    """
-
-    model_id: str
-    question: Literal["can_handle", "can_load"]
-    verdicts: tuple[HandlerVerdict, ...]
-    chosen: str | None
-    notes: tuple[str, ...] = ()
-
-    def with_notes(self, notes: tuple[str, ...]) -> DispatchReport:
-        """The same report with these lines at its end."""
-        return replace(self, notes=notes)
-
-    def __str__(self) -> str:
-        lines = [f"{self.model_id}: {self.question} → {self.chosen or 'no handler'}"]
-        lines += [f"  {v.handler}: {v.verdict} ({v.reason})" for v in self.verdicts]
-        lines += [f"  {note}" for note in self.notes]
-        return "\n".join(lines)
-
-
-class _HookManager(pluggy.PluginManager):
-    """pluggy's manager, for which a handler's plain methods are hook implementations."""
-
-    def parse_hookimpl_opts(self, plugin: object, name: str) -> Any:
-        if isinstance(plugin, InferenceHandler) and name in HANDLER_METHODS:
-            return pluggy.HookimplOpts(
-                wrapper=False,
-                hookwrapper=False,
-                optionalhook=False,
-                tryfirst=False,
-                trylast=False,
-                specname=None,
-            )
-        if not inspect.isroutine(inspect.getattr_static(plugin, name, None)):
-            return None  # to read a property or a module's lazy name could run anything
-        return super().parse_hookimpl_opts(plugin, name)
+__all__ = ["HandlerRegistry"]
 
 
 class HandlerRegistry:
@@ -130,17 +60,11 @@ class HandlerRegistry:
         self._allow = None if allow is None else list(allow)
         self._disabled = {*disabled, *_names(environ.get(DISABLED_VARIABLE))}
         self._lock = threading.RLock()
-        self._manager = _HookManager(PROJECT)
-        self._manager.add_hookspecs(ObserverSpec)
-        self._manager.add_hookspecs(InferenceHandler)
-        for name in self._disabled:
-            self._manager.set_blocked(f"handler:{name}")
-            self._manager.set_blocked(f"plugin:{name}")
+        self._manager = HookManager(self._disabled)
         self._order: list[InferenceHandler] = []
         self._explicit = 0  # how many at the front of the order were registered by hand
         self._records: list[PluginRecord] = []
         self._pending = discover
-        self._checked = not discover  # all names of the allow-list are there
         self._discovered = not discover
         self._choices: WeakKeyDictionary[LoadedModel, InferenceHandler] = WeakKeyDictionary()
 
@@ -168,6 +92,18 @@ class HandlerRegistry:
                 return handler
         raise ConfigurationError(f"handler {name!r} {self._why_not(name)}")
 
+    def _why_not(self, name: str) -> str:
+        for record in self._records:
+            if record.group == HANDLER_GROUP and record.name == name:
+                remedy = f"; {record.remedy}" if record.remedy else ""
+                return f"is {record.status}: {record.reason}{remedy}"
+        known = [handler.name for handler in self._order]
+        return f"is not installed (there is: {', '.join(known) or 'none'})" + (
+            did_you_mean(name, known) or f"; {install_hint(name)}"
+        )
+
+    # ── discovery ────────────────────────────────────────────────────────────────────────────
+
     @property
     def discovered(self) -> bool:
         """Whether :meth:`discover` has nothing left to do, so that it returns at once."""
@@ -187,16 +123,32 @@ class HandlerRegistry:
             if self._pending:
                 self._pending = False
                 self._records = installed_plugins()
-                for record in self._usable():
-                    self._load(record)
-                if self._allow is not None:
-                    rank = {name: place for place, name in enumerate(self._allow)}
-                    found = self._order[self._explicit :]
-                    found.sort(key=lambda handler: rank.get(handler.name, -1))
-                    self._order[self._explicit :] = found
-            if not self._checked:
-                self._check_allow_list()
+                for record in self._records:
+                    if self._may_be_used(record):
+                        load_plugin(record, self._add_discovered)
+                rank = {name: place for place, name in enumerate(self._allow or ())}
+                self._order[self._explicit :] = sorted(
+                    self._order[self._explicit :], key=lambda h: rank.get(h.name, -1)
+                )
+            self._check_allow_list()
             self._discovered = True
+
+    def _may_be_used(self, record: PluginRecord) -> bool:
+        """Whether neither list is against it; otherwise the record says why."""
+        if record.name in self._disabled:
+            record.status = "disabled"
+            record.reason = f"named in {DISABLED_VARIABLE} or the deployment"
+        elif (
+            record.group == HANDLER_GROUP
+            and self._allow is not None
+            and record.name not in self._allow
+        ):
+            record.status = "not listed"
+            listed = ", ".join(self._allow)
+            record.reason = (
+                f"the list of handlers is {listed}" if listed else "other handlers were given"
+            )
+        return record.status == "found"
 
     def _check_allow_list(self) -> None:
         installed = [r.name for r in self._records if r.group == HANDLER_GROUP]
@@ -208,80 +160,12 @@ class HandlerRegistry:
                     f"handlers: {name!r} is not installed (installed: {known})"
                     + (did_you_mean(name, installed) or f"; {install_hint(name)}")
                 )
-        self._checked = True
-
-    def _usable(self) -> list[PluginRecord]:
-        chosen: list[PluginRecord] = []
-        for record in self._records:
-            if record.name in self._disabled:
-                record.status = "disabled"
-                record.reason = f"named in {DISABLED_VARIABLE} or the deployment"
-            elif (
-                record.group == HANDLER_GROUP
-                and self._allow is not None
-                and record.name not in self._allow
-            ):
-                record.status = "not listed"
-                listed = ", ".join(self._allow)
-                record.reason = (
-                    f"the list of handlers is {listed}" if listed else "other handlers were given"
-                )
-            else:
-                chosen.append(record)
-        return chosen
-
-    def _load(self, record: PluginRecord) -> None:
-        """Import one plugin. The border to foreign code: whatever it does ends here."""
-        assert record.entry_point is not None
-        try:
-            plugin = record.entry_point.load()
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - foreign; _quarantine logs it
-            self._quarantine(
-                record, error, f"reinstall or upgrade it: pip install -U {record.distribution}"
-            )
-            return
-        try:
-            if record.group == HANDLER_GROUP:
-                self._add_discovered(record, plugin)
-            else:
-                self.register_plugin(plugin, name=record.name)
-        except Exception as error:  # noqa: BLE001 - foreign code; _quarantine logs it
-            remedy = "mend the plugin" if isinstance(error, EngineRoomError) else "report it"
-            self._quarantine(record, error, f"{remedy} ({record.distribution} {record.version})")
-            return
-        if record.status == "found":
-            record.status = "active"
 
     def _add_discovered(self, record: PluginRecord, plugin: object) -> None:
-        handler = plugin() if isinstance(plugin, type) else plugin
-        name = getattr(handler, "name", None)
-        if name != record.name:
-            raise ConfigurationError(
-                f"handler {record.value}: its entry point is called {record.name!r} but its "
-                f"class has name = {name!r}; give both the same name"
-            )
-        valid = validate_handler(handler)
-        record.api_version = valid.api_version
-        if reason := valid.unavailable():
-            record.status, record.reason = "unavailable", str(reason)
-            logger.info("plugin %r cannot be used here: %s", record.name, reason)
-            return
-        self._insert(valid, len(self._order), record.distribution)
-
-    def _quarantine(self, record: PluginRecord, error: BaseException, remedy: str) -> None:
-        record.status = "quarantined"
-        record.reason = f"{type(error).__name__}: {error}"
-        record.remedy = remedy
-        record.traceback = "".join(traceback.format_exception(error))
-        logger.error(
-            "plugin %r of %s %s was quarantined: %s; to use it, %s; the rest goes on without it",
-            record.name,
-            record.distribution,
-            record.version,
-            record.reason,
-            remedy,
-            exc_info=error,
-        )
+        if record.group != HANDLER_GROUP:
+            self.register_plugin(plugin, name=record.name)
+        elif (handler := handler_of(record, plugin)) is not None:
+            self._insert(handler, len(self._order), record.distribution)
 
     # ── adding ───────────────────────────────────────────────────────────────────────────────
 
@@ -310,6 +194,23 @@ class HandlerRegistry:
             if place <= self._explicit and (before is None or place < self._explicit):
                 self._explicit += 1
 
+    def register_plugin(self, plugin: object, name: str | None = None) -> None:
+        """Add an observer: an object or module with hooks (see :mod:`engineroom.handlers.markers`).
+
+        :raises ConfigurationError: it has a hook that does not exist, asks for an argument
+            that the hook does not have, is ``async`` or a wrapper, or its name is taken.
+        """
+        with self._lock:
+            self._manager.add_observer(plugin, name, self._add_published)
+
+    def _add_published(self, origin: str, handler: InferenceHandler) -> None:
+        """Add a handler that an observer publishes, if the lists allow it."""
+        validate_handler(handler)
+        if self._allow is not None and handler.name not in self._allow:
+            return
+        if handler.name not in self._disabled:
+            self._insert(handler, len(self._order), origin)
+
     def _insert(self, handler: InferenceHandler, place: int, origin: str) -> None:
         with self._lock:
             if handler.name in self._disabled:
@@ -324,90 +225,15 @@ class HandlerRegistry:
                         f"{type(other).__module__}.{type(other).__qualname__}; give one of them "
                         "another name, or disable one"
                     )
-            try:
-                self._manager.register(handler, name=f"handler:{handler.name}")
-            except (pluggy.PluginValidationError, ValueError) as error:
-                raise ConfigurationError(f"handler {handler.name!r}: {error}") from error
+            self._manager.add_handler(handler)
             self._order.insert(place, handler)
             self._choices.clear()
-
-    def register_plugin(self, plugin: object, name: str | None = None) -> None:
-        """Add an observer: an object or module with hooks (see :mod:`engineroom.handlers.markers`).
-
-        :raises ConfigurationError: it has a hook that does not exist, asks for an argument
-            that the hook does not have, is ``async`` or a wrapper, or its name is taken.
-        """
-        name = name or getattr(plugin, "__name__", None) or type(plugin).__name__
-        if isinstance(plugin, type):
-            raise ConfigurationError(
-                f"plugin {name!r}: a class was given where an instance belongs; write {name}()"
-            )
-        with self._lock:
-            if self._manager.is_blocked(f"plugin:{name}"):
-                return
-            if (taken := self._manager.get_plugin(f"plugin:{name}")) is not None:
-                raise ConfigurationError(
-                    f"plugin {name!r}: the name is taken by {taken!r}; give one of them another"
-                )
-            if (other := self._manager.get_name(plugin)) is not None:
-                raise ConfigurationError(
-                    f"plugin {name!r}: it is registered already, as {other!r}; register it once"
-                )
-            try:
-                self._manager.register(plugin, name=f"plugin:{name}")
-                self._check_observer(plugin, name)
-                self._call_register_handlers(plugin, name)
-            except BaseException as error:
-                if self._manager.is_registered(plugin):  # pluggy 1.5 leaves it so, by half
-                    self._manager.unregister(plugin)
-                if isinstance(error, pluggy.PluginValidationError):
-                    raise ConfigurationError(f"plugin {name!r}: {error}") from error
-                raise
-
-    def _check_observer(self, plugin: object, name: str) -> None:
-        known = [n for n in vars(ObserverSpec) if n.startswith("engineroom_")]
-        for caller in self._manager.get_hookcallers(plugin) or ():
-            if caller.spec is None:
-                raise ConfigurationError(
-                    f"plugin {name!r}: there is no hook {caller.name!r}"
-                    f"{did_you_mean(caller.name, known) or '; hooks are ' + ', '.join(known)}"
-                )
-            for implementation in caller.get_hookimpls():
-                if implementation.plugin is not plugin:
-                    continue
-                if implementation.hookwrapper or implementation.wrapper:
-                    raise ConfigurationError(
-                        f"plugin {name!r}: {caller.name} is a wrapper; observers only look on"
-                    )
-                if inspect.iscoroutinefunction(implementation.function):
-                    raise ConfigurationError(
-                        f"plugin {name!r}: {caller.name} is async; write a plain function that "
-                        "hands long work to a task or thread of its own"
-                    )
-
-    def _call_register_handlers(self, plugin: object, name: str) -> None:
-        hook = self._manager.hook.engineroom_register_handlers
-        for implementation in hook.get_hookimpls():
-            if implementation.plugin is plugin:
-                given = {"register": self._registering(name)}
-                implementation.function(*[given[a] for a in implementation.argnames])
-
-    def _registering(self, origin: str) -> Callable[[InferenceHandler], None]:
-        def register(handler: InferenceHandler) -> None:
-            validate_handler(handler)
-            if self._allow is not None and handler.name not in self._allow:
-                return
-            if handler.name in self._disabled:
-                return
-            self._insert(handler, len(self._order), origin)
-
-        return register
 
     # ── observers ────────────────────────────────────────────────────────────────────────────
 
     def listens(self, hook: str) -> bool:
         """Whether any observer has this hook."""
-        return bool(getattr(self._manager.hook, hook).get_hookimpls())
+        return self._manager.listens(hook)
 
     def plugins_with(self, method: str) -> list[Any]:
         """The handlers and observers that have a method of this name."""
@@ -415,15 +241,7 @@ class HandlerRegistry:
 
     def notify(self, hook: str, **arguments: Any) -> None:
         """Call an observer hook. An observer that raises is logged; the rest are called."""
-        for implementation in getattr(self._manager.hook, hook).get_hookimpls():
-            try:
-                implementation.function(*[arguments[a] for a in implementation.argnames])
-            except (Exception, asyncio.CancelledError):
-                logger.exception(
-                    "observer %r failed in %s; the request is not affected",
-                    implementation.plugin_name,
-                    hook,
-                )
+        self._manager.notify(hook, **arguments)
 
     # ── dispatch ─────────────────────────────────────────────────────────────────────────────
 
@@ -434,14 +252,12 @@ class HandlerRegistry:
         """
         if (known := self._choices.get(loaded_model)) is not None:
             return known
-        for handler in self.handlers:
-            verdict, _ = _ask(handler, "can_handle", loaded_model)
-            if verdict:
-                self._choices[loaded_model] = handler
-                return handler
-        report = self.explain(loaded_model)
+        if (handler := first_that_handles(loaded_model, self.handlers)) is not None:
+            self._choices[loaded_model] = handler
+            return handler
         raise NoSuitableHandlerError(
-            f"no handler takes model {loaded_model.model_id!r}: {self._reasons(report)}",
+            f"no handler takes model {loaded_model.model_id!r}: "
+            f"{self.explain(loaded_model).reasons}",
             model_id=loaded_model.model_id,
         )
 
@@ -463,90 +279,13 @@ class HandlerRegistry:
             return self.get(report.chosen)
         raise NoSuitableHandlerError(
             f"no handler loads {config.source!r} for model {config.model_id!r}: "
-            f"{self._reasons(report)}; name one with runtime: if its own format differs",
+            f"{report.reasons}; name one with runtime: if its own format differs",
             model_id=config.model_id,
         )
 
     def explain(self, model: LoadedModel | ModelConfig) -> DispatchReport:
         """Ask every handler, and say which is used and why each of the others is not."""
-        question: Literal["can_handle", "can_load"] = (
-            "can_handle" if isinstance(model, LoadedModel) else "can_load"
-        )
-        chosen: str | None = None
-        verdicts: list[HandlerVerdict] = []
-        wanted = model.runtime if isinstance(model, ModelConfig) else None
-        answer: bool | None
-        for handler in self.handlers:
-            if wanted is not None:
-                answer, reason = handler.name == wanted, f"the model names runtime {wanted!r}"
-            else:
-                answer, reason = _ask(handler, question, model)
-            verdict: Verdict = "no"
-            if answer and chosen is None:
-                chosen, verdict = handler.name, "chosen"
-                if isinstance(model, LoadedModel) and (note := _note(handler, model)):
-                    reason = f"{reason}; {note}"
-            elif answer:
-                verdict, reason = "yes", f"{reason}, but {chosen!r} comes first"
-            elif answer is None:
-                verdict = "error"
-            verdicts.append(HandlerVerdict(handler.name, verdict, reason))
-        asked = {v.handler for v in verdicts}
-        verdicts += [
-            HandlerVerdict(r.name, r.status, "; ".join(filter(None, (r.reason, r.remedy))))
-            for r in self.plugins
-            if r.group == HANDLER_GROUP
-            and r.status not in ("active", "found")
-            and r.name not in asked
-        ]
-        return DispatchReport(model.model_id, question, tuple(verdicts), chosen)
-
-    def _reasons(self, report: DispatchReport) -> str:
-        if not report.verdicts:
-            return f"none is installed; {install_hint()}"
-        return "; ".join(f"{v.handler}: {v.verdict}, {v.reason}" for v in report.verdicts)
-
-    def _why_not(self, name: str) -> str:
-        for record in self._records:
-            if record.group == HANDLER_GROUP and record.name == name:
-                remedy = f"; {record.remedy}" if record.remedy else ""
-                return f"is {record.status}: {record.reason}{remedy}"
-        known = [handler.name for handler in self._order]
-        return f"is not installed (there is: {', '.join(known) or 'none'})" + (
-            did_you_mean(name, known) or f"; {install_hint(name)}"
-        )
-
-
-def _note(handler: InferenceHandler, model: LoadedModel) -> str:
-    """What the handler has to say of a model that is well."""
-    try:
-        health = handler.health(model)
-    except Exception:
-        logger.exception("handler %r: health failed", handler.name)
-        return "health failed; see the log"
-    return health.detail if health.ok else f"it is not well: {health.detail}"
-
-
-def _ask(
-    handler: InferenceHandler, question: str, model: LoadedModel | ModelConfig
-) -> tuple[bool | None, str]:
-    """The handler's answer and its reason; ``None`` where the answer is a defect."""
-    try:
-        answer = getattr(handler, question)(model)
-    except Exception as error:
-        logger.exception("handler %r: %s raised; it counts as no", handler.name, question)
-        return None, f"{question} raised {type(error).__name__}: {error}; mend the plugin"
-    if not isinstance(answer, bool):
-        logger.error(
-            "handler %r: %s returned %r instead of True or False; it counts as no",
-            handler.name,
-            question,
-            type(answer).__name__,
-        )
-        return None, (
-            f"{question} returned {type(answer).__name__} instead of a bool; mend the plugin"
-        )
-    return answer, f"{question} is {answer}"
+        return explain(model, self.handlers, self._records)
 
 
 def _names(text: str | None) -> list[str]:

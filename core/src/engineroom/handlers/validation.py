@@ -36,7 +36,7 @@ HANDLER_METHODS: Final = frozenset(_KINDS)
 
 
 def validate_handler(handler: object) -> InferenceHandler:
-    """Check what was given for a handler.
+    """Check a handler before it is registered.
 
     :returns: the handler itself.
     :raises ConfigurationError: it is a class, no handler, nameless, of another API version, or
@@ -71,9 +71,9 @@ def _check_api_version(who: str, version: object) -> None:
             f"{who}: api_version is {version!r}, not a version; write "
             f'api_version = "{API_VERSION}" in the class'
         )
-    wanted = API_VERSION.partition(".")[0]
-    if major != wanted:
-        newer = int(major) > int(wanted)
+    ours = API_VERSION.partition(".")[0]
+    if major != ours:
+        newer = int(major) > int(ours)
         raise ConfigurationError(
             f"{who}: written for version {version} of the handler contract, this engineroom "
             f"has {API_VERSION}; "
@@ -83,38 +83,38 @@ def _check_api_version(who: str, version: object) -> None:
 
 def _check_method(who: str, handler: InferenceHandler, method: str, kind: _Kind) -> None:
     function = getattr(handler, method)
-    wanted = _signature(method, getattr(InferenceHandler, method))
+    correct = _signature(method, getattr(InferenceHandler, method))
     if not callable(function):
-        raise ConfigurationError(f"{who}.{method} is not a method; write {wanted}")
+        raise ConfigurationError(f"{who}.{method} is not a method; write {correct}")
     if _kind(function) != kind:
         raise ConfigurationError(
             f"{who}.{method} is written with {_kind(function)!r}, but it must be {kind!r}; "
-            f"write {wanted}" + (" and yield its pieces" if kind == _GENERATOR else "")
+            f"write {correct}" + (" and yield its pieces" if kind == _GENERATOR else "")
         )
     expected = _parameters(getattr(InferenceHandler, method))[1:]
-    found = inspect.signature(function).parameters
+    parameters = inspect.signature(function).parameters
     required = [
         p.name
-        for p in found.values()
+        for p in parameters.values()
         if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
     ]
-    if missing := [name for name in expected if name not in found]:
+    if missing := [name for name in expected if name not in parameters]:
         raise ConfigurationError(
-            f"{who}.{method} lacks the parameter {missing[0]!r}; write {wanted}"
+            f"{who}.{method} lacks the parameter {missing[0]!r}; write {correct}"
         )
     if extra := [name for name in required if name not in expected]:
         raise ConfigurationError(
             f"{who}.{method} asks for a parameter {extra[0]!r} that it will not be given; "
-            f"write {wanted}"
+            f"write {correct}"
         )
-    if by_keyword := [n for n in expected if found[n].kind is inspect.Parameter.KEYWORD_ONLY]:
+    if by_keyword := [n for n in expected if parameters[n].kind is inspect.Parameter.KEYWORD_ONLY]:
         raise ConfigurationError(
             f"{who}.{method} takes {by_keyword[0]!r} by keyword only, but it is given by place; "
-            f"write {wanted}"
+            f"write {correct}"
         )
-    if list(found)[: len(expected)] != expected:
+    if list(parameters)[: len(expected)] != expected:
         raise ConfigurationError(
-            f"{who}.{method} has its parameters in another order; write {wanted}"
+            f"{who}.{method} has its parameters in another order; write {correct}"
         )
 
 

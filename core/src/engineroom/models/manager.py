@@ -36,7 +36,8 @@ from engineroom.errors import (
     ModelNotFoundError,
     ResourceNotAvailableError,
 )
-from engineroom.handlers.registry import DispatchReport, HandlerRegistry
+from engineroom.handlers.dispatch import DispatchReport
+from engineroom.handlers.registry import HandlerRegistry
 from engineroom.memory.account import DeviceMemory
 from engineroom.memory.probe import MachineMeter, MemoryMeter
 from engineroom.models.entry import ModelEntry
