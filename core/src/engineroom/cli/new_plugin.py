@@ -42,8 +42,9 @@ _TAKEN: Final = ("llamacpp", "hf_transformers", "vllm", "echo", "transformers", 
 _OWN: Final = ("engineroom", "core", "server", "testing", "api", "plugin", "plugins")
 _USED: Final = frozenset(
     {"Any", "AsyncGenerator", "ClassVar", "Final", "HANDLER", "HandlerConformance", "MAGIC",
-     "Mapping", "Path", "SOURCE", "TYPE_CHECKING", "TestConformance", "ToyEngine", "annotations",
-     "answer", "asyncio", "load_toy", "pytest"}
+     "Mapping", "Path", "Random", "SOURCE", "TYPE_CHECKING", "TestConformance", "ToyEngine",
+     "ToyTask", "annotations", "answer", "asyncio", "load_toy", "logger", "logging", "partial",
+     "pytest"}
 )  # fmt: skip
 """What the generated modules that import the handler's class bind, besides engineroom's names."""
 _SUFFIX: Final = ".tmpl"

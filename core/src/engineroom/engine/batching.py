@@ -107,6 +107,14 @@ class BatchingEngine(ABC, Generic[_T]):
         (:meth:`fail`) and return; an exception that gets out ends the engine.
         """
 
+    def can_step(self) -> bool:
+        """Whether :meth:`step` has anything to do for those that run. By default always.
+
+        A runtime that computes in threads of its own says no until one of them has something for
+        the engine, and then calls :meth:`wake`. Asked before each turn: must not block.
+        """
+        return True
+
     def may_start(self, task: _T) -> bool:
         """Whether the first of those that wait can be given a slot now; one is free.
 
@@ -194,6 +202,11 @@ class BatchingEngine(ABC, Generic[_T]):
             self._loop.condition.notify_all()
         self._loop.wait_for_end(self)
 
+    def wake(self) -> None:
+        """Ask :meth:`can_step` again. From any thread."""
+        with self._loop.condition:
+            self._loop.condition.notify_all()
+
     # ── for steps, on the thread ─────────────────────────────────────────────────────────────
 
     def hand_over(self, parcels: Iterable[_PARCEL]) -> None:
@@ -223,14 +236,18 @@ class BatchingEngine(ABC, Generic[_T]):
     @property
     def has_work(self) -> bool:
         """Whether a turn would do anything."""
-        return bool(self.running or self._incoming or self.waiting or self._closing)
+        if self._incoming or self._closing or self._cancelling:
+            return True
+        if self.waiting and len(self.running) < self._max_running:
+            return True
+        return bool(self.running) and self.can_step()
 
     def turn(self) -> bool:
         """One step, or the end; see :class:`~engineroom.engine.decode_loop.Worker`."""
         failure: EngineRoomError
         try:
             if self._take_in():
-                if self.running:
+                if self.running and self.can_step():
                     self.step()
                 return True
             failure = ResourceNotAvailableError(
