@@ -12,7 +12,7 @@ import pytest
 
 from engineroom import EngineDeadError, InferenceError, TokenStep
 from engineroom.generation.mailbox import Mailbox, deliver
-from engineroom.generation.waker import Doorbell
+from engineroom.generation.waker import LoopWaker
 
 
 def step(token: int) -> TokenStep:
@@ -109,38 +109,38 @@ async def test_a_step_put_while_the_wait_is_being_cancelled_is_kept() -> None:
 
 
 @pytest.fixture
-def rung(monkeypatch: pytest.MonkeyPatch) -> list[Doorbell]:
-    """Which doorbells were rung."""
-    found: list[Doorbell] = []
-    original = Doorbell.call
+def rung(monkeypatch: pytest.MonkeyPatch) -> list[LoopWaker]:
+    """Which event loops were woken."""
+    found: list[LoopWaker] = []
+    original = LoopWaker.call
 
-    def noted(bell: Doorbell, callback: Any, argument: Any) -> None:
-        found.append(bell)
-        original(bell, callback, argument)
+    def noted(waker: LoopWaker, callback: Any, argument: Any) -> None:
+        found.append(waker)
+        original(waker, callback, argument)
 
-    monkeypatch.setattr(Doorbell, "call", noted)
+    monkeypatch.setattr(LoopWaker, "call", noted)
     return found
 
 
-async def test_a_step_of_many_requests_wakes_their_loop_once(rung: list[Doorbell]) -> None:
+async def test_a_step_of_many_requests_wakes_their_loop_once(rung: list[LoopWaker]) -> None:
     mailboxes = [Mailbox() for _ in range(8)]
     elsewhere(lambda: deliver([(mailbox, step(i)) for i, mailbox in enumerate(mailboxes)]))
-    assert rung == [mailboxes[0].bell]
+    assert rung == [mailboxes[0].waker]
     assert [(await tokens(mailbox, 1))[0] for mailbox in mailboxes] == list(range(8))
 
 
-async def test_nothing_to_deliver_wakes_nobody(rung: list[Doorbell]) -> None:
+async def test_nothing_to_deliver_wakes_nobody(rung: list[LoopWaker]) -> None:
     elsewhere(lambda: deliver([]))
     assert not rung
 
 
-def test_each_event_loop_gets_its_own(rung: list[Doorbell]) -> None:
+def test_each_event_loop_gets_its_own(rung: list[LoopWaker]) -> None:
     loops = [asyncio.new_event_loop() for _ in range(2)]
     try:
         first, second = (loop.run_until_complete(_mailbox()) for loop in loops)
         parcels = [(first, step(1)), (second, step(2)), (first, step(3)), (second, step(4))]
         elsewhere(lambda: deliver(parcels))
-        assert rung == [first.bell, second.bell]
+        assert rung == [first.waker, second.waker]
         assert loops[0].run_until_complete(tokens(first, 2)) == [1, 3]
         assert loops[1].run_until_complete(tokens(second, 2)) == [2, 4]
     finally:
@@ -171,7 +171,7 @@ async def _mailbox() -> Mailbox:
     return Mailbox()
 
 
-# ── pouring ──────────────────────────────────────────────────────────────────────────────────
+# ── pushing ──────────────────────────────────────────────────────────────────────────────────
 
 
 class Taken:
@@ -190,24 +190,24 @@ class Taken:
 
 
 @pytest.mark.parametrize("before", [0, 1, 2, 3])
-async def test_steps_are_poured_in_order_those_from_before_first(before: int) -> None:
+async def test_steps_are_pushed_in_order_those_from_before_first(before: int) -> None:
     mailbox, taken = Mailbox(), Taken(3)
     for token in range(before):
         mailbox.put(step(token))
-    pouring = asyncio.create_task(mailbox.pour(taken))
+    pushing = asyncio.create_task(mailbox.push_to(taken))
     await asyncio.sleep(0)
     assert taken.tokens == list(range(before))
     for token in range(before, 5):
         mailbox.put(step(token))
     async with asyncio.timeout(5):
-        await pouring
+        await pushing
     assert taken.tokens == [0, 1, 2]
     assert await tokens(mailbox, 2) == [3, 4]  # what was not taken is kept
 
 
-async def test_a_poured_step_is_taken_in_the_callback_that_brings_it() -> None:
+async def test_a_pushed_step_is_taken_in_the_callback_that_brings_it() -> None:
     mailbox, taken = Mailbox(), Taken(9)
-    pouring = asyncio.create_task(mailbox.pour(taken))
+    pushing = asyncio.create_task(mailbox.push_to(taken))
     await asyncio.sleep(0)
     mailbox.put(step(1))
     assert taken.tokens == [1]  # and the loop has not turned
@@ -215,15 +215,15 @@ async def test_a_poured_step_is_taken_in_the_callback_that_brings_it() -> None:
     async with asyncio.timeout(5):
         while taken.tokens != [1, 2]:
             await asyncio.sleep(0)
-    assert not pouring.done()
-    pouring.cancel()
-    await asyncio.wait([pouring])
+    assert not pushing.done()
+    pushing.cancel()
+    await asyncio.wait([pushing])
 
 
 @pytest.mark.parametrize("waits", [True, False])
-async def test_an_error_ends_the_pouring_in_its_turn(waits: bool) -> None:
+async def test_an_error_ends_the_pushing_in_its_turn(waits: bool) -> None:
     mailbox, taken, error = Mailbox(), Taken(9), EngineDeadError("it died")
-    pouring = asyncio.create_task(mailbox.pour(taken))
+    pushing = asyncio.create_task(mailbox.push_to(taken))
     if waits:
         await asyncio.sleep(0)
     mailbox.put(step(1))
@@ -231,17 +231,17 @@ async def test_an_error_ends_the_pouring_in_its_turn(waits: bool) -> None:
     mailbox.put(step(2))
     with pytest.raises(EngineDeadError) as caught:
         async with asyncio.timeout(5):
-            await pouring
+            await pushing
     assert caught.value is error and taken.tokens == [1]
     assert await tokens(mailbox, 1) == [2]
 
 
 @pytest.mark.parametrize("waits", [True, False])
-async def test_what_the_taker_raises_is_raised_by_the_pouring_and_harms_no_neighbour(
+async def test_what_the_taker_raises_is_raised_by_the_pushing_and_harms_no_neighbour(
     waits: bool,
 ) -> None:
     mailbox, neighbour, taken = Mailbox(), Mailbox(), Taken(9, bad=2)
-    pouring = asyncio.create_task(mailbox.pour(taken))
+    pushing = asyncio.create_task(mailbox.push_to(taken))
     if waits:
         await asyncio.sleep(0)
     elsewhere(
@@ -251,38 +251,38 @@ async def test_what_the_taker_raises_is_raised_by_the_pouring_and_harms_no_neigh
     )
     async with asyncio.timeout(5):
         with pytest.raises(ValueError, match="no 2"):
-            await pouring
+            await pushing
         assert taken.tokens == [1]
         assert await tokens(neighbour, 1) == [4]
     assert await tokens(mailbox, 1) == [3]
-    again = asyncio.create_task(mailbox.pour(Taken(1)))  # nothing of the failure is left
+    again = asyncio.create_task(mailbox.push_to(Taken(1)))  # nothing of the failure is left
     await asyncio.sleep(0)
     mailbox.put(step(5))
     async with asyncio.timeout(5):
         await again
 
 
-async def test_a_step_that_comes_while_the_pouring_is_being_cancelled_is_kept() -> None:
+async def test_a_step_that_comes_while_the_pushing_is_being_cancelled_is_kept() -> None:
     mailbox, taken = Mailbox(), Taken(9)
-    pouring = asyncio.create_task(mailbox.pour(taken))
+    pushing = asyncio.create_task(mailbox.push_to(taken))
     await asyncio.sleep(0)
-    pouring.cancel()
+    pushing.cancel()
     mailbox.put(step(4))
     with pytest.raises(asyncio.CancelledError):
-        await pouring
+        await pushing
     assert not taken.tokens
     mailbox.put(step(5))
     assert not taken.tokens and await tokens(mailbox, 2) == [4, 5]
 
 
-async def test_pouring_that_is_cancelled_as_it_ends_is_cancelled() -> None:
+async def test_pushing_that_is_cancelled_as_it_ends_is_cancelled() -> None:
     mailbox, taken = Mailbox(), Taken(9, bad=1)
-    pouring = asyncio.create_task(mailbox.pour(taken))
+    pushing = asyncio.create_task(mailbox.push_to(taken))
     await asyncio.sleep(0)
     mailbox.put(step(1))  # the failure is on its way
-    pouring.cancel()
+    pushing.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await pouring
+        await pushing
     mailbox.put(step(2))
     assert await tokens(mailbox, 1) == [2]
 
@@ -292,15 +292,15 @@ async def test_a_taker_that_cancels_its_own_reader_harms_no_neighbour(raises: bo
     mailbox, neighbour = Mailbox(), Mailbox()
 
     def take(step: TokenStep) -> bool:
-        pouring.cancel()
+        pushing.cancel()
         if raises:
             raise ValueError("no")
         return False
 
-    pouring = asyncio.create_task(mailbox.pour(take))
+    pushing = asyncio.create_task(mailbox.push_to(take))
     await asyncio.sleep(0)
     elsewhere(lambda: deliver([(mailbox, step(1)), (neighbour, step(2))]))
     async with asyncio.timeout(5):
         with pytest.raises(asyncio.CancelledError):
-            await pouring
+            await pushing
         assert await tokens(neighbour, 1) == [2]

@@ -33,7 +33,7 @@ from engineroom.handlers.dispatch import DispatchReport
 from engineroom.handlers.registry import HandlerRegistry
 from engineroom.handlers.token_handler import effective_capabilities, open_stream
 from engineroom.inference.blocking import BlockingPortal, BlockingStream
-from engineroom.inference.delivery import Given, pour
+from engineroom.inference.delivery import DeliveredChunks, push_to
 from engineroom.inference.scope import RequestScope
 from engineroom.inference.streams import InferenceStream, StreamError
 from engineroom.models.manager import LLMModelManager, ModelSource
@@ -297,7 +297,7 @@ class LLMInferenceService:
 
     async def _chunks(self, scope: RequestScope) -> AsyncGenerator[str, None]:
         """The chunks of a stream. Runs in whichever task reads."""
-        given = Given()
+        given = DeliveredChunks()
         closing = False  # nothing may be yielded any more
         try:
             await self._discover()
@@ -323,7 +323,7 @@ class LLMInferenceService:
                             if isinstance(piece, Mailbox):
                                 mailbox, advance, chunk = piece, piece.get, ""
                             elif mailbox is not None and isinstance(piece, str):
-                                # It was taken as it was poured.
+                                # It was taken as it was pushed.
                                 chunk = piece
                             else:
                                 chunk = generation.take(piece)
@@ -352,7 +352,7 @@ class LLMInferenceService:
                             if mailbox is None or generation is None or scope.sink is None:
                                 piece = await advance()
                             else:
-                                piece = await pour(mailbox, generation, given, scope.sink)
+                                piece = await push_to(mailbox, generation, given, scope.sink)
                         except StopAsyncIteration:
                             piece = end
                 finally:
@@ -487,7 +487,7 @@ class LLMInferenceService:
         """The response of a request that did not end well; raises what must not be swallowed."""
         request = scope.request
         if isinstance(error, asyncio.CancelledError):
-            if scope.taken():
+            if scope.uncancel_if_ours():
                 assert scope.cause is not None
                 error = scope.cause
             elif not scope.cancelled:  # a future of the runtime's own was cancelled

@@ -18,15 +18,15 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from engineroom.errors import EngineRoomError
-from engineroom.generation.waker import Doorbell
+from engineroom.generation.waker import LoopWaker
 
 if TYPE_CHECKING:
     from engineroom.generation.steps import TokenStep
 
-__all__ = ["Mailbox", "deliver"]
+__all__ = ["Mailbox", "StepBatch", "deliver"]
 
 logger = logging.getLogger("engineroom.mailbox")
 
@@ -36,14 +36,14 @@ class Mailbox:
 
     Belongs to the event loop on which it was made; the engine hands over through
     :func:`deliver`. It has one reader, which takes step by step (:meth:`get`) or is called with
-    each (:meth:`pour`).
+    each (:meth:`push_to`).
     """
 
-    __slots__ = ("_failure", "_items", "_take", "_waiter", "bell", "loop")
+    __slots__ = ("_failure", "_items", "_take", "_waiter", "loop", "waker")
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self.bell = Doorbell.of(self.loop)
+        self.waker = LoopWaker.of(self.loop)
         self._items: deque[TokenStep | EngineRoomError] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self._take: Callable[[TokenStep], bool] | None = None
@@ -73,14 +73,18 @@ class Mailbox:
 
     async def get(self) -> TokenStep:
         """The next step. :raises EngineRoomError: the request has failed."""
-        while not self._items:
-            await self._wait()
-        item = self._items.popleft()
+        items = self._items
+        while not items:
+            try:
+                await self._new_waiter()
+            finally:
+                self._waiter = None
+        item = items.popleft()
         if isinstance(item, EngineRoomError):
             raise item
         return item
 
-    async def pour(self, take: Callable[[TokenStep], bool]) -> None:
+    async def push_to(self, take: Callable[[TokenStep], bool]) -> None:
         """Have each step taken as it comes, without waking the task that waits here for it.
 
         :param take: takes a step, soon after :func:`deliver` and outside of this task; returns
@@ -96,35 +100,33 @@ class Mailbox:
                 return
         self._take = take
         try:
-            await self._wait()
+            await self._new_waiter()
             if self._failure is not None:
                 raise self._failure
         finally:
-            self._take = self._failure = None
+            self._waiter = self._take = self._failure = None
 
-    async def _wait(self) -> None:
+    def _new_waiter(self) -> asyncio.Future[None]:
         waiter = self._waiter = self.loop.create_future()
-        try:
-            await waiter
-        finally:
-            self._waiter = None
+        return waiter
 
 
-_Parcel = tuple[Mailbox, "TokenStep | EngineRoomError"]
+StepBatch: TypeAlias = Iterable[tuple[Mailbox, "TokenStep | EngineRoomError"]]
+"""What one step of an engine gives its requests: steps, or the errors that end them."""
 
 
-def deliver(parcels: Iterable[_Parcel]) -> None:
+def deliver(batch: StepBatch) -> None:
     """Hand steps over, from any thread; one wake-up for each event loop."""
-    by_bell: dict[Doorbell, list[_Parcel]] = {}
-    for parcel in parcels:
-        by_bell.setdefault(parcel[0].bell, []).append(parcel)
-    for bell, batch in by_bell.items():
+    by_waker: dict[LoopWaker, list[tuple[Mailbox, TokenStep | EngineRoomError]]] = {}
+    for entry in batch:
+        by_waker.setdefault(entry[0].waker, []).append(entry)
+    for waker, entries in by_waker.items():
         try:
-            bell.call(_put_all, batch)
+            waker.call(_put_all, entries)
         except RuntimeError:  # the loop was closed under its requests
-            logger.debug("%d steps had no event loop to go to any more", len(batch))
+            logger.debug("%d steps had no event loop to go to any more", len(entries))
 
 
-def _put_all(batch: list[_Parcel]) -> None:
-    for mailbox, item in batch:
+def _put_all(entries: StepBatch) -> None:
+    for mailbox, item in entries:
         mailbox.put(item)

@@ -4,7 +4,7 @@
 meanwhile. The loop's thread wakes up, takes the GIL and keeps it until it has handled all that
 has come, and whoever called waits as long before it can compute the next step: 0.16 ms a step of
 one request with llama.cpp on two cores, 0.3 ms with eight, 3 % and 1 % of the step (measured
-2026-11-29). The same by :class:`Doorbell` takes 0.05 ms: it keeps the GIL while it writes, so that
+2026-11-29). The same by :class:`LoopWaker` takes 0.05 ms: it keeps the GIL while it writes, so that
 the loop's turn comes when the computation lets it go.
 """
 
@@ -18,16 +18,16 @@ from collections.abc import Callable
 from contextvars import Context
 from typing import Any, Final, TypeVar
 
-__all__ = ["Doorbell"]
+__all__ = ["LoopWaker"]
 
 _T = TypeVar("_T")
-_bells: Final[weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Doorbell]] = (
+_wakers: Final[weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopWaker]] = (
     weakref.WeakKeyDictionary()
 )
 
 
-class Doorbell:
-    """What rings at one event loop; get it by :meth:`of`.
+class LoopWaker:
+    """What wakes one event loop; get it by :meth:`of`.
 
     Has a file descriptor as long as the loop exists, where the loop watches files and the system
     has ``eventfd``; elsewhere it is ``call_soon_threadsafe``, which for uvloop is as good.
@@ -35,22 +35,22 @@ class Doorbell:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = weakref.ref(loop)  # the loop has this one
-        self._left: deque[tuple[Callable[[Any], object], Any]] = deque()
-        self._ring = _ringer() if isinstance(loop, asyncio.SelectorEventLoop) else None
-        if self._ring is None:
+        self._pending: deque[tuple[Callable[[Any], object], Any]] = deque()
+        self._write = _eventfd_writer() if isinstance(loop, asyncio.SelectorEventLoop) else None
+        if self._write is None:
             return
         self._descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         weakref.finalize(loop, os.close, self._descriptor).atexit = False
         # In a context of its own: the loop keeps it, and with it what some request has in its.
-        Context().run(loop.add_reader, self._descriptor, self._answer)
+        Context().run(loop.add_reader, self._descriptor, self._run_pending)
 
     @classmethod
-    def of(cls, loop: asyncio.AbstractEventLoop) -> Doorbell:
-        """The loop's doorbell. On the loop only."""
-        bell = _bells.get(loop)
-        if bell is None:
-            bell = _bells[loop] = cls(loop)
-        return bell
+    def of(cls, loop: asyncio.AbstractEventLoop) -> LoopWaker:
+        """The loop's waker. On the loop only."""
+        waker = _wakers.get(loop)
+        if waker is None:
+            waker = _wakers[loop] = cls(loop)
+        return waker
 
     def call(self, callback: Callable[[_T], object], argument: _T) -> None:
         """Let the loop call it soon, after what was asked for before. From any thread.
@@ -60,28 +60,28 @@ class Doorbell:
         loop = self._loop()
         if loop is None or loop.is_closed():
             raise RuntimeError("the event loop is closed")
-        if self._ring is None:
+        if self._write is None:
             loop.call_soon_threadsafe(callback, argument)
             return
-        self._left.append((callback, argument))
-        self._ring(self._descriptor, 1)
+        self._pending.append((callback, argument))
+        self._write(self._descriptor, 1)
 
-    def _answer(self) -> None:
-        # First the bell is silenced: what comes later rings again.
+    def _run_pending(self) -> None:
+        # First it is silenced: what comes later wakes the loop again.
         os.eventfd_read(self._descriptor)
-        left = self._left
+        pending = self._pending
         try:
-            for _ in range(len(left)):
-                callback, argument = left.popleft()
+            for _ in range(len(pending)):
+                callback, argument = pending.popleft()
                 callback(argument)
         finally:
-            if left:  # since one raised, which the loop reports
+            if pending:  # since one raised, which the loop reports
                 os.eventfd_write(self._descriptor, 1)
 
 
-def _ringer() -> Callable[[int, int], object] | None:
+def _eventfd_writer() -> Callable[[int, int], object] | None:
     """C's ``eventfd_write``, called with the GIL held. It never blocks here: that would take 2⁶⁴
-    rings without an answer.
+    calls that the loop does not answer.
     """
     if not hasattr(os, "eventfd"):
         return None

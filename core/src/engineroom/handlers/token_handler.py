@@ -87,7 +87,7 @@ class TokenHandler(InferenceHandler):
         try:
             async for step in steps:
                 if isinstance(step, Mailbox):
-                    await step.pour(take)
+                    await step.push_to(take)
                     break
                 if not take(step):
                     break

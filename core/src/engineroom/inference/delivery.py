@@ -12,7 +12,7 @@ from engineroom.generation.generation import Generation
 from engineroom.generation.mailbox import Mailbox
 from engineroom.generation.steps import TokenStep
 
-__all__ = ["Given", "Put", "Sink", "pour"]
+__all__ = ["DeliveredChunks", "Put", "Sink", "push_to"]
 
 Put: TypeAlias = Callable[[str], Awaitable[None] | None]
 """Takes a chunk; returns what to wait for before the next one, or ``None``."""
@@ -21,7 +21,7 @@ _GAPS: Final = 256
 _now = time.perf_counter
 
 
-class Given:
+class DeliveredChunks:
     """The chunks that a stream's reader was given, and when."""
 
     __slots__ = ("_times", "first_at", "listener", "texts")
@@ -83,7 +83,9 @@ class Sink:
             held.close()
 
 
-async def pour(mailbox: Mailbox, generation: Generation, given: Given, sink: Sink) -> str:
+async def push_to(
+    mailbox: Mailbox, generation: Generation, given: DeliveredChunks, sink: Sink
+) -> str:
     """Give the sink the text of each step as it comes, in the callback that brings the step.
 
     Goes on to the last step, which sets the generation's ``finish_reason``, or until the sink
@@ -110,5 +112,5 @@ async def pour(mailbox: Mailbox, generation: Generation, given: Given, sink: Sin
             sink.held = error
         return sink.held is None
 
-    await mailbox.pour(give)
+    await mailbox.push_to(give)
     return last

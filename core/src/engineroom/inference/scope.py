@@ -21,8 +21,9 @@ class RequestScope:
 
     While the request's code runs (between :meth:`begin` and :meth:`end`) it is stopped by
     cancelling its task, as :func:`asyncio.timeout` does: the cancellation is taken back where
-    :meth:`taken` says that it was ours. A stream whose reader is busy elsewhere is closed in a
-    task of the scope's own, and the reader finds the error in ``unread`` when it comes back.
+    :meth:`uncancel_if_ours` says that it was ours. A stream whose reader is busy elsewhere is
+    closed in a task of the scope's own, and the reader finds the error in ``unread`` when it
+    comes back.
     """
 
     __slots__ = (
@@ -130,7 +131,7 @@ class RequestScope:
         if self.cause is not None:
             raise self.cause
 
-    def taken(self) -> bool:
+    def uncancel_if_ours(self) -> bool:
         """Take a caught ``CancelledError`` back, if it came from :meth:`interrupt`.
 
         :returns: ``False`` where the task was (also) cancelled by somebody else.

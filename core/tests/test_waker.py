@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from engineroom.generation import waker as doorbell
-from engineroom.generation.waker import Doorbell
+from engineroom.generation import waker as waker_module
+from engineroom.generation.waker import LoopWaker
 
 KINDS = ["eventfd", "without eventfd", "uvloop"]
 
@@ -31,26 +31,26 @@ def loop(
         made = pytest.importorskip("uvloop", reason="uvloop is not installed").new_event_loop()
     else:
         made = asyncio.new_event_loop()
-    if request.param == "eventfd" and doorbell._ringer() is None:
+    if request.param == "eventfd" and waker_module._eventfd_writer() is None:
         pytest.skip("this system has no eventfd")
     if request.param == "without eventfd":
-        monkeypatch.setattr(doorbell, "_ringer", lambda: None)
+        monkeypatch.setattr(waker_module, "_eventfd_writer", lambda: None)
     yield made
     made.close()
 
 
 @pytest.fixture
 def own_loop() -> Iterator[asyncio.AbstractEventLoop]:
-    """One that has a descriptor for its bell."""
-    if doorbell._ringer() is None:
+    """One that has a descriptor for its waker."""
+    if waker_module._eventfd_writer() is None:
         pytest.skip("this system has no eventfd")
     made = asyncio.new_event_loop()
     yield made
     made.close()
 
 
-async def _bell() -> Doorbell:
-    return Doorbell.of(asyncio.get_running_loop())
+async def _waker() -> LoopWaker:
+    return LoopWaker.of(asyncio.get_running_loop())
 
 
 async def rung_by(ringers: Sequence[Callable[[], None]], done: asyncio.Event) -> None:
@@ -65,7 +65,7 @@ async def rung_by(ringers: Sequence[Callable[[], None]], done: asyncio.Event) ->
 
 
 def test_a_loop_has_one(loop: asyncio.AbstractEventLoop) -> None:
-    assert loop.run_until_complete(_bell()) is loop.run_until_complete(_bell())
+    assert loop.run_until_complete(_waker()) is loop.run_until_complete(_waker())
 
 
 def test_every_call_of_every_thread_comes_in_its_order(loop: asyncio.AbstractEventLoop) -> None:
@@ -73,7 +73,7 @@ def test_every_call_of_every_thread_comes_in_its_order(loop: asyncio.AbstractEve
     seen: list[tuple[int, int]] = []
 
     async def main() -> None:
-        bell = await _bell()
+        waker = await _waker()
         done = asyncio.Event()
 
         def take(item: tuple[int, int]) -> None:
@@ -83,7 +83,7 @@ def test_every_call_of_every_thread_comes_in_its_order(loop: asyncio.AbstractEve
 
         def ring(number: int) -> None:
             for place in range(calls):
-                bell.call(take, (number, place))
+                waker.call(take, (number, place))
 
         await rung_by([partial(ring, number) for number in range(threads)], done)
 
@@ -94,16 +94,16 @@ def test_every_call_of_every_thread_comes_in_its_order(loop: asyncio.AbstractEve
 
 def test_no_ring_is_lost_between_two_sleeps_of_the_loop(loop: asyncio.AbstractEventLoop) -> None:
     async def main() -> None:
-        bell = await _bell()
+        waker = await _waker()
         done = asyncio.Event()
 
         def ring() -> None:
             for _ in range(300):
                 answered = threading.Event()
-                bell.call(lambda event: event.set(), answered)
+                waker.call(lambda event: event.set(), answered)
                 if not answered.wait(10):
                     return
-            bell.call(lambda _: done.set(), None)
+            waker.call(lambda _: done.set(), None)
 
         await rung_by([ring], done)
 
@@ -120,9 +120,9 @@ def test_a_call_that_raises_is_reported_and_keeps_no_other_back(
 
     async def main() -> None:
         loop.set_exception_handler(lambda _, context: reported.append(context))
-        bell, done = await _bell(), asyncio.Event()
-        bell.call(broken, None)
-        bell.call(lambda event: event.set(), done)
+        waker, done = await _waker(), asyncio.Event()
+        waker.call(broken, None)
+        waker.call(lambda event: event.set(), done)
         async with asyncio.timeout(10):
             await done.wait()
 
@@ -131,10 +131,10 @@ def test_a_call_that_raises_is_reported_and_keeps_no_other_back(
 
 
 def test_a_closed_loop_says_so(loop: asyncio.AbstractEventLoop) -> None:
-    bell = loop.run_until_complete(_bell())
+    waker = loop.run_until_complete(_waker())
     loop.close()
     with pytest.raises(RuntimeError, match="closed"):
-        bell.call(print, "never")
+        waker.call(print, "never")
 
 
 def test_loops_that_are_gone_leave_no_file_open() -> None:
@@ -145,10 +145,10 @@ def test_loops_that_are_gone_leave_no_file_open() -> None:
     files = Path("/proc/self/fd")
     if not files.is_dir():
         pytest.skip("only Linux lists a process's files here")
-    asyncio.run(_bell())
+    asyncio.run(_waker())
     before = descriptors()
     for _ in range(20):
-        asyncio.run(_bell())
+        asyncio.run(_waker())
     assert descriptors() <= before
 
 
@@ -163,7 +163,7 @@ def test_it_keeps_nothing_of_the_request_that_came_first(
     async def first() -> weakref.ref[Held]:
         held = Held()
         variable.set(held)
-        await _bell()
+        await _waker()
         return weakref.ref(held)
 
     gone = own_loop.run_until_complete(first())
@@ -176,16 +176,16 @@ def test_who_rings_keeps_the_interpreter(own_loop: asyncio.AbstractEventLoop) ->
     early: list[int] = []
 
     async def main() -> None:
-        bell, done = await _bell(), asyncio.Event()
+        waker, done = await _waker(), asyncio.Event()
 
         def ring() -> None:
             for number in range(100):
                 answered, on = threading.Event(), [False]
                 time.sleep(0.002)  # the loop is to be asleep: waking it takes longest
-                bell.call(_noting(on, early, number, answered), None)
+                waker.call(_noting(on, early, number, answered), None)
                 on[0] = True  # nothing since the ring lets the interpreter go
                 answered.wait(10)
-            bell.call(lambda _: done.set(), None)
+            waker.call(lambda _: done.set(), None)
 
         await rung_by([ring], done)
 
