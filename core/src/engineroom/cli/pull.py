@@ -50,7 +50,7 @@ def pull_command(
     """
     given = ctx.parent.params.get("config") if ctx.parent is not None else None
     for source in _sources(models or [], config or given):
-        for _, path in pull(source, told=_tell):
+        for _, path in pull(source, on_progress=_tell):
             write(f"{path}\n")
 
 

@@ -2,8 +2,10 @@
 
 ``huggingface_hub`` downloads and keeps the files; a connection that breaks is taken up where it
 broke, and files that are complete are not fetched again. What it does not do is done here: room on
-the disk is looked for before, the files' hashes are compared afterwards, and a large file that was
-not complete when a process ended is gone on with by the next (:mod:`.hub_resume`).
+the disk is looked for before, files' hashes are compared afterwards, and a large file that was not
+complete when a process ended is gone on with by the next (:mod:`.compat_huggingface_hub`). The
+library's ``verify_repo_checksums`` knows whole repositories only: to check one file that was pulled
+it would read all the others that are here.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from engineroom.errors import (
     ModelNotFoundError,
     ResourceNotAvailableError,
 )
-from engineroom.sources.hub_resume import fetch_on, partial_bytes
+from engineroom.sources.compat_huggingface_hub import fetch_on, partial_bytes, remove_blob
 from engineroom.sources.source import HubSource
 from engineroom.units import format_size
 
@@ -64,32 +66,32 @@ class CachedRepo:
 
 
 def pull(
-    source: HubSource, *, told: Callable[[HubFile, str], None] | None = None
+    source: HubSource, *, on_progress: Callable[[HubFile, str], None] | None = None
 ) -> list[tuple[HubFile, Path]]:
     """Fetch what a hub source stands for, and check each file by size and hash.
 
     Files that are here and right are left alone; one that is damaged is fetched again.
 
-    :param told: is called with each file and what is done with it: ``fetching``, ``checking``,
-        ``fetching again`` or ``done``.
+    :param on_progress: is called with each file and what is done with it: ``fetching``,
+        ``checking``, ``fetching again`` or ``done``.
     :raises ModelNotFoundError: there is no such repository or file, or the hub is out of reach.
     :raises ResourceNotAvailableError: the disk has no room, or what comes does not match.
     :raises ConfigurationError: ``huggingface_hub`` is not installed.
     """
     hub = _library()
     name = f"hf:{source.repo}" + (f":{source.file}" if source.file else "")
-    tell = told or (lambda *_: None)
+    tell = on_progress or (lambda *_: None)
     with _typed(hub, name):
         info = hub.HfApi().model_info(source.repo, revision=source.revision, files_metadata=True)
         files = [_file(sibling) for sibling in info.siblings or ()]
-        wanted = [file for file in files if source.file in (None, file.name)]
-        if not wanted:
+        chosen = [file for file in files if source.file in (None, file.name)]
+        if not chosen:
             known = ", ".join(file.name for file in files) or "none"
             raise ModelNotFoundError(f"{name}: there is no such file; the repository has {known}")
-        _look_for_room(hub, source.repo, info.sha, wanted)
+        _look_for_room(hub, source.repo, info.sha, chosen)
         # By the name of the revision, not by its commit: only then is it found by that name later,
         # without the hub.
-        return [(file, _fetch(hub, source.repo, source.revision, file, tell)) for file in wanted]
+        return [(file, _fetch(hub, source.repo, source.revision, file, tell)) for file in chosen]
 
 
 def cached_repos() -> list[CachedRepo]:
@@ -201,7 +203,7 @@ def _fetch(
         fetch_on(hub, repo, revision, file.name, file.sha256, file.size)
     path = Path(hub.hf_hub_download(repo, file.name, revision=revision))
     tell(file, "checking")
-    if (wrong := _wrong(path, file)) is None:
+    if _wrong(path, file) is None:
         tell(file, "done")
         return path
     tell(file, "fetching again")
@@ -209,7 +211,7 @@ def _fetch(
     if (wrong := _wrong(path, file)) is None:
         tell(file, "done")
         return path
-    _forget(path)
+    remove_blob(path)
     raise ResourceNotAvailableError(
         f"hf:{repo}:{file.name} was fetched twice and is not what the hub says: {wrong}; it was "
         "removed. Try again later, or look at what is between here and the hub"
@@ -235,13 +237,6 @@ def _wrong(path: Path, file: HubFile) -> str | None:
     return None if digest.hexdigest() == expected else "its hash is another"
 
 
-def _forget(path: Path) -> None:
-    """Remove a file from the cache: what the name links to, and the name."""
-    blob = path.resolve()
-    path.unlink(missing_ok=True)
-    blob.unlink(missing_ok=True)
-
-
 class _typed:  # noqa: N801 - reads as a function
     """Turns what the library raises into errors that say what to do."""
 
@@ -261,9 +256,9 @@ class _typed:  # noqa: N801 - reads as a function
                 "and pull again"
             ) from error
         if isinstance(error, OSError | ValueError | RuntimeError):
-            said = next(iter(str(error).splitlines()), "") or type(error).__name__
+            message = next(iter(str(error).splitlines()), "") or type(error).__name__
             raise ModelNotFoundError(
-                f"{self._name} could not be fetched: {said}; check the name and the connection, "
+                f"{self._name} could not be fetched: {message}; check the name and the connection, "
                 "and log in with `hf auth login` if it is private"
             ) from error
         if type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "requests"):
