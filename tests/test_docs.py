@@ -377,7 +377,7 @@ def test_every_route_is_told() -> None:
 
 
 def test_every_status_is_told() -> None:
-    from engineroom.server.apis.openapi import document
+    from engineroom.server.routes import document
 
     described = {
         status

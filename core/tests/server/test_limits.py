@@ -14,7 +14,7 @@ pytest.importorskip("msgspec")
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from engineroom.server.http.errors import Refused
+from engineroom.server.http.errors import ApiError
 from engineroom.server.http.limits import Limiter, TokenBucket
 from engineroom.server.keys import KeyRing
 from engineroom.server.settings import ServerSettings
@@ -31,7 +31,7 @@ class Guest:
     def __init__(self, limiter: Limiter, key: str, count: int = 1) -> None:
         self.key, self.count = key, count
         self.inside = False
-        self.refused: Refused | None = None
+        self.refused: ApiError | None = None
         self._leave = asyncio.Event()
         self._limiter = limiter
         self.task = asyncio.create_task(self._visit())
@@ -41,7 +41,7 @@ class Guest:
             async with self._limiter.slot(self.key, self.count, 0):
                 self.inside = True
                 await self._leave.wait()
-        except Refused as refused:
+        except ApiError as refused:
             self.refused = refused
         finally:
             self.inside = False
@@ -129,7 +129,7 @@ async def test_all_who_wait_can_be_sent_away() -> None:
     limiter = Limiter(ServerSettings(max_running=1))
     guests = [Guest(limiter, "a") for _ in range(3)]
     await turns()
-    limiter.refuse_waiting(Refused(503, "it stops", "stopping"))
+    limiter.refuse_waiting(ApiError(503, "it stops", "stopping"))
     await turns()
     assert guests[0].inside
     assert [g.refused is not None and g.refused.status for g in guests[1:]] == [503, 503]

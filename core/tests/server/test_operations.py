@@ -19,8 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engineroom import InferenceRequest, InferenceResponse
-from engineroom.server.apis.openapi import document
-from engineroom.server.routes import all_routes
+from engineroom.server.routes import all_routes, document
 
 
 def talk(text="one two", **more):

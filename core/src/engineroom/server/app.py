@@ -14,13 +14,14 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Final
 
+from starlette import routing
 from starlette.exceptions import HTTPException
-from starlette.routing import Route, Router
 
 from engineroom.server import routes
+from engineroom.server.apis.routing import Route
 from engineroom.server.http.call import Call, ClientGoneError
 from engineroom.server.http.context import ServerContext
-from engineroom.server.http.errors import Refused, stopping
+from engineroom.server.http.errors import ApiError, stopping
 from engineroom.server.http.guard import check_admin, check_front, identify
 from engineroom.server.settings import ServerSettings
 from engineroom.service import LLMInferenceService
@@ -38,7 +39,7 @@ _CALL: Final = "engineroom.call"
 class Endpoint:
     """A route's ASGI application."""
 
-    def __init__(self, route: routes.RouteInfo) -> None:
+    def __init__(self, route: Route) -> None:
         self.route = route
         self._work: Callable[[Call], Awaitable[None]] = route.endpoint
 
@@ -61,9 +62,9 @@ class Front:
 
     def __init__(self, context: ServerContext) -> None:
         self.context = context
-        self.router = Router(
+        self.router = routing.Router(
             [
-                Route(route.path, Endpoint(route), methods=[route.method])
+                routing.Route(route.path, Endpoint(route), methods=[route.method])
                 for route in routes.all_routes()
             ],
             redirect_slashes=False,
@@ -86,7 +87,7 @@ class Front:
             await self.router(scope, receive, send)
         except ClientGoneError:
             return
-        except Refused as refused:
+        except ApiError as refused:
             await self._refuse(call, refused)
         except HTTPException as error:
             await self._refuse(call, _from_router(call, error))
@@ -96,7 +97,7 @@ class Front:
             logger.exception("%s %s failed (request %s)", scope["method"], scope["path"], call.id)
             await self._refuse(
                 call,
-                Refused(
+                ApiError(
                     500,
                     f"the server failed; its log says why (request {call.id!r})",
                     "internal_error",
@@ -104,7 +105,7 @@ class Front:
                 ),
             )
 
-    async def _refuse(self, call: Call, refused: Refused) -> None:
+    async def _refuse(self, call: Call, refused: ApiError) -> None:
         if call.started:
             raise ConnectionAbortedError("the answer had begun; the connection is closed")
         if call.scope["method"] == "HEAD":
@@ -151,17 +152,17 @@ async def _lifespan(receive: Any, send: Any) -> None:
                 return
 
 
-def _from_router(call: Call, error: HTTPException) -> Refused:
+def _from_router(call: Call, error: HTTPException) -> ApiError:
     method, path = call.scope["method"], call.scope["path"]
     shown = path if len(path) <= 200 else f"{path[:200]}…"
     if error.status_code == 405:
         allowed = dict(error.headers or {}).get("Allow", "")
-        return Refused(
+        return ApiError(
             405,
             f"{shown} does not take {method}; use {allowed}",
             "method_not_allowed",
             headers={"allow": allowed},
         )
-    return Refused(
+    return ApiError(
         404, f"there is no {method} {shown}; GET /openapi.json lists the routes", "not_found"
     )

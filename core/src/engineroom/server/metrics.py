@@ -7,9 +7,9 @@ for when it is scraped (engines' health, models' states); what happens is counte
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Final, get_args
+from typing import Any, Final, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -18,14 +18,13 @@ from prometheus_client.utils import floatToGoString
 
 from engineroom.config.model import LoadedModel
 from engineroom.handlers.markers import hookimpl
-from engineroom.models.manager import ModelState
 from engineroom.schemas import InferenceRequest, InferenceResponse
-from engineroom.server.http.call import Call
+from engineroom.server.directory import ModelDirectory
+from engineroom.status import ModelState
 
-if TYPE_CHECKING:
-    from engineroom.server.http.context import ServerContext
+__all__ = ["CONTENT_TYPE", "PrometheusObserver"]
 
-__all__ = ["PrometheusObserver", "metrics"]
+CONTENT_TYPE: Final = CONTENT_TYPE_LATEST.encode()
 
 PREFIX: Final = "engineroom_"
 _LABELS: Final = ("model_name", "handler")
@@ -40,11 +39,12 @@ _STATES: Final = get_args(ModelState)
 class PrometheusObserver:
     """Counts what the hooks tell.
 
-    :param context: the server: names of models, engines' health, limits.
+    :param directory: names of models, and engines' health.
+    :param queued: how many requests wait for the server's limits.
     """
 
-    def __init__(self, context: ServerContext) -> None:
-        self._context = context
+    def __init__(self, directory: ModelDirectory, queued: Callable[[], int]) -> None:
+        self._directory = directory
         self.registry = CollectorRegistry(auto_describe=False)
         self._prompt = self._counter("prompt_tokens", "Tokens read")
         self._generated = self._counter("generation_tokens", "Tokens written")
@@ -79,7 +79,7 @@ class PrometheusObserver:
         self._prompt_sizes = self._histogram("request_prompt_tokens", "Tokens read", _TOKENS)
         self._sizes = self._histogram("request_generation_tokens", "Tokens written", _TOKENS)
         self._loading = self._histogram("model_load_duration_seconds", "Loading", _SECONDS)
-        self.registry.register(_State(context))
+        self.registry.register(_State(directory, queued))
 
     def _counter(self, name: str, text: str, *more: str) -> Counter:
         return Counter(PREFIX + name, text, [*_LABELS, *more], registry=self.registry)
@@ -89,7 +89,7 @@ class PrometheusObserver:
 
     def _model(self, name: str) -> str:
         """A label of bounded number: what is no model has none."""
-        return self._context.canonical(name) or ""
+        return self._directory.canonical(name) or ""
 
     def render(self) -> bytes:
         """The text that Prometheus reads."""
@@ -187,17 +187,18 @@ class _Gaps:
 class _State:
     """What is asked for when it is scraped."""
 
-    def __init__(self, context: ServerContext) -> None:
-        self._context = context
+    def __init__(self, directory: ModelDirectory, queued: Callable[[], int]) -> None:
+        self._directory = directory
+        self._queued = queued
 
     def collect(self) -> Iterator[Metric]:
         """The gauges."""
-        context = self._context
+        directory = self._directory
         running = _gauge("num_requests_running", "Requests that are worked on", _LABELS)
         waiting = _gauge("num_requests_waiting", "Requests that wait in an engine", _LABELS)
         cache = _gauge("kv_cache_usage_perc", "Used share of the key/value cache", _LABELS)
         memory = _gauge("model_memory_bytes", "Memory that a model takes", _LABELS)
-        for model, handler, health in context.health():
+        for model, handler, health in directory.health():
             labels = (model.model_id, handler.name)
             running.add_metric(labels, health.num_requests_running)
             waiting.add_metric(labels, health.num_requests_waiting)
@@ -206,13 +207,13 @@ class _State:
             if model.memory_bytes is not None:
                 memory.add_metric(labels, model.memory_bytes)
         state = _gauge("model_state", "1 for the state that it is in", ("model_name", "state"))
-        for status in context.models():
-            for each in _STATES:
-                state.add_metric((status.model_id, each), float(status.state == each))
+        for status in directory.models():
+            for name in _STATES:
+                state.add_metric((status.model_id, name), float(status.state == name))
         queued = _gauge("server_requests_queued", "Requests that wait for the server's limits", ())
-        queued.add_metric((), context.limiter.queued)
+        queued.add_metric((), self._queued())
         failures = Metric(f"{PREFIX}plugin_load_failures", "Plugins in quarantine", "counter")
-        for record in context.service.registry.plugins:
+        for record in directory.service.registry.plugins:
             if record.status == "quarantined":
                 failures.add_sample(
                     f"{PREFIX}plugin_load_failures_total", {"plugin": record.name}, 1
@@ -222,7 +223,7 @@ class _State:
     def _devices(self) -> Any:
         """The account of each device."""
         family = _gauge("device_memory_bytes", "The account of a device", ("device", "what"))
-        manager = self._context.manager
+        manager = self._directory.manager
         for device in manager.memory() if manager is not None else ():
             for what in ("held", "reserved", "not_returned", "free", "budget"):
                 amount = getattr(device, what)
@@ -233,9 +234,3 @@ class _State:
 
 def _gauge(name: str, text: str, labels: Iterable[str]) -> Any:
     return GaugeMetricFamily(PREFIX + name, text, labels=list(labels))
-
-
-async def metrics(call: Call) -> None:
-    """The metrics as text."""
-    observer = call.context.metrics
-    await call.answer(200, observer.render(), ((b"content-type", CONTENT_TYPE_LATEST.encode()),))

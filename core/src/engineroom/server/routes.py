@@ -2,58 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Final, Literal, TypeAlias
-
-from pydantic import BaseModel
+from functools import cache
+from typing import Any, Final
 
 from engineroom.schemas import InferenceRequest, InferenceResponse
-from engineroom.server.apis import admin, answers, openapi, operations
-from engineroom.server.apis import native as own
+from engineroom.server.apis import admin, answers, native, openapi, operations
 from engineroom.server.apis.anthropic_messages import MessagesRequest, messages
 from engineroom.server.apis.openai_chat import ChatRequest, chat_completions
 from engineroom.server.apis.openai_completions import CompletionRequest, completions
 from engineroom.server.apis.openai_embeddings import EmbeddingsRequest, embeddings
 from engineroom.server.apis.openai_responses import ResponsesRequest, create_response
-from engineroom.server.http.call import Call
-from engineroom.server.metrics import metrics
+from engineroom.server.apis.routing import WORK_ERRORS, Route
 
-__all__ = ["RouteInfo", "all_routes", "open_paths"]
-
-Access: TypeAlias = Literal["open", "key", "admin"]
-WORK_ERRORS: Final = (400, 404, 408, 413, 415, 429, 500, 503)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RouteInfo:
-    """A route.
-
-    :param endpoint: does the work.
-    :param access: who may use it; ``open`` routes are also those of load balancers.
-    :param work: refused while the server drains.
-    :param request: schema of the body.
-    :param response: schema of the answer, if it is JSON.
-    :param example: of the body.
-    :param errors: statuses of refusals, beside those that every route has.
-    :param streams: the body has ``stream``, and the answer may be server-sent events.
-    :param media: type of an answer that is not JSON.
-    """
-
-    path: str
-    method: Literal["GET", "POST"]
-    endpoint: Callable[[Call], Awaitable[None]]
-    summary: str
-    tag: str
-    access: Access = "key"
-    work: bool = False
-    request: type[BaseModel] | None = None
-    body_needed: bool = True
-    response: type[BaseModel] | None = None
-    example: Mapping[str, Any] = field(default_factory=dict)
-    errors: tuple[int, ...] = ()
-    streams: bool = False
-    media: str = "application/json"
+__all__ = ["all_routes", "document", "open_paths"]
 
 
 def open_paths() -> frozenset[str]:
@@ -64,198 +25,203 @@ def open_paths() -> frozenset[str]:
 _MESSAGES: Final = [{"role": "user", "content": "Why is the sky blue?"}]
 
 
-def all_routes() -> list[RouteInfo]:
+@cache
+def all_routes() -> tuple[Route, ...]:
     """Every route of the server."""
-    return [
-        RouteInfo(
-            path="/v1/chat/completions",
-            method="POST",
-            endpoint=chat_completions,
-            response=answers.ChatCompletion,
-            summary="Continue a conversation (OpenAI)",
-            tag="OpenAI",
-            work=True,
-            request=ChatRequest,
-            errors=WORK_ERRORS,
-            streams=True,
-            example={"model": "default", "messages": _MESSAGES, "max_tokens": 20},
-        ),
-        RouteInfo(
-            path="/v1/completions",
-            method="POST",
-            endpoint=completions,
-            response=answers.Completion,
-            summary="Continue prompts (OpenAI)",
-            tag="OpenAI",
-            work=True,
-            request=CompletionRequest,
-            errors=WORK_ERRORS,
-            streams=True,
-            example={"model": "default", "prompt": "Once upon a time", "max_tokens": 20},
-        ),
-        RouteInfo(
-            path="/v1/responses",
-            method="POST",
-            endpoint=create_response,
-            response=answers.Response,
-            summary="Answer a text or a conversation (OpenAI)",
-            tag="OpenAI",
-            work=True,
-            request=ResponsesRequest,
-            errors=WORK_ERRORS,
-            streams=True,
-            example={"model": "default", "input": "Why is the sky blue?", "max_output_tokens": 20},
-        ),
-        RouteInfo(
-            path="/v1/messages",
-            method="POST",
-            endpoint=messages,
-            response=answers.Message,
-            summary="Continue a conversation (Anthropic)",
-            tag="Anthropic",
-            work=True,
-            request=MessagesRequest,
-            errors=WORK_ERRORS,
-            streams=True,
-            example={"model": "default", "max_tokens": 20, "messages": _MESSAGES},
-        ),
-        RouteInfo(
-            path="/v1/embeddings",
-            method="POST",
-            endpoint=embeddings,
-            summary="Turn texts into vectors (OpenAI)",
-            tag="OpenAI",
-            work=True,
-            request=EmbeddingsRequest,
-            response=answers.EmbeddingList,
-            errors=WORK_ERRORS,
-            example={"model": "default", "input": ["Why is the sky blue?"]},
-        ),
-        RouteInfo(
-            path="/v1/models",
-            method="GET",
-            endpoint=operations.models,
-            response=answers.ModelList,
-            summary="The models (OpenAI)",
-            tag="OpenAI",
-        ),
-        RouteInfo(
-            path="/v1/models/{model:path}",
-            method="GET",
-            endpoint=operations.model,
-            response=answers.Model,
-            summary="One model (OpenAI)",
-            tag="OpenAI",
-            errors=(404,),
-        ),
-        RouteInfo(
-            path="/v1/inference",
-            method="POST",
-            endpoint=own.inference,
-            summary="Answer an InferenceRequest",
-            tag="engineroom",
-            work=True,
-            request=InferenceRequest,
-            response=InferenceResponse,
-            errors=WORK_ERRORS,
-            streams=True,
-            example={"model_id": "default", "prompt": "Once upon a time"},
-        ),
-        RouteInfo(
-            path="/healthz",
-            method="GET",
-            endpoint=operations.healthz,
-            response=answers.Health,
-            summary="The process answers",
-            tag="operations",
-            access="open",
-        ),
-        RouteInfo(
-            path="/readyz",
-            method="GET",
-            endpoint=operations.readyz,
-            response=answers.Readiness,
-            summary="Whether requests should be sent here",
-            tag="operations",
-            access="open",
-            errors=(503,),
-        ),
-        RouteInfo(
-            path="/openapi.json",
-            method="GET",
-            endpoint=openapi.openapi,
-            summary="This description",
-            tag="operations",
-            response=answers.Anything,
-        ),
-        RouteInfo(
-            path="/version",
-            method="GET",
-            endpoint=operations.version,
-            response=answers.Version,
-            summary="Which engineroom it is",
-            tag="operations",
-        ),
-        RouteInfo(
-            path="/metrics",
-            method="GET",
-            endpoint=metrics,
-            summary="Metrics for Prometheus",
-            tag="operations",
-            media="text/plain",
-        ),
-        RouteInfo(
-            path="/v1/admin/models",
-            method="GET",
-            endpoint=admin.admin_models,
-            response=answers.AdminModels,
-            summary="Every model and how it is",
-            tag="admin",
-            access="admin",
-        ),
-        RouteInfo(
-            path="/v1/admin/models/{model:path}/load",
-            method="POST",
-            endpoint=admin.load_model,
-            response=answers.AdminModel,
-            summary="Load a model",
-            tag="admin",
-            access="admin",
-            work=True,
-            errors=(400, 404, 500, 501, 503),
-        ),
-        RouteInfo(
-            path="/v1/admin/models/{model:path}/unload",
-            method="POST",
-            endpoint=admin.unload_model,
-            response=answers.AdminModel,
-            summary="Unload a model",
-            tag="admin",
-            access="admin",
-            work=True,
-            request=admin.UnloadRequest,
-            body_needed=False,
-            errors=(400, 404, 408, 413, 415, 500, 501, 503),
-        ),
-        RouteInfo(
-            path="/v1/admin/plan",
-            method="GET",
-            endpoint=admin.plan,
-            response=answers.Plan,
-            summary="What is in memory and what would fit",
-            tag="admin",
-            access="admin",
-            errors=(400, 500, 501, 503),
-        ),
-        RouteInfo(
-            path="/v1/admin/reload",
-            method="POST",
-            endpoint=admin.reload,
-            response=answers.Reload,
-            summary="Read the deployment anew",
-            tag="admin",
-            access="admin",
-            work=True,
-            errors=(400, 500, 501, 503),
-        ),
-    ]
+    return openapi.described(
+        [
+            Route(
+                path="/v1/chat/completions",
+                method="POST",
+                endpoint=chat_completions,
+                response=answers.ChatCompletion,
+                summary="Continue a conversation (OpenAI)",
+                tag="OpenAI",
+                work=True,
+                request=ChatRequest,
+                errors=WORK_ERRORS,
+                streams=True,
+                example={"model": "default", "messages": _MESSAGES, "max_tokens": 20},
+            ),
+            Route(
+                path="/v1/completions",
+                method="POST",
+                endpoint=completions,
+                response=answers.Completion,
+                summary="Continue prompts (OpenAI)",
+                tag="OpenAI",
+                work=True,
+                request=CompletionRequest,
+                errors=WORK_ERRORS,
+                streams=True,
+                example={"model": "default", "prompt": "Once upon a time", "max_tokens": 20},
+            ),
+            Route(
+                path="/v1/responses",
+                method="POST",
+                endpoint=create_response,
+                response=answers.Response,
+                summary="Answer a text or a conversation (OpenAI)",
+                tag="OpenAI",
+                work=True,
+                request=ResponsesRequest,
+                errors=WORK_ERRORS,
+                streams=True,
+                example={
+                    "model": "default",
+                    "input": "Why is the sky blue?",
+                    "max_output_tokens": 20,
+                },
+            ),
+            Route(
+                path="/v1/messages",
+                method="POST",
+                endpoint=messages,
+                response=answers.Message,
+                summary="Continue a conversation (Anthropic)",
+                tag="Anthropic",
+                work=True,
+                request=MessagesRequest,
+                errors=WORK_ERRORS,
+                streams=True,
+                example={"model": "default", "max_tokens": 20, "messages": _MESSAGES},
+            ),
+            Route(
+                path="/v1/embeddings",
+                method="POST",
+                endpoint=embeddings,
+                summary="Turn texts into vectors (OpenAI)",
+                tag="OpenAI",
+                work=True,
+                request=EmbeddingsRequest,
+                response=answers.EmbeddingList,
+                errors=WORK_ERRORS,
+                example={"model": "default", "input": ["Why is the sky blue?"]},
+            ),
+            Route(
+                path="/v1/models",
+                method="GET",
+                endpoint=operations.models,
+                response=answers.ModelList,
+                summary="The models (OpenAI)",
+                tag="OpenAI",
+            ),
+            Route(
+                path="/v1/models/{model:path}",
+                method="GET",
+                endpoint=operations.model,
+                response=answers.Model,
+                summary="One model (OpenAI)",
+                tag="OpenAI",
+                errors=(404,),
+            ),
+            Route(
+                path="/v1/inference",
+                method="POST",
+                endpoint=native.inference,
+                summary="Answer an InferenceRequest",
+                tag="engineroom",
+                work=True,
+                request=InferenceRequest,
+                response=InferenceResponse,
+                errors=WORK_ERRORS,
+                streams=True,
+                example={"model_id": "default", "prompt": "Once upon a time"},
+            ),
+            Route(
+                path="/healthz",
+                method="GET",
+                endpoint=operations.healthz,
+                response=answers.Health,
+                summary="The process answers",
+                tag="operations",
+                access="open",
+            ),
+            Route(
+                path="/readyz",
+                method="GET",
+                endpoint=operations.readyz,
+                response=answers.Readiness,
+                summary="Whether requests should be sent here",
+                tag="operations",
+                access="open",
+                errors=(503,),
+            ),
+            Route(
+                path="/version",
+                method="GET",
+                endpoint=operations.version,
+                response=answers.Version,
+                summary="Which engineroom it is",
+                tag="operations",
+            ),
+            Route(
+                path="/metrics",
+                method="GET",
+                endpoint=operations.metrics,
+                summary="Metrics for Prometheus",
+                tag="operations",
+                media="text/plain",
+            ),
+            Route(
+                path="/v1/admin/models",
+                method="GET",
+                endpoint=admin.admin_models,
+                response=answers.AdminModels,
+                summary="Every model and how it is",
+                tag="admin",
+                access="admin",
+            ),
+            Route(
+                path="/v1/admin/models/{model:path}/load",
+                method="POST",
+                endpoint=admin.load_model,
+                response=answers.AdminModel,
+                summary="Load a model",
+                tag="admin",
+                access="admin",
+                work=True,
+                errors=(400, 404, 500, 501, 503),
+            ),
+            Route(
+                path="/v1/admin/models/{model:path}/unload",
+                method="POST",
+                endpoint=admin.unload_model,
+                response=answers.AdminModel,
+                summary="Unload a model",
+                tag="admin",
+                access="admin",
+                work=True,
+                request=admin.UnloadRequest,
+                body_needed=False,
+                errors=(400, 404, 408, 413, 415, 500, 501, 503),
+            ),
+            Route(
+                path="/v1/admin/plan",
+                method="GET",
+                endpoint=admin.plan,
+                response=answers.Plan,
+                summary="What is in memory and what would fit",
+                tag="admin",
+                access="admin",
+                errors=(400, 500, 501, 503),
+            ),
+            Route(
+                path="/v1/admin/reload",
+                method="POST",
+                endpoint=admin.reload,
+                response=answers.Reload,
+                summary="Read the deployment anew",
+                tag="admin",
+                access="admin",
+                work=True,
+                errors=(400, 500, 501, 503),
+            ),
+        ]
+    )
+
+
+@cache
+def document() -> dict[str, Any]:
+    """The OpenAPI document of them all."""
+    return openapi.document(all_routes())

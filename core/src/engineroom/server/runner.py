@@ -102,7 +102,7 @@ class EngineRoomServer(uvicorn.Server):
         progress: Callable[[PreloadProgress], None] | None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self.context.starting = preload and self.context.manager is not None
+        self.context.starting = preload and self.context.directory.manager is not None
         loading = asyncio.create_task(self._preload(progress)) if self.context.starting else None
         self._announce = started
         try:
@@ -142,14 +142,14 @@ class EngineRoomServer(uvicorn.Server):
         self._announce()
 
     def _reloading(self, watch: bool) -> contextlib.AbstractAsyncContextManager[object]:
-        manager = self.context.manager
+        manager = self.context.directory.manager
         if manager is None or not (watch or _has_file(manager)):
             return contextlib.nullcontext()
         return reloading(manager, watch=watch)
 
     async def _preload(self, progress: Callable[[PreloadProgress], None] | None) -> None:
         """Load the models; without a single one the server ends."""
-        manager = self.context.manager
+        manager = self.context.directory.manager
         assert manager is not None
         try:
             await manager.load_configured_models(progress)

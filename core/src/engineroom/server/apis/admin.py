@@ -11,7 +11,7 @@ from engineroom.errors import EngineRoomError
 from engineroom.models.manager import LLMModelManager, ModelStatus
 from engineroom.server.apis.request_fields import ApiRequest, Number, parse
 from engineroom.server.http.call import Call
-from engineroom.server.http.errors import Refused, without_paths
+from engineroom.server.http.errors import ApiError, without_paths
 
 __all__ = ["UnloadRequest", "admin_models", "load_model", "plan", "reload", "unload_model"]
 
@@ -25,7 +25,9 @@ class UnloadRequest(ApiRequest):
 
 async def admin_models(call: Call) -> None:
     """Every model and how it is."""
-    await call.answer_json({"models": [_shown(status) for status in call.context.models()]})
+    await call.answer_json(
+        {"models": [_shown(status) for status in call.context.directory.models()]}
+    )
 
 
 async def load_model(call: Call) -> None:
@@ -74,18 +76,18 @@ def _redacted(value: Any) -> Any:
 
 
 def _manager(call: Call) -> LLMModelManager:
-    manager = call.context.manager
+    manager = call.context.directory.manager
     if manager is None:
-        raise Refused(501, "this server's models come from elsewhere", "not_implemented")
+        raise ApiError(501, "this server's models come from elsewhere", "not_implemented")
     return manager
 
 
 def _target(call: Call) -> tuple[LLMModelManager, str]:
     manager = _manager(call)
     model_id: str = call.path_params["model"]
-    known = call.context.canonical(model_id)
+    known = call.context.directory.canonical(model_id)
     if known is None:
-        raise Refused(
+        raise ApiError(
             404,
             f"{model_id[:256]!r} is not a model of this deployment; GET /v1/admin/models lists "
             "them",
@@ -99,11 +101,11 @@ async def _typed(call: Call, work: Awaitable[Any]) -> Any:
     try:
         return await work
     except EngineRoomError as error:
-        raise call.context.refusal_of(error) from error
+        raise call.context.api_error_of(error) from error
 
 
 def _status(call: Call, model_id: str) -> dict[str, Any]:
-    return next(_shown(s) for s in call.context.models() if s.model_id == model_id)
+    return next(_shown(s) for s in call.context.directory.models() if s.model_id == model_id)
 
 
 def _shown(status: ModelStatus) -> dict[str, Any]:

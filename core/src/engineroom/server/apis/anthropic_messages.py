@@ -25,7 +25,7 @@ from engineroom.server.apis.request_fields import (
     text_of,
 )
 from engineroom.server.http.call import Call
-from engineroom.server.http.errors import Refused
+from engineroom.server.http.errors import ApiError
 from engineroom.server.http.exchange import answer_all, stream_all
 from engineroom.server.http.frames import Framer, named_event
 
@@ -206,7 +206,7 @@ class MessagesWriter:
         """Nothing more."""
         return b""
 
-    def fail(self, refused: Refused, responses: Sequence[InferenceResponse]) -> bytes:
+    def fail(self, refused: ApiError, responses: Sequence[InferenceResponse]) -> bytes:
         """The usage so far, then the error: clients stop reading there."""
         delta = {"stop_reason": None, "stop_sequence": None}
         usage = {"type": "message_delta", "delta": delta, "usage": _usage(responses[0])}

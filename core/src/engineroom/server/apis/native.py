@@ -11,7 +11,7 @@ from engineroom.inference.streams import InferenceStream
 from engineroom.schemas import InferenceRequest, InferenceResponse, TokenLogprob
 from engineroom.server.apis.request_fields import check_count, common_fields
 from engineroom.server.http.call import Call
-from engineroom.server.http.errors import Refused, refused_fields
+from engineroom.server.http.errors import ApiError, invalid_fields
 from engineroom.server.http.exchange import answer_all, stream_all
 from engineroom.server.http.frames import Framer, event, named_event
 
@@ -22,11 +22,11 @@ async def inference(call: Call) -> None:
     """Answer an ``InferenceRequest``; a stream ends with the ``InferenceResponse``."""
     raw = await call.json()
     if not isinstance(raw, dict):
-        raise Refused(400, "the body must be a JSON object", "invalid_json")
+        raise ApiError(400, "the body must be a JSON object", "invalid_json")
     try:
         request = InferenceRequest.model_validate(_texts_to_ids(raw))
     except ValidationError as error:
-        raise refused_fields(error) from error
+        raise invalid_fields(error) from error
     if request.messages is not None:
         check_count(call, request.messages)
     common = common_fields(call, request)
@@ -80,7 +80,7 @@ class InferenceWriter:
         """Nothing more."""
         return b""
 
-    def fail(self, refused: Refused, responses: Sequence[InferenceResponse]) -> bytes:
+    def fail(self, refused: ApiError, responses: Sequence[InferenceResponse]) -> bytes:
         """The error, then the final response, whose message says no more than the error."""
         response = responses[0].model_copy(update={"error_message": refused.message})
         return named_event("error", refused.openai()) + self.finish(0, response)

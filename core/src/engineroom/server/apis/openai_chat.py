@@ -28,7 +28,7 @@ from engineroom.server.apis.request_fields import (
     text_of,
 )
 from engineroom.server.http.call import Call
-from engineroom.server.http.errors import Refused
+from engineroom.server.http.errors import ApiError
 from engineroom.server.http.exchange import answer_all, derived_seed, stream_all
 from engineroom.server.http.frames import DONE, Framer, dumps, event
 
@@ -163,10 +163,10 @@ async def chat_completions(call: Call) -> None:
 def _requests(call: Call, request: ChatRequest) -> list[InferenceRequest]:
     check_count(call, request.messages)
     if request.top_logprobs is not None and not request.logprobs:
-        raise Refused(400, "top_logprobs needs logprobs: true", "invalid_value", "top_logprobs")
+        raise ApiError(400, "top_logprobs needs logprobs: true", "invalid_value", "top_logprobs")
     old, new = request.max_tokens, request.max_completion_tokens
     if old is not None and new is not None and old != new:
-        raise Refused(
+        raise ApiError(
             400,
             f"max_tokens is {old} and max_completion_tokens {new}; give one of them",
             "invalid_value",
@@ -189,7 +189,7 @@ def _requests(call: Call, request: ChatRequest) -> list[InferenceRequest]:
 def _message(message: ChatInput, where: str) -> ChatMessage:
     for name in ("tool_calls", "function_call", "audio"):
         if getattr(message, name):
-            raise Refused(
+            raise ApiError(
                 400,
                 f"{where}.{name} is not supported by this server; leave it out",
                 "unsupported_parameter",
@@ -197,14 +197,14 @@ def _message(message: ChatInput, where: str) -> ChatMessage:
             )
     text = text_of(message.content, where)
     if text is None:
-        raise Refused(400, f"{where}: the message has no content", "invalid_value", "messages")
+        raise ApiError(400, f"{where}: the message has no content", "invalid_value", "messages")
     return chat_message(message.role, text, where, message.name)
 
 
 def sampling_of(request: OpenAIRequest) -> dict[str, Any]:
     """The parameters that the client gave, under the service's names.
 
-    :raises Refused: 400.
+    :raises ApiError: 400.
     """
     params: dict[str, Any] = {
         name: getattr(request, name)
@@ -222,7 +222,7 @@ def sampling_of(request: OpenAIRequest) -> dict[str, Any]:
         try:
             params["logit_bias"] = {int(k): v for k, v in request.logit_bias.items()}
         except ValueError as error:
-            raise Refused(
+            raise ApiError(
                 400, "logit_bias: its keys must be token ids", "invalid_value", "logit_bias"
             ) from error
     return params
@@ -235,11 +235,11 @@ def several(
     absent: Mapping[str, Any],
     inputs: Sequence[Mapping[str, Any]],
 ) -> list[InferenceRequest]:
-    """A request for each input and each of its ``n`` answers. :raises Refused: 400."""
+    """A request for each input and each of its ``n`` answers. :raises ApiError: 400."""
     n = request.n or 1
     limit = call.context.settings.max_choices
     if n * len(inputs) > limit:
-        raise Refused(
+        raise ApiError(
             400, f"{n * len(inputs)} answers are more than {limit}", "too_many_choices", "n"
         )
     fields = {
@@ -354,6 +354,6 @@ class ChatWriter:
         """Usage, if it was asked for, and the end."""
         return self._usage_chunk(responses) + DONE
 
-    def fail(self, refused: Refused, responses: Sequence[InferenceResponse]) -> bytes:
+    def fail(self, refused: ApiError, responses: Sequence[InferenceResponse]) -> bytes:
         """Usage first: clients stop reading at an error."""
         return self._usage_chunk(responses) + b"data: " + dumps(refused.openai()) + b"\n\n" + DONE

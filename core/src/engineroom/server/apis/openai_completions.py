@@ -19,7 +19,7 @@ from engineroom.server.apis.openai_chat import (
 )
 from engineroom.server.apis.request_fields import parse
 from engineroom.server.http.call import Call
-from engineroom.server.http.errors import Refused
+from engineroom.server.http.errors import ApiError
 from engineroom.server.http.exchange import answer_all, stream_all
 from engineroom.server.http.frames import DONE, Framer, dumps, event
 
@@ -124,14 +124,14 @@ def _requests(
     call: Call, request: CompletionRequest, prompts: Sequence[str | list[int]]
 ) -> list[InferenceRequest]:
     if request.echo and request.logprobs is not None:
-        raise Refused(
+        raise ApiError(
             400,
             "logprobs of the prompt are not supported by this server; leave echo or logprobs out",
             "unsupported_parameter",
             "echo",
         )
     if request.echo and not all(isinstance(each, str) for each in prompts):
-        raise Refused(
+        raise ApiError(
             400,
             "echo with token ids is not supported by this server; leave echo out, or send text",
             "unsupported_parameter",
@@ -218,6 +218,6 @@ class CompletionWriter:
         """Usage, if it was asked for, and the end."""
         return self._usage_chunk(responses) + DONE
 
-    def fail(self, refused: Refused, responses: Sequence[InferenceResponse]) -> bytes:
+    def fail(self, refused: ApiError, responses: Sequence[InferenceResponse]) -> bytes:
         """Usage first: clients stop reading at an error."""
         return self._usage_chunk(responses) + b"data: " + dumps(refused.openai()) + b"\n\n" + DONE

@@ -13,8 +13,8 @@ from engineroom.errors import EngineRoomError
 from engineroom.schemas import GenerationParams, InferenceRequest
 from engineroom.server.apis.request_fields import ApiRequest, ModelName, common_fields, parse
 from engineroom.server.http.call import Call
-from engineroom.server.http.errors import Refused
-from engineroom.server.http.exchange import place
+from engineroom.server.http.errors import ApiError
+from engineroom.server.http.exchange import admission
 
 __all__ = ["EmbeddingsRequest", "embeddings"]
 
@@ -47,7 +47,7 @@ async def embeddings(call: Call) -> None:
     texts = [request.input] if isinstance(request.input, str) else request.input
     for number, text in enumerate(texts):
         if not text:
-            raise Refused(400, f"input.{number}: the text is empty", "invalid_value", "input")
+            raise ApiError(400, f"input.{number}: the text is empty", "invalid_value", "input")
     common = common_fields(call, request)
     # It takes its place among the others; nothing is generated.
     placeholder = InferenceRequest(
@@ -58,13 +58,13 @@ async def embeddings(call: Call) -> None:
         timeout_s=common["timeout_s"],
         metadata=common["metadata"],
     )
-    async with call.attended(), place(call, [placeholder]) as slot:
+    async with call.attended(), admission(call, [placeholder]) as slot:
         try:
             found = await call.context.service.embed(
                 request.model, texts, timeout_s=slot.left_of(common["timeout_s"])
             )
         except EngineRoomError as error:
-            raise call.context.refusal_of(error) from error
+            raise call.context.api_error_of(error) from error
         slot.used = tokens = found.prompt_tokens
     encode = _base64 if request.encoding_format == "base64" else list
     await call.answer_json(

@@ -27,7 +27,7 @@ from engineroom.server.apis.request_fields import (
     text_of,
 )
 from engineroom.server.http.call import Call
-from engineroom.server.http.errors import Refused
+from engineroom.server.http.errors import ApiError
 from engineroom.server.http.exchange import answer_all, stream_all
 from engineroom.server.http.frames import dumps, json_text, named_event
 
@@ -168,7 +168,7 @@ class _Shape:
         }
 
     def response(
-        self, answer: InferenceResponse | None, refused: Refused | None = None
+        self, answer: InferenceResponse | None, refused: ApiError | None = None
     ) -> dict[str, Any]:
         """The whole object; without an answer, that of one in progress."""
         request = self._request
@@ -292,7 +292,7 @@ class ResponsesWriter:
         """Nothing more."""
         return b""
 
-    def fail(self, refused: Refused, responses: Sequence[InferenceResponse]) -> bytes:
+    def fail(self, refused: ApiError, responses: Sequence[InferenceResponse]) -> bytes:
         """The error, and the response that failed, with its usage."""
         error = {"code": refused.code, "message": refused.message, "param": refused.param}
         return self._event("error", **error) + self._event(

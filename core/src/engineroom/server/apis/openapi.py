@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, Final
 
@@ -10,10 +11,12 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 import engineroom
-from engineroom.server.apis.answers import AnthropicError, OpenAIError
+from engineroom.server.apis.answers import AnthropicError, Anything, OpenAIError
+from engineroom.server.apis.routing import Route
 from engineroom.server.http.call import Call
+from engineroom.server.http.frames import dumps
 
-__all__ = ["document", "openapi"]
+__all__ = ["described", "document"]
 
 _REF: Final = "#/components/schemas/{model}"
 _TEXTS: Final = {
@@ -34,17 +37,33 @@ _TEXTS: Final = {
 _ALWAYS: Final = (400, 401, 403, 421, 431)
 
 
-async def openapi(call: Call) -> None:
-    """The description of every route."""
-    await call.answer_json(document())
+def described(routes: Sequence[Route]) -> tuple[Route, ...]:
+    """The routes, and one more that describes them all, itself included."""
+
+    @cache
+    def body() -> bytes:
+        return dumps(document(every))
+
+    async def openapi(call: Call) -> None:
+        """The description of every route."""
+        await call.answer(200, body())
+
+    every = (
+        *routes,
+        Route(
+            path="/openapi.json",
+            method="GET",
+            endpoint=openapi,
+            summary="This description",
+            tag="operations",
+            response=Anything,
+        ),
+    )
+    return every
 
 
-@cache
-def document() -> dict[str, Any]:
+def document(routes: Sequence[Route]) -> dict[str, Any]:
     """OpenAPI 3.1."""
-    from engineroom.server.routes import all_routes
-
-    routes = all_routes()
     inputs = {route.request for route in routes if route.request is not None}
     outputs: set[type[BaseModel]] = {OpenAIError, AnthropicError}
     outputs |= {route.response for route in routes if route.response is not None}
@@ -101,7 +120,7 @@ def document() -> dict[str, Any]:
     }
 
 
-def _responses(route: Any, names: Any) -> dict[str, Any]:
+def _responses(route: Route, names: Any) -> dict[str, Any]:
     if route.response is None:
         content: dict[str, Any] = {route.media: {"schema": {"type": "string"}}}
     else:

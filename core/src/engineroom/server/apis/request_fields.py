@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from engineroom.schemas import ChatMessage, GenerationParams, InferenceRequest
 from engineroom.server.http.call import Call
-from engineroom.server.http.errors import Refused, refused_fields
+from engineroom.server.http.errors import ApiError, invalid_fields
 
 __all__ = [
     "ApiRequest",
@@ -113,13 +113,13 @@ _Request = TypeVar("_Request", bound=ApiRequest)
 def parse(call: Call, schema: type[_Request], raw: Any) -> _Request:
     """Check a body.
 
-    :raises Refused: 400; the message names every field that is wrong or not honoured.
+    :raises ApiError: 400; the message names every field that is wrong or not honoured.
     """
     if not isinstance(raw, dict):
-        raise Refused(400, "the body must be a JSON object", "invalid_json")
+        raise ApiError(400, "the body must be a JSON object", "invalid_json")
     for name, neutral in schema.REFUSED.items():
         if name in raw and not _neutral(raw[name], neutral):
-            raise Refused(
+            raise ApiError(
                 400,
                 f"{name} is not supported by this server; leave it out",
                 "unsupported_parameter",
@@ -128,14 +128,14 @@ def parse(call: Call, schema: type[_Request], raw: Any) -> _Request:
     try:
         request = schema.model_validate(raw)
     except ValidationError as error:
-        raise refused_fields(error) from error
+        raise invalid_fields(error) from error
     unknown = sorted(
         set(request.model_extra or ()).difference(schema.REFUSED, schema.WITHOUT_EFFECT)
     )
     if unknown:
         shown = ", ".join(repr(name[:64]) for name in unknown[:8])
         if call.context.settings.unknown_fields == "refuse":
-            raise Refused(400, f"unknown fields: {shown}", "unknown_field", unknown[0][:64])
+            raise ApiError(400, f"unknown fields: {shown}", "unknown_field", unknown[0][:64])
         logger.debug("unknown fields were ignored: %s", shown)
     return request
 
@@ -160,11 +160,11 @@ def build(
     :param absent: fields that it did not give, as the API has them then; they are used where the
         runtime honours them, and are the service's own defaults where it does not.
     :param index: which of several answers.
-    :raises Refused: 400.
+    :raises ApiError: 400.
     """
     given = {name: value for name, value in params.items() if value is not None}
     if missing := {n: v for n, v in absent.items() if n not in given}:
-        honoured = call.context.honours(model)
+        honoured = call.context.directory.honoured_params(model)
         given |= {n: v for n, v in missing.items() if honoured is None or n in honoured}
     try:
         return InferenceRequest(
@@ -174,7 +174,7 @@ def build(
             **fields,
         )
     except ValidationError as error:
-        raise refused_fields(error, request.RENAMED) from error
+        raise invalid_fields(error, request.RENAMED) from error
 
 
 def common_fields(call: Call, request: Any) -> dict[str, Any]:
@@ -210,7 +210,7 @@ def stops(stop: str | Sequence[str] | None) -> list[str] | None:
 def text_of(content: Any, where: str, kinds: Collection[str] = ("text",)) -> str | None:
     """The text of a message: a string, or parts of text.
 
-    :raises Refused: 400: a part is something else.
+    :raises ApiError: 400: a part is something else.
     """
     if content is None or isinstance(content, str):
         return content
@@ -218,7 +218,7 @@ def text_of(content: Any, where: str, kinds: Collection[str] = ("text",)) -> str
     for part in content:
         kind = part.type
         if kind not in kinds:
-            raise Refused(
+            raise ApiError(
                 400,
                 f"{where}: content of type {kind[:64]!r} is not supported by this server; "
                 f"send {' or '.join(kinds)}",
@@ -226,16 +226,16 @@ def text_of(content: Any, where: str, kinds: Collection[str] = ("text",)) -> str
                 where,
             )
         if part.text is None:
-            raise Refused(400, f"{where}: the part has no text", "invalid_value", where)
+            raise ApiError(400, f"{where}: the part has no text", "invalid_value", where)
         texts.append(part.text)
     return "".join(texts)
 
 
 def check_count(call: Call, messages: Sequence[Any], name: str = "messages") -> None:
-    """Refuse more messages than the server takes. :raises Refused: 400."""
+    """Refuse more messages than the server takes. :raises ApiError: 400."""
     limit = call.context.settings.max_messages
     if len(messages) > limit:
-        raise Refused(
+        raise ApiError(
             400, f"{len(messages)} {name} are more than {limit}", "too_many_messages", name
         )
 
@@ -243,12 +243,12 @@ def check_count(call: Call, messages: Sequence[Any], name: str = "messages") -> 
 def chat_message(
     role: str, content: str | None, where: str, name: str | None = None
 ) -> ChatMessage:
-    """A message. :raises Refused: 400."""
+    """A message. :raises ApiError: 400."""
     try:
         return ChatMessage.model_validate({"role": role, "content": content, "name": name})
     except ValidationError as error:
-        problem = refused_fields(error)
-        raise Refused(400, f"{where}: {problem.message}", "invalid_value", "messages") from error
+        problem = invalid_fields(error)
+        raise ApiError(400, f"{where}: {problem.message}", "invalid_value", "messages") from error
 
 
 class TextPart(SubSchema):

@@ -9,15 +9,14 @@ from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
-from engineroom.server.http.errors import Refused
+from engineroom.server.http.context import ServerContext
+from engineroom.server.http.errors import ApiError
 from engineroom.server.http.frames import BadJsonError, dumps, loads
 from engineroom.server.http.protocol import WRITE, TextWriter
 from engineroom.server.keys import ANONYMOUS, Identity
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
-
-    from engineroom.server.app import ServerContext
 
 __all__ = ["SSE_HEADERS", "Attended", "Call", "ClientGoneError"]
 
@@ -94,7 +93,7 @@ class Call:
     async def body(self) -> bytes:
         """The whole body.
 
-        :raises Refused: it is too large (413) or does not come in time (408).
+        :raises ApiError: it is too large (413) or does not come in time (408).
         """
         settings = self.context.settings
         limit = settings.max_body_bytes
@@ -117,7 +116,7 @@ class Call:
                     if not message.get("more_body", False):
                         return parts[0] if len(parts) == 1 else b"".join(parts)
         except TimeoutError as error:
-            raise Refused(
+            raise ApiError(
                 408,
                 f"the body did not arrive within {settings.body_timeout_s:g} s",
                 "body_timeout",
@@ -127,27 +126,27 @@ class Call:
     async def json(self) -> Any:
         """The body, read as JSON.
 
-        :raises Refused: it is something else (415) or no JSON (400).
+        :raises ApiError: it is something else (415) or no JSON (400).
         """
         kind = self.header(b"content-type").partition(";")[0].strip().lower()
         if kind != "application/json":
             shown = f"not {kind[:80]!r}" if kind else "and it has no content-type"
-            raise Refused(
+            raise ApiError(
                 415, f"the body must be application/json, {shown}", "unsupported_media_type"
             )
         encoding = self.header(b"content-encoding").strip().lower()
         if encoding not in ("", "identity"):
-            raise Refused(
+            raise ApiError(
                 415, "the body must not be compressed; send it as it is", "unsupported_encoding"
             )
         data = await self.body()
         try:
             return loads(data)
         except BadJsonError as error:
-            raise Refused(400, f"the body is no valid JSON: {error}", "invalid_json") from error
+            raise ApiError(400, f"the body is no valid JSON: {error}", "invalid_json") from error
 
-    def _too_large(self, limit: int) -> Refused:
-        return Refused(
+    def _too_large(self, limit: int) -> ApiError:
+        return ApiError(
             413,
             f"the body is larger than {limit} bytes; send less",
             "body_too_large",
@@ -198,7 +197,7 @@ class Call:
         """Send a value as JSON."""
         await self.answer(status, dumps(value))
 
-    async def refuse(self, refused: Refused) -> None:
+    async def refuse(self, refused: ApiError) -> None:
         """Send an error; after a body that was not read, in a way that the client can read it."""
         body = dumps(refused.anthropic(self.id) if self.family == "anthropic" else refused.openai())
         headers = [*JSON_HEADERS, (b"content-length", str(len(body)).encode())]

@@ -24,7 +24,14 @@ from engineroom.errors import (
     ResourceNotAvailableError,
 )
 
-__all__ = ["RETRY_AFTER_S", "Refused", "refusal", "refused_fields", "stopping", "without_paths"]
+__all__ = [
+    "RETRY_AFTER_S",
+    "ApiError",
+    "api_error_of",
+    "invalid_fields",
+    "stopping",
+    "without_paths",
+]
 
 _PATH: Final = re.compile(
     r"(?<![\w/.:<])(?:~?/[\w.@+-]+(?:/[\w.@+~-]*)+|[A-Za-z]:[\\/][^\s'\",;]+|\\\\[^\s'\",;]+)"
@@ -56,7 +63,7 @@ _ANTHROPIC_TYPES: Final[Mapping[int, str]] = {
 
 
 @dataclass(eq=False)
-class Refused(Exception):  # noqa: N818 - it is an answer, and is raised to give it
+class ApiError(Exception):
     """An answer that is not what was asked for.
 
     :param status: the HTTP status.
@@ -107,34 +114,36 @@ class Refused(Exception):  # noqa: N818 - it is an answer, and is raised to give
         }
 
 
-def refusal(error: EngineRoomError, *, load_failed: bool = False) -> Refused:
+def api_error_of(error: EngineRoomError, *, load_failed: bool = False) -> ApiError:
     """What a client is told of an error of the service.
 
     :param load_failed: the model could not be loaded, which is no fault of the request.
     """
     message = without_paths(error.describe())
     if isinstance(error, ModelNotFoundError) and not load_failed:
-        return Refused(404, message, "model_not_found", "model")
+        return ApiError(404, message, "model_not_found", "model")
     if isinstance(error, QueueFullError):
-        return Refused(429, message, "queue_full", retry_after_s=RETRY_AFTER_S)
+        return ApiError(429, message, "queue_full", retry_after_s=RETRY_AFTER_S)
     if isinstance(error, RequestTimeoutError):
-        return Refused(408, message, "request_timeout")
+        return ApiError(408, message, "request_timeout")
     if isinstance(error, EngineDeadError):
         # The next request has the model loaded anew.
         message = _hidden("the model's engine has ended", error)
-        return Refused(503, message, "engine_dead", retry_after_s=RETRY_AFTER_S)
+        return ApiError(503, message, "engine_dead", retry_after_s=RETRY_AFTER_S)
     if load_failed or isinstance(error, NoSuitableHandlerError):
-        return Refused(503, _hidden("the model could not be loaded", error), "model_not_loaded")
+        return ApiError(503, _hidden("the model could not be loaded", error), "model_not_loaded")
     if isinstance(error, ResourceNotAvailableError):
-        return Refused(503, message, "unavailable", retry_after_s=RETRY_AFTER_S)
+        return ApiError(503, message, "unavailable", retry_after_s=RETRY_AFTER_S)
     if isinstance(error, ConfigurationError):
-        return Refused(400, message, "invalid_request")
-    return Refused(500, _hidden("the model failed while it worked on the request", error), "failed")
+        return ApiError(400, message, "invalid_request")
+    return ApiError(
+        500, _hidden("the model failed while it worked on the request", error), "failed"
+    )
 
 
-def stopping() -> Refused:
+def stopping() -> ApiError:
     """What a client is told while the server stops."""
-    return Refused(
+    return ApiError(
         503,
         "the server is stopping; send the request to another, or again later",
         "draining",
@@ -143,7 +152,7 @@ def stopping() -> Refused:
     )
 
 
-def refused_fields(error: ValidationError, names: Mapping[str, str] | None = None) -> Refused:
+def invalid_fields(error: ValidationError, names: Mapping[str, str] | None = None) -> ApiError:
     """What a client is told of fields that are not as they should be; the first by name.
 
     :param names: what the API calls a field of the schema.
@@ -159,7 +168,7 @@ def refused_fields(error: ValidationError, names: Mapping[str, str] | None = Non
         shown = _shown(problem.get("input"))
         problems.append(f"{where}: {problem['msg'].removeprefix('Value error, ')}{shown}")
     more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-    return Refused(400, "; ".join(problems[:5]) + more, "invalid_value", first)
+    return ApiError(400, "; ".join(problems[:5]) + more, "invalid_value", first)
 
 
 def _is_branch(part: object) -> bool:

@@ -16,11 +16,11 @@ from engineroom.errors import EngineRoomError
 from engineroom.inference.streams import InferenceStream, StreamError
 from engineroom.schemas import InferenceRequest, InferenceResponse, TokenLogprob
 from engineroom.server.http.call import SSE_HEADERS, Call
-from engineroom.server.http.errors import Refused
+from engineroom.server.http.errors import ApiError
 from engineroom.server.http.heartbeat import Heartbeat
 from engineroom.server.http.limits import Slot
 
-__all__ = ["Writer", "answer_all", "derived_seed", "place", "stream_all"]
+__all__ = ["Writer", "admission", "answer_all", "derived_seed", "stream_all"]
 
 _QUEUED_CHUNKS = 64
 """Chunks of several streams that wait to be sent; a slow reader slows them all down."""
@@ -47,18 +47,18 @@ class Writer(Protocol):
     def end(self, responses: Sequence[InferenceResponse]) -> bytes:
         """The end of the stream."""
 
-    def fail(self, refused: Refused, responses: Sequence[InferenceResponse]) -> bytes:
+    def fail(self, refused: ApiError, responses: Sequence[InferenceResponse]) -> bytes:
         """The end of a stream that failed midway: usage, the error, the end."""
 
 
 async def answer_all(call: Call, requests: Sequence[InferenceRequest]) -> list[InferenceResponse]:
     """The answers in order.
 
-    :raises Refused: one of them failed.
+    :raises ApiError: one of them failed.
     :raises ClientGoneError: nobody waits for them any more.
     """
     service = call.context.service
-    async with call.attended(), place(call, requests) as slot:
+    async with call.attended(), admission(call, requests) as slot:
         requests = [_after(slot, request) for request in requests]
         if len(requests) == 1:
             responses = [await service.infer(requests[0])]
@@ -69,7 +69,7 @@ async def answer_all(call: Call, requests: Sequence[InferenceRequest]) -> list[I
         slot.used = _used(responses)
     for response in responses:
         if (error := error_of(response)) is not None:
-            raise call.context.refusal_of(error)
+            raise call.context.api_error_of(error)
     return responses
 
 
@@ -77,10 +77,10 @@ async def stream_all(call: Call, requests: Sequence[InferenceRequest], writer: W
     """Stream the answers. The status is sent with the first text, so that it is the right one, or
     with the first heartbeat.
 
-    :raises Refused: one of them failed before anything was sent.
+    :raises ApiError: one of them failed before anything was sent.
     :raises ClientGoneError: nobody reads any more.
     """
-    async with call.attended(), place(call, requests) as slot:
+    async with call.attended(), admission(call, requests) as slot:
         streams = [call.context.service.stream(_after(slot, request)) for request in requests]
         heartbeat = Heartbeat(call)
         try:
@@ -113,10 +113,10 @@ def error_of(response: InferenceResponse) -> EngineRoomError | None:
 
 
 @asynccontextmanager
-async def place(call: Call, requests: Sequence[InferenceRequest]) -> AsyncIterator[Slot]:
+async def admission(call: Call, requests: Sequence[InferenceRequest]) -> AsyncIterator[Slot]:
     """A place for the requests among those that run, as the server's limits give it.
 
-    :raises Refused: 429: there is none; 408: none became free within the requests' ``timeout_s``.
+    :raises ApiError: 429: there is none; 408: none became free within the requests' ``timeout_s``.
     """
     context = call.context
     limiter = context.limiter
@@ -128,7 +128,7 @@ async def place(call: Call, requests: Sequence[InferenceRequest]) -> AsyncIterat
             waiting = False
             context.rejections.waited(requests[0], slot.waited_s)
             yield slot
-    except Refused as refused:
+    except ApiError as refused:
         if waiting and refused.status in (408, 429):
             context.rejections.rejected(requests[0], refused.code or "limit")
         raise
@@ -141,7 +141,7 @@ async def _stream_one(
     heartbeat.spoke = True
     if not call.started:
         if isinstance(chunk, StreamError):
-            raise call.context.refusal_of(chunk.error)
+            raise call.context.api_error_of(chunk.error)
         await call.start(200, SSE_HEADERS)
     send = call.send
     head = writer.begin([stream])
@@ -179,7 +179,7 @@ async def _stream_one(
     response = stream.response
     assert response is not None
     if isinstance(chunk, StreamError):
-        tail = writer.fail(call.context.refusal_of(chunk.error), [response])
+        tail = writer.fail(call.context.api_error_of(chunk.error), [response])
     else:
         tail = writer.finish(0, response) + writer.end([response])
     await heartbeat.stop()
@@ -222,7 +222,7 @@ async def _send_many(
         index, chunk = await queue.get()
         heartbeat.spoke = True
         if isinstance(chunk, StreamError):
-            refused = call.context.refusal_of(chunk.error)
+            refused = call.context.api_error_of(chunk.error)
             if not call.started:
                 raise refused
             for stream in streams:  # their counts are wanted before the end

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from engineroom.server.http.call import Call
-from engineroom.server.http.errors import Refused
+from engineroom.server.http.errors import ApiError
 from engineroom.server.keys import ANONYMOUS, Identity
 from engineroom.server.settings import is_loopback
 
@@ -20,12 +20,12 @@ def check_front(call: Call) -> None:
     A page in a browser on this machine can send requests to a loopback address, under a name of
     its own (DNS rebinding) or from its own origin. Where no key keeps it out, this does.
 
-    :raises Refused: 431, 403 or 421.
+    :raises ApiError: 431, 403 or 421.
     """
     settings = call.context.settings
     headers = call.scope["headers"]
     if sum(len(name) + len(value) for name, value in headers) > settings.max_header_bytes:
-        raise Refused(
+        raise ApiError(
             431,
             f"the headers are larger than {settings.max_header_bytes} bytes",
             "headers_too_large",
@@ -39,7 +39,7 @@ def check_front(call: Call) -> None:
         and not is_loopback(host)
         and host not in settings.allowed_hosts
     ):
-        raise Refused(
+        raise ApiError(
             421,
             f"this server is not called {host[:200]!r}; name it with --allowed-host, or use keys",
             "unknown_host",
@@ -48,7 +48,7 @@ def check_front(call: Call) -> None:
     if origin and call.scope["method"] not in ("GET", "HEAD", "OPTIONS"):
         allowed = settings.cors_origins
         if "*" not in allowed and origin not in allowed and not _same(origin, call):
-            raise Refused(
+            raise ApiError(
                 403,
                 "pages of other origins may not use this server; allow theirs with --cors-origin",
                 "origin_not_allowed",
@@ -58,7 +58,7 @@ def check_front(call: Call) -> None:
 def identify(call: Call) -> Identity:
     """Whose request it is.
 
-    :raises Refused: 401: a key is needed, and it has none or a wrong one.
+    :raises ApiError: 401: a key is needed, and it has none or a wrong one.
     """
     keys = call.context.settings.keys
     if not keys.needed:
@@ -66,7 +66,7 @@ def identify(call: Call) -> Identity:
     scheme, _, given = call.header(b"authorization").partition(" ")
     key = given.strip() if scheme.lower() == "bearer" else call.header(b"x-api-key").strip()
     if not key:
-        raise Refused(
+        raise ApiError(
             401,
             "this server needs a key; send it as 'Authorization: Bearer …'",
             "missing_api_key",
@@ -74,14 +74,14 @@ def identify(call: Call) -> Identity:
         )
     identity = keys.find(key)
     if identity is None:
-        raise Refused(401, "the key is not known here", "invalid_api_key", headers=_CHALLENGE)
+        raise ApiError(401, "the key is not known here", "invalid_api_key", headers=_CHALLENGE)
     return identity
 
 
 def check_admin(call: Call) -> None:
     """Let only admin keys, or a local user of a server without keys, use the admin routes.
 
-    :raises Refused: 403.
+    :raises ApiError: 403.
     """
     settings = call.context.settings
     if call.identity.admin or (not settings.keys.needed and settings.local):
@@ -91,7 +91,7 @@ def check_admin(call: Call) -> None:
         if settings.keys.has_admin
         else "the server has none; give one with --admin-keys FILE or ENGINEROOM_ADMIN_KEYS"
     )
-    raise Refused(403, f"the admin routes need an admin key; {advice}", "admin_key_needed")
+    raise ApiError(403, f"the admin routes need an admin key; {advice}", "admin_key_needed")
 
 
 def _host(header: str) -> str:

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
 
-from engineroom.server.http.errors import Refused
+from engineroom.server.http.errors import ApiError
 from engineroom.server.settings import ServerSettings
 
 __all__ = ["Limiter", "Slot", "TokenBucket"]
@@ -105,7 +105,7 @@ class Limiter:
 
         :param tokens: most that they will write, as far as that is known.
         :param timeout_s: seconds to wait for it.
-        :raises Refused: 429, with the seconds after which to try again; 408: it took too long.
+        :raises ApiError: 429, with the seconds after which to try again; 408: it took too long.
         """
         buckets = self._take_tokens(key, tokens)
         slot = Slot()
@@ -114,7 +114,7 @@ class Limiter:
                 async with asyncio.timeout(timeout_s):
                     await self._enter(key, count, slot)
             except TimeoutError as error:
-                raise Refused(
+                raise ApiError(
                     408,
                     f"its turn did not come within {timeout_s:g} s; send it again later",
                     "request_timeout",
@@ -136,7 +136,7 @@ class Limiter:
             if bucket is not None and (needed := bucket.wait_s(tokens)) > wait:
                 wait, whose = needed, owner
         if wait > 0:
-            raise Refused(
+            raise ApiError(
                 429,
                 f"the tokens per minute of {whose} are used up; try again in "
                 f"{math.ceil(wait)} s, or ask for fewer tokens",
@@ -156,7 +156,7 @@ class Limiter:
                 self._buckets.popitem(last=False)
         return bucket
 
-    def refuse_waiting(self, refused: Refused) -> None:
+    def refuse_waiting(self, refused: ApiError) -> None:
         """Send everybody away who waits."""
         for waiter in list(self._queue):
             if not waiter.future.done():
@@ -169,7 +169,7 @@ class Limiter:
             (settings.key_max_running, "a key"),
         ):
             if largest is not None and count > largest:
-                raise Refused(
+                raise ApiError(
                     400,
                     f"{count} answers at once are more than {whose} may run ({largest}); "
                     "ask for fewer",
@@ -240,8 +240,8 @@ class Limiter:
                 return
 
 
-def _queue_full(whose: str, limit: int) -> Refused:
-    return Refused(
+def _queue_full(whose: str, limit: int) -> ApiError:
+    return ApiError(
         429,
         f"the queue of {whose} is full ({limit} requests wait); try again later",
         "queue_full",

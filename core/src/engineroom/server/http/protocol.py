@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import h11
 
-from engineroom.server.http.errors import RETRY_AFTER_S, Refused
+from engineroom.server.http.errors import RETRY_AFTER_S, ApiError
 from engineroom.server.http.frames import chunker, dumps
 from engineroom.server.settings import ServerSettings
 
@@ -114,7 +114,7 @@ class _Guard(_Base):
         super().connection_made(transport)
         if len(self.connections) > self.limits.max_connections:
             told = "the server has too many connections; try again"
-            self._answer(Refused(503, told, "too_many", retry_after_s=RETRY_AFTER_S))
+            self._answer(ApiError(503, told, "too_many", retry_after_s=RETRY_AFTER_S))
             return
         self._await_head()
 
@@ -152,7 +152,7 @@ class _Guard(_Base):
         self._head_bytes += len(data)
         if self._head_bytes > self.limits.max_header_bytes:
             limit = self.limits.max_header_bytes
-            self._answer(Refused(431, f"the headers are larger than {limit} bytes", "too_large"))
+            self._answer(ApiError(431, f"the headers are larger than {limit} bytes", "too_large"))
         elif self._head_timer is None:
             self._await_head()
 
@@ -172,7 +172,7 @@ class _Guard(_Base):
     # ── uvicorn's ────────────────────────────────────────────────────────────────────────────
 
     def send_400_response(self, msg: str) -> None:
-        self._answer(Refused(400, "this is no HTTP request that can be read", "invalid_http"))
+        self._answer(ApiError(400, "this is no HTTP request that can be read", "invalid_http"))
 
     def on_message_begin(self) -> None:
         self._part = "head"
@@ -282,11 +282,11 @@ class _Guard(_Base):
             return
         if self._head_bytes:
             limit = self.limits.header_timeout_s
-            self._answer(Refused(408, f"the headers did not arrive within {limit:g} s", "timeout"))
+            self._answer(ApiError(408, f"the headers did not arrive within {limit:g} s", "timeout"))
         elif self.cycle is None:
             self.transport.close()  # it connected and said nothing
 
-    def _answer(self, refused: Refused) -> None:
+    def _answer(self, refused: ApiError) -> None:
         """Answer without the application, and close."""
         self._cancel_head()
         if self._answering():

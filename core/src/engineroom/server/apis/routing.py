@@ -1,0 +1,48 @@
+"""What a route is: its path, what answers it, who may use it, and what describes it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, TypeAlias
+
+from pydantic import BaseModel
+
+from engineroom.server.http.call import Call
+
+__all__ = ["WORK_ERRORS", "Access", "Route"]
+
+Access: TypeAlias = Literal["open", "key", "admin"]
+WORK_ERRORS: Final = (400, 404, 408, 413, 415, 429, 500, 503)
+"""How a route can end that has a model work."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """A route.
+
+    :param endpoint: does the work; its docstring is the route's description.
+    :param access: who may use it; ``open`` routes are also those of load balancers.
+    :param work: refused while the server drains.
+    :param request: schema of the body.
+    :param response: schema of the answer, if it is JSON.
+    :param example: of the body.
+    :param errors: statuses of errors, beside those that every route has.
+    :param streams: the body has ``stream``, and the answer may be server-sent events.
+    :param media: type of an answer that is not JSON.
+    """
+
+    path: str
+    method: Literal["GET", "POST"]
+    endpoint: Callable[[Call], Awaitable[None]]
+    summary: str
+    tag: str
+    access: Access = "key"
+    work: bool = False
+    request: type[BaseModel] | None = None
+    body_needed: bool = True
+    response: type[BaseModel] | None = None
+    example: Mapping[str, Any] = field(default_factory=dict)
+    errors: tuple[int, ...] = ()
+    streams: bool = False
+    media: str = "application/json"

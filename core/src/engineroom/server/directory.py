@@ -1,0 +1,95 @@
+"""What the server knows of its models: their names, their states, and the engines behind them."""
+
+from __future__ import annotations
+
+import logging
+
+from engineroom.config.model import LoadedModel
+from engineroom.errors import EngineRoomError, ModelNotFoundError
+from engineroom.handlers.base import HandlerHealth, InferenceHandler
+from engineroom.models.manager import LLMModelManager
+from engineroom.service import LLMInferenceService
+from engineroom.status import ModelStatus
+
+__all__ = ["ModelDirectory"]
+
+logger = logging.getLogger("engineroom.server.context")
+
+
+class ModelDirectory:
+    """Answers questions about models, whatever the service's model source is.
+
+    :param service: whose models these are.
+    """
+
+    def __init__(self, service: LLMInferenceService) -> None:
+        self.service = service
+        source = service.model_source
+        self.manager = source if isinstance(source, LLMModelManager) else None
+
+    def models(self) -> list[ModelStatus]:
+        """Every model; empty where the service's model source cannot tell."""
+        return self.manager.list_models() if self.manager is not None else []
+
+    def canonical(self, model_id: str) -> str | None:
+        """The id of the model that a name stands for; ``None``: there is none.
+
+        :param model_id: an id or an alias.
+        """
+        if self.manager is None:
+            return model_id
+        try:
+            return self.manager.get_config(model_id).model_id
+        except ModelNotFoundError:
+            return None
+
+    def load_failed(self, model_id: str | None) -> bool:
+        """Whether the model's last load failed.
+
+        :param model_id: an id or an alias.
+        """
+        if self.manager is None or model_id is None:
+            return False
+        name = self.canonical(model_id)
+        return any(s.model_id == name and s.state == "failed" for s in self.models())
+
+    def loaded(self) -> list[tuple[LoadedModel, InferenceHandler]]:
+        """The models in memory and what runs them."""
+        pairs: list[tuple[LoadedModel, InferenceHandler]] = []
+        for status in self.models():
+            assert self.manager is not None
+            model = self.manager.get_loaded_model(status.model_id)
+            if model is not None:
+                try:
+                    pairs.append((model, self.service.registry.select(model)))
+                except EngineRoomError:
+                    continue
+        return pairs
+
+    def health(self) -> list[tuple[LoadedModel, InferenceHandler, HandlerHealth]]:
+        """How each loaded model's engine is."""
+        engines: list[tuple[LoadedModel, InferenceHandler, HandlerHealth]] = []
+        for model, handler in self.loaded():
+            try:
+                health = handler.health(model)
+            except Exception as error:
+                logger.exception("handler %r: health failed for %r", handler.name, model.model_id)
+                health = HandlerHealth(ok=False, detail=f"health raised {type(error).__name__}")
+            engines.append((model, handler, health))
+        return engines
+
+    def honoured_params(self, model_id: str) -> frozenset[str] | None:
+        """Parameters that the model's runtime honours; ``None``: it cannot be told now."""
+        if self.manager is None:
+            return None
+        try:
+            loaded = self.manager.get_loaded_model(model_id)
+            registry = self.service.registry
+            if loaded is not None:
+                handler = registry.select(loaded)
+            else:
+                choices = self.manager.get_config(model_id).choices()
+                handler = registry.select_loader(choices[0])
+            return self.service.capabilities_of(handler).params
+        except EngineRoomError:
+            return None  # the request itself is told why
