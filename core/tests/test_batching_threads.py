@@ -95,3 +95,12 @@ async def test_closing_needs_no_step(engine: ThreadedEngine) -> None:
     await until(engine, 1, 0)
     await asyncio.to_thread(engine.close)
     assert task.done and engine.steps == 0
+
+
+async def test_a_cancelled_request_leaves_the_queue_at_once(engine: ThreadedEngine) -> None:
+    submit(engine)
+    await until(engine, 1, 0)
+    waiting = submit(engine)
+    engine.cancel(waiting)
+    assert waiting.done and engine.health().num_requests_waiting == 0
+    engine.cancel(submit(engine))  # there is room for another

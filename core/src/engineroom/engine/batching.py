@@ -172,6 +172,10 @@ class BatchingEngine(ABC, Generic[_T]):
         """Stop a request's work and give its slot back. Harmless after its end."""
         with self._loop.condition:
             task.cancelled = True
+            for queue in (self._incoming, self.waiting):
+                if task in queue:  # its place in the queue is free at once
+                    queue.remove(task)
+                    task.done = True
             if not task.done:
                 self._cancelling = True
                 if self._alone is task:

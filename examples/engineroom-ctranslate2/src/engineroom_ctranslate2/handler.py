@@ -25,7 +25,9 @@ from engineroom import (
     TokenHandler,
     TokenLogprob,
     TokenStep,
+    find_source,
     parse_options,
+    request_logger,
     resolve_source,
 )
 from engineroom_ctranslate2.engine import Engine, Job
@@ -80,24 +82,20 @@ class CTranslate2Handler(TokenHandler):
 
     def can_load(self, config: ModelConfig) -> bool:
         """True for folders whose ``model.bin`` is CTranslate2's, of a decoder-only model."""
-        source = config.source or ""
-        if source.startswith("hf:"):
-            return False  # it would have to be downloaded to know
         try:
-            return is_model_folder(resolve_source(source))
+            path = find_source(config.source or "")
         except (ConfigurationError, ModelNotFoundError):
             return False
+        return path is not None and is_model_folder(path)
 
     def estimate_memory(self, config: ModelConfig) -> Mapping[str, int] | None:
         """The weights as they are stored; ``None`` where they will be converted."""
         options = parse_options(CTranslate2Options, config)
-        source = config.source or ""
-        if source.startswith("hf:") or options.compute_type != "default":
-            return None
-        if options.device == "auto":
+        path = find_source(config.source or "")
+        if path is None or options.compute_type != "default" or options.device == "auto":
             return None
         device = "cpu" if options.device == "cpu" else f"cuda:{options.device_index}"
-        return {device: _weights_bytes(_folder(source))}
+        return {device: _weights_bytes(_folder(path))}
 
     async def load_model(self, config: ModelConfig) -> LoadedModel:
         """Load weights and tokenizer, in a thread.
@@ -171,10 +169,15 @@ class CTranslate2Handler(TokenHandler):
             "return_logits_vocab": params.logprobs is not None,
             **sampling(params, len(model.codec.vocabulary)),
         }
-        decode = partial(_decode, model, params.logprobs, limit)
-        job = Job(model.codec.tokens(ids), options, decode, request.priority)
+        job = Job(
+            tokens=model.codec.tokens(ids),
+            options=options,
+            decode=partial(_decode, model, params.logprobs, limit),
+            priority=request.priority,
+            log=request_logger(logger, request),
+        )
+        model.engine.submit(job)
         try:
-            model.engine.submit(job)
             yield TokenStep(prompt_tokens=len(ids))
             yield job.mailbox
         finally:
@@ -240,9 +243,8 @@ def _model(loaded_model: LoadedModel) -> _Model:
     return model
 
 
-def _folder(source: str) -> Path:
-    """The folder that a source stands for; the path of its ``model.bin`` will do as well."""
-    path = resolve_source(source)
+def _folder(path: Path) -> Path:
+    """A model's folder; the path of its ``model.bin`` will do as well."""
     return path.parent if path.name == "model.bin" else path
 
 
@@ -256,7 +258,7 @@ def _weights_bytes(folder: Path) -> int:
 
 
 def _load(config: ModelConfig, options: CTranslate2Options) -> _Model:
-    files = read_files(_folder(config.source or ""))
+    files = read_files(_folder(resolve_source(config.source or "")))
     codec = TextCodec(files, options.chat_template)
     end_ids = _end_ids(options.end_tokens or [files.end_token], files.vocabulary)
     generator = _generator(files.path, options)
