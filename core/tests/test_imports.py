@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import engineroom
+import engineroom.engine
 
 PACKAGE = Path(engineroom.__file__).parent
 HEAVY = {
@@ -32,7 +33,9 @@ HEAVY = {
 }
 
 
-@pytest.mark.parametrize("module", ["engineroom", "engineroom.testing", "engineroom.api"])
+@pytest.mark.parametrize(
+    "module", ["engineroom", "engineroom.testing", "engineroom.api", "engineroom.engine"]
+)
 def test_importing_core_loads_nothing_heavy(module):
     code = (
         f"import sys, {module}; loaded = {{m.partition('.')[0] for m in sys.modules}}; "
@@ -44,8 +47,9 @@ def test_importing_core_loads_nothing_heavy(module):
     assert done.stdout.strip() == ""
 
 
-def test_all_is_what_the_stub_says():
-    tree = ast.parse((PACKAGE / "__init__.pyi").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("package", [engineroom, engineroom.engine], ids=lambda p: p.__name__)
+def test_all_is_what_the_stub_says(package):
+    tree = ast.parse(Path(package.__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
     declared = [
         alias.asname
         for node in tree.body
@@ -53,9 +57,9 @@ def test_all_is_what_the_stub_says():
         for alias in node.names
     ]
     assert None not in declared
-    assert sorted(declared) == sorted(engineroom.__all__)
+    assert sorted(declared) == sorted(package.__all__)
     for name in declared:
-        assert getattr(engineroom, name) is not None
+        assert getattr(package, name) is not None
 
 
 def test_names_are_imported_when_they_are_used_and_kept():

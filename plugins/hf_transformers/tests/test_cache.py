@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engineroom_hf_transformers.cache import LayerShape, Slot, SlotCache, Slots, common_prefix
+from engineroom_hf_transformers.cache import LayerShape, Slot, SlotCache, Slots
 
 CPU = torch.device("cpu")
 
@@ -44,25 +44,6 @@ def content(store: SlotCache, slot: int, count: int) -> list[int]:
     assert values.shape == (1, 2, count, 3)
     assert bool((keys[..., :3] == values).all())
     return [int(x) for x in keys[0, 0, :, 0]]
-
-
-# ── common beginnings ────────────────────────────────────────────────────────────────────────
-
-
-@settings(max_examples=500)
-@given(
-    common=st.lists(st.integers(0, 1), max_size=70),
-    a=st.lists(st.integers(0, 1), max_size=20),
-    b=st.lists(st.integers(0, 1), max_size=20),
-)
-def test_the_common_beginning_is_that_found_one_by_one(
-    common: list[int], a: list[int], b: list[int]
-) -> None:
-    first, second = common + a, common + b
-    naive = 0
-    while naive < min(len(first), len(second)) and first[naive] == second[naive]:
-        naive += 1
-    assert common_prefix(first, second) == naive
 
 
 # ── memory ───────────────────────────────────────────────────────────────────────────────────

@@ -10,11 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from llama_benches import EOS, EXACT, NO_END, ask
 
-from engineroom_llamacpp.beams import BeamSearch
 from engineroom_llamacpp.context import LlamaContext
 from engineroom_llamacpp.model import LlamaModel
 from engineroom_llamacpp.options import LlamaCppOptions
@@ -91,42 +88,6 @@ def reference(tiny_model: Path) -> Any:
     found = Reference(tiny_model)
     yield found
     found.close()
-
-
-# ── the books ────────────────────────────────────────────────────────────────────────────────
-
-
-@settings(max_examples=300)
-@given(
-    seed=st.integers(0, 10_000),
-    beams=st.integers(2, 5),
-    limit=st.integers(1, 7),
-    ends=st.sets(st.integers(0, 5), max_size=2),
-    early=st.booleans(),
-    sharp=st.sampled_from([0.3, 2.0]),
-)
-def test_it_finds_what_a_plain_search_finds(
-    seed: int, beams: int, limit: int, ends: set[int], early: bool, sharp: float
-) -> None:
-    def odds(tokens: tuple[int, ...]) -> Sequence[float]:
-        values = np.random.default_rng([seed, *tokens]).normal(0, sharp, 8)
-        return list(values - math.log(np.exp(values).sum()))
-
-    search = BeamSearch(beams, limit, ends.__contains__, len(ends), early_stopping=early)
-    for _ in range(2):  # the second time after a restart
-        while True:
-            rows = []
-            for beam in search.running:
-                ranked = sorted(enumerate(odds(beam.tokens)), key=lambda each: -each[1])
-                rows.append(ranked[: search.candidates])
-            before = [beam.tokens for beam in search.running]
-            if not search.advance(rows):
-                break
-            assert [before[b.parent] for b in search.running] == [
-                b.tokens[:-1] for b in search.running
-            ]
-        assert search.best == plain_search(odds, beams, limit, ends, early=early)
-        search.restart()
 
 
 # ── in the engine ────────────────────────────────────────────────────────────────────────────

@@ -6,31 +6,11 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from engineroom_llamacpp.cells import Cells, Chain, common_prefix
+from engineroom_llamacpp.cells import Cells, Chain
 from engineroom_llamacpp.sequences import CellSequence, Sequences
-
-# ── common beginnings ────────────────────────────────────────────────────────────────────────
-
-
-@settings(max_examples=500)
-@given(
-    common=st.lists(st.integers(0, 1), max_size=70),
-    a=st.lists(st.integers(0, 1), max_size=20),
-    b=st.lists(st.integers(0, 1), max_size=20),
-)
-def test_the_common_beginning_is_that_found_one_by_one(
-    common: list[int], a: list[int], b: list[int]
-) -> None:
-    first, second = common + a, common + b
-    naive = 0
-    while naive < min(len(first), len(second)) and first[naive] == second[naive]:
-        naive += 1
-    assert common_prefix(first, second) == naive
-
 
 # ── the account ──────────────────────────────────────────────────────────────────────────────
 

@@ -8,51 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from llama_benches import EOS, ask
 
 from engineroom import ConfigurationError
 from engineroom_llamacpp import LlamaCppHandler
 from engineroom_llamacpp.context import LlamaContext
-from engineroom_llamacpp.drafting import DraftModel, PromptLookup
+from engineroom_llamacpp.drafting import DraftModel
 
 Make = Callable[..., Awaitable[Any]]
 TEXT = "all of this is written by someone who knows how long a prompt can become, and why. "
-
-
-# ── what followed before ─────────────────────────────────────────────────────────────────────
-
-
-def test_it_proposes_what_followed_the_same_words_the_last_time() -> None:
-    lookup = PromptLookup()
-    tokens = [1, 2, 3, 4, 9, 1, 2, 3, 5, 6, 7, 1, 2, 3]
-    assert lookup.propose([(0, tokens, 3)]) == {0: [5, 6, 7]}
-    assert lookup.propose([(0, tokens, 1)]) == {0: [5]}
-    assert lookup.propose([(1, [1, 2, 3, 1, 2, 3], 7)]) == {1: [1, 2, 3, 1, 2, 3, 1]}
-    assert lookup.propose([(0, [*tokens, 8], 3)]) == {0: []}
-
-
-def test_a_sequence_knows_nothing_of_the_request_before() -> None:
-    lookup = PromptLookup()
-    lookup.propose([(0, [1, 2, 3, 4, 5], 4)])
-    lookup.forget(0)
-    lookup.forget(3)
-    assert lookup.propose([(0, [7, 1, 2, 3], 4), (1, [4, 1, 2, 3], 4)]) == {0: [], 1: []}
-
-
-@given(tokens=st.lists(st.integers(0, 2), min_size=1, max_size=60), count=st.integers(1, 5))
-def test_as_the_text_grows_it_finds_what_a_search_finds(tokens: list[int], count: int) -> None:
-    lookup = PromptLookup()
-    for length in range(1, len(tokens) + 1):
-        so_far = tokens[:length]
-        expected: list[int] = []
-        for end in range(3, length):
-            if so_far[end - 3 : end] == so_far[-3:]:
-                expected = so_far[end : end + count]
-                while len(expected) < count:  # as if it went on repeating itself
-                    expected.append((so_far + expected)[end + len(expected)])
-        assert lookup.propose([(5, so_far, count)]) == {5: expected}
 
 
 # ── in the engine ────────────────────────────────────────────────────────────────────────────

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engineroom_vllm.beams import Beam, Likeliest, search
+from engineroom.engine import Beam, Likeliest
+from engineroom_vllm.beams import search
 
 TOKENS = 4
 END = 0

@@ -16,10 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from engineroom.engine import common_prefix
+
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["LayerShape", "Slot", "SlotCache", "common_prefix"]
+__all__ = ["LayerShape", "Slot", "SlotCache"]
 
 _WORTH_A_COPY: Final = 16
 """A shorter common beginning is computed again: about what the copy would cost."""
@@ -210,24 +212,3 @@ def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
         with contextlib.suppress(OSError):  # a kernel without huge pages
             room.madvise(mmap.MADV_NOHUGEPAGE)
     return torch.frombuffer(room, dtype=dtype).view(size)
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two sequences have in common at their beginning.
-
-    Compares slices, doubling and then halving, so that the work is done outside of Python.
-    """
-    most = min(len(a), len(b))
-    if not most or a[0] != b[0]:
-        return 0
-    low, high = 1, 2  # a[:low] == b[:low]; what is beyond is looked for below high
-    while high <= most and a[low:high] == b[low:high]:
-        low, high = high, 2 * high
-    high = min(high, most + 1)
-    while low + 1 < high:
-        middle = (low + high) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle
-    return low

@@ -32,11 +32,12 @@ from engineroom import (
     TokenStep,
     request_logger,
 )
+from engineroom.engine import Drafter, DraftRequest
 from engineroom_hf_transformers.attention import StepStoppedError
 from engineroom_hf_transformers.by_generate import Generation, neutral
 from engineroom_hf_transformers.cache import Slots
 from engineroom_hf_transformers.chunking import ReadingCost
-from engineroom_hf_transformers.drafting import Drafter, make_drafter
+from engineroom_hf_transformers.drafting import make_drafter
 from engineroom_hf_transformers.embedding import EmbeddingJob, Recipe, recipe_of
 from engineroom_hf_transformers.model import forward_of, reading_cost, why_not_driven
 from engineroom_hf_transformers.outcomes import Outcome, logprobs, step_of, take
@@ -265,7 +266,7 @@ class HfEngine(BatchingEngine[Job]):
         }
         found = self._drafter.propose(
             [
-                (task.slot.index, task.tokens, count)
+                DraftRequest(task.slot.index, task.tokens, count)
                 for task, count in wanted.items()
                 if count > 0 and task.slot is not None
             ]

@@ -7,10 +7,9 @@ counts once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Final
 
-__all__ = ["Cells", "Chain", "common_prefix"]
+__all__ = ["Cells", "Chain"]
 
 _ALL: Final = 0
 _BUSY: Final = 1
@@ -154,24 +153,3 @@ class Cells:
                 return
             self._totals[which] -= run.length
             run = run.parent
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two sequences have in common at their beginning.
-
-    Compares slices, doubling and then halving, so that the work is done outside of Python.
-    """
-    most = min(len(a), len(b))
-    if not most or a[0] != b[0]:
-        return 0
-    low, high = 1, 2  # a[:low] == b[:low]; what is beyond is looked for below high
-    while high <= most and a[low:high] == b[low:high]:
-        low, high = high, 2 * high
-    high = min(high, most + 1)
-    while low + 1 < high:
-        middle = (low + high) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle
-    return low

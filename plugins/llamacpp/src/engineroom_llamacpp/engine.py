@@ -39,9 +39,9 @@ from engineroom import (
     TokenStep,
     request_logger,
 )
-from engineroom_llamacpp.beams import BeamSearch
+from engineroom.engine import BeamSearch, Drafter, DraftRequest
 from engineroom_llamacpp.context import LlamaContext, SavedSequence
-from engineroom_llamacpp.drafting import Drafter, make_drafter
+from engineroom_llamacpp.drafting import make_drafter
 from engineroom_llamacpp.library import last_error
 from engineroom_llamacpp.model import LlamaModel
 from engineroom_llamacpp.options import LlamaCppOptions
@@ -317,13 +317,13 @@ class LlamaEngine(BatchingEngine[Task]):
         """Ask for tokens that may come next, where they can be of use."""
         decoding = [t for t in tasks if t.decodes and t.beams is None]
         room = self._context.n_batch // max(1, len(tasks)) - 1
-        wishes = [
-            (task.sequences[0].index, task.tokens, count)
+        requests = [
+            DraftRequest(task.sequences[0].index, task.tokens, count)
             for task in decoding
             if (count := min(self.options.draft_tokens, room, task.limit - len(task.tokens) - 1))
             > 0
         ]
-        found = drafter.propose(wishes) if wishes else {}
+        found = drafter.propose(requests) if requests else {}
         for task in decoding:
             task.proposed = found.get(task.sequences[0].index, [])
 

@@ -92,7 +92,7 @@ class Outcomes:
         if search.advance(found):
             self._follow(task, [beam.parent for beam in search.running])
             return None
-        best = search.best
+        best = search.best.tokens
         ended = self.ends(best[-1])
         tokens = best[:-1] if ended else best
         text = b"".join(self._model.piece(token) or b"" for token in tokens)

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-from engineroom_llamacpp.cells import Cells, Chain, common_prefix
+from engineroom.engine import common_prefix
+from engineroom_llamacpp.cells import Cells, Chain
 
 __all__ = ["CellMemory", "CellSequence", "Sequences"]
 

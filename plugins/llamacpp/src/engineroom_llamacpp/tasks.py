@@ -6,9 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from engineroom import EngineTask
-from engineroom_llamacpp.beams import BeamSearch
-from engineroom_llamacpp.cells import common_prefix
+from engineroom.engine import BeamSearch, EngineTask, common_prefix
 from engineroom_llamacpp.context import LlamaContext, SavedSequence
 from engineroom_llamacpp.pace import PromptPace
 from engineroom_llamacpp.sampling import Sampler

@@ -25,7 +25,8 @@ from engineroom import (
     ResourceNotAvailableError,
     TokenStep,
 )
-from engineroom_vllm.beams import Likeliest, search
+from engineroom.engine import Likeliest
+from engineroom_vllm.beams import search
 from engineroom_vllm.folder import ModelFolder
 from engineroom_vllm.footprint import Footprint
 from engineroom_vllm.library import Library

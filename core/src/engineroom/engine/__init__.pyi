@@ -1,0 +1,43 @@
+# What plugins may use; each name is loaded when it is first used (see ``__init__.py``).
+
+from .batching import (
+    BatchingEngine as BatchingEngine,
+)
+from .batching import (
+    EngineTask as EngineTask,
+)
+from .beam_search import (
+    Beam as Beam,
+)
+from .beam_search import (
+    BeamSearch as BeamSearch,
+)
+from .beam_search import (
+    Likeliest as Likeliest,
+)
+from .decode_loop import (
+    CPU_LOOP as CPU_LOOP,
+)
+from .decode_loop import (
+    DecodeLoop as DecodeLoop,
+)
+from .decode_loop import (
+    default_threads as default_threads,
+)
+from .decode_loop import (
+    run_in_new_thread as run_in_new_thread,
+)
+from .prompt_lookup import (
+    Drafter as Drafter,
+)
+from .prompt_lookup import (
+    DraftRequest as DraftRequest,
+)
+from .prompt_lookup import (
+    PromptLookup as PromptLookup,
+)
+from .prompt_lookup import (
+    common_prefix as common_prefix,
+)
+
+__all__: list[str]
