@@ -62,7 +62,7 @@ NOT_UNIT = (
     *(f"plugins/{name}/tests/test_conformance.py" for name in ("llamacpp", "hf_transformers")),
 )
 """Processes of the command, suites of the kit, SDKs: run once, by `tests`."""
-PARALLEL = ("-n", "2", "--dist", "worksteal")
+PARALLEL = ("-n", "2", "--dist", "loadgroup")
 LONG_SERIES = {
     "ENGINEROOM_LOAD_CYCLES": "200",
     "ENGINEROOM_SOAK_REQUESTS": "20000",

@@ -69,26 +69,31 @@ class LlamaCppConformance(HandlerConformance):
         return ModelConfig(model_id="bert", source=str(source), options={"n_threads": 1})
 
 
+@pytest.mark.xdist_group("TestOneSlot")
 class TestOneSlot(LlamaCppConformance):
     happens: ClassVar = {"reuse": True, "company": False, "preemption": False}
     options: ClassVar[dict[str, Any]] = {**OPTIONS, "n_parallel": 1}
 
 
+@pytest.mark.xdist_group("TestEightSlots")
 class TestEightSlots(LlamaCppConformance):
     happens: ClassVar = {"reuse": True, "company": True}
     options: ClassVar[dict[str, Any]] = {**OPTIONS, "n_parallel": 8}
 
 
+@pytest.mark.xdist_group("TestOneSlotWithoutReuse")
 class TestOneSlotWithoutReuse(LlamaCppConformance):
     happens: ClassVar = {"reuse": False, "company": False, "preemption": False}
     options: ClassVar[dict[str, Any]] = {**OPTIONS, "n_parallel": 1, "prefix_cache": False}
 
 
+@pytest.mark.xdist_group("TestEightSlotsWithoutReuse")
 class TestEightSlotsWithoutReuse(LlamaCppConformance):
     happens: ClassVar = {"reuse": False, "company": True}
     options: ClassVar[dict[str, Any]] = {**OPTIONS, "n_parallel": 8, "prefix_cache": False}
 
 
+@pytest.mark.xdist_group("TestLittleRoom")
 class TestLittleRoom(LlamaCppConformance):
     """Requests wait for each other's cells; small steps; proposals from the text."""
 
