@@ -265,7 +265,7 @@ def echo_config(model_id: str = "echo", **options) -> ModelConfig:
     return ModelConfig(model_id=model_id, source="echo:", options=options)
 
 
-class FakeMeter:
+class FakeProbe:
     """Stands for the machine: has the memory that a test says, uses what it says."""
 
     def __init__(self, **capacity: int) -> None:
@@ -290,7 +290,7 @@ def without_threads(manager: LLMModelManager) -> LLMModelManager:
     async def at_once(call):
         return call()
 
-    manager._loader._in_thread = manager._in_thread = at_once
+    manager._lifecycle.loader.in_thread = at_once
     return manager
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter, defaultdict
 
-from core_doubles import FakeMeter, bare_registry
+from core_doubles import FakeProbe, bare_registry
 
 from engineroom import LLMModelManager, LoadedModel, TokenHandler, TokenStep, hookimpl
 
@@ -26,7 +26,7 @@ class FakeSizedHandler(TokenHandler):
         self.in_memory: Counter[str] = Counter()
         self.most_bytes = 0
         self.bytes = 0
-        self.meter: FakeMeter | None = None
+        self.probe: FakeProbe | None = None
 
     def can_load(self, config):
         return (config.source or "").startswith(f"{self.name}:")
@@ -80,8 +80,8 @@ class FakeSizedHandler(TokenHandler):
     def _use(self, size: int) -> None:
         self.bytes += size
         self.most_bytes = max(self.most_bytes, self.bytes)
-        if self.meter is not None:
-            self.meter.usage["cpu"] = self.meter.usage.get("cpu", 0) + size
+        if self.probe is not None:
+            self.probe.usage["cpu"] = self.probe.usage.get("cpu", 0) + size
 
     async def generate_tokens(self, loaded_model, request):
         for number, word in enumerate((request.prompt or "").split(" ")):
@@ -121,7 +121,7 @@ def model(model_id: str, size: int | None = None, **fields) -> dict:
 
 
 def manager_of(
-    *models: dict, memory: dict | None = None, handlers=None, meter=None, **deployment
+    *models: dict, memory: dict | None = None, handlers=None, probe=None, **deployment
 ) -> LLMModelManager:
     registry = bare_registry()
     for handler in handlers or [FakeSizedHandler()]:
@@ -129,7 +129,7 @@ def manager_of(
     return LLMModelManager(
         config={"models": list(models), "memory": memory or {}, **deployment},
         registry=registry,
-        meter=meter or FakeMeter(),
+        probe=probe or FakeProbe(),
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 from manager_doubles import FakeSizedHandler, cpu, manager_of, model
 
 from engineroom import InferenceRequest, LLMInferenceService
-from engineroom.memory.probe import MachineMeter
+from engineroom.memory.probe import MachineProbe
 from engineroom.testing import EchoHandler, load_cycles
 
 pytestmark = pytest.mark.long
@@ -114,12 +114,12 @@ async def test_the_toy_runtime_under_the_same_load(caplog):
 
 
 async def test_200_loads_and_unloads_leave_nothing_behind():
-    """The toy runtime, on the real meter of this machine; runtimes have this test, too."""
+    """The toy runtime, on the real probe of this machine; runtimes have this test, too."""
     manager = manager_of(
         {"model_id": "echo", "source": "echo:"},
         handlers=[EchoHandler()],
         memory={"cpu": "1GiB"},
-        meter=MachineMeter(),
+        probe=MachineProbe(),
     )
     cycles = await load_cycles(manager, "echo")
     assert cycles.growth < 4 << 20, cycles

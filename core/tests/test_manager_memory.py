@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack
 from dataclasses import asdict
 
 import pytest
-from core_doubles import FakeMeter, until
+from core_doubles import FakeProbe, until
 from manager_doubles import (
     FakeSizedHandler,
     FakeTransitions,
@@ -125,7 +125,7 @@ async def test_a_model_that_is_larger_than_its_estimate_is_told(caplog):
 
 
 async def test_a_budget_is_detected_where_the_deployment_names_none():
-    manager = manager_of(model("a", 4), model("b", 7), meter=FakeMeter(cpu=10))
+    manager = manager_of(model("a", 4), model("b", 7), probe=FakeProbe(cpu=10))
     assert manager.memory() == ()
     await manager.load("a")
     assert (cpu(manager).budget, cpu(manager).detected) == (10, True)
@@ -147,7 +147,7 @@ async def test_an_estimate_that_makes_no_sense_is_logged_and_counts_for_nothing(
     await manager.load("a")
     assert "instead of bytes by device" in caplog.text
     await manager.unload("a")
-    manager._entries["a"].known.clear()
+    manager._table.current["a"].known.clear()
 
     def broken(config):
         raise KeyError("n_layer")
@@ -194,7 +194,7 @@ async def use(manager, *names):
 
 def loaded_at_once(manager):
     """On a busy machine a fake's load may take longer than what lies between two uses."""
-    for entry in manager._entries.values():
+    for entry in manager._table.current.values():
         entry.load_duration_s = 0.0
 
 
@@ -215,7 +215,7 @@ async def test_lower_priority_goes_before_longer_idleness():
 async def test_a_dear_reload_counts_as_use():
     manager = manager_of(*(model(name, 4) for name in "abc"), memory={"cpu": 8})
     await use(manager, "a", "b")
-    manager._entries["a"].load_duration_s = 1000.0
+    manager._table.current["a"].load_duration_s = 1000.0
     await use(manager, "c")
     assert states(manager) == {"a": "ready", "b": "unloaded", "c": "ready"}
 
@@ -248,7 +248,7 @@ async def test_nobody_more_goes_while_what_is_enough_is_going():
     waiting = asyncio.create_task(manager.load("c"))
     await until(lambda: ("unload", "a") in handler.gates)
     for _ in range(5):
-        manager._room.kick()
+        manager._lifecycle.queue.wake()
         await asyncio.sleep(0)
     assert states(manager) == {"a": "draining", "b": "ready", "c": "loading"}
     handler.end("unload", "a")
@@ -285,7 +285,7 @@ async def test_whoever_waits_too_long_is_told_who_holds_the_memory():
         # What was asked to go for it goes on serving.
         await until(lambda: states(manager)["a"] == "ready")
         await use(manager, "a")
-    manager._entries["b"].load_timeout_s = 60.0
+    manager._table.current["b"].load_timeout_s = 60.0
     await manager.load("b")
 
 
@@ -370,16 +370,16 @@ async def test_two_models_that_alternate_do_not_thrash():
 async def test_a_busy_model_that_was_just_loaded_stays_as_long_as_its_load_took():
     manager = manager_of(model("a", 8), model("b", 8), memory={"cpu": 10})
     now = 100.0
-    manager._room._clock = lambda: now
+    manager._lifecycle.queue.evictor.clock = lambda: now
     async with manager.lease("a"):
-        entry = manager._entries["a"]
+        entry = manager._table.current["a"]
         entry.ready_at, entry.load_duration_s = 95.0, 10.0
         waiting = asyncio.create_task(manager.load("b"))
         await until(lambda: status(manager, "b").waits_for)
         assert states(manager)["a"] == "ready"
         await use(manager, "a")  # others are let in, too
         now = 105.0
-        manager._room.kick()
+        manager._lifecycle.queue.wake()
         await until(lambda: states(manager)["a"] == "draining")
     await waiting
 
@@ -387,15 +387,15 @@ async def test_a_busy_model_that_was_just_loaded_stays_as_long_as_its_load_took(
 async def test_a_long_load_does_not_keep_others_out_beyond_their_patience():
     manager = manager_of(model("a", 8), model("b", 8), memory={"cpu": 10}, load_timeout_s=60)
     now = 100.0
-    manager._room._clock = lambda: now
+    manager._lifecycle.queue.evictor.clock = lambda: now
     async with manager.lease("a"):
-        entry = manager._entries["a"]
+        entry = manager._table.current["a"]
         entry.ready_at, entry.load_duration_s = 95.0, 600.0
         waiting = asyncio.create_task(manager.load("b"))
         await until(lambda: status(manager, "b").waits_for)
         assert states(manager)["a"] == "ready"
         now = 95.0 + 60 / 2 + 1
-        manager._room.kick()
+        manager._lifecycle.queue.wake()
         await until(lambda: states(manager)["a"] == "draining")
     await waiting
 
@@ -403,8 +403,8 @@ async def test_a_long_load_does_not_keep_others_out_beyond_their_patience():
 async def test_it_is_looked_at_again_when_that_time_is_over():
     manager = manager_of(model("a", 8), model("b", 8), memory={"cpu": 10})
     async with manager.lease("a"):
-        manager._entries["a"].load_duration_s = 0.05
-        manager._entries["a"].ready_at += 0.05
+        manager._table.current["a"].load_duration_s = 0.05
+        manager._table.current["a"].ready_at += 0.05
         waiting = asyncio.create_task(manager.load("b"))
         await until(lambda: states(manager)["a"] == "draining")
     await waiting
@@ -452,17 +452,17 @@ async def test_a_grant_that_nobody_takes_is_given_back():
         await stack.enter_async_context(manager.lease("a"))
         waiting = asyncio.create_task(manager.load("b"))
         await until(lambda: states(manager)["a"] == "draining")
-        entry = manager._entries["b"]
-        ticket = manager._room._tickets[0]
-        pump = manager._room.pump
+        entry = manager._table.current["b"]
+        ticket = manager._lifecycle.queue._tickets[0]
+        schedule = manager._lifecycle.queue.schedule
 
-        def pump_and_cancel():
-            pump()
+        def schedule_and_cancel():
+            schedule()
             if ticket.granted:
                 entry.task.cancel()  # before it has heard of it
-                manager._closed = True
+                manager._lifecycle.closed = True
 
-        manager._room.pump = pump_and_cancel
+        manager._lifecycle.queue.schedule = schedule_and_cancel
     with pytest.raises(ResourceNotAvailableError, match="closed"):
         await waiting
     assert manager._account.holding(entry) == {}
@@ -476,20 +476,20 @@ async def test_a_grant_that_comes_with_the_deadline_counts(monkeypatch):
         timeouts.append(timeout_at(when))
         return timeouts[-1]
 
-    monkeypatch.setattr("engineroom.models.eviction.asyncio.timeout_at", noted)
+    monkeypatch.setattr("engineroom.models.memory_queue.asyncio.timeout_at", noted)
     manager = manager_of(model("a", 8), model("b", 8), memory={"cpu": 10})
     async with manager.lease("a"):
         waiting = asyncio.create_task(manager.load("b"))
         await until(lambda: states(manager)["a"] == "draining")
-        ticket = manager._room._tickets[0]
-        pump = manager._room.pump
+        ticket = manager._lifecycle.queue._tickets[0]
+        schedule = manager._lifecycle.queue.schedule
 
-        def pump_at_the_deadline():
+        def schedule_at_the_deadline():
             if not ticket.granted and not manager._account.lacking(ticket.need):
                 timeouts[-1].reschedule(0)  # it is over before the load has heard of the grant
-            pump()
+            schedule()
 
-        manager._room.pump = pump_at_the_deadline
+        manager._lifecycle.queue.schedule = schedule_at_the_deadline
     await waiting
     assert timeouts[-1].expired() and cpu(manager).holders == {"b": 8}
 
@@ -500,7 +500,7 @@ def test_a_manager_outlives_the_loop_that_it_was_used_on():
 
     async def first():
         await manager.load("a")
-        manager._room.kick()  # the loop ends before it comes to it
+        manager._lifecycle.queue.wake()  # the loop ends before it comes to it
 
     async def second():
         async with manager.lease("a"):
@@ -541,18 +541,18 @@ async def test_a_model_that_nobody_uses_is_unloaded():
 
 async def test_idle_time_counts_from_the_last_release():
     manager = manager_of(model("a", 4, keep_alive="1h"), memory={"cpu": 10})
-    entry = manager._entries["a"]
+    entry = manager._table.current["a"]
     async with manager.lease("a"):
-        assert entry.timer is None
+        assert entry.idle_timer is None
         async with manager.lease("a"):
             pass
-        assert entry.timer is None, "it is still held"
-    first = entry.timer
+        assert entry.idle_timer is None, "it is still held"
+    first = entry.idle_timer
     assert first is not None
     await use(manager, "a")
-    assert first.cancelled() and entry.timer is not first
+    assert first.cancelled() and entry.idle_timer is not first
     await manager.close()
-    assert entry.timer is None
+    assert entry.idle_timer is None
 
 
 async def test_keep_alive_of_zero_lets_it_go_at_once_but_not_before_it_was_used():
@@ -573,7 +573,7 @@ async def test_keep_alive_of_zero_lets_it_go_at_once_but_not_before_it_was_used(
 async def test_forever_has_no_timer(value):
     manager = manager_of(model("a", 4, keep_alive=value))
     await use(manager, "a")
-    assert manager._entries["a"].timer is None
+    assert manager._table.current["a"].idle_timer is None
     assert status(manager, "a").keep_alive_s is None
 
 

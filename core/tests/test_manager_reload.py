@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from core_doubles import FakeMeter, bare_registry, until
+from core_doubles import FakeProbe, bare_registry, until
 from manager_doubles import (
     FakeSizedHandler,
     FakeTransitions,
@@ -93,7 +93,7 @@ async def test_running_requests_end_on_the_old_model_and_new_ones_get_the_new():
             assert new is not old and new.config.options == {"size": 5}
             assert cpu(manager).holders == {"a (being replaced)": 4, "a": 5}
         assert handler.unloads["a"] == 0
-    await until(lambda: not manager._retired)
+    await until(lambda: not manager._table.retired)
     assert cpu(manager).holders == {"a": 5} and handler.unloads["a"] == 1
 
 
@@ -135,9 +135,11 @@ async def test_whoever_waits_for_a_model_that_goes_is_told():
     manager = manager_of(model("a", 4), model("b", 4), handlers=[handler])
     waiting = asyncio.create_task(manager.load("a"))
     await until(lambda: ("load", "a") in handler.gates)
+    entry = manager._table.find("a")
     await manager.reload(deployment(model("b", 4)))
     with pytest.raises(ModelNotFoundError):
         await waiting
+    assert entry.waiting_callers == 0
 
 
 async def test_what_does_not_touch_the_model_itself_leaves_it_loaded():
@@ -164,7 +166,7 @@ async def test_new_models_with_preload_and_changed_ones_that_ran_are_loaded():
 
 
 async def test_budgets_change_at_once():
-    manager = manager_of(model("a", 4), memory={"cpu": 3}, meter=FakeMeter(cpu=7))
+    manager = manager_of(model("a", 4), memory={"cpu": 3}, probe=FakeProbe(cpu=7))
     with pytest.raises(ResourceNotAvailableError):
         await manager.load("a")
     await manager.reload({"models": [model("a", 4)], "memory": {"cpu": 5}})
@@ -178,7 +180,7 @@ async def test_budgets_change_at_once():
 
 async def test_what_models_hold_already_is_part_of_a_detected_budget():
     both = [model("a", 4), model("b", 4)]
-    manager = manager_of(*both, memory={"cpu": 9}, meter=FakeMeter(cpu=5))
+    manager = manager_of(*both, memory={"cpu": 9}, probe=FakeProbe(cpu=5))
     await manager.load("a")
     await manager.reload({"models": both})
     await manager.load("b")  # 5 are free beside the one that is loaded
@@ -214,7 +216,7 @@ async def test_an_unload_that_gives_up_does_not_keep_a_replaced_model():
         with pytest.raises(ResourceNotAvailableError):
             await unloading
         await asyncio.sleep(0)
-    await until(lambda: not manager._retired)
+    await until(lambda: not manager._table.retired)
     assert handler.unloads["a"] == 1
 
 
@@ -254,7 +256,7 @@ FILE = "memory: {cpu: 10}\nmodels:\n  - {model_id: MODEL, source: 'sized:', opti
 def from_file(path: Path) -> LLMModelManager:
     registry = bare_registry()
     registry.register(FakeSizedHandler())
-    return LLMModelManager(path, registry=registry, meter=FakeMeter())
+    return LLMModelManager(path, registry=registry, probe=FakeProbe())
 
 
 @pytest.fixture
@@ -432,6 +434,19 @@ async def test_the_plan_tells_of_waiting():
         assert plan.models[1].evicts == ("a",)
         assert "until their requests end" in plan.models[1].reason
         assert states(manager) == {"a": "ready", "b": "unloaded"}
+
+
+async def test_the_plan_counts_what_is_being_replaced_and_plans_what_replaces_it():
+    handler = FakeSizedHandler()
+    manager = manager_of(model("a", 4), memory={"cpu": 10}, handlers=[handler])
+    async with manager.lease("a"):
+        handler.failing["a"].append(OSError("asked to fail"))
+        await manager.reload(deployment(model("a", 5)))
+        await until(lambda: states(manager)["a"] == "failed")
+        plan = await manager.plan()
+        (planned_model,) = plan.models
+        assert (planned_model.action, planned_model.memory) == ("preload", {"cpu": 5})
+        assert plan.devices[0].holders == {"a (being replaced)": 4, "a": 5}
 
 
 async def test_a_plan_of_what_cannot_be_loaded_tells_every_reason():

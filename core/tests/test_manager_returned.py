@@ -6,7 +6,7 @@ import asyncio
 import threading
 
 import pytest
-from core_doubles import FakeMeter, until
+from core_doubles import FakeProbe, until
 from manager_doubles import (
     FakeSizedHandler,
     FakeTransitions,
@@ -27,14 +27,14 @@ GIB = 1 << 30
 
 
 def leaking(**options):
-    handler, meter = FakeSizedHandler(), FakeMeter()
-    handler.meter = meter
-    meter.usage["cpu"] = 5 * GIB
+    handler, probe = FakeSizedHandler(), FakeProbe()
+    handler.probe = probe
+    probe.usage["cpu"] = 5 * GIB
     manager = manager_of(
         model("a", 4 * GIB, options=options),
         memory={"cpu": 10 * GIB},
         handlers=[handler],
-        meter=meter,
+        probe=probe,
     )
     observer = FakeTransitions()
     manager.registry.register_plugin(observer, name="observer")
@@ -59,12 +59,12 @@ async def test_what_stayed_behind_and_is_used_again_is_not_counted_twice():
     async def reusing(config):
         loaded = await load_model(config)
         if handler.loads["a"] > 1:
-            handler.meter.usage["cpu"] -= GIB
+            handler.probe.usage["cpu"] -= GIB
         return loaded
 
     async def keeping(loaded_model, unload_model=handler.unload_model):
         await unload_model(loaded_model)
-        handler.meter.usage["cpu"] += GIB
+        handler.probe.usage["cpu"] += GIB
 
     handler.load_model, handler.unload_model = reusing, keeping
     for _ in range(5):
@@ -82,7 +82,7 @@ async def test_what_a_model_left_behind_does_not_stand_in_its_own_way(caplog):
     async def reusing(config):
         loaded = await load_model(config)
         if handler.loads["a"] > 1:
-            handler.meter.usage["cpu"] -= 6 * GIB
+            handler.probe.usage["cpu"] -= 6 * GIB
         return loaded
 
     handler.load_model = reusing
@@ -109,7 +109,7 @@ async def test_libraries_that_a_load_needs_are_not_counted_as_the_models():
 
     def import_runtime():
         if not imported:  # it is asked before each load
-            handler.meter.usage["cpu"] += 3 * GIB
+            handler.probe.usage["cpu"] += 3 * GIB
         imported.append(threading.get_ident())
 
     handler.import_runtime = import_runtime
@@ -126,7 +126,7 @@ async def test_a_process_that_a_runtime_keeps_is_no_models_memory(caplog):
     """It starts with the first load, stays after the unload, and ends whenever it likes."""
     manager, observer = leaking()
     handler = manager.registry.get("sized")
-    children, load_model = handler.meter.children, handler.load_model
+    children, load_model = handler.probe.children, handler.load_model
 
     async def starting(config):
         children[77] = 2 * GIB
@@ -145,21 +145,21 @@ async def test_a_process_that_a_runtime_keeps_is_no_models_memory(caplog):
 
 
 async def test_a_process_of_one_runtime_does_not_disturb_what_another_ones_model_takes():
-    first, second, meter = FakeSizedHandler(), FakeSizedHandler(), FakeMeter()
+    first, second, probe = FakeSizedHandler(), FakeSizedHandler(), FakeProbe()
     first.name, second.name = "first", "second"
-    first.meter = second.meter = meter
-    meter.usage["cpu"], meter.children[77] = GIB, 3 * GIB
+    first.probe = second.probe = probe
+    probe.usage["cpu"], probe.children[77] = GIB, 3 * GIB
     first.runtime_processes = lambda: (77,)
     models = [
         model(name, 4 * GIB, options={"says": None}, runtime=runtime)
         for name, runtime in (("a", "first"), ("b", "second"))
     ]
-    manager = manager_of(*models, memory={"cpu": 20 * GIB}, handlers=[first, second], meter=meter)
+    manager = manager_of(*models, memory={"cpu": 20 * GIB}, handlers=[first, second], probe=probe)
     await manager.load("a")
     load_model = second.load_model
 
     async def while_it_ends(config):
-        meter.children.clear()
+        probe.children.clear()
         return await load_model(config)
 
     second.load_model = while_it_ends
@@ -242,15 +242,15 @@ async def test_a_failing_unload_is_measured_as_well():
 
 
 async def test_measurements_that_something_else_overlapped_count_for_nothing():
-    handler, meter = FakeSizedHandler(gated=("load",)), FakeMeter()
-    handler.meter = meter
-    meter.usage["cpu"] = GIB
+    handler, probe = FakeSizedHandler(gated=("load",)), FakeProbe()
+    handler.probe = probe
+    probe.usage["cpu"] = GIB
     manager = manager_of(
         model("a", GIB, options={"says": GIB}),
         model("b", 4 * GIB, options={"says": 4 * GIB}),
         memory={"cpu": 10 * GIB},
         handlers=[handler],
-        meter=meter,
+        probe=probe,
     )
     loads = [asyncio.create_task(manager.load(name)) for name in "ab"]
     await until(lambda: len(handler.gates) == 2)

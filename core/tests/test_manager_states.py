@@ -7,7 +7,7 @@ import logging
 from collections import Counter, defaultdict
 
 import pytest
-from core_doubles import FakeMeter, bare_registry, without_threads
+from core_doubles import FakeProbe, bare_registry, without_threads
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -132,7 +132,7 @@ class ModelsLives(RuleBasedStateMachine):
         registry.register(self.handler)
         self.versions = dict.fromkeys(SIZES, 0)
         self.manager = without_threads(
-            LLMModelManager(config=deployment(self.versions), registry=registry, meter=FakeMeter())
+            LLMModelManager(config=deployment(self.versions), registry=registry, probe=FakeProbe())
         )
         self.tasks: list[asyncio.Task] = []
         self.held: dict[asyncio.Task, LoadedModel] = {}
@@ -206,9 +206,9 @@ class ModelsLives(RuleBasedStateMachine):
     @rule(name=st.sampled_from(sorted(SIZES)))
     def expire(self, name):
         """Its idle time is over, whatever it is doing."""
-        if (entry := self.manager._entries.get(name)) is not None:
+        if (entry := self.manager._table.current.get(name)) is not None:
             entry.keep_alive_s = 1.0
-            self.loop.call_soon(self.manager._expire, entry)
+            self.loop.call_soon(self.manager._lifecycle._expire, entry)
 
     @rule(
         change=st.dictionaries(st.sampled_from(sorted(SIZES)), st.sampled_from(["new", "gone"])),
@@ -245,15 +245,15 @@ class ModelsLives(RuleBasedStateMachine):
 
     @invariant()
     def leases_add_up(self):
-        assert sum(e.leases for e in self.manager._all_entries()) == len(self.held)
+        assert sum(e.leases for e in self.manager._table) == len(self.held)
 
     @invariant()
     def the_account_adds_up(self):
         (report,) = [d for d in self.manager.memory() if d.device == "cpu"]
         account = self.manager._account
-        holding = {e for e in self.manager._all_entries() if account.holding(e)}
+        holding = {e for e in self.manager._table if account.holding(e)}
         assert {*account.owners} == holding, "a reservation that belongs to nobody"
-        for entry in self.manager._all_entries():
+        for entry in self.manager._table:
             if entry.state in ("unloaded", "failed"):
                 assert entry not in holding
             if entry.usable:
@@ -265,7 +265,7 @@ class ModelsLives(RuleBasedStateMachine):
 
     @invariant()
     def the_state_tells_the_truth(self):
-        for entry in self.manager._all_entries():
+        for entry in self.manager._table:
             if entry.state == "ready":
                 assert entry.loaded is not None and id(entry.loaded) in self.handler.in_memory
             if entry.state in ("unloaded", "failed", "loading"):
@@ -296,7 +296,7 @@ class ModelsLives(RuleBasedStateMachine):
                 elif (error := task.exception()) is not None:
                     assert isinstance(error, EXPECTED), error
             assert not self.handler.in_memory and not self.manager._account.owners
-            assert all(e.wanted == 0 for e in self.manager._all_entries())
+            assert all(e.waiting_callers == 0 for e in self.manager._table)
             assert all(s.state in ("unloaded", "failed") for s in self.manager.list_models())
         finally:
             self.loop.close()

@@ -115,7 +115,7 @@ def test_releasing_what_nobody_holds_is_a_mistake():
 def test_a_copy_is_its_own():
     account = MemoryAccount({"cpu": 10})
     account.reserve("a", {"cpu": 4})
-    copy = account.copy(lambda owner: owner.upper())
+    copy = account.copy({owner: owner.upper() for owner in account.owners})
     copy.release("A", {"cpu": 1})
     assert account.free("cpu") == 6 and account.owners == {"a"}
     assert copy.free("cpu") == 9 and copy.owners == frozenset()

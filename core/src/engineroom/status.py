@@ -1,4 +1,4 @@
-"""What is told of models, loads and reloads: plain values that can be written as JSON."""
+"""What models, loads and reloads report: plain values that can be written as JSON."""
 
 from __future__ import annotations
 
@@ -6,10 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-__all__ = ["ModelState", "ModelStatus", "PreloadProgress", "ReloadReport", "VariantOutcome"]
-
+__all__ = [
+    "ModelState",
+    "ModelStatus",
+    "PreloadProgress",
+    "ReloadReport",
+    "VariantOutcome",
+    "VariantResult",
+]
 
 ModelState: TypeAlias = Literal["unloaded", "loading", "ready", "draining", "failed"]
+VariantResult: TypeAlias = Literal["used", "failed", "refused", "not tried"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +29,7 @@ class VariantOutcome:
 
     source: str
     runtime: str | None
-    outcome: Literal["used", "failed", "refused", "not tried"]
+    outcome: VariantResult
     reason: str = ""
 
 

@@ -7,9 +7,9 @@ the account under ``not_returned``, until a later load is seen to use it again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 __all__ = [
     "TOLERANCE_BYTES",
@@ -156,7 +156,7 @@ class MemoryAccount:
         :param without: as it would be if these owners held nothing.
         """
         gone = set(without or ())
-        found = {}
+        lacking = {}
         for device, amount in need.items():
             free = self.free(device)
             if free is None or amount <= 0:
@@ -165,8 +165,8 @@ class MemoryAccount:
                 h.amounts.get(device, 0) for owner, h in self._holdings.items() if owner in gone
             )
             if amount > free:
-                found[device] = amount - free
-        return found
+                lacking[device] = amount - free
+        return lacking
 
     def bounded(self, need: Mapping[str, int]) -> set[str]:
         """The devices of ``need`` on which it could be refused."""
@@ -197,17 +197,16 @@ class MemoryAccount:
             holders,
         )
 
-    def copy(self, owner_of: Callable[[Hashable], Hashable]) -> MemoryAccount:
+    def copy(self, owners: Mapping[Any, Hashable]) -> MemoryAccount:
         """An account that may be changed without changing this one.
 
-        :param owner_of: who takes an owner's place in it.
+        :param owners: who takes an owner's place in it; one that is not named stays.
         """
-        other = MemoryAccount()
-        other._budgets = dict(self._budgets)
+        other = MemoryAccount(self._budgets)
         other._detected = set(self._detected)
         other._not_returned = dict(self._not_returned)
         other._holdings = {
-            owner_of(owner): _Holding(dict(h.amounts), h.settled)
+            owners.get(owner, owner): _Holding(dict(h.amounts), h.settled)
             for owner, h in self._holdings.items()
         }
         return other

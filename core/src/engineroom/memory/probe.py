@@ -18,7 +18,7 @@ from typing import Any, Final, Protocol
 
 from engineroom.memory.machine import cgroup_limits, cgroup_used, devices
 
-__all__ = ["MachineMeter", "MemoryMeter", "give_back_memory"]
+__all__ = ["MachineProbe", "MemoryProbe", "give_back_memory"]
 
 logger = logging.getLogger("engineroom.meter")
 
@@ -26,7 +26,7 @@ KEPT_SHARE: Final = 0.05
 """Of what is free, the part that a detected budget leaves to everything else."""
 
 
-class MemoryMeter(Protocol):
+class MemoryProbe(Protocol):
     """What the manager asks about memory; it asks from a worker thread."""
 
     def capacity(self, device: str) -> int | None:
@@ -41,7 +41,7 @@ class MemoryMeter(Protocol):
         """
 
 
-class MachineMeter:
+class MachineProbe:
     """Measures this machine.
 
     :param cgroup_root: where control groups are mounted.
@@ -67,14 +67,15 @@ class MachineMeter:
 
     def used(self, devices: Iterable[str], without: Collection[int] = ()) -> dict[str, int]:
         """Of ``cpu`` what this process and its children have resident; of a GPU what all use."""
-        found = {}
+        used = {}
         for device in devices:
-            amount = _resident(without) if device == "cpu" else None
-            if device != "cpu" and (gpu := _gpu(device)) is not None:
-                amount = gpu[1]
+            if device == "cpu":
+                amount = _resident(without)
+            else:
+                amount = gpu[1] if (gpu := _gpu(device)) is not None else None
             if amount is not None:
-                found[device] = amount
-        return found
+                used[device] = amount
+        return used
 
     def _main_memory(self) -> int | None:
         import psutil
@@ -122,9 +123,9 @@ def _gpu(device: str) -> tuple[int, int] | None:
     with _nvml() as nvml:
         if nvml is not None:
             return _ask_nvml(nvml, name)
-    for found in devices()[0]:
-        total, free = found.memory_total, found.memory_free
-        if found.name == f"cuda:{name}" and total is not None and free is not None:
+    for gpu in devices()[0]:
+        total, free = gpu.memory_total, gpu.memory_free
+        if gpu.name == f"cuda:{name}" and total is not None and free is not None:
             return free, total - free
     return None
 

@@ -1,4 +1,4 @@
-"""What it would take to load a model: its variants, their handlers, their memory. Blocks.
+"""What it takes to load a model: its variants, their handlers, their memory. Blocks.
 
 Everything here may read files and import plugins, so the manager calls it in a thread.
 """
@@ -17,8 +17,9 @@ from engineroom.errors import EngineRoomError
 from engineroom.handlers.base import InferenceHandler
 from engineroom.handlers.registry import HandlerRegistry
 from engineroom.sources.source import PathSource, parse_source
+from engineroom.status import VariantOutcome, VariantResult
 
-__all__ = ["Candidate", "stamp", "survey"]
+__all__ = ["Candidate", "file_stamp", "find_candidates"]
 
 logger = logging.getLogger("engineroom.survey")
 
@@ -48,8 +49,22 @@ class Candidate:
     need: Mapping[str, int] = field(default_factory=dict)
     error: EngineRoomError | None = None
 
+    @property
+    def source(self) -> str:
+        """Where it comes from, as the deployment says it."""
+        return self.config.source or ""
 
-def survey(
+    @property
+    def runtime(self) -> str | None:
+        """The name of what would load it; ``None``: nothing, and the deployment names nothing."""
+        return self.config.runtime if self.handler is None else self.handler.name
+
+    def outcome(self, result: VariantResult, reason: str = "") -> VariantOutcome:
+        """What became of it."""
+        return VariantOutcome(self.source, self.runtime, result, reason)
+
+
+def find_candidates(
     registry: HandlerRegistry, config: ModelConfig, known: Mapping[int, Mapping[str, int]]
 ) -> list[Candidate]:
     """Every variant of a model, in order of preference.
@@ -82,7 +97,7 @@ def _candidate(
 def _estimate(handler: InferenceHandler, config: ModelConfig) -> dict[str, int] | None:
     """The handler's own; one that fails or makes no sense is logged, and counts for nothing."""
     try:
-        found: object = handler.estimate_memory(config)
+        estimate: object = handler.estimate_memory(config)
     except EngineRoomError:
         raise  # no such file, a wrong option: the load would say the same
     except Exception:
@@ -92,23 +107,23 @@ def _estimate(handler: InferenceHandler, config: ModelConfig) -> dict[str, int] 
             config.model_id,
         )
         return None
-    if found is None:
+    if estimate is None:
         return None
-    if isinstance(found, Mapping) and all(
+    if isinstance(estimate, Mapping) and all(
         isinstance(d, str) and isinstance(n, int) and not isinstance(n, bool) and n >= 0
-        for d, n in found.items()
+        for d, n in estimate.items()
     ):
-        return dict(found)
+        return dict(estimate)
     logger.error(
         "handler %r: estimate_memory returned %r for model %r instead of bytes by device",
         handler.name,
-        found,
+        estimate,
         config.model_id,
     )
     return None
 
 
-def stamp(source: str | None) -> object:
+def file_stamp(source: str | None) -> object:
     """Equal as long as nobody writes to the files that a source on this machine stands for."""
     if source is None:
         return None
@@ -127,5 +142,5 @@ def stamp(source: str | None) -> object:
 
 
 def _facts(path: Path) -> tuple[int, int, int]:
-    found = path.stat()
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    facts = path.stat()
+    return facts.st_ino, facts.st_size, facts.st_mtime_ns

@@ -1,8 +1,13 @@
-"""The states of models and every way from one to another; see :mod:`engineroom.models.manager`.
+"""The states of models, and every way from one to another.
 
-All state belongs to the event loop. Between seeing that a model is ready and counting its lease
-there is no ``await``, and what makes room for others runs in callbacks of its own, so there are no
-locks.
+All state belongs to the event loop, so there are no locks. Two rules keep it true:
+
+- No ``await`` comes between seeing that a model is ready and counting its lease.
+- What evicts models runs in callbacks of its own (:mod:`engineroom.models.memory_queue`), never
+  between the two.
+
+Loads and unloads are tasks of their own, so that a caller who is cancelled harms nobody who waits
+for the same model.
 """
 
 from __future__ import annotations
@@ -10,123 +15,136 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine
+from contextlib import AbstractAsyncContextManager
 from functools import partial
-from typing import Any, TypeVar
+from types import TracebackType
+from typing import Any
 
-from engineroom.config.deployment import DeploymentConfig
-from engineroom.errors import EngineRoomError, ResourceNotAvailableError
+from engineroom.config.model import LoadedModel
+from engineroom.errors import EngineDeadError, EngineRoomError, ResourceNotAvailableError
 from engineroom.handlers.registry import HandlerRegistry
 from engineroom.memory.account import MemoryAccount
-from engineroom.memory.probe import MemoryMeter
-from engineroom.models.entry import ModelEntry
-from engineroom.models.eviction import Room, Unwanted
+from engineroom.memory.probe import MemoryProbe
+from engineroom.models.candidates import Candidate
+from engineroom.models.entry import EntryTable, ModelEntry
+from engineroom.models.eviction import Evictor
 from engineroom.models.loader import Loader
+from engineroom.models.memory_queue import MemoryQueue, NobodyWaitsError
 from engineroom.status import ModelState
 
-__all__ = ["ModelLives"]
+__all__ = ["Lifecycle"]
 
 logger = logging.getLogger("engineroom.manager")
 
-_T = TypeVar("_T")
 
+class Lifecycle:
+    """Loads, leases and unloads the entries of a table.
 
-class ModelLives(ABC):
-    """Loads, leases and unloads entries; which ones there are, a subclass knows.
+    Every change of a state goes through ``_change_state``, every load through ``_load``: there a
+    failed load would note when it may be tried again, and ``_become_ready`` refuse until then.
+    A model whose engine has died comes in by :meth:`release`; where a model runs (in this process
+    or in another) is for its :class:`Candidate` to say and for the loader to follow.
 
-    :param config: the deployment.
-    :param meter: how memory is measured.
+    :param account: who holds how much memory.
+    :param probe: how memory is measured.
+    :param registry: the handlers; called when they are needed.
     """
 
-    def __init__(self, config: DeploymentConfig, meter: MemoryMeter) -> None:
-        self.config = config
-        self._account = MemoryAccount(config.memory)
-        self._retired: set[ModelEntry] = set()
-        self._room = Room(self._account, self._all_entries, self._evict)
-        self._loader = Loader(self._account, self._room, meter, self._in_thread)
+    def __init__(
+        self,
+        table: EntryTable,
+        account: MemoryAccount,
+        probe: MemoryProbe,
+        registry: Callable[[], HandlerRegistry],
+    ) -> None:
+        self.closed = False
+        self.queue = MemoryQueue(Evictor(account, table), self._evict)
+        self.loader = Loader(self.queue, probe)
+        self._table = table
+        self._registry = registry
         self._arrivals = 0
-        self._closed = False
-
-    @property
-    @abstractmethod
-    def registry(self) -> HandlerRegistry:
-        """The handlers that load the models."""
-
-    @abstractmethod
-    def _find(self, model_id: str) -> ModelEntry:
-        """The entry of an id or alias. :raises ModelNotFoundError: there is none."""
-
-    @abstractmethod
-    def _all_entries(self) -> Iterable[ModelEntry]:
-        """Every entry that may hold memory, retired ones included."""
 
     # ── getting hold of a model ──────────────────────────────────────────────────────────────
 
-    async def _obtain(self, model_id: str, *, lease: bool) -> ModelEntry:
-        """The model's entry, ready; with ``lease``, held. No ``await`` comes after it was seen."""
-        entry = self._find(model_id)
-        if not entry.usable:
-            entry = await self._wait_for(entry, model_id)
-        if lease:
-            entry.leases += 1
-            entry.cancel_timer()
+    def lease(self, name: str) -> AbstractAsyncContextManager[LoadedModel]:
+        """Hold a model, by id or alias, inside of the ``async with``."""
+        return _Lease(self, name)
+
+    async def acquire(self, name: str) -> ModelEntry:
+        """The entry of an id or alias, ready and leased; give it to :meth:`release`."""
+        entry = await self.ready(name)
+        entry.leases += 1
+        entry.cancel_idle_timer()
         return entry
 
-    async def _wait_for(self, entry: ModelEntry, model_id: str) -> ModelEntry:
+    async def ready(self, name: str) -> ModelEntry:
+        """The entry of an id or alias, ready now: it may be unloaded after the next ``await``."""
+        entry = self._table.find(name)
+        if entry.usable:
+            return entry
         self._arrivals += 1
         arrival = self._arrivals
-        entry = self._join(entry, arrival)
+        entry.join(arrival)
         try:
             while not entry.usable:
                 if entry.retired:
-                    entry.wanted -= 1
-                    entry = self._join(self._find(model_id), arrival)
+                    successor = self._table.find(name)
+                    entry.waiting_callers -= 1
+                    entry = successor
+                    entry.join(arrival)
                 else:
                     await self._become_ready(entry)
         finally:
-            entry.wanted -= 1
-            self._room.kick()
+            entry.waiting_callers -= 1
+            self.queue.wake()
         return entry
 
-    def _join(self, entry: ModelEntry, arrival: int) -> ModelEntry:
-        if entry.wanted == 0:
-            entry.arrival = arrival
-        entry.wanted += 1
-        return entry
-
-    def _release(self, entry: ModelEntry, dead: bool) -> None:
-        entry.release(time.monotonic())
+    def release(self, entry: ModelEntry, *, dead: bool) -> None:
+        """Give a lease back. ``dead``: the model's engine has ended under it."""
+        entry.release()
         if dead and entry.usable:
             self._begin_unload(entry, "its engine has ended; the next request loads it anew")
         elif entry.leases == 0:
-            self._idle(entry, just_used=True)
-            if self._room.waiting:
-                self._room.kick()
+            self.start_idle_timer(entry, just_used=True)
+            if self.queue.waiting:
+                self.queue.wake()
 
-    def _idle(self, entry: ModelEntry, *, just_used: bool) -> None:
-        """Nobody holds the model: begin to count, where it does not stay forever."""
-        entry.cancel_timer()
-        if entry.keep_alive_s is None or not entry.usable or entry.leases or self._closed:
+    def start_idle_timer(self, entry: ModelEntry, *, just_used: bool = False) -> None:
+        """Begin to count where nobody holds the model and it does not stay forever."""
+        entry.cancel_idle_timer()
+        if entry.keep_alive_s is None or not entry.usable or entry.leases or self.closed:
             return
         if entry.keep_alive_s == 0:
-            if just_used and not entry.wanted:
+            if just_used and not entry.waiting_callers:
                 self._begin_unload(entry, "keep_alive is 0")
             return
         loop = asyncio.get_running_loop()
-        entry.timer = loop.call_later(entry.keep_alive_s, self._expire, entry)
+        entry.idle_timer = loop.call_later(entry.keep_alive_s, self._expire, entry)
 
     def _expire(self, entry: ModelEntry) -> None:
-        entry.timer = None
-        if entry.usable and not entry.leases and not entry.wanted and not self._closed:
+        entry.idle_timer = None
+        if entry.usable and not entry.leases and not entry.waiting_callers and not self.closed:
             self._begin_unload(entry, f"nobody used it for {entry.keep_alive_s:g} s (keep_alive)")
 
+    async def candidates(self, entry: ModelEntry) -> list[Candidate]:
+        """The model's variants and what they need, in order of preference."""
+        return await self.loader.candidates(entry, self._registry())
+
+    async def fits_only_alone(self, entry: ModelEntry) -> bool:
+        """Whether the model could be loaded, but not beside those that are loaded now."""
+        needs = [c.need for c in await self.candidates(entry) if c.error is None]
+        evictor = self.queue.evictor
+        return any(evictor.can_ever_fit(entry, need) for need in needs) and all(
+            evictor.account.lacking(need) for need in needs
+        )
+
     async def _become_ready(self, entry: ModelEntry) -> None:
-        """Take part in the load that goes on, or begin one. The state is to be seen again."""
-        if self._closed:
-            raise _closed(entry.config.model_id)
+        """Take part in the load that goes on, or begin one. Then look at the state again."""
+        if self.closed:
+            raise _closed(entry)
         if entry.task is None or entry.task.done():
-            self._set(entry, "loading", "a request needs it")
+            self._change_state(entry, "loading", "a request needs it")
             task = self._start(entry, self._load(entry))
         else:
             task = entry.task
@@ -144,42 +162,39 @@ class ModelLives(ABC):
     async def _load(self, entry: ModelEntry) -> None:
         try:
             deadline = asyncio.get_running_loop().time() + entry.load_timeout_s
-            candidates = await self._loader.survey(entry, self.registry)
-            fallback = entry.config.fallback
-            fallback = self.config.fallback if fallback is None else fallback
-            await self._loader.load(entry, candidates, deadline, fallback=fallback)
-        except Unwanted:
-            self._set(entry, "unloaded", "nobody waits for it any more")
+            await self.loader.load(entry, await self.candidates(entry), deadline)
+        except NobodyWaitsError:
+            self._change_state(entry, "unloaded", "nobody waits for it any more")
             return
         except EngineRoomError as error:
             entry.error = error.with_context(model_id=entry.config.model_id)
-            self._set(entry, "failed", error.message)
+            self._change_state(entry, "failed", error.message)
             raise
-        except asyncio.CancelledError as error:
-            self._set(entry, "unloaded", "its load was stopped")
-            if entry.retired:
-                return  # it was us; who waits for it goes on to what replaces it
-            if self._closed:
-                raise _closed(entry.config.model_id) from error
+        except BaseException as error:
+            self._change_state(entry, "unloaded", "its load was stopped")
+            if isinstance(error, asyncio.CancelledError):
+                if entry.retired:
+                    return  # it was us; who waits for it goes on to what replaces it
+                if self.closed:
+                    raise _closed(entry) from error
             raise
-        except BaseException:
-            self._set(entry, "unloaded", "its load was stopped")
-            raise
-        assert entry.loaded is not None
         entry.error = None
         entry.ready_at = time.monotonic()
-        entry.loads += 1
-        self._set(entry, "ready", "it was loaded")
+        self._change_state(entry, "ready", "it was loaded")
         duration = entry.load_duration_s or 0.0
         logger.info("model %r is ready after %.1f s", entry.config.model_id, duration)
-        self.registry.notify(
+        self._registry().notify(
             "engineroom_model_loaded", loaded_model=entry.loaded, duration_s=duration
         )
-        self._idle(entry, just_used=False)
+        self.start_idle_timer(entry)
 
     # ── letting go of a model ────────────────────────────────────────────────────────────────
 
-    async def _unload_entry(self, entry: ModelEntry, timeout_s: float | None = None) -> None:
+    async def unload(self, entry: ModelEntry, timeout_s: float | None = None) -> None:
+        """Unload it as soon as nobody holds it. One that is not loaded stays so.
+
+        :raises ResourceNotAvailableError: it was still held after ``timeout_s``; it goes on.
+        """
         while (task := entry.task) is not None and not task.done():
             unloading = entry.state == "draining"
             done, _ = await asyncio.wait([task], timeout=timeout_s if unloading else None)
@@ -190,83 +205,102 @@ class ModelLives(ABC):
                 task.result()
                 return
         if entry.usable:
-            self._set(entry, "draining", "it was asked for")  # requests wait, and load it anew
+            self._change_state(entry, "draining", "it was asked for")
             await asyncio.shield(self._start(entry, self._unload(entry, timeout_s)))
 
+    def retire(self, entry: ModelEntry) -> None:
+        """Its place in the table is taken: stop its load, or unload it after its last request."""
+        entry.retired = True
+        self._table.retired.add(entry)
+        if entry.state == "loading" and entry.task is not None:
+            entry.task.cancel()
+        elif entry.usable:
+            self._begin_unload(entry, "the deployment has replaced or removed it")
+        elif entry.task is None or entry.task.done():
+            self._table.retired.discard(entry)
+
+    async def close(self) -> None:
+        """Stop the loads, unload everything, and load nothing any more.
+
+        :raises EngineRoomError: the first failure; the other models are unloaded nevertheless.
+        """
+        self.closed = True
+        self.queue.close(ResourceNotAvailableError("the model manager is closed"))
+        failed: EngineRoomError | None = None
+        for entry in self._table:
+            entry.cancel_idle_timer()
+            if entry.state == "loading" and entry.task is not None:
+                entry.task.cancel()
+                await asyncio.wait([entry.task])
+            try:
+                await self.unload(entry)
+            except EngineRoomError as error:
+                logger.error("unloading %r failed: %s", entry.config.model_id, error)
+                failed = failed or error
+        if failed is not None:
+            raise failed
+
     def _evict(self, entry: ModelEntry, reason: str) -> None:
-        entry.drain = asyncio.get_running_loop().create_future()
+        entry.eviction = asyncio.get_running_loop().create_future()
         self._begin_unload(entry, reason)
 
     def _begin_unload(self, entry: ModelEntry, reason: str) -> None:
         """Unload it as soon as nobody holds it; nobody waits for that."""
         logger.info("model %r is unloaded: %s", entry.config.model_id, reason)
-        self._set(entry, "draining", reason)
+        self._change_state(entry, "draining", reason)
         _ = self._start(entry, self._unload(entry, None))
 
     async def _unload(self, entry: ModelEntry, timeout_s: float | None) -> None:
-        entry.cancel_timer()
+        entry.cancel_idle_timer()
         if entry.leases:
             try:
-                await self._drained(entry, timeout_s)
+                await self._drain(entry, timeout_s)
             except BaseException as error:
-                self._set(entry, "ready", str(error) or type(error).__name__)
+                self._change_state(entry, "ready", str(error) or type(error).__name__)
                 raise
-        entry.drain = None
+        entry.eviction = None
         loaded = entry.loaded
-        assert loaded is not None
         started = time.perf_counter()
         try:
-            not_returned = await self._loader.unload(entry)
+            not_returned = await self.loader.unload(entry)
         except EngineRoomError as error:
             entry.error = error
-            self._set(entry, "failed", error.message)
+            self._change_state(entry, "failed", error.message)
             raise
         except BaseException:
-            self._set(entry, "unloaded", "its unload was stopped")
+            self._change_state(entry, "unloaded", "its unload was stopped")
             raise
         duration = time.perf_counter() - started
-        self._set(entry, "unloaded", "it was unloaded")
+        self._change_state(entry, "unloaded", "it was unloaded")
         logger.info("model %r was unloaded in %.1f s", entry.config.model_id, duration)
-        self.registry.notify(
+        self._registry().notify(
             "engineroom_model_unloaded",
             loaded_model=loaded,
             duration_s=duration,
             not_returned=not_returned,
         )
 
-    async def _drained(self, entry: ModelEntry, timeout_s: float | None) -> None:
+    async def _drain(self, entry: ModelEntry, timeout_s: float | None) -> None:
         """Wait for the last lease; or until an eviction turns out not to be needed."""
-        if (released := entry.drain) is None:
-            released = asyncio.get_running_loop().create_future()
-        entry.waiters.append(released)
+        drained = entry.eviction or asyncio.get_running_loop().create_future()
+        entry.drained.append(drained)
         try:
             async with asyncio.timeout(timeout_s):
-                await released
+                await drained
         except TimeoutError as error:
             raise _still_held(entry, timeout_s) from error
         finally:
-            entry.drain = None
-            if released in entry.waiters:
-                entry.waiters.remove(released)
+            entry.eviction = None
+            if drained in entry.drained:
+                entry.drained.remove(drained)
 
-    def _retire(self, entry: ModelEntry) -> None:
-        """Its place is taken: stop its load, or unload it after its last request."""
-        entry.retired = True
-        self._retired.add(entry)
-        if entry.state == "loading" and entry.task is not None:
-            entry.task.cancel()
-        elif entry.usable:
-            self._begin_unload(entry, "the deployment has replaced or removed it")
-        elif entry.task is None or entry.task.done():
-            self._retired.discard(entry)
+    # ── states and tasks ─────────────────────────────────────────────────────────────────────
 
-    # ── small things ─────────────────────────────────────────────────────────────────────────
-
-    def _set(self, entry: ModelEntry, state: ModelState, reason: str) -> None:
+    def _change_state(self, entry: ModelEntry, state: ModelState, reason: str) -> None:
         old, entry.state = entry.state, state
         model_id = entry.config.model_id
         logger.debug("model %r: %s → %s (%s)", model_id, old, state, reason)
-        self.registry.notify(
+        self._registry().notify(
             "engineroom_model_state_changed",
             model_id=model_id,
             old_state=old,
@@ -281,23 +315,45 @@ class ModelLives(ABC):
         task.add_done_callback(partial(self._ended, entry))
         return task
 
-    def _ended(self, entry: ModelEntry, task: asyncio.Task[Any]) -> None:
+    def _ended(self, entry: ModelEntry, task: asyncio.Task[None]) -> None:
         if not task.cancelled():
             task.exception()  # all who waited may have gone; the entry keeps it for the next one
         elif entry.task is task and entry.state == "loading":  # it had not even begun
-            self._set(entry, "unloaded", "its load was stopped")
+            self._change_state(entry, "unloaded", "its load was stopped")
         if entry.task is task and entry.retired:
             if entry.usable:
                 self._begin_unload(entry, "the deployment has replaced or removed it")
             else:
-                self._retired.discard(entry)
-        self._room.kick()
-
-    async def _in_thread(self, call: Callable[[], _T]) -> _T:
-        return await asyncio.to_thread(call)
+                self._table.retired.discard(entry)
+        self.queue.wake()
 
 
-def _closed(model_id: str) -> ResourceNotAvailableError:
+class _Lease(AbstractAsyncContextManager[LoadedModel]):
+    __slots__ = ("_entry", "_lifecycle", "_name")
+
+    def __init__(self, lifecycle: Lifecycle, name: str) -> None:
+        self._lifecycle = lifecycle
+        self._name = name
+        self._entry: ModelEntry | None = None
+
+    async def __aenter__(self) -> LoadedModel:
+        self._entry = entry = await self._lifecycle.acquire(self._name)
+        assert entry.loaded is not None
+        return entry.loaded
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        entry, self._entry = self._entry, None
+        if entry is not None:
+            self._lifecycle.release(entry, dead=isinstance(error, EngineDeadError))
+
+
+def _closed(entry: ModelEntry) -> ResourceNotAvailableError:
+    model_id = entry.config.model_id
     return ResourceNotAvailableError(
         f"the model manager is closed; model {model_id!r} is not loaded", model_id=model_id
     )

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from engineroom.config.model import LoadedModel, ModelConfig
 from engineroom.errors import (
@@ -18,155 +19,123 @@ from engineroom.errors import (
 )
 from engineroom.handlers.base import InferenceHandler
 from engineroom.handlers.registry import HandlerRegistry
-from engineroom.memory.account import Footprint, MemoryAccount, settled
-from engineroom.memory.probe import MemoryMeter
-from engineroom.models.candidates import Candidate, stamp, survey
+from engineroom.memory.account import Footprint, settled
+from engineroom.memory.probe import MemoryProbe
+from engineroom.models.candidates import Candidate, file_stamp, find_candidates
 from engineroom.models.entry import ModelEntry
-from engineroom.models.eviction import Room
-from engineroom.status import VariantOutcome
+from engineroom.models.memory_queue import MemoryQueue
+from engineroom.status import VariantResult
 from engineroom.units import format_size
 
 __all__ = ["Loader"]
 
 logger = logging.getLogger("engineroom.loading")
 
-_T = TypeVar("_T")
 _CHANGED_ATTEMPTS = 2
 """How often a model is loaded whose files are written meanwhile."""
 
 
-class _InThread(Protocol):
-    def __call__(self, call: Callable[[], _T], /) -> Awaitable[_T]: ...
-
-
-class _Interval:
-    """The time of a load or an unload; measurements count where nothing else overlapped it."""
-
-    def __init__(self, loader: Loader) -> None:
-        self._loader = loader
-        self._mark = 0
-        self._alone = False
-
-    def __enter__(self) -> _Interval:
-        loader = self._loader
-        loader._changing += 1
-        loader._changes += 1
-        self._alone, self._mark = loader._changing == 1, loader._changes
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._loader._changing -= 1
-
-    @property
-    def undisturbed(self) -> bool:
-        return self._alone and self._loader._changes == self._mark
-
-
 class Loader:
-    """Does what the manager decides; keeps account and measurements.
+    """Does what the lifecycle decides; keeps account and measurements.
 
-    :param in_thread: runs what blocks.
+    :param queue: who grants memory, and keeps its account.
+    :param probe: how memory is measured.
     """
 
-    def __init__(
-        self, account: MemoryAccount, room: Room, meter: MemoryMeter, in_thread: _InThread
-    ) -> None:
-        self._account = account
-        self._room = room
-        self._meter = meter
-        self._in_thread = in_thread
+    def __init__(self, queue: MemoryQueue, probe: MemoryProbe) -> None:
+        self.in_thread = asyncio.to_thread
+        """Runs what blocks."""
+        self._queue = queue
+        self._evictor = queue.evictor
+        self._account = queue.evictor.account
+        self._probe = probe
         self._handlers: tuple[InferenceHandler, ...] = ()
         """All that have loaded: what a runtime keeps may outlive its models."""
-        self._changing = 0
-        self._changes = 0
+        self._running = self._started = 0  # loads and unloads
 
-    async def survey(self, entry: ModelEntry, registry: HandlerRegistry) -> list[Candidate]:
+    async def candidates(self, entry: ModelEntry, registry: HandlerRegistry) -> list[Candidate]:
         """The model's variants; devices that they need get a budget if they have none yet."""
-        known = dict(entry.known)
-        config = entry.config
+        known, config = dict(entry.known), entry.config
 
         def look() -> tuple[list[Candidate], dict[str, int | None]]:
-            found = survey(registry, config, known)
-            devices = {device for candidate in found for device in candidate.takes}
+            candidates = find_candidates(registry, config, known)
+            devices = {device for candidate in candidates for device in candidate.takes}
             new = [device for device in devices if not self._account.knows(device)]
-            return found, {device: self._meter.capacity(device) for device in new}
+            return candidates, {device: self._probe.capacity(device) for device in new}
 
-        candidates, budgets = await self._in_thread(look)
+        candidates, budgets = await self.in_thread(look)
         for device, budget in budgets.items():
             if not self._account.knows(device):
                 # What models of ours hold there already is not free, but it is theirs to share.
                 whole = None if budget is None else budget + self._account.taken(device)
                 self._account.set_budget(device, whole, detected=True)
-        prints = entry.footprints
+        footprints = entry.footprints
         return [
-            replace(c, need=prints.get(c.place, Footprint()).beside_left(c.takes))
+            replace(c, need=footprints.get(c.place, Footprint()).beside_left(c.takes))
             for c in candidates
         ]
+
+    @contextmanager
+    def _interval(self) -> Iterator[Callable[[], bool]]:
+        """The time of a load or an unload; says whether no other one has overlapped it so far."""
+        self._running += 1
+        self._started += 1
+        alone, mark = self._running == 1, self._started
+        try:
+            yield lambda: alone and self._started == mark
+        finally:
+            self._running -= 1
 
     # ── loading ──────────────────────────────────────────────────────────────────────────────
 
     async def load(
-        self,
-        entry: ModelEntry,
-        candidates: Sequence[Candidate],
-        deadline: float,
-        *,
-        fallback: bool,
+        self, entry: ModelEntry, candidates: Sequence[Candidate], deadline: float
     ) -> None:
         """Load the first variant that there is room for; the next ones where it fails.
 
+        :param deadline: on the loop's clock, for there to be room.
         :raises EngineRoomError: none could be loaded.
         """
         errors: dict[int, EngineRoomError] = {}
-        outcomes = [
-            VariantOutcome(c.config.source or "", _runtime(c), "not tried") for c in candidates
-        ]
-        entry.outcomes = outcomes
+        outcomes = entry.outcomes = [candidate.outcome("not tried") for candidate in candidates]
 
-        def note(candidate: Candidate, error: EngineRoomError, *, tried: bool) -> None:
+        def note(candidate: Candidate, result: VariantResult, error: EngineRoomError) -> None:
             errors[candidate.place] = error
-            outcomes[candidate.place] = VariantOutcome(
-                candidate.config.source or "",
-                _runtime(candidate),
-                "failed" if tried else "refused",
-                error.message,
-            )
+            outcomes[candidate.place] = candidate.outcome(result, error.message)
 
         possible = []
         for candidate in candidates:
             if candidate.error is not None:
-                note(candidate, candidate.error, tried=False)
-            elif not self._room.fits_ever(entry, candidate.need):
-                note(candidate, self._room.refusal(entry, candidate.need), tried=False)
+                note(candidate, "refused", candidate.error)
+            elif not self._evictor.can_ever_fit(entry, candidate.need):
+                note(candidate, "refused", self._evictor.refusal(entry, candidate.need))
             else:
                 possible.append(candidate)
         while possible:
-            chosen = next((c for c in possible if self._room.fits_soon(entry, c.need)), possible[0])
+            chosen = next((c for c in possible if self._queue.fits_now(entry, c.need)), possible[0])
             possible.remove(chosen)
             try:
                 await self._load_one(entry, chosen, deadline)
             except EngineRoomError as error:
-                note(chosen, error, tried=True)
-                if not fallback:
+                note(chosen, "failed", error)
+                if not entry.fallback:
                     raise
                 if possible:
                     logger.warning(
                         "model %r: %s from %s failed, the next variant is tried: %s",
                         entry.config.model_id,
-                        _runtime(chosen),
+                        chosen.runtime,
                         chosen.config.source,
                         error.describe(),
                     )
             else:
-                outcomes[chosen.place] = VariantOutcome(
-                    chosen.config.source or "", _runtime(chosen), "used"
-                )
+                outcomes[chosen.place] = chosen.outcome("used")
                 entry.variant = chosen.place
                 return
         raise _none_left(entry.config, [errors[place] for place in sorted(errors)])
 
     async def _load_one(self, entry: ModelEntry, candidate: Candidate, deadline: float) -> None:
-        await self._room.acquire(entry, candidate.need, deadline)
+        await self._queue.acquire(entry, candidate.need, deadline)
         try:
             await self._load_reserved(entry, candidate)
         except BaseException:
@@ -181,12 +150,12 @@ class Loader:
         devices = {"cpu", *candidate.need}
         model_id = config.model_id
         await typed(
-            handler, "import_runtime", model_id, lambda: self._in_thread(handler.import_runtime)
+            handler, "import_runtime", model_id, lambda: self.in_thread(handler.import_runtime)
         )
         for attempt in range(1, _CHANGED_ATTEMPTS + 1):
             logger.info("loading model %r with %s from %s", model_id, handler.name, config.source)
-            with _Interval(self) as interval:
-                before, mark = await self._in_thread(lambda: self._look(devices, config))
+            with self._interval() as undisturbed:
+                before, mark = await self.in_thread(lambda: self._look(devices, config))
                 started = time.perf_counter()
                 loaded = await typed(
                     handler, "load_model", model_id, lambda: handler.load_model(config)
@@ -198,11 +167,11 @@ class Loader:
                     )
                 duration = time.perf_counter() - started
                 try:
-                    after, mark_after = await self._in_thread(lambda: self._look(devices, config))
+                    after, mark_after = await self.in_thread(lambda: self._look(devices, config))
                 except BaseException:
                     await _give_back(handler, loaded)
                     raise
-                undisturbed = interval.undisturbed
+                growth = _difference(before, after) if undisturbed() else {}
             if mark == mark_after:
                 break
             logger.warning("model %r: its files were written while it was loaded", model_id)
@@ -217,7 +186,7 @@ class Loader:
             loaded.handler_name = handler.name
         entry.loaded, entry.handler = loaded, handler
         entry.load_duration_s = duration
-        self._settle(entry, candidate, loaded, _difference(before, after) if undisturbed else {})
+        self._settle(entry, candidate, loaded, growth)
 
     def _settle(
         self,
@@ -263,8 +232,8 @@ class Loader:
         devices = {"cpu", *held}
         lost: dict[str, int] = {}
         try:
-            with _Interval(self) as interval:
-                before = await self._in_thread(lambda: self._used(devices))
+            with self._interval() as undisturbed:
+                before = await self.in_thread(lambda: self._used(devices))
                 try:
                     await typed(
                         handler,
@@ -273,8 +242,8 @@ class Loader:
                         lambda: handler.unload_model(loaded),
                     )
                 finally:
-                    after = await self._in_thread(lambda: self._used(devices))
-                    if interval.undisturbed and entry.variant is not None:
+                    after = await self.in_thread(lambda: self._used(devices))
+                    if undisturbed() and entry.variant is not None:
                         footprint = entry.footprints.get(entry.variant, Footprint())
                         lost = footprint.unloaded(_difference(after, before))
         finally:
@@ -291,7 +260,7 @@ class Loader:
     def _look(
         self, devices: Iterable[str], config: ModelConfig
     ) -> tuple[Mapping[str, int], object]:
-        return self._used(devices), stamp(config.source)
+        return self._used(devices), file_stamp(config.source)
 
     def _used(self, devices: Iterable[str]) -> Mapping[str, int]:
         """What is used beside processes that are no model's, whichever runtime they belong to."""
@@ -304,7 +273,7 @@ class Loader:
                     "handler %r: runtime_processes failed; what they take counts for the model",
                     handler.name,
                 )
-        return self._meter.used(devices, without)
+        return self._probe.used(devices, without)
 
 
 async def typed(
@@ -338,10 +307,6 @@ def _difference(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str
     return {device: amount - before[device] for device, amount in after.items() if device in before}
 
 
-def _runtime(candidate: Candidate) -> str | None:
-    return candidate.handler.name if candidate.handler is not None else candidate.config.runtime
-
-
 def _none_left(config: ModelConfig, errors: Sequence[EngineRoomError]) -> EngineRoomError:
     if len(errors) == 1:
         return errors[0]
@@ -353,7 +318,7 @@ def _none_left(config: ModelConfig, errors: Sequence[EngineRoomError]) -> Engine
     kind: type[EngineRoomError] = ConfigurationError
     if len(kinds) == 1:
         kind = kinds.pop()
-    elif any(issubclass(each, ResourceNotAvailableError) for each in kinds):
+    elif any(issubclass(k, ResourceNotAvailableError) for k in kinds):
         kind = ResourceNotAvailableError  # another time there may be room
     error = kind(message, model_id=config.model_id)
     error.__cause__ = errors[0]

@@ -1,13 +1,13 @@
 """The models of a deployment: loaded once, leased to requests, never unloaded under one.
 
-A model is ``unloaded``, ``loading``, ``ready``, ``draining`` (to be unloaded as soon as its last
-lease is given back) or ``failed`` (the next request tries again). Loads and unloads are tasks of
-the manager's own, so that a caller who is cancelled harms nobody who waits for the same model.
-What blocks (plugins, files, measurements) is done in threads.
+A model is ``unloaded``, ``loading``, ``ready``, ``draining`` (unloaded as soon as its last lease is
+given back) or ``failed`` (the next request tries again).
 
-Here is what a deployment is to its users. The states are in :mod:`engineroom.models.lifecycle`, who
-holds how much memory in :mod:`engineroom.memory.account`, who waits for it and who has to go in
-:mod:`engineroom.models.eviction`.
+This module is what a deployment is to its users. Behind it, :mod:`~engineroom.models.lifecycle`
+changes states, :mod:`~engineroom.models.loader` loads, :mod:`~engineroom.models.memory_queue` holds
+who waits for memory, :mod:`~engineroom.models.eviction` says who has to go, and
+:mod:`engineroom.memory.account` says who holds how much. All of it belongs to the event loop; what
+blocks (plugins, files, measurements) is done in threads.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from functools import partial
-from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from pydantic import ValidationError
 
@@ -28,26 +27,22 @@ from engineroom.config.changes import compare, load_settled
 from engineroom.config.deployment import DeploymentConfig, load_deployment
 from engineroom.config.model import LoadedModel, ModelConfig
 from engineroom.config.options import problems
-from engineroom.config.suggestions import did_you_mean
-from engineroom.errors import (
-    ConfigurationError,
-    EngineDeadError,
-    EngineRoomError,
-    ModelNotFoundError,
-    ResourceNotAvailableError,
-)
+from engineroom.errors import ConfigurationError, EngineRoomError, ResourceNotAvailableError
 from engineroom.handlers.dispatch import DispatchReport
 from engineroom.handlers.registry import HandlerRegistry
-from engineroom.memory.account import DeviceMemory
-from engineroom.memory.probe import MachineMeter, MemoryMeter
-from engineroom.models.entry import ModelEntry
-from engineroom.models.lifecycle import ModelLives
+from engineroom.memory.account import DeviceMemory, MemoryAccount
+from engineroom.memory.probe import MachineProbe, MemoryProbe
+from engineroom.models.entry import EntryTable, ModelEntry
+from engineroom.models.lifecycle import Lifecycle
 from engineroom.models.plan import Plan, make_plan
 from engineroom.status import ModelState, ModelStatus, PreloadProgress, ReloadReport
 
 __all__ = ["LLMModelManager", "ModelSource", "ModelState", "ModelStatus"]
 
 logger = logging.getLogger("engineroom.manager")
+
+_File: TypeAlias = str | os.PathLike[str]
+_Deployment: TypeAlias = DeploymentConfig | Mapping[str, Any] | Sequence[ModelConfig]
 
 
 class ModelSource(Protocol):
@@ -60,63 +55,38 @@ class ModelSource(Protocol):
         """
 
 
-class _Lease(AbstractAsyncContextManager[LoadedModel]):
-    """Loads the model if need be, and keeps it loaded inside the ``async with``."""
-
-    __slots__ = ("_entry", "_manager", "_model_id")
-
-    def __init__(self, manager: LLMModelManager, model_id: str) -> None:
-        self._manager = manager
-        self._model_id = model_id
-        self._entry: ModelEntry | None = None
-
-    async def __aenter__(self) -> LoadedModel:
-        entry = await self._manager._obtain(self._model_id, lease=True)
-        assert entry.loaded is not None
-        self._entry = entry
-        return entry.loaded
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        entry, self._entry = self._entry, None
-        if entry is not None:
-            self._manager._release(entry, dead=isinstance(error, EngineDeadError))
-
-
-class LLMModelManager(ModelLives):
-    """Owns the life of every model of a deployment.
+class LLMModelManager:
+    """Loads, leases and unloads the models of a deployment.
 
     :param config_path: the deployment file; without it and ``config``, the file that
         ``ENGINEROOM_CONFIG`` names.
     :param config: the deployment as an object, a mapping of the same shape, or a list of models.
     :param registry: the handlers that load models; ``None``: those that are installed, as the
         deployment's ``handlers`` says.
-    :param meter: how memory is measured; ``None``: on this machine.
+    :param probe: how memory is measured; ``None``: on this machine.
     :raises ConfigurationError: both or neither were given, or the deployment has mistakes.
     """
 
     def __init__(
         self,
-        config_path: str | os.PathLike[str] | None = None,
-        config: DeploymentConfig | Mapping[str, Any] | Sequence[ModelConfig] | None = None,
+        config_path: _File | None = None,
+        config: _Deployment | None = None,
         *,
         registry: HandlerRegistry | None = None,
-        meter: MemoryMeter | None = None,
+        probe: MemoryProbe | None = None,
     ) -> None:
         if config_path is not None and config is not None:
             raise ConfigurationError("give config_path or config, not both")
         self._path = config_path
         self._from_file = config is None
-        deployment = load_deployment(config_path) if config is None else _as_deployment(config)
-        super().__init__(deployment, meter or MachineMeter())
+        self.config = load_deployment(config_path) if config is None else _as_deployment(config)
         self._registry = registry
-        self._entries = {m.model_id: ModelEntry(m, self.config) for m in self.config.models}
-        self._names = self._by_name()
-        self._background: set[asyncio.Task[Any]] = set()
+        self._account = MemoryAccount(self.config.memory)
+        self._table = EntryTable(self.config)
+        self._lifecycle = Lifecycle(
+            self._table, self._account, probe or MachineProbe(), lambda: self.registry
+        )
+        self._loads_ahead: set[asyncio.Task[None]] = set()
         self._reloading = asyncio.Lock()
 
     @property
@@ -143,7 +113,7 @@ class LLMModelManager(ModelLives):
     # ── looking ──────────────────────────────────────────────────────────────────────────────
 
     @property
-    def config_path(self) -> str | os.PathLike[str] | None:
+    def config_path(self) -> _File | None:
         """The deployment file, as it was given; ``None``: the one that ``ENGINEROOM_CONFIG`` names.
 
         :raises ConfigurationError: the deployment came from no file.
@@ -156,7 +126,8 @@ class LLMModelManager(ModelLives):
 
     def list_models(self) -> list[ModelStatus]:
         """Every model of the deployment and how it is."""
-        return [entry.status(self._account.holding(entry)) for entry in self._entries.values()]
+        entries = self._table.current.values()
+        return [entry.status(self._account.holding(entry)) for entry in entries]
 
     def memory(self) -> tuple[DeviceMemory, ...]:
         """The account of every device: its budget, who holds what, what was not given back.
@@ -167,14 +138,14 @@ class LLMModelManager(ModelLives):
 
     def get_config(self, model_id: str) -> ModelConfig:
         """The model's configuration. :raises ModelNotFoundError: there is no such model."""
-        return self._find(model_id).config
+        return self._table.find(model_id).config
 
     def get_loaded_model(self, model_id: str) -> LoadedModel | None:
         """The model if it is in memory, without a lease: it may be unloaded any time.
 
         :raises ModelNotFoundError: there is no such model.
         """
-        return self._find(model_id).loaded
+        return self._table.find(model_id).loaded
 
     def explain(self, model_id: str) -> DispatchReport:
         """Which handler runs the model (or would load it), and why no other.
@@ -184,7 +155,7 @@ class LLMModelManager(ModelLives):
 
         :raises ModelNotFoundError: there is no such model.
         """
-        entry = self._find(model_id)
+        entry = self._table.find(model_id)
         if entry.loaded is not None:
             report = self.registry.explain(entry.loaded)
         else:
@@ -204,11 +175,10 @@ class LLMModelManager(ModelLives):
 
         Nothing is loaded. Models that are loaded count as they are.
         """
-        entries = [*self._entries.values(), *self._retired]
-        surveys = {}
-        for entry in self._entries.values():
-            surveys[entry.config.model_id] = await self._loader.survey(entry, self.registry)
-        return make_plan(self.config, entries, surveys, self._account)
+        entries, candidates = list(self._table), {}
+        for model_id, entry in self._table.current.items():  # a reload makes a new mapping
+            candidates[model_id] = await self._lifecycle.candidates(entry)
+        return make_plan(entries, candidates, self._account)
 
     # ── loading and unloading ────────────────────────────────────────────────────────────────
 
@@ -221,11 +191,11 @@ class LLMModelManager(ModelLives):
         :raises ResourceNotAvailableError: there is no room for it, and there was none for
             ``load_timeout_s``.
         """
-        return _Lease(self, model_id)
+        return self._lifecycle.lease(model_id)
 
     async def load(self, model_id: str) -> LoadedModel:
         """Load a model; many callers share one load. Raises as :meth:`lease`."""
-        entry = await self._obtain(model_id, lease=False)
+        entry = await self._lifecycle.ready(model_id)
         assert entry.loaded is not None
         return entry.loaded
 
@@ -240,10 +210,10 @@ class LLMModelManager(ModelLives):
         :raises EngineRoomError: the first failure; the models that load are kept, and the
             others are tried again with their first request.
         """
-        wanted = [entry for entry in self._entries.values() if entry.config.preload]
+        to_load = [entry for entry in self._table.current.values() if entry.config.preload]
         failed: EngineRoomError | None = None
-        for number, entry in enumerate(wanted, 1):
-            step = partial(PreloadProgress, entry.config.model_id, number, len(wanted))
+        for number, entry in enumerate(to_load, 1):
+            step = partial(PreloadProgress, entry.config.model_id, number, len(to_load))
             try:
                 await self._preload(entry, step, progress or (lambda _: None))
             except EngineRoomError as error:
@@ -258,17 +228,9 @@ class LLMModelManager(ModelLives):
         :param timeout_s: seconds to wait for its leases; ``None``: without end.
         :raises ResourceNotAvailableError: it was still held then; it goes on serving.
         """
-        await self._unload_entry(self._find(model_id), timeout_s)
+        await self._lifecycle.unload(self._table.find(model_id), timeout_s)
 
-    async def reload(
-        self,
-        deployment: str
-        | os.PathLike[str]
-        | DeploymentConfig
-        | Mapping[str, Any]
-        | Sequence[ModelConfig]
-        | None = None,
-    ) -> ReloadReport:
+    async def reload(self, deployment: _File | _Deployment | None = None) -> ReloadReport:
         """Put another deployment in the place of this one, without breaking a running request.
 
         Models that are gone or made from something else are unloaded as soon as their running
@@ -278,11 +240,11 @@ class LLMModelManager(ModelLives):
         :raises ConfigurationError: it has mistakes; then nothing changes.
         """
         async with self._reloading:
-            if self._closed:
+            if self._lifecycle.closed:
                 raise ResourceNotAvailableError("the model manager is closed; nothing was reloaded")
             if deployment is None or isinstance(deployment, str | os.PathLike):
                 path = self.config_path if deployment is None else deployment
-                new = await self._in_thread(lambda: load_settled(path))
+                new = await asyncio.to_thread(load_settled, path)
             else:
                 new = _as_deployment(deployment)
             return self._apply(new)
@@ -293,25 +255,13 @@ class LLMModelManager(ModelLives):
 
         :raises EngineRoomError: the first failure; the other models are unloaded nevertheless.
         """
-        self._closed = True
-        self._room.close(ResourceNotAvailableError("the model manager is closed"))
-        for task in self._background:
+        for task in self._loads_ahead:
             task.cancel()
-        failed: EngineRoomError | None = None
-        for entry in list(self._all_entries()):
-            entry.cancel_timer()
-            if entry.state == "loading" and entry.task is not None:
-                entry.task.cancel()
-                await asyncio.wait([entry.task])
-            try:
-                await self._unload_entry(entry)
-            except EngineRoomError as error:
-                logger.error("unloading %r failed: %s", entry.config.model_id, error)
-                failed = failed or error
-        if self._background:
-            await asyncio.wait(self._background)
-        if failed is not None:
-            raise failed
+        try:
+            await self._lifecycle.close()
+        finally:
+            if self._loads_ahead:
+                await asyncio.wait(self._loads_ahead)
 
     async def _preload(
         self,
@@ -321,16 +271,11 @@ class LLMModelManager(ModelLives):
     ) -> None:
         started = time.perf_counter()
         model_id = entry.config.model_id
-        if not entry.usable:
-            candidates = await self._loader.survey(entry, self.registry)
-            fitting = [c for c in candidates if c.error is None]
-            if any(self._room.fits_ever(entry, c.need) for c in fitting) and all(
-                self._account.lacking(c.need) for c in fitting
-            ):
-                detail = "it does not fit beside the others; its first request loads it"
-                logger.info("model %r is not loaded ahead: %s", model_id, detail)
-                progress(step("skipped", time.perf_counter() - started, detail))
-                return
+        if not entry.usable and await self._lifecycle.fits_only_alone(entry):
+            detail = "it does not fit beside the others; its first request loads it"
+            logger.info("model %r is not loaded ahead: %s", model_id, detail)
+            progress(step("skipped", time.perf_counter() - started, detail))
+            return
         progress(step("loading"))
         try:
             await self.load(model_id)
@@ -342,40 +287,27 @@ class LLMModelManager(ModelLives):
     # ── another deployment ───────────────────────────────────────────────────────────────────
 
     def _apply(self, new: DeploymentConfig) -> ReloadReport:
-        old, report = self.config, compare(self.config, new)
-        self.config = new
-        for device in {*old.memory, *new.memory}:
+        report = compare(self.config, new)
+        for device in {*self.config.memory, *new.memory}:
             if device in new.memory:
                 self._account.set_budget(device, new.memory[device])
             else:
                 self._account.forget_budget(device)
-        running = {
-            name
-            for name in report.changed
-            if self._entries[name].usable or self._entries[name].state == "loading"
-        }
-        entries = {}
-        for model in new.models:
-            entry = self._entries.get(model.model_id)
-            if entry is None or model.model_id in report.changed:
-                entry = ModelEntry(model, new)
-            else:
-                entry.configure(model, new)
-            entries[model.model_id] = entry
-        leaving = [entry for name, entry in self._entries.items() if entries.get(name) is not entry]
-        self._entries = entries
-        self._names = self._by_name()
-        for entry in leaving:
-            self._retire(entry)
+        self.config = new
+        before = self._table.current
+        running = [n for n in report.changed if before[n].state in ("ready", "loading")]
+        for entry in self._table.replace(new, report.changed):
+            self._lifecycle.retire(entry)
         for name in report.adjusted:
-            if not self._entries[name].leases:
-                self._idle(self._entries[name], just_used=False)
+            self._lifecycle.start_idle_timer(self._table.current[name])
         logger.info("the deployment was reloaded: %s", report)
         self.registry.notify("engineroom_deployment_reloaded", report=report)
-        ahead = [n for n in report.added if entries[n].config.preload] + sorted(running)
-        if ahead:
-            self._spawn(self._load_ahead(ahead))
-        self._room.kick()
+        added = [name for name in report.added if self._table.current[name].config.preload]
+        if ahead := added + sorted(running):
+            task = asyncio.get_running_loop().create_task(self._load_ahead(ahead))
+            self._loads_ahead.add(task)
+            task.add_done_callback(self._loads_ahead.discard)
+        self._lifecycle.queue.wake()
         return report
 
     async def _load_ahead(self, names: Sequence[str]) -> None:
@@ -385,38 +317,8 @@ class LLMModelManager(ModelLives):
             except EngineRoomError as error:
                 logger.error("loading %r after the reload failed: %s", name, error.describe())
 
-    # ── small things ─────────────────────────────────────────────────────────────────────────
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
-
-    def _all_entries(self) -> Iterable[ModelEntry]:
-        return [*self._entries.values(), *self._retired]
-
-    def _by_name(self) -> dict[str, ModelEntry]:
-        return {
-            name: entry
-            for entry in self._entries.values()
-            for name in (entry.config.model_id, *entry.config.aliases)
-        }
-
-    def _find(self, model_id: str) -> ModelEntry:
-        try:
-            return self._names[model_id]
-        except KeyError:
-            known = ", ".join(self._entries) or "none; add one to the deployment"
-            raise ModelNotFoundError(
-                f"{model_id!r} is not a model of this deployment (models: {known})"
-                f"{did_you_mean(model_id, self._names)}",
-                model_id=model_id,
-            ) from None
-
-
-def _as_deployment(
-    config: DeploymentConfig | Mapping[str, Any] | Iterable[ModelConfig],
-) -> DeploymentConfig:
+def _as_deployment(config: _Deployment) -> DeploymentConfig:
     if isinstance(config, DeploymentConfig):
         return config
     try:

@@ -6,15 +6,16 @@ The plan plays the deployment through on a copy of the account, with the very ru
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from engineroom.config.deployment import DeploymentConfig
+from engineroom.config.model import ModelConfig
 from engineroom.memory.account import DeviceMemory, MemoryAccount
 from engineroom.models.candidates import Candidate, NeedFrom
 from engineroom.models.entry import ModelEntry
-from engineroom.models.eviction import Room
+from engineroom.models.eviction import Evictor
+from engineroom.status import ModelState
 from engineroom.units import format_size
 
 __all__ = ["Plan", "PlannedModel", "PlannedVariant", "make_plan"]
@@ -97,163 +98,138 @@ def sizes(memory: Mapping[str, int]) -> str:
 
 
 def make_plan(
-    deployment: DeploymentConfig,
-    entries: Sequence[ModelEntry],
-    surveys: Mapping[str, Sequence[Candidate]],
+    entries: Iterable[ModelEntry],
+    candidates: Mapping[str, Sequence[Candidate]],
     account: MemoryAccount,
 ) -> Plan:
     """Play the deployment through.
 
-    :param entries: the models as they are now; they are not touched.
-    :param surveys: the variants of each model, by id.
+    :param entries: the models as they are now, retired ones included; they are not touched.
+    :param candidates: the variants of each model, by id.
     :param account: the account as it is now; it is not touched.
     """
-    shadows = {entry: _shadow(entry, deployment) for entry in entries}
-    ledger = account.copy(lambda owner: shadows.get(owner, owner))  # type: ignore[call-overload]
-    room = Room(ledger, shadows.values, lambda *_: None)
-    models = [shadow for shadow in shadows.values() if not shadow.retired]
-    actions: dict[str, PlannedModel] = {}
-    for place, model in enumerate(models):
-        if model.usable or model.state == "loading":
+    played = {entry: _Model.of(entry) for entry in entries}
+    ledger = account.copy(played)
+    play = _Play(Evictor(ledger, played.values()), candidates)
+    models = [model for model in played.values() if not model.retired]
+    actions = {model: play.at_start(model, number) for number, model in enumerate(models)}
+    return Plan(tuple(actions[model] or play.on_demand(model) for model in models), ledger.report())
+
+
+@dataclass(slots=True, eq=False)
+class _Model:
+    """A model in the play, as the evictor sees it."""
+
+    entry: ModelEntry
+    config: ModelConfig
+    state: ModelState
+    retired: bool
+    leases: int
+    last_used: float | None
+    ready_at: float
+    load_duration_s: float | None
+    load_timeout_s: float
+    waiting_callers: int = 0
+
+    def __str__(self) -> str:
+        return str(self.entry)
+
+    @staticmethod
+    def of(entry: ModelEntry) -> _Model:
+        return _Model(
+            entry=entry,
+            config=entry.config,
+            state=entry.state,
+            retired=entry.retired,
+            leases=entry.leases,
+            last_used=entry.last_used,
+            ready_at=entry.ready_at,
+            load_duration_s=entry.load_duration_s,
+            load_timeout_s=entry.load_timeout_s,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Play:
+    evictor: Evictor[_Model]
+    candidates: Mapping[str, Sequence[Candidate]]
+
+    def at_start(self, model: _Model, number: int) -> PlannedModel | None:
+        """Keep it, or load it if it fits beside those before it; ``None``: it waits."""
+        account, model_id = self.evictor.account, model.config.model_id
+        if model.state in ("ready", "loading"):
             model.state = "ready"
-            actions[model.config.model_id] = _loaded(model, ledger)
-        elif model.config.preload:
-            _preload(model, surveys[model.config.model_id], room, place, actions)
-    for model in models:
-        if model.config.model_id not in actions:
-            planned = _on_demand(model, surveys[model.config.model_id], room)
-            actions[model.config.model_id] = planned
-    return Plan(tuple(actions[model.config.model_id] for model in models), ledger.report())
+            entry, memory = model.entry, account.holding(model)
+            return PlannedModel(model_id, "loaded", entry.runtime, entry.source, memory)
+        for candidate in self.candidates[model_id] if model.config.preload else ():
+            if candidate.error is None and not account.lacking(candidate.need):
+                account.reserve(model, candidate.need)
+                account.settle(model, candidate.need)
+                model.state, model.ready_at = "ready", float(number)
+                return self._planned(model, "preload", candidate)
+        return None
 
+    def on_demand(self, model: _Model) -> PlannedModel:
+        """What its first request would do, after the start."""
+        candidates, evictor = self.candidates[model.config.model_id], self.evictor
+        possible = [
+            c for c in candidates if c.error is None and evictor.can_ever_fit(model, c.need)
+        ]
+        if not possible:
+            return PlannedModel(
+                model.config.model_id,
+                "impossible",
+                reason="; ".join(self._refusal(model, c) for c in candidates),
+                variants=self._variants(model, None),
+            )
+        chosen = next((c for c in possible if evictor.fits_now(model, c.need)), possible[0])
+        victims = evictor.victims(model, chosen.need)
+        reason = "it does not fit beside the others" if model.config.preload else ""
+        if victims is None:
+            reason = "it waits until models that were just loaded may go"
+        elif any(victim.leases for victim in victims):
+            reason = "it waits until their requests end"
+        evicts = tuple(victim.config.model_id for victim in victims or ())
+        return self._planned(model, "on demand", chosen, evicts, reason)
 
-class _Shadow(ModelEntry):
-    """A model in the play; it is ready without having been loaded."""
-
-    __slots__ = ()
-
-    @property
-    def usable(self) -> bool:
-        return self.state == "ready"
-
-
-def _shadow(entry: ModelEntry, deployment: DeploymentConfig) -> _Shadow:
-    shadow = _Shadow(entry.config, deployment)
-    shadow.state, shadow.leases = entry.state, entry.leases
-    shadow.loaded, shadow.outcomes = entry.loaded, entry.outcomes
-    shadow.last_used, shadow.ready_at = entry.last_used, entry.ready_at
-    shadow.load_duration_s = entry.load_duration_s
-    shadow.retired = entry.retired
-    return shadow
-
-
-def _loaded(model: ModelEntry, ledger: MemoryAccount) -> PlannedModel:
-    loaded = model.loaded
-    return PlannedModel(
-        model.config.model_id,
-        "loaded",
-        loaded.handler_name if loaded else model.config.runtime,
-        (loaded.config if loaded else model.config.choices()[0]).source or "",
-        ledger.holding(model),
-    )
-
-
-def _preload(
-    model: ModelEntry,
-    candidates: Sequence[Candidate],
-    room: Room,
-    place: int,
-    actions: dict[str, PlannedModel],
-) -> None:
-    """Load it in the play, if it fits beside those before it."""
-    for candidate in candidates:
-        if candidate.error is None and not room.account.lacking(candidate.need):
-            room.account.reserve(model, candidate.need)
-            room.account.settle(model, candidate.need)
-            model.state, model.ready_at = "ready", float(place)
-            actions[model.config.model_id] = _planned(model, "preload", candidate, candidates, room)
-            return
-
-
-def _on_demand(model: ModelEntry, candidates: Sequence[Candidate], room: Room) -> PlannedModel:
-    possible = [c for c in candidates if c.error is None and room.fits_ever(model, c.need)]
-    if not possible:
-        refusals = [_refusal(model, c, room) for c in candidates]
+    def _planned(
+        self,
+        model: _Model,
+        action: Literal["preload", "on demand"],
+        chosen: Candidate,
+        evicts: tuple[str, ...] = (),
+        reason: str = "",
+    ) -> PlannedModel:
         return PlannedModel(
             model.config.model_id,
-            "impossible",
-            reason="; ".join(refusals),
-            variants=_variants(model, None, candidates, room),
+            action,
+            chosen.runtime,
+            chosen.source,
+            dict(chosen.need),
+            evicts,
+            reason,
+            self._variants(model, chosen),
         )
-    chosen = next((c for c in possible if room.fits_soon(model, c.need)), possible[0])
-    victims = room.victims(model, chosen.need)
-    reason = "it does not fit beside the others" if model.config.preload else ""
-    if victims is None:
-        reason = "it waits until models that were just loaded may go"
-    planned = _planned(model, "on demand", chosen, candidates, room, reason)
-    if victims and any(victim.leases for victim in victims):
-        planned = _planned(
-            model, "on demand", chosen, candidates, room, "it waits until their requests end"
-        )
-    evicts = tuple(victim.config.model_id for victim in victims or ())
-    return PlannedModel(
-        planned.model_id,
-        planned.action,
-        planned.runtime,
-        planned.source,
-        planned.memory,
-        evicts,
-        planned.reason,
-        planned.variants,
-    )
 
-
-def _planned(
-    model: ModelEntry,
-    action: Literal["preload", "on demand"],
-    chosen: Candidate,
-    candidates: Sequence[Candidate],
-    room: Room,
-    reason: str = "",
-) -> PlannedModel:
-    assert chosen.handler is not None
-    return PlannedModel(
-        model.config.model_id,
-        action,
-        chosen.handler.name,
-        chosen.config.source or "",
-        dict(chosen.need),
-        reason=reason,
-        variants=_variants(model, chosen, candidates, room),
-    )
-
-
-def _variants(
-    model: ModelEntry, chosen: Candidate | None, candidates: Sequence[Candidate], room: Room
-) -> tuple[PlannedVariant, ...]:
-    found = []
-    for candidate in candidates:
-        verdict: Literal["chosen", "possible", "refused"] = "possible"
-        reason = ""
-        if candidate is chosen:
-            verdict = "chosen"
-        elif refusal := _refusal(model, candidate, room):
-            verdict, reason = "refused", refusal
-        found.append(
-            PlannedVariant(
-                candidate.config.source or "",
-                candidate.handler.name if candidate.handler else candidate.config.runtime,
-                dict(candidate.need),
-                candidate.need_from,
-                verdict,
-                reason,
+    def _variants(self, model: _Model, chosen: Candidate | None) -> tuple[PlannedVariant, ...]:
+        variants = []
+        for candidate in self.candidates[model.config.model_id]:
+            refusal = "" if candidate is chosen else self._refusal(model, candidate)
+            variants.append(
+                PlannedVariant(
+                    candidate.source,
+                    candidate.runtime,
+                    dict(candidate.need),
+                    candidate.need_from,
+                    "chosen" if candidate is chosen else "refused" if refusal else "possible",
+                    refusal,
+                )
             )
-        )
-    return tuple(found)
+        return tuple(variants)
 
-
-def _refusal(model: ModelEntry, candidate: Candidate, room: Room) -> str:
-    if candidate.error is not None:
-        return candidate.error.message
-    if not room.fits_ever(model, candidate.need):
-        return room.refusal(model, candidate.need).message
-    return ""
+    def _refusal(self, model: _Model, candidate: Candidate) -> str:
+        if candidate.error is not None:
+            return candidate.error.message
+        if not self.evictor.can_ever_fit(model, candidate.need):
+            return self.evictor.refusal(model, candidate.need).message
+        return ""

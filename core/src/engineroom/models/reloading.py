@@ -41,38 +41,38 @@ async def reloading(
     :raises ConfigurationError: ``watch`` needs a library that is not installed, or the manager has
         no deployment file.
     """
-    asked = asyncio.Event()
-    tasks = {asyncio.create_task(_reload_when(asked, manager), name="engineroom-reload")}
-    heard = on_signal and _listen(asked)
+    reload_now = asyncio.Event()
+    tasks = {asyncio.create_task(_reload_when(reload_now, manager), name="engineroom-reload")}
+    listening = on_signal and _listen(reload_now)
     try:
         if watch:
             changes = _changes(manager)
-            tasks.add(asyncio.create_task(_watch(changes, asked), name="engineroom-watch"))
-        yield asked
+            tasks.add(asyncio.create_task(_watch(changes, reload_now), name="engineroom-watch"))
+        yield reload_now
     finally:
-        if heard:
+        if listening:
             asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
 
 
-def _listen(asked: asyncio.Event) -> bool:
+def _listen(reload_now: asyncio.Event) -> bool:
     if not hasattr(signal, "SIGHUP"):  # Windows
         return False
     try:
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, asked.set)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload_now.set)
     except (NotImplementedError, RuntimeError, ValueError) as error:
         logger.info("SIGHUP does not reload the deployment here: %s", error)
         return False
     return True
 
 
-async def _reload_when(asked: asyncio.Event, manager: LLMModelManager) -> None:
+async def _reload_when(reload_now: asyncio.Event, manager: LLMModelManager) -> None:
     """One reload after another; several requests for one are one."""
     while True:
-        await asked.wait()
-        asked.clear()
+        await reload_now.wait()
+        reload_now.clear()
         try:
             report = await manager.reload()
         except EngineRoomError as error:
@@ -97,16 +97,16 @@ def _changes(manager: LLMModelManager) -> AsyncIterator[set[tuple[Any, str]]]:
 
     # The folder, because a file that is replaced by another of its name is no longer watched; and
     # what it may link to (as in Kubernetes) is replaced by a change of a link beside it.
-    beside = None if file.is_symlink() else ours
-    folder = file.resolve().parent if beside else file.parent
-    changes: AsyncIterator[set[tuple[Any, str]]] = awatch(folder, watch_filter=beside)
+    only_ours = None if file.is_symlink() else ours
+    folder = file.resolve().parent if only_ours else file.parent
+    changes: AsyncIterator[set[tuple[Any, str]]] = awatch(folder, watch_filter=only_ours)
     return changes
 
 
-async def _watch(changes: AsyncIterator[set[tuple[Any, str]]], asked: asyncio.Event) -> None:
+async def _watch(changes: AsyncIterator[set[tuple[Any, str]]], reload_now: asyncio.Event) -> None:
     try:
         async for _ in changes:
-            asked.set()
+            reload_now.set()
     except (OSError, RuntimeError) as error:  # watchfiles' own is a RuntimeError
         logger.error(
             "the deployment file is not watched any more: %s; reload it by SIGHUP or by hand", error

@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 import engineroom.memory.machine as machine
-import engineroom.memory.probe as meter_module
-from engineroom.memory.probe import MachineMeter, give_back_memory
+import engineroom.memory.probe as probe_module
+from engineroom.memory.probe import MachineProbe, give_back_memory
 
 MIB = 1 << 20
 
@@ -22,13 +22,13 @@ MIB = 1 << 20
 def cgroup(tmp_path: Path):
     """A control group of version 2, written as files."""
 
-    def make(**files: str) -> MachineMeter:
+    def make(**files: str) -> MachineProbe:
         (tmp_path / "membership").write_text("0::/service\n")
         folder = tmp_path / "root" / "service"
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
             (folder / name.replace("_", ".", 1)).write_text(text)
-        return MachineMeter(tmp_path / "root", tmp_path / "membership")
+        return MachineProbe(tmp_path / "root", tmp_path / "membership")
 
     return make
 
@@ -40,18 +40,18 @@ def test_the_budget_of_the_cpu_is_what_is_free_less_a_twentieth(cgroup, monkeypa
 
 
 def test_a_control_group_that_allows_less_counts(cgroup):
-    meter = cgroup(
+    probe = cgroup(
         memory_max=str(800 * MIB),
         memory_current=str(500 * MIB),
         memory_stat=f"anon 1\ninactive_file {100 * MIB}\nactive_file 3\n",
     )
     # 800 allowed, 500 used, of which 100 are files that can be dropped: 400 are left.
-    assert meter.capacity("cpu") == 380 * MIB
+    assert probe.capacity("cpu") == 380 * MIB
 
 
 def test_a_control_group_that_is_full_leaves_nothing(cgroup):
-    meter = cgroup(memory_max=str(MIB), memory_current=str(2 * MIB), memory_stat="")
-    assert meter.capacity("cpu") == 0
+    probe = cgroup(memory_max=str(MIB), memory_current=str(2 * MIB), memory_stat="")
+    assert probe.capacity("cpu") == 0
 
 
 def test_a_group_without_limit_does_not_count(cgroup):
@@ -66,21 +66,21 @@ def test_version_1_of_control_groups(tmp_path):
     (folder / "memory.usage_in_bytes").write_text(str(60 * MIB))
     (folder / "memory.stat").write_text(f"cache 3\ntotal_inactive_file {20 * MIB}\n")
     assert machine.cgroup_used(tmp_path / "root", tmp_path / "membership") == 40 * MIB
-    meter = MachineMeter(tmp_path / "root", tmp_path / "membership")
-    assert meter.capacity("cpu") == 57 * MIB
+    probe = MachineProbe(tmp_path / "root", tmp_path / "membership")
+    assert probe.capacity("cpu") == 57 * MIB
 
 
 def test_the_process_is_measured_with_its_children():
-    meter = MachineMeter()
-    before = meter.used(["cpu"])["cpu"]
+    probe = MachineProbe()
+    before = probe.used(["cpu"])["cpu"]
     assert before > MIB
     code = "data = bytearray(64 << 20); print('there', flush=True); input()"
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as child:
         assert child.stdout.readline() == "there\n"
-        assert meter.used(["cpu"])["cpu"] > before + 60 * MIB
-        assert meter.used(["cpu"], {child.pid})["cpu"] < before + 30 * MIB
+        assert probe.used(["cpu"])["cpu"] > before + 60 * MIB
+        assert probe.used(["cpu"], {child.pid})["cpu"] < before + 30 * MIB
         child.communicate("\n")
 
 
@@ -90,13 +90,13 @@ def test_what_psutil_cannot_tell_is_left_out(monkeypatch):
 
     monkeypatch.setattr(psutil, "virtual_memory", refuse)
     monkeypatch.setattr(psutil.Process, "memory_info", refuse)
-    assert MachineMeter().capacity("cpu") is None
-    assert MachineMeter().used(["cpu"]) == {}
+    assert MachineProbe().capacity("cpu") is None
+    assert MachineProbe().used(["cpu"]) == {}
 
 
 def test_other_devices_have_no_bound():
-    assert MachineMeter().capacity("metal") is None
-    assert MachineMeter().used(["metal", "xpu:0"]) == {}
+    assert MachineProbe().capacity("metal") is None
+    assert MachineProbe().used(["metal", "xpu:0"]) == {}
 
 
 # ── GPUs ─────────────────────────────────────────────────────────────────────────────────────
@@ -133,32 +133,32 @@ def fake_nvml(monkeypatch):
 
 
 def test_a_gpu_is_asked_through_nvml(fake_nvml):
-    meter = MachineMeter()
-    assert meter.capacity("cuda:0") == int(10240 * MIB * 0.95)
-    assert meter.capacity("cuda:1") == int(6144 * MIB * 0.95)
-    assert meter.capacity("cuda:7") is None
-    assert meter.used(["cuda:1", "cuda:7"]) == {"cuda:1": 4096 * MIB}
+    probe = MachineProbe()
+    assert probe.capacity("cuda:0") == int(10240 * MIB * 0.95)
+    assert probe.capacity("cuda:1") == int(6144 * MIB * 0.95)
+    assert probe.capacity("cuda:7") is None
+    assert probe.used(["cuda:1", "cuda:7"]) == {"cuda:1": 4096 * MIB}
 
 
 @pytest.mark.parametrize("visible", ["1", "GPU-1", " 1 , 0"])
 def test_the_numbers_are_those_of_the_process(fake_nvml, monkeypatch, visible):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert MachineMeter().used(["cuda:0"]) == {"cuda:0": 4096 * MIB}
+    assert MachineProbe().used(["cuda:0"]) == {"cuda:0": 4096 * MIB}
 
 
 def test_a_process_that_may_see_no_gpu_has_none(fake_nvml, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert MachineMeter().capacity("cuda:0") is None
+    assert MachineProbe().capacity("cuda:0") is None
 
 
 def test_without_nvml_nvidia_smi_is_asked(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     found = [machine.Device("cuda:0", "T4", 1000 * MIB, 600 * MIB)]
-    monkeypatch.setattr(meter_module, "devices", lambda: (found, None))
-    assert MachineMeter().capacity("cuda:0") == 570 * MIB
-    assert MachineMeter().used(["cuda:0"]) == {"cuda:0": 400 * MIB}
-    assert MachineMeter().capacity("cuda:1") is None
+    monkeypatch.setattr(probe_module, "devices", lambda: (found, None))
+    assert MachineProbe().capacity("cuda:0") == 570 * MIB
+    assert MachineProbe().used(["cuda:0"]) == {"cuda:0": 400 * MIB}
+    assert MachineProbe().capacity("cuda:1") is None
 
 
 def test_nvml_without_a_driver_is_as_none(fake_nvml, monkeypatch):
@@ -166,8 +166,8 @@ def test_nvml_without_a_driver_is_as_none(fake_nvml, monkeypatch):
         raise fake_nvml.NVMLError
 
     fake_nvml.nvmlInit = refuse
-    monkeypatch.setattr(meter_module, "devices", lambda: ([], None))
-    assert MachineMeter().capacity("cuda:0") is None
+    monkeypatch.setattr(probe_module, "devices", lambda: ([], None))
+    assert MachineProbe().capacity("cuda:0") is None
 
 
 def test_memory_may_be_given_back_at_any_time():
