@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from engineroom import ConfigurationError, EngineRoomError, ModelConfig, ModelNotFoundError
+from engineroom.sources import read_safetensors_header
 from engineroom_hf_transformers.checkpoint import Checkpoint, find_checkpoint, looks_native
-from engineroom_hf_transformers.headers import check_safetensors, read_config
 from engineroom_hf_transformers.options import HfTransformersOptions
 from engineroom_hf_transformers.sizes import (
     choose_device,
@@ -155,8 +155,6 @@ def test_a_huge_config_is_not_read(copied: Tiny) -> None:
     with path.open("r+b") as file:
         file.truncate(2**40)  # sparse
     assert "no model's has more" in refusal(path.parent)
-    with pytest.raises(ConfigurationError, match="cannot be read"):
-        read_config(path.parent / "absent.json")
 
 
 def test_pickled_weights_are_refused_unless_they_are_asked_for(
@@ -239,56 +237,6 @@ def test_a_missing_file_of_an_index_is_told(copied: Tiny) -> None:
 # ── headers ──────────────────────────────────────────────────────────────────────────────────
 
 
-def with_header(path: Path, header: Any, data: bytes = b"") -> Path:
-    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes(len(raw).to_bytes(8, "little") + raw + data)
-    return path
-
-
-def entry(dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[str, Any]:
-    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
-
-
-@pytest.mark.parametrize(
-    ("header", "data"),
-    [
-        (b"", b""),
-        (b"{", b""),
-        (b"[" * 50_000, b""),
-        ([], b""),
-        ({"a": 5}, b""),
-        ({"a": entry()}, b"1234567"),  # cut short
-        ({"a": entry()}, b"123456789"),  # longer than it says
-        ({"a": entry(dtype="X")}, b"12345678"),
-        ({"a": entry(dtype=["F32"])}, b"12345678"),
-        ({"a": entry(shape=[3])}, b"12345678"),
-        ({"a": entry(shape=[-2])}, b"12345678"),
-        ({"a": entry(shape=[2.0])}, b"12345678"),
-        ({"a": entry(shape=[True, 2])}, b"12345678"),
-        ({"a": entry(shape=5)}, b"12345678"),
-        ({"a": entry(shape="12")}, b"12345678"),
-        ({"a": entry(shape=[2**40, 2**40], offsets=[0, 8])}, b"12345678"),
-        ({"a": entry(offsets=[8, 0])}, b"12345678"),
-        ({"a": entry(offsets=[0, 8, 9])}, b"12345678"),
-        ({"a": entry(offsets=[0, 2**70])}, b"12345678"),
-        ({"a": entry(), "b": entry()}, b"12345678"),  # overlap
-        ({"a": entry(offsets=[4, 12])}, b"123456781234"),  # a gap
-    ],
-)
-def test_a_header_that_lies_is_refused(tmp_path: Path, header: Any, data: bytes) -> None:
-    path = with_header(tmp_path / "m.safetensors", header, data)
-    with pytest.raises(ConfigurationError, match="not a usable safetensors file"):
-        check_safetensors(path)
-
-
-@pytest.mark.parametrize("content", [b"", b"1234567", b"\xff" * 8, b"\xff" * 100])
-def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "m.safetensors"
-    path.write_bytes(content)
-    with pytest.raises(ConfigurationError):
-        check_safetensors(path)
-
-
 @SLOW
 @given(
     shapes=st.lists(st.lists(st.integers(0, 4), max_size=3), max_size=5),
@@ -301,10 +249,12 @@ def test_what_the_library_writes_is_read_and_no_less_of_it(
     path = tmp_path_factory.mktemp("st") / "m.safetensors"
     tensors = {str(i): torch.zeros(shape, dtype=kind) for i, shape in enumerate(shapes)}
     save_file(tensors, path, metadata={"format": "pt"})
-    assert sum(check_safetensors(path).values()) == sum(t.numel() for t in tensors.values())
+    assert sum(read_safetensors_header(path).values.values()) == sum(
+        t.numel() for t in tensors.values()
+    )
     path.write_bytes(path.read_bytes()[:-cut])
     with pytest.raises(ConfigurationError):
-        check_safetensors(path)
+        read_safetensors_header(path)
 
 
 @SLOW
@@ -318,7 +268,7 @@ def test_a_header_with_wrong_bytes_is_refused_or_read_but_never_crashes(
     path = tmp_path_factory.mktemp("st") / "m.safetensors"
     path.write_bytes(content)
     with contextlib.suppress(ConfigurationError):
-        check_safetensors(path)
+        read_safetensors_header(path)
 
 
 # ── GGUF ─────────────────────────────────────────────────────────────────────────────────────

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from engineroom import ConfigurationError, ResourceNotAvailableError
 from engineroom_llamacpp.context import LlamaContext
-from engineroom_llamacpp.gguf import read_header
 from engineroom_llamacpp.loading import estimate_bytes
+from engineroom_llamacpp.metadata import read_header
 from engineroom_llamacpp.model import LlamaModel
 from engineroom_llamacpp.options import LlamaCppOptions
 

@@ -18,7 +18,7 @@ from engineroom import (
     InferenceRequest,
     QueueFullError,
 )
-from engineroom_llamacpp.gguf import read_header
+from engineroom_llamacpp.metadata import read_header
 from engineroom_llamacpp.sizes import estimate, is_encoder, pooling_of
 
 Make = Callable[..., Awaitable[Any]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -13,44 +12,12 @@ from typing import Any, Final
 
 import gguf
 import pytest
+from gguf_bytes import Entry, f32, flag, i32, image, numbers, string, strings, u32
 
-from engineroom_llamacpp import gguf as reader
+from engineroom.sources import gguf_header as reader
 
 SCRIPT = Path(__file__).parent / "hostile.py"
 Pairs = dict[str, bytes]
-Entry = tuple[str, list[int], int, int]
-
-
-def u32(value: int) -> bytes:
-    return struct.pack("<II", 4, value)
-
-
-def i32(value: int) -> bytes:
-    return struct.pack("<Ii", 5, value)
-
-
-def f32(value: float) -> bytes:
-    return struct.pack("<If", 6, value)
-
-
-def flag(value: bool) -> bytes:
-    return struct.pack("<I?", 7, value)
-
-
-def string(value: bytes) -> bytes:
-    return struct.pack("<IQ", 8, len(value)) + value
-
-
-def numbers(code: str, values: Iterable[float]) -> bytes:
-    values = list(values)
-    kind = {"I": 4, "i": 5, "f": 6, "B": 0}[code]
-    return struct.pack(f"<IIQ{len(values)}{code}", 9, kind, len(values), *values)
-
-
-def strings(values: Iterable[bytes]) -> bytes:
-    values = list(values)
-    body = b"".join(struct.pack("<Q", len(value)) + value for value in values)
-    return struct.pack("<IIQ", 9, 8, len(values)) + body
 
 
 class Parts:
@@ -85,14 +52,11 @@ class Parts:
     ) -> bytes:
         merged: dict[str, bytes | None] = {**self.pairs, **changes}
         pairs = {key: value for key, value in merged.items() if value is not None}
-        entries = self.entries if entries is None else entries
-        head = b"GGUF" + struct.pack("<IQQ", 3, len(entries), len(pairs))
-        for key, value in pairs.items():
-            head += struct.pack("<Q", len(key.encode())) + key.encode() + value
-        for name, shape, kind, offset in entries:
-            head += struct.pack("<Q", len(name.encode())) + name.encode()
-            head += struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
-        return head + bytes(-len(head) % 32) + (self.data if data is None else data)
+        return image(
+            pairs,
+            self.entries if entries is None else entries,
+            self.data if data is None else data,
+        )
 
 
 @pytest.fixture(scope="module")

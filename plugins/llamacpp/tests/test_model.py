@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from engineroom import ChatMessage, ConfigurationError, resolve_source
-from engineroom_llamacpp.gguf import read_header
 from engineroom_llamacpp.library import load
+from engineroom_llamacpp.metadata import read_header
 from engineroom_llamacpp.model import END, LlamaModel
 from engineroom_llamacpp.options import LlamaCppOptions
 

@@ -24,9 +24,9 @@ from engineroom import (
     ResourceNotAvailableError,
 )
 from engineroom_llamacpp import LlamaCppHandler, requantizing
-from engineroom_llamacpp.gguf import read_header
 from engineroom_llamacpp.library import load
 from engineroom_llamacpp.loading import estimate_bytes
+from engineroom_llamacpp.metadata import read_header
 from engineroom_llamacpp.options import LlamaCppOptions
 from engineroom_llamacpp.requantizing import requantized
 
@@ -152,7 +152,7 @@ def test_many_processes_at_once_make_one(source: Path, cache: Path) -> None:
         "import sys\n"
         "from pathlib import Path\n"
         "from engineroom_llamacpp import requantizing\n"
-        "from engineroom_llamacpp.gguf import read_header\n"
+        "from engineroom_llamacpp.metadata import read_header\n"
         "from engineroom_llamacpp.options import LlamaCppOptions\n"
         "original = requantizing._write\n"
         "requantizing._write = lambda *a: (print('made', flush=True), original(*a))\n"
@@ -223,7 +223,7 @@ def test_a_write_that_fails_leaves_nothing_behind(source: Path, cache: Path) -> 
         "import resource, sys\n"
         "from pathlib import Path\n"
         "from engineroom import ResourceNotAvailableError\n"
-        "from engineroom_llamacpp.gguf import read_header\n"
+        "from engineroom_llamacpp.metadata import read_header\n"
         "from engineroom_llamacpp.options import LlamaCppOptions\n"
         "from engineroom_llamacpp.requantizing import requantized\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"

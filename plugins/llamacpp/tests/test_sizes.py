@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from engineroom import ConfigurationError, ModelConfig
+from engineroom.sources import GgufHeader
 from engineroom_llamacpp import LlamaCppHandler, library, sizes
 from engineroom_llamacpp.context import LlamaContext
-from engineroom_llamacpp.gguf import GgufHeader, read_header
 from engineroom_llamacpp.library import device_name, gpu_devices
+from engineroom_llamacpp.metadata import read_header
 from engineroom_llamacpp.model import LlamaModel
 from engineroom_llamacpp.options import LlamaCppOptions
 from engineroom_llamacpp.sizes import check_positions, estimate
@@ -123,7 +124,7 @@ def test_layers_with_heads_of_their_own_have_caches_of_their_own(
 
 
 def gguf_array(*values: int) -> Any:
-    from engineroom_llamacpp.gguf import GgufArray
+    from engineroom.sources import GgufArray
 
     return GgufArray(len(values), values)
 
@@ -177,9 +178,9 @@ def test_the_library_is_asked_for_its_devices(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_positions_that_were_learnt_have_an_end(header: GgufHeader) -> None:
-    from engineroom_llamacpp.gguf import Tensor
+    from engineroom.sources import GgufTensor
 
-    learnt = (*header.tensors, Tensor("position_embd.weight", (64, 512), 0, 0, 4))
+    learnt = (*header.tensors, GgufTensor("position_embd.weight", (64, 512), 0, 0, 4))
     changed = GgufHeader(3, header.metadata, 0, 0, 0, learnt)
     with pytest.raises(ConfigurationError, match="n_ctx=513 is more than the 512 positions"):
         check_positions(changed, LlamaCppOptions(n_ctx=513))

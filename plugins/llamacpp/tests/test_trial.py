@@ -14,7 +14,7 @@ from llama_bert import write_bert
 
 from engineroom import ConfigurationError
 from engineroom_llamacpp import trial
-from engineroom_llamacpp.gguf import read_header
+from engineroom_llamacpp.metadata import read_header
 from engineroom_llamacpp.trial import stand_trial
 
 Make = Callable[..., Awaitable[Any]]

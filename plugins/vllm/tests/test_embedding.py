@@ -91,7 +91,8 @@ DENSE = {
     "bias": True,
     "activation_function": "torch.nn.modules.activation.Tanh",
 }
-WEIGHTS = json.dumps({"linear.weight": {"dtype": "F32"}, "linear.bias": {"dtype": "F32"}})
+EMPTY = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+WEIGHTS = json.dumps({"linear.weight": EMPTY, "linear.bias": EMPTY})
 
 
 @pytest.mark.parametrize(
@@ -101,7 +102,7 @@ WEIGHTS = json.dumps({"linear.weight": {"dtype": "F32"}, "linear.bias": {"dtype"
         ({**DENSE, "activation_function": "torch.nn.modules.linear.Identity"}, WEIGHTS, True),
         ({**DENSE, "activation_function": "torch.nn.modules.activation.Mish"}, WEIGHTS, False),
         ({**DENSE, "in_features": "4"}, WEIGHTS, False),
-        (DENSE, json.dumps({"w": {"dtype": "F32"}}), False),
+        (DENSE, json.dumps({"w": EMPTY}), False),
         (DENSE, "", False),
         ({}, WEIGHTS, False),
     ],

@@ -74,8 +74,9 @@ def test_the_context_is_what_is_wanted_or_was_trained_but_not_endless(tmp_path: 
 
 def tensors(**dtypes: str) -> bytes:
     """A safetensors file's header."""
+    empty = {"shape": [0], "data_offsets": [0, 0]}
     header = json.dumps(
-        {"__metadata__": {"format": "pt"}, **{n: {"dtype": d} for n, d in dtypes.items()}}
+        {"__metadata__": {"format": "pt"}, **{n: {"dtype": d, **empty} for n, d in dtypes.items()}}
     )
     return len(header).to_bytes(8, "little") + header.encode()
 

@@ -1,25 +1,10 @@
 """Where models come from: paths, packages, the hub, and the headers of their files.
 
 What ``source:`` may say is read here, found on this machine or fetched, and looked at before any
-runtime sees it. Nothing here loads a model: that is a handler's work.
+runtime sees it. Nothing here loads a model: that is a handler's work. Public for plugins, with
+the names that ``__init__.pyi`` says.
 """
 
-from engineroom.sources.source import (
-    HubSource,
-    PackageSource,
-    PathSource,
-    Source,
-    find_source,
-    parse_source,
-    resolve_source,
-)
+import lazy_loader
 
-__all__ = [
-    "HubSource",
-    "PackageSource",
-    "PathSource",
-    "Source",
-    "find_source",
-    "parse_source",
-    "resolve_source",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from engineroom import ConfigurationError
-from engineroom_hf_transformers.headers import check_safetensors, read_config
+from engineroom.sources import read_json, read_safetensors_header
 from engineroom_hf_transformers.load_errors import has, short
 from engineroom_hf_transformers.options import HfTransformersOptions
 
@@ -30,10 +30,10 @@ def adapter_folder(options: HfTransformersOptions) -> Path | None:
         raise ConfigurationError(
             f"adapter: {str(folder)!r} has no adapter_config.json, so it is no adapter of PEFT"
         )
-    read_config(folder / "adapter_config.json")
+    read_json(folder / "adapter_config.json", dict)
     weights = folder / "adapter_model.safetensors"
     if weights.is_file():
-        check_safetensors(weights)
+        read_safetensors_header(weights)
     elif not (folder / "adapter_model.bin").is_file():
         raise ConfigurationError(f"adapter: {str(folder)!r} has no {weights.name}")
     elif not options.allow_pickle:

@@ -7,19 +7,22 @@ code of its own is refused here, with a typed error, before a library opens it.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, NoReturn, TypeAlias
 
 from engineroom import ConfigurationError, ModelConfig, resolve_source
-from engineroom.sources import HubSource, PathSource, Source, parse_source
-from engineroom_hf_transformers.headers import (
-    begins_like_gguf,
-    check_safetensors,
-    read_config,
-    read_gguf,
-    refuse,
+from engineroom.sources import (
+    HubSource,
+    PathSource,
+    Source,
+    is_gguf,
+    parse_source,
+    read_gguf_header,
+    read_json,
+    read_safetensors_header,
 )
 from engineroom_hf_transformers.options import HfTransformersOptions
 
@@ -91,9 +94,10 @@ def find_checkpoint(source: str, options: HfTransformersOptions) -> Checkpoint:
     if path.is_file():
         if path.suffix == ".safetensors":
             path = path.parent
-        elif begins_like_gguf(path):
-            config, count = read_gguf(path)
-            return Checkpoint(path, "gguf", config, (path,), {"F32": count})
+        elif is_gguf(path):
+            header = read_gguf_header(path)
+            count = sum(math.prod(tensor.shape) for tensor in header.tensors)
+            return Checkpoint(path, "gguf", header.config(), (path,), {"F32": count})
         else:
             raise ConfigurationError(
                 f"{str(path)!r} is neither a folder with config.json and safetensors files nor a "
@@ -130,26 +134,26 @@ def _folder(folder: Path, options: HfTransformersOptions) -> Checkpoint:
     if config.get("auto_map") and options.trust_remote_code:
         logger.warning("%s: running the Python code that comes with the model", folder)
     if not isinstance(config.get("model_type"), str):
-        refuse(folder / "config.json", "it does not say its model_type")
+        _refuse(folder / "config.json", "it does not say its model_type")
     architectures = config.get("architectures")
     if not (
         isinstance(architectures, list)
         and architectures
-        and all(isinstance(each, str) for each in architectures)
+        and all(isinstance(name, str) for name in architectures)
     ):
-        refuse(
+        _refuse(
             folder / "config.json",
             "it names no architectures, so that nobody knows what the weights are for; add the "
             'class that they were saved from, e.g. "architectures": ["LlamaForCausalLM"]',
         )
-    found = _weights_of(folder)
-    if found is None:
+    stored = _weights_of(folder)
+    if stored is None:
         files = ", ".join(sorted(f.name for f in folder.iterdir() if f.is_file())[:12])
         raise ConfigurationError(
             f"{str(folder)!r} has no weights: neither model.safetensors nor an index of several "
             f"(it has {files}); download it again"
         )
-    kind, first = found
+    kind, first = stored
     if kind == "pickle" and not options.allow_pickle:
         raise ConfigurationError(
             f"{str(folder)!r} has no safetensors, only {first.name}: reading pickled weights may "
@@ -162,14 +166,14 @@ def _folder(folder: Path, options: HfTransformersOptions) -> Checkpoint:
         return Checkpoint(folder, kind, config, weights)
     values: dict[str, int] = {}
     for path in weights:
-        for name, count in check_safetensors(path).items():
-            values[name] = values.get(name, 0) + count
+        for dtype, count in read_safetensors_header(path).values.items():
+            values[dtype] = values.get(dtype, 0) + count
     return Checkpoint(folder, kind, config, weights, values)
 
 
 def _model_config(folder: Path) -> dict[str, Any]:
     if (folder / "config.json").is_file():
-        return read_config(folder / "config.json")
+        return read_json(folder / "config.json", dict)
     if (folder / "adapter_config.json").is_file():
         raise ConfigurationError(
             f"{str(folder)!r} is an adapter, not a model; give the model that it was made for as "
@@ -196,17 +200,21 @@ def _weights_of(folder: Path) -> tuple[Format, Path] | None:
 
 
 def _shards(index: Path) -> tuple[Path, ...]:
-    weight_map = read_config(index, _MAX_INDEX).get("weight_map")
+    weight_map = read_json(index, dict, limit=_MAX_INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        refuse(index, "it has no weight_map")
+        _refuse(index, "it has no weight_map")
     names = set(weight_map.values())
     for name in names:
         if not isinstance(name, str) or not _inside(name):
-            refuse(index, f"it points outside of its folder, to {str(name)[:80]!r}")
+            _refuse(index, f"it points outside of its folder, to {str(name)[:80]!r}")
     paths = tuple(index.parent / name for name in sorted(names))
     if missing := [path.name for path in paths if not path.is_file()]:
-        refuse(index, f"of its files, {', '.join(missing[:8])} is not there")
+        _refuse(index, f"of its files, {', '.join(missing[:8])} is not there")
     return paths
+
+
+def _refuse(path: Path, why: str) -> NoReturn:
+    raise ConfigurationError(f"{str(path)!r} cannot be used: {why}")
 
 
 def _inside(name: str) -> bool:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 from engineroom import ConfigurationError, TokenStep
+from engineroom.sources import read_json
 from engineroom_hf_transformers.attention import StepStoppedError, stopping
-from engineroom_hf_transformers.headers import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,8 +56,8 @@ def recipe_of(folder: Path, parts: Parts) -> Recipe | None:
     listing = folder / "modules.json"
     if not listing.is_file():
         return Recipe() if parts.kind == "embedding" else None
-    modules = read_json(listing)
-    if not isinstance(modules, list) or not all(isinstance(m, dict) for m in modules):
+    modules = read_json(listing, list, what="list of modules")
+    if not all(isinstance(m, dict) for m in modules):
         raise ConfigurationError(f"{str(listing)!r} is no list of modules")
     pooling: Pooling | None = None
     normalise = False
@@ -79,9 +79,7 @@ def _pooling(folder: Path, name: str) -> Pooling:
     place = (folder / name / "config.json").resolve()
     if not place.is_relative_to(folder.resolve()) or not place.is_file():
         raise ConfigurationError(f"{str(folder)!r} has no {name}/config.json for its pooling")
-    settings = read_json(place)
-    if not isinstance(settings, dict):
-        raise ConfigurationError(f"{str(place)!r} is no mapping")
+    settings = read_json(place, dict)
     modes = [mode for key, mode in _MODES.items() if settings.get(key)]
     if "pooling_mode" in settings and not modes:
         modes = [mode for mode in _MODES.values() if mode == settings["pooling_mode"]]

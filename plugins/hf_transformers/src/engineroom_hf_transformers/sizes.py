@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from engineroom import ConfigurationError
+from engineroom.sources import SAFETENSORS_BITS
 from engineroom_hf_transformers.checkpoint import Checkpoint
-from engineroom_hf_transformers.headers import BITS
 from engineroom_hf_transformers.options import HfTransformersOptions
 
 __all__ = [
@@ -151,7 +151,7 @@ def _weight_bytes(checkpoint: Checkpoint, options: HfTransformersOptions, each: 
     elif quantization.get("load_in_8bit") or quantization.get("bits") == 8:
         bits = 8
     return sum(
-        count * (bits if kind in _FLOATS else BITS[kind]) // 8
+        count * (bits if kind in _FLOATS else SAFETENSORS_BITS[kind]) // 8
         for kind, count in checkpoint.values.items()
     )
 

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from engineroom import ConfigurationError
-from engineroom_llamacpp.gguf import read_header
 from engineroom_llamacpp.library import last_error
-from engineroom_llamacpp.metadata import NOT_COMPUTED
+from engineroom_llamacpp.metadata import NOT_COMPUTED, read_header
 from engineroom_llamacpp.options import LlamaCppOptions
 
 __all__ = ["Adapter", "load_adapters", "set_adapters"]

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
-from engineroom_llamacpp.gguf import part_paths
+from engineroom.sources import gguf_part_paths
 
 __all__ = ["CACHE_VARIABLE", "cache_folder", "fingerprint"]
 
@@ -36,7 +36,7 @@ def fingerprint(path: Path) -> str:
     :raises OSError: it cannot be read.
     """
     digest = hashlib.sha256(version("llama-cpp-python").encode())
-    for each in part_paths(path):
+    for each in gguf_part_paths(path):
         stat = each.stat()
         known = (each.resolve(), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
         digest.update("\0".join(map(str, known)).encode("utf-8", "surrogateescape"))

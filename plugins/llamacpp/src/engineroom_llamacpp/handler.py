@@ -22,7 +22,7 @@ from engineroom import (
     parse_options,
     resolve_source,
 )
-from engineroom_llamacpp.gguf import is_gguf
+from engineroom.sources import is_gguf
 from engineroom_llamacpp.loading import Load, estimate_bytes, unload_engine
 from engineroom_llamacpp.options import LlamaCppOptions
 

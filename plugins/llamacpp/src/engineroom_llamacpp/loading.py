@@ -14,7 +14,8 @@ from engineroom import (
     give_back_memory,
     resolve_source,
 )
-from engineroom_llamacpp.gguf import GgufHeader, read_header
+from engineroom.sources import GgufHeader
+from engineroom_llamacpp.metadata import read_header
 from engineroom_llamacpp.options import DEFAULT_CONTEXT, LlamaCppOptions
 from engineroom_llamacpp.requantizing import cached_copy, hint, requantized, size_in
 from engineroom_llamacpp.sizes import check_positions, estimate, is_encoder, pooling_of

@@ -2,19 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Final
 
-from engineroom_llamacpp.header import GgufArray, GgufHeader, Tensor
+from engineroom.sources import (
+    GgufArray,
+    GgufHeader,
+    GgufTensor,
+    read_gguf_header,
+    refuse_gguf,
+)
 
-__all__ = ["NOT_COMPUTED", "what_is_wrong"]
+__all__ = ["NOT_COMPUTED", "read_header", "what_is_wrong"]
 
 _MAX_LAYERS: Final = 512
 _MAX_EXPERTS: Final = 1024
 _ROPE_SCALING: Final = ("none", "linear", "yarn", "longrope")
 _F32: Final = 0
+_STRING: Final = 8
+"""GGUF's number for strings."""
 NOT_COMPUTED: Final = (9, 15, 24, 25, 26, 27, 28)
 """Q8_1 and Q8_K, which only exist while something is computed, integers, and F64."""
+
+_TOKENS: Final = "tokenizer.ggml.tokens"
+_MAX_PIECE: Final = 256
+"""Bytes of a token of WordPiece's; real ones have up to some 60."""
+_BEGINNING: Final = re.compile(rb"\\x[0-9a-fA-F]{2}|\\?.", re.DOTALL)
+"""The first byte of a token of RWKV's, which are written with escapes."""
+
+
+def read_header(path: Path) -> GgufHeader:
+    """Read the header of a GGUF file, and check it, before llama.cpp sees the file. Blocks.
+
+    :param path: the file, or the first of several (``…-00001-of-00003.gguf``).
+    :raises ConfigurationError: the file is damaged, or would end the process inside of llama.cpp;
+        the message says why.
+    """
+    header = read_gguf_header(path, keep=(_TOKENS,))
+    if wrong := what_is_wrong(header):
+        refuse_gguf(path, wrong)
+    metadata = dict(header.metadata)
+    if isinstance(tokens := metadata.get(_TOKENS), GgufArray):
+        metadata[_TOKENS] = GgufArray(tokens.length)  # checked, and large
+    return replace(header, metadata=metadata)
 
 
 def what_is_wrong(header: GgufHeader) -> str:
@@ -58,7 +91,7 @@ def _wrong_rope(header: GgufHeader) -> str:
     return ""
 
 
-def _wrong_type(tensor: Tensor) -> str:
+def _wrong_type(tensor: GgufTensor) -> str:
     """A type that there is no arithmetic for, where the tensor is."""
     name = tensor.name
     if tensor.kind in NOT_COMPUTED and name.endswith(".weight") and "tid2eid" not in name:
@@ -89,9 +122,11 @@ def _wrong_experts(header: GgufHeader, layers: int) -> str:
 
 
 def _wrong_vocabulary(metadata: Mapping[str, Any]) -> str:
-    tokens = metadata.get("tokenizer.ggml.tokens")
+    tokens = metadata.get(_TOKENS)
     if tokens is None:
         return ""
+    if not isinstance(tokens, GgufArray) or tokens.kind != _STRING:
+        return "its vocabulary is no array of strings"
     for key, what in (("scores", "scores"), ("token_type", "types")):
         values = metadata.get(f"tokenizer.ggml.{key}")
         if isinstance(values, GgufArray) and values.length < tokens.length:
@@ -101,4 +136,48 @@ def _wrong_vocabulary(metadata: Mapping[str, Any]) -> str:
     template = metadata.get("tokenizer.chat_template")
     if template is not None and not isinstance(template, str):
         return "tokenizer.chat_template is no text"
+    return _wrong_tokens(tokens.values or (), metadata.get("tokenizer.ggml.model"))
+
+
+def _wrong_tokens(tokens: Sequence[bytes], model: Any) -> str:
+    """A vocabulary that ends the process, or that texts are not read with in time.
+
+    One of sentencepiece's falls back to bytes: where it has no token for some byte, the first
+    text that has it ends the process. WordPiece tries all lengths up to that of the longest
+    token, at every place.
+    """
+    known: set[bytes] = set()
+    for token in tokens:
+        if token in known and token:  # empty ones get a name of their own
+            return f"its vocabulary has the token {token[:80]!r} twice"
+        known.add(token)
+    if model == "rwkv":
+        return _wrong_beginnings(known)
+    if model == "bert" and (longest := max(map(len, known), default=0)) > _MAX_PIECE:
+        return f"its vocabulary has a token of {longest} bytes"
+    for byte in range(256 if model == "llama" else 0):
+        if b"<0x%02X>" % byte not in known and bytes([byte]) not in known:
+            return f"its vocabulary has no token for the byte 0x{byte:02X}"
     return ""
+
+
+def _wrong_beginnings(tokens: Collection[bytes]) -> str:
+    """RWKV's tokenizer stays where it is, for ever, where a text begins as a token does and
+    has no token that begins so: a single byte must be one.
+    """
+    beginnings: set[int] = set()
+    whole_tokens: set[int] = set()
+    for token in tokens:
+        if (match := _BEGINNING.match(token)) is not None:
+            same = whole_tokens if match.end() == len(token) else beginnings
+            same.add(_byte(match[0]))
+    for byte in sorted(beginnings - whole_tokens):
+        return f"its vocabulary has tokens that begin with the byte 0x{byte:02X}, and none for it"
+    return ""
+
+
+def _byte(escaped: bytes) -> int:
+    """A byte that may be written with an escape."""
+    if len(escaped) == 4:
+        return int(escaped[2:].decode(), 16)
+    return {b"\\t": 9, b"\\n": 10, b"\\r": 13}.get(escaped, escaped[-1])

@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from engineroom import ConfigurationError, ResourceNotAvailableError, default_threads
+from engineroom.sources import GgufHeader, GgufTensor
 from engineroom_llamacpp.cache_folder import CACHE_VARIABLE, cache_folder, fingerprint
-from engineroom_llamacpp.gguf import GgufHeader, Tensor, read_header
 from engineroom_llamacpp.library import last_error, load
+from engineroom_llamacpp.metadata import read_header
 
 if TYPE_CHECKING:
     from engineroom_llamacpp.options import LlamaCppOptions
@@ -79,7 +80,7 @@ def _main_type(header: GgufHeader) -> int:
     return sizes.most_common(1)[0][0] if sizes else 0
 
 
-def size_in(target: str, tensor: Tensor) -> int:
+def size_in(target: str, tensor: GgufTensor) -> int:
     """About as many bytes as the tensor will have; the output layer gets more than others."""
     if len(tensor.shape) < 2 or tensor.kind == _TARGETS[target][1] or tensor.shape[0] % 32:
         return tensor.size

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from engineroom import ConfigurationError
-from engineroom_llamacpp.gguf import GgufHeader, Tensor
+from engineroom.sources import GgufHeader, GgufTensor
 from engineroom_llamacpp.library import gpu_devices
 from engineroom_llamacpp.options import DEFAULT_CONTEXT, LlamaCppOptions
 
@@ -77,7 +77,7 @@ def check_positions(header: GgufHeader, options: LlamaCppOptions) -> None:
 def estimate(
     header: GgufHeader,
     options: LlamaCppOptions,
-    size_of: Callable[[Tensor], int] = lambda tensor: tensor.size,
+    size_of: Callable[[GgufTensor], int] = lambda tensor: tensor.size,
 ) -> dict[str, int]:
     """Bytes of weights and cache on each device, ``{"cpu": …, "cuda:0": …}``.
 

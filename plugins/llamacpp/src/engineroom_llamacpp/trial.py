@@ -1,8 +1,8 @@
 """The first load of a file happens in a process of its own, which llama.cpp may end.
 
-The header's checks (:mod:`.gguf`) know what all architectures have in common. There are more than a
-hundred, and each asserts things of its own; an assertion that fails ends the process. So the
-model, its context and its vocabulary are made once where nothing is lost, without reading the
+The header's checks (:mod:`.metadata`) know what all architectures have in common. There are more
+than a hundred, and each asserts things of its own; an assertion that fails ends the process. So
+the model, its context and its vocabulary are made once where nothing is lost, without reading the
 weights. That a file stood the trial is noted in the cache folder, for as long as it stays as it is.
 """
 
@@ -95,7 +95,7 @@ def attempt(path: str) -> str | None:
     _watch_memory()
     from engineroom_llamacpp.context import LlamaContext
     from engineroom_llamacpp.embedding import EmbeddingContext
-    from engineroom_llamacpp.gguf import read_header
+    from engineroom_llamacpp.metadata import read_header
     from engineroom_llamacpp.model import LlamaModel
     from engineroom_llamacpp.options import LlamaCppOptions
     from engineroom_llamacpp.sizes import is_encoder, pooling_of

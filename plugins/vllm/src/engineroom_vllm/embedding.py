@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from engineroom import ConfigurationError
-from engineroom_vllm.folder import ModelFolder, read_json, tensors_of
+from engineroom.sources import read_json
+from engineroom_vllm.folder import ModelFolder, tensors_of
 from engineroom_vllm.options import VLLMOptions
 
 __all__ = ["Recipe", "recipe_of", "runner_of"]

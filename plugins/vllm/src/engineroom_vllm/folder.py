@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from engineroom import ConfigurationError
+from engineroom.sources import read_json, read_safetensors_header
 
-__all__ = ["ModelFolder", "is_model_folder", "read_folder", "read_json", "tensors_of"]
-
-_T = TypeVar("_T", dict[str, Any], list[Any])
+__all__ = ["ModelFolder", "is_model_folder", "read_folder", "tensors_of"]
 
 _WEIGHTS: Final = ("*.safetensors", "pytorch_model*.bin", "consolidated*.pth")
-_LARGEST: Final = 16 << 20
-"""Bytes of a configuration file; the largest known have some kilobytes."""
 _WIDTHS: Final = {"float32": 4, "float16": 2, "bfloat16": 2, "float": 4, "half": 2}
 _DTYPES: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Types of numbers as safetensors files write them."""
@@ -68,7 +64,7 @@ def is_model_folder(path: Path) -> bool:
     """Whether a folder holds weights of transformers' format. A look, which never raises."""
     try:
         config = read_json(path / "config.json", dict)
-    except (ConfigurationError, OSError):
+    except ConfigurationError:
         return False
     return bool(_architectures(config)) and bool(_weight_files(path))
 
@@ -123,29 +119,9 @@ def read_folder(path: Path) -> ModelFolder:
     )
 
 
-def read_json(file: Path, kind: type[_T]) -> _T:
-    """A small file of a model's folder.
-
-    :param kind: what it holds.
-    :raises ConfigurationError: it is too large, or holds something else.
-    """
-    try:
-        if file.stat().st_size > _LARGEST:
-            raise ValueError(f"it has more than {_LARGEST >> 20} MiB")
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConfigurationError(
-            f"{str(file)!r} is damaged: {error}; copy or download it again"
-        ) from error
-    if not isinstance(content, kind):
-        what = "object" if kind is dict else "list"
-        raise ConfigurationError(f"{str(file)!r} is damaged: it holds no {what}")
-    return content
-
-
 def _architectures(config: Mapping[str, Any]) -> tuple[str, ...]:
-    found = config.get("architectures")
-    return tuple(map(str, found)) if isinstance(found, list) else ()
+    names = config.get("architectures")
+    return tuple(map(str, names)) if isinstance(names, list) else ()
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -167,25 +143,19 @@ def _dtype(config: Mapping[str, Any]) -> str | None:
 
 def _dtype_of(file: Path) -> str | None:
     """What most tensors of a safetensors file are made of, for folders that do not say."""
-    found = Counter(tensors_of(file).values())
-    return next((_DTYPES[name] for name, _ in found.most_common() if name in _DTYPES), None)
+    counts = Counter(tensors_of(file).values())
+    return next((_DTYPES[name] for name, _ in counts.most_common() if name in _DTYPES), None)
 
 
-def tensors_of(file: Path) -> dict[str, str]:
+def tensors_of(file: Path) -> Mapping[str, str]:
     """The tensors of a safetensors file, and the type of each, as its header writes it.
 
     Nothing of another file, or of a damaged one.
     """
-    if file.suffix != ".safetensors":
-        return {}
     try:
-        with file.open("rb") as opened:
-            size = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(size)) if size <= _LARGEST else None
-    except (OSError, ValueError, RecursionError):
+        return read_safetensors_header(file).dtypes if file.suffix == ".safetensors" else {}
+    except ConfigurationError:
         return {}
-    found = header.items() if isinstance(header, dict) else ()
-    return {n: str(t["dtype"]) for n, t in found if isinstance(t, Mapping) and "dtype" in t}
 
 
 def _token_values(config: Mapping[str, Any]) -> int:
@@ -196,11 +166,11 @@ def _token_values(config: Mapping[str, Any]) -> int:
 
 
 def _end_tokens(path: Path, config: Mapping[str, Any]) -> frozenset[int]:
-    found: set[int] = set()
+    ids: set[int] = set()
     sources = [config]
     if (path / "generation_config.json").is_file():
         sources.append(read_json(path / "generation_config.json", dict))
     for source in sources:
         value = source.get("eos_token_id")
-        found.update(v for v in (value if isinstance(value, list) else [value]) if type(v) is int)
-    return frozenset(found)
+        ids.update(v for v in (value if isinstance(value, list) else [value]) if type(v) is int)
+    return frozenset(ids)
