@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator, Awaitable
-from contextlib import suppress
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from engineroom.config.model import LoadedModel, ModelConfig
-from engineroom.handlers.base import HandlerHealth
+from engineroom.handlers.base import HandlerHealth, InferenceHandler
 from engineroom.inference.streams import InferenceStream, StreamError
 from engineroom.models.manager import LLMModelManager
 from engineroom.schemas import GenerationParams, InferenceRequest, InferenceResponse
 from engineroom.service import LLMInferenceService
 from engineroom.testing.conformance.outcomes import broken
+from engineroom.testing.conformance.patience import Patience
 
-if TYPE_CHECKING:
-    from engineroom.testing.conformance.kit import Kit
-
-__all__ = ["Bench", "Streamed", "again", "quietly", "said"]
+__all__ = ["Bench", "Streamed", "again", "said"]
 
 
 @dataclass(slots=True)
@@ -36,13 +32,17 @@ class Streamed:
 
 
 class Bench:
-    """A service over one model of the handler under test."""
+    """A service over one model of the handler under test.
 
-    def __init__(self, kit: Kit, config: ModelConfig) -> None:
-        self.kit = kit
+    :param patience: waits for what is asked, and ends the streams that a check leaves open.
+    """
+
+    def __init__(self, handler: InferenceHandler, config: ModelConfig, patience: Patience) -> None:
+        self.handler = handler
         self.config = config
+        self.patience = patience
         self.manager = LLMModelManager(config=[config])
-        self.service = LLMInferenceService(self.manager, handlers=[kit.handler])
+        self.service = LLMInferenceService(self.manager, handlers=[handler])
 
     @property
     def loaded(self) -> LoadedModel:
@@ -53,13 +53,13 @@ class Bench:
 
     async def load(self) -> LoadedModel:
         """Load the model, if it is not."""
-        return await self.kit.within(
+        return await self.patience.within(
             self.manager.load(self.config.model_id), f"load_model({self.config.source!r})"
         )
 
     async def infer(self, request: InferenceRequest) -> InferenceResponse:
         """The answer through the service, a failure included."""
-        return await self.kit.within(self.service.infer(request), f"infer({said(request)})")
+        return await self.patience.within(self.service.infer(request), f"infer({said(request)})")
 
     async def answer(self, request: InferenceRequest) -> InferenceResponse:
         """The answer through the service, which must not be a failure."""
@@ -76,7 +76,10 @@ class Bench:
         """The whole stream through the service, which must not fail."""
         streamed = Streamed()
         stream = self.open(request)
-        await self.kit.progressing(self._collect(stream, streamed), request, streamed)
+        reading = self._collect(stream, streamed)
+        await self.patience.within(
+            reading, f"stream({said(request)})", lambda: len(streamed.chunks)
+        )
         streamed.response = stream.response
         if streamed.chunks and isinstance(streamed.chunks[-1], StreamError):
             broken(
@@ -87,13 +90,13 @@ class Bench:
     def open(self, request: InferenceRequest) -> InferenceStream:
         """A stream, which is closed with the check if it has not ended by then."""
         stream = self.service.stream(request)
-        self.kit.opened.append(stream.aclose)
+        self.patience.opened.append(stream.aclose)
         return stream
 
     def direct(self, request: InferenceRequest) -> AsyncGenerator[str, None]:
         """The handler's own generator, without the service around it."""
-        generator = self.kit.handler.stream_infer(self.loaded, request)
-        self.kit.opened.append(generator.aclose)
+        generator = self.handler.stream_infer(self.loaded, request)
+        self.patience.opened.append(generator.aclose)
         return generator
 
     async def _collect(self, stream: InferenceStream, into: Streamed) -> None:
@@ -102,14 +105,8 @@ class Bench:
 
     def health(self) -> HandlerHealth:
         """What the handler says; a plain ``HandlerHealth`` where that is no health at all."""
-        health: object = self.kit.handler.health(self.loaded)
+        health: object = self.handler.health(self.loaded)
         return health if isinstance(health, HandlerHealth) else HandlerHealth()
-
-
-async def quietly(work: Awaitable[Any]) -> None:
-    """Wait for an end, whatever it is: a check of its own looks at that."""
-    with suppress(Exception, asyncio.CancelledError):
-        await work
 
 
 def again(request: InferenceRequest, **update: Any) -> InferenceRequest:

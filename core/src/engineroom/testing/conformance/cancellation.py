@@ -7,10 +7,11 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from engineroom.testing.conformance.base import Checks, check
-from engineroom.testing.conformance.bench import again, quietly, said
+from engineroom.testing.conformance.bench import again, said
 from engineroom.testing.conformance.kit import Kit
 from engineroom.testing.conformance.loop import where
 from engineroom.testing.conformance.outcomes import broken, skip
+from engineroom.testing.conformance.patience import quietly
 
 __all__ = ["CancellationChecks"]
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -24,63 +21,15 @@ from engineroom.errors import (
 from engineroom.handlers.base import API_VERSION, HandlerHealth
 from engineroom.handlers.discovery import HANDLER_GROUP, installed_plugins
 from engineroom.testing.conformance.base import Checks, check
+from engineroom.testing.conformance.fresh_import import RUNTIMES, loaded_by
 from engineroom.testing.conformance.kit import Kit
 from engineroom.testing.conformance.outcomes import broken, skip
 
 __all__ = ["DiscoveryChecks"]
 
-RUNTIMES: Final = (
-    "torch",
-    "transformers",
-    "tensorflow",
-    "jax",
-    "llama_cpp",
-    "vllm",
-    "ctranslate2",
-    "onnxruntime",
-    "onnxruntime_genai",
-    "mlx",
-    "mlx_lm",
-    "exllamav2",
-    "tensorrt_llm",
-    "openvino",
-    "sglang",
-)
-"""Modules that no plugin may load by being imported; a suite adds its own runtime's."""
-
 _MOMENT_S: Final = 0.1
 """More than any look at a name or a few bytes takes, on a machine that is busy as well."""
 _TRIES: Final = 10
-
-_ASK: Final = """
-import importlib, json, sys
-task = json.load(sys.stdin)
-sys.path[:] = task["path"]
-names = set(task["modules"])
-try:
-    holder = importlib.import_module(task["module"])
-except ModuleNotFoundError as error:
-    print(json.dumps({"absent": str(error)}))
-    raise SystemExit
-def loaded():
-    return sorted(n for n in names if n in sys.modules)
-found = {"import": loaded()}
-for part in task["class"].split("."):
-    holder = getattr(holder, part, None)
-if holder is not None:
-    from engineroom import LoadedModel, ModelConfig
-    try:
-        handler = holder()
-    except TypeError:
-        handler = None
-    if handler is not None:
-        config = ModelConfig(model_id="m", source="/no/such/place/model.unknown")
-        handler.capabilities()
-        handler.can_load(config)
-        handler.can_handle(LoadedModel(model_id="m", model_object=object(), config=config))
-        found["questions"] = loaded()
-print(json.dumps(found))
-"""
 
 
 class DiscoveryChecks(Checks):
@@ -126,20 +75,15 @@ class DiscoveryChecks(Checks):
     @check(needs="handler-is-valid")
     async def test_import_is_light(self, kit: Kit) -> None:
         handler = type(kit.handler)
-        task = {
-            "path": _import_path(),
-            "module": handler.__module__,
-            "class": handler.__qualname__,
-            "modules": [*RUNTIMES, *kit.settings.runtime_modules],
-        }
-        found = await asyncio.to_thread(_ask, task, kit.settings.timeout_s)
-        if "absent" in found:
-            skip(f"{handler.__module__} cannot be imported by a fresh process: {found['absent']}")
+        modules = [*RUNTIMES, *kit.settings.runtime_modules]
+        loaded = await asyncio.to_thread(loaded_by, handler, modules, kit.timeout_s)
+        if "absent" in loaded:
+            skip(f"{handler.__module__} cannot be imported by a fresh process: {loaded['absent']}")
         for when, did in (
             ("import", f"import {handler.__module__}, in a fresh process"),
             ("questions", "capabilities(), can_load() and can_handle(), in a fresh process"),
         ):
-            if names := found.get(when):
+            if names := loaded.get(when):
                 broken(
                     did=did,
                     expected="that the runtime waits until load_model",
@@ -241,35 +185,35 @@ class DiscoveryChecks(Checks):
 
     @check(needs="capabilities")
     async def test_estimate_memory(self, kit: Kit) -> None:
-        found: object = kit.handler.estimate_memory(kit.config.choices()[0])
-        right = found is None or (
-            isinstance(found, Mapping)
-            and all(isinstance(device, str) for device in found)
-            and all(type(size) is int and size >= 0 for size in found.values())
+        estimate: object = kit.handler.estimate_memory(kit.config.choices()[0])
+        right = estimate is None or (
+            isinstance(estimate, Mapping)
+            and all(isinstance(device, str) for device in estimate)
+            and all(type(size) is int and size >= 0 for size in estimate.values())
         )
         if not right:
             broken(
                 did="estimate_memory()",
                 expected='a mapping such as {"cpu": bytes}, or None',
-                saw=repr(found),
+                saw=repr(estimate),
             )
 
     @check(needs="model-loads")
     async def test_health(self, kit: Kit) -> None:
-        found = kit.handler.health(kit.bench.loaded)
-        if not isinstance(found, HandlerHealth):
-            broken(did="health()", expected="a HandlerHealth", saw=repr(found))
-        usage = found.kv_cache_usage
+        health = kit.handler.health(kit.bench.loaded)
+        if not isinstance(health, HandlerHealth):
+            broken(did="health()", expected="a HandlerHealth", saw=repr(health))
+        usage = health.kv_cache_usage
         if (
-            not found.ok
-            or found.num_requests_running < 0
-            or found.num_requests_waiting < 0
+            not health.ok
+            or health.num_requests_running < 0
+            or health.num_requests_waiting < 0
             or not (usage is None or 0 <= usage <= 1)
         ):
             broken(
                 did="health(), of a model that serves",
                 expected="ok, counts from 0, and a cache usage from 0 to 1 or None",
-                saw=repr(found),
+                saw=repr(health),
             )
 
     @check(needs="capabilities")
@@ -295,8 +239,8 @@ class DiscoveryChecks(Checks):
     @check(needs="model-loads")
     async def test_unknown_option(self, kit: Kit) -> None:
         option = "no_such_option_of_any_runtime"
-        given = kit.config.choices()[0]
-        config = _plain(kit, given.source or "", {**given.options, option: 1})
+        choice = kit.config.choices()[0]
+        config = _plain(kit, choice.source or "", {**choice.options, option: 1})
         did = f"load_model(options={{…, {option!r}: 1}})"
         try:
             loaded = await kit.within(kit.handler.load_model(config), did)
@@ -354,30 +298,6 @@ def _foreign_sources() -> Iterator[dict[str, str]]:
             "a name that is too long": str(folder / ("long" * 1200)),
             "a package that is not installed": "package:no_such_package_of_anyone/model",
         }
-
-
-def _import_path() -> list[str]:
-    return [str(Path(entry or os.curdir).absolute()) for entry in sys.path]
-
-
-def _ask(task: dict[str, Any], limit: float) -> dict[str, Any]:
-    """Import in a fresh process, and see what came with it."""
-    done = subprocess.run(  # noqa: S603 - this interpreter, and a program of ours
-        [sys.executable, "-c", _ASK],
-        input=json.dumps(task),
-        capture_output=True,
-        text=True,
-        timeout=max(300.0, limit),
-        check=False,
-    )
-    if done.returncode != 0:
-        broken(
-            did=f"import {task['module']}, in a fresh process",
-            expected="that it can be imported",
-            saw=done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "an exit",
-        )
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
 
 
 def _same_major(version: str) -> bool:

@@ -50,7 +50,7 @@ class EmbeddingChecks(Checks):
                 )
             if not all(math.isfinite(x) for vector in found.vectors for x in vector):
                 broken(did="embed", expected="finite numbers", saw="infinity or NaN")
-            least = [bench.kit.handler.count_tokens(bench.loaded, text) or 1 for text in _TEXTS]
+            least = [bench.handler.count_tokens(bench.loaded, text) or 1 for text in _TEXTS]
             if type(found.prompt_tokens) is not int or found.prompt_tokens < sum(least):
                 broken(
                     did=f"embed of texts with {least} tokens",

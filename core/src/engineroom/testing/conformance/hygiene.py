@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 
 from engineroom.testing.conformance.base import Checks, check
-from engineroom.testing.conformance.bench import again, quietly
+from engineroom.testing.conformance.bench import again
 from engineroom.testing.conformance.kit import Kit
 from engineroom.testing.conformance.outcomes import broken
+from engineroom.testing.conformance.patience import quietly
 
 __all__ = ["HygieneChecks"]
 

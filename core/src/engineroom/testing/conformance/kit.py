@@ -1,4 +1,4 @@
-"""What the checks work with: one handler, one loaded model, a service over it, and a clock.
+"""What the checks work with: one handler, one loaded model, a service over it, and patience.
 
 A :class:`Kit` belongs to one class of checks. Its coroutines run on the kit's own event loop;
 each thing that a handler is asked for has a time limit, so that one that hangs is named.
@@ -6,7 +6,6 @@ each thing that a handler is asked for has a time limit, so that one that hangs 
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -17,10 +16,10 @@ from engineroom.errors import ConfigurationError
 from engineroom.handlers.base import Capabilities, InferenceHandler
 from engineroom.handlers.token_handler import effective_capabilities
 from engineroom.schemas import GenerationParams, InferenceRequest, InferenceResponse
-from engineroom.testing.conformance.bench import Bench, Streamed, again, quietly, said
-from engineroom.testing.conformance.clock import Clock
-from engineroom.testing.conformance.loop import LoopThread, where
-from engineroom.testing.conformance.outcomes import HungError, skip
+from engineroom.testing.conformance.bench import Bench, again
+from engineroom.testing.conformance.loop import LoopThread
+from engineroom.testing.conformance.outcomes import skip
+from engineroom.testing.conformance.patience import Patience
 
 __all__ = ["PROMPTS", "Kit", "Settings"]
 
@@ -34,11 +33,6 @@ PROMPTS: Final = (
 )
 """Besides the suite's own ``prompt``."""
 
-_MOST_STEPS: Final = 20
-"""A stream that goes on may take so many times the limit for one chunk."""
-_QUICK_TURNS: Final = 32
-_LONGEST_PAUSE_S: Final = 0.02
-_LONGEST_GOODBYE_S: Final = 5.0
 _LENGTHY: Final = 128
 """Tokens of a long request: enough to do something meanwhile, on a slow model as well."""
 _SURE_CHARS: Final = 4
@@ -59,7 +53,7 @@ class Settings:
     runtime_modules: tuple[str, ...]
 
 
-class Kit:
+class Kit(Patience):
     """Everything that the checks of one class share.
 
     :param handler: the handler under test.
@@ -74,17 +68,16 @@ class Kit:
         settings: Settings,
         embedding_config: ModelConfig | None = None,
     ) -> None:
+        super().__init__(settings.timeout_s)
         self.handler = handler
         self.config = config
         self.settings = settings
         self.embedding_config = embedding_config
         self.loop = LoopThread(settings.timeout_s)
-        self.opened: list[Callable[[], Awaitable[Any]]] = []
         self.prompts = (settings.prompt, *PROMPTS)
-        self._tasks: list[asyncio.Task[Any]] = []
         self._bench: Bench | None = None
         self._capabilities: Capabilities | None = None
-        self._known: dict[Any, Any] = {}
+        self._known: dict[object, Any] = {}
 
     # ── the model ────────────────────────────────────────────────────────────────────────────
 
@@ -92,7 +85,7 @@ class Kit:
     def bench(self) -> Bench:
         """The service and the model that the checks share."""
         if self._bench is None:
-            self._bench = Bench(self, self.config)
+            self._bench = Bench(self.handler, self.config, self)
         return self._bench
 
     @property
@@ -127,7 +120,7 @@ class Kit:
         """A model as ``config`` says, unloaded at the end."""
         if self.settings.exclusive:
             await self.within(self.bench.manager.unload(self.config.model_id), "unload_model")
-        bench = Bench(self, config)
+        bench = Bench(self.handler, config, self)
         try:
             yield bench
         finally:
@@ -164,43 +157,48 @@ class Kit:
         **fields: Any,
     ) -> InferenceRequest:
         """A request for ``n`` tokens with exactly these parameters."""
-        given = dict(params or {})
+        parameters = dict(params or {})
         if self.honours("max_new_tokens"):
-            given.setdefault("max_new_tokens", n)
+            parameters.setdefault("max_new_tokens", n)
         if prompt is None and not {"messages", "prompt_token_ids"} & fields.keys():
             prompt = self.settings.prompt
         return InferenceRequest(
             model_id=fields.pop("model_id", self.config.model_id),
             prompt=prompt,
-            params=GenerationParams(**given),
+            params=GenerationParams(**parameters),
             **fields,
         )
 
     def greedy(self) -> dict[str, Any]:
         """Parameters for the likeliest text, as far as the handler has any for that."""
-        wanted = {"do_sample": False, "temperature": 0.0}
-        found = {name: value for name, value in wanted.items() if self.honours(name)}
-        return found or ({"top_k": 1} if self.honours("top_k") else {})
+        both = {"do_sample": False, "temperature": 0.0}
+        claimed = {name: value for name, value in both.items() if self.honours(name)}
+        return claimed or ({"top_k": 1} if self.honours("top_k") else {})
+
+    async def once(self, key: object, ask: Callable[[], Awaitable[_T]]) -> _T:
+        """What ``ask`` gives; asked the first time, then remembered under ``key``."""
+        if key not in self._known:
+            self._known[key] = await ask()
+        value: _T = self._known[key]
+        return value
 
     async def plain(self, prompt: str | None = None, n: int = 24) -> InferenceResponse:
         """The greedy answer; asked for once, then remembered."""
-        key = ("plain", prompt, n)
-        if key not in self._known:
+
+        async def ask() -> InferenceResponse:
             await self.need_determinism()
-            self._known[key] = await self.bench.answer(
-                self.request(prompt, n, params=self.greedy())
-            )
-        found: InferenceResponse = self._known[key]
-        return found
+            return await self.bench.answer(self.request(prompt, n, params=self.greedy()))
+
+        return await self.once(("plain", prompt, n), ask)
 
     async def need_determinism(self) -> None:
         """Skip the check where the handler has no way to ask for the same text twice."""
-        if self.greedy():
-            return
-        if "determined" not in self._known:
+
+        async def is_determined() -> bool:
             answers = [await self.bench.answer(self.request()) for _ in range(3)]
-            self._known["determined"] = len({a.generated_text for a in answers}) == 1
-        if not self._known["determined"]:
+            return len({a.generated_text for a in answers}) == 1
+
+        if not self.greedy() and not await self.once("determined", is_determined):
             skip("the handler claims none of temperature, do_sample and top_k, and its text varies")
 
     async def sample_prompt(
@@ -219,27 +217,26 @@ class Kit:
     async def lengthy(self, bench: Bench | None = None, least: int = 48) -> InferenceRequest:
         """A greedy request that goes on for long."""
         bench = bench or self.bench
-        context = bench.loaded.max_context_tokens or 4096
-        n = min(_LENGTHY, max(context * 2 // 3, 16))
-        key = ("lengthy", bench.config.model_id)
-        if key not in self._known:
-            longest: tuple[int, InferenceRequest] | None = None
+        n = min(_LENGTHY, max((bench.loaded.max_context_tokens or 4096) * 2 // 3, 16))
+
+        async def longest() -> tuple[int, InferenceRequest] | None:
+            best: tuple[int, InferenceRequest] | None = None
             for prompt in (*self.prompts, "one two three four " * 60):
                 request = self.request(
                     prompt, n, params=self.greedy(), model_id=bench.config.model_id
                 )
                 response = await bench.infer(request)
                 count = response.generated_tokens or 0
-                if response.error_message is None and (longest is None or count > longest[0]):
-                    longest = (count, request)
+                if response.error_message is None and (best is None or count > best[0]):
+                    best = (count, request)
                 if count >= n * 3 // 4:
                     break
-            self._known[key] = longest
-        found = self._known[key]
-        if found is None or found[0] < min(least, n // 2):
+            return best
+
+        best = await self.once(("lengthy", bench.config.model_id), longest)
+        if best is None or best[0] < min(least, n // 2):
             skip("no prompt gave a long text: the model ends too soon for this check")
-        request_: InferenceRequest = found[1]
-        return again(request_)
+        return again(best[1])
 
     async def long_prompt(self, share: float = 0.75, most: int = 1500) -> str:
         """A prompt that fills this share of the context, or has ``most`` words."""
@@ -252,27 +249,24 @@ class Kit:
         more = await self.bench.answer(self.request(word * 8, 1, params=self.greedy()))
         if few.prompt_tokens is None or more.prompt_tokens is None:
             return word * max(1, min(most, int(context * share // 8)))
-        each = max((more.prompt_tokens - few.prompt_tokens) / 4, 0.25)
-        return word * max(1, min(most, int((context * share - 8) / each)))
+        tokens_a_word = max((more.prompt_tokens - few.prompt_tokens) / 4, 0.25)
+        return word * max(1, min(most, int((context * share - 8) / tokens_a_word)))
 
-    def alike(self, expected: str | None, found: str | None) -> bool:
+    def alike(self, expected: str | None, actual: str | None) -> bool:
         """Whether a text beside other requests is the one that the request has alone.
 
         Where the batch changes the last digits of the logits, greedy texts part sooner or later:
         then their beginning must be the same, and none may be cut short.
         """
-        if expected == found or self.settings.batch_invariant:
-            return expected == found
-        expected, found = expected or "", found or ""
-        begins = found.startswith(expected[:_SURE_CHARS])
-        return begins and len(found) * 4 >= len(expected)
+        if expected == actual or self.settings.batch_invariant:
+            return expected == actual
+        expected, actual = expected or "", actual or ""
+        begins = actual.startswith(expected[:_SURE_CHARS])
+        return begins and len(actual) * 4 >= len(expected)
 
     async def has_choice(self) -> bool:
         """Whether the model wavers between tokens at all, so that sampling can show."""
-        if "choice" not in self._known:
-            self._known["choice"] = await self._look_for_choice()
-        found: bool = self._known["choice"]
-        return found
+        return await self.once("choice", self._look_for_choice)
 
     async def _look_for_choice(self) -> bool:
         if self.honours("logprobs"):
@@ -291,131 +285,19 @@ class Kit:
 
     async def can_seed(self) -> bool:
         """Whether a seed makes sampled text the same twice."""
-        if "seed" not in self._known:
-            self._known["seed"] = False
-            if self.honours("seed"):
-                texts = [await self.sampled(11) for _ in range(2)]
-                self._known["seed"] = texts[0] == texts[1]
-        found: bool = self._known["seed"]
-        return found
+
+        async def is_same() -> bool:
+            return self.honours("seed") and await self.sampled(11) == await self.sampled(11)
+
+        return await self.once("seed", is_same)
 
     async def sampled(self, seed: int, prompt: str | None = None, **params: Any) -> str:
         """A seeded text at temperature 1."""
-        given: dict[str, Any] = {"seed": seed, **params}
+        params = {"seed": seed, **params}
         if self.honours("temperature"):
-            given.setdefault("temperature", 1.0)
-        response = await self.bench.answer(self.request(prompt, params=given))
+            params.setdefault("temperature", 1.0)
+        response = await self.bench.answer(self.request(prompt, params=params))
         return response.generated_text or ""
-
-    # ── time ─────────────────────────────────────────────────────────────────────────────────
-
-    async def within(self, work: Awaitable[_T], did: str) -> _T:
-        """Wait for something that a handler does, at most ``timeout_s`` seconds.
-
-        :raises HungError: it did not end; it was cancelled, and left behind if that did nothing.
-        """
-        task = asyncio.ensure_future(work)
-        await self._bounded(task, did, lambda: 0)
-        return task.result()
-
-    async def progressing(
-        self, work: Awaitable[None], request: InferenceRequest, streamed: Streamed
-    ) -> None:
-        """Read a stream; the limit is for each chunk, and there is one for their number."""
-        did = f"stream({said(request)})"
-        task = asyncio.ensure_future(work)
-        await self._bounded(task, did, lambda: len(streamed.chunks))
-        task.result()
-
-    async def _bounded(
-        self, task: asyncio.Future[Any], did: str, progress: Callable[[], int]
-    ) -> None:
-        if await self.ended(task, progress=progress):
-            return
-        place = where(task) if isinstance(task, asyncio.Task) else "in a future"
-        task.cancel()
-        stopped = await self.ended(task, limit_s=self._goodbye_s)
-        raise HungError(
-            did=did,
-            expected=f"its end, or its next chunk, within {self.settings.timeout_s:g} s",
-            saw=f"it waited {place}"
-            + ("" if stopped else "; it did not end when it was cancelled, either"),
-        )
-
-    async def ended(
-        self,
-        *work: asyncio.Future[Any],
-        limit_s: float | None = None,
-        progress: Callable[[], int] = lambda: 0,
-    ) -> bool:
-        """Wait for tasks; ``False``: they go on, and that for too long without any progress.
-
-        :param limit_s: seconds that count; ``None``: ``timeout_s``.
-        :param progress: a number that grows while something comes of the work; the limit is then
-            for each step, and there is another for all of them.
-        """
-        limit = self.settings.timeout_s if limit_s is None else limit_s
-        pause = min(limit / 4, 0.5)
-        clock = Clock(pause)
-        patience, most, count = limit, _MOST_STEPS * limit, progress()
-        while patience > 0 and most > 0:
-            _, going = await asyncio.wait(work, timeout=pause)
-            if not going:
-                return True
-            passed = clock.passed()
-            if (now := progress()) != count:
-                count, patience = now, limit
-            patience -= passed
-            most -= passed
-        return False
-
-    async def until(self, condition: Callable[[], bool]) -> bool:
-        """Let the loop turn until something is so; ``False``: it did not come to be."""
-        clock = Clock(_LONGEST_PAUSE_S)
-        waited, turns, pause = 0.0, 0, 0.0
-        while not condition():
-            if waited > self.settings.timeout_s:
-                return False
-            await asyncio.sleep(pause)
-            waited += clock.passed()
-            turns += 1
-            # Turns first: what runs on the loop alone would be over after a pause.
-            if turns > _QUICK_TURNS:
-                pause = min(_LONGEST_PAUSE_S, pause * 2 + 0.0005)
-        return True
-
-    async def turns(self, count: int = 12) -> None:
-        """Let the loop turn, so that what was begun gets somewhere."""
-        for _ in range(count):
-            await asyncio.sleep(0)
-
-    def spawn(self, work: Awaitable[_T]) -> asyncio.Task[_T]:
-        """A task that is cancelled with the check."""
-        task: asyncio.Task[_T] = asyncio.ensure_future(work)
-        self._tasks.append(task)
-        return task
-
-    def tasks(self) -> set[asyncio.Task[Any]]:
-        """Tasks of the loop that are not the kit's own."""
-        return asyncio.all_tasks() - set(self._tasks) - {asyncio.current_task()}
-
-    async def clean_up(self) -> None:
-        """End what the check has left open."""
-        tasks, self._tasks = [t for t in self._tasks if not t.done()], []
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await self.ended(*tasks, limit_s=self._goodbye_s)
-        closers, self.opened = self.opened, []
-        for closer in closers:
-            closing = asyncio.ensure_future(quietly(closer()))
-            if not await self.ended(closing, limit_s=self._goodbye_s):
-                closing.cancel()
-
-    @property
-    def _goodbye_s(self) -> float:
-        """Seconds for what was cancelled; what has not ended then is left behind."""
-        return min(self.settings.timeout_s, _LONGEST_GOODBYE_S)
 
     async def close(self) -> None:
         """Unload the model."""

@@ -225,8 +225,8 @@ async def _compare(kit: Kit, prompt: str, n: int, stops: list[str] | None) -> No
 
 async def _tells(kit: Kit) -> bool:
     """Whether streams end with a StreamEnd; without one only the text is known."""
-    key = "stream end"
-    if key not in kit._known:
+
+    async def look() -> bool:
         chunks: list[str] = []
 
         async def read() -> None:
@@ -234,9 +234,9 @@ async def _tells(kit: Kit) -> bool:
             chunks.extend([chunk async for chunk in kit.bench.direct(request)])
 
         await kit.within(read(), "stream_infer")
-        kit._known[key] = any(isinstance(chunk, StreamEnd) for chunk in chunks)
-    found: bool = kit._known[key]
-    return found
+        return any(isinstance(chunk, StreamEnd) for chunk in chunks)
+
+    return await kit.once("stream end", look)
 
 
 async def _stoppable(kit: Kit, fits: Callable[[str], bool] = bool) -> tuple[str, str]:

@@ -1,0 +1,31 @@
+"""The rules that a handler keeps: one for each check. Needs no pytest.
+
+``test_some_rule`` checks the rule ``some-rule``, whose paragraph is
+``docs/plugins.md#rule-some-rule``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from engineroom.testing.conformance.rules.answers import CHAT, PARAMETERS, TEXT, TOKEN_IDS
+from engineroom.testing.conformance.rules.concurrency import CANCELLATION, CONCURRENCY, FAULTS
+from engineroom.testing.conformance.rules.handlers import DISCOVERY, EMBEDDINGS, HYGIENE
+from engineroom.testing.conformance.rules.rule import PAGE, Rule, rule_page
+
+__all__ = ["PAGE", "RULES", "Rule", "rule_page"]
+
+RULES: Final[Mapping[str, Rule]] = {
+    **DISCOVERY,
+    **TEXT,
+    **PARAMETERS,
+    **CONCURRENCY,
+    **CANCELLATION,
+    **FAULTS,
+    **CHAT,
+    **TOKEN_IDS,
+    **EMBEDDINGS,
+    **HYGIENE,
+}
+"""Every rule, by its id."""
