@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from engineroom import GenerationParams
+from engineroom.engine import Sampler, SamplerState
 from engineroom_hf_transformers import sampling
-from engineroom_hf_transformers.sampling import Sampling, choose, logprobs_of
+from engineroom_hf_transformers.sampling import choose, logprobs_of
 
 Row = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -52,11 +53,11 @@ SHARES = st.none() | st.floats(0.0, 1.0) | st.sampled_from([0.0, 0.5, 0.9, 0.999
 MIN_P = st.none() | st.floats(0.0, 1.0) | st.sampled_from([0.0, 1e-30, 0.05, 1.0])
 
 
-def state(prompt: tuple[int, ...] = (), /, *, seed: int | None = 1, **params: Any) -> Sampling:
-    return Sampling(GenerationParams(seed=seed, **params), prompt)
+def state(prompt: tuple[int, ...] = (), /, *, seed: int | None = 1, **params: Any) -> SamplerState:
+    return SamplerState(GenerationParams(seed=seed, **params), prompt)
 
 
-def sample(row: Row | list[float], found: Sampling) -> int:
+def sample(row: Row | list[float], found: SamplerState) -> int:
     (token,) = choose(torch.tensor(np.asarray(row, np.float32))[None], [found])
     assert token is not None
     return token
@@ -155,7 +156,7 @@ def test_a_draw_falls_where_the_contract_puts_it(
     """Of the tokens that are left, likeliest first, the one that the number points at."""
     params = GenerationParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     assume(not params.greedy)
-    found = Sampling(params, ())
+    found = SamplerState(params, ())
     found._random = Fixed(number)  # type: ignore[assignment]
     token = sample(row, found)
 
@@ -206,7 +207,7 @@ def test_bias_and_penalties_are_those_of_the_contract(
         frequency_penalty=frequency,
         logit_bias=bias,
     )
-    found = Sampling(params, prompt)
+    found = SamplerState(params, prompt)
     # Neighbours of other kinds, which must not matter, in the same batch.
     random = np.random.default_rng(row.size)
     neighbour = random.normal(0, 1, row.size).astype(np.float32)
@@ -529,7 +530,7 @@ def test_none_is_neutral() -> None:
         logit_bias={},
         do_sample=True,
     )
-    first, second = Sampling(nothing, [1, 2]), Sampling(neutral, [1, 2])
+    first, second = SamplerState(nothing, [1, 2]), SamplerState(neutral, [1, 2])
     assert not first.truncates
     assert not first.touches
     assert [sample(row, first) for _ in range(100)] == [sample(row, second) for _ in range(100)]
@@ -557,7 +558,7 @@ def test_a_seed_gives_the_same_draws_whoever_else_draws(params: dict[str, Any], 
         row = torch.tensor(row).bfloat16().float().numpy()
     neighbour = row_of(2000, 4, "flat")
 
-    def new(seed: int) -> Sampling:
+    def new(seed: int) -> SamplerState:
         return state(seed=seed, **({"temperature": 1.0} | params))
 
     alone = new(9)
@@ -568,6 +569,27 @@ def test_a_seed_gives_the_same_draws_whoever_else_draws(params: dict[str, Any], 
         assert [choose(logits, [beside, found])[1] for _ in range(40)] == expected, other
     another = new(10)
     assert [sample(row, another) for _ in range(40)] != expected
+
+
+@pytest.mark.parametrize("kind", ["usual", "flat", "ties", "impossible", "one"])
+def test_a_seed_draws_the_same_tokens_in_numpy_and_in_torch(kind: str) -> None:
+    row = row_of(3000, 6, kind)
+    params: list[dict[str, Any]] = [
+        {},
+        {"temperature": 0.3},
+        {"temperature": 0.0, "repetition_penalty": 1.4},
+        {"top_k": 20},
+        {"top_k": 700, "top_p": 0.7},
+        {"top_p": 0.95, "presence_penalty": 0.5},
+        {"min_p": 0.02, "frequency_penalty": 0.25, "logit_bias": {3: 5.0, 2999: 4.0}},
+        {"top_p": 0.999, "min_p": 1e-4, "temperature": 1.7},
+    ]
+    asked = [GenerationParams(seed=seed, **given) for seed, given in enumerate(params)]
+    in_torch = [SamplerState(each, (1, 2)) for each in asked]
+    in_numpy = [Sampler(each, (1, 2)) for each in asked]
+    for _ in range(60):
+        expected = choose(torch.tensor(row).expand(len(asked), -1), in_torch)
+        assert [one.sample(row) for one in in_numpy] == expected
 
 
 def test_without_a_seed_no_two_requests_draw_the_same() -> None:

@@ -20,8 +20,8 @@ from engineroom import (
     ResourceNotAvailableError,
     StreamError,
 )
+from engineroom.engine import Sampler
 from engineroom_llamacpp.context import LlamaContext
-from engineroom_llamacpp.sampling import Sampler
 
 Make = Callable[..., Awaitable[Any]]
 
@@ -378,7 +378,7 @@ async def test_a_token_that_cannot_be_chosen_fails_its_request_alone(
     sample = Sampler.sample
 
     def broken(self: Sampler, logits: Any) -> int:
-        if self._top_k == 13:
+        if self.top_k == 13:
             raise FloatingPointError("made up")
         return sample(self, logits)
 

@@ -39,5 +39,29 @@ from .prompt_lookup import (
 from .prompt_lookup import (
     common_prefix as common_prefix,
 )
+from .sampling import (
+    Logits as Logits,
+)
+from .sampling import (
+    MakeLogprob as MakeLogprob,
+)
+from .sampling import (
+    NoNumbersError as NoNumbersError,
+)
+from .sampling import (
+    Sampler as Sampler,
+)
+from .sampling import (
+    SamplerState as SamplerState,
+)
+from .sampling import (
+    largest as largest,
+)
+from .sampling import (
+    logprob_maker as logprob_maker,
+)
+from .sampling import (
+    top_logprobs as top_logprobs,
+)
 
 __all__: list[str]

@@ -16,9 +16,10 @@ from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from engineroom import TokenLogprob, TokenStep
+from engineroom import TokenStep
+from engineroom.engine import MakeLogprob, NoNumbersError, SamplerState
 from engineroom_hf_transformers.attention import StepStoppedError, stopping
-from engineroom_hf_transformers.sampling import Sampling, adjusted, choose, logprobs_of
+from engineroom_hf_transformers.sampling import adjusted, choose, logprobs_of
 
 if TYPE_CHECKING:
     import torch
@@ -26,13 +27,7 @@ if TYPE_CHECKING:
     from engineroom_hf_transformers.loading import Parts
     from engineroom_hf_transformers.tasks import Task
 
-__all__ = ["Generation", "MakeLogprob", "NoNumbersError", "neutral"]
-
-MakeLogprob = Callable[[int, float, list[tuple[int, float]]], TokenLogprob]
-
-
-class NoNumbersError(Exception):
-    """The model computed no numbers."""
+__all__ = ["Generation", "neutral"]
 
 
 def neutral(model: Any) -> None:
@@ -239,7 +234,7 @@ class Generation:
         # generate() has a repetition penalty of its own.
         params = self._task.request.params.model_copy(update={"repetition_penalty": None})
         prompt = 1 if self._parts.kind == "encoder-decoder" else self._task.prompt_tokens
-        beams = [Sampling(params, ()) for _ in ids]
+        beams = [SamplerState(params, ()) for _ in ids]
         if beams[0].touches:
             for beam, tokens in zip(beams, ids.tolist(), strict=True):
                 beam.counts = Counter(tokens[prompt:])

@@ -28,11 +28,10 @@ from engineroom import (
     Mailbox,
     RequestLogger,
     ResourceNotAvailableError,
-    TokenLogprob,
     TokenStep,
     request_logger,
 )
-from engineroom.engine import Drafter, DraftRequest
+from engineroom.engine import Drafter, DraftRequest, SamplerState, logprob_maker
 from engineroom_hf_transformers.attention import StepStoppedError
 from engineroom_hf_transformers.by_generate import Generation, neutral
 from engineroom_hf_transformers.cache import Slots
@@ -41,7 +40,7 @@ from engineroom_hf_transformers.drafting import make_drafter
 from engineroom_hf_transformers.embedding import EmbeddingJob, Recipe, recipe_of
 from engineroom_hf_transformers.model import forward_of, reading_cost, why_not_driven
 from engineroom_hf_transformers.outcomes import Outcome, logprobs, step_of, take
-from engineroom_hf_transformers.sampling import Sampling, choose
+from engineroom_hf_transformers.sampling import choose
 from engineroom_hf_transformers.step_errors import nonsense, step_error
 from engineroom_hf_transformers.tasks import Job, Row, Task, compose, tokens_of
 from engineroom_hf_transformers.tokens import Vocabulary
@@ -83,6 +82,8 @@ class HfEngine(BatchingEngine[Job]):
             options.chat_template,
             encoder=parts.kind != "causal",
         )
+        self.logprob = logprob_maker(self.vocabulary.token_text)
+        """Makes a log probability as responses give it."""
         self._interrupted = False
         self._generations: set[Generation] = set()
         neutral(parts.model)
@@ -135,7 +136,7 @@ class HfEngine(BatchingEngine[Job]):
             request=request,
             tokens=list(tokens),
             prompt_tokens=len(tokens),
-            sampling=Sampling(params, tokens),
+            sampling=SamplerState(params, tokens),
             decoder=self.vocabulary.decoder(tokens),
             limit=min(len(tokens) + new, self.n_ctx),
             logprobs=params.logprobs,
@@ -321,16 +322,6 @@ class HfEngine(BatchingEngine[Job]):
             if outcome.finish is not None:
                 self.leave(task)
         return parcels
-
-    def logprob(self, token: int, own: float, best: list[tuple[int, float]]) -> TokenLogprob:
-        """A token's log probability as responses give it."""
-        text = self.vocabulary.token_text
-        return TokenLogprob(
-            token_id=token,
-            token=text(token),
-            logprob=own,
-            top=[(i, text(i), value) for i, value in best],
-        )
 
     # ── what generate() does, and what fails ─────────────────────────────────────────────────
 

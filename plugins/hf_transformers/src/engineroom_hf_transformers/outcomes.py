@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from engineroom import FinishReason, TokenLogprob, TokenStep
-from engineroom_hf_transformers.by_generate import MakeLogprob
+from engineroom.engine import MakeLogprob
 from engineroom_hf_transformers.sampling import logprobs_of
 from engineroom_hf_transformers.tasks import Row, Task
 

@@ -1,14 +1,12 @@
 """Choose the next tokens of a batch, each request by its own parameters, on the model's device.
 
-The order of the steps is the contract's: ``logit_bias``, penalties, ``temperature``, ``top_k``,
-``top_p``, ``min_p``. Every request draws from a generator of its own, so that neighbours never
-change what a seed gives. Sorting is what costs: only as many of the likeliest tokens are sorted
-as the truncations turn out to need.
+The same seed draws the same tokens as :class:`~engineroom.engine.Sampler` does, a row at a time in
+numpy. Sorting is what costs: only as many of the likeliest tokens are sorted as the truncations
+turn out to need.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
@@ -17,74 +15,18 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-    from engineroom import GenerationParams
+    from engineroom.engine import SamplerState
 
-__all__ = ["Sampling", "adjusted", "choose", "logprobs_of"]
+__all__ = ["adjusted", "choose", "logprobs_of"]
 
 _FIRST_GUESS: Final = 256
 """So many of the likeliest tokens are sorted first where ``top_k`` does not say."""
 _TIES: Final = 32
 """So many more where it does, so that those as likely as the last one are seldom cut apart."""
-_TINY: Final = float(np.finfo(np.float32).tiny)
 _HUGE: Final = float(np.finfo(np.float32).max)
 
 
-class Sampling:
-    """The sampling state of one request: its penalties and its random generator.
-
-    :param params: the request's parameters.
-    :param prompt: token ids of the prompt, which ``repetition_penalty`` counts too.
-    """
-
-    __slots__ = (
-        "_random",
-        "bias",
-        "counts",
-        "frequency",
-        "greedy",
-        "min_p",
-        "presence",
-        "repetition",
-        "seen",
-        "temperature",
-        "top_k",
-        "top_p",
-        "touches",
-    )
-
-    def __init__(self, params: GenerationParams, prompt: Sequence[int]) -> None:
-        self.greedy = params.greedy
-        self.temperature = max(1.0 if params.temperature is None else params.temperature, _TINY)
-        self.top_k = params.top_k or 0
-        self.top_p = 1.0 if params.top_p is None else params.top_p
-        self.min_p = params.min_p or 0.0
-        self.repetition = min(params.repetition_penalty or 1.0, _HUGE)
-        self.presence = params.presence_penalty or 0.0
-        self.frequency = params.frequency_penalty or 0.0
-        self.bias = params.logit_bias or {}
-        self.counts: Counter[int] = Counter()
-        self.seen: set[int] = set(prompt) if self.repetition != 1.0 else set()
-        self.touches = bool(self.bias or self.repetition != 1.0 or self.presence or self.frequency)
-        self._random = None if self.greedy else np.random.Generator(np.random.PCG64(params.seed))
-
-    @property
-    def truncates(self) -> bool:
-        """Whether not every token may be drawn."""
-        return bool(self.top_k or self.top_p < 1.0 or self.min_p > 0.0)
-
-    def draw(self) -> float:
-        """The request's next random number, from 0 to 1 (excluded)."""
-        return 0.0 if self._random is None else float(self._random.random())
-
-    def take(self, token: int) -> None:
-        """The token was chosen."""
-        if self.touches:
-            self.counts[token] += 1
-            if self.repetition != 1.0:
-                self.seen.add(token)
-
-
-def choose(logits: torch.Tensor, rows: Sequence[Sampling]) -> list[int | None]:
+def choose(logits: torch.Tensor, rows: Sequence[SamplerState]) -> list[int | None]:
     """The next token of each row.
 
     :param logits: rows × vocabulary, float32; not changed.
@@ -134,7 +76,7 @@ def _argmax(logits: torch.Tensor) -> list[int]:
     return found
 
 
-def adjusted(logits: torch.Tensor, rows: Sequence[Sampling]) -> torch.Tensor:
+def adjusted(logits: torch.Tensor, rows: Sequence[SamplerState]) -> torch.Tensor:
     """A copy with bias and penalties; what it changes is gathered over the rows first."""
     import torch
 
@@ -182,7 +124,7 @@ def _precise(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.device.type == "mps" else tensor.double()
 
 
-def _weights(logits: torch.Tensor, rows: Sequence[Sampling]) -> torch.Tensor:
+def _weights(logits: torch.Tensor, rows: Sequence[SamplerState]) -> torch.Tensor:
     """Unnormalised probabilities after temperature; the likeliest has 1."""
     import torch
 
@@ -192,7 +134,7 @@ def _weights(logits: torch.Tensor, rows: Sequence[Sampling]) -> torch.Tensor:
     return torch.exp((logits - logits.amax(dim=-1, keepdim=True)) / temperature)
 
 
-def _targets(rows: Sequence[Sampling], mass: torch.Tensor) -> torch.Tensor:
+def _targets(rows: Sequence[SamplerState], mass: torch.Tensor) -> torch.Tensor:
     import torch
 
     drawn = torch.tensor([row.draw() for row in rows], dtype=mass.dtype, device=mass.device)
@@ -208,13 +150,13 @@ def _place(cumulative: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return torch.minimum(found, last)
 
 
-def _draw_from_all(logits: torch.Tensor, rows: Sequence[Sampling]) -> list[int]:
+def _draw_from_all(logits: torch.Tensor, rows: Sequence[SamplerState]) -> list[int]:
     cumulative = _precise(_weights(logits, rows)).cumsum(dim=-1)
     found: list[int] = _place(cumulative, _targets(rows, cumulative[:, -1:])).view(-1).tolist()
     return found
 
 
-def _draw_cut(logits: torch.Tensor, rows: Sequence[Sampling]) -> list[int]:
+def _draw_cut(logits: torch.Tensor, rows: Sequence[SamplerState]) -> list[int]:
     """What ``top_k``, then ``top_p``, then ``min_p`` leave.
 
     Of tokens that are equally likely, as many are in half precision, the lower ids come first:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from engineroom import EngineRoomError, InferenceError, ResourceNotAvailableError
-from engineroom_hf_transformers.by_generate import NoNumbersError
+from engineroom.engine import NoNumbersError
 
 if TYPE_CHECKING:
     import torch

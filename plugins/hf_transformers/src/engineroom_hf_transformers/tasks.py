@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from engineroom import EngineTask, InferenceRequest, TokenStep
+from engineroom import InferenceRequest, TokenStep
+from engineroom.engine import EngineTask, MakeLogprob, SamplerState
 from engineroom_hf_transformers.attention import Span
-from engineroom_hf_transformers.by_generate import MakeLogprob
 from engineroom_hf_transformers.cache import Slot
 from engineroom_hf_transformers.chunking import ReadingCost
-from engineroom_hf_transformers.sampling import Sampling
 
 if TYPE_CHECKING:
     from engineroom_hf_transformers.decoding import Decoder
@@ -58,7 +57,7 @@ class Task(Job):
     request: InferenceRequest
     tokens: list[int]
     prompt_tokens: int
-    sampling: Sampling
+    sampling: SamplerState
     decoder: Decoder
     limit: int
     logprobs: int | None

@@ -9,6 +9,7 @@ from typing import Any, Final
 import numpy as np
 
 from engineroom import ConfigurationError, ResourceNotAvailableError, default_threads
+from engineroom.engine import Logits
 from engineroom_llamacpp.adapters import set_adapters
 from engineroom_llamacpp.library import (
     CACHE_TYPES,
@@ -18,7 +19,6 @@ from engineroom_llamacpp.library import (
 )
 from engineroom_llamacpp.model import LlamaModel
 from engineroom_llamacpp.options import DEFAULT_CONTEXT, LlamaCppOptions
-from engineroom_llamacpp.sampling import Logits
 
 __all__ = ["LlamaContext", "SavedSequence"]
 

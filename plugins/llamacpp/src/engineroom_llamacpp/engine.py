@@ -39,7 +39,7 @@ from engineroom import (
     TokenStep,
     request_logger,
 )
-from engineroom.engine import BeamSearch, Drafter, DraftRequest
+from engineroom.engine import BeamSearch, Drafter, DraftRequest, NoNumbersError, Sampler
 from engineroom_llamacpp.context import LlamaContext, SavedSequence
 from engineroom_llamacpp.drafting import make_drafter
 from engineroom_llamacpp.library import last_error
@@ -47,7 +47,6 @@ from engineroom_llamacpp.model import LlamaModel
 from engineroom_llamacpp.options import LlamaCppOptions
 from engineroom_llamacpp.outcomes import Outcomes
 from engineroom_llamacpp.pace import PromptPace
-from engineroom_llamacpp.sampling import NoNumbersError, Sampler
 from engineroom_llamacpp.sequences import CellSequence, Sequences
 from engineroom_llamacpp.tasks import Row, Task, compose, contents
 
@@ -144,7 +143,7 @@ class LlamaEngine(BatchingEngine[Task]):
             Task(
                 tokens=list(tokens),
                 prompt_tokens=len(tokens),
-                sampler=Sampler(params, tokens, self.model.n_vocab),
+                sampler=Sampler(params, tokens),
                 limit=len(tokens) + new,
                 logprobs=params.logprobs,
                 adapter=request.adapter,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from engineroom import TokenLogprob, TokenStep
+from engineroom.engine import NoNumbersError, largest, logprob_maker, top_logprobs
 from engineroom_llamacpp.context import LlamaContext
 from engineroom_llamacpp.model import END, LlamaModel
-from engineroom_llamacpp.sampling import Logits, NoNumbersError, largest, top_logprobs
 from engineroom_llamacpp.sequences import Sequences
 from engineroom_llamacpp.tasks import Row, Task
 
@@ -23,6 +23,7 @@ class Outcomes:
 
     def __init__(self, model: LlamaModel, context: LlamaContext, sequences: Sequences) -> None:
         self._model = model
+        self._logprob = logprob_maker(model.token_text)
         self._context = context
         self._sequences = sequences
         self.proposed = self.accepted = 0
@@ -63,7 +64,7 @@ class Outcomes:
                 tokens.append(token)
                 text += piece or b""
                 if task.logprobs is not None:
-                    odds.append(self._logprob(logits, token, task.logprobs))
+                    odds.append(self._logprob(token, *top_logprobs(logits, token, task.logprobs)))
                 if len(task.tokens) >= task.limit:
                     step.finish = "length"
             if depth < len(proposed):
@@ -116,16 +117,6 @@ class Outcomes:
             else self._sequences.fork(task.sequences[parent])
             for place, parent in enumerate(parents)
         ]
-
-    def _logprob(self, logits: Logits, token: int, count: int) -> TokenLogprob:
-        model = self._model
-        own, best = top_logprobs(logits, token, count)
-        return TokenLogprob(
-            token_id=token,
-            token=model.token_text(token),
-            logprob=own,
-            top=[(i, model.token_text(i), value) for i, value in best],
-        )
 
 
 def _announced(task: Task, step: TokenStep) -> TokenStep:

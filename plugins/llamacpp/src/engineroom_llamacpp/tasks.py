@@ -6,10 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from engineroom.engine import BeamSearch, EngineTask, common_prefix
+from engineroom.engine import BeamSearch, EngineTask, Sampler, common_prefix
 from engineroom_llamacpp.context import LlamaContext, SavedSequence
 from engineroom_llamacpp.pace import PromptPace
-from engineroom_llamacpp.sampling import Sampler
 from engineroom_llamacpp.sequences import CellSequence, Sequences
 
 __all__ = ["Row", "Task", "compose", "contents"]

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal, TypeAlias
 
 from engineroom import InferenceError, TokenLogprob, TokenStep
+from engineroom.engine import logprob_maker
 from engineroom_vllm.text import TextCodec
 
 __all__ = ["Outputs"]
@@ -21,6 +22,7 @@ class Outputs:
 
     def __init__(self, codec: TextCodec, ends: frozenset[int]) -> None:
         self._codec = codec
+        self._make_logprob = logprob_maker(codec.token_text)
         self._ends = ends
 
     def steps(self, output: Any, logprobs: int | None) -> Iterator[TokenStep]:
@@ -70,11 +72,5 @@ class Outputs:
 
         :param choices: tokens with their log probabilities; the token itself is among them.
         """
-        likeliest = sorted(choices, key=lambda choice: -choice[1])[:count]
-        text = self._codec.token_text
-        return TokenLogprob(
-            token_id=token,
-            token=text(token),
-            logprob=next(value for i, value in choices if i == token),
-            top=[(i, text(i), value) for i, value in likeliest],
-        )
+        own = next(value for i, value in choices if i == token)
+        return self._make_logprob(token, own, sorted(choices, key=lambda c: -c[1])[:count])

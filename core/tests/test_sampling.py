@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from engineroom import GenerationParams
-from engineroom_llamacpp.sampling import Sampler, _draw_from_all, _weights, top_logprobs
+from engineroom.engine import Sampler, largest, top_logprobs
+from engineroom.engine.sampling import _draw_from_all, _peak, _weights
 
 Row = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -54,10 +55,8 @@ SHARES = st.none() | st.floats(0.0, 1.0) | st.sampled_from([0.0, 0.5, 0.9, 0.999
 MIN_P = st.none() | st.floats(0.0, 1.0) | st.sampled_from([0.0, 1e-30, 0.05, 1.0])
 
 
-def sampler(
-    vocab: int, prompt: tuple[int, ...] = (), /, *, seed: int | None = 1, **params: Any
-) -> Sampler:
-    return Sampler(GenerationParams(seed=seed, **params), prompt, vocab)
+def sampler(prompt: tuple[int, ...] = (), /, *, seed: int | None = 1, **params: Any) -> Sampler:
+    return Sampler(GenerationParams(seed=seed, **params), prompt)
 
 
 # ── the contract, slowly ────────────────────────────────────────────────────────────────────────
@@ -108,8 +107,9 @@ def kept(likely: Doubles, params: GenerationParams, slack: float) -> int:
 
 def distribution(found: Sampler, row: Row) -> tuple[NDArray[np.int64], Doubles]:
     """Candidates and their probabilities, as the sampler is about to draw from them."""
-    if found._top_k >= row.size and found._top_p >= 1.0 and found._min_p <= 0.0:
-        ids, weights = np.arange(row.size), _weights(row, found._temperature).astype(np.float64)
+    if not found.truncates:
+        weights = _weights(row, _peak(row), found.temperature).astype(np.float64)
+        ids = np.arange(row.size)
     else:
         ids, weights = found._candidates(row)
     return ids, weights / weights.sum()
@@ -133,7 +133,7 @@ def test_candidates_and_their_probabilities_are_those_of_the_contract(
 ) -> None:
     params = GenerationParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     assume(not params.greedy)
-    ids, found = distribution(Sampler(params, (), row.size), row)
+    ids, found = distribution(Sampler(params, ()), row)
     likely = probabilities(row.astype(np.float64), temperature)
 
     assert len(set(ids.tolist())) == ids.size
@@ -170,7 +170,7 @@ def test_bias_and_penalties_are_those_of_the_contract(
         frequency_penalty=frequency,
         logit_bias=bias,
     )
-    found = Sampler(params, prompt, row.size)
+    found = Sampler(params, prompt)
     generated: list[int] = []
     for _ in range(4):
         expected = adjusted(row, params, prompt, generated)
@@ -199,7 +199,7 @@ def test_any_row_gives_a_token_that_is_possible(row: Row) -> None:
         {"temperature": 1.0, "repetition_penalty": 1e308},
         {"temperature": 0.0, "repetition_penalty": 1e308},
     ):
-        found = sampler(row.size, (0, 1), **params)
+        found = sampler((0, 1), **params)
         for _ in range(3):
             token = found.sample(row)
             assert 0 <= token < row.size
@@ -208,7 +208,7 @@ def test_any_row_gives_a_token_that_is_possible(row: Row) -> None:
 
 def test_the_coldest_sampling_is_greedy() -> None:
     row = np.array([1.0, 5.0, 4.999, -3.0], np.float32)
-    found = sampler(4, temperature=1e-30)
+    found = sampler(temperature=1e-30)
     assert {found.sample(row) for _ in range(50)} == {1}
 
 
@@ -227,7 +227,7 @@ def test_the_coldest_sampling_is_greedy() -> None:
 )
 def test_greedy_takes_the_likeliest(params: dict[str, Any]) -> None:
     random = np.random.default_rng(7)
-    found = sampler(1000, seed=None, **params)
+    found = sampler(seed=None, **params)
     for _ in range(50):
         row = random.normal(0, 0.001, 1000).astype(np.float32)  # all are nearly as likely
         assert found.sample(row) == row.argmax()
@@ -235,16 +235,16 @@ def test_greedy_takes_the_likeliest(params: dict[str, Any]) -> None:
 
 def test_greedy_takes_the_likeliest_after_bias_and_penalties() -> None:
     row = np.array([3.0, 2.5, 2.0, -9.0], np.float32)
-    assert sampler(4, temperature=0).sample(row) == 0
-    assert sampler(4, temperature=0, logit_bias={3: 100.0}).sample(row) == 3
-    assert sampler(4, temperature=0, logit_bias={0: -100.0}).sample(row) == 1
-    assert sampler(4, (0,), temperature=0, repetition_penalty=1.5).sample(row) == 1
+    assert sampler(temperature=0).sample(row) == 0
+    assert sampler(temperature=0, logit_bias={3: 100.0}).sample(row) == 3
+    assert sampler(temperature=0, logit_bias={0: -100.0}).sample(row) == 1
+    assert sampler((0,), temperature=0, repetition_penalty=1.5).sample(row) == 1
 
 
 def test_a_bias_comes_before_the_repetition_penalty() -> None:
     # (2 + 1) / 2 is less than 1.8; the other way round, 2 / 2 + 1 would be more.
     row = np.array([2.0, 1.8, 0.0], np.float32)
-    found = sampler(3, (0,), temperature=0, repetition_penalty=2.0, logit_bias={0: 1.0})
+    found = sampler((0,), temperature=0, repetition_penalty=2.0, logit_bias={0: 1.0})
     assert found.sample(row) == 1
 
 
@@ -253,46 +253,46 @@ def test_a_bias_comes_before_the_repetition_penalty() -> None:
 
 def test_the_repetition_penalty_counts_the_prompt() -> None:
     row = np.array([1.0, 0.9, -5.0], np.float32)
-    assert sampler(3, (), temperature=0, repetition_penalty=2.0).sample(row) == 0
-    assert sampler(3, (0, 0), temperature=0, repetition_penalty=2.0).sample(row) == 1
+    assert sampler((), temperature=0, repetition_penalty=2.0).sample(row) == 0
+    assert sampler((0, 0), temperature=0, repetition_penalty=2.0).sample(row) == 1
 
 
 def test_the_repetition_penalty_counts_once_however_often_a_token_was_there() -> None:
     row = np.array([8.0, 3.0], np.float32)
-    found = sampler(2, (0, 0, 0), temperature=0, repetition_penalty=2.0)
+    found = sampler((0, 0, 0), temperature=0, repetition_penalty=2.0)
     assert [found.sample(row) for _ in range(4)] == [0, 0, 0, 0]  # 4, never 1
 
 
 def test_the_repetition_penalty_makes_negative_logits_smaller() -> None:
     row = np.array([-1.0, -1.5], np.float32)
-    assert sampler(2, (0,), temperature=0, repetition_penalty=2.0).sample(row) == 1
+    assert sampler((0,), temperature=0, repetition_penalty=2.0).sample(row) == 1
 
 
 def test_the_repetition_penalty_counts_generated_tokens() -> None:
     row = np.array([4.0, 3.0, 2.5], np.float32)
-    found = sampler(3, temperature=0, repetition_penalty=2.0)
+    found = sampler(temperature=0, repetition_penalty=2.0)
     assert [found.sample(row) for _ in range(3)] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("name", ["presence_penalty", "frequency_penalty"])
 def test_presence_and_frequency_do_not_count_the_prompt(name: str) -> None:
     row = np.array([1.0, 0.0], np.float32)
-    found = sampler(2, (0, 0, 0), temperature=0, **{name: 2.0})
+    found = sampler((0, 0, 0), temperature=0, **{name: 2.0})
     assert [found.sample(row) for _ in range(2)] == [0, 1]
 
 
 def test_presence_counts_once_and_frequency_each_time() -> None:
     row = np.array([5.0, 2.5], np.float32)
-    once = sampler(2, temperature=0, presence_penalty=2.0)
+    once = sampler(temperature=0, presence_penalty=2.0)
     assert [once.sample(row) for _ in range(4)] == [0, 0, 0, 0]
-    each = sampler(2, temperature=0, frequency_penalty=2.0)
+    each = sampler(temperature=0, frequency_penalty=2.0)
     # 5, 3, then 1 against 2.5, which then has 0.5.
     assert [each.sample(row) for _ in range(4)] == [0, 0, 1, 0]
 
 
 def test_negative_penalties_ask_for_repetition() -> None:
     row = np.array([1.0, 0.9], np.float32)
-    found = sampler(2, temperature=0, frequency_penalty=-1.0, logit_bias={0: 0.0})
+    found = sampler(temperature=0, frequency_penalty=-1.0, logit_bias={0: 0.0})
     assert found.sample(row) == 0
     row = np.array([1.0, 1.5], np.float32)
     assert found.sample(row) == 0  # 1 + 1
@@ -330,7 +330,7 @@ def test_draws_follow_the_distribution(params: dict[str, Any], seed: int) -> Non
     keep = kept(likely, GenerationParams(**params), 0.0)
     best = np.argsort(-likely)[:keep]
     expected = {int(i): float(likely[i] / likely[best].sum()) for i in best}
-    found = sampler(row.size, seed=seed, **params)
+    found = sampler(seed=seed, **params)
     counts = Counter(found.sample(row) for _ in range(4000))
     assert unlikely(counts, expected) < 5
 
@@ -343,7 +343,7 @@ def test_draws_from_a_whole_vocabulary_follow_the_distribution(seed: int) -> Non
     row = np.full(size, -np.inf, np.float32)
     row[places] = np.linspace(-1, 1, len(places), dtype=np.float32)
     likely = probabilities(row.astype(np.float64), 1.0)
-    found = sampler(size, seed=seed, temperature=1.0)
+    found = sampler(seed=seed, temperature=1.0)
     counts = Counter(found.sample(row) for _ in range(6000))
     assert unlikely(counts, {place: float(likely[place]) for place in places}) < 5
 
@@ -371,7 +371,7 @@ def test_a_draw_falls_where_the_number_points(seed: int, size: int, number: floa
     weights[random.random(size) < 0.5] = 0.0
     weights[size // 2 :] = 0.0  # whole blocks of nothing at the end
     weights[0] = 0.25
-    token = _draw_from_all(weights, Fixed(number))  # type: ignore[arg-type]
+    token = _draw_from_all(weights, number)
     assert weights[token] > 0.0
     cumulative = np.cumsum(weights, dtype=np.float64)
     target = number * cumulative[-1]
@@ -388,14 +388,14 @@ def test_what_truncation_leaves_out_is_never_drawn(number: float) -> None:
         ({"top_k": 3, "top_p": 0.0}, {1999}),
         ({"top_k": 2, "min_p": 0.0}, {1999, 1998}),
     ):
-        found = sampler(row.size, temperature=1.0, **params)
+        found = sampler(temperature=1.0, **params)
         found._random = Fixed(number)  # type: ignore[assignment]
         assert found.sample(row) in allowed
 
 
 def test_a_top_p_of_zero_keeps_one() -> None:
     row = np.array([0.0, 0.1, 0.0], np.float32)
-    found = sampler(3, temperature=2.0, top_p=0.0)
+    found = sampler(temperature=2.0, top_p=0.0)
     assert {found.sample(row) for _ in range(50)} == {1}
 
 
@@ -404,7 +404,7 @@ def test_a_top_p_of_zero_keeps_one() -> None:
 def test_top_p_keeps_no_more_than_it_needs(top_p: float, count: int, top_k: int) -> None:
     row = np.zeros(8, np.float32)
     row[4:] = -np.inf  # four are equally likely
-    ids, _ = distribution(sampler(8, temperature=1.0, top_p=top_p, top_k=top_k), row)
+    ids, _ = distribution(sampler(temperature=1.0, top_p=top_p, top_k=top_k), row)
     assert (row[ids] == 0).sum() == count
 
 
@@ -425,7 +425,7 @@ def test_none_is_neutral() -> None:
         logit_bias={},
         do_sample=True,
     )
-    first, second = Sampler(nothing, [1, 2], row.size), Sampler(neutral, [1, 2], row.size)
+    first, second = Sampler(nothing, [1, 2]), Sampler(neutral, [1, 2])
     assert [first.sample(row) for _ in range(100)] == [second.sample(row) for _ in range(100)]
     _, found = distribution(first, row)
     np.testing.assert_allclose(found, probabilities(row.astype(np.float64), 1.0), rtol=1e-4)
@@ -436,7 +436,7 @@ def test_a_seed_gives_the_same_draws_whoever_else_draws(params: dict[str, Any]) 
     row = np.random.default_rng(3).normal(0, 1, 2000).astype(np.float32)
 
     def new(seed: int) -> Sampler:
-        return sampler(row.size, seed=seed, temperature=1.0, **params)
+        return sampler(seed=seed, temperature=1.0, **params)
 
     alone = new(9)
     expected = [alone.sample(row) for _ in range(40)]
@@ -452,14 +452,14 @@ def test_without_a_seed_no_two_requests_draw_the_same() -> None:
     row = np.zeros(3000, np.float32)
     draws = {
         tuple(found.sample(row) for _ in range(8))
-        for found in (sampler(row.size, seed=None, temperature=1.0) for _ in range(4))
+        for found in (sampler(seed=None, temperature=1.0) for _ in range(4))
     }
     assert len(draws) == 4
 
 
 def test_the_largest_seed_is_a_seed() -> None:
     row = np.zeros(64, np.float32)
-    a, b = (sampler(64, seed=2**63 - 1, temperature=1.0) for _ in range(2))
+    a, b = (sampler(seed=2**63 - 1, temperature=1.0) for _ in range(2))
     assert [a.sample(row) for _ in range(9)] == [b.sample(row) for _ in range(9)]
 
 
@@ -487,3 +487,16 @@ def test_log_probabilities_add_up_to_one() -> None:
     _, best = top_logprobs(row, 0, 4)
     assert [i for i, _ in best] == [3, 2, 1, 0]
     assert sum(math.exp(value) for _, value in best) == pytest.approx(1.0)
+
+
+# ── the likeliest ───────────────────────────────────────────────────────────────────────────────
+
+
+@given(
+    values=st.lists(st.sampled_from([-np.inf, -1.0, 0.0, 2.5]), min_size=1, max_size=40),
+    data=st.data(),
+)
+def test_of_equals_the_lower_ids_come_first(values: list[float], data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, len(values)))
+    expected = sorted(range(len(values)), key=lambda i: -values[i])[:count]
+    assert largest(np.array(values, np.float32), count).tolist() == expected

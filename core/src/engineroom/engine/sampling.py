@@ -1,0 +1,288 @@
+"""Choosing the next token of a request: its state, and the choice over one row in numpy.
+
+The order of the steps is the contract's: ``logit_bias``, penalties, ``temperature``, ``top_k``,
+``top_p``, ``min_p``. Every request draws from a generator of its own, one number a token, so that
+neighbours never change what a seed gives. Of tokens that are equally likely the lower ids come
+first, so that the same seed draws the same token however a runtime sorts.
+
+Numpy is exact, the same on every runtime, and quick: greedy is one ``argmax`` over a view of a
+library's own buffer; sampling sorts only the few candidates that truncation leaves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Final, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engineroom.schemas import GenerationParams, TokenLogprob
+
+__all__ = [
+    "Logits",
+    "MakeLogprob",
+    "NoNumbersError",
+    "Sampler",
+    "SamplerState",
+    "largest",
+    "logprob_maker",
+    "top_logprobs",
+]
+
+Logits: TypeAlias = NDArray[np.float32]
+"""A row of logits, one a token of the vocabulary."""
+MakeLogprob: TypeAlias = Callable[[int, float, Sequence[tuple[int, float]]], TokenLogprob]
+"""Makes an answer's entry of a token, its log probability, and the likeliest tokens with theirs."""
+
+_BLOCK: Final = 1024
+_FIRST_GUESS: Final = 256
+_TINY: Final = float(np.finfo(np.float32).tiny)
+_HUGE: Final = float(np.finfo(np.float32).max)
+
+
+class NoNumbersError(Exception):
+    """The model computed NaN or infinity for the next token."""
+
+
+class SamplerState:
+    """The sampling state of one request: its parameters, its penalties and its random generator.
+
+    :param params: the request's parameters.
+    :param prompt: token ids of the prompt, which ``repetition_penalty`` counts too.
+    """
+
+    __slots__ = (
+        "_random",
+        "bias",
+        "counts",
+        "frequency",
+        "greedy",
+        "min_p",
+        "presence",
+        "repetition",
+        "seen",
+        "temperature",
+        "top_k",
+        "top_p",
+        "touches",
+    )
+
+    def __init__(self, params: GenerationParams, prompt: Sequence[int]) -> None:
+        self.greedy = params.greedy
+        self.temperature = max(1.0 if params.temperature is None else params.temperature, _TINY)
+        self.top_k = params.top_k or 0
+        self.top_p = 1.0 if params.top_p is None else params.top_p
+        self.min_p = params.min_p or 0.0
+        self.repetition = min(params.repetition_penalty or 1.0, _HUGE)
+        self.presence = params.presence_penalty or 0.0
+        self.frequency = params.frequency_penalty or 0.0
+        self.bias = params.logit_bias or {}
+        self.counts: Counter[int] = Counter()
+        self.seen: set[int] = set(prompt) if self.repetition != 1.0 else set()
+        self.touches = bool(self.bias or self.repetition != 1.0 or self.presence or self.frequency)
+        """Whether bias or penalties change the logits."""
+        self._random = None if self.greedy else np.random.Generator(np.random.PCG64(params.seed))
+
+    @property
+    def truncates(self) -> bool:
+        """Whether not every token may be drawn."""
+        return bool(self.top_k or self.top_p < 1.0 or self.min_p > 0.0)
+
+    def draw(self) -> float:
+        """The request's next random number, from 0 to 1 (excluded)."""
+        return 0.0 if self._random is None else float(self._random.random())
+
+    def take(self, token: int) -> None:
+        """The token was chosen."""
+        if self.touches:
+            self.counts[token] += 1
+            if self.repetition != 1.0:
+                self.seen.add(token)
+
+
+class Sampler(SamplerState):
+    """Chooses the next tokens of one request, each from a row of logits in numpy."""
+
+    __slots__ = ("_bias",)
+
+    def __init__(self, params: GenerationParams, prompt: Sequence[int]) -> None:
+        super().__init__(params, prompt)
+        self._bias = (
+            np.fromiter(self.bias.keys(), np.int64, len(self.bias)),
+            np.fromiter(self.bias.values(), np.float32, len(self.bias)),
+        )
+
+    def sample(self, logits: Logits) -> int:
+        """The next token. ``logits`` is not changed, and not kept.
+
+        :raises NoNumbersError: they have no finite maximum.
+        """
+        row = self._adjusted(logits) if self.touches else logits
+        if self.greedy:
+            token = int(row.argmax())  # of NaN, if there is one
+            if not math.isfinite(row[token]):
+                raise NoNumbersError
+        elif not self.truncates:
+            token = _draw_from_all(_weights(row, _peak(row), self.temperature), self.draw())
+        else:
+            ids, weights = self._candidates(row)
+            cumulative = np.cumsum(weights)
+            token = int(ids[_place(cumulative, self.draw() * cumulative[-1])])
+        self.take(token)
+        return token
+
+    def log_probabilities(self, logits: Logits, generated: Sequence[int]) -> Logits:
+        """Log probabilities of the next token, with bias and penalties on them, for beam search.
+
+        They are not normalised again, as in transformers.
+
+        :param generated: the tokens after the prompt.
+        :raises NoNumbersError: the logits have no finite maximum.
+        """
+        row: Logits = logits - _peak(logits)
+        row -= np.float32(math.log(np.exp(row).sum(dtype=np.float64)))
+        if not self.touches:
+            return row
+        self.counts = Counter(generated)
+        prompt = self.seen
+        if self.repetition != 1.0:
+            self.seen = prompt.union(generated)
+        try:
+            return self._adjusted(row)
+        finally:
+            self.seen = prompt
+
+    def _adjusted(self, logits: Logits) -> Logits:
+        """A copy with bias and penalties."""
+        row = logits.copy()
+        ids, values = self._bias
+        row[ids] += values
+        if self.seen:
+            ids = np.fromiter(self.seen, np.int64, len(self.seen))
+            values = row[ids]
+            penalty = np.float32(self.repetition)
+            with np.errstate(over="ignore"):
+                smaller = values * penalty
+            # Not to minus infinity, unless it was there: a token must stay possible.
+            smaller = np.maximum(smaller, np.minimum(values, np.float32(-_HUGE)))
+            row[ids] = np.where(values > 0, values / penalty, smaller)
+        if self.counts and (self.presence or self.frequency):
+            ids = np.fromiter(self.counts.keys(), np.int64, len(self.counts))
+            counts = np.fromiter(self.counts.values(), np.float32, len(self.counts))
+            row[ids] -= np.float32(self.presence) + np.float32(self.frequency) * counts
+        return row
+
+    def _candidates(self, row: Logits) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """What top_k, top_p and min_p leave: ids, likeliest first, and their weights."""
+        total: float | None = None
+        peak = _peak(row)
+        if 0 < self.top_k < row.size:
+            ids = largest(row, self.top_k)
+            weights = _weights(row[ids], peak, self.temperature).astype(np.float64)
+        else:
+            everything = _weights(row, peak, self.temperature)
+            total = float(everything.sum(dtype=np.float64))
+            # Without top_p, min_p alone decides: the whole mass is there, to rounding, too early.
+            mass = total * self.top_p if self.top_p < 1.0 else math.inf
+            ids, weights = _head(everything, mass, self.min_p)
+        if self.top_p < 1.0:
+            before = np.cumsum(weights) - weights
+            keep = before < self.top_p * (weights.sum() if total is None else total)
+            keep[0] = True
+            ids, weights = ids[keep], weights[keep]
+        if self.min_p > 0.0:
+            keep = weights >= self.min_p * weights[0]
+            ids, weights = ids[keep], weights[keep]
+        return ids, weights
+
+
+def _peak(row: Logits) -> np.float32:
+    """The largest logit. :raises NoNumbersError: it is no finite number."""
+    peak: np.float32 = row.max()  # NaN, if there is one
+    if not math.isfinite(peak):
+        raise NoNumbersError
+    return peak
+
+
+def _weights(row: Logits, peak: np.float32, temperature: float) -> Logits:
+    """Unnormalised probabilities; that of ``peak`` is 1."""
+    with np.errstate(over="ignore"):  # to minus infinity, which is right
+        weights: Logits = (row - peak) / np.float32(temperature)
+    np.exp(weights, out=weights)
+    return weights
+
+
+def _place(cumulative: NDArray[np.float64], target: float) -> int:
+    """Where ``target`` falls: never where nothing is added, not even by rounding."""
+    place = int(np.searchsorted(cumulative, target, side="right"))
+    if place < cumulative.size:
+        return place
+    return int(np.searchsorted(cumulative, cumulative[-1], side="left"))
+
+
+def largest(values: Logits, count: int) -> NDArray[np.int64]:
+    """Indices of the ``count`` largest values, largest first; of equals the lower ones first."""
+    least = np.partition(values, values.size - count)[values.size - count]
+    above = np.flatnonzero(values > least)
+    above = above[np.argsort(-values[above], kind="stable")]
+    return np.concatenate((above, np.flatnonzero(values == least)[: count - above.size]))
+
+
+def _head(
+    weights: Logits, mass: float, least: float
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The likeliest tokens that hold ``mass``, or all that ``least`` (a fraction) lets pass.
+
+    Guesses how many they are and sorts only those; a wrong guess costs another partition.
+    """
+    count = _FIRST_GUESS
+    while count < weights.size:
+        ids = largest(weights, count)
+        head = weights[ids].astype(np.float64)
+        if head.sum() >= mass or head[-1] < least:
+            return ids, head
+        count *= 8
+    ids = np.argsort(-weights, kind="stable")
+    return ids, weights[ids].astype(np.float64)
+
+
+def _draw_from_all(weights: Logits, number: float) -> int:
+    """Draw in proportion to the weights: first a block, then a token of the block."""
+    starts = np.arange(0, weights.size, _BLOCK)
+    blocks = np.cumsum(np.add.reduceat(weights, starts, dtype=np.float64))
+    target = number * blocks[-1]
+    block = _place(blocks, target)
+    if block:
+        target -= blocks[block - 1]
+    start = block * _BLOCK
+    part = np.cumsum(weights[start : start + _BLOCK], dtype=np.float64)
+    return start + _place(part, target)
+
+
+def top_logprobs(logits: Logits, token: int, count: int) -> tuple[float, list[tuple[int, float]]]:
+    """Log probability of ``token``, and the ``count`` likeliest tokens with theirs."""
+    top = float(logits.max())
+    with np.errstate(over="ignore"):
+        scale = top + float(np.log(np.exp(logits - np.float32(top)).sum(dtype=np.float64)))
+    ids = largest(logits, min(count, logits.size)) if count else ()
+    return float(logits[token]) - scale, [(int(i), float(logits[i]) - scale) for i in ids]
+
+
+def logprob_maker(text: Callable[[int], str]) -> MakeLogprob:
+    """What makes a model's log probabilities as answers give them.
+
+    :param text: a token's own text.
+    """
+
+    def make(token: int, own: float, likeliest: Sequence[tuple[int, float]]) -> TokenLogprob:
+        return TokenLogprob(
+            token_id=token,
+            token=text(token),
+            logprob=own,
+            top=[(i, text(i), value) for i, value in likeliest],
+        )
+
+    return make
