@@ -177,6 +177,33 @@ def test_number_gives_whole_numbers_of_the_architecture_alone(write: Any) -> Non
         assert header.number(key) is None, key
 
 
+def test_sizes_are_said_as_a_configuration_says_them(write: Any) -> None:
+    pairs = [
+        ARCHITECTURE,
+        ("llama.block_count", U32, 3),
+        ("llama.attention.head_count", ARRAY, (U32, [4, 4, 2])),
+        ("llama.attention.key_length", U32, 16),
+        ("llama.attention.key_length_swa", U32, 8),
+        ("llama.attention.sliding_window_pattern", ARRAY, (BOOL, [True, True, False])),
+        ("llama.attention.kv_lora_rank", U32, 5),  # but unpacked
+        ("llama.context_length", U32, 64),
+    ]
+    assert read_header(write(image(pairs))).config() == {
+        "model_type": "llama",
+        "num_hidden_layers": 3,
+        "num_attention_heads": [4, 4, 2],
+        "head_dim": [8, 8, 16],
+        "max_position_embeddings": 64,
+    }
+    latent = [
+        *pairs,
+        ("llama.attention.key_length_mla", U32, 4),
+        ("llama.rope.dimension_count", U32, 2),
+    ]
+    config = read_header(write(image(latent))).config()
+    assert (config["kv_lora_rank"], config["qk_rope_head_dim"]) == (5, 2)
+
+
 def test_version_2_is_read(write: Any) -> None:
     assert read_header(write(image(version=2))).version == 2
 

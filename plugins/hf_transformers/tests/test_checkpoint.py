@@ -359,6 +359,12 @@ def test_the_estimate_knows_other_layouts() -> None:
     assert cache(**sizes, multi_query=True) == 3 * 1 * 16
     latent = {"qk_nope_head_dim": 6, "qk_rope_head_dim": 2, "v_head_dim": 5}
     assert cache(**sizes, **latent) == 3 * 4 * (8 + 5)
+    falcon = {"num_hidden_layers": 32, "num_attention_heads": 71, "hidden_size": 4544}
+    assert cache(**falcon, multi_query=True) == 4_096
+    # Transformers unpacks latent vectors in front of its attention, whose numbers are kept.
+    deepseek = {"num_hidden_layers": 61, "num_attention_heads": 128, "kv_lora_rank": 512}
+    heads = {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+    assert cache(**deepseek, **heads) == 61 * 128 * (192 + 128)
     assert cache(num_hidden_layers="x", num_attention_heads=True, hidden_size=-1) == 0
     assert cache(num_hidden_layers=1, num_attention_heads=2**30, hidden_size=1) == 0
 

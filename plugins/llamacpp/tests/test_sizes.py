@@ -129,6 +129,40 @@ def gguf_array(*values: int) -> Any:
     return GgufArray(len(values), values)
 
 
+def test_the_cache_is_what_the_attention_keeps(gpus: Any) -> None:
+    gpus()
+
+    def cache(architecture: str, **sizes: int) -> int:
+        """Numbers of a token; two bytes each."""
+        metadata = {"general.architecture": architecture, f"{architecture}.context_length": 64}
+        metadata |= {f"{architecture}.{key.replace('__', '.')}": n for key, n in sizes.items()}
+        found = estimate(GgufHeader(3, metadata, 0, 0, 0), LlamaCppOptions(n_ctx=8))
+        return found["cpu"] // (8 * 2)
+
+    heads = {"attention__head_count": 71, "attention__head_count_kv": 1}
+    assert cache("falcon", block_count=32, embedding_length=4544, **heads) == 4_096
+    latent = {
+        "block_count": 61,
+        "embedding_length": 7168,
+        "attention__head_count": 128,
+        "attention__head_count_kv": 1,
+        "attention__key_length": 576,
+        "attention__value_length": 512,
+        "attention__key_length_mla": 192,
+        "attention__value_length_mla": 128,
+        "attention__kv_lora_rank": 512,
+        "rope__dimension_count": 64,
+    }
+    assert cache("deepseek2", **latent) == 35_136
+    old = latent | {
+        "attention__head_count_kv": 128,
+        "attention__key_length": 192,
+        "attention__value_length": 128,
+        "attention__key_length_mla": 0,
+    }
+    assert cache("deepseek2", **old) == 61 * 128 * (192 + 128)  # unpacked by older converters
+
+
 def test_the_handler_gives_it_by_device(tiny_model: Path, gpus: Any) -> None:
     gpus(GIB)
     config = ModelConfig(model_id="m", source=str(tiny_model), options={"n_gpu_layers": 1})

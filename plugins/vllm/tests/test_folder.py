@@ -159,3 +159,24 @@ def test_odd_values_of_a_configuration_count_as_not_said(tmp_path: Path) -> None
     folder = read_folder(write(tmp_path / "m", odd))
     assert folder.token_values == 0
     assert folder.end_tokens == {5}
+
+
+def test_a_token_takes_what_its_attention_keeps(tmp_path: Path) -> None:
+    falcon = {
+        "num_hidden_layers": 32,
+        "num_attention_heads": 71,
+        "hidden_size": 4544,
+        "multi_query": True,
+    }
+    latent = {
+        "num_hidden_layers": 61,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 128,
+        "hidden_size": 7168,
+        "kv_lora_rank": 512,
+        "qk_rope_head_dim": 64,
+    }
+    for sizes, numbers in ((falcon, 4_096), (latent, 35_136)):
+        path = write(tmp_path / "m", {"architectures": ["X"], "dtype": "bfloat16", **sizes})
+        assert read_folder(path).token_values == numbers
+        assert read_folder(path).token_bytes("auto") == 2 * numbers

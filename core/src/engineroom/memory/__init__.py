@@ -2,4 +2,9 @@
 
 The account says who holds how much and who would have to go; the probe measures; the machine
 tells what the process may use. Which models live and die by it is in :mod:`engineroom.models`.
+What a key/value cache takes is public for plugins, with the names that ``__init__.pyi`` says.
 """
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from engineroom import ConfigurationError
+from engineroom.memory import kv_values_per_token
 from engineroom.sources import SAFETENSORS_BITS
 from engineroom_hf_transformers.checkpoint import Checkpoint
 from engineroom_hf_transformers.options import HfTransformersOptions
@@ -32,16 +33,16 @@ def choose_device(options: HfTransformersOptions) -> str:
 
     :raises ConfigurationError: torch does not have the one that the option names.
     """
-    wanted = options.device
-    if wanted == "cpu":
+    name = options.device
+    if name == "cpu":
         return "cpu"
     import torch
 
-    if wanted == "auto":
+    if name == "auto":
         if torch.cuda.is_available():
             return f"cuda:{torch.cuda.current_device()}"
         return "mps" if torch.backends.mps.is_available() else "cpu"
-    if wanted == "mps":
+    if name == "mps":
         if not torch.backends.mps.is_available():
             raise ConfigurationError(
                 "device: mps asks for Apple's GPU, and this torch has none; use cpu or auto"
@@ -50,13 +51,13 @@ def choose_device(options: HfTransformersOptions) -> str:
     if not torch.cuda.is_available():
         why = "" if torch.version.cuda or torch.version.hip else " (it is a build for the CPU)"
         raise ConfigurationError(
-            f"device: {wanted} asks for a GPU, and torch {torch.__version__} finds none{why}; "
+            f"device: {name} asks for a GPU, and torch {torch.__version__} finds none{why}; "
             "use cpu or auto, or install a torch for your GPU and its driver"
         )
-    number = int(wanted.partition(":")[2] or torch.cuda.current_device())
+    number = int(name.partition(":")[2] or torch.cuda.current_device())
     if number >= (count := torch.cuda.device_count()):
         raise ConfigurationError(
-            f"device: {wanted} does not exist; the GPUs are cuda:0 to cuda:{count - 1}"
+            f"device: {name} does not exist; the GPUs are cuda:0 to cuda:{count - 1}"
         )
     return f"cuda:{number}"
 
@@ -118,33 +119,14 @@ def trained_tokens(config: Mapping[str, Any]) -> int | None:
 def context_tokens(config: Mapping[str, Any], options: HfTransformersOptions) -> int:
     """Most tokens of one request: what the model has positions for, and the option allows."""
     trained = trained_tokens(config)
-    wanted = options.max_context or DEFAULT_CONTEXT
-    return min(wanted, trained) if trained else wanted
+    most = options.max_context or DEFAULT_CONTEXT
+    return min(most, trained) if trained else most
 
 
-def _cached_values(config: Mapping[str, Any]) -> int:
-    """Numbers that the cache keeps of one token, in all layers; 0: it has no such cache."""
-    text = _text_config(config)
-    layers = _number(text, "num_hidden_layers", "n_layer", "num_layers", "n_layers") or 0
-    heads = _number(text, "num_attention_heads", "n_head", "num_heads", "n_heads") or 0
-    if not heads:
-        return 0  # recurrent: its state is small
-    width = _number(text, "hidden_size", "n_embd", "d_model", "dim") or 0
-    kv_heads = _number(text, "num_key_value_heads", "num_kv_heads", "n_head_kv") or heads
-    if text.get("multi_query") is True and not text.get("new_decoder_architecture"):
-        kv_heads = 1
-    key = _number(text, "head_dim", "d_kv") or width // heads
-    value = key
-    if rank := _number(text, "qk_nope_head_dim"):  # latent attention, unpacked in the cache
-        key, kv_heads = rank + (_number(text, "qk_rope_head_dim") or 0), heads
-        value = _number(text, "v_head_dim") or key
-    return layers * kv_heads * (key + value)
-
-
-def _weight_bytes(checkpoint: Checkpoint, options: HfTransformersOptions, each: int) -> int:
+def _weight_bytes(checkpoint: Checkpoint, options: HfTransformersOptions, number_bytes: int) -> int:
     if not checkpoint.values:  # pickled: no header says more than the file's size
         return sum(path.stat().st_size for path in checkpoint.weights)
-    bits = 8 * each
+    bits = 8 * number_bytes
     quantization = options.quantization or {}
     if quantization.get("load_in_4bit") or quantization.get("bits") == 4:
         bits = 4
@@ -163,10 +145,11 @@ def estimate_bytes(checkpoint: Checkpoint, options: HfTransformersOptions) -> di
     """
     devices = _devices(options)
     config = checkpoint.config
-    each = _BYTES[choose_dtype(config, options, devices[0])]
-    total = _weight_bytes(checkpoint, options, each)
+    number_bytes = _BYTES[choose_dtype(config, options, devices[0])]
+    total = _weight_bytes(checkpoint, options, number_bytes)
     cells = options.max_batch_size * context_tokens(config, options)
-    total += cells * _cached_values(config) * each
+    # Attention is handed latent vectors unpacked, and its keys and values are what slots keep.
+    total += cells * kv_values_per_token(config, unpacked=True) * number_bytes
     share = -(-total // len(devices))
     return {"cpu" if device == "mps" else device: share for device in devices}
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from engineroom import ConfigurationError
+from engineroom.memory import kv_layers
 from engineroom.sources import GgufHeader, GgufTensor
 from engineroom_llamacpp.library import gpu_devices
 from engineroom_llamacpp.options import DEFAULT_CONTEXT, LlamaCppOptions
@@ -85,10 +86,10 @@ def estimate(
     """
     layers = header.number("block_count") or 0
     place = _places(layers, options)
-    found: dict[str, int] = {"cpu": 0}
+    taken: dict[str, int] = {"cpu": 0}
 
     def add(device: str, count: int) -> None:
-        found[device] = found.get(device, 0) + count
+        taken[device] = taken.get(device, 0) + count
 
     own_output = any(tensor.name == "output.weight" for tensor in header.tensors)
     for tensor in header.tensors:
@@ -101,11 +102,11 @@ def estimate(
             add("cpu", size)
             if tensor.name == "token_embd.weight" and not own_output and place(layers) != "cpu":
                 add(place(layers), size)  # a copy of it is the output layer
-    for layer, size in enumerate(_cache(header, options, layers)):
+    for layer, size in enumerate(_cache(header, options)):
         add(place(layer), size)
     if not is_encoder(header):
         add(place(layers), 2 * 4 * _embedding_tokens(header, options) * _vocabulary(header))
-    return found
+    return taken
 
 
 def _places(layers: int, options: LlamaCppOptions) -> Callable[[int], str]:
@@ -113,16 +114,16 @@ def _places(layers: int, options: LlamaCppOptions) -> Callable[[int], str]:
     devices = gpu_devices() if options.n_gpu_layers else []
     if options.main_gpu is not None:
         devices = devices[options.main_gpu : options.main_gpu + 1]
-    wanted = layers + 1 if options.n_gpu_layers < 0 else min(options.n_gpu_layers, layers + 1)
-    if not devices or not wanted:
+    on_gpu = layers + 1 if options.n_gpu_layers < 0 else min(options.n_gpu_layers, layers + 1)
+    if not devices or not on_gpu:
         return lambda _: "cpu"
-    first = layers + 1 - wanted
+    first = layers + 1 - on_gpu
     bounds = _bounds(devices, options.tensor_split)
 
     def place(layer: int) -> str:
         if layer < first:
             return "cpu"
-        number = bisect.bisect_right(bounds, (layer - first) / wanted)
+        number = bisect.bisect_right(bounds, (layer - first) / on_gpu)
         return devices[min(number, len(devices) - 1)][0]
 
     return place
@@ -136,27 +137,19 @@ def _bounds(devices: Sequence[tuple[str, int]], split: Sequence[float] | None) -
     return [sum(shares[: count + 1]) / total for count in range(len(shares))]
 
 
-def _cache(header: GgufHeader, options: LlamaCppOptions, layers: int) -> list[int]:
+def _cache(header: GgufHeader, options: LlamaCppOptions) -> list[int]:
     """Bytes of the key/value cache for each layer."""
     if is_encoder(header):
         return []
-    width = header.number("embedding_length") or 0
-    heads = header.numbers("attention.head_count", layers) or (1,) * layers
-    kv_heads = header.numbers("attention.head_count_kv", layers) or heads
     trained = header.number("context_length") or DEFAULT_CONTEXT
     cells = options.n_ctx or min(trained, DEFAULT_CONTEXT)
     k_bytes, v_bytes = _CACHE_BYTES[options.cache_type_k], _CACHE_BYTES[options.cache_type_v]
     embedding = _embedding_tokens(header, options)  # a second context, of halves
-    found = []
-    for all_heads, kv in zip(heads, kv_heads, strict=True):
-        head = width // max(1, all_heads)
-        k_width = (header.number("attention.key_length") or head) * kv
-        v_width = (header.number("attention.value_length") or head) * kv
-        found.append(
-            int(cells * (k_width * k_bytes + v_width * v_bytes))
-            + embedding * (k_width + v_width) * 2
-        )
-    return found
+    return [
+        int(cells * (layer.keys * k_bytes + layer.values * v_bytes))
+        + embedding * (layer.keys + layer.values) * 2
+        for layer in kv_layers(header.config())
+    ]
 
 
 def _embedding_tokens(header: GgufHeader, options: LlamaCppOptions) -> int:

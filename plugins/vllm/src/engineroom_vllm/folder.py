@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from engineroom import ConfigurationError
+from engineroom.memory import kv_values_per_token
 from engineroom.sources import read_json, read_safetensors_header
 
 __all__ = ["ModelFolder", "is_model_folder", "read_folder", "tensors_of"]
@@ -112,7 +113,7 @@ def read_folder(path: Path) -> ModelFolder:
         architectures=architectures,
         weight_bytes=sum(file.stat().st_size for file in files),
         trained=_number(inner, "max_position_embeddings") or None,
-        token_values=_token_values(inner),
+        token_values=kv_values_per_token(config),
         dtype=_dtype(inner) or _dtype_of(files[0]) or "auto",
         end_tokens=_end_tokens(path, inner),
         encoder=inner.get("model_type") in _ENCODERS,
@@ -156,13 +157,6 @@ def tensors_of(file: Path) -> Mapping[str, str]:
         return read_safetensors_header(file).dtypes if file.suffix == ".safetensors" else {}
     except ConfigurationError:
         return {}
-
-
-def _token_values(config: Mapping[str, Any]) -> int:
-    heads = _number(config, "num_attention_heads") or 1
-    kv_heads = _number(config, "num_key_value_heads") or heads
-    width = _number(config, "head_dim") or _number(config, "hidden_size") // heads
-    return 2 * _number(config, "num_hidden_layers") * kv_heads * width
 
 
 def _end_tokens(path: Path, config: Mapping[str, Any]) -> frozenset[int]:
