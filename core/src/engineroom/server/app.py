@@ -21,7 +21,7 @@ from engineroom.server import routes
 from engineroom.server.apis.routing import Route
 from engineroom.server.http.call import Call, ClientGoneError
 from engineroom.server.http.context import ServerContext
-from engineroom.server.http.errors import ApiError, stopping
+from engineroom.server.http.errors import ApiError, ErrorBody, OpenAIError, stopping
 from engineroom.server.http.guard import check_admin, check_front, identify
 from engineroom.server.settings import ServerSettings
 from engineroom.service import LLMInferenceService
@@ -69,7 +69,11 @@ class Front:
             ],
             redirect_slashes=False,
         )
-        self._open = routes.open_paths()
+        every_route = routes.all_routes()
+        self._open = frozenset(route.path for route in every_route if route.access == "open")
+        self._error_bodies = [
+            (route.path, route.error) for route in every_route if route.error is not OpenAIError
+        ]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -77,7 +81,7 @@ class Front:
             return
         if scope["type"] != "http":
             return
-        call = Call(scope, receive, send, self.context)
+        call = Call(scope, receive, send, self.context, self._error_body(scope["path"]))
         scope[_CALL] = call
         scope["app"] = self  # so that the router raises what it does not find
         try:
@@ -87,8 +91,8 @@ class Front:
             await self.router(scope, receive, send)
         except ClientGoneError:
             return
-        except ApiError as refused:
-            await self._refuse(call, refused)
+        except ApiError as error:
+            await self._refuse(call, error)
         except HTTPException as error:
             await self._refuse(call, _from_router(call, error))
         except asyncio.CancelledError:
@@ -105,13 +109,19 @@ class Front:
                 ),
             )
 
-    async def _refuse(self, call: Call, refused: ApiError) -> None:
+    def _error_body(self, path: str) -> type[ErrorBody]:
+        for prefix, body in self._error_bodies:
+            if path.startswith(prefix):
+                return body
+        return OpenAIError
+
+    async def _refuse(self, call: Call, error: ApiError) -> None:
         if call.started:
             raise ConnectionAbortedError("the answer had begun; the connection is closed")
         if call.scope["method"] == "HEAD":
-            await call.answer(refused.status, b"", refused.all_headers())
+            await call.answer(error.status, b"", error.all_headers())
             return
-        await call.refuse(refused)
+        await call.refuse(error)
 
 
 def create_app(service: LLMInferenceService, settings: ServerSettings | None = None) -> ASGIApp:

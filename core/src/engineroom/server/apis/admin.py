@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Awaitable
 from typing import Annotated, Any
 
+from msgspec import Meta
 from pydantic import Field, TypeAdapter
 
 from engineroom.errors import EngineRoomError
-from engineroom.models.manager import LLMModelManager, ModelStatus
+from engineroom.models.manager import LLMModelManager
 from engineroom.server.apis.request_fields import ApiRequest, Number, parse
+from engineroom.server.apis.routing import Route
 from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ApiError, without_paths
+from engineroom.server.http.frames import Answer
+from engineroom.status import ModelStatus
 
-__all__ = ["UnloadRequest", "admin_models", "load_model", "plan", "reload", "unload_model"]
+__all__ = ["ROUTES", "UnloadRequest"]
 
 
 class UnloadRequest(ApiRequest):
@@ -23,11 +27,41 @@ class UnloadRequest(ApiRequest):
     """Seconds to wait for the requests that hold the model; 30 unless said."""
 
 
+class AdminModel(Answer, kw_only=True):
+    """A model and how it is."""
+
+    id: str
+    state: Annotated[str, Meta(examples=["ready"])]
+    aliases: list[str]
+    runtime: str | None
+    leases: int
+    memory_bytes: int | None
+    max_context_tokens: int | None
+    failed: bool
+
+
+class AdminModels(Answer, kw_only=True):
+    """Every model and how it is."""
+
+    models: list[AdminModel]
+
+
+class Plan(Answer, kw_only=True):
+    """What the model manager's plan says."""
+
+    plan: Any
+
+
+class Reload(Answer, kw_only=True):
+    """What the model manager's reload says."""
+
+    reload: Any
+
+
 async def admin_models(call: Call) -> None:
     """Every model and how it is."""
-    await call.answer_json(
-        {"models": [_shown(status) for status in call.context.directory.models()]}
-    )
+    models = [_shown(status) for status in call.context.directory.models()]
+    await call.answer_json(AdminModels(models=models))
 
 
 async def load_model(call: Call) -> None:
@@ -52,14 +86,12 @@ async def unload_model(call: Call) -> None:
 
 async def plan(call: Call) -> None:
     """What is in memory and what would fit, as the manager tells it."""
-    found = await _typed(call, _manager(call).plan())
-    await call.answer_json({"plan": _plain(found)})
+    await call.answer_json(Plan(plan=_plain(await _typed(call, _manager(call).plan()))))
 
 
 async def reload(call: Call) -> None:
     """Read the deployment anew, as the manager does it."""
-    report = await _typed(call, _manager(call).reload())
-    await call.answer_json({"reload": _plain(report)})
+    await call.answer_json(Reload(reload=_plain(await _typed(call, _manager(call).reload()))))
 
 
 def _plain(value: Any) -> Any:
@@ -71,8 +103,8 @@ def _redacted(value: Any) -> Any:
     if isinstance(value, str):
         return without_paths(value)
     if isinstance(value, dict):
-        return {key: _redacted(each) for key, each in value.items()}
-    return [_redacted(each) for each in value] if isinstance(value, list) else value
+        return {key: _redacted(item) for key, item in value.items()}
+    return [_redacted(item) for item in value] if isinstance(value, list) else value
 
 
 def _manager(call: Call) -> LLMModelManager:
@@ -84,17 +116,16 @@ def _manager(call: Call) -> LLMModelManager:
 
 def _target(call: Call) -> tuple[LLMModelManager, str]:
     manager = _manager(call)
-    model_id: str = call.path_params["model"]
-    known = call.context.directory.canonical(model_id)
-    if known is None:
+    name: str = call.path_params["model"]
+    model_id = call.context.directory.canonical(name)
+    if model_id is None:
         raise ApiError(
             404,
-            f"{model_id[:256]!r} is not a model of this deployment; GET /v1/admin/models lists "
-            "them",
+            f"{name[:256]!r} is not a model of this deployment; GET /v1/admin/models lists them",
             "model_not_found",
             "model",
         )
-    return manager, known
+    return manager, model_id
 
 
 async def _typed(call: Call, work: Awaitable[Any]) -> Any:
@@ -104,18 +135,76 @@ async def _typed(call: Call, work: Awaitable[Any]) -> Any:
         raise call.context.api_error_of(error) from error
 
 
-def _status(call: Call, model_id: str) -> dict[str, Any]:
+def _status(call: Call, model_id: str) -> AdminModel:
     return next(_shown(s) for s in call.context.directory.models() if s.model_id == model_id)
 
 
-def _shown(status: ModelStatus) -> dict[str, Any]:
-    return {
-        "id": status.model_id,
-        "state": status.state,
-        "aliases": list(status.aliases),
-        "runtime": status.runtime,
-        "leases": status.leases,
-        "memory_bytes": status.memory_bytes,
-        "max_context_tokens": status.max_context_tokens,
-        "failed": status.error is not None,
-    }
+def _shown(status: ModelStatus) -> AdminModel:
+    return AdminModel(
+        id=status.model_id,
+        state=status.state,
+        aliases=list(status.aliases),
+        runtime=status.runtime,
+        leases=status.leases,
+        memory_bytes=status.memory_bytes,
+        max_context_tokens=status.max_context_tokens,
+        failed=status.error is not None,
+    )
+
+
+ROUTES = (
+    Route(
+        path="/v1/admin/models",
+        method="GET",
+        endpoint=admin_models,
+        summary="Every model and how it is",
+        tag="admin",
+        access="admin",
+        response=AdminModels,
+    ),
+    Route(
+        path="/v1/admin/models/{model:path}/load",
+        method="POST",
+        endpoint=load_model,
+        summary="Load a model",
+        tag="admin",
+        access="admin",
+        work=True,
+        response=AdminModel,
+        errors=(400, 404, 500, 501, 503),
+    ),
+    Route(
+        path="/v1/admin/models/{model:path}/unload",
+        method="POST",
+        endpoint=unload_model,
+        summary="Unload a model",
+        tag="admin",
+        access="admin",
+        work=True,
+        request=UnloadRequest,
+        body_needed=False,
+        response=AdminModel,
+        errors=(400, 404, 408, 413, 415, 500, 501, 503),
+    ),
+    Route(
+        path="/v1/admin/plan",
+        method="GET",
+        endpoint=plan,
+        summary="What is in memory and what would fit",
+        tag="admin",
+        access="admin",
+        response=Plan,
+        errors=(400, 500, 501, 503),
+    ),
+    Route(
+        path="/v1/admin/reload",
+        method="POST",
+        endpoint=reload,
+        summary="Read the deployment anew",
+        tag="admin",
+        access="admin",
+        work=True,
+        response=Reload,
+        errors=(400, 500, 501, 503),
+    ),
+)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias
 
 from pydantic import Field
 
 from engineroom.inference.streams import InferenceStream
-from engineroom.schemas import ChatMessage, InferenceRequest, InferenceResponse, TokenLogprob
+from engineroom.schemas import ChatMessage, InferenceRequest, InferenceResponse
 from engineroom.server.apis.request_fields import (
-    EXTENSIONS,
     ModelName,
     Number,
     Sampling,
@@ -20,21 +19,35 @@ from engineroom.server.apis.request_fields import (
     chat_message,
     check_count,
     common_fields,
+    params_of,
     parse,
     stops,
     text_of,
 )
+from engineroom.server.apis.routing import WORK_ERRORS, Route
 from engineroom.server.http.call import Call
-from engineroom.server.http.errors import ApiError
-from engineroom.server.http.exchange import answer_all, stream_all
-from engineroom.server.http.frames import Framer, named_event
+from engineroom.server.http.errors import ApiError, ErrorBody
+from engineroom.server.http.exchange import Writer, answer_all, stream_all
+from engineroom.server.http.frames import Answer, Framer, named_event
 
-__all__ = ["MessagesRequest", "messages"]
+__all__ = ["ROUTES", "AnthropicError", "MessagesRequest"]
 
-_STOP_REASONS: Final[Mapping[str, str]] = {
+StopReason: TypeAlias = Literal["end_turn", "stop_sequence", "max_tokens"]
+_STOP_REASONS: Final[Mapping[str, StopReason]] = {
     "eos_token": "end_turn",
     "stop_sequence": "stop_sequence",
     "length": "max_tokens",
+}
+_ERROR_TYPES: Final[Mapping[int, str]] = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "api_error",
+    501: "api_error",
+    503: "overloaded_error",
 }
 
 
@@ -80,6 +93,85 @@ class MessagesRequest(Sampling):
     WITHOUT_EFFECT: ClassVar[Collection[str]] = ("cache_control",)
 
 
+# ── answers ──────────────────────────────────────────────────────────────────────────────────
+
+
+class AnthropicErrorDetail(Answer, kw_only=True):
+    """What went wrong."""
+
+    type: str
+    message: str
+
+
+class AnthropicError(ErrorBody, kw_only=True):
+    """Anthropic's error object."""
+
+    ID_HEADERS: ClassVar[tuple[bytes, ...]] = (b"x-request-id", b"request-id")
+
+    type: Literal["error"] = "error"
+    error: AnthropicErrorDetail
+    request_id: str
+
+    @classmethod
+    def of(cls, error: ApiError, request_id: str) -> AnthropicError:
+        kind = _ERROR_TYPES.get(error.status, "invalid_request_error")
+        detail = AnthropicErrorDetail(type=kind, message=error.message)
+        return cls(error=detail, request_id=request_id)
+
+
+class TextBlock(Answer, kw_only=True):
+    """A part of the answer."""
+
+    type: Literal["text"] = "text"
+    text: str
+    citations: None = None
+
+
+class AnthropicUsage(Answer, kw_only=True):
+    """Tokens read, those from the cache apart, and written."""
+
+    input_tokens: int
+    cache_creation_input_tokens: int = 0
+    cache_read_input_tokens: int
+    output_tokens: int
+
+
+class Message(Answer, kw_only=True):
+    """Anthropic's message."""
+
+    id: str
+    type: Literal["message"] = "message"
+    role: Literal["assistant"] = "assistant"
+    model: str
+    content: list[TextBlock]
+    stop_reason: StopReason
+    stop_sequence: str | None
+    usage: AnthropicUsage
+
+
+class StartUsage(Answer, kw_only=True):
+    """Tokens read, when nothing is written yet."""
+
+    input_tokens: int
+    output_tokens: int = 0
+
+
+class StartedMessage(Answer, kw_only=True):
+    """The message that a stream begins with."""
+
+    id: str
+    type: Literal["message"] = "message"
+    role: Literal["assistant"] = "assistant"
+    model: str
+    content: tuple[()] = ()
+    stop_reason: None = None
+    stop_sequence: None = None
+    usage: StartUsage
+
+
+# ── the work ─────────────────────────────────────────────────────────────────────────────────
+
+
 async def messages(call: Call) -> None:
     """Continue a conversation."""
     request = parse(call, MessagesRequest, await call.json())
@@ -91,27 +183,26 @@ async def messages(call: Call) -> None:
         return
     (response,) = await answer_all(call, [inference])
     await call.answer_json(
-        {
-            **_message(message_id, request.model),
-            "content": [{"type": "text", "text": response.generated_text or "", "citations": None}],
-            "stop_reason": _stop_reason(response),
-            "stop_sequence": response.stop_sequence,
-            "usage": _usage(response),
-        }
+        Message(
+            id=message_id,
+            model=request.model,
+            content=[TextBlock(text=response.generated_text or "")],
+            stop_reason=_stop_reason(response),
+            stop_sequence=response.stop_sequence,
+            usage=_usage(response),
+        )
     )
 
 
 def _request(call: Call, request: MessagesRequest) -> InferenceRequest:
     check_count(call, request.messages)
-    found: list[ChatMessage] = []
+    conversation: list[ChatMessage] = []
     if (system := text_of(request.system, "system")) is not None:
-        found.append(chat_message("system", system, "system"))
-    for place, each in enumerate(request.messages):
-        where = f"messages.{place}"
-        found.append(chat_message(each.role, text_of(each.content, where), where))
-    params: dict[str, Any] = {
-        name: getattr(request, name) for name in ("temperature", "top_p", *EXTENSIONS)
-    }
+        conversation.append(chat_message("system", system, "system"))
+    for number, message in enumerate(request.messages):
+        where = f"messages.{number}"
+        conversation.append(chat_message(message.role, text_of(message.content, where), where))
+    params = params_of(request, "temperature", "top_p")
     params["max_new_tokens"] = request.max_tokens
     return build(
         call,
@@ -119,97 +210,89 @@ def _request(call: Call, request: MessagesRequest) -> InferenceRequest:
         params=params,
         absent={"temperature": None},
         model=request.model,
-        messages=found,
+        messages=conversation,
         stop_sequences=stops(request.stop_sequences),
         stream=bool(request.stream),
         **common_fields(call, request),
     )
 
 
-def _message(message_id: str, model: str) -> dict[str, Any]:
-    return {
-        "id": message_id,
-        "type": "message",
-        "role": "assistant",
-        "model": model,
-        "content": [],
-        "stop_reason": None,
-        "stop_sequence": None,
-    }
-
-
-def _stop_reason(response: InferenceResponse) -> str:
+def _stop_reason(response: InferenceResponse) -> StopReason:
     return _STOP_REASONS.get(response.finish_reason or "", "end_turn")
 
 
-def _usage(response: InferenceResponse) -> dict[str, Any]:
+def _usage(response: InferenceResponse) -> AnthropicUsage:
     """Anthropic counts what came from the cache apart from what was read."""
     cached = response.cached_prompt_tokens or 0
-    return {
-        "input_tokens": (response.prompt_tokens or 0) - cached,
-        "cache_creation_input_tokens": 0,
-        "cache_read_input_tokens": cached,
-        "output_tokens": response.generated_tokens or 0,
-    }
+    return AnthropicUsage(
+        input_tokens=(response.prompt_tokens or 0) - cached,
+        cache_read_input_tokens=cached,
+        output_tokens=response.generated_tokens or 0,
+    )
 
 
-class MessagesWriter:
+class MessagesWriter(Writer):
     """The events of a message."""
 
-    wants_logprobs = False
-
     def __init__(self, message_id: str, model: str) -> None:
-        self._message = _message(message_id, model)
+        self._id = message_id
+        self._model = model
 
     def begin(self, streams: Sequence[InferenceStream]) -> bytes:
         """The message and its block come to be."""
-        usage = {"input_tokens": streams[0].prompt_tokens or 0, "output_tokens": 0}
-        start = {"type": "message_start", "message": {**self._message, "usage": usage}}
-        block = {"type": "text", "text": ""}
+        usage = StartUsage(input_tokens=streams[0].prompt_tokens or 0)
+        message = StartedMessage(id=self._id, model=self._model, usage=usage)
         return (
-            named_event("message_start", start)
-            + named_event(
-                "content_block_start",
-                {"type": "content_block_start", "index": 0, "content_block": block},
-            )
-            + named_event("ping", {"type": "ping"})
+            _event("message_start", message=message)
+            + _event("content_block_start", index=0, content_block={"type": "text", "text": ""})
+            + _event("ping")
         )
 
     def framer(self, index: int) -> Callable[[str], bytes]:
-        """Makes deltas."""
+        kind = "content_block_delta"
         return Framer(
-            lambda text: {
-                "type": "content_block_delta",
-                "index": 0,
-                "delta": {"type": "text_delta", "text": text},
-            },
-            "content_block_delta",
+            lambda text: {"type": kind, "index": 0, "delta": {"type": "text_delta", "text": text}},
+            kind,
         )
-
-    def text_with_logprobs(self, index: int, text: str, logprobs: Sequence[TokenLogprob]) -> bytes:
-        """Not asked for."""
-        return self.framer(index)(text)
 
     def finish(self, index: int, response: InferenceResponse) -> bytes:
         """The block ends; why the message does, and the usage."""
         delta = {"stop_reason": _stop_reason(response), "stop_sequence": response.stop_sequence}
         return (
-            named_event("content_block_stop", {"type": "content_block_stop", "index": 0})
-            + named_event(
-                "message_delta",
-                {"type": "message_delta", "delta": delta, "usage": _usage(response)},
-            )
-            + named_event("message_stop", {"type": "message_stop"})
+            _event("content_block_stop", index=0)
+            + _event("message_delta", delta=delta, usage=_usage(response))
+            + _event("message_stop")
         )
 
-    def end(self, responses: Sequence[InferenceResponse]) -> bytes:
-        """Nothing more."""
-        return b""
-
-    def fail(self, refused: ApiError, responses: Sequence[InferenceResponse]) -> bytes:
+    def fail(self, error: ApiError, responses: Sequence[InferenceResponse]) -> bytes:
         """The usage so far, then the error: clients stop reading there."""
         delta = {"stop_reason": None, "stop_sequence": None}
-        usage = {"type": "message_delta", "delta": delta, "usage": _usage(responses[0])}
-        return named_event("message_delta", usage) + named_event(
-            "error", refused.anthropic(responses[0].request_id)
+        return _event("message_delta", delta=delta, usage=_usage(responses[0])) + named_event(
+            "error", AnthropicError.of(error, responses[0].request_id)
         )
+
+
+def _event(kind: str, **fields: Any) -> bytes:
+    return named_event(kind, {"type": kind, **fields})
+
+
+ROUTES = (
+    Route(
+        path="/v1/messages",
+        method="POST",
+        endpoint=messages,
+        summary="Continue a conversation (Anthropic)",
+        tag="Anthropic",
+        work=True,
+        request=MessagesRequest,
+        response=Message,
+        error=AnthropicError,
+        errors=WORK_ERRORS,
+        streams=True,
+        example={
+            "model": "default",
+            "max_tokens": 20,
+            "messages": [{"role": "user", "content": "Why is the sky blue?"}],
+        },
+    ),
+)

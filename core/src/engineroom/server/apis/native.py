@@ -7,15 +7,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from engineroom.inference.streams import InferenceStream
-from engineroom.schemas import InferenceRequest, InferenceResponse, TokenLogprob
+from engineroom.schemas import InferenceRequest, InferenceResponse
 from engineroom.server.apis.request_fields import check_count, common_fields
+from engineroom.server.apis.routing import WORK_ERRORS, Route
 from engineroom.server.http.call import Call
-from engineroom.server.http.errors import ApiError, invalid_fields
-from engineroom.server.http.exchange import answer_all, stream_all
-from engineroom.server.http.frames import Framer, event, named_event
+from engineroom.server.http.errors import ApiError, OpenAIError, invalid_fields
+from engineroom.server.http.exchange import Writer, answer_all, stream_all
+from engineroom.server.http.frames import Framer, named_event
 
-__all__ = ["inference"]
+__all__ = ["ROUTES"]
 
 
 async def inference(call: Call) -> None:
@@ -55,32 +55,37 @@ def _texts_to_ids(raw: dict[str, Any]) -> dict[str, Any]:
     return {**raw, "params": {**params, "logit_bias": ids}}
 
 
-class InferenceWriter:
-    """``{"text": …}`` for each chunk, then an event ``response`` or ``error``."""
+class InferenceWriter(Writer):
+    """``{"text": …}`` for each chunk, then an event ``response`` or ``error``.
 
-    wants_logprobs = False
-
-    def begin(self, streams: Sequence[InferenceStream]) -> bytes:
-        """Nothing."""
-        return b""
+    Log probabilities are in the final response.
+    """
 
     def framer(self, index: int) -> Callable[[str], bytes]:
-        """Makes chunks."""
         return Framer(lambda text: {"text": text})
-
-    def text_with_logprobs(self, index: int, text: str, logprobs: Sequence[TokenLogprob]) -> bytes:
-        """Log probabilities are in the final response."""
-        return event({"text": text})
 
     def finish(self, index: int, response: InferenceResponse) -> bytes:
         """The final response."""
         return named_event("response", response.model_dump(mode="json"))
 
-    def end(self, responses: Sequence[InferenceResponse]) -> bytes:
-        """Nothing more."""
-        return b""
-
-    def fail(self, refused: ApiError, responses: Sequence[InferenceResponse]) -> bytes:
+    def fail(self, error: ApiError, responses: Sequence[InferenceResponse]) -> bytes:
         """The error, then the final response, whose message says no more than the error."""
-        response = responses[0].model_copy(update={"error_message": refused.message})
-        return named_event("error", refused.openai()) + self.finish(0, response)
+        response = responses[0].model_copy(update={"error_message": error.message})
+        return named_event("error", OpenAIError.of(error)) + self.finish(0, response)
+
+
+ROUTES = (
+    Route(
+        path="/v1/inference",
+        method="POST",
+        endpoint=inference,
+        summary="Answer an InferenceRequest",
+        tag="engineroom",
+        work=True,
+        request=InferenceRequest,
+        response=InferenceResponse,
+        errors=WORK_ERRORS,
+        streams=True,
+        example={"model_id": "default", "prompt": "Once upon a time"},
+    ),
+)

@@ -1,45 +1,42 @@
-"""``POST /v1/chat/completions``."""
+"""``POST /v1/chat/completions``: OpenAI's chat."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal
 
+from msgspec import UNSET, UnsetType
 from pydantic import Field
 
 from engineroom.inference.streams import InferenceStream
 from engineroom.schemas import ChatMessage, InferenceRequest, InferenceResponse, TokenLogprob
+from engineroom.server.apis.openai_common import (
+    FinishReason,
+    OpenAIRequest,
+    OpenAIWriter,
+    Usage,
+    finish_of,
+    includes_usage,
+    requests_for,
+    sampling_of,
+    usage_of,
+)
 from engineroom.server.apis.request_fields import (
-    EXTENSIONS,
-    ModelName,
-    Number,
-    Sampling,
-    Stop,
-    StreamOptions,
     SubSchema,
     TextPart,
-    build,
     chat_message,
     check_count,
-    common_fields,
     parse,
-    stops,
     text_of,
 )
+from engineroom.server.apis.routing import WORK_ERRORS, Route
 from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ApiError
-from engineroom.server.http.exchange import answer_all, derived_seed, stream_all
-from engineroom.server.http.frames import DONE, Framer, dumps, event
+from engineroom.server.http.exchange import answer_all, stream_all
+from engineroom.server.http.frames import Answer, Framer, event
 
-__all__ = ["ChatRequest", "chat_completions", "finish_of", "usage_of"]
-
-FINISH: Final[Mapping[str, str]] = {
-    "eos_token": "stop",
-    "stop_sequence": "stop",
-    "length": "length",
-}
-Seed: TypeAlias = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+__all__ = ["ROUTES", "ChatRequest"]
 
 
 class ChatInput(SubSchema):
@@ -52,32 +49,6 @@ class ChatInput(SubSchema):
     """Only none: what a model had called, no runtime here is told."""
     function_call: Any = None
     audio: Any = None
-
-
-class OpenAIRequest(Sampling):
-    """What both of OpenAI's older APIs have."""
-
-    model: ModelName
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
-    """0 is greedy; 1 unless said."""
-    top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
-    seed: Seed | None = None
-    stop: Stop | None = None
-    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
-    logit_bias: dict[str, Annotated[Number, Field(ge=-100, le=100)]] | None = None
-    """Token id → bias."""
-    n: Annotated[int, Field(ge=1)] | None = None
-    """How many answers. With ``seed`` each has its own, made from it."""
-    user: str | None = None
-
-    RENAMED: ClassVar[Mapping[str, str]] = {
-        "model_id": "model",
-        "stop_sequences": "stop",
-        "max_new_tokens": "max_tokens",
-    }
 
 
 class ChatRequest(OpenAIRequest):
@@ -116,47 +87,113 @@ class ChatRequest(OpenAIRequest):
     )
 
 
+# ── answers ──────────────────────────────────────────────────────────────────────────────────
+
+
+class TopLogprob(Answer, kw_only=True):
+    """A token that was likely."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenEntry(TopLogprob, kw_only=True):
+    """A token of the answer."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(Answer, kw_only=True):
+    """Log probabilities of the answer's tokens."""
+
+    content: list[TokenEntry]
+    refusal: None = None
+
+
+class AssistantMessage(Answer, kw_only=True):
+    """The answer."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(Answer, kw_only=True):
+    """One answer."""
+
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(Answer, kw_only=True):
+    """An answered conversation."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    system_fingerprint: None = None
+
+
+class Delta(Answer, kw_only=True):
+    """What a chunk adds to the message."""
+
+    role: Literal["assistant"] | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+    refusal: UnsetType | None = UNSET
+
+
+class ChunkChoice(Answer, kw_only=True):
+    """What a chunk adds to one answer."""
+
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason | None = None
+
+
+# ── the work ─────────────────────────────────────────────────────────────────────────────────
+
+
 async def chat_completions(call: Call) -> None:
     """Continue a conversation."""
     request = parse(call, ChatRequest, await call.json())
     requests = _requests(call, request)
     created, completion_id = int(time.time()), f"chatcmpl-{call.id}"
-    for each in requests[:1]:
-        call.context.log_prompt(each)
+    call.context.log_prompt(requests[0])
     if request.stream:
-        usage = bool(request.stream_options and request.stream_options.include_usage)
-        writer = ChatWriter(
-            completion_id, created, request.model, len(requests), usage, bool(request.logprobs)
-        )
+        head = {
+            "id": completion_id,
+            "object": "chat.completion.chunk",
+            "created": created,
+            "model": request.model,
+        }
+        writer = ChatWriter(head, includes_usage(request), bool(request.logprobs))
         await stream_all(call, requests, writer)
         return
     responses = await answer_all(call, requests)
+    choices = [
+        ChatChoice(
+            index=index,
+            message=AssistantMessage(content=response.generated_text or ""),
+            logprobs=_logprobs(response.logprobs or ()) if request.logprobs else None,
+            finish_reason=finish_of(response),
+        )
+        for index, response in enumerate(responses)
+    ]
     await call.answer_json(
-        {
-            "id": completion_id,
-            "object": "chat.completion",
-            "created": created,
-            "model": request.model,
-            "choices": [
-                {
-                    "index": index,
-                    "message": {
-                        "role": "assistant",
-                        "content": response.generated_text or "",
-                        "refusal": None,
-                    },
-                    "logprobs": (
-                        {"content": _entries(response.logprobs or ()), "refusal": None}
-                        if request.logprobs
-                        else None
-                    ),
-                    "finish_reason": finish_of(response),
-                }
-                for index, response in enumerate(responses)
-            ],
-            "usage": usage_of(responses),
-            "system_fingerprint": None,
-        }
+        ChatCompletion(
+            id=completion_id,
+            created=created,
+            model=request.model,
+            choices=choices,
+            usage=usage_of(responses),
+        )
     )
 
 
@@ -172,18 +209,15 @@ def _requests(call: Call, request: ChatRequest) -> list[InferenceRequest]:
             "invalid_value",
             "max_tokens",
         )
-    messages = [_message(each, f"messages.{i}") for i, each in enumerate(request.messages)]
+    messages = [
+        _message(message, f"messages.{number}") for number, message in enumerate(request.messages)
+    ]
     params = sampling_of(request)
     params["max_new_tokens"] = new if new is not None else old
     if request.logprobs:
         params["logprobs"] = request.top_logprobs or 0
-    return several(
-        call,
-        request,
-        params,
-        absent={"temperature": None, "max_new_tokens": None},
-        inputs=[{"messages": messages}],
-    )
+    absent = {"temperature": None, "max_new_tokens": None}
+    return requests_for(call, request, params, absent, [{"messages": messages}])
 
 
 def _message(message: ChatInput, where: str) -> ChatMessage:
@@ -201,159 +235,65 @@ def _message(message: ChatInput, where: str) -> ChatMessage:
     return chat_message(message.role, text, where, message.name)
 
 
-def sampling_of(request: OpenAIRequest) -> dict[str, Any]:
-    """The parameters that the client gave, under the service's names.
-
-    :raises ApiError: 400.
-    """
-    params: dict[str, Any] = {
-        name: getattr(request, name)
-        for name in (
-            "temperature",
-            "top_p",
-            "presence_penalty",
-            "frequency_penalty",
-            *EXTENSIONS,
-        )
-    }
-    if request.seed is not None:
-        params["seed"] = request.seed % (1 << 63)
-    if request.logit_bias:
-        try:
-            params["logit_bias"] = {int(k): v for k, v in request.logit_bias.items()}
-        except ValueError as error:
-            raise ApiError(
-                400, "logit_bias: its keys must be token ids", "invalid_value", "logit_bias"
-            ) from error
-    return params
+def _logprobs(tokens: Sequence[TokenLogprob]) -> ChatLogprobs:
+    return ChatLogprobs(
+        content=[
+            TokenEntry(
+                token=entry.token,
+                logprob=entry.logprob,
+                bytes=list(entry.token.encode()),
+                top_logprobs=[
+                    TopLogprob(token=token, logprob=logprob, bytes=list(token.encode()))
+                    for _, token, logprob in entry.top
+                ],
+            )
+            for entry in tokens
+        ]
+    )
 
 
-def several(
-    call: Call,
-    request: OpenAIRequest,
-    params: dict[str, Any],
-    absent: Mapping[str, Any],
-    inputs: Sequence[Mapping[str, Any]],
-) -> list[InferenceRequest]:
-    """A request for each input and each of its ``n`` answers. :raises ApiError: 400."""
-    n = request.n or 1
-    limit = call.context.settings.max_choices
-    if n * len(inputs) > limit:
-        raise ApiError(
-            400, f"{n * len(inputs)} answers are more than {limit}", "too_many_choices", "n"
-        )
-    fields = {
-        **common_fields(call, request),
-        "stop_sequences": stops(request.stop),
-        "stream": bool(request.stream),
-    }
-    seed = params.get("seed")
-    return [
-        build(
-            call,
-            request,
-            params={**params, "seed": derived_seed(seed, choice)},
-            absent=absent,
-            model=request.model,
-            index=place * n + choice,
-            **given,
-            **fields,
-        )
-        for place, given in enumerate(inputs)
-        for choice in range(n)
-    ]
-
-
-def finish_of(response: InferenceResponse) -> str:
-    """OpenAI's word for why an answer ended."""
-    return FINISH.get(response.finish_reason or "", "stop")
-
-
-def usage_of(responses: Sequence[InferenceResponse], prompts: int = 1) -> dict[str, Any]:
-    """OpenAI's usage. The prompt of several answers counts once.
-
-    :param prompts: how many prompts the answers have, each as many answers.
-    """
-    each = max(1, len(responses) // prompts)
-    prompt = sum(r.prompt_tokens or 0 for r in responses[::each])
-    cached = sum(r.cached_prompt_tokens or 0 for r in responses[::each])
-    written = sum(r.generated_tokens or 0 for r in responses)
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": written,
-        "total_tokens": prompt + written,
-        "prompt_tokens_details": {"cached_tokens": cached},
-    }
-
-
-def _entries(logprobs: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
-    return [
-        {
-            "token": entry.token,
-            "logprob": entry.logprob,
-            "bytes": list(entry.token.encode()),
-            "top_logprobs": [
-                {"token": token, "logprob": logprob, "bytes": list(token.encode())}
-                for _, token, logprob in entry.top
-            ],
-        }
-        for entry in logprobs
-    ]
-
-
-class ChatWriter:
+class ChatWriter(OpenAIWriter):
     """Chunks of a chat completion."""
-
-    def __init__(
-        self, completion_id: str, created: int, model: str, count: int, usage: bool, logprobs: bool
-    ) -> None:
-        self.wants_logprobs = logprobs
-        self._usage = usage
-        self._base: dict[str, Any] = {
-            "id": completion_id,
-            "object": "chat.completion.chunk",
-            "created": created,
-            "model": model,
-            "system_fingerprint": None,
-        }
-        self._count = count
-
-    def _chunk(self, index: int, delta: Any, **more: Any) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **more}
-        value = {**self._base, "choices": [choice]}
-        if self._usage:
-            value["usage"] = None
-        return value
 
     def begin(self, streams: Sequence[InferenceStream]) -> bytes:
         """The role, for each answer."""
+        role = Delta(role="assistant", content="", refusal=None)
         return b"".join(
-            event(self._chunk(i, {"role": "assistant", "content": "", "refusal": None}))
-            for i in range(self._count)
+            event(self._chunk(ChunkChoice(index=index, delta=role)))
+            for index in range(len(streams))
         )
 
     def framer(self, index: int) -> Callable[[str], bytes]:
-        """Makes chunks."""
-        return Framer(lambda text: self._chunk(index, {"content": text}))
+        return Framer(lambda text: self._chunk(ChunkChoice(index=index, delta=Delta(content=text))))
 
     def text_with_logprobs(self, index: int, text: str, logprobs: Sequence[TokenLogprob]) -> bytes:
-        """A chunk with its tokens' log probabilities."""
-        entries = {"content": _entries(logprobs), "refusal": None}
-        return event(self._chunk(index, {"content": text}, logprobs=entries))
+        delta = Delta(content=text)
+        return event(
+            self._chunk(ChunkChoice(index=index, delta=delta, logprobs=_logprobs(logprobs)))
+        )
 
     def finish(self, index: int, response: InferenceResponse) -> bytes:
         """The chunk that says why the answer ended."""
-        return event(self._chunk(index, {}, finish_reason=finish_of(response)))
+        finish = finish_of(response)
+        return event(self._chunk(ChunkChoice(index=index, delta=Delta(), finish_reason=finish)))
 
-    def _usage_chunk(self, responses: Sequence[InferenceResponse]) -> bytes:
-        if not self._usage:
-            return b""
-        return event({**self._base, "choices": [], "usage": usage_of(responses)})
 
-    def end(self, responses: Sequence[InferenceResponse]) -> bytes:
-        """Usage, if it was asked for, and the end."""
-        return self._usage_chunk(responses) + DONE
-
-    def fail(self, refused: ApiError, responses: Sequence[InferenceResponse]) -> bytes:
-        """Usage first: clients stop reading at an error."""
-        return self._usage_chunk(responses) + b"data: " + dumps(refused.openai()) + b"\n\n" + DONE
+ROUTES = (
+    Route(
+        path="/v1/chat/completions",
+        method="POST",
+        endpoint=chat_completions,
+        summary="Continue a conversation (OpenAI)",
+        tag="OpenAI",
+        work=True,
+        request=ChatRequest,
+        response=ChatCompletion,
+        errors=WORK_ERRORS,
+        streams=True,
+        example={
+            "model": "default",
+            "messages": [{"role": "user", "content": "Why is the sky blue?"}],
+            "max_tokens": 20,
+        },
+    ),
+)

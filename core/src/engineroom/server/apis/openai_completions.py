@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag
 
 from engineroom.inference.streams import InferenceStream
 from engineroom.schemas import InferenceRequest, InferenceResponse, TokenId, TokenLogprob
-from engineroom.server.apis.openai_chat import (
+from engineroom.server.apis.openai_common import (
+    FinishReason,
     OpenAIRequest,
+    OpenAIWriter,
+    Usage,
     finish_of,
+    includes_usage,
+    requests_for,
     sampling_of,
-    several,
     usage_of,
 )
 from engineroom.server.apis.request_fields import parse
+from engineroom.server.apis.routing import WORK_ERRORS, Route
 from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ApiError
 from engineroom.server.http.exchange import answer_all, stream_all
-from engineroom.server.http.frames import DONE, Framer, dumps, event
+from engineroom.server.http.frames import Answer, Framer, event
 
-__all__ = ["CompletionRequest", "completions"]
+__all__ = ["ROUTES", "CompletionRequest"]
 
 DEFAULT_MAX_TOKENS = 16
 """As OpenAI's."""
@@ -68,50 +73,91 @@ class CompletionRequest(OpenAIRequest):
     }
 
 
+# ── answers ──────────────────────────────────────────────────────────────────────────────────
+
+
+class CompletionLogprobs(Answer, kw_only=True):
+    """Log probabilities of the text's tokens."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class CompletionChoice(Answer, kw_only=True):
+    """One text."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason
+
+
+class Completion(Answer, kw_only=True):
+    """Continued prompts."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+    system_fingerprint: None = None
+
+
+class TextChoice(Answer, kw_only=True):
+    """What a chunk adds to one text."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: FinishReason | None = None
+
+
+# ── the work ─────────────────────────────────────────────────────────────────────────────────
+
+
 async def completions(call: Call) -> None:
     """Continue prompts."""
     request = parse(call, CompletionRequest, await call.json())
     prompts = _prompts(request)
     requests = _requests(call, request, prompts)
-    for each in requests:
-        call.context.log_prompt(each)
+    for inference in requests:
+        call.context.log_prompt(inference)
     created, completion_id = int(time.time()), f"cmpl-{call.id}"
-    echoed = [each if request.echo and isinstance(each, str) else "" for each in prompts]
+    echoed = [prompt if request.echo and isinstance(prompt, str) else "" for prompt in prompts]
     heads = [head for head in echoed for _ in range(request.n or 1)]
+    wants_logprobs = request.logprobs is not None
     if request.stream:
-        usage = bool(request.stream_options and request.stream_options.include_usage)
-        base = {
+        chunk_head = {
             "id": completion_id,
             "object": "text_completion",
             "created": created,
             "model": request.model,
-            "system_fingerprint": None,
         }
-        logprobs = request.logprobs is not None
-        writer = CompletionWriter(base, heads, len(prompts), usage, logprobs)
+        usage = includes_usage(request)
+        writer = CompletionWriter(chunk_head, usage, wants_logprobs, len(prompts), heads)
         await stream_all(call, requests, writer)
         return
     responses = await answer_all(call, requests)
+    choices = [
+        CompletionChoice(
+            index=index,
+            text=heads[index] + (response.generated_text or ""),
+            logprobs=_logprobs(response.logprobs or ()) if wants_logprobs else None,
+            finish_reason=finish_of(response),
+        )
+        for index, response in enumerate(responses)
+    ]
     await call.answer_json(
-        {
-            "id": completion_id,
-            "object": "text_completion",
-            "created": created,
-            "model": request.model,
-            "choices": [
-                {
-                    "index": index,
-                    "text": heads[index] + (response.generated_text or ""),
-                    "logprobs": (
-                        _entries(response.logprobs or ()) if request.logprobs is not None else None
-                    ),
-                    "finish_reason": finish_of(response),
-                }
-                for index, response in enumerate(responses)
-            ],
-            "usage": usage_of(responses, len(prompts)),
-            "system_fingerprint": None,
-        }
+        Completion(
+            id=completion_id,
+            created=created,
+            model=request.model,
+            choices=choices,
+            usage=usage_of(responses, len(prompts)),
+        )
     )
 
 
@@ -130,7 +176,7 @@ def _requests(
             "unsupported_parameter",
             "echo",
         )
-    if request.echo and not all(isinstance(each, str) for each in prompts):
+    if request.echo and not all(isinstance(prompt, str) for prompt in prompts):
         raise ApiError(
             400,
             "echo with token ids is not supported by this server; leave echo out, or send text",
@@ -140,7 +186,7 @@ def _requests(
     params = sampling_of(request)
     params["max_new_tokens"] = request.max_tokens
     params["logprobs"] = request.logprobs
-    return several(
+    return requests_for(
         call,
         request,
         params,
@@ -152,72 +198,67 @@ def _requests(
     )
 
 
-def _entries(logprobs: Sequence[TokenLogprob], offset: int = 0) -> dict[str, Any]:
+def _logprobs(tokens: Sequence[TokenLogprob], offset: int = 0) -> CompletionLogprobs:
     offsets: list[int] = []
-    for entry in logprobs:
+    for entry in tokens:
         offsets.append(offset)
         offset += len(entry.token)
-    return {
-        "tokens": [entry.token for entry in logprobs],
-        "token_logprobs": [entry.logprob for entry in logprobs],
-        "top_logprobs": [{token: logprob for _, token, logprob in entry.top} for entry in logprobs],
-        "text_offset": offsets,
-    }
+    return CompletionLogprobs(
+        tokens=[entry.token for entry in tokens],
+        token_logprobs=[entry.logprob for entry in tokens],
+        top_logprobs=[{token: logprob for _, token, logprob in entry.top} for entry in tokens],
+        text_offset=offsets,
+    )
 
 
-class CompletionWriter:
-    """Chunks of a text completion."""
+class CompletionWriter(OpenAIWriter):
+    """Chunks of a text completion.
+
+    :param heads: what each text begins with, where the prompt is echoed.
+    """
 
     def __init__(
         self,
-        base: dict[str, Any],
-        heads: Sequence[str],
-        prompts: int,
+        head: Mapping[str, Any],
         usage: bool,
         logprobs: bool,
+        prompts: int,
+        heads: Sequence[str],
     ) -> None:
-        self.wants_logprobs = logprobs
-        self._base = base
+        super().__init__(head, usage, logprobs, prompts)
         self._heads = heads
-        self._prompts = prompts
-        self._usage = usage
         self._offsets = [0] * len(heads)
-
-    def _chunk(self, index: int, text: str, **more: Any) -> dict[str, Any]:
-        choice = {"index": index, "text": text, "logprobs": None, "finish_reason": None, **more}
-        value = {**self._base, "choices": [choice]}
-        if self._usage:
-            value["usage"] = None
-        return value
 
     def begin(self, streams: Sequence[InferenceStream]) -> bytes:
         """The prompts, where they are echoed."""
         return b"".join(self.framer(i)(head) for i, head in enumerate(self._heads) if head)
 
     def framer(self, index: int) -> Callable[[str], bytes]:
-        """Makes chunks."""
-        return Framer(lambda text: self._chunk(index, text))
+        return Framer(lambda text: self._chunk(TextChoice(index=index, text=text)))
 
     def text_with_logprobs(self, index: int, text: str, logprobs: Sequence[TokenLogprob]) -> bytes:
-        """A chunk with its tokens' log probabilities."""
-        entries = _entries(logprobs, self._offsets[index])
+        entries = _logprobs(logprobs, self._offsets[index])
         self._offsets[index] += sum(len(entry.token) for entry in logprobs)
-        return event(self._chunk(index, text, logprobs=entries))
+        return event(self._chunk(TextChoice(index=index, text=text, logprobs=entries)))
 
     def finish(self, index: int, response: InferenceResponse) -> bytes:
         """The chunk that says why the text ended."""
-        return event(self._chunk(index, "", finish_reason=finish_of(response)))
+        choice = TextChoice(index=index, text="", finish_reason=finish_of(response))
+        return event(self._chunk(choice))
 
-    def _usage_chunk(self, responses: Sequence[InferenceResponse]) -> bytes:
-        if not self._usage:
-            return b""
-        usage = usage_of(responses, self._prompts)
-        return event({**self._base, "choices": [], "usage": usage})
 
-    def end(self, responses: Sequence[InferenceResponse]) -> bytes:
-        """Usage, if it was asked for, and the end."""
-        return self._usage_chunk(responses) + DONE
-
-    def fail(self, refused: ApiError, responses: Sequence[InferenceResponse]) -> bytes:
-        """Usage first: clients stop reading at an error."""
-        return self._usage_chunk(responses) + b"data: " + dumps(refused.openai()) + b"\n\n" + DONE
+ROUTES = (
+    Route(
+        path="/v1/completions",
+        method="POST",
+        endpoint=completions,
+        summary="Continue prompts (OpenAI)",
+        tag="OpenAI",
+        work=True,
+        request=CompletionRequest,
+        response=Completion,
+        errors=WORK_ERRORS,
+        streams=True,
+        example={"model": "default", "prompt": "Once upon a time", "max_tokens": 20},
+    ),
+)

@@ -12,11 +12,13 @@ from pydantic import BeforeValidator, Field
 from engineroom.errors import EngineRoomError
 from engineroom.schemas import GenerationParams, InferenceRequest
 from engineroom.server.apis.request_fields import ApiRequest, ModelName, common_fields, parse
+from engineroom.server.apis.routing import WORK_ERRORS, Route
 from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ApiError
 from engineroom.server.http.exchange import admission
+from engineroom.server.http.frames import Answer
 
-__all__ = ["EmbeddingsRequest", "embeddings"]
+__all__ = ["ROUTES", "EmbeddingsRequest"]
 
 MAX_INPUTS = 2048
 
@@ -41,6 +43,30 @@ class EmbeddingsRequest(ApiRequest):
     REFUSED: ClassVar[Mapping[str, Collection[Any]]] = {"dimensions": ()}
 
 
+class Embedding(Answer, kw_only=True):
+    """A text's vector."""
+
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(Answer, kw_only=True):
+    """Tokens read."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(Answer, kw_only=True):
+    """Vectors in the order of the texts."""
+
+    object: Literal["list"] = "list"
+    model: str
+    data: list[Embedding]
+    usage: EmbeddingUsage
+
+
 async def embeddings(call: Call) -> None:
     """Turn texts into vectors."""
     request = parse(call, EmbeddingsRequest, await call.json())
@@ -49,7 +75,7 @@ async def embeddings(call: Call) -> None:
         if not text:
             raise ApiError(400, f"input.{number}: the text is empty", "invalid_value", "input")
     common = common_fields(call, request)
-    # It takes its place among the others; nothing is generated.
+    # It waits its turn among the others; nothing is generated.
     placeholder = InferenceRequest(
         model_id=request.model,
         prompt="",
@@ -60,26 +86,41 @@ async def embeddings(call: Call) -> None:
     )
     async with call.attended(), admission(call, [placeholder]) as slot:
         try:
-            found = await call.context.service.embed(
+            made = await call.context.service.embed(
                 request.model, texts, timeout_s=slot.left_of(common["timeout_s"])
             )
         except EngineRoomError as error:
             raise call.context.api_error_of(error) from error
-        slot.used = tokens = found.prompt_tokens
+        slot.used = tokens = made.prompt_tokens
     encode = _base64 if request.encoding_format == "base64" else list
     await call.answer_json(
-        {
-            "object": "list",
-            "model": request.model,
-            "data": [
-                {"object": "embedding", "index": index, "embedding": encode(vector)}
-                for index, vector in enumerate(found.vectors)
+        EmbeddingList(
+            model=request.model,
+            data=[
+                Embedding(index=index, embedding=encode(vector))
+                for index, vector in enumerate(made.vectors)
             ],
-            "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
-        }
+            usage=EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens),
+        )
     )
 
 
 def _base64(vector: Sequence[float]) -> str:
     """32-bit floats, little-endian, as OpenAI's."""
     return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+
+
+ROUTES = (
+    Route(
+        path="/v1/embeddings",
+        method="POST",
+        endpoint=embeddings,
+        summary="Turn texts into vectors (OpenAI)",
+        tag="OpenAI",
+        work=True,
+        request=EmbeddingsRequest,
+        response=EmbeddingList,
+        errors=WORK_ERRORS,
+        example={"model": "default", "input": ["Why is the sky blue?"]},
+    ),
+)

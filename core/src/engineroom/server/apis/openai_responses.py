@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias
 
+from msgspec import Meta
 from pydantic import Field
 
 from engineroom.inference.streams import InferenceStream
-from engineroom.schemas import ChatMessage, InferenceRequest, InferenceResponse, TokenLogprob
-from engineroom.server.apis.openai_chat import Seed
+from engineroom.schemas import ChatMessage, InferenceRequest, InferenceResponse
+from engineroom.server.apis.openai_common import Seed
 from engineroom.server.apis.request_fields import (
-    EXTENSIONS,
     ModelName,
     Number,
     Sampling,
@@ -23,15 +23,17 @@ from engineroom.server.apis.request_fields import (
     chat_message,
     check_count,
     common_fields,
+    params_of,
     parse,
     text_of,
 )
+from engineroom.server.apis.routing import WORK_ERRORS, Route
 from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ApiError
-from engineroom.server.http.exchange import answer_all, stream_all
-from engineroom.server.http.frames import dumps, json_text, named_event
+from engineroom.server.http.exchange import Writer, answer_all, stream_all
+from engineroom.server.http.frames import Answer, dumps, json_text, named_event
 
-__all__ = ["ResponsesRequest", "create_response"]
+__all__ = ["ROUTES", "ResponsesRequest"]
 
 _INPUT_KINDS: Final = ("input_text", "output_text", "text")
 
@@ -100,18 +102,99 @@ class ResponsesRequest(Sampling):
     )
 
 
+# ── answers ──────────────────────────────────────────────────────────────────────────────────
+
+ItemStatus: TypeAlias = Literal["in_progress", "completed", "incomplete"]
+Not: TypeAlias = Annotated[bool, Meta(extra_json_schema={"const": False})]
+"""Never ``true``."""
+
+
+class OutputText(Answer, kw_only=True):
+    """A part of a message."""
+
+    type: Literal["output_text"] = "output_text"
+    text: str
+    annotations: tuple[Any, ...] = ()
+    logprobs: tuple[Any, ...] = ()
+
+
+class OutputMessage(Answer, kw_only=True):
+    """A message."""
+
+    id: str
+    type: Literal["message"] = "message"
+    role: Literal["assistant"] = "assistant"
+    status: ItemStatus
+    content: list[OutputText]
+
+
+class InputTokensDetails(Answer, kw_only=True):
+    """What of the prompt's work was not done again."""
+
+    cached_tokens: int
+    cache_write_tokens: int = 0
+
+
+class OutputTokensDetails(Answer, kw_only=True):
+    """What of the answer was reasoning."""
+
+    reasoning_tokens: int = 0
+
+
+class ResponseUsage(Answer, kw_only=True):
+    """Tokens read and written."""
+
+    input_tokens: int
+    input_tokens_details: InputTokensDetails
+    output_tokens: int
+    output_tokens_details: OutputTokensDetails
+    total_tokens: int
+
+
+class Response(Answer, kw_only=True):
+    """OpenAI's response object."""
+
+    id: str
+    object: Literal["response"] = "response"
+    created_at: int
+    status: Literal["in_progress", "completed", "incomplete", "failed"]
+    background: Not = False
+    error: dict[str, str] | None
+    incomplete_details: dict[str, str] | None
+    instructions: str | None
+    max_output_tokens: int | None
+    metadata: dict[str, Any]
+    model: str
+    output: list[OutputMessage]
+    parallel_tool_calls: bool
+    previous_response_id: None = None
+    reasoning: dict[str, None]
+    service_tier: Literal["default"] = "default"
+    store: Not = False
+    temperature: float
+    text: dict[str, dict[str, str]]
+    tool_choice: Literal["auto"] = "auto"
+    tools: tuple[Any, ...] = ()
+    top_p: float
+    truncation: Literal["disabled"] = "disabled"
+    usage: ResponseUsage | None
+    user: str | None
+
+
+# ── the work ─────────────────────────────────────────────────────────────────────────────────
+
+
 async def create_response(call: Call) -> None:
     """Answer a text or a conversation."""
-    body = await call.json()
-    request = parse(call, ResponsesRequest, body)
+    request = parse(call, ResponsesRequest, await call.json())
     inference = _request(call, request)
     call.context.log_prompt(inference)
-    shape = _Shape(call, request)
+    draft = _Draft(call, request)
     if request.stream:
-        await stream_all(call, [inference], ResponsesWriter(shape))
+        await stream_all(call, [inference], ResponsesWriter(draft))
         return
     (response,) = await answer_all(call, [inference])
-    await call.answer_json(shape.response(response))
+    await call.answer_json(draft.response(response))
 
 
 def _request(call: Call, request: ResponsesRequest) -> InferenceRequest:
@@ -122,15 +205,11 @@ def _request(call: Call, request: ResponsesRequest) -> InferenceRequest:
         messages.append(chat_message("user", request.input, "input"))
     else:
         check_count(call, request.input, "input")
-        for place, each in enumerate(request.input):
-            where = f"input.{place}"
-            text = text_of(each.content, where, _INPUT_KINDS)
-            messages.append(chat_message(each.role, text, where))
-    params: dict[str, Any] = {
-        name: getattr(request, name) for name in ("temperature", "top_p", *EXTENSIONS)
-    }
-    if request.seed is not None:
-        params["seed"] = request.seed % (1 << 63)
+        for number, message in enumerate(request.input):
+            where = f"input.{number}"
+            text = text_of(message.content, where, _INPUT_KINDS)
+            messages.append(chat_message(message.role, text, where))
+    params = params_of(request, "temperature", "top_p")
     params["max_new_tokens"] = request.max_output_tokens
     return build(
         call,
@@ -144,7 +223,7 @@ def _request(call: Call, request: ResponsesRequest) -> InferenceRequest:
     )
 
 
-class _Shape:
+class _Draft:
     """The response object, as far as it has come."""
 
     def __init__(self, call: Call, request: ResponsesRequest) -> None:
@@ -153,91 +232,64 @@ class _Shape:
         self._created = int(time.time())
         self._request = request
 
-    def part(self, text: str) -> dict[str, Any]:
-        """The text as a part of the message."""
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-
-    def item(self, status: str, text: str | None) -> dict[str, Any]:
+    def item(self, status: ItemStatus, text: str | None) -> OutputMessage:
         """The message; ``None``: it has no part yet."""
-        return {
-            "id": self.item_id,
-            "type": "message",
-            "role": "assistant",
-            "status": status,
-            "content": [] if text is None else [self.part(text)],
-        }
+        content = [] if text is None else [OutputText(text=text)]
+        return OutputMessage(id=self.item_id, status=status, content=content)
 
-    def response(
-        self, answer: InferenceResponse | None, refused: ApiError | None = None
-    ) -> dict[str, Any]:
+    def response(self, answer: InferenceResponse | None, error: ApiError | None = None) -> Response:
         """The whole object; without an answer, that of one in progress."""
         request = self._request
-        status, incomplete = "in_progress", None
+        status: ItemStatus = "in_progress"
         if answer is not None:
-            status = "completed"
-            if refused is not None:
-                status = "failed"
-            elif answer.finish_reason == "length":
-                status, incomplete = "incomplete", {"reason": "max_output_tokens"}
-        output = []
-        if answer is not None and refused is None:
+            status = "incomplete" if answer.finish_reason == "length" else "completed"
+        incomplete = {"reason": "max_output_tokens"} if status == "incomplete" else None
+        output: list[OutputMessage] = []
+        failure: dict[str, str] | None = None
+        if error is not None:
+            incomplete, failure = None, {"code": "server_error", "message": error.message}
+        elif answer is not None:
             output = [self.item(status, answer.generated_text or "")]
-        return {
-            "id": self.id,
-            "object": "response",
-            "created_at": self._created,
-            "status": status,
-            "background": False,
-            "error": (
-                None if refused is None else {"code": "server_error", "message": refused.message}
-            ),
-            "incomplete_details": incomplete,
-            "instructions": request.instructions,
-            "max_output_tokens": request.max_output_tokens,
-            "metadata": request.metadata or {},
-            "model": request.model,
-            "output": output,
-            "parallel_tool_calls": request.parallel_tool_calls is not False,
-            "previous_response_id": None,
-            "reasoning": {"effort": None, "summary": None},
-            "service_tier": "default",
-            "store": False,
-            "temperature": 1.0 if request.temperature is None else request.temperature,
-            "text": {"format": {"type": "text"}},
-            "tool_choice": "auto",
-            "tools": [],
-            "top_p": 1.0 if request.top_p is None else request.top_p,
-            "truncation": "disabled",
-            "usage": None if answer is None else _usage(answer),
-            "user": request.user,
-        }
+        return Response(
+            id=self.id,
+            created_at=self._created,
+            status=status if error is None else "failed",
+            error=failure,
+            incomplete_details=incomplete,
+            instructions=request.instructions,
+            max_output_tokens=request.max_output_tokens,
+            metadata=request.metadata or {},
+            model=request.model,
+            output=output,
+            parallel_tool_calls=request.parallel_tool_calls is not False,
+            reasoning={"effort": None, "summary": None},
+            temperature=1.0 if request.temperature is None else request.temperature,
+            text={"format": {"type": "text"}},
+            top_p=1.0 if request.top_p is None else request.top_p,
+            usage=None if answer is None else _usage(answer),
+            user=request.user,
+        )
 
 
-def _usage(answer: InferenceResponse) -> dict[str, Any]:
+def _usage(answer: InferenceResponse) -> ResponseUsage:
     read, written = answer.prompt_tokens or 0, answer.generated_tokens or 0
-    return {
-        "input_tokens": read,
-        "input_tokens_details": {
-            "cached_tokens": answer.cached_prompt_tokens or 0,
-            "cache_write_tokens": 0,
-        },
-        "output_tokens": written,
-        "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": read + written,
-    }
+    return ResponseUsage(
+        input_tokens=read,
+        input_tokens_details=InputTokensDetails(cached_tokens=answer.cached_prompt_tokens or 0),
+        output_tokens=written,
+        output_tokens_details=OutputTokensDetails(),
+        total_tokens=read + written,
+    )
 
 
-class ResponsesWriter:
+class ResponsesWriter(Writer):
     """The events of a response."""
 
-    wants_logprobs = False
-
-    def __init__(self, shape: _Shape) -> None:
-        self._shape = shape
+    def __init__(self, draft: _Draft) -> None:
+        self._draft = draft
         self._number = 0
-        place = {"item_id": shape.item_id, "output_index": 0, "content_index": 0}
-        self._place = place
-        delta = {"type": "response.output_text.delta", **place, "logprobs": []}
+        self._part = {"item_id": draft.item_id, "output_index": 0, "content_index": 0}
+        delta = {"type": "response.output_text.delta", **self._part, "logprobs": []}
         self._before = (
             b"event: response.output_text.delta\ndata: " + dumps(delta)[:-1] + b',"delta":'
         )
@@ -249,18 +301,17 @@ class ResponsesWriter:
 
     def begin(self, streams: Sequence[InferenceStream]) -> bytes:
         """The response, its message and its part come to be."""
-        shape = self._shape
+        draft = self._draft
         return (
-            self._event("response.created", response=shape.response(None))
-            + self._event("response.in_progress", response=shape.response(None))
+            self._event("response.created", response=draft.response(None))
+            + self._event("response.in_progress", response=draft.response(None))
             + self._event(
-                "response.output_item.added", output_index=0, item=shape.item("in_progress", None)
+                "response.output_item.added", output_index=0, item=draft.item("in_progress", None)
             )
-            + self._event("response.content_part.added", **self._place, part=shape.part(""))
+            + self._event("response.content_part.added", **self._part, part=OutputText(text=""))
         )
 
     def framer(self, index: int) -> Callable[[str], bytes]:
-        """Makes deltas."""
         return self._delta
 
     def _delta(self, text: str) -> bytes:
@@ -268,33 +319,37 @@ class ResponsesWriter:
         self._number = number + 1
         return self._before + json_text(text) + b',"sequence_number":%d}\n\n' % number
 
-    def text_with_logprobs(self, index: int, text: str, logprobs: Sequence[TokenLogprob]) -> bytes:
-        """Not asked for."""
-        return self._delta(text)
-
     def finish(self, index: int, response: InferenceResponse) -> bytes:
         """The part, the message and the response are done."""
-        shape, text = self._shape, response.generated_text or ""
-        whole = shape.response(response)
-        kind = "response.incomplete" if whole["status"] == "incomplete" else "response.completed"
+        text = response.generated_text or ""
+        whole = self._draft.response(response)
+        kind = "response.incomplete" if whole.status == "incomplete" else "response.completed"
         return (
-            self._event("response.output_text.done", **self._place, text=text, logprobs=[])
-            + self._event("response.content_part.done", **self._place, part=shape.part(text))
-            + self._event(
-                "response.output_item.done",
-                output_index=0,
-                item=shape.item(whole["status"], text),
-            )
+            self._event("response.output_text.done", **self._part, text=text, logprobs=[])
+            + self._event("response.content_part.done", **self._part, part=OutputText(text=text))
+            + self._event("response.output_item.done", output_index=0, item=whole.output[0])
             + self._event(kind, response=whole)
         )
 
-    def end(self, responses: Sequence[InferenceResponse]) -> bytes:
-        """Nothing more."""
-        return b""
-
-    def fail(self, refused: ApiError, responses: Sequence[InferenceResponse]) -> bytes:
+    def fail(self, error: ApiError, responses: Sequence[InferenceResponse]) -> bytes:
         """The error, and the response that failed, with its usage."""
-        error = {"code": refused.code, "message": refused.message, "param": refused.param}
-        return self._event("error", **error) + self._event(
-            "response.failed", response=self._shape.response(responses[0], refused)
-        )
+        return self._event(
+            "error", code=error.code, message=error.message, param=error.param
+        ) + self._event("response.failed", response=self._draft.response(responses[0], error))
+
+
+ROUTES = (
+    Route(
+        path="/v1/responses",
+        method="POST",
+        endpoint=create_response,
+        summary="Answer a text or a conversation (OpenAI)",
+        tag="OpenAI",
+        work=True,
+        request=ResponsesRequest,
+        response=Response,
+        errors=WORK_ERRORS,
+        streams=True,
+        example={"model": "default", "input": "Why is the sky blue?", "max_output_tokens": 20},
+    ),
+)

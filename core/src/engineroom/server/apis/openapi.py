@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, Final
 
+import msgspec
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 import engineroom
-from engineroom.server.apis.answers import AnthropicError, Anything, OpenAIError
 from engineroom.server.apis.routing import Route
 from engineroom.server.http.call import Call
-from engineroom.server.http.frames import dumps
+from engineroom.server.http.frames import Answer, dumps
 
 __all__ = ["described", "document"]
 
-_REF: Final = "#/components/schemas/{model}"
+_REF: Final = "#/components/schemas/"
 _TEXTS: Final = {
     400: "The request is not as it should be, or asks for what the runtime does not honour",
     401: "A key is needed, or the key is not known",
@@ -35,6 +35,16 @@ _TEXTS: Final = {
     503: "Stopping, full, or the model is not to be had now",
 }
 _ALWAYS: Final = (400, 401, 403, 421, 431)
+_HEADERS: Final = {
+    "x-request-id": {
+        "description": "The request's id, as in the server's log",
+        "schema": {"type": "string"},
+    }
+}
+
+
+class Anything(Answer, forbid_unknown_fields=False):
+    """A JSON object."""
 
 
 def described(routes: Sequence[Route]) -> tuple[Route, ...]:
@@ -42,13 +52,13 @@ def described(routes: Sequence[Route]) -> tuple[Route, ...]:
 
     @cache
     def body() -> bytes:
-        return dumps(document(every))
+        return dumps(document(every_route))
 
     async def openapi(call: Call) -> None:
         """The description of every route."""
         await call.answer(200, body())
 
-    every = (
+    every_route = (
         *routes,
         Route(
             path="/openapi.json",
@@ -59,17 +69,11 @@ def described(routes: Sequence[Route]) -> tuple[Route, ...]:
             response=Anything,
         ),
     )
-    return every
+    return every_route
 
 
 def document(routes: Sequence[Route]) -> dict[str, Any]:
     """OpenAPI 3.1."""
-    inputs = {route.request for route in routes if route.request is not None}
-    outputs: set[type[BaseModel]] = {OpenAIError, AnthropicError}
-    outputs |= {route.response for route in routes if route.response is not None}
-    wanted: list[Any] = [(each, "validation") for each in sorted(inputs, key=_name)]
-    wanted += [(each, "serialization") for each in sorted(outputs, key=_name)]
-    names, definitions = models_json_schema(wanted, ref_template=_REF)
     paths: dict[str, Any] = {}
     for route in routes:
         path = route.path.replace(":path}", "}")
@@ -79,7 +83,7 @@ def document(routes: Sequence[Route]) -> dict[str, Any]:
             "operationId": f"{route.method.lower()}_{re.sub(r'[^a-z0-9]+', '_', path)}".rstrip("_"),
             "tags": [route.tag],
             "security": [] if route.access == "open" else [{}, {"bearer": []}, {"x-api-key": []}],
-            "responses": _responses(route, names),
+            "responses": _responses(route),
         }
         if "{model}" in path:
             operation["parameters"] = [
@@ -93,7 +97,7 @@ def document(routes: Sequence[Route]) -> dict[str, Any]:
                 }
             ]
         if route.request is not None:
-            media: dict[str, Any] = {"schema": names[route.request, "validation"]}
+            media: dict[str, Any] = {"schema": _ref(route.request)}
             if route.example:
                 media["example"] = route.example
             operation["requestBody"] = {
@@ -111,7 +115,7 @@ def document(routes: Sequence[Route]) -> dict[str, Any]:
         },
         "paths": paths,
         "components": {
-            "schemas": definitions.get("$defs", {}),
+            "schemas": _schemas(routes),
             "securitySchemes": {
                 "bearer": {"type": "http", "scheme": "bearer"},
                 "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
@@ -120,42 +124,64 @@ def document(routes: Sequence[Route]) -> dict[str, Any]:
     }
 
 
-def _responses(route: Route, names: Any) -> dict[str, Any]:
-    if route.response is None:
-        content: dict[str, Any] = {route.media: {"schema": {"type": "string"}}}
-    else:
-        content = {route.media: {"schema": names[route.response, "serialization"]}}
+def _responses(route: Route) -> dict[str, Any]:
+    done = {"type": "string"} if route.response is None else _ref(route.response)
+    content: dict[str, Any] = {route.media: {"schema": done}}
     if route.streams:
         content["text/event-stream"] = {"schema": {"type": "string"}}
-    found: dict[str, Any] = {
+    responses: dict[str, Any] = {
         "200": {"description": "Done", "content": content, "headers": _HEADERS}
     }
-    error = AnthropicError if route.path.startswith("/v1/messages") else OpenAIError
     for status in sorted({*route.errors, *_ALWAYS}):
-        headers = dict(_HEADERS)
+        headers: dict[str, Any] = dict(_HEADERS)
         if status in (429, 503):
             headers["retry-after"] = {
                 "description": "Seconds after which to try again",
                 "schema": {"type": "integer"},
             }
-        schemas = [names[error, "serialization"]]
-        if route.path == "/readyz" and status == 503:
-            schemas = [names[route.response, "serialization"]]
-        found[str(status)] = {
+        schema = done if status in route.own_errors else _ref(route.error)
+        responses[str(status)] = {
             "description": _TEXTS[status],
-            "content": {"application/json": {"schema": schemas[0]}},
+            "content": {"application/json": {"schema": schema}},
             "headers": headers,
         }
-    return found
+    return responses
 
 
-_HEADERS: Final = {
-    "x-request-id": {
-        "description": "The request's id, as in the server's log",
-        "schema": {"type": "string"},
-    }
-}
+def _ref(schema: type) -> dict[str, str]:
+    return {"$ref": _REF + schema.__name__}
 
 
-def _name(schema: type[BaseModel]) -> str:
-    return schema.__name__
+def _schemas(routes: Sequence[Route]) -> dict[str, Any]:
+    """Every schema under its class's name.
+
+    :raises ValueError: two of them have the same name.
+    """
+    received = {route.request for route in routes if route.request is not None}
+    sent = {route.response for route in routes if route.response is not None}
+    models: list[tuple[type[BaseModel], Any]] = [(model, "validation") for model in received]
+    models += [(model, "serialization") for model in sent if issubclass(model, BaseModel)]
+    _, definitions = models_json_schema(
+        sorted(models, key=lambda model: model[0].__name__), ref_template=_REF + "{model}"
+    )
+    answers = {model for model in sent if issubclass(model, Answer)}
+    _, components = msgspec.json.schema_components(
+        [*answers, *(route.error for route in routes)], ref_template=_REF + "{name}"
+    )
+    schemas: dict[str, Any] = dict(definitions.get("$defs", {}))
+    for name, schema in components.items():
+        if name in schemas or "." in name:
+            raise ValueError(f"two schemas are called {name.rpartition('.')[2]!r}; rename one")
+        schemas[name] = _as_sent(schema)
+    return dict(sorted(schemas.items()))
+
+
+def _as_sent(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """An answer's schema: what has a default is sent all the same, so a reader can rely on it."""
+    properties: dict[str, Any] = {}
+    required = list(schema["required"])
+    for name, value in schema["properties"].items():
+        properties[name] = {key: item for key, item in value.items() if key != "default"}
+        if "default" in value:
+            required.append(name)
+    return {**schema, "properties": properties, "required": required}

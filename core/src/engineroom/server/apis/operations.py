@@ -1,29 +1,68 @@
-"""How the server is: ``/healthz``, ``/readyz``, ``/v1/models``, ``/openapi.json``."""
+"""How the server is, and which models it has."""
 
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Literal
 
 import engineroom
+from engineroom.server.apis.routing import Route
 from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ApiError
+from engineroom.server.http.frames import Answer
 from engineroom.server.metrics import CONTENT_TYPE
 from engineroom.status import ModelStatus
 
-__all__ = ["healthz", "metrics", "model", "models", "readyz", "version"]
+__all__ = ["ROUTES"]
 
 _STARTED = int(time.time())
 
 
+class Health(Answer, kw_only=True):
+    """The process answers."""
+
+    status: Literal["ok"] = "ok"
+
+
+class Readiness(Answer, kw_only=True):
+    """Whether requests should be sent here, and why not."""
+
+    status: Literal["ready", "not ready"]
+    reasons: list[str]
+
+
+class Version(Answer, kw_only=True):
+    """Which engineroom it is."""
+
+    version: str
+
+
+class Model(Answer, kw_only=True):
+    """A model, under its id or an alias."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "engineroom"
+    root: str
+    max_model_len: int | None
+
+
+class ModelList(Answer, kw_only=True):
+    """The models."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
 async def healthz(call: Call) -> None:
     """The process answers."""
-    await call.answer_json({"status": "ok"})
+    await call.answer_json(Health())
 
 
 async def version(call: Call) -> None:
     """Which engineroom it is."""
-    await call.answer_json({"version": engineroom.__version__})
+    await call.answer_json(Version(version=engineroom.__version__))
 
 
 async def readyz(call: Call) -> None:
@@ -39,8 +78,8 @@ async def readyz(call: Call) -> None:
         for model, _, health in context.directory.health()
         if not health.ok
     ]
-    status = "not ready" if reasons else "ready"
-    await call.answer_json({"status": status, "reasons": reasons}, 503 if reasons else 200)
+    answer = Readiness(status="not ready" if reasons else "ready", reasons=reasons)
+    await call.answer_json(answer, 503 if reasons else 200)
 
 
 async def metrics(call: Call) -> None:
@@ -51,34 +90,89 @@ async def metrics(call: Call) -> None:
 async def models(call: Call) -> None:
     """The models of the deployment, each under its id and its aliases."""
     data = [entry for status in call.context.directory.models() for entry in _entries(status)]
-    await call.answer_json({"object": "list", "data": data})
+    await call.answer_json(ModelList(data=data))
 
 
 async def model(call: Call) -> None:
     """One model."""
-    wanted: str = call.path_params["model"]
+    name: str = call.path_params["model"]
     for status in call.context.directory.models():
         for entry in _entries(status):
-            if entry["id"] == wanted:
+            if entry.id == name:
                 await call.answer_json(entry)
                 return
     raise ApiError(
         404,
-        f"{wanted[:256]!r} is not a model of this deployment; GET /v1/models lists them",
+        f"{name[:256]!r} is not a model of this deployment; GET /v1/models lists them",
         "model_not_found",
         "model",
     )
 
 
-def _entries(status: ModelStatus) -> list[dict[str, Any]]:
+def _entries(status: ModelStatus) -> list[Model]:
     return [
-        {
-            "id": name,
-            "object": "model",
-            "created": _STARTED,
-            "owned_by": "engineroom",
-            "root": status.model_id,
-            "max_model_len": status.max_context_tokens,
-        }
+        Model(
+            id=name,
+            created=_STARTED,
+            root=status.model_id,
+            max_model_len=status.max_context_tokens,
+        )
         for name in (status.model_id, *status.aliases)
     ]
+
+
+ROUTES = (
+    Route(
+        path="/v1/models",
+        method="GET",
+        endpoint=models,
+        summary="The models (OpenAI)",
+        tag="OpenAI",
+        response=ModelList,
+    ),
+    Route(
+        path="/v1/models/{model:path}",
+        method="GET",
+        endpoint=model,
+        summary="One model (OpenAI)",
+        tag="OpenAI",
+        response=Model,
+        errors=(404,),
+    ),
+    Route(
+        path="/healthz",
+        method="GET",
+        endpoint=healthz,
+        summary="The process answers",
+        tag="operations",
+        access="open",
+        response=Health,
+    ),
+    Route(
+        path="/readyz",
+        method="GET",
+        endpoint=readyz,
+        summary="Whether requests should be sent here",
+        tag="operations",
+        access="open",
+        response=Readiness,
+        errors=(503,),
+        own_errors=(503,),
+    ),
+    Route(
+        path="/version",
+        method="GET",
+        endpoint=version,
+        summary="Which engineroom it is",
+        tag="operations",
+        response=Version,
+    ),
+    Route(
+        path="/metrics",
+        method="GET",
+        endpoint=metrics,
+        summary="Metrics for Prometheus",
+        tag="operations",
+        media="text/plain",
+    ),
+)

@@ -25,6 +25,7 @@ __all__ = [
     "chat_message",
     "check_count",
     "common_fields",
+    "params_of",
     "parse",
     "stops",
     "text_of",
@@ -99,13 +100,7 @@ class Sampling(ApiRequest):
     """Name of an adapter (LoRA) that was loaded with the model."""
 
 
-EXTENSIONS: Final = (
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "num_beams",
-    "early_stopping",
-)
+_EXTENSIONS: Final = ("top_k", "min_p", "repetition_penalty", "num_beams", "early_stopping")
 
 _Request = TypeVar("_Request", bound=ApiRequest)
 
@@ -141,7 +136,7 @@ def parse(call: Call, schema: type[_Request], raw: Any) -> _Request:
 
 
 def _neutral(value: Any, neutral: Collection[Any]) -> bool:
-    return value is None or any(value == each and type(value) is type(each) for each in neutral)
+    return value is None or any(value == item and type(value) is type(item) for item in neutral)
 
 
 def build(
@@ -162,14 +157,14 @@ def build(
     :param index: which of several answers.
     :raises ApiError: 400.
     """
-    given = {name: value for name, value in params.items() if value is not None}
-    if missing := {n: v for n, v in absent.items() if n not in given}:
+    asked = {name: value for name, value in params.items() if value is not None}
+    if missing := {n: v for n, v in absent.items() if n not in asked}:
         honoured = call.context.directory.honoured_params(model)
-        given |= {n: v for n, v in missing.items() if honoured is None or n in honoured}
+        asked |= {n: v for n, v in missing.items() if honoured is None or n in honoured}
     try:
         return InferenceRequest(
             model_id=model,
-            params=GenerationParams(**given),
+            params=GenerationParams(**asked),
             request_id=call.id if index == 0 else f"{call.id}-{index}",
             **fields,
         )
@@ -179,25 +174,31 @@ def build(
 
 def common_fields(call: Call, request: Any) -> dict[str, Any]:
     """Deadline, priority and metadata."""
-    limit = call.context.settings.request_timeout_s
-    wanted = getattr(request, "timeout_s", None)
-    timeouts = [each for each in (limit, wanted) if each is not None]
+    timeouts = (call.context.settings.request_timeout_s, getattr(request, "timeout_s", None))
     metadata: dict[str, Any] = {}
     for name in (b"traceparent", b"tracestate"):
         if value := call.header(name):
             metadata[name.decode()] = value
-    if isinstance(given := getattr(request, "metadata", None), dict):
-        metadata = {**given, **metadata}
+    if isinstance(asked := getattr(request, "metadata", None), dict):
+        metadata = {**asked, **metadata}
     for field in ("user", "safety_identifier"):
         if (who := getattr(request, field, None)) is not None:
             metadata[field] = who
     metadata["api_key"] = call.identity.name
     return {
-        "timeout_s": min(timeouts) if timeouts else None,
+        "timeout_s": min((limit for limit in timeouts if limit is not None), default=None),
         "priority": getattr(request, "priority", None) or 0,
         "adapter": getattr(request, "adapter", None),
         "metadata": metadata,
     }
+
+
+def params_of(request: Sampling, *names: str) -> dict[str, Any]:
+    """Parameters of generation, as the client gave them: the named ones, and the extensions."""
+    params = {name: getattr(request, name) for name in (*names, *_EXTENSIONS)}
+    if (seed := getattr(request, "seed", None)) is not None:
+        params["seed"] = seed % (1 << 63)
+    return params
 
 
 def stops(stop: str | Sequence[str] | None) -> list[str] | None:

@@ -9,6 +9,8 @@ from typing import Any, Final, Literal, TypeAlias
 from pydantic import BaseModel
 
 from engineroom.server.http.call import Call
+from engineroom.server.http.errors import ErrorBody, OpenAIError
+from engineroom.server.http.frames import Answer
 
 __all__ = ["WORK_ERRORS", "Access", "Route"]
 
@@ -26,8 +28,10 @@ class Route:
     :param work: refused while the server drains.
     :param request: schema of the body.
     :param response: schema of the answer, if it is JSON.
+    :param error: form of its errors, and of those of all paths that begin with its own.
     :param example: of the body.
     :param errors: statuses of errors, beside those that every route has.
+    :param own_errors: those of ``errors`` whose body has the form of the answer.
     :param streams: the body has ``stream``, and the answer may be server-sent events.
     :param media: type of an answer that is not JSON.
     """
@@ -41,8 +45,10 @@ class Route:
     work: bool = False
     request: type[BaseModel] | None = None
     body_needed: bool = True
-    response: type[BaseModel] | None = None
+    response: type[Answer | BaseModel] | None = None
+    error: type[ErrorBody] = OpenAIError
     example: Mapping[str, Any] = field(default_factory=dict)
     errors: tuple[int, ...] = ()
+    own_errors: tuple[int, ...] = ()
     streams: bool = False
     media: str = "application/json"

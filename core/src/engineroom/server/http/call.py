@@ -7,10 +7,10 @@ import re
 import secrets
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from engineroom.server.http.context import ServerContext
-from engineroom.server.http.errors import ApiError
+from engineroom.server.http.errors import ApiError, ErrorBody, OpenAIError
 from engineroom.server.http.frames import BadJsonError, dumps, loads
 from engineroom.server.http.protocol import WRITE, TextWriter
 from engineroom.server.keys import ANONYMOUS, Identity
@@ -18,8 +18,9 @@ from engineroom.server.keys import ANONYMOUS, Identity
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
-__all__ = ["SSE_HEADERS", "Attended", "Call", "ClientGoneError"]
+__all__ = ["SSE_HEADERS", "Attended", "Call", "ClientGoneError", "Headers"]
 
+Headers: TypeAlias = Iterable[tuple[bytes, bytes]]
 JSON_HEADERS: Final = ((b"content-type", b"application/json"),)
 SSE_HEADERS: Final = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -40,6 +41,7 @@ class Call:
 
     :param scope: ASGI's description of it.
     :param context: the server that it came to.
+    :param error_body: form of its errors.
     """
 
     __slots__ = (
@@ -47,6 +49,7 @@ class Call:
         "_receive",
         "asked_id",
         "context",
+        "error_body",
         "headers",
         "identity",
         "path_params",
@@ -55,9 +58,17 @@ class Call:
         "started",
     )
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, context: ServerContext) -> None:
+    def __init__(
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        context: ServerContext,
+        error_body: type[ErrorBody] = OpenAIError,
+    ) -> None:
         self.scope = scope
         self.context = context
+        self.error_body = error_body
         self._receive = receive
         self.send = send
         self.headers: dict[bytes, bytes] = {}
@@ -66,8 +77,8 @@ class Call:
         self.identity: Identity = ANONYMOUS
         self.path_params: MutableMapping[str, Any] = {}
         self.started = False
-        given = self.headers.get(b"x-request-id", b"").decode("latin-1")
-        self.asked_id = given if _REQUEST_ID.fullmatch(given) else None
+        asked = self.headers.get(b"x-request-id", b"").decode("latin-1")
+        self.asked_id = asked if _REQUEST_ID.fullmatch(asked) else None
         self._id: str | None = None
 
     @property
@@ -77,12 +88,6 @@ class Call:
             fresh = secrets.token_hex(4 if self.asked_id else 12)
             self._id = f"{self.asked_id}-{fresh}" if self.asked_id else fresh
         return self._id
-
-    @property
-    def family(self) -> str:
-        """Whose error object the client understands."""
-        path: str = self.scope["path"]
-        return "anthropic" if path.startswith("/v1/messages") else "openai"
 
     def header(self, name: bytes) -> str:
         """A header's value; empty where there is none."""
@@ -155,13 +160,11 @@ class Call:
 
     # ── what is answered ─────────────────────────────────────────────────────────────────────
 
-    async def start(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
+    async def start(self, status: int, headers: Headers) -> None:
         """Send status and headers."""
         self.started = True
         name = self.id.encode("latin-1")
-        sent = [(b"x-request-id", name), *headers]
-        if self.family == "anthropic":
-            sent.append((b"request-id", name))  # what their clients read
+        sent = [*((header, name) for header in self.error_body.ID_HEADERS), *headers]
         if (trace := self.context.traceparent_of(self.id)) is not None:
             sent.append((b"traceresponse", trace.encode("latin-1")))
         await self.send({"type": "http.response.start", "status": status, "headers": sent})
@@ -186,7 +189,7 @@ class Call:
         self,
         status: int,
         body: bytes,
-        headers: Iterable[tuple[bytes, bytes]] = JSON_HEADERS,
+        headers: Headers = JSON_HEADERS,
     ) -> None:
         """Send a whole answer."""
         length = (b"content-length", str(len(body)).encode())
@@ -197,15 +200,15 @@ class Call:
         """Send a value as JSON."""
         await self.answer(status, dumps(value))
 
-    async def refuse(self, refused: ApiError) -> None:
+    async def refuse(self, error: ApiError) -> None:
         """Send an error; after a body that was not read, in a way that the client can read it."""
-        body = dumps(refused.anthropic(self.id) if self.family == "anthropic" else refused.openai())
+        body = dumps(self.error_body.of(error, self.id))
         headers = [*JSON_HEADERS, (b"content-length", str(len(body)).encode())]
-        await self.start(refused.status, [*headers, *refused.all_headers()])
+        await self.start(error.status, [*headers, *error.all_headers()])
         # To close under a client that is still writing would throw the answer away: the error
         # goes out whole, and what still comes is read and forgotten before the end.
         await self.send({"type": "http.response.body", "body": body, "more_body": True})
-        if refused.status == 413 and not self.headers.get(b"expect"):
+        if error.status == 413 and not self.headers.get(b"expect"):
             await self._discard()
         await self.send({"type": "http.response.body", "body": b""})
 

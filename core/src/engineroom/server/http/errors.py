@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import ClassVar, Final
 
 from pydantic import ValidationError
 
@@ -23,6 +23,7 @@ from engineroom.errors import (
     RequestTimeoutError,
     ResourceNotAvailableError,
 )
+from engineroom.server.http.frames import Answer
 
 __all__ = [
     "RETRY_AFTER_S",
@@ -49,17 +50,6 @@ _TYPES: Final[Mapping[int, str]] = {
     501: "server_error",
     503: "service_unavailable_error",
 }
-_ANTHROPIC_TYPES: Final[Mapping[int, str]] = {
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    408: "timeout_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    500: "api_error",
-    501: "api_error",
-    503: "overloaded_error",
-}
 
 
 @dataclass(eq=False)
@@ -81,11 +71,6 @@ class ApiError(Exception):
     retry_after_s: int | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def kind(self) -> str:
-        """OpenAI's ``error.type``."""
-        return _TYPES.get(self.status, "invalid_request_error")
-
     def all_headers(self) -> list[tuple[bytes, bytes]]:
         """The headers, the one that says when to try again among them."""
         headers = [(n.encode(), v.encode("latin-1")) for n, v in self.headers.items()]
@@ -93,25 +78,42 @@ class ApiError(Exception):
             headers.append((b"retry-after", str(self.retry_after_s).encode()))
         return headers
 
-    def openai(self) -> dict[str, Any]:
-        """OpenAI's error object."""
-        return {
-            "error": {
-                "message": self.message,
-                "type": self.kind,
-                "param": self.param,
-                "code": self.code,
-            }
-        }
 
-    def anthropic(self, request_id: str) -> dict[str, Any]:
-        """Anthropic's error object."""
-        kind = _ANTHROPIC_TYPES.get(self.status, "invalid_request_error")
-        return {
-            "type": "error",
-            "error": {"type": kind, "message": self.message},
-            "request_id": request_id,
-        }
+class ErrorBody(Answer, kw_only=True):
+    """The body of an error, in the form that the clients of an API read."""
+
+    ID_HEADERS: ClassVar[tuple[bytes, ...]] = (b"x-request-id",)
+    """Headers in which they look for the request's id, whether it ends well or not."""
+
+    @classmethod
+    def of(cls, error: ApiError, request_id: str) -> ErrorBody:
+        """The body of an error."""
+        raise NotImplementedError
+
+
+class ErrorDetail(Answer, kw_only=True):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class OpenAIError(ErrorBody, kw_only=True):
+    """OpenAI's error object."""
+
+    error: ErrorDetail
+
+    @classmethod
+    def of(cls, error: ApiError, request_id: str = "") -> OpenAIError:  # noqa: ARG003 - others have it
+        detail = ErrorDetail(
+            message=error.message,
+            type=_TYPES.get(error.status, "invalid_request_error"),
+            param=error.param,
+            code=error.code,
+        )
+        return cls(error=detail)
 
 
 def api_error_of(error: EngineRoomError, *, load_failed: bool = False) -> ApiError:

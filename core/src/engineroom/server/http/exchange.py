@@ -8,16 +8,17 @@ away, and the service stops the work within a step, wherever it is.
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Protocol
+from typing import ClassVar
 
 from engineroom.errors import EngineRoomError
 from engineroom.inference.streams import InferenceStream, StreamError
 from engineroom.schemas import InferenceRequest, InferenceResponse, TokenLogprob
 from engineroom.server.http.call import SSE_HEADERS, Call
 from engineroom.server.http.errors import ApiError
-from engineroom.server.http.heartbeat import Heartbeat
+from engineroom.server.http.heartbeat import PING, Heartbeat
 from engineroom.server.http.limits import Slot
 
 __all__ = ["Writer", "admission", "answer_all", "derived_seed", "stream_all"]
@@ -27,27 +28,38 @@ _QUEUED_CHUNKS = 64
 _UNKNOWN_LIMIT = 256
 
 
-class Writer(Protocol):
+class Writer(ABC):
     """Writes a stream in the form of one API. Made for each request."""
 
-    wants_logprobs: bool
+    HEADERS: ClassVar = SSE_HEADERS
+    """Headers that say what kind of stream it is."""
+    PING: ClassVar = PING
+    """What readers of such a stream skip; sent where it is silent for long."""
+    wants_logprobs = False
+    """Whether texts are written with their log probabilities."""
 
     def begin(self, streams: Sequence[InferenceStream]) -> bytes:
         """What comes before the first text; the prompt was read by then."""
+        return b""
 
+    @abstractmethod
     def framer(self, index: int) -> Callable[[str], bytes]:
         """What makes a frame of a step's text of one answer. Called for each: it is quick."""
 
     def text_with_logprobs(self, index: int, text: str, logprobs: Sequence[TokenLogprob]) -> bytes:
         """The same where ``wants_logprobs`` is true; ``text`` may be empty."""
+        raise NotImplementedError
 
+    @abstractmethod
     def finish(self, index: int, response: InferenceResponse) -> bytes:
         """The end of one answer."""
 
     def end(self, responses: Sequence[InferenceResponse]) -> bytes:
         """The end of the stream."""
+        return b""
 
-    def fail(self, refused: ApiError, responses: Sequence[InferenceResponse]) -> bytes:
+    @abstractmethod
+    def fail(self, error: ApiError, responses: Sequence[InferenceResponse]) -> bytes:
         """The end of a stream that failed midway: usage, the error, the end."""
 
 
@@ -64,7 +76,7 @@ async def answer_all(call: Call, requests: Sequence[InferenceRequest]) -> list[I
             responses = [await service.infer(requests[0])]
         else:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(service.infer(each)) for each in requests]
+                tasks = [group.create_task(service.infer(request)) for request in requests]
             responses = [task.result() for task in tasks]
         slot.used = _used(responses)
     for response in responses:
@@ -82,7 +94,7 @@ async def stream_all(call: Call, requests: Sequence[InferenceRequest], writer: W
     """
     async with call.attended(), admission(call, requests) as slot:
         streams = [call.context.service.stream(_after(slot, request)) for request in requests]
-        heartbeat = Heartbeat(call)
+        heartbeat = Heartbeat(call, writer.HEADERS, writer.PING)
         try:
             if len(streams) == 1:
                 await _stream_one(call, streams[0], writer, heartbeat)
@@ -114,7 +126,7 @@ def error_of(response: InferenceResponse) -> EngineRoomError | None:
 
 @asynccontextmanager
 async def admission(call: Call, requests: Sequence[InferenceRequest]) -> AsyncIterator[Slot]:
-    """A place for the requests among those that run, as the server's limits give it.
+    """Admit the requests among those that run, as the server's limits allow.
 
     :raises ApiError: 429: there is none; 408: none became free within the requests' ``timeout_s``.
     """
@@ -128,9 +140,9 @@ async def admission(call: Call, requests: Sequence[InferenceRequest]) -> AsyncIt
             waiting = False
             context.rejections.waited(requests[0], slot.waited_s)
             yield slot
-    except ApiError as refused:
-        if waiting and refused.status in (408, 429):
-            context.rejections.rejected(requests[0], refused.code or "limit")
+    except ApiError as error:
+        if waiting and error.status in (408, 429):
+            context.rejections.rejected(requests[0], error.code or "limit")
         raise
 
 
@@ -142,7 +154,7 @@ async def _stream_one(
     if not call.started:
         if isinstance(chunk, StreamError):
             raise call.context.api_error_of(chunk.error)
-        await call.start(200, SSE_HEADERS)
+        await call.start(200, writer.HEADERS)
     send = call.send
     head = writer.begin([stream])
     if writer.wants_logprobs:
@@ -222,20 +234,20 @@ async def _send_many(
         index, chunk = await queue.get()
         heartbeat.spoke = True
         if isinstance(chunk, StreamError):
-            refused = call.context.api_error_of(chunk.error)
+            error = call.context.api_error_of(chunk.error)
             if not call.started:
-                raise refused
+                raise error
             for stream in streams:  # their counts are wanted before the end
                 await stream.aclose()
             responses = [s.response for s in streams if s.response is not None]
-            tail = head + writer.fail(refused, responses)
+            tail = head + writer.fail(error, responses)
             await heartbeat.stop()
             await call.send({"type": "http.response.body", "body": tail})
             return
         if not begun:
             begun = True
             if not call.started:
-                await call.start(200, SSE_HEADERS)
+                await call.start(200, writer.HEADERS)
             head = writer.begin(streams)
         frame = b""
         if writer.wants_logprobs:

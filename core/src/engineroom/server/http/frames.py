@@ -14,6 +14,7 @@ import msgspec
 
 __all__ = [
     "DONE",
+    "Answer",
     "BadJsonError",
     "Framer",
     "chunker",
@@ -33,6 +34,13 @@ _MARK: Final = "\ue000text\ue000"
 _MARK_JSON: Final = _encode(_MARK)
 
 
+class Answer(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """An object that is sent. Its fields and docstring are its schema, too.
+
+    A field that may be absent has the default ``UNSET``.
+    """
+
+
 class BadJsonError(ValueError):
     """What came is no JSON; the message says why."""
 
@@ -42,7 +50,8 @@ def dumps(value: Any) -> bytes:
     try:
         return _encode(value)
     except UnicodeEncodeError:  # half of a surrogate pair, from a runtime that let it pass
-        return json.dumps(value, separators=(",", ":")).encode()
+        plain = msgspec.to_builtins(value)
+        return json.dumps(plain, separators=(",", ":")).encode()
 
 
 def json_text(text: str) -> bytes:

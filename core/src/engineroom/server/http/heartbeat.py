@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from typing import Final
 
-from engineroom.server.http.call import SSE_HEADERS, Call
+from engineroom.server.http.call import SSE_HEADERS, Call, Headers
 
 __all__ = ["Heartbeat"]
 
@@ -21,12 +21,26 @@ class Heartbeat:
     The first one sends the status, too: what fails after it is told in the stream.
 
     :param call: whose answer it is.
+    :param headers: what the status is sent with.
+    :param ping: what readers skip.
     """
 
-    __slots__ = ("_call", "_loop", "_sending", "_silent", "_tick_s", "_timer", "spoke")
+    __slots__ = (
+        "_call",
+        "_headers",
+        "_loop",
+        "_ping",
+        "_sending",
+        "_silent",
+        "_tick_s",
+        "_timer",
+        "spoke",
+    )
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: Call, headers: Headers = SSE_HEADERS, ping: bytes = PING) -> None:
         self._call = call
+        self._headers = headers
+        self._ping = ping
         self._loop = asyncio.get_running_loop()
         self._tick_s = call.context.settings.heartbeat_s / _TICKS
         self._silent = 0
@@ -70,5 +84,5 @@ class Heartbeat:
         call = self._call
         with contextlib.suppress(OSError):  # the client is gone, which others notice as well
             if not call.started:
-                await call.start(200, SSE_HEADERS)
-            await call.send({"type": "http.response.body", "body": PING, "more_body": True})
+                await call.start(200, self._headers)
+            await call.send({"type": "http.response.body", "body": self._ping, "more_body": True})

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import h11
 
-from engineroom.server.http.errors import RETRY_AFTER_S, ApiError
+from engineroom.server.http.errors import RETRY_AFTER_S, ApiError, OpenAIError
 from engineroom.server.http.frames import chunker, dumps
 from engineroom.server.settings import ServerSettings
 
@@ -299,7 +299,7 @@ class _Guard(_Base):
         if not self.transport.is_closing() and not (
             self._answering() and self._current.response_started
         ):
-            body = dumps(refused.openai())
+            body = dumps(OpenAIError.of(refused))
             more = b"".join(b"%b: %b\r\n" % header for header in refused.all_headers())
             self.transport.write(
                 b"HTTP/1.1 %d %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\n"
