@@ -49,7 +49,7 @@ class ChatSession:
         self._talker = talker
         self._model = model
         self._system = system
-        self._given = {name: value for name, value in params.items() if value is not None}
+        self._chosen = {name: value for name, value in params.items() if value is not None}
         self._said: list[ChatMessage] = []
         self._commands: dict[str, Callable[[str], None]] = {
             "help": self._help,
@@ -128,7 +128,7 @@ class ChatSession:
             self._said += [question, said]
 
     def _params(self) -> GenerationParams:
-        return make_params(self._given)
+        return make_params(self._chosen)
 
     # ── commands ─────────────────────────────────────────────────────────────────────────────
 
@@ -164,7 +164,7 @@ class ChatSession:
 
     def _set_params(self, rest: str) -> None:
         if rest:
-            changed = dict(self._given)
+            changed = dict(self._chosen)
             for name, value in parse_options(rest.split()).items():
                 if name not in GenerationParams.model_fields:
                     near = did_you_mean(name, list(GenerationParams.model_fields))
@@ -173,8 +173,8 @@ class ChatSession:
                 if value not in (None, "none") or name == "max_new_tokens":
                     changed[name] = "none" if value is None else value
             make_params(changed)
-            self._given = changed
-        shown = self._params().model_dump(include=set(self._given))
+            self._chosen = changed
+        shown = self._params().model_dump(include=set(self._chosen))
         say(" ".join(f"{name}={value}" for name, value in shown.items()) or "all as they are")
 
     def _new(self, rest: str) -> None:
@@ -190,7 +190,7 @@ class ChatSession:
         system = [] if self._system is None else [ChatMessage(role="system", content=self._system)]
         saved = {
             "model": self._model,
-            "params": self._params().model_dump(include=set(self._given)),
+            "params": self._params().model_dump(include=set(self._chosen)),
             "messages": [m.model_dump(exclude_none=True) for m in [*system, *self._said]],
         }
         text = json.dumps(saved, indent=2, ensure_ascii=False) + "\n"

@@ -65,8 +65,8 @@ class LocalTalker:
 
     def models(self) -> list[str]:
         """The models of the deployment."""
-        found = self._target.deployment.models
-        return [name for model in found for name in (model.model_id, *model.aliases)]
+        models = self._target.deployment.models
+        return [name for model in models for name in (model.model_id, *model.aliases)]
 
     def answer(
         self, model: str, messages: Sequence[ChatMessage], params: GenerationParams
@@ -134,8 +134,8 @@ class ServerTalker:
             "messages": [{"role": m.role, "content": m.content} for m in messages],
             "max_tokens": params.max_new_tokens,
         }
-        given = params.model_dump(exclude_unset=True, exclude={"max_new_tokens", "do_sample"})
-        body |= {name: value for name, value in given.items() if value is not None}
+        values = params.model_dump(exclude_unset=True, exclude={"max_new_tokens", "do_sample"})
+        body |= {name: value for name, value in values.items() if value is not None}
         body = {name: value for name, value in body.items() if value is not None}
         with ExitStack() as stack:
             try:

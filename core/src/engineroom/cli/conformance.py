@@ -241,12 +241,12 @@ def _report(
 
 def _capabilities(subject: _Subject) -> dict[str, Any] | None:
     try:
-        found = asdict(effective_capabilities(subject.make()))
+        capabilities = asdict(effective_capabilities(subject.make()))
     except Exception:  # noqa: BLE001 - the checks have told why
         return None
     return {
         name: sorted(value) if isinstance(value, frozenset) else value
-        for name, value in found.items()
+        for name, value in capabilities.items()
     }
 
 
@@ -258,9 +258,9 @@ def _show(facts: dict[str, Any]) -> None:
         _show_in_colour(rows)
     else:
         write(table(("check", "result", "reason"), rows))
-    for each in checks:
-        if each["outcome"] == "failed":
-            write(f"\n{each['check']}: {each['reason']}\n")
+    for check in checks:
+        if check["outcome"] == "failed":
+            write(f"\n{check['check']}: {check['reason']}\n")
     counted = ", ".join(f"{count} {name}" for name, count in facts["summary"].items())
     write(f"\n{facts['handler']['name'] or facts['handler']['given']}: {counted}\n")
 

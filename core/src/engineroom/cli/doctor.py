@@ -84,115 +84,119 @@ def doctor(
     No model is loaded and no runtime imported. Ends with what is broken and how to mend it; exit
     status 1 where anything is.
     """
-    found = diagnose(config)
+    diagnosis = diagnose(config)
     if as_json:
-        write_json(_as_json(found))
+        write_json(_as_json(diagnosis))
     else:
-        write(_as_text(found))
-    if found.problems:
+        write(_as_text(diagnosis))
+    if diagnosis.problems:
         raise typer.Exit(EXIT_FAILED)
 
 
 def diagnose(config: Path | None = None) -> Diagnosis:
     """Look everything over; nothing that is found is raised."""
-    found = Diagnosis(
+    diagnosis = Diagnosis(
         versions={"python": platform.python_version()}
         | {name: _version(name) or "not installed" for name in _OWN},
         runtimes={name: _version(name) for name in _RUNTIMES},
         environment=_environment(),
     )
-    _look_at_machine(found)
-    deployment = _look_at_deployment(found, config)
-    registry = _look_at_plugins(found, deployment)
+    _look_at_machine(diagnosis)
+    deployment = _look_at_deployment(diagnosis, config)
+    registry = _look_at_plugins(diagnosis, deployment)
     if deployment is not None and registry is not None:
-        _look_at_models(found, deployment, registry)
-    return found
+        _look_at_models(diagnosis, deployment, registry)
+    return diagnosis
 
 
 # ── looking ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def _look_at_machine(found: Diagnosis) -> None:
+def _look_at_machine(diagnosis: Diagnosis) -> None:
     limits = cgroup_limits()
     listed, trouble = devices()
-    found.machine = {
+    diagnosis.machine = {
         "platform": platform.platform(),
         "cpu": asdict(cpu(limits)),
         "memory": asdict(memory(limits)),
         "devices": [asdict(device) for device in listed],
     }
     if trouble is not None:
-        found.problems.append(
+        diagnosis.problems.append(
             Problem(trouble, "mend the driver (`nvidia-smi` alone must work), or run on the CPU")
         )
 
 
-def _look_at_deployment(found: Diagnosis, config: Path | None) -> DeploymentConfig | None:
+def _look_at_deployment(diagnosis: Diagnosis, config: Path | None) -> DeploymentConfig | None:
     path = str(config) if config is not None else os.environ.get(CONFIG_VARIABLE)
     if not path:
         return None
-    found.deployment = {"path": path, "valid": False, "models": []}
+    diagnosis.deployment = {"path": path, "valid": False, "models": []}
     try:
         deployment = deployment_or_none(config)
     except EngineRoomError as error:
-        found.problems.append(Problem(error.message, "correct the deployment file"))
+        diagnosis.problems.append(Problem(error.message, "correct the deployment file"))
         return None
-    found.deployment["valid"] = True
+    diagnosis.deployment["valid"] = True
     return deployment
 
 
 def _look_at_plugins(
-    found: Diagnosis, deployment: DeploymentConfig | None
+    diagnosis: Diagnosis, deployment: DeploymentConfig | None
 ) -> HandlerRegistry | None:
     try:
         registry = registry_for(deployment)
-        found.plugins = in_order(registry)
+        diagnosis.plugins = in_order(registry)
     except EngineRoomError as error:  # the list of handlers is wrong
-        found.plugins = [(None, record) for record in installed_plugins()]
-        found.problems.append(Problem(error.message, "correct the list of handlers"))
+        diagnosis.plugins = [(None, record) for record in installed_plugins()]
+        diagnosis.problems.append(Problem(error.message, "correct the list of handlers"))
         return None
-    records = [record for _, record in found.plugins]
-    found.problems += [
+    records = [record for _, record in diagnosis.plugins]
+    diagnosis.problems += [
         Problem(f"plugin {r.name!r} is quarantined: {r.reason}", r.remedy)
         for r in records
         if r.status == "quarantined"
     ]
-    told = set()
+    unavailable = set()
     for r in records:
         if r.status == "unavailable":
             what, _, remedy = r.reason.partition("; ")
-            found.problems.append(Problem(f"plugin {r.name!r} is unavailable: {what}", remedy))
-            told.add(r.distribution)
+            diagnosis.problems.append(Problem(f"plugin {r.name!r} is unavailable: {what}", remedy))
+            unavailable.add(r.distribution)
     if not any(r.group == HANDLER_GROUP for r in records):
-        found.problems.append(Problem("no runtime is installed", install_hint()))
+        diagnosis.problems.append(Problem("no runtime is installed", install_hint()))
     elif not registry.handlers:
-        found.problems.append(
+        diagnosis.problems.append(
             Problem(
                 "no installed handler is in use",
                 "mend the quarantined ones, or take them out of what disables or leaves out",
             )
         )
-    for owner in dict.fromkeys(r.distribution for r in records if r.distribution not in told):
-        found.problems += _missing_requirements(owner)
+    for owner in dict.fromkeys(
+        r.distribution for r in records if r.distribution not in unavailable
+    ):
+        diagnosis.problems += _missing_requirements(owner)
     return registry
 
 
 def _look_at_models(
-    found: Diagnosis, deployment: DeploymentConfig, registry: HandlerRegistry
+    diagnosis: Diagnosis, deployment: DeploymentConfig, registry: HandlerRegistry
 ) -> None:
-    assert found.deployment is not None
+    assert diagnosis.deployment is not None
     manager = LLMModelManager(config=deployment, registry=registry)
     for model in deployment.models:
         report = manager.explain(model.model_id)
-        found.deployment["models"].append({"model_id": model.model_id, "handler": report.chosen})
+        diagnosis.deployment["models"].append(
+            {"model_id": model.model_id, "handler": report.chosen}
+        )
         troubles = [_missing_source(choice.source or "") for choice in model.choices()]
         if all(troubles):
-            found.problems.append(
+            diagnosis.problems.append(
                 Problem(f"model {model.model_id!r}: {troubles[0]}", "correct its source")
             )
         elif report.chosen is None and registry.handlers:
             reasons = "; ".join(f"{v.handler}: {v.reason}" for v in report.verdicts)
-            found.problems.append(
+            diagnosis.problems.append(
                 Problem(
                     f"no handler loads model {model.model_id!r} ({reasons})",
                     "install the runtime for its format, or name one with runtime:",
@@ -278,28 +282,28 @@ def _normal(name: str) -> str:
 # ── telling ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def _as_json(found: Diagnosis) -> dict[str, Any]:
+def _as_json(diagnosis: Diagnosis) -> dict[str, Any]:
     return {
-        "ok": not found.problems,
-        "problems": [asdict(problem) for problem in found.problems],
-        "versions": found.versions,
-        "runtimes": found.runtimes,
-        **found.machine,
-        "plugins": [plugin_facts(record, place) for place, record in found.plugins],
-        "deployment": found.deployment,
-        "environment": found.environment,
+        "ok": not diagnosis.problems,
+        "problems": [asdict(problem) for problem in diagnosis.problems],
+        "versions": diagnosis.versions,
+        "runtimes": diagnosis.runtimes,
+        **diagnosis.machine,
+        "plugins": [plugin_facts(record, place) for place, record in diagnosis.plugins],
+        "deployment": diagnosis.deployment,
+        "environment": diagnosis.environment,
     }
 
 
-def _as_text(found: Diagnosis) -> str:
-    machine = found.machine
+def _as_text(diagnosis: Diagnosis) -> str:
+    machine = diagnosis.machine
     cores, store = machine["cpu"], machine["memory"]
     limit = f", limited to {cores['limit']:g}" if cores["limit"] is not None else ""
     bound = f", limited to {format_size(store['limit'])}" if store["limit"] is not None else ""
     facts = [
-        ("python", f"{found.versions['python']} ({sys.executable})"),
-        *((name, found.versions[name]) for name in _OWN),
-        *((name, version or "-") for name, version in found.runtimes.items()),
+        ("python", f"{diagnosis.versions['python']} ({sys.executable})"),
+        *((name, diagnosis.versions[name]) for name in _OWN),
+        *((name, version or "-") for name, version in diagnosis.runtimes.items()),
         ("platform", machine["platform"]),
         ("cores", f"{cores['usable']} usable of {cores['present'] or 'unknown'}{limit}"),
         (
@@ -310,24 +314,26 @@ def _as_text(found: Diagnosis) -> str:
     ]
     if not machine["devices"]:
         facts.append(("devices", "no accelerator was found"))
-    if found.deployment is None:
+    if diagnosis.deployment is None:
         facts.append(("deployment", f"none ({CONFIG_VARIABLE} is not set)"))
     else:
-        state = "valid" if found.deployment["valid"] else "has mistakes"
-        facts.append(("deployment", f"{found.deployment['path']}: {state}"))
+        state = "valid" if diagnosis.deployment["valid"] else "has mistakes"
+        facts.append(("deployment", f"{diagnosis.deployment['path']}: {state}"))
         facts += [
             ("", f"model {model['model_id']} is loaded by {model['handler'] or 'no handler'}")
-            for model in found.deployment["models"]
+            for model in diagnosis.deployment["models"]
         ]
-    facts += list(found.environment.items())
+    facts += list(diagnosis.environment.items())
     width = max(len(name) for name, _ in facts)
     text = "".join(f"{name.ljust(width)}  {value}\n" for name, value in facts)
-    text += "\n" + (plugin_table(found.plugins) if found.plugins else "no plugin is installed\n")
-    if not found.problems:
+    text += "\n" + (
+        plugin_table(diagnosis.plugins) if diagnosis.plugins else "no plugin is installed\n"
+    )
+    if not diagnosis.problems:
         return text + "\nNothing is broken.\n"
-    count = len(found.problems)
+    count = len(diagnosis.problems)
     text += f"\n{count} {'thing is' if count == 1 else 'things are'} broken:\n"
-    for problem in found.problems:
+    for problem in diagnosis.problems:
         what = problem.what.replace("\n", "\n    ")
         text += f"  - {what}\n    to mend it: {problem.remedy}\n"
     return text

@@ -101,11 +101,11 @@ def ls(
     Nothing is loaded, and no plugin is imported. The runtime 'auto' is the first one that takes
     the source; `engineroom plugins --why MODEL` tells which that is.
     """
-    as_json = as_json or bool(_given(ctx).get("as_json"))
+    as_json = as_json or bool(_of_parent(ctx).get("as_json"))
     if url is not None:
         _list_of_server(url, as_json)
     else:
-        _list(config or _given(ctx).get("config"), as_json)
+        _list(config or _of_parent(ctx).get("config"), as_json)
 
 
 @models_app.command(
@@ -122,19 +122,19 @@ def plan(
     Nothing is loaded. Memory is what the deployment says, what was measured before (on a running
     server), or what the runtime estimates from the model's files.
     """
-    as_json = as_json or bool(_given(ctx).get("as_json"))
+    as_json = as_json or bool(_of_parent(ctx).get("as_json"))
     if url is not None:
-        found: Mapping[str, Any] = RemoteManager(url).plan()
-        devices = found.get("devices", [])
-        models = found.get("models", [])
+        facts: Mapping[str, Any] = RemoteManager(url).plan()
+        devices = facts.get("devices", [])
+        models = facts.get("models", [])
     else:
-        manager = LLMModelManager(config=_deployment(config or _given(ctx).get("config")))
-        made: Plan = asyncio.run(manager.plan())
+        manager = LLMModelManager(config=_deployment(config or _of_parent(ctx).get("config")))
+        local: Plan = asyncio.run(manager.plan())
         warn_of_quarantined(manager.registry)
-        found = asdict(made)
-        devices, models = found["devices"], found["models"]
+        facts = asdict(local)
+        devices, models = facts["devices"], facts["models"]
     if as_json:
-        write_json(found)
+        write_json(facts)
         return
     rows = [
         (
@@ -188,7 +188,7 @@ def show(
     as_json: Annotated[bool, _JSON_OPTION] = False,
 ) -> None:
     """Show a model: how it is configured, what would run it, and what it would take."""
-    target = resolve(model, config or _given(ctx).get("config"))
+    target = resolve(model, config or _of_parent(ctx).get("config"))
     warn_of_quarantined(target.registry)
     manager = target.manager()
     configured = manager.get_config(target.model_id)
@@ -196,7 +196,7 @@ def show(
         m for m in asyncio.run(manager.plan()).models if m.model_id == configured.model_id
     )
     facts = {"config": configured.model_dump(mode="json"), "plan": asdict(planned)}
-    if as_json or bool(_given(ctx).get("as_json")):
+    if as_json or bool(_of_parent(ctx).get("as_json")):
         write_json(facts)
         return
     rows = [(key, str(value)) for key, value in facts["config"].items() if value not in (None, [])]
@@ -261,7 +261,7 @@ def reload(
     write("".join(lines) or "nothing changed\n")
 
 
-def _given(ctx: typer.Context) -> dict[str, Any]:
+def _of_parent(ctx: typer.Context) -> dict[str, Any]:
     """What was said before the subcommand: `models --json ls` is said, too."""
     return dict(ctx.parent.params) if ctx.parent is not None else {}
 
@@ -286,9 +286,9 @@ def _list(config: Path | None, as_json: bool) -> None:
 
 
 def _list_of_server(url: str, as_json: bool) -> None:
-    found = RemoteManager(url).models()
+    models = RemoteManager(url).models()
     if as_json:
-        write_json(found)
+        write_json(models)
         return
     rows = [
         (
@@ -299,16 +299,16 @@ def _list_of_server(url: str, as_json: bool) -> None:
             str(m.get("leases", "-")),
             format_size(m["memory_bytes"]) if m.get("memory_bytes") else "-",
         )
-        for m in found
+        for m in models
     ]
     write(table(("id", "aliases", "runtime", "state", "requests", "memory"), rows))
 
 
-def _show_state(found: Mapping[str, Any], as_json: bool) -> None:
+def _show_state(state: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
-        write_json(found)
+        write_json(state)
     else:
-        write(f"{found.get('id', found.get('model_id', '?'))}: {found.get('state', '?')}\n")
+        write(f"{state.get('id', state.get('model_id', '?'))}: {state.get('state', '?')}\n")
 
 
 def _why(model: PlannedModel) -> list[str]:

@@ -166,7 +166,7 @@ def render(names: PluginNames, license_: str = "Apache-2.0") -> Iterator[tuple[P
 
 
 def _templates(folder: Traversable, inside: str = "") -> Iterator[tuple[PurePosixPath, str]]:
-    for entry in sorted(folder.iterdir(), key=lambda each: each.name):
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
         path = f"{inside}{entry.name}"
         if entry.is_dir():
             yield from _templates(entry, f"{path}/")
@@ -174,8 +174,8 @@ def _templates(folder: Traversable, inside: str = "") -> Iterator[tuple[PurePosi
             yield PurePosixPath(path.removesuffix(_SUFFIX)), entry.read_text("utf-8")
 
 
-def _check_name(given: str, name: str) -> None:
-    who = f"NAME {given!r}"
+def _check_name(written: str, name: str) -> None:
+    who = f"NAME {written!r}"
     if not name[:1].isalpha():
         raise CommandError(f"{who} must begin with a letter: it becomes the name of a class")
     if len(name) > _MOST_CHARS:

@@ -24,12 +24,12 @@ _FLAGS: Final = {
 _MAX_SHOWN: Final = 80
 
 
-def make_params(given: Mapping[str, Any]) -> GenerationParams:
-    """The parameters whose flags were given; a flag that is ``None`` was not.
+def make_params(flags: Mapping[str, Any]) -> GenerationParams:
+    """The parameters of these flags; a flag that is ``None`` was not given.
 
     :raises CommandError: a value is out of range; every such flag is named.
     """
-    values = {name: value for name, value in given.items() if value is not None}
+    values = {name: value for name, value in flags.items() if value is not None}
     limit = values.get("max_new_tokens")
     if isinstance(limit, str):
         values["max_new_tokens"] = _limit(limit)

@@ -48,8 +48,8 @@ def pull_command(
     Files that are here already are checked, not fetched again. What was interrupted goes on
     where it was. The path of each file is printed.
     """
-    given = ctx.parent.params.get("config") if ctx.parent is not None else None
-    for source in _sources(models or [], config or given):
+    parents = ctx.parent.params.get("config") if ctx.parent is not None else None
+    for source in _sources(models or [], config or parents):
         for _, path in pull(source, on_progress=_tell):
             write(f"{path}\n")
 
@@ -89,23 +89,23 @@ def _sources(models: list[str], config: Path | None) -> list[HubSource]:
     deployment = None if _all_sources(models) else deployment_or_none(config)
     if deployment is None and not _all_sources(models):
         raise CommandError(f"{NO_DEPLOYMENT}; or give hf:owner/name", 1)
-    found: dict[HubSource, None] = {}
+    sources: dict[HubSource, None] = {}
     for model in models:
         if model.startswith("hf:"):
-            found[_hub(model)] = None
+            sources[_hub(model)] = None
             continue
         assert deployment is not None
-        sources = _of(deployment, model)
-        if not sources:
+        of_model = _of(deployment, model)
+        if not of_model:
             raise CommandError(f"{model!r} is not on the hub; there is nothing to pull", 1)
-        found.update(dict.fromkeys(sources))
+        sources.update(dict.fromkeys(of_model))
     if not models:
         assert deployment is not None
         for entry in deployment.models:
-            found.update(dict.fromkeys(_of(deployment, entry.model_id)))
-        if not found:
+            sources.update(dict.fromkeys(_of(deployment, entry.model_id)))
+        if not sources:
             say("no model of the deployment is on the hub; there is nothing to pull")
-    return list(found)
+    return list(sources)
 
 
 def _all_sources(models: list[str]) -> bool:

@@ -37,8 +37,8 @@ class RemoteManager:
 
     def models(self) -> list[dict[str, Any]]:
         """Every model and how it is."""
-        found = self._ask("GET", "/v1/admin/models").get("models")
-        return found if isinstance(found, list) else []
+        models = self._ask("GET", "/v1/admin/models").get("models")
+        return models if isinstance(models, list) else []
 
     def load(self, model_id: str) -> dict[str, Any]:
         """Load a model; returns when it is ready."""
@@ -78,16 +78,16 @@ class RemoteManager:
                 f"no server answers at {self.url}: {reason}; start one with `engineroom serve`, "
                 f"or say where it is with --url or {URL_VARIABLE}"
             ) from error
-        found = _json(body)
-        if not isinstance(found, dict):
+        answer = _json(body)
+        if not isinstance(answer, dict):
             raise ResourceNotAvailableError(
                 f"what answers at {self.url} is no server of engineroom; check --url"
             )
-        return found
+        return answer
 
     def _refused(self, status: int, body: bytes) -> EngineRoomError:
-        found = _json(body)
-        problem = found.get("error") if isinstance(found, dict) else None
+        answer = _json(body)
+        problem = answer.get("error") if isinstance(answer, dict) else None
         message = problem.get("message") if isinstance(problem, dict) else None
         if status in (401, 403):
             message = f"{message or 'the key is not taken'}; set {KEY_VARIABLE} to an admin key"

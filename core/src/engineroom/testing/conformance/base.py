@@ -83,7 +83,7 @@ class Session:
         self._selected = selected
         self._kit: Kit | None = None
         self._laid: dict[str, BrokenRuleError | InapplicableError | None] = {}
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
         self._lost: str | None = None
         self._hung = 0
         self.config: ModelConfig | None = None
@@ -99,9 +99,9 @@ class Session:
         outcome: BaseException | None = None
         try:
             if needs is not None:
-                self._found(rule, needs)
-            if (found := self._laid.get(rule)) is not None:
-                raise found
+                self._lay_foundations(rule, needs)
+            if (foundation := self._laid.get(rule)) is not None:
+                raise foundation
             self._run(body)
         except (BrokenRuleError, InapplicableError) as error:
             outcome = error
@@ -116,21 +116,21 @@ class Session:
         if isinstance(outcome, BrokenRuleError):
             self._fail(rule, outcome)
 
-    def _found(self, rule: str, needs: Foundation) -> None:
+    def _lay_foundations(self, rule: str, needs: Foundation) -> None:
         """Lay the foundations up to ``needs``; skip or fail if one does not hold."""
         for name in FOUNDATIONS[: FOUNDATIONS.index(needs) + 1]:
             if name not in self._laid:
                 self._laid[name] = self._try(name)
-            found = self._laid[name]
-            if found is None or isinstance(found, InapplicableError) or name == rule:
+            outcome = self._laid[name]
+            if outcome is None or isinstance(outcome, InapplicableError) or name == rule:
                 continue
             # Told once: by its own check, if that is run as well, else by the first without it.
             if f"test_{name.replace('-', '_')}" in self._selected:
                 raise InapplicableError(f"not checked: {name} is broken, and this stands on it")
-            if name in self._told:
+            if name in self._reported:
                 pytest.fail(f"not checked: {name} is broken, and this stands on it", pytrace=False)
-            self._told.add(name)
-            self._fail(name, found)
+            self._reported.add(name)
+            self._fail(name, outcome)
 
     def _try(self, name: Foundation) -> BrokenRuleError | InapplicableError | None:
         try:

@@ -27,12 +27,12 @@ class ConcurrencyChecks(Checks):
         alone = [(await kit.bench.answer(again(r))).generated_text for r in requests]
         together: list[str | None] = []
         for _ in range(1 if kit.settings.batch_invariant else 4):
-            found = await asyncio.gather(
+            texts = await asyncio.gather(
                 *(_either(kit, again(r), place % 2 == 1) for place, r in enumerate(requests))
             )
             together = [
                 one if kit.alike(one, text) or (together and together[place] == one) else text
-                for place, (one, text) in enumerate(zip(alone, found, strict=True))
+                for place, (one, text) in enumerate(zip(alone, texts, strict=True))
             ]
             if together == alone:
                 return
@@ -134,10 +134,10 @@ def _different(kit: Kit) -> list[InferenceRequest]:
         (8, {"logprobs": 1}, None),
         (24, {"logit_bias": {65: -5.0}}, [" "]),
     ]
-    found = []
+    requests = []
     for place, (n, params, stops) in enumerate(variants):
         claimed = {name: value for name, value in params.items() if kit.honours(name)}
-        found.append(
+        requests.append(
             kit.request(
                 f"{kit.prompts[place % len(kit.prompts)]} {place}",
                 n,
@@ -145,4 +145,4 @@ def _different(kit: Kit) -> list[InferenceRequest]:
                 stop_sequences=stops if kit.capabilities.stop_sequences else None,
             )
         )
-    return found
+    return requests

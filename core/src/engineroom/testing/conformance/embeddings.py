@@ -34,28 +34,28 @@ class EmbeddingChecks(Checks):
     @check(needs="can-handle")
     async def test_embeddings_fit(self, kit: Kit) -> None:
         async with _model(kit) as bench:
-            found = await _embed(kit, bench, _TEXTS)
-            if len(found.vectors) != len(_TEXTS):
+            embeddings = await _embed(kit, bench, _TEXTS)
+            if len(embeddings.vectors) != len(_TEXTS):
                 broken(
                     did=f"embed of {len(_TEXTS)} texts",
                     expected=f"{len(_TEXTS)} vectors",
-                    saw=str(len(found.vectors)),
+                    saw=str(len(embeddings.vectors)),
                 )
-            lengths = sorted({len(vector) for vector in found.vectors})
+            lengths = sorted({len(vector) for vector in embeddings.vectors})
             if len(lengths) != 1 or not lengths[0]:
                 broken(
                     did="embed of texts of several lengths",
                     expected="vectors of one length",
                     saw=f"the lengths {lengths}",
                 )
-            if not all(math.isfinite(x) for vector in found.vectors for x in vector):
+            if not all(math.isfinite(x) for vector in embeddings.vectors for x in vector):
                 broken(did="embed", expected="finite numbers", saw="infinity or NaN")
             least = [bench.handler.count_tokens(bench.loaded, text) or 1 for text in _TEXTS]
-            if type(found.prompt_tokens) is not int or found.prompt_tokens < sum(least):
+            if type(embeddings.prompt_tokens) is not int or embeddings.prompt_tokens < sum(least):
                 broken(
                     did=f"embed of texts with {least} tokens",
                     expected=f"prompt_tokens of {sum(least)} or more",
-                    saw=repr(found.prompt_tokens),
+                    saw=repr(embeddings.prompt_tokens),
                 )
 
     @check(needs="can-handle")
@@ -97,8 +97,8 @@ class EmbeddingChecks(Checks):
                     broken(did=did, expected="it ends", saw="it goes on")
                 if not work.cancelled() and work.exception() is not None:
                     broken(did=did, expected="CancelledError", saw=repr(work.exception()))
-            found = (await _embed(kit, bench, _TEXTS)).vectors
-            if any(_distance(a, b) > _CLOSE for a, b in zip(expected, found, strict=True)):
+            vectors = (await _embed(kit, bench, _TEXTS)).vectors
+            if any(_distance(a, b) > _CLOSE for a, b in zip(expected, vectors, strict=True)):
                 broken(
                     did="embed after cancelled ones",
                     expected="the vectors of before",
@@ -110,7 +110,7 @@ class EmbeddingChecks(Checks):
         if not kit.capabilities.embeddings:
             await kit.bench.load()
             try:
-                found = await kit.within(kit.handler.embed(kit.bench.loaded, ["a"]), "embed")
+                embeddings = await kit.within(kit.handler.embed(kit.bench.loaded, ["a"]), "embed")
             except ConfigurationError:
                 return
             except Exception as error:  # noqa: BLE001 - told as a broken rule
@@ -118,7 +118,7 @@ class EmbeddingChecks(Checks):
             broken(
                 did="embed, which capabilities() does not claim",
                 expected="a ConfigurationError",
-                saw=type(found).__name__,
+                saw=type(embeddings).__name__,
             )
         async with _model(kit) as bench:
             most = bench.loaded.max_context_tokens
@@ -161,14 +161,16 @@ async def _model(kit: Kit) -> AsyncIterator[Bench]:
 
 
 async def _embed(kit: Kit, bench: Bench, texts: Sequence[str]) -> Embeddings:
-    found: object
+    embeddings: object
     try:
-        found = await kit.within(kit.handler.embed(bench.loaded, list(texts)), "embed")
+        embeddings = await kit.within(kit.handler.embed(bench.loaded, list(texts)), "embed")
     except EngineRoomError as error:
         broken(did=f"embed({list(texts)!r})", expected="vectors", saw=error.describe())
-    if not isinstance(found, Embeddings):
-        broken(did=f"embed({list(texts)!r})", expected="an Embeddings", saw=type(found).__name__)
-    return found
+    if not isinstance(embeddings, Embeddings):
+        broken(
+            did=f"embed({list(texts)!r})", expected="an Embeddings", saw=type(embeddings).__name__
+        )
+    return embeddings
 
 
 def _wrong(did: str, error: Exception) -> None:

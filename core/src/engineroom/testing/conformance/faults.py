@@ -56,9 +56,9 @@ class FaultChecks(Checks):
         for _ in range(1 if kit.settings.batch_invariant else 4):
             neighbour = kit.spawn(kit.bench.answer(again(request)))
             await kit.turns(4)
-            for each in bad:
-                await kit.bench.infer(again(each))
-                await _stream_error(kit, again(each))
+            for bad_request in bad:
+                await kit.bench.infer(again(bad_request))
+                await _stream_error(kit, again(bad_request))
             beside = (await kit.within(neighbour, f"infer({said(request)})")).generated_text
             after = (await kit.bench.answer(again(request))).generated_text
             text = after if kit.alike(plain, beside) else beside
@@ -172,20 +172,20 @@ async def _overlong(kit: Kit, context: int) -> str:
 
 async def _bad_requests(kit: Kit) -> list[InferenceRequest]:
     """Requests that most runtimes refuse, each in another place."""
-    found = [
+    requests = [
         kit.request("", 4, params=kit.greedy()),
         kit.request(n=4, params={**kit.greedy(), "num_beams": 3, "early_stopping": True}),
     ]
     context = kit.bench.loaded.max_context_tokens
     if context is not None and context <= 1 << 16:
-        found.append(kit.request(await _overlong(kit, context), 4, params=kit.greedy()))
+        requests.append(kit.request(await _overlong(kit, context), 4, params=kit.greedy()))
     if kit.honours("logit_bias"):
         far = {**kit.greedy(), "logit_bias": {2**31 - 1: 1.0}}
-        found.append(kit.request(n=4, params=far))
+        requests.append(kit.request(n=4, params=far))
     if kit.capabilities.chat:
         odd = [ChatMessage(role="tool", content="42"), ChatMessage(role="assistant", content="?")]
-        found.append(kit.request(n=4, params=kit.greedy(), messages=odd))
-    return found
+        requests.append(kit.request(n=4, params=kit.greedy(), messages=odd))
+    return requests
 
 
 async def _outcome(generator: AsyncGenerator[str, None]) -> BaseException | None:

@@ -45,14 +45,18 @@ async def _handler_is_valid(kit: Kit) -> None:
 
 
 async def _capabilities(kit: Kit) -> None:
-    found: list[object] = [kit.handler.capabilities() for _ in range(2)]
-    for each in found:
-        if not isinstance(each, Capabilities):
+    answers: list[object] = [kit.handler.capabilities() for _ in range(2)]
+    for answer in answers:
+        if not isinstance(answer, Capabilities):
             broken(
-                did="capabilities()", expected="a Capabilities", saw=f"{type(each).__name__} {each}"
+                did="capabilities()",
+                expected="a Capabilities",
+                saw=f"{type(answer).__name__} {answer}",
             )
-    if found[0] != found[1]:
-        broken(did="capabilities() twice", expected="the same", saw=f"{found[0]}, then {found[1]}")
+    if answers[0] != answers[1]:
+        broken(
+            did="capabilities() twice", expected="the same", saw=f"{answers[0]}, then {answers[1]}"
+        )
 
 
 async def _can_load(kit: Kit) -> None:
@@ -73,8 +77,8 @@ async def _model_loads(kit: Kit) -> None:
         loaded = await kit.bench.load()
     except EngineRoomError as error:
         broken(did=did, expected="a LoadedModel", saw=error.describe())
-    given = kit.config.choices()[0]
-    if loaded.model_id != given.model_id or loaded.config != given:
+    config = kit.config.choices()[0]
+    if loaded.model_id != config.model_id or loaded.config != config:
         broken(
             did=did,
             expected="the model_id and the config that were given",

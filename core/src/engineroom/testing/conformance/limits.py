@@ -174,13 +174,13 @@ class LimitChecks(Checks):
     @check()
     async def test_unknown_adapter(self, kit: Kit) -> None:
         request = kit.request(n=6, params=kit.greedy(), adapter="no-such-adapter")
-        wanted = "no-such-adapter" if kit.capabilities.adapters else "adapter"
+        named = "no-such-adapter" if kit.capabilities.adapters else "adapter"
         refused = await kit.bench.infer(request)
         message = refused.error_message or ""
-        if refused.error_type != "ConfigurationError" or wanted not in message:
+        if refused.error_type != "ConfigurationError" or named not in message:
             broken(
                 did=f"infer({said(request)}, adapter='no-such-adapter')",
-                expected=f"a ConfigurationError that names {wanted}",
+                expected=f"a ConfigurationError that names {named}",
                 saw=message or "an answer",
             )
         await kit.plain(n=6)
@@ -270,7 +270,7 @@ def _matches(kind: str, text: str) -> bool:
     if kind != "json_schema":
         return re.fullmatch(_PATTERN, text) is not None
     try:
-        found = json.loads(text)
+        value = json.loads(text)
     except ValueError:
         return False
-    return isinstance(found, dict) and set(found) == {"ok"} and isinstance(found["ok"], bool)
+    return isinstance(value, dict) and set(value) == {"ok"} and isinstance(value["ok"], bool)

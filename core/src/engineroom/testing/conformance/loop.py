@@ -160,7 +160,7 @@ def _place(frame: FrameType | None) -> str:
 
 def where(task: asyncio.Task[Any]) -> str:
     """Where a task waits, as deep inside as can be seen."""
-    found = ""
+    place = ""
     inner: Any = task.get_coro()
     while inner is not None:
         frame = (
@@ -169,7 +169,7 @@ def where(task: asyncio.Task[Any]) -> str:
             or getattr(inner, "gi_frame", None)
         )
         if frame is not None and "asyncio" not in frame.f_code.co_filename:
-            found = _spot(frame)
+            place = _spot(frame)
         following = (
             getattr(inner, "cr_await", None)
             or getattr(inner, "ag_await", None)
@@ -178,7 +178,7 @@ def where(task: asyncio.Task[Any]) -> str:
         if following is None:
             following = _behind(inner)
         inner = following
-    return found or "at a place that cannot be seen"
+    return place or "at a place that cannot be seen"
 
 
 def _behind(inner: Any) -> Any:
@@ -188,14 +188,14 @@ def _behind(inner: Any) -> Any:
     level = [inner]
     for _ in range(3):
         level = [
-            found
-            for each in level
-            if type(each).__name__ in _ANEXT
-            for found in gc.get_referents(each)
+            referent
+            for thing in level
+            if type(thing).__name__ in _ANEXT
+            for referent in gc.get_referents(thing)
         ]
-        for found in level:
-            if isinstance(found, AsyncGenerator) and found is not inner:
-                return found
+        for referent in level:
+            if isinstance(referent, AsyncGenerator) and referent is not inner:
+                return referent
     return None
 
 

@@ -40,9 +40,9 @@ class ParameterChecks(Checks):
             fixed = kit.greedy()
         names = [name for name in neutral if kit.honours(name) and name not in fixed]
         for seed in _SEEDS[: 1 if fixed else 3]:
-            given = fixed or {"seed": seed}
-            said_none = {**given, **dict.fromkeys(names)}
-            said_neutral = {**given, **{name: neutral[name] for name in names}}
+            base = fixed or {"seed": seed}
+            said_none = {**base, **dict.fromkeys(names)}
+            said_neutral = {**base, **{name: neutral[name] for name in names}}
             texts = [
                 (await kit.bench.answer(kit.request(params=params))).generated_text
                 for params in (said_none, said_neutral)
@@ -163,14 +163,14 @@ class ParameterChecks(Checks):
             skip("token ids are not known: no logprobs came")
         likeliest = response.logprobs[0].token_id
         other = next(i for i, _, _ in response.logprobs[0].top if i != likeliest)
-        for token, bias, wanted in ((likeliest, -100.0, False), (other, 100.0, True)):
-            given = {**params, "logit_bias": {token: bias}}
-            answer = await kit.bench.answer(kit.request(n=4, params=given))
+        for token, bias, present in ((likeliest, -100.0, False), (other, 100.0, True)):
+            biased = {**params, "logit_bias": {token: bias}}
+            answer = await kit.bench.answer(kit.request(n=4, params=biased))
             first = answer.logprobs[0].token_id if answer.logprobs else None
-            if (first == token) is not wanted:
+            if (first == token) is not present:
                 broken(
-                    did=f"infer({said(kit.request(n=4, params=given))})",
-                    expected=f"that the first token is {'' if wanted else 'not '}{token}",
+                    did=f"infer({said(kit.request(n=4, params=biased))})",
+                    expected=f"that the first token is {'' if present else 'not '}{token}",
                     saw=f"token {first}",
                 )
 

@@ -251,12 +251,12 @@ def _usable(char: str) -> bool:
 
 def _late(text: str, prompt: str) -> str:
     """A character that is new somewhere inside of the text and, if possible, not in the prompt."""
-    found = [c for place, c in enumerate(text) if place > 2 and text.find(c) == place]
-    found = [c for c in found if _usable(c)]
-    new = [c for c in found if c not in prompt]
-    if not found:
+    late = [c for place, c in enumerate(text) if place > 2 and text.find(c) == place]
+    late = [c for c in late if _usable(c)]
+    new = [c for c in late if c not in prompt]
+    if not late:
         skip("the text has no character that is new after its beginning")
-    return (new or found)[0]
+    return (new or late)[0]
 
 
 async def _stopped(
@@ -271,16 +271,16 @@ async def _stopped(
 
 async def _expect(kit: Kit, prompt: str, text: str, stops: list[str]) -> None:
     """The text that is left must be that before the first stop sequence, whole and streamed."""
-    wanted = cut(text, stops)
+    expected = cut(text, stops)
     request = kit.request(prompt, 24, params=kit.greedy(), stop_sequences=stops)
     whole = (await kit.bench.answer(request)).generated_text
     streamed = (await kit.bench.stream(request)).text
-    for found, way in ((whole, False), (streamed, True)):
-        if found != wanted:
+    for text_read, way in ((whole, False), (streamed, True)):
+        if text_read != expected:
             broken(
                 did=_did(kit, prompt, stops, way) + f", where the text would be {text!r}",
-                expected=f"the text {wanted!r}",
-                saw=f"{found!r}",
+                expected=f"the text {expected!r}",
+                saw=f"{text_read!r}",
             )
 
 

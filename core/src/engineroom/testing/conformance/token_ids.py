@@ -85,11 +85,11 @@ def _request(kit: Kit, ids: Sequence[int], n: int, *, tell: bool = False) -> Inf
 
 
 def _counted(request: InferenceRequest, response: InferenceResponse) -> None:
-    wanted = len(request.prompt_token_ids or ())
-    if response.prompt_tokens not in (None, wanted):
+    count = len(request.prompt_token_ids or ())
+    if response.prompt_tokens not in (None, count):
         broken(
             did=f"infer({said(request)})",
-            expected=f"prompt_tokens={wanted}: nothing is added to them",
+            expected=f"prompt_tokens={count}: nothing is added to them",
             saw=f"prompt_tokens={response.prompt_tokens}",
         )
 
@@ -103,13 +103,13 @@ async def _goes_on_from_its_own(kit: Kit) -> None:
         return  # too short; or logprobs are not complete, which is another rule
     second = _request(kit, [*_SMALL_IDS, *wrote[:_READ_BACK]], 8, tell=True)
     goes_on = [e.token_id for e in (await kit.bench.answer(second)).logprobs or ()]
-    wanted = wrote[_READ_BACK:][:8]
+    followed = wrote[_READ_BACK:][:8]
     if not kit.settings.batch_invariant:  # reading tokens and writing them round differently
-        goes_on, wanted = goes_on[:1], wanted[:1]
-    if goes_on[: len(wanted)] != wanted:
+        goes_on, followed = goes_on[:1], followed[:1]
+    if goes_on[: len(followed)] != followed:
         broken(
             did=f"infer({said(first)}), and again with the first {_READ_BACK} tokens of its answer "
             "behind the prompt's",
-            expected=f"the tokens that followed: {wanted}",
+            expected=f"the tokens that followed: {followed}",
             saw=repr(goes_on),
         )
