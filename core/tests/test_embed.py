@@ -9,15 +9,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from core_doubles import Recorder
 
 from engineroom import (
     Capabilities,
     ConfigurationError,
+    EmbeddingRequest,
     Embeddings,
     InferenceError,
     LLMInferenceService,
     LLMModelManager,
     LoadedModel,
+    LoggingObserver,
     ModelNotFoundError,
     QueueFullError,
     RequestTimeoutError,
@@ -186,3 +189,124 @@ async def test_closing_waits_and_then_stops_it() -> None:
     with pytest.raises(ResourceNotAvailableError, match="was closed"):
         await stopped
     assert handler.ended == handler.unloads == 1
+
+
+# ── one life with all other requests ─────────────────────────────────────────────────────────
+
+
+def watched(handler: EchoHandler, **options: Any) -> tuple[LLMInferenceService, Recorder]:
+    service, recorder = make(handler, **options), Recorder()
+    service.registry.register_plugin(recorder)
+    return service, recorder
+
+
+async def test_observers_see_it_as_a_request_of_its_kind() -> None:
+    service, seen = watched(EchoHandler())
+    async with service:
+        await service.embed("m", ["a b", "c"], request_id="r", metadata={"tenant": "t"})
+        await service.embed("m", ["a"])
+    assert seen.order[:3] == ["started", "loaded", "finished"] and seen.balanced()
+    (request, response), (other, _) = seen.finished
+    assert seen.started == [request, other]
+    assert isinstance(request, EmbeddingRequest) and request.texts == ["a b", "c"]
+    assert (request.kind, request.model_id, request.request_id) == ("embed", "m", "r")
+    assert (request.metadata, request.prompt, request.messages) == ({"tenant": "t"}, "", None)
+    assert other.request_id not in {"", "r"}
+    assert (response.request_id, response.handler, response.finish_reason) == (
+        "r", "echo", "eos_token",
+    )  # fmt: skip
+    assert (response.prompt_tokens, response.generated_tokens) == (3, None)
+    assert response.inference_time_ms is not None and response.inference_time_ms > 0
+
+
+async def test_however_it_ends_observers_are_told_once() -> None:
+    handler = FakeEmbedder()
+    service, seen = watched(handler)
+    handler.answer = ValueError("bad")
+    with pytest.raises(InferenceError) as caught:
+        await service.embed("m", ["a"], request_id="r")
+    assert (caught.value.request_id, caught.value.model_id) == ("r", "m")
+    handler.answer = None
+    handler.go.clear()
+    with pytest.raises(RequestTimeoutError):
+        await service.embed("m", ["a"], timeout_s=0.01)
+    handler.entered.clear()
+    caller = asyncio.create_task(service.embed("m", ["a"]))
+    await handler.entered.wait()
+    caller.cancel()
+    await asyncio.wait([caller])
+    handler.entered.clear()
+    stopped = asyncio.create_task(service.embed("m", ["a"]))
+    await handler.entered.wait()
+    await service.close(drain_timeout_s=0)
+    await asyncio.wait([stopped])
+    with pytest.raises(ResourceNotAvailableError):
+        await service.embed("m", ["a"])
+    assert seen.reasons == ["error", "timeout", "cancelled", "cancelled"] and seen.balanced()
+    assert [response.error_type for _, response in seen.finished] == [
+        "InferenceError", "RequestTimeoutError", None, "ResourceNotAvailableError",
+    ]  # fmt: skip
+    assert [reason for _, reason in seen.rejected] == ["closed"]
+
+
+async def test_a_handler_that_swallows_its_cancellation_is_stopped_all_the_same() -> None:
+    class Careless(FakeEmbedder):
+        async def embed(self, loaded_model: LoadedModel, texts: Sequence[str]) -> Embeddings:
+            try:
+                return await super().embed(loaded_model, texts)
+            except asyncio.CancelledError:
+                return Embeddings([[1.0]], 1)
+
+    handler = Careless()
+    handler.go.clear()
+    async with make(handler) as service:
+        with pytest.raises(RequestTimeoutError):
+            await service.embed("m", ["a"], timeout_s=0.01)
+        handler.entered.clear()
+        caller = asyncio.create_task(service.embed("m", ["a"]))
+        await handler.entered.wait()
+        caller.cancel()
+        await asyncio.wait([caller])
+        assert caller.cancelled()
+
+
+async def test_its_log_names_request_and_model_and_never_a_text(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    handler = FakeEmbedder()
+    service, _ = watched(handler)
+    service.registry.register_plugin(LoggingObserver())
+    with caplog.at_level(logging.DEBUG, logger="engineroom"):
+        async with service:
+            await service.embed("m", ["confidential"], request_id="r-1")
+            handler.answer = ValueError("bad")
+            with pytest.raises(InferenceError):
+                await service.embed("m", ["confidential"], request_id="r-1")
+    mine = [r for r in caplog.records if getattr(r, "request_id", None) == "r-1"]
+    assert all(r.model_id == "m" for r in mine)  # type: ignore[attr-defined]
+    told = [(r.levelname, r.getMessage()) for r in mine if r.name == "engineroom.requests"]
+    assert [level for level, _ in told] == ["DEBUG", "INFO", "DEBUG", "WARNING"]
+    assert "started (embed)" in told[0][1]
+    assert "finished: embed, eos_token, 1 prompt tokens in" in told[1][1]
+    assert [r.name for r in mine if r.exc_info] == ["engineroom.service"]
+    assert "confidential" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"timeout_s": 0}, {"request_id": "a\nb"}, {"metadata": {1: 2}}, {"timeout_s": "x"}]
+)
+async def test_what_makes_no_request_is_refused_before_anything_is_loaded(
+    wrong: dict[str, Any],
+) -> None:
+    handler = EchoHandler()
+    service, seen = watched(handler)
+    async with service:
+        with pytest.raises(ConfigurationError, match=f"embed: {next(iter(wrong))}"):
+            await service.embed("m", ["a"], **wrong)
+    assert handler.loads == 0 and not seen.started
+
+
+async def test_its_request_is_none_that_is_generated_from() -> None:
+    async with make(EchoHandler()) as service:
+        with pytest.raises(ConfigurationError, match="not EmbeddingRequest"):
+            await service.process_inference(EmbeddingRequest(model_id="m", texts=["a"]))

@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 
 from engineroom.config.model import LoadedModel, ModelConfig
 from engineroom.errors import InferenceError
-from engineroom.generation.generation import Progress, watching
 from engineroom.generation.steps import TokenStep
 from engineroom.handlers.base import StreamEnd
-from engineroom.handlers.token_handler import TokenHandler
+from engineroom.handlers.token_handler import TokenHandler, read_steps
 from engineroom.schemas import GenerationParams, InferenceRequest, InferenceResponse, TokenLogprob
 from engineroom.service import LLMInferenceService
 
@@ -397,23 +396,28 @@ async def test_what_came_before_an_error_was_streamed() -> None:
 
 
 @pytest.mark.parametrize("mode", ["infer", "stream_infer"])
-async def test_whoever_watches_learns_how_far_a_failed_request_came(mode: str) -> None:
+async def test_whoever_reads_the_steps_learns_how_far_a_failed_request_came(mode: str) -> None:
     handler = Scripted(TokenStep(prompt_tokens=7), *tokens("a", "b"), InferenceError("it broke"))
-    progress = Progress()
-    with watching(progress), pytest.raises(InferenceError):
-        await finished(handler, mode)
-    assert progress.generation is not None
-    response = progress.generation.response()
+    reader = read_steps(handler, MODEL, request())
+
+    async def read() -> None:
+        if mode == "infer":
+            await reader.read_all()
+        while not reader.ended:
+            await reader.next_chunk()
+
+    with pytest.raises(InferenceError):
+        await read()
+    response = reader.response()
     assert (response.generated_text, response.generated_tokens) == ("ab", 2)
     assert (response.prompt_tokens, response.finish_reason) == (7, None)
 
 
-async def test_nobody_watches_after_the_watch() -> None:
-    progress = Progress()
-    with watching(progress):
-        pass
+async def test_a_reader_knows_of_its_own_steps_alone() -> None:
+    reader = read_steps(Scripted(), MODEL, request())
     await whole(tokens("a"))
-    assert progress.generation is None
+    assert (reader.ended, reader.response().generated_text) == (False, "")
+    await reader.aclose()
 
 
 async def test_requests_at_the_same_time_do_not_mix() -> None:
@@ -512,3 +516,14 @@ async def test_a_stream_infer_of_the_runtime_s_own_is_used() -> None:
     handler = Loud(TokenStep((1,), "one"), TokenStep((2,), " two"))
     chunks, _ = await through_the_service(handler, InferenceRequest(model_id="m", prompt="p"))
     assert chunks == ["ONE", " TWO"]
+
+
+async def test_an_infer_of_the_runtime_s_own_is_used() -> None:
+    class Loud(Scripted):
+        async def infer(self, loaded_model: LoadedModel, request: InferenceRequest):
+            response = await super().infer(loaded_model, request)
+            return response.model_copy(update={"generated_text": response.generated_text.upper()})
+
+    async with LLMInferenceService(One(), handlers=[Loud(TokenStep((1,), "one"))]) as service:
+        response = await service.infer(InferenceRequest(model_id="m", prompt="p"))
+    assert (response.generated_text, response.generated_tokens) == ("ONE", 1)

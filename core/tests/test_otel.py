@@ -104,6 +104,20 @@ async def test_a_chat_is_called_so(bench):
     assert [span.name for span in bench.spans("chat")] == ["chat m"]
 
 
+async def test_texts_that_become_vectors_are_a_span(bench):
+    async with bench.service as service:
+        await service.embed("m", ["secret words", "a"], metadata={"traceparent": PARENT})
+    (span,) = bench.spans("embeddings")
+    assert span.name == "embeddings m" and span.kind is SpanKind.SERVER
+    assert f"{span.parent.span_id:016x}" == PARENT.split("-")[2]
+    assert span.attributes["gen_ai.operation.name"] == "embeddings"
+    assert span.attributes["gen_ai.usage.input_tokens"] == 3
+    assert not {"gen_ai.request.max_tokens", "gen_ai.response.finish_reasons"} & {*span.attributes}
+    assert "secret" not in span.to_json()
+    (usage,) = bench.points()["gen_ai.client.token.usage"]
+    assert (usage.sum, usage.attributes["gen_ai.token.type"]) == (3, "input")
+
+
 async def test_a_failure_is_an_error(bench):
     async with bench.service as service:
         await service.infer(

@@ -152,6 +152,9 @@ from .schemas import (
     ChatMessage as ChatMessage,
 )
 from .schemas import (
+    EmbeddingRequest as EmbeddingRequest,
+)
+from .schemas import (
     FinishReason as FinishReason,
 )
 from .schemas import (

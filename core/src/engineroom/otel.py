@@ -114,7 +114,7 @@ class OpenTelemetryObserver:
             "engineroom.request.id": request.request_id,
             "engineroom.request.stream": request.stream,
         }
-        for field, name in _PARAMS.items():
+        for field, name in _PARAMS.items() if request.kind == "generate" else ():
             if (value := getattr(request.params, field)) is not None:
                 attributes[name] = value
         if request.stop_sequences:
@@ -143,7 +143,7 @@ class OpenTelemetryObserver:
         if response.error_type is not None:
             labels["error.type"] = response.error_type
         if span is not None:
-            _finish(span, response)
+            _finish(span, request, response)
             self._ended[request.request_id] = span
             if len(self._ended) > _MAX_ENDED:
                 self._ended.popitem(last=False)
@@ -205,14 +205,17 @@ def configure() -> None:
 
 
 def _operation(request: InferenceRequest) -> str:
+    if request.kind == "embed":
+        return "embeddings"
     return "chat" if request.messages is not None else "text_completion"
 
 
-def _finish(span: Span, response: InferenceResponse) -> None:
-    reason = response.finish_reason or "error"
+def _finish(span: Span, request: InferenceRequest, response: InferenceResponse) -> None:
     span.set_attribute("gen_ai.response.id", response.request_id)
     span.set_attribute("gen_ai.response.model", response.model_id)
-    span.set_attribute("gen_ai.response.finish_reasons", [_FINISH.get(reason, reason)])
+    if request.kind == "generate":
+        reason = response.finish_reason or "error"
+        span.set_attribute("gen_ai.response.finish_reasons", [_FINISH.get(reason, reason)])
     for name, value in (
         ("gen_ai.usage.input_tokens", response.prompt_tokens),
         ("gen_ai.usage.output_tokens", response.generated_tokens),

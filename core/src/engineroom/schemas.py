@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Mapping
-from typing import Annotated, Any, Final, Literal, TypeAlias, get_args
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias, get_args
 
 from pydantic import (
     AfterValidator,
@@ -28,12 +28,14 @@ __all__ = [
     "FINISH_REASONS",
     "MAX_STOP_CHARS",
     "ChatMessage",
+    "EmbeddingRequest",
     "FinishReason",
     "FrozenSchema",
     "GenerationParams",
     "InferenceRequest",
     "InferenceResponse",
     "OnUnsupported",
+    "RequestKind",
     "StructuredOutput",
     "TokenLogprob",
 ]
@@ -219,9 +221,14 @@ INPUTS: Final = ("prompt", "prompt_token_ids", "messages")
 """What a request may ask to be continued, of which it has one."""
 
 
+RequestKind: TypeAlias = Literal["generate", "embed"]
+"""What is asked of a model."""
+
+
 class InferenceRequest(FrozenSchema):
     """One request to one model: a ``prompt`` as it stands, its tokens, or chat ``messages``."""
 
+    kind: ClassVar[RequestKind] = "generate"
     model_id: Identifier
     prompt: Text | None = None
     """Text to continue, taken as it is: no chat template is applied."""
@@ -259,6 +266,17 @@ class InferenceRequest(FrozenSchema):
         if sum(map(len, self.stop_sequences or ())) > MAX_STOP_CHARS:
             raise ValueError(f"stop_sequences may have {MAX_STOP_CHARS} characters together")
         return self
+
+
+class EmbeddingRequest(InferenceRequest):
+    """Texts to be turned into vectors, as observers see them: a request of the kind ``embed``.
+
+    ``LLMInferenceService.embed`` makes it. Its ``prompt`` is empty; its ``params`` mean nothing.
+    """
+
+    kind: ClassVar[RequestKind] = "embed"
+    prompt: Text | None = ""
+    texts: Annotated[list[Annotated[Text, Field(min_length=1)]], Field(min_length=1)]
 
 
 class TokenLogprob(FrozenSchema):

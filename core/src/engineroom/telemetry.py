@@ -46,10 +46,10 @@ class LoggingObserver:
     def engineroom_request_started(self, request: InferenceRequest) -> None:
         """Log the beginning at DEBUG."""
         request_logger(self._logger, request).debug(
-            "request %s for %s started (stream=%s)",
+            "request %s for %s started (%s)",
             request.request_id,
             request.model_id,
-            request.stream,
+            f"stream={request.stream}" if request.kind == "generate" else request.kind,
         )
 
     @hookimpl
@@ -57,15 +57,15 @@ class LoggingObserver:
         self, request: InferenceRequest, response: InferenceResponse
     ) -> None:
         """Log the end: reason, counts and times; failures at WARNING."""
+        generates = request.kind == "generate"
         request_logger(self._logger, request).log(
             self._level if response.error_message is None else logging.WARNING,
-            "request %s for %s finished: %s, %s prompt and %s generated tokens in %.0f ms "
-            "(handler %s)%s",
+            "request %s for %s finished: %s, %s prompt %s in %.0f ms (handler %s)%s",
             request.request_id,
             request.model_id,
-            response.finish_reason,
+            response.finish_reason if generates else f"{request.kind}, {response.finish_reason}",
             response.prompt_tokens,
-            response.generated_tokens,
+            f"and {response.generated_tokens} generated tokens" if generates else "tokens",
             response.inference_time_ms or 0.0,
             response.handler,
             f": {response.error_message}" if response.error_message else "",

@@ -18,8 +18,9 @@ import jsonschema_rs
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engineroom import InferenceRequest, InferenceResponse
+from engineroom import InferenceRequest, InferenceResponse, hookimpl
 from engineroom.server.routes import all_routes, document
+from engineroom.testing import EchoHandler
 
 
 def talk(text="one two", **more):
@@ -206,7 +207,7 @@ def test_embeddings_of_a_service_that_has_them(start, monkeypatch):
         vectors: list[list[float]]
         prompt_tokens: int
 
-    async def embed(model_id, texts, *, timeout_s):
+    async def embed(model_id, texts, *, timeout_s, request_id, metadata):
         return Embeddings([[float(len(text)), 0.5] for text in texts], 4)
 
     with start() as run:
@@ -225,6 +226,43 @@ def test_embeddings_of_a_service_that_has_them(start, monkeypatch):
             for ids in ([1, 2], [[1], [2]]):
                 with pytest.raises(openai.BadRequestError, match="token ids are not supported"):
                     client.embeddings.create(model="m", input=ids)
+
+
+def test_embeddings_are_counted_and_named_as_other_requests(start):
+    seen = []
+
+    class Observer:
+        @hookimpl
+        def engineroom_request_waited(self, request):
+            seen.append(request)
+
+        @hookimpl
+        def engineroom_request_finished(self, request):
+            seen.append(request)
+
+    models = [{"model_id": "m", "source": "echo:"}]
+    with start(models, EchoHandler()) as run:
+        run.service.registry.register_plugin(Observer())
+        trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+        answer = httpx.post(
+            run.url + "/v1/embeddings",
+            json={"model": "m", "input": ["a b", "c"], "user": "ann"},
+            headers={"traceparent": trace},
+        )
+        labels = {"model_name": "m", "handler": "echo"}
+        assert answer.json()["usage"]["prompt_tokens"] == 3
+        assert value(run, "prompt_tokens_total", **labels) == 3
+        assert value(run, "generation_tokens_total", **labels) == 0
+        assert value(run, "request_generation_tokens_count", **labels) == 0
+        assert value(run, "e2e_request_latency_seconds_count", **labels) == 1
+        assert value(run, "request_success_total", **labels, finished_reason="eos_token") == 1
+        bad = httpx.post(run.url + "/v1/embeddings", json={"model": "no-such", "input": "a"})
+        assert bad.status_code == 404
+        lost = {"model_name": "", "handler": "", "finished_reason": "error"}
+        assert value(run, "request_success_total", **lost) == 1
+    for request in seen[:2]:
+        assert (request.kind, request.request_id) == ("embed", answer.headers["x-request-id"])
+        assert (request.metadata["traceparent"], request.metadata["user"]) == (trace, "ann")
 
 
 # ── /metrics and the hooks ───────────────────────────────────────────────────────────────────

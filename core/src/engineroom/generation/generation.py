@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Final, Protocol
 
 from pydantic import ValidationError
 
@@ -16,37 +12,6 @@ from engineroom.generation.text import TextPipeline
 from engineroom.schemas import FinishReason, InferenceRequest, InferenceResponse, TokenLogprob
 
 __all__ = ["Generation"]
-
-
-class Progress:
-    """Where the service finds what a cancelled or failed request had come to."""
-
-    __slots__ = ("generation",)
-
-    def __init__(self) -> None:
-        self.generation: _Snapshot | None = None
-
-
-class _Snapshot(Protocol):
-    logprobs: list[TokenLogprob] | None
-    prompt_tokens: int | None
-
-    @property
-    def text(self) -> str: ...
-    def response(self) -> InferenceResponse: ...
-
-
-_progress: Final[ContextVar[Progress | None]] = ContextVar("engineroom_progress", default=None)
-
-
-@contextmanager
-def watching(progress: Progress) -> Iterator[None]:
-    """Let the generation that begins inside report to ``progress``."""
-    token = _progress.set(progress)
-    try:
-        yield
-    finally:
-        _progress.reset(token)
 
 
 class Generation:
@@ -80,8 +45,6 @@ class Generation:
         self.prompt_tokens: int | None = None
         self.cached_prompt_tokens: int | None = None
         self.logprobs: list[TokenLogprob] | None = None
-        if (progress := _progress.get()) is not None:
-            progress.generation = self
 
     def take(self, step: TokenStep) -> str:
         """Take a step; return the text that may be shown. Sets ``finish_reason`` at the end."""

@@ -10,6 +10,10 @@ to ``HandlerRegistry.register_plugin``. It may take fewer arguments than a hook 
     def engineroom_request_finished(response):
         print(response.model_id, response.finish_reason, response.generated_tokens)
 
+A request that is not to generate text says so in its ``kind``. That of ``service.embed`` is an
+:class:`~engineroom.EmbeddingRequest`: the ``kind`` is ``"embed"``, the ``prompt`` is empty, the
+texts are in ``texts``, and the response has ``prompt_tokens`` and no text.
+
 Hooks are called on the event loop, so an observer must be quick and must not be ``async``. One
 that raises is logged with its traceback; it harms neither the request nor other observers.
 """
@@ -44,7 +48,8 @@ class ObserverSpec:
     def engineroom_request_started(self, request: InferenceRequest) -> None:
         """A request was accepted; nothing of it has been computed yet.
 
-        :param request: the request as it came. It holds the prompt: do not log it unasked.
+        :param request: the request as it came. It holds the prompt or the texts: do not log it
+            unasked.
         """
 
     @hookspec

@@ -10,19 +10,20 @@ every runtime.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator
 from dataclasses import replace
-from typing import Any
+from typing import Literal, TypeGuard
 
 from engineroom.config.model import LoadedModel
 from engineroom.errors import InferenceError
-from engineroom.generation.generation import Generation, Progress
+from engineroom.generation.generation import Generation
 from engineroom.generation.mailbox import Mailbox
+from engineroom.generation.reader import StepReader
 from engineroom.generation.steps import TokenStep
 from engineroom.handlers.base import Capabilities, InferenceHandler, StreamEnd
 from engineroom.schemas import InferenceRequest, InferenceResponse
 
-__all__ = ["TokenHandler", "effective_capabilities", "open_stream"]
+__all__ = ["TokenHandler", "answers_by_steps", "effective_capabilities", "read_steps"]
 
 
 def effective_capabilities(handler: InferenceHandler) -> Capabilities:
@@ -77,68 +78,37 @@ class TokenHandler(InferenceHandler):
         self, loaded_model: LoadedModel, request: InferenceRequest
     ) -> InferenceResponse:
         """The whole answer; see :meth:`generate_tokens`."""
-        generation = Generation(request, self.name)
-        steps = self.generate_tokens(loaded_model, request)
-
-        def take(step: TokenStep) -> bool:
-            generation.take(step)
-            return generation.finish_reason is None
-
-        try:
-            async for step in steps:
-                if isinstance(step, Mailbox):
-                    await step.push_to(take)
-                    break
-                if not take(step):
-                    break
-        finally:
-            await steps.aclose()
-        generation.finish()
-        return generation.response()
+        return await read_steps(self, loaded_model, request).read_all()
 
     async def stream_infer(
         self, loaded_model: LoadedModel, request: InferenceRequest
     ) -> AsyncGenerator[str, None]:
         """The answer piece by piece, then a ``StreamEnd``; see :meth:`generate_tokens`."""
-        generation = Generation(request, self.name)
-        steps = self.generate_tokens(loaded_model, request)
-        advance: Callable[[], Awaitable[TokenStep | Mailbox]] = steps.__anext__
-        text = ""
+        reader = read_steps(self, loaded_model, request)
         try:
-            while generation.finish_reason is None:
-                if text:
-                    yield text
-                    text = ""
-                try:
-                    step = await advance()
-                except StopAsyncIteration:
-                    break
-                if isinstance(step, Mailbox):
-                    advance = step.get
-                else:
-                    text = generation.take(step)
+            while not reader.ended:
+                if chunk := await reader.next_chunk():
+                    yield chunk
         finally:
-            # Before the last text is handed on: a slow reader must not keep the slot.
-            await steps.aclose()
-        text += generation.finish()
-        if text:
-            yield text
-        yield StreamEnd(generation.response())
+            await reader.aclose()
+        yield StreamEnd(reader.response())
 
 
-def open_stream(
-    handler: InferenceHandler,
-    loaded_model: LoadedModel,
-    request: InferenceRequest,
-    progress: Progress,
-) -> tuple[AsyncGenerator[Any, None], Generation | None]:
-    """What a streamed request is read from: one generator less for each step, where that can be.
+def read_steps(
+    handler: TokenHandler, loaded_model: LoadedModel, request: InferenceRequest
+) -> StepReader:
+    """What reads the steps of a request, for the handler itself and for the service."""
+    steps = handler.generate_tokens(loaded_model, request)
+    return StepReader(steps, Generation(request, handler.name))
 
-    :returns: what ``stream_infer`` gives, and ``None``; or the steps of a :class:`TokenHandler`,
-        and what makes text of them, as its ``stream_infer`` would.
+
+def answers_by_steps(
+    handler: InferenceHandler, method: Literal["infer", "stream_infer"]
+) -> TypeGuard[TokenHandler]:
+    """Whether ``method`` of the handler is that of :class:`TokenHandler`.
+
+    Then the service reads the steps itself: with a generator less for each step, and with the
+    knowledge of how far a request had come that was stopped or failed.
     """
-    streams = getattr(handler.stream_infer, "__func__", None)
-    if isinstance(handler, TokenHandler) and streams is TokenHandler.stream_infer:
-        generation = progress.generation = Generation(request, handler.name)
-        return handler.generate_tokens(loaded_model, request), generation
-    return handler.stream_infer(loaded_model, request), None
+    own = getattr(getattr(handler, method), "__func__", None)
+    return isinstance(handler, TokenHandler) and own is getattr(TokenHandler, method)

@@ -1,18 +1,19 @@
-"""What the reader of a stream is given: by whom it is asked for, or at once, step by step."""
+"""How the chunks of a stream get to its reader: asked for one by one, or pushed as they come."""
 
 from __future__ import annotations
 
 import asyncio
 import operator
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Final, TypeAlias
 
-from engineroom.generation.generation import Generation
-from engineroom.generation.mailbox import Mailbox
-from engineroom.generation.steps import TokenStep
+from engineroom.errors import InferenceError
+from engineroom.generation.reader import StepReader
+from engineroom.handlers.base import StreamEnd
+from engineroom.schemas import InferenceResponse
 
-__all__ = ["DeliveredChunks", "Put", "Sink", "push_to"]
+__all__ = ["ChunkReader", "DeliveredChunks", "Put", "Sink"]
 
 Put: TypeAlias = Callable[[str], Awaitable[None] | None]
 """Takes a chunk; returns what to wait for before the next one, or ``None``."""
@@ -21,22 +22,68 @@ _GAPS: Final = 256
 _now = time.perf_counter
 
 
-class DeliveredChunks:
-    """The chunks that a stream's reader was given, and when."""
+class ChunkReader:
+    """Reads what a handler's own ``stream_infer`` yields, as :class:`StepReader` reads steps."""
 
-    __slots__ = ("_times", "first_at", "listener", "texts")
+    __slots__ = ("_chunks", "_handler", "_response", "ended")
+
+    def __init__(self, handler: str, chunks: AsyncGenerator[str, None]) -> None:
+        self._handler = handler
+        self._chunks = chunks
+        self._response: InferenceResponse | None = None
+        self.ended = False
+
+    def response(self) -> InferenceResponse | None:
+        """What the stream's ``StreamEnd`` held; ``None``: it had none."""
+        return self._response
+
+    async def next_chunk(self) -> str:
+        """The next chunk, which may be empty."""
+        try:
+            chunk = await self._chunks.__anext__()
+        except StopAsyncIteration:
+            self.ended = True
+            return ""
+        if isinstance(chunk, StreamEnd):
+            self._response = chunk.response
+            return ""
+        if not isinstance(chunk, str):
+            raise InferenceError(
+                f"handler {self._handler!r}: stream_infer yielded {type(chunk).__name__} instead "
+                "of str; mend the plugin"
+            )
+        return chunk
+
+    async def push_chunks(self, put: Callable[[str], bool]) -> str:
+        """The next chunk: nothing comes but when it is asked for."""
+        return await self.next_chunk()
+
+    async def aclose(self) -> None:
+        """Stop the work. May be called twice, and after the end."""
+        await self._chunks.aclose()
+
+
+class DeliveredChunks:
+    """The chunks that a stream's reader was handed, and when."""
+
+    __slots__ = ("_texts", "_times", "first_at", "listener")
 
     def __init__(self) -> None:
-        self.texts: list[str] = []
+        self._texts: list[str] = []
         self.first_at: float | None = None
-        """When the first one was given, by :func:`time.perf_counter`."""
+        """When the first one was handed over, by :func:`time.perf_counter`."""
         self.listener: Callable[[tuple[float, ...]], None] | None = None
         """Is told the gaps between them, in seconds, some at a time."""
         self._times: list[float] = []  # of those whose gaps were not told yet
 
+    @property
+    def text(self) -> str:
+        """All of them, joined."""
+        return "".join(self._texts)
+
     def add(self, chunk: str) -> None:
-        """One more is given."""
-        self.texts.append(chunk)
+        """One more is handed over."""
+        self._texts.append(chunk)
         if self.listener is not None:
             times = self._times
             times.append(_now())
@@ -68,6 +115,24 @@ class Sink:
         self.held: Awaitable[None] | BaseException | None = None
         """What to wait for before the next chunk, or what ``put`` raised."""
 
+    async def fill(self, reader: StepReader | ChunkReader, delivered: DeliveredChunks) -> str:
+        """Put each chunk as it comes, to the last one or until the reader has to be waited for.
+
+        :returns: text that was not put: that of the last step.
+        :raises EngineRoomError: the request has failed.
+        """
+        add, put = delivered.add, self.put
+
+        def put_one(chunk: str) -> bool:
+            add(chunk)
+            try:
+                self.held = put(chunk)
+            except BaseException as error:  # noqa: BLE001 - raised again in wait()
+                self.held = error
+            return self.held is None
+
+        return await reader.push_chunks(put_one)
+
     async def wait(self) -> None:
         """Until the reader takes the next chunk; raises what it raised."""
         held, self.held = self.held, None
@@ -81,36 +146,3 @@ class Sink:
         held, self.held = self.held, None
         if asyncio.iscoroutine(held):
             held.close()
-
-
-async def push_to(
-    mailbox: Mailbox, generation: Generation, given: DeliveredChunks, sink: Sink
-) -> str:
-    """Give the sink the text of each step as it comes, in the callback that brings the step.
-
-    Goes on to the last step, which sets the generation's ``finish_reason``, or until the sink
-    has to be waited for.
-
-    :returns: the text of the last step, which the sink was not given.
-    :raises EngineRoomError: the request has failed.
-    """
-    last = ""
-    take, add, put = generation.take, given.add, sink.put
-
-    def give(step: TokenStep) -> bool:
-        nonlocal last
-        text = take(step)
-        if generation.finish_reason is not None:
-            last = text
-            return False
-        if not text:
-            return True
-        add(text)
-        try:
-            sink.held = put(text)
-        except BaseException as error:  # noqa: BLE001 - raised again in wait()
-            sink.held = error
-        return sink.held is None
-
-    await mailbox.push_to(give)
-    return last

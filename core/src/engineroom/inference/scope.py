@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from engineroom.errors import EngineRoomError, InferenceError
-from engineroom.generation.generation import Progress
+from engineroom.generation.generation import Generation
 from engineroom.inference.delivery import Sink
 from engineroom.schemas import InferenceRequest, InferenceResponse
 
@@ -36,9 +36,10 @@ class RequestScope:
         "cause",
         "closer",
         "deadline",
+        "error",
+        "generation",
         "handler",
         "leaving",
-        "progress",
         "quiet",
         "request",
         "response",
@@ -56,7 +57,7 @@ class RequestScope:
             if request.timeout_s is None
             else asyncio.get_running_loop().time() + request.timeout_s
         )
-        self.progress = Progress()
+        self.generation: Generation | None = None  # how far it has come, where that is known
         self.handler: str | None = None  # its name, once one is chosen
         self.cause: EngineRoomError | None = None
         self.quiet = False  # nobody waits for the error: the reader asked for the end
@@ -65,6 +66,7 @@ class RequestScope:
         self.sink: Sink | None = None  # where the reader wants to be given chunks unasked
         self.unread: str | None = None  # the last chunk, where nobody read as it came
         self.response: InferenceResponse | None = None
+        self.error: EngineRoomError | None = None  # what the response tells of
         self.stopped = False
         self._task: asyncio.Task[Any] | None = None
         self._baseline = 0

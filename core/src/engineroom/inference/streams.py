@@ -54,13 +54,13 @@ class InferenceStream(AsyncGenerator[str, None]):
     @property
     def logprobs(self) -> Sequence[TokenLogprob]:
         """The log probabilities so far, where the request asked for them. It grows; copy it."""
-        generation = self._scope.progress.generation
+        generation = self._scope.generation
         return (generation.logprobs if generation is not None else None) or ()
 
     @property
     def prompt_tokens(self) -> int | None:
         """Tokens of the prompt; ``None`` until the runtime has said it."""
-        generation = self._scope.progress.generation
+        generation = self._scope.generation
         return generation.prompt_tokens if generation is not None else None
 
     async def __anext__(self) -> str:

@@ -7,14 +7,14 @@ import struct
 from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, ValidationError
 
 from engineroom.errors import EngineRoomError
-from engineroom.schemas import GenerationParams, InferenceRequest
+from engineroom.schemas import EmbeddingRequest, GenerationParams
 from engineroom.server.apis.request_fields import ApiRequest, ModelName, common_fields, parse
 from engineroom.server.apis.routing import WORK_ERRORS, Route
 from engineroom.server.http.call import Call
-from engineroom.server.http.errors import ApiError
+from engineroom.server.http.errors import ApiError, invalid_fields
 from engineroom.server.http.exchange import admission
 from engineroom.server.http.frames import Answer
 
@@ -75,19 +75,25 @@ async def embeddings(call: Call) -> None:
         if not text:
             raise ApiError(400, f"input.{number}: the text is empty", "invalid_value", "input")
     common = common_fields(call, request)
-    # It waits its turn among the others; nothing is generated.
-    placeholder = InferenceRequest(
-        model_id=request.model,
-        prompt="",
-        request_id=call.id,
-        params=GenerationParams(max_new_tokens=1),
-        timeout_s=common["timeout_s"],
-        metadata=common["metadata"],
-    )
-    async with call.attended(), admission(call, [placeholder]) as slot:
+    try:
+        asked = EmbeddingRequest(
+            model_id=request.model,
+            texts=texts,
+            request_id=call.id,
+            params=GenerationParams(max_new_tokens=1),  # nothing is generated
+            timeout_s=common["timeout_s"],
+            metadata=common["metadata"],
+        )
+    except ValidationError as error:
+        raise invalid_fields(error) from error
+    async with call.attended(), admission(call, [asked]) as slot:
         try:
             made = await call.context.service.embed(
-                request.model, texts, timeout_s=slot.left_of(common["timeout_s"])
+                asked.model_id,
+                asked.texts,
+                timeout_s=slot.left_of(asked.timeout_s),
+                request_id=asked.request_id,
+                metadata=asked.metadata,
             )
         except EngineRoomError as error:
             raise call.context.api_error_of(error) from error

@@ -1,0 +1,101 @@
+"""The one reader of steps: every answer of a :class:`~engineroom.TokenHandler` is read by it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable, Callable
+
+from engineroom.generation.generation import Generation
+from engineroom.generation.mailbox import Mailbox
+from engineroom.generation.steps import LAST_STEP, TokenStep
+from engineroom.schemas import InferenceResponse
+
+__all__ = ["StepReader"]
+
+
+class StepReader:
+    """Makes a request's answer of its steps: whole, chunk by chunk, or pushed to a taker.
+
+    Every way gives the same text. The steps are closed before the last text is handed on: a slow
+    reader must not keep the slot. Whoever stops before the end calls :meth:`aclose`.
+
+    :param steps: what a handler's ``generate_tokens`` gives.
+    :param generation: what makes text and counts of them.
+    """
+
+    __slots__ = ("_advance", "_mailbox", "_steps", "ended", "generation")
+
+    def __init__(
+        self, steps: AsyncGenerator[TokenStep | Mailbox, None], generation: Generation
+    ) -> None:
+        self._steps = steps
+        self._advance: Callable[[], Awaitable[TokenStep | Mailbox]] = steps.__anext__
+        self._mailbox: Mailbox | None = None
+        self.generation = generation
+        self.ended = False
+        """The last text was handed out; nothing is left to read or to close."""
+
+    def response(self) -> InferenceResponse:
+        """The response as far as it has come. :raises InferenceError: the steps make none."""
+        return self.generation.response()
+
+    async def next_chunk(self) -> str:
+        """The text of the next step, often empty. :raises EngineRoomError: it has failed."""
+        try:
+            step = await self._advance()
+        except StopAsyncIteration:
+            step = LAST_STEP
+        if isinstance(step, Mailbox):
+            self._mailbox, self._advance = step, step.get
+            return ""
+        generation = self.generation
+        chunk = generation.take(step)
+        return chunk if generation.finish_reason is None else chunk + await self._end()
+
+    async def push_chunks(self, put: Callable[[str], bool]) -> str:
+        """Hand out the text of each step in the callback that brings it, where a mailbox does.
+
+        Goes on to the last step or until ``put`` returns ``False``; without a mailbox, it is
+        :meth:`next_chunk`.
+
+        :param put: takes the text of a step, outside of this task.
+        :returns: text that was not handed out: that of the last step.
+        """
+        if self._mailbox is None:
+            return await self.next_chunk()
+        generation, take, last = self.generation, self.generation.take, ""
+
+        def receive(step: TokenStep) -> bool:
+            nonlocal last
+            chunk = take(step)
+            if generation.finish_reason is not None:
+                last = chunk
+                return False
+            return not chunk or put(chunk)
+
+        await self._mailbox.push_to(receive)
+        return last if generation.finish_reason is None else last + await self._end()
+
+    async def read_all(self) -> InferenceResponse:
+        """Read to the end; the text is in the response."""
+        try:
+            while not self.ended:
+                if self._mailbox is None:
+                    await self.next_chunk()
+                else:
+                    await self.push_chunks(_keep_none)
+        finally:
+            await self.aclose()
+        return self.generation.response()
+
+    async def aclose(self) -> None:
+        """Stop the work and give the slot back. May be called twice, and after the end."""
+        await self._steps.aclose()
+
+    async def _end(self) -> str:
+        await self._steps.aclose()
+        self.ended = True
+        return self.generation.finish()
+
+
+def _keep_none(_: str) -> bool:
+    return True

@@ -1,0 +1,110 @@
+"""Which work is let in and runs: requests of every kind, counted, observed and drained alike."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+
+from engineroom.errors import QueueFullError, RequestTimeoutError, ResourceNotAvailableError
+from engineroom.handlers.registry import HandlerRegistry
+from engineroom.inference.blocking import BlockingPortal
+from engineroom.inference.scope import RequestScope
+from engineroom.schemas import InferenceResponse
+
+__all__ = ["Admission"]
+
+
+class Admission:
+    """Counts work in and out, and tells the observers.
+
+    :param registry: whose observers are told.
+    :param portal: notes which event loop the work runs on.
+    :param max_requests: most at one time; more are refused.
+    """
+
+    def __init__(
+        self, registry: HandlerRegistry, portal: BlockingPortal, max_requests: int
+    ) -> None:
+        self.registry = registry
+        self.closed = False
+        """Nothing is let in any more."""
+        self._portal = portal
+        self._max_requests = max_requests
+        self._running: set[RequestScope] = set()
+        self._idle: list[asyncio.Future[None]] = []
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def __iter__(self) -> Iterator[RequestScope]:
+        return iter(self._running)
+
+    def admit(self, scope: RequestScope) -> None:
+        """Count the request in, or refuse it at once.
+
+        :raises ResourceNotAvailableError: the service is closed.
+        :raises QueueFullError: there are ``max_requests`` already.
+        :raises RequestTimeoutError: its time is over before it began.
+        """
+        request = scope.request
+        if self.closed:
+            self._reject(scope, "closed")
+            raise ResourceNotAvailableError("the service is closed; it takes no more requests")
+        if len(self._running) >= self._max_requests:
+            self._reject(scope, "queue_full")
+            raise QueueFullError(
+                f"{len(self._running)} requests are running or waiting, which is the bound "
+                "(max_requests); send it again later"
+            )
+        self._portal.bind()
+        self._running.add(scope)
+        scope.arm(
+            RequestTimeoutError(f"it was not done after timeout_s={request.timeout_s} seconds")
+        )
+        self.registry.notify("engineroom_request_started", request=request)
+        if scope.deadline is not None and asyncio.get_running_loop().time() >= scope.deadline:
+            raise RequestTimeoutError(
+                f"timeout_s={request.timeout_s} seconds were over before it began"
+            )
+
+    def _reject(self, scope: RequestScope, reason: str) -> None:
+        self.registry.notify("engineroom_request_rejected", request=scope.request, reason=reason)
+
+    def finish(self, scope: RequestScope, response: InferenceResponse) -> None:
+        """End the request with this response: count it out and tell the observers, if it was in."""
+        if scope not in self._running:
+            scope.stop(response)
+            return
+        response.inference_time_ms = (time.perf_counter() - scope.started) * 1000
+        scope.stop(response)
+        self._running.discard(scope)
+        self.registry.notify(
+            "engineroom_request_finished", request=scope.request, response=response
+        )
+        if not self._running:
+            for waiter in self._idle:
+                if not waiter.done():
+                    waiter.set_result(None)
+            self._idle.clear()
+
+    def tell_gaps(self, scope: RequestScope, gaps_s: tuple[float, ...]) -> None:
+        """Tell the observers how far chunks of a stream lay apart."""
+        self.registry.notify(
+            "engineroom_request_gaps",
+            request=scope.request,
+            handler=scope.handler,
+            gaps_s=gaps_s,
+        )
+
+    def interrupt(self, reason: str) -> None:
+        """Stop everything that runs; its callers are told why."""
+        for scope in list(self._running):
+            scope.interrupt(ResourceNotAvailableError(reason))
+
+    async def wait_idle(self, timeout_s: float | None = None) -> None:
+        """Wait until nothing runs any more, but no longer than ``timeout_s``."""
+        if self._running:
+            future = asyncio.get_running_loop().create_future()
+            self._idle.append(future)
+            await asyncio.wait([future], timeout=timeout_s)

@@ -1,0 +1,206 @@
+"""The life of one piece of work, of whatever kind: let in, done by a handler, ended, told of.
+
+``infer``, ``embed`` and the chunks of a stream differ in what they ask the handler for. All else
+is the same and stands here once: admission, the lease of the model, the choice of the handler,
+and an end that makes one response of whatever happened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from functools import partial
+from types import TracebackType
+from typing import TypeAlias
+
+from engineroom.config.model import LoadedModel
+from engineroom.errors import InferenceError
+from engineroom.generation.reader import StepReader
+from engineroom.handlers.base import InferenceHandler
+from engineroom.handlers.token_handler import answers_by_steps, read_steps
+from engineroom.inference.admission import Admission
+from engineroom.inference.delivery import ChunkReader, DeliveredChunks
+from engineroom.inference.outcome import completed, failed
+from engineroom.inference.scope import RequestScope
+from engineroom.inference.streams import StreamError
+from engineroom.models.manager import ModelSource
+from engineroom.schemas import InferenceResponse
+
+__all__ = ["Choose", "Execution", "Work", "answer_whole"]
+
+Choose: TypeAlias = Callable[[RequestScope, LoadedModel], tuple[InferenceHandler, list[str]]]
+"""Finds the model's handler, and warns of what that does not honour; or raises."""
+Work: TypeAlias = Callable[
+    [RequestScope, InferenceHandler, LoadedModel], Awaitable[InferenceResponse]
+]
+"""What is asked of the handler: one a kind of request that is answered in whole. It calls the
+scope's ``check`` when the handler has answered."""
+
+
+class Execution:
+    """Carries one request from admission to its end.
+
+    Used with ``async with``, at whose end the lease is given back, the response is made, and the
+    observers are told; an error ends there, unless it is the caller's own cancellation.
+
+    :param scope: the request, and what stops it.
+    :param admission: lets it in.
+    :param source: where its model comes from.
+    :param choose: finds its handler.
+    """
+
+    __slots__ = (
+        "_admission",
+        "_choose",
+        "_delivered",
+        "_entered",
+        "_lease",
+        "_response",
+        "_scope",
+        "_source",
+        "_warnings",
+    )
+
+    def __init__(
+        self, scope: RequestScope, admission: Admission, source: ModelSource, choose: Choose
+    ) -> None:
+        self._scope = scope
+        self._admission = admission
+        self._source = source
+        self._choose = choose
+        self._lease: AbstractAsyncContextManager[LoadedModel] | None = None
+        self._warnings: list[str] = []
+        self._entered = 0.0
+        self._response: InferenceResponse | None = None
+        self._delivered: DeliveredChunks | None = None
+
+    async def run(self, work: Work) -> InferenceResponse:
+        """Answer in whole, in the caller's task.
+
+        :returns: the response, in which a failure is told; ``scope.error`` is that error.
+        """
+        scope = self._scope
+        scope.begin()
+        try:
+            async with self:
+                handler, loaded_model = await self._open()
+                self._complete(await work(scope, handler, loaded_model))
+            assert scope.response is not None
+            return scope.response
+        finally:
+            scope.end()
+
+    async def chunks(self) -> AsyncGenerator[str, None]:
+        """Answer piece by piece. Runs in whichever task reads; ends with a ``StreamError``."""
+        scope = self._scope
+        delivered = self._delivered = DeliveredChunks()
+        closing = False  # nothing may be yielded any more
+        async with self:
+            handler, loaded_model = await self._open()
+            if self._admission.registry.listens("engineroom_request_gaps"):
+                delivered.listener = partial(self._admission.tell_gaps, scope)
+            reader = _open_reader(scope, handler, loaded_model)
+            try:
+                while not reader.ended:
+                    sink = scope.sink
+                    if sink is None:
+                        chunk = await reader.next_chunk()
+                    else:
+                        chunk = await sink.fill(reader, delivered)
+                    scope.check()
+                    if chunk:
+                        delivered.add(chunk)
+                    elif sink is None or sink.held is None:
+                        continue
+                    try:
+                        yield chunk
+                    except GeneratorExit:
+                        closing = True
+                        raise
+            finally:
+                await reader.aclose()
+                delivered.tell()
+            scope.check()
+            self._complete(reader.response())
+        if scope.error is not None and not scope.quiet:
+            if closing:
+                scope.unread = StreamError(scope.error)
+            else:
+                yield StreamError(scope.error)
+
+    async def _open(self) -> tuple[InferenceHandler, LoadedModel]:
+        """Let the request in, lease its model, choose its handler."""
+        scope, registry = self._scope, self._admission.registry
+        if not registry.discovered:  # observers, too, are to see the first request
+            await asyncio.to_thread(registry.discover)
+        self._admission.admit(scope)
+        lease = self._source.lease(scope.request.model_id)
+        loaded_model = await lease.__aenter__()
+        self._lease = lease
+        handler, self._warnings = self._choose(scope, loaded_model)
+        self._entered = time.perf_counter()
+        return handler, loaded_model
+
+    def _complete(self, response: InferenceResponse | None) -> None:
+        self._response = completed(
+            self._scope, response, self._warnings, self._entered, self._delivered
+        )
+
+    async def __aenter__(self) -> None:
+        pass
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        raised = error
+        if self._lease is not None:
+            try:
+                await self._lease.__aexit__(kind, error, trace)
+            except BaseException as late:  # noqa: BLE001 - told of, or raised again, below
+                raised = late
+        if raised is None:
+            assert self._response is not None
+            self._admission.finish(self._scope, self._response)
+            return False
+        response, ended_by = failed(self._scope, raised, self._delivered)
+        self._admission.finish(self._scope, response)
+        if isinstance(ended_by, Exception):
+            return True
+        if ended_by is error:
+            return False
+        raise ended_by
+
+
+async def answer_whole(
+    scope: RequestScope, handler: InferenceHandler, loaded_model: LoadedModel
+) -> InferenceResponse:
+    """The whole answer, read from the handler's steps or given by its own ``infer``."""
+    if answers_by_steps(handler, "infer"):
+        reader = read_steps(handler, loaded_model, scope.request)
+        scope.generation = reader.generation
+        response = await reader.read_all()
+    else:
+        response = await handler.infer(loaded_model, scope.request)
+    scope.check()
+    if not isinstance(response, InferenceResponse):
+        raise InferenceError(
+            f"handler {handler.name!r}: infer returned {type(response).__name__} instead of an "
+            "InferenceResponse; mend the plugin"
+        )
+    return response
+
+
+def _open_reader(
+    scope: RequestScope, handler: InferenceHandler, loaded_model: LoadedModel
+) -> StepReader | ChunkReader:
+    """What a stream is read from: the handler's steps, or what its own ``stream_infer`` yields."""
+    if answers_by_steps(handler, "stream_infer"):
+        reader = read_steps(handler, loaded_model, scope.request)
+        scope.generation = reader.generation
+        return reader
+    return ChunkReader(handler.name, handler.stream_infer(loaded_model, scope.request))

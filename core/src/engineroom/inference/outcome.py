@@ -1,0 +1,127 @@
+"""What came of a request, as its response tells it: done, stopped or failed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from engineroom.errors import EngineRoomError, InferenceError, RequestTimeoutError
+from engineroom.inference.delivery import DeliveredChunks
+from engineroom.inference.scope import RequestScope
+from engineroom.schemas import InferenceRequest, InferenceResponse
+from engineroom.telemetry import request_logger
+
+__all__ = ["completed", "failed"]
+
+logger = logging.getLogger("engineroom.service")
+
+
+def completed(
+    scope: RequestScope,
+    response: InferenceResponse | None,
+    warnings: list[str],
+    entered: float,
+    delivered: DeliveredChunks | None = None,
+) -> InferenceResponse:
+    """What a handler gave, with all that the service knows better.
+
+    :param response: the handler's; ``None``: its stream had no ``StreamEnd``.
+    :param entered: when the handler was asked, by :func:`time.perf_counter`.
+    """
+    request = scope.request
+    if response is None:
+        response = InferenceResponse(
+            request_id=request.request_id,
+            model_id=request.model_id,
+            generated_text=delivered.text if delivered is not None else None,
+        )
+    response.request_id = request.request_id
+    response.model_id = request.model_id
+    response.handler = scope.handler
+    if response.finish_reason is None:
+        response.finish_reason = "eos_token" if response.error_message is None else "error"
+    if response.time_to_first_token_ms is not None:
+        response.time_to_first_token_ms += (entered - scope.started) * 1000
+    if delivered is not None and delivered.first_at is not None:
+        response.time_to_first_token_ms = (delivered.first_at - scope.started) * 1000
+    if warnings:
+        response.warnings = [*warnings, *response.warnings]
+    return response
+
+
+def failed(
+    scope: RequestScope, error: BaseException, delivered: DeliveredChunks | None = None
+) -> tuple[InferenceResponse, BaseException]:
+    """The response of a request that did not end well, and what ended it.
+
+    :returns: the second is an ``Exception`` where the response says all, and
+        ``scope.error`` that error typed; what is none must be raised: the caller's own
+        cancellation, an interrupt.
+    """
+    error = _what_ended(scope, error)
+    response = _partial(scope, delivered)
+    if isinstance(error, Exception):
+        typed = scope.error = _as_typed(error, scope.request)
+        response.record_error(typed)
+        response.finish_reason = (
+            "timeout"
+            if isinstance(typed, RequestTimeoutError)
+            else "cancelled"
+            if error is scope.cause
+            else "error"
+        )
+    else:
+        response.finish_reason = "cancelled"
+    if scope.quiet:
+        response.error_message = response.error_type = None
+    return response, error
+
+
+def _what_ended(scope: RequestScope, error: BaseException) -> BaseException:
+    """The scope's own reason, where that is why the error came; logs what is a defect."""
+    if isinstance(error, asyncio.CancelledError):
+        if scope.uncancel_if_ours():
+            assert scope.cause is not None
+            error = scope.cause
+        elif not scope.cancelled:  # a future of the runtime's own was cancelled
+            error = InferenceError("the work was cancelled inside the runtime")
+    if isinstance(error, Exception) and not isinstance(error, EngineRoomError):
+        request_logger(logger, scope.request).error(
+            "request failed: %s", _as_typed(error, scope.request).describe(), exc_info=error
+        )
+    if scope.cause is not None and isinstance(error, Exception | GeneratorExit):
+        return scope.cause  # whatever the handler made of being stopped
+    return error
+
+
+def _partial(scope: RequestScope, delivered: DeliveredChunks | None) -> InferenceResponse:
+    """How far a request had come, as its steps or its chunks tell."""
+    generation = scope.generation
+    response = InferenceResponse(
+        request_id=scope.request.request_id, model_id=scope.request.model_id
+    )
+    if generation is not None:
+        try:
+            response = generation.response()
+        except InferenceError as error:
+            request_logger(logger, scope.request).warning("%s", error.message)
+            response.generated_text = generation.text
+    if delivered is not None and (text := delivered.text):
+        response.generated_text = text
+    response.stop_sequence = None
+    response.handler = scope.handler
+    return response
+
+
+def _as_typed(error: Exception, request: InferenceRequest) -> EngineRoomError:
+    if isinstance(error, EngineRoomError):
+        # Requests may share an error, that of one load for instance; each names itself in it.
+        typed = error.__class__.__new__(error.__class__, *error.args)
+        typed.__dict__.update(error.__dict__)
+        typed.__cause__, typed.__context__ = error.__cause__, error.__context__
+        typed.__suppress_context__ = error.__suppress_context__
+        typed.__traceback__ = error.__traceback__
+    else:
+        typed = InferenceError(f"{type(error).__name__}: {error}" if str(error) else repr(error))
+        typed.__cause__ = error
+    return typed.with_context(request_id=request.request_id, model_id=request.model_id)
