@@ -258,3 +258,77 @@ def test_a_deployment_is_watched(deployed):
 def test_to_watch_takes_a_deployment(command):
     needs_server()
     assert "--watch is for a whole deployment" in command("serve", "-m", "echo:", "--watch").error
+
+
+# ── flags are made of the server's settings ──────────────────────────────────────────────────
+
+
+def serve_command():
+    import typer.main
+
+    from engineroom.cli.app import app
+
+    return typer.main.get_command(app).commands["serve"]
+
+
+def test_each_setting_is_a_flag_that_says_its_text_and_default(command, site):
+    import dataclasses
+
+    from engineroom.server.settings import ServerSettings
+
+    shown = " ".join(command("serve", "--help").out.split())
+    parameters = {parameter.name: parameter for parameter in serve_command().params}
+    settings = [f for f in dataclasses.fields(ServerSettings) if f.metadata.get("flag")]
+    assert len(settings) == 18
+    for setting in settings:
+        parameter = parameters[setting.name]
+        name = parameter.opts[0].removeprefix("--").replace("-", "_")
+        assert setting.name.startswith(name)
+        assert setting.metadata["text"] in shown
+        if isinstance(setting.default, str | float | int) and setting.default not in (True, False):
+            number = setting.default
+            said = f"{number:g}" if isinstance(number, float) else str(number)
+            assert f"{setting.metadata['text']} [default: {said}]" in shown
+    left = {f.name for f in dataclasses.fields(ServerSettings)} - {f.name for f in settings}
+    assert left.intersection(parameters) == {"keys"}  # a file, there
+
+
+def test_flags_become_settings_and_absent_ones_leave_the_default():
+    from engineroom.cli.server_flags import settings_of
+    from engineroom.server.settings import ServerSettings
+
+    context = serve_command().make_context(
+        "serve",
+        [
+            "--port", "0", "--max-body", "9", "--request-timeout", "2.5", "--insecure",
+            "--unknown-fields", "refuse", "--cors-origin", "http://a", "--cors-origin", "http://b",
+        ],
+    )  # fmt: skip
+    names = ServerSettings.__dataclass_fields__.keys() - {"keys"}
+    flags = {name: value for name, value in context.params.items() if name in names}
+    settings = ServerSettings(**settings_of(flags))
+    assert (settings.port, settings.max_body_bytes, settings.request_timeout_s) == (0, 9, 2.5)
+    assert settings.insecure and settings.unknown_fields == "refuse"
+    assert settings.cors_origins == ("http://a", "http://b")
+    untouched = ServerSettings()
+    assert (settings.host, settings.max_queued, settings.allowed_hosts, settings.log_prompts) == (
+        untouched.host, untouched.max_queued, (), False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("port", 65536, "port must be 0 to 65535, not 65536"),
+        ("port", -1, "port must be at least 0, not -1"),
+        ("heartbeat_s", -0.5, "heartbeat_s must be at least 0, not -0.5"),
+        ("key_max_queued", -1, "key_max_queued must be at least 0, not -1"),
+        ("max_messages", 0, "max_messages must be more than 0, not 0"),
+    ],
+)
+def test_ranges_are_those_of_the_fields(field, value, said):
+    from engineroom.errors import ConfigurationError
+    from engineroom.server.settings import ServerSettings
+
+    with pytest.raises(ConfigurationError, match=re.escape(said)):
+        ServerSettings(**{field: value})

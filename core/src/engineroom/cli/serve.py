@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -21,6 +20,7 @@ from engineroom.cli.resolve import (
     warn_of_quarantined,
 )
 from engineroom.cli.run import CONFIG_OPTION
+from engineroom.cli.server_flags import settings_of, with_server_flags
 from engineroom.cli.settings import Settings
 from engineroom.errors import ConfigurationError
 from engineroom.handlers.markers import hookimpl
@@ -58,17 +58,13 @@ Example:
 """
 
 
-class UnknownFields(StrEnum):
-    """What to do about fields that an API does not know."""
-
-    IGNORE = "ignore"
-    REFUSE = "refuse"
-
-
 def _flag(text: str, *names: str, metavar: str | None = None) -> Any:
     return typer.Option(*names, help=text, metavar=metavar, show_default=False)
 
 
+@with_server_flags(
+    {"insecure": ("keys", "admin_keys"), "allowed_hosts": ("preload", "watch", "otel")}
+)
 def serve(  # one parameter a flag: that is how typer is told of them
     ctx: typer.Context,
     model: Annotated[
@@ -94,94 +90,11 @@ def serve(  # one parameter a flag: that is how typer is told of them
             metavar="KEY=VALUE",
         ),
     ] = None,
-    host: Annotated[
-        str | None,
-        _flag("Listen on this address.  [default: 127.0.0.1]", "--host", metavar="ADDRESS"),
-    ] = None,
-    port: Annotated[
-        int | None, _flag("Listen on this port; 0: a free one.  [default: 8000]", "--port")
-    ] = None,
-    insecure: Annotated[
-        bool, _flag("Listen for others without keys: whoever reaches it may use it.", "--insecure")
-    ] = False,
     keys: Annotated[
         Path | None, _flag("API keys, a NAME and a KEY a line.", "--keys", metavar="FILE")
     ] = None,
     admin_keys: Annotated[
         Path | None, _flag("The same for the admin routes.", "--admin-keys", metavar="FILE")
-    ] = None,
-    max_running: Annotated[
-        int | None, _flag("Answer so many requests at a time; more wait.", "--max-running")
-    ] = None,
-    max_queued: Annotated[
-        int | None,
-        _flag("Let so many wait; more are refused.  [default: 256]", "--max-queued"),
-    ] = None,
-    key_max_running: Annotated[
-        int | None, _flag("As --max-running, for each key.", "--key-max-running")
-    ] = None,
-    key_max_queued: Annotated[
-        int | None, _flag("As --max-queued, for each key.", "--key-max-queued")
-    ] = None,
-    tokens_per_minute: Annotated[
-        int | None, _flag("Tokens, read and written, a minute.", "--tokens-per-minute")
-    ] = None,
-    key_tokens_per_minute: Annotated[
-        int | None, _flag("The same for each key.", "--key-tokens-per-minute")
-    ] = None,
-    max_body: Annotated[
-        int | None,
-        _flag("Largest body of a request, in bytes.  [default: 4194304]", "--max-body"),
-    ] = None,
-    max_connections: Annotated[
-        int | None, _flag("Connections at one time.  [default: 2048]", "--max-connections")
-    ] = None,
-    request_timeout: Annotated[
-        float | None,
-        _flag(
-            "Give a request so long, waiting included.  [default: 600]",
-            "--request-timeout",
-            metavar="SECONDS",
-        ),
-    ] = None,
-    drain_timeout: Annotated[
-        float | None,
-        _flag(
-            "Give running requests so long when the server stops.  [default: 30]",
-            "--drain-timeout",
-            metavar="SECONDS",
-        ),
-    ] = None,
-    heartbeat: Annotated[
-        float | None,
-        _flag(
-            "Send a comment on streams that are silent for so long; 0: never.  [default: 15]",
-            "--heartbeat",
-            metavar="SECONDS",
-        ),
-    ] = None,
-    unknown_fields: Annotated[
-        UnknownFields | None,
-        _flag(
-            "What to do about fields that an API does not know.  [default: ignore]",
-            "--unknown-fields",
-        ),
-    ] = None,
-    cors_origin: Annotated[
-        list[str] | None,
-        _flag(
-            "Let pages of this origin use the server; may be repeated.",
-            "--cors-origin",
-            metavar="ORIGIN",
-        ),
-    ] = None,
-    allowed_host: Annotated[
-        list[str] | None,
-        _flag(
-            "A further name that the server is reached by; may be repeated.",
-            "--allowed-host",
-            metavar="NAME",
-        ),
     ] = None,
     preload: Annotated[
         bool,
@@ -194,7 +107,7 @@ def serve(  # one parameter a flag: that is how typer is told of them
     otel: Annotated[
         bool, _flag("Trace and measure with OpenTelemetry (OTEL_* variables).", "--otel")
     ] = False,
-    log_prompts: Annotated[bool, _flag("Write prompts to the log.", "--log-prompts")] = False,
+    **flags: Any,
 ) -> None:
     """Serve models over HTTP: OpenAI's API, Anthropic's messages, and engineroom's own.
 
@@ -207,38 +120,18 @@ def serve(  # one parameter a flag: that is how typer is told of them
         raise CommandError("--watch is for a whole deployment; leave --model out")
     server = _server()
     settings = server.ServerSettings(
-        **_given(
-            host=host,
-            port=port,
-            max_running=max_running,
-            max_queued=max_queued,
-            key_max_running=key_max_running,
-            key_max_queued=key_max_queued,
-            tokens_per_minute=tokens_per_minute,
-            key_tokens_per_minute=key_tokens_per_minute,
-            max_body_bytes=max_body,
-            max_connections=max_connections,
-            request_timeout_s=request_timeout,
-            drain_timeout_s=drain_timeout,
-            heartbeat_s=heartbeat,
-            unknown_fields=unknown_fields.value if unknown_fields is not None else None,
-        ),
-        insecure=insecure,
-        keys=server.KeyRing.read(keys, admin_keys),
-        cors_origins=tuple(cors_origin or ()),
-        allowed_hosts=tuple(allowed_host or ()),
-        log_prompts=log_prompts,
+        keys=server.KeyRing.read(keys, admin_keys), **settings_of(flags)
     )
     manager = _manager(model, config, runtime, parse_options(option or []))
     service = LLMInferenceService(manager)
-    told: Settings = ctx.obj
-    if told.logging:
+    options: Settings = ctx.obj
+    if options.logging:
         service.registry.register_plugin(LoggingObserver(), name="cli-log")
     if otel:
         service.registry.register_plugin(_observer(), name="opentelemetry")
     service.registry.register_plugin(_Reloads(), name="cli-reloads")
     errors = _Errors()
-    if not told.logging:
+    if not options.logging:
         logging.getLogger(LOGGER_NAME).addHandler(errors)
     names = ", ".join(entry.model_id for entry in manager.config.models) or "no models"
     try:
@@ -294,10 +187,6 @@ def _observer() -> Any:
     return OpenTelemetryObserver()
 
 
-def _given(**values: Any) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
-
-
 def _manager(
     model: str | None, config: Path | None, runtime: str | None, options: dict[str, Any]
 ) -> LLMModelManager:
@@ -312,9 +201,9 @@ def _manager(
     target = resolve(model, config, runtime, options)
     warn_of_quarantined(target.registry)
     (entry,) = [
-        each
-        for each in target.deployment.models
-        if target.model_id in (each.model_id, *each.aliases)
+        configured
+        for configured in target.deployment.models
+        if target.model_id in (configured.model_id, *configured.aliases)
     ]
     names = [entry.model_id, *entry.aliases]
     if "default" not in names:

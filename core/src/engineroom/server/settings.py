@@ -4,93 +4,130 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass, field, fields
-from typing import Final, Literal
+from typing import Any, Literal
 
 from engineroom.errors import ConfigurationError
 from engineroom.server.keys import KeyRing
 
 __all__ = ["ServerSettings"]
 
-_FROM_ZERO: Final = frozenset(
-    {"port", "max_queued", "key_max_queued", "drain_timeout_s", "heartbeat_s"}
-)
+
+def _setting(
+    default: Any,
+    text: str,
+    *,
+    flag: bool = True,
+    from_zero: bool = False,
+    most: int | None = None,
+    metavar: str | None = None,
+) -> Any:
+    """A field, and what is told of it.
+
+    :param text: what it means; the help of its flag.
+    :param flag: whether ``engineroom serve`` has a flag for it.
+    :param from_zero: 0 is allowed, too.
+    :param most: the largest number that is allowed.
+    :param metavar: what stands for the flag's value.
+    """
+    return field(
+        default=default,
+        metadata={
+            "text": text,
+            "flag": flag,
+            "from_zero": from_zero,
+            "most": most,
+            "metavar": metavar,
+        },
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSettings:
     """Every limit of the server. ``None`` is no limit.
 
-    :param host: address to listen on; one that others can reach needs ``keys`` or ``insecure``.
-    :param port: 0: a free one.
-    :param insecure: listen for others without keys.
-    :param keys: who may use the server; an empty ring asks for no key.
-    :param max_running: requests that are answered at one time; more wait.
-    :param max_queued: requests that wait at one time; more are refused (429).
-    :param key_max_running: the same for each key.
-    :param key_max_queued: the same for each key.
-    :param tokens_per_minute: tokens, read and written, of all requests together.
-    :param key_tokens_per_minute: the same for each key.
-    :param max_body_bytes: size of a request's body (413).
-    :param max_messages: messages of a conversation.
-    :param max_choices: answers to one HTTP request: prompts times ``n``.
-    :param max_header_bytes: size of a request's headers (431).
-    :param max_connections: connections at one time; more are closed at once (503).
-    :param header_timeout_s: seconds for the headers to arrive (408).
-    :param body_timeout_s: seconds for the body to arrive (408).
-    :param write_timeout_s: seconds that a reader may leave a full buffer unread; then the
-        connection is cut and the work stopped.
-    :param keep_alive_s: seconds that a connection stays open without a request.
-    :param request_timeout_s: seconds for a request, waiting included (408); a request may ask
-        for less.
-    :param heartbeat_s: seconds for which a stream may be silent, while a long prompt is read for
-        instance; then a comment is sent. 0: none is.
-    :param drain_timeout_s: seconds that running requests get when the server stops.
-    :param unknown_fields: what to do about fields that an API does not know.
-    :param cors_origins: origins whose pages may use the server; ``*``: all. None by default.
-    :param allowed_hosts: further names that the server is reached by. A server on the loopback
-        address without keys answers only to loopback names, so that no web page can reach it
-        through a name of its own.
-    :param log_prompts: write what is asked to the log.
+    A field's default, meaning and range are said here and nowhere else: the flags of ``engineroom
+    serve`` are made of them.
+
+    :raises ConfigurationError: a value is out of its range, or whoever reaches the server could
+        use it without a key.
     """
 
-    host: str = "127.0.0.1"
-    port: int = 8000
-    insecure: bool = False
+    host: str = _setting("127.0.0.1", "Listen on this address.", metavar="ADDRESS")
+    """One that others can reach needs ``keys`` or ``insecure``."""
+    port: int = _setting(8000, "Listen on this port; 0: a free one.", from_zero=True, most=65535)
+    insecure: bool = _setting(
+        False, "Listen for others without keys: whoever reaches it may use it."
+    )
     keys: KeyRing = field(default_factory=KeyRing)
-    max_running: int | None = None
-    max_queued: int = 256
-    key_max_running: int | None = None
-    key_max_queued: int | None = None
-    tokens_per_minute: int | None = None
-    key_tokens_per_minute: int | None = None
-    max_body_bytes: int = 4 << 20
-    max_messages: int = 2048
-    max_choices: int = 32
-    max_header_bytes: int = 32 << 10
-    max_connections: int = 2048
-    header_timeout_s: float = 10.0
-    body_timeout_s: float = 30.0
-    write_timeout_s: float = 30.0
-    keep_alive_s: float = 75.0
-    request_timeout_s: float | None = 600.0
-    heartbeat_s: float = 15.0
-    drain_timeout_s: float = 30.0
-    unknown_fields: Literal["ignore", "refuse"] = "ignore"
-    cors_origins: tuple[str, ...] = ()
-    allowed_hosts: tuple[str, ...] = ()
-    log_prompts: bool = False
+    """Who may use the server; an empty ring asks for no key."""
+    max_running: int | None = _setting(None, "Answer so many requests at a time; more wait.")
+    max_queued: int = _setting(256, "Let so many wait; more are refused.", from_zero=True)
+    """429 is what more are told."""
+    key_max_running: int | None = _setting(None, "As --max-running, for each key.")
+    key_max_queued: int | None = _setting(None, "As --max-queued, for each key.", from_zero=True)
+    tokens_per_minute: int | None = _setting(None, "Tokens, read and written, a minute.")
+    """Of all requests together."""
+    key_tokens_per_minute: int | None = _setting(None, "The same for each key.")
+    max_body_bytes: int = _setting(4 << 20, "Largest body of a request, in bytes.")
+    """413 is what a larger one is told."""
+    max_messages: int = _setting(2048, "Messages of a conversation.", flag=False)
+    max_choices: int = _setting(32, "Answers to one HTTP request: prompts times `n`.", flag=False)
+    max_header_bytes: int = _setting(32 << 10, "Size of a request's headers (431).", flag=False)
+    max_connections: int = _setting(2048, "Connections at one time.")
+    """More are closed at once (503)."""
+    header_timeout_s: float = _setting(10.0, "Seconds for the headers to arrive (408).", flag=False)
+    body_timeout_s: float = _setting(30.0, "Seconds for the body to arrive (408).", flag=False)
+    write_timeout_s: float = _setting(
+        30.0,
+        "Seconds that a reader may leave a full buffer unread; then the connection is cut and the "
+        "work stopped.",
+        flag=False,
+    )
+    keep_alive_s: float = _setting(
+        75.0, "Seconds that a connection stays open without a request.", flag=False
+    )
+    request_timeout_s: float | None = _setting(
+        600.0, "Give a request so long, waiting included.", metavar="SECONDS"
+    )
+    """A request may ask for less; 408 is what a late one is told."""
+    drain_timeout_s: float = _setting(
+        30.0,
+        "Give running requests so long when the server stops.",
+        from_zero=True,
+        metavar="SECONDS",
+    )
+    heartbeat_s: float = _setting(
+        15.0,
+        "Send a comment on streams that are silent for so long; 0: never.",
+        from_zero=True,
+        metavar="SECONDS",
+    )
+    """A stream is silent while a long prompt is read, for instance."""
+    unknown_fields: Literal["ignore", "refuse"] = _setting(
+        "ignore", "What to do about fields that an API does not know."
+    )
+    cors_origins: tuple[str, ...] = _setting(
+        (), "Let pages of this origin use the server; may be repeated.", metavar="ORIGIN"
+    )
+    """``*``: all of them."""
+    allowed_hosts: tuple[str, ...] = _setting(
+        (), "A further name that the server is reached by; may be repeated.", metavar="NAME"
+    )
+    """A server on the loopback address without keys answers only to loopback names and these, so
+    that no web page can reach it through a name of its own."""
+    log_prompts: bool = _setting(False, "Write prompts to the log.")
 
     def __post_init__(self) -> None:
-        for each in fields(self):
-            value = getattr(self, each.name)
+        for setting in fields(self):
+            value = getattr(self, setting.name)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
-            low = 0 if each.name in _FROM_ZERO else None
-            if value < 0 or (low is None and value == 0):
-                least = "at least 0" if low == 0 else "more than 0"
-                raise ConfigurationError(f"{each.name} must be {least}, not {value}")
-        if self.port > 65535:
-            raise ConfigurationError(f"port must be 0 to 65535, not {self.port}")
+            from_zero, most = setting.metadata["from_zero"], setting.metadata["most"]
+            if value < 0 or (value == 0 and not from_zero):
+                least = "at least 0" if from_zero else "more than 0"
+                raise ConfigurationError(f"{setting.name} must be {least}, not {value}")
+            if most is not None and value > most:
+                raise ConfigurationError(f"{setting.name} must be 0 to {most}, not {value}")
         if self.unknown_fields not in ("ignore", "refuse"):
             raise ConfigurationError(
                 f"unknown_fields must be 'ignore' or 'refuse', not {self.unknown_fields!r}"
