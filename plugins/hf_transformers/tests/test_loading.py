@@ -24,8 +24,8 @@ from engineroom import (
     ModelNotFoundError,
     ResourceNotAvailableError,
 )
-from engineroom_hf_transformers.background import Load
-from engineroom_hf_transformers.loading import Parts, load_parts, release
+from engineroom.engine import BackgroundLoad
+from engineroom_hf_transformers.loading import Parts, load_engine, load_parts, release
 from engineroom_hf_transformers.options import HfTransformersOptions
 
 # PEFT calls what the newest transformers have a new name for.
@@ -438,9 +438,17 @@ class FakeEngine:
         self.closed.set()
 
 
-def a_load(tiny: Tiny, build: Callable[[Parts], Any]) -> Load[Any]:
+def unload(engine: FakeEngine) -> None:
+    engine.close()
+    release(engine.parts)
+
+
+def a_load(tiny: Tiny, build: Callable[[Parts], Any]) -> BackgroundLoad[Any]:
     config = ModelConfig(model_id="m", source=str(tiny("llama")))
-    return Load(config, HfTransformersOptions(device="cpu", n_threads=1), build)
+    options = HfTransformersOptions(device="cpu", n_threads=1)
+    return BackgroundLoad(
+        lambda: load_engine(config, options, build), unload, name="hf_transformers"
+    )
 
 
 def test_a_load_gives_the_engine(tiny: Tiny) -> None:

@@ -26,7 +26,7 @@ from engineroom import (
     ModelNotFoundError,
 )
 from engineroom.testing import EchoHandler
-from engineroom_llamacpp import LlamaCppHandler, loading
+from engineroom_llamacpp import LlamaCppHandler, handler, loading
 from engineroom_llamacpp.model import LlamaModel
 
 Make = Callable[..., Awaitable[Any]]
@@ -188,8 +188,8 @@ async def test_a_cancelled_load_leaves_nothing_behind(
         unload(engine)
         unloaded.set()
 
-    monkeypatch.setattr(loading, "load_engine", slow)
-    monkeypatch.setattr(loading, "unload_engine", told)
+    monkeypatch.setattr(handler, "load_engine", slow)
+    monkeypatch.setattr(handler, "unload_engine", told)
     task = asyncio.create_task(LlamaCppHandler().load_model(config(tiny_model, n_ctx=256)))
     await asyncio.to_thread(entered.wait, 20)
     task.cancel()

@@ -1,5 +1,8 @@
 # What plugins may use; each name is loaded when it is first used (see ``__init__.py``).
 
+from .background_load import (
+    BackgroundLoad as BackgroundLoad,
+)
 from .batching import (
     BatchingEngine as BatchingEngine,
 )

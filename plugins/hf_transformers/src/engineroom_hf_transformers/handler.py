@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Final
 
@@ -20,17 +20,15 @@ from engineroom import (
     ModelConfig,
     TokenHandler,
     parse_options,
-    run_in_new_thread,
 )
-from engineroom_hf_transformers.background import Load
+from engineroom.engine import BackgroundLoad
 from engineroom_hf_transformers.checkpoint import find_checkpoint, looks_native
-from engineroom_hf_transformers.loading import release
+from engineroom_hf_transformers.loading import load_engine, release
 from engineroom_hf_transformers.options import HfTransformersOptions
 from engineroom_hf_transformers.sizes import estimate_bytes
 
 if TYPE_CHECKING:
     from engineroom_hf_transformers.engine import HfEngine
-    from engineroom_hf_transformers.loading import Parts
 
 __all__ = ["HuggingFaceTransformersHandler"]
 
@@ -93,12 +91,8 @@ class HuggingFaceTransformersHandler(TokenHandler):
         :raises ResourceNotAvailableError: there is no memory for it.
         """
         options = parse_options(HfTransformersOptions, config)
-        load = Load(config, options, _builder(config, options))
-        try:
-            engine = await run_in_new_thread(load.run, "hf_transformers-load")
-        except asyncio.CancelledError:
-            load.abandon()
-            raise
+        load = BackgroundLoad(lambda: _load(config, options), _unload, name="hf_transformers")
+        engine = await load.result()
         logger.info(
             "model %r: %s on %s, %d tokens of context, %s",
             config.model_id,
@@ -189,13 +183,10 @@ def _engine(loaded_model: LoadedModel) -> HfEngine:
     return engine
 
 
-def _builder(config: ModelConfig, options: HfTransformersOptions) -> Callable[[Parts], HfEngine]:
-    def build(parts: Parts) -> HfEngine:
-        from engineroom_hf_transformers.engine import HfEngine
+def _load(config: ModelConfig, options: HfTransformersOptions) -> HfEngine:
+    from engineroom_hf_transformers.engine import HfEngine
 
-        return HfEngine(parts, options, config.model_id)
-
-    return build
+    return load_engine(config, options, lambda parts: HfEngine(parts, options, config.model_id))
 
 
 def _unload(engine: HfEngine) -> None:

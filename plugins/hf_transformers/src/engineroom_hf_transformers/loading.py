@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import gc
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, TypeVar, cast
 
 from engineroom import ConfigurationError, ModelConfig, default_threads, give_back_memory
 from engineroom_hf_transformers.adapters import adapter_folder, with_adapter
@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Kind", "Parts", "import_libraries", "load_parts", "release"]
+__all__ = ["Kind", "Parts", "import_libraries", "load_engine", "load_parts", "release"]
+
+_E = TypeVar("_E")
 
 _IMPORTED: Final = (
     "torch",
@@ -108,6 +110,21 @@ def import_libraries() -> None:
 
 
 # ── loading ──────────────────────────────────────────────────────────────────────────────────
+
+
+def load_engine(
+    config: ModelConfig, options: HfTransformersOptions, build: Callable[[Parts], _E]
+) -> _E:
+    """Load a model, and build an engine around it. Blocks; raises what :func:`load_parts` does.
+
+    :param build: makes the engine; where it raises, the model is released.
+    """
+    parts = load_parts(config, options)
+    try:
+        return build(parts)
+    except BaseException:
+        release(parts)
+        raise
 
 
 def load_parts(config: ModelConfig, options: HfTransformersOptions) -> Parts:

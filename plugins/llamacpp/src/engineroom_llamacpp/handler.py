@@ -22,8 +22,9 @@ from engineroom import (
     parse_options,
     resolve_source,
 )
+from engineroom.engine import BackgroundLoad
 from engineroom.sources import is_gguf
-from engineroom_llamacpp.loading import Load, estimate_bytes, unload_engine
+from engineroom_llamacpp.loading import estimate_bytes, load_engine, unload_engine
 from engineroom_llamacpp.options import LlamaCppOptions
 
 if TYPE_CHECKING:
@@ -98,12 +99,12 @@ class LlamaCppHandler(TokenHandler):
         :raises ResourceNotAvailableError: there is no memory for the context.
         """
         options = parse_options(LlamaCppOptions, config)
-        load = Load(config, options)
-        try:
-            engine, memory = await asyncio.to_thread(load.run)
-        except asyncio.CancelledError:
-            load.abandon()
-            raise
+        load = BackgroundLoad(
+            lambda: load_engine(config, options),
+            lambda loaded: unload_engine(loaded[0]),
+            name="llamacpp",
+        )
+        engine, memory = await load.result()
         logger.info(
             "model %r: %s, %d tokens of context for %d sequences, %d threads",
             config.model_id,

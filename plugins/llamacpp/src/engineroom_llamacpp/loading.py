@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,38 +25,7 @@ if TYPE_CHECKING:
     from engineroom_llamacpp.engine import LlamaEngine
     from engineroom_llamacpp.model import LlamaModel
 
-__all__ = ["Load", "estimate_bytes", "load_engine", "unload_engine"]
-
-
-class Load:
-    """A load in a thread. It cannot be stopped there, but what it makes can be given back."""
-
-    def __init__(self, config: ModelConfig, options: LlamaCppOptions) -> None:
-        self._config = config
-        self._options = options
-        self._lock = threading.Lock()
-        self._abandoned = False
-        self._engine: LlamaEngine | EmbeddingEngine | None = None
-
-    def run(self) -> tuple[LlamaEngine | EmbeddingEngine, int]:
-        """Load; in the thread. Returns the engine and the memory that it takes, in bytes."""
-        engine, memory = load_engine(self._config, self._options)
-        with self._lock:
-            abandoned = self._abandoned
-            self._engine = engine
-        if abandoned:
-            unload_engine(engine)
-        return engine, memory
-
-    def abandon(self) -> None:
-        """Nobody wants the engine any more, whether it is there already or comes later."""
-        with self._lock:
-            self._abandoned = True
-            engine = self._engine
-        if engine is not None:  # it came, but nobody got it
-            threading.Thread(
-                target=unload_engine, args=(engine,), name="llamacpp-unload", daemon=True
-            ).start()
+__all__ = ["estimate_bytes", "load_engine", "unload_engine"]
 
 
 def _file(path: Path) -> Path:
@@ -67,9 +35,9 @@ def _file(path: Path) -> Path:
     files = sorted(path.glob("*.gguf"))
     if len(files) == 1:
         return files[0]
-    found = ", ".join(file.name for file in files) or "none"
+    names = ", ".join(file.name for file in files) or "none"
     raise ConfigurationError(
-        f"{str(path)!r} is a folder with {len(files)} GGUF files ({found}); name one file"
+        f"{str(path)!r} is a folder with {len(files)} GGUF files ({names}); name one file"
     )
 
 

@@ -24,6 +24,7 @@ from engineroom import (
     parse_options,
     resolve_source,
 )
+from engineroom.engine import BackgroundLoad
 from engineroom_vllm.folder import is_model_folder
 from engineroom_vllm.library import INSTALL, installed
 from engineroom_vllm.options import VLLMOptions
@@ -122,15 +123,15 @@ class VLLMHandler(TokenHandler):
         :raises ResourceNotAvailableError: there is no memory for it, or it took too long.
         """
         options = parse_options(VLLMOptions, config)
-        from engineroom_vllm.loading import Load
+        from engineroom_vllm.loading import EngineStart
 
-        load = Load(config, options)
+        start = EngineStart(config, options)
+        load = BackgroundLoad(
+            start.run, lambda engine: engine.close(), name="vllm", stop=start.stop
+        )
+        engine = await load.result()
         try:
-            engine = await asyncio.to_thread(load.run)
             await asyncio.wait_for(engine.wake(), options.load_timeout_s)
-        except asyncio.CancelledError:
-            load.abandon()
-            raise
         except BaseException as error:
             load.abandon()
             if isinstance(error, TimeoutError):

@@ -46,7 +46,7 @@ from engineroom_vllm.memory import PROCESS_BYTES, MemoryPlan, plan, require
 from engineroom_vllm.options import VLLMOptions
 from engineroom_vllm.scratch import Scratch
 
-__all__ = ["Load", "estimate", "explain"]
+__all__ = ["EngineStart", "estimate", "explain"]
 
 logger = logging.getLogger("engineroom.vllm")
 
@@ -61,23 +61,22 @@ _NO_MEMORY: Final = re.compile(
 )
 
 
-class Load:
-    """A load in a thread. The thread cannot be stopped, but the processes it waits for can."""
+class EngineStart:
+    """One start of an engine. Its thread cannot be stopped, but the processes it waits for can."""
 
     def __init__(self, config: ModelConfig, options: VLLMOptions) -> None:
         self._config = config
         self._options = options
         self._lock = threading.Lock()
-        self._abandoned = False
         self._footprint: Footprint | None = None
         self._before: set[int] = set()
         self._lease: Lease | None = None
         self._scratch: Scratch | None = None
+        self._cancelled = threading.Event()
         self._late = threading.Event()
-        self._engine: VLLMEngine | None = None
 
     def run(self) -> VLLMEngine:
-        """Load; in the thread.
+        """Start the engine, and wait until it is ready. Blocks: a minute or more.
 
         :raises EngineRoomError: typed, and says what to do.
         """
@@ -85,25 +84,12 @@ class Load:
         library = load()
         library.check_arguments(self._options.engine_args)
         with _turn:
-            engine = self._start(library, folder)
-        with self._lock:
-            abandoned = self._abandoned
-            self._engine = engine
-        if abandoned:
-            engine.close()
-        return engine
+            return self._start(library, folder)
 
-    def abandon(self) -> None:
-        """Nobody wants the engine any more, whether it is there already or comes later.
-
-        Does not block; what there is ends in a thread.
-        """
-        with self._lock:
-            self._abandoned = True
-            engine = self._engine
-        # If it came, nobody got it.
-        end = self._kill if engine is None else engine.close
-        threading.Thread(target=end, name="vllm-unload", daemon=True).start()
+    def stop(self) -> None:
+        """Make :meth:`run` end with an error, in another thread. Blocks until that is under way."""
+        self._cancelled.set()
+        self._kill()
 
     def _kill(self) -> None:
         """End the processes of the load that is under way, and what they have left."""
@@ -223,7 +209,7 @@ class Load:
                 folders=(scratch.temporary, scratch.sockets), segments=scratch.segments
             )
             with self._lock:
-                if self._abandoned:
+                if self._cancelled.is_set():
                     raise ResourceNotAvailableError("the load was cancelled")
                 self._before = engine_processes() | self._forked()
                 self._footprint = footprint
@@ -233,7 +219,7 @@ class Load:
         except Exception as error:
             log.rest()
             self._kill()
-            if self._abandoned:
+            if self._cancelled.is_set():
                 raise ResourceNotAvailableError("the load was cancelled") from error
             if self._late.is_set():
                 raise ResourceNotAvailableError(
@@ -253,6 +239,9 @@ class Load:
         self._late.set()
         self._kill()
 
+    def _given_up(self) -> bool:
+        return self._cancelled.is_set() or self._late.is_set()
+
     # ── how the processes are started ────────────────────────────────────────────────────────
 
     def _leased(self, library: Library, configuration: Any) -> Lease | None:
@@ -268,10 +257,10 @@ class Load:
                 FORKED_IMPORTS,
                 more=binding,
                 hooks=FORKED_BY_ENGINE,
-                given_up=lambda: self._abandoned or self._late.is_set(),
+                given_up=self._given_up,
             )
         except (UnusableError, OSError) as error:
-            if self._abandoned or self._late.is_set():
+            if self._given_up():
                 raise
             logger.warning(
                 "model %r: the engine's processes are started one by one, which takes longer: %s",

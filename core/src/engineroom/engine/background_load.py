@@ -1,0 +1,103 @@
+"""A load that can be given up: in a thread of its own, and given back when nobody waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from typing import Final, Generic, TypeVar
+
+from engineroom.engine.decode_loop import run_in_new_thread
+from engineroom.errors import EngineRoomError, InferenceError, ResourceNotAvailableError
+
+__all__ = ["BackgroundLoad"]
+
+_T = TypeVar("_T")
+_NOTHING: Final = object()
+
+
+class BackgroundLoad(Generic[_T]):
+    """A load in a thread, which cannot be stopped there: what it makes is given back instead.
+
+    A handler's ``load_model`` awaits :meth:`result`. Where that is cancelled, or the handler calls
+    :meth:`abandon`, ``free`` gets what was made, as soon as it is there.
+
+    :param make: loads. Blocks, in the load's thread.
+    :param free: gives back what ``make`` returned. Blocks, in a thread; called once at most.
+    :param name: how the threads' names begin.
+    :param stop: makes a ``make`` that is under way end early. May block.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], _T],
+        free: Callable[[_T], object],
+        *,
+        name: str,
+        stop: Callable[[], object] | None = None,
+    ) -> None:
+        self._make = make
+        self._free = free
+        self._name = name
+        self._stop = stop
+        self._lock = threading.Lock()
+        self._abandoned = False
+        self._ended = False
+        self._made: _T | object = _NOTHING
+
+    async def result(self) -> _T:
+        """Load in a new thread, and wait for it. Cancelling gives the load up.
+
+        :raises EngineRoomError: as ``make`` raised it.
+        :raises ResourceNotAvailableError: memory ran out.
+        :raises InferenceError: ``make`` raised what is no ``Exception``, such as a panic of Rust's,
+            which would end more than this load.
+        """
+        try:
+            return await run_in_new_thread(self._typed, f"{self._name}-load")
+        except asyncio.CancelledError:
+            self.abandon()
+            raise
+
+    def run(self) -> _T:
+        """Load in this thread. What is made after :meth:`abandon` is given back at once."""
+        try:
+            made = self._make()
+        finally:
+            with self._lock:
+                self._ended = True
+        with self._lock:
+            abandoned = self._abandoned
+            self._made = _NOTHING if abandoned else made
+        if abandoned:
+            self._free(made)
+        return made
+
+    def abandon(self) -> None:
+        """Give the load up, whether it has ended or not. Does not block; may be called again."""
+        with self._lock:
+            first, self._abandoned = not self._abandoned, True
+            made, self._made = self._made, _NOTHING
+            stop = self._stop if first and not self._ended else None
+        if made is not _NOTHING:  # it came, but nobody got it
+            self._in_thread(lambda: self._free(made))  # type: ignore[arg-type]
+        elif stop is not None:
+            self._in_thread(stop)
+
+    def _in_thread(self, call: Callable[[], object]) -> None:
+        threading.Thread(target=call, name=f"{self._name}-unload", daemon=True).start()
+
+    def _typed(self) -> _T:
+        try:
+            return self.run()
+        except EngineRoomError:
+            raise
+        except MemoryError as error:
+            raise ResourceNotAvailableError(
+                "there was not enough memory to load the model; unload another one, or take a "
+                "smaller one"
+            ) from error
+        except Exception:
+            raise  # whoever called the handler makes it typed, with its name
+        except BaseException as error:
+            raise InferenceError(f"the load failed: {type(error).__name__}: {error}") from error
