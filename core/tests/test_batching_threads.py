@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from collections import deque
 
 import pytest
 
@@ -25,7 +26,7 @@ class ThreadedEngine(BatchingEngine[EngineTask]):
 
     def __init__(self) -> None:
         super().__init__("m", DecodeLoop("threaded"), max_running=1, max_queue=1)
-        self.ended: list[EngineTask] = []
+        self.ended: deque[EngineTask] = deque()
         self.steps = 0
         self.open()
 
@@ -34,7 +35,7 @@ class ThreadedEngine(BatchingEngine[EngineTask]):
 
     def step(self) -> None:
         self.steps += 1
-        ended, self.ended = self.ended, []
+        ended = [self.ended.popleft() for _ in range(len(self.ended))]
         for task in ended:
             self.leave(task)
         self.hand_over((task.mailbox, TokenStep(finish="eos_token")) for task in ended)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +61,7 @@ class Engine(BatchingEngine[Job]):
         loop = DecodeLoop(f"ctranslate2-{name}")
         super().__init__(name, loop, max_running=n_parallel, max_queue=max_queue)
         self._generator = generator
-        self._over: list[Job] = []
+        self._over: deque[Job] = deque()  # threads append, the engine's takes
         self._threads: set[threading.Thread] = set()
         # CTranslate2 aborts the process if its threads outlive the interpreter.
         atexit.register(self.close)
@@ -86,7 +87,7 @@ class Engine(BatchingEngine[Job]):
 
     def step(self) -> None:
         """Free the slots of those that have ended, then tell them."""
-        ended, self._over = self._over, []
+        ended = [self._over.popleft() for _ in range(len(self._over))]
         ended = [job for job in ended if not job.done]  # the others were cancelled meanwhile
         for job in ended:
             self.leave(job)
