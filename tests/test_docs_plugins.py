@@ -1,12 +1,13 @@
-"""docs/plugins.md says what the code has: every hook and method, every field, every rule.
+"""docs/plugin*.md say what the code has: every hook and method, every field, every rule.
 
-Its blocks are run by test_docs.py, as those of the other documents are.
+Their blocks are run by test_docs.py, as those of the other documents are.
 """
 
 from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib
 import importlib.util
 import inspect
 import re
@@ -29,8 +30,9 @@ from engineroom import (
 from engineroom.handlers.discovery import API_GROUP, HANDLER_GROUP, PLUGIN_GROUP
 from engineroom.handlers.observer_hooks import ObserverSpec
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "plugins.md"
-TEXT = PAGE.read_text(encoding="utf-8")
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGES = ("plugins.md", "plugin-reference.md", "plugin-rules.md")
+TEXT = "\n".join((DOCS / page).read_text(encoding="utf-8") for page in PAGES)
 OWNERS: dict[str, type] = {
     "InferenceHandler": InferenceHandler,
     "TokenHandler": TokenHandler,
@@ -43,7 +45,7 @@ def section(title: str, level: int = 2, text: str = TEXT) -> str:
     """A section without its heading, to the next one that is no deeper."""
     pattern = rf"^#{{{level}}} {re.escape(title)}\n(.*?)(?=^#{{1,{level}}} |\Z)"
     found = re.search(pattern, text, re.MULTILINE | re.DOTALL)
-    assert found is not None, f"docs/plugins.md has no section {title!r}"
+    assert found is not None, f"docs/plugin*.md have no section {title!r}"
     return found[1]
 
 
@@ -166,6 +168,16 @@ def test_every_error_is_for_a_handler_or_said_not_to_be() -> None:
     assert {name for name in names if f"`{name}`" not in text} == {"StreamError"}
 
 
+def test_what_a_plugin_imports_is_exported() -> None:
+    text = section("What a plugin imports")
+    table = re.findall(r"^\| `(engineroom[.\w]*)` \|.*\| (.*) \|$", text, re.MULTILINE)
+    assert len(table) >= 4
+    for package, cell in table:
+        names, module = re.findall(r"`(\w+)`", cell), importlib.import_module(package)
+        assert names
+        assert [name for name in names if name not in module.__all__] == []
+
+
 # ── the rules of the kit ─────────────────────────────────────────────────────────────────────
 
 
@@ -186,6 +198,10 @@ def test_the_rules_are_those_of_the_kit() -> None:
 
 
 # ── the tutorial ─────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_tutorial_is_read_in_one_sitting() -> None:
+    assert len((DOCS / PAGES[0]).read_text(encoding="utf-8").splitlines()) <= 300
 
 
 def test_the_files_are_those_that_are_generated() -> None:

@@ -115,7 +115,13 @@ def breaks_exactly_its_rules(name: str, select: str, patience: dict) -> None:
     assert set(failed(results)) == rules_broken_by(name)
     reason = results[rule].reason
     assert reason.startswith(f"{RULES[rule].title}: this rule is broken\n")
-    for part in ("did:", "expected:", "saw:", RULES[rule].text, f"docs/plugins.md#rule-{rule}"):
+    for part in (
+        "did:",
+        "expected:",
+        "saw:",
+        RULES[rule].text,
+        f"docs/plugin-rules.md#rule-{rule}",
+    ):
         assert part in reason
 
 

@@ -39,7 +39,7 @@ def test_a_broken_rule_is_told_in_full(command, site):
     assert (result.status, result.err) == (1, "")
     assert rows(result.out) == {"estimate-memory": "failed"}
     assert "expected: a mapping" in result.out
-    assert "docs/plugins.md#rule-estimate-memory" in result.out
+    assert "docs/plugin-rules.md#rule-estimate-memory" in result.out
     assert "traceback" not in result.out.lower()
 
 
@@ -56,7 +56,7 @@ def test_a_report_in_json(command):
     assert report["summary"] == {"passed": 1, "failed": 0, "skipped": 0}
     (check,) = report["checks"]
     assert (check["check"], check["outcome"]) == ("top-p", "passed")
-    assert check["rule"] == "docs/plugins.md#rule-top-p"
+    assert check["rule"] == "docs/plugin-rules.md#rule-top-p"
 
 
 def test_a_report_on_standard_output(command):

@@ -7,7 +7,7 @@ from typing import Final
 
 __all__ = ["PAGE", "Rule", "rule_page"]
 
-PAGE: Final = "docs/plugins.md"
+PAGE: Final = "docs/plugin-rules.md"
 
 
 @dataclass(frozen=True, slots=True)
