@@ -2,7 +2,7 @@
 
 The account says who holds how much and who would have to go; the probe measures; the machine
 tells what the process may use. Which models live and die by it is in :mod:`engineroom.models`.
-What a key/value cache takes is public for plugins, with the names that ``__init__.pyi`` says.
+Plugins may use the names that ``__init__.pyi`` says.
 """
 
 import lazy_loader

@@ -78,11 +78,10 @@ def memory(limits: Limits) -> Memory:
     """The main memory."""
     import psutil
 
-    found = psutil.virtual_memory()
-    limit = limits.memory_bytes
-    return Memory(
-        found.total, found.available, limit if limit is not None and limit < found.total else None
-    )
+    main, limit = psutil.virtual_memory(), limits.memory_bytes
+    if limit is not None and limit >= main.total:
+        limit = None
+    return Memory(main.total, main.available, limit)
 
 
 def devices() -> tuple[list[Device], str | None]:
@@ -133,7 +132,7 @@ def cgroup_used(
     root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
 ) -> int:
     """Bytes that the strictest limited control group has in use, without what it can drop."""
-    found: list[tuple[int, int]] = []
+    groups: list[tuple[int, int]] = []
     for controllers, folder in _groups(root, membership):
         version2 = controllers == ""
         limit = _bytes(_words(folder / ("memory.max" if version2 else "memory.limit_in_bytes")))
@@ -143,8 +142,8 @@ def cgroup_used(
             statistics = dict(zip(words[::2], words[1::2], strict=False))
             name = "inactive_file" if version2 else "total_inactive_file"
             cached = _bytes([statistics.get(name, "")])
-            found.append((limit[0], max(0, usage[0] - sum(cached))))
-    return min(found, default=(0, 0))[1]
+            groups.append((limit[0], max(0, usage[0] - sum(cached))))
+    return min(groups, default=(0, 0))[1]
 
 
 def _groups(root: Path, membership: Path) -> Iterator[tuple[str, Path]]:

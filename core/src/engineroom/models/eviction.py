@@ -128,10 +128,10 @@ class Evictor(Generic[_M]):
     def _may_go(self, other: _M, model: _M, busy: bool) -> bool:
         if other is model or other.state != "ready" or other.waiting_callers or _stays(other):
             return False
-        if not other.leases or not busy:
-            return not other.leases and not busy
+        if bool(other.leases) is not busy:
+            return False
         lower = other.config.priority <= model.config.priority
-        return lower and self._protected_s(other, model) <= 0
+        return not busy or (lower and self._protected_s(other, model) <= 0)
 
     def _protected_s(self, other: _M, model: _M) -> float:
         """For how long yet a model that was just loaded is not asked to go."""

@@ -143,11 +143,10 @@ class Lifecycle:
         """Take part in the load that goes on, or begin one. Then look at the state again."""
         if self.closed:
             raise _closed(entry)
-        if entry.task is None or entry.task.done():
+        task = entry.task
+        if task is None or task.done():
             self._change_state(entry, "loading", "a request needs it")
             task = self._start(entry, self._load(entry))
-        else:
-            task = entry.task
         unloading = entry.state == "draining"
         try:
             await asyncio.shield(task)

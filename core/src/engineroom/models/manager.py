@@ -288,11 +288,10 @@ class LLMModelManager:
 
     def _apply(self, new: DeploymentConfig) -> ReloadReport:
         report = compare(self.config, new)
-        for device in {*self.config.memory, *new.memory}:
-            if device in new.memory:
-                self._account.set_budget(device, new.memory[device])
-            else:
-                self._account.forget_budget(device)
+        for device in self.config.memory:
+            self._account.forget_budget(device)
+        for device, budget in new.memory.items():
+            self._account.set_budget(device, budget)
         self.config = new
         before = self._table.current
         running = [n for n in report.changed if before[n].state in ("ready", "loading")]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from engineroom.errors import EngineRoomError, ResourceNotAvailableError
 from engineroom.models.entry import ModelEntry
@@ -21,16 +22,14 @@ class NobodyWaitsError(Exception):
     """Everyone who waited for the model has gone; it is not loaded for nobody."""
 
 
+@dataclass(slots=True, eq=False)
 class _Ticket:
     """A load that waits for memory."""
 
-    __slots__ = ("entry", "future", "granted", "need")
-
-    def __init__(self, entry: ModelEntry, need: Mapping[str, int]) -> None:
-        self.entry = entry
-        self.need = need
-        self.future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.granted = False
+    entry: ModelEntry
+    need: Mapping[str, int]
+    future: asyncio.Future[None]
+    granted: bool = False
 
     def refuse(self, error: Exception) -> None:
         if not self.future.done():
@@ -66,7 +65,7 @@ class MemoryQueue:
         :raises ResourceNotAvailableError: it can never fit, or did not by the deadline.
         :raises NobodyWaitsError: nobody waits for the entry any more.
         """
-        ticket = _Ticket(entry, need)
+        ticket = _Ticket(entry, need, asyncio.get_running_loop().create_future())
         self._tickets.append(ticket)
         self.schedule()
         try:
