@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 from engineroom.config.model import LoadedModel
@@ -340,12 +339,7 @@ class _Lease(AbstractAsyncContextManager[LoadedModel]):
         assert entry.loaded is not None
         return entry.loaded
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, _: object, error: BaseException | None, __: object) -> None:
         entry, self._entry = self._entry, None
         if entry is not None:
             self._lifecycle.release(entry, dead=isinstance(error, EngineDeadError))
