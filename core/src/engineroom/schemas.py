@@ -110,11 +110,11 @@ class StructuredOutput(FrozenSchema):
 
     @model_validator(mode="after")
     def _exactly_one(self) -> StructuredOutput:
-        given = [n for n in ("json_schema", "regex", "grammar") if getattr(self, n) is not None]
-        if len(given) != 1:
+        present = [n for n in ("json_schema", "regex", "grammar") if getattr(self, n) is not None]
+        if len(present) != 1:
             raise ValueError(
                 "give exactly one of json_schema, regex and grammar; "
-                + (f"got {' and '.join(given)}" if given else "got none of them")
+                + (f"got {' and '.join(present)}" if present else "got none of them")
             )
         return self
 
@@ -257,11 +257,11 @@ class InferenceRequest(FrozenSchema):
 
     @model_validator(mode="after")
     def _one_input(self) -> InferenceRequest:
-        given = [name for name in INPUTS if getattr(self, name) is not None]
-        if len(given) != 1:
-            found = f"{' and '.join(given)} were" if given else "none of them was"
+        present = [name for name in INPUTS if getattr(self, name) is not None]
+        if len(present) != 1:
+            which = f"{' and '.join(present)} were" if present else "none of them was"
             raise ValueError(
-                f"give exactly one of prompt, prompt_token_ids and messages; {found} given"
+                f"give exactly one of prompt, prompt_token_ids and messages; {which} given"
             )
         if sum(map(len, self.stop_sequences or ())) > MAX_STOP_CHARS:
             raise ValueError(f"stop_sequences may have {MAX_STOP_CHARS} characters together")

@@ -70,9 +70,9 @@ def load_settled(path: str | os.PathLike[str] | None) -> DeploymentConfig:
 def _read(file: Path) -> tuple[bytes, int, int]:
     try:
         data = file.read_bytes()
-        found = file.stat()
+        status = file.stat()
     except OSError as error:
         raise ConfigurationError(
             f"the deployment file {os.fspath(file)!r} cannot be read: {error.strerror or error}"
         ) from error
-    return data, found.st_mtime_ns, found.st_ino
+    return data, status.st_mtime_ns, status.st_ino

@@ -129,15 +129,15 @@ def parse_deployment(
     except RecursionError as error:
         raise ConfigurationError(f"{name}: nested too deeply") from error
     if not isinstance(root, Mapping):
-        found = "nothing" if root is None else f"a {type(plain).__name__}"
+        kind = "nothing" if root is None else f"a {type(plain).__name__}"
         raise ConfigurationError(
-            f"{name}:1: must be a mapping with the key 'models', but it is {found}"
+            f"{name}:1: must be a mapping with the key 'models', but it is {kind}"
         )
     try:
         config = DeploymentConfig.model_validate(plain)
     except ValidationError as error:
-        told = error.errors(include_url=False)
-        problems = sorted({_problem(root, each) for each in (*told, *_hidden(plain, told))})
+        reported = error.errors(include_url=False)
+        problems = sorted({_problem(root, e) for e in (*reported, *_hidden(plain, reported))})
         raise ConfigurationError(
             "\n".join(f"{name}:{line}: {problem}" for line, problem in problems)
         ) from error
@@ -187,8 +187,8 @@ def _taken(models: Iterable[tuple[Any, Any]]) -> Iterator[_NameTakenError]:
                 owners[name] = model_id
 
 
-def _hidden(plain: Any, told: Sequence[Any]) -> list[dict[str, Any]]:
-    """Mistakes that the schema does not come to, because others were ``told`` before."""
+def _hidden(plain: Any, reported: Sequence[Any]) -> list[dict[str, Any]]:
+    """Mistakes that the schema does not come to, because others are ``reported`` before."""
     models = plain.get("models")
     if not isinstance(models, list):
         return []
@@ -198,7 +198,7 @@ def _hidden(plain: Any, told: Sequence[Any]) -> list[dict[str, Any]]:
         for taken in _taken((model.get("model_id"), model.get("aliases")) for model in read)
     ]
     for place, model in enumerate(read):
-        within = [each["type"] for each in told if each["loc"][:2] == ("models", place)]
+        within = [e["type"] for e in reported if e["loc"][:2] == ("models", place)]
         guess = "extra_forbidden" in within and not model.get("variants")  # of a misspelt source
         if model and within and not guess and (mistake := source_mistake(model)):
             hidden.append({"type": "value_error", "loc": ("models", place), "msg": mistake})

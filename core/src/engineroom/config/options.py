@@ -36,7 +36,7 @@ def problems(error: ValidationError, schema: type[BaseModel] | None = None) -> s
 
     :param schema: where the nearest known key is looked for.
     """
-    found = []
+    lines = []
     for item in error.errors(include_url=False, include_input=False):
         key = ".".join(str(part) for part in item["loc"])
         message = " ".join(item["msg"].removeprefix("Value error, ").split())
@@ -47,5 +47,5 @@ def problems(error: ValidationError, schema: type[BaseModel] | None = None) -> s
                 message += did_you_mean(str(item["loc"][-1]), known) or (
                     f"; there are {', '.join(known)}"
                 )
-        found.append(f"{key}: {message}" if key else message)
-    return "; ".join(found)
+        lines.append(f"{key}: {message}" if key else message)
+    return "; ".join(lines)

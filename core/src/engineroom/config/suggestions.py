@@ -26,7 +26,7 @@ def known_keys(schema: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
     places: list[Any] = [schema]
     for part in loc[:-1]:
         places = [inner for place in places for inner in _inside(place, part)]
-    models = [place for each in places for place in _alternatives(each) if _is_model(place)]
+    models = [place for union in places for place in _alternatives(union) if _is_model(place)]
     return list(dict.fromkeys(name for model in models for name in model.model_fields))
 
 
@@ -37,10 +37,10 @@ def _inside(annotation: Any, part: int | str) -> list[Any]:
         return [fields[part].annotation] if part in fields else []
     alternatives = _alternatives(annotation)
     if len(alternatives) > 1:
-        found = [inner for each in alternatives for inner in _inside(each, part)]
+        inside = [inner for one in alternatives for inner in _inside(one, part)]
         # Of a union, pydantic says which one was meant: by its name, or by its tag.
-        named = [each for each in alternatives if getattr(each, "__name__", None) == part]
-        return named or found or alternatives
+        named = [one for one in alternatives if getattr(one, "__name__", None) == part]
+        return named or inside or alternatives
     origin = get_origin(annotation)
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return list(get_args(annotation)[1:])
@@ -51,7 +51,7 @@ def _alternatives(annotation: Any) -> list[Any]:
     if get_origin(annotation) is Annotated:
         return _alternatives(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
-        return [found for each in get_args(annotation) for found in _alternatives(each)]
+        return [one for part in get_args(annotation) for one in _alternatives(part)]
     return [annotation]
 
 

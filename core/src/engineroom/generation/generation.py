@@ -113,8 +113,8 @@ class Generation:
         except ValidationError as error:
             # Without the values, which are text of the model's.
             wrong = error.errors(include_url=False, include_context=False, include_input=False)
-            told = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in wrong[:3])
+            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in wrong[:3])
             raise InferenceError(
-                f"handler {self.handler!r} yielded steps that make no response: {told}; mend the "
-                "plugin"
+                f"handler {self.handler!r} yielded steps that make no response: {problems}; "
+                "mend the plugin"
             ) from None

@@ -117,10 +117,10 @@ class StopMatcher:
     )
 
     def __init__(self, stops: Iterable[str]) -> None:
-        wanted = frozenset(stops)
-        if "" in wanted:
+        sequences = frozenset(stops)
+        if "" in sequences:
             raise ValueError("a stop sequence must not be empty")
-        self._automaton = _automaton(wanted)
+        self._automaton = _automaton(sequences)
         self._state = 0
         self._held = ""
         self._position = 0  # of the first held character, in the whole text
@@ -193,8 +193,8 @@ class TextPipeline:
     __slots__ = ("_decoder", "_matcher", "_undecoded", "matched")
 
     def __init__(self, stops: Iterable[str] | None = None) -> None:
-        wanted = tuple(stops or ())
-        self._matcher = StopMatcher(wanted) if wanted else None
+        sequences = tuple(stops or ())
+        self._matcher = StopMatcher(sequences) if sequences else None
         self._decoder = Utf8Decoder()
         self._undecoded = False
         self.matched: str | None = None

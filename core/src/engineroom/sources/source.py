@@ -115,10 +115,10 @@ def find_source(source: str | Source) -> Path | None:
     except ImportError:  # then nothing can have been downloaded, either
         return None
     if parsed.file is not None:
-        found = huggingface_hub.try_to_load_from_cache(
+        cached = huggingface_hub.try_to_load_from_cache(
             parsed.repo, parsed.file, revision=parsed.revision
         )
-        return Path(found) if isinstance(found, str) else None
+        return Path(cached) if isinstance(cached, str) else None
     try:
         return Path(
             huggingface_hub.snapshot_download(
