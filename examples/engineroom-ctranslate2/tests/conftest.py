@@ -14,8 +14,8 @@ from ctranslate2.specs import common_spec, transformer_spec
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from engineroom import GenerationParams, LLMInferenceService, LLMModelManager, ModelConfig
+from engineroom.prompts import byte_alphabet
 from engineroom_ctranslate2 import CTranslate2Handler
-from engineroom_ctranslate2.text import byte_alphabet
 
 TEMPLATE = (
     "{% for m in messages %}"

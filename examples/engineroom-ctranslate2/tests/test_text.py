@@ -8,8 +8,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from engineroom import ChatMessage, ConfigurationError
+from engineroom.prompts import byte_alphabet
 from engineroom_ctranslate2.folder import ModelFiles
-from engineroom_ctranslate2.text import TextCodec, byte_alphabet
+from engineroom_ctranslate2.text import TextCodec
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 
@@ -59,7 +60,7 @@ KINDS = pytest.mark.parametrize("kind", [byte_level, byte_fallback])
 @pytest.mark.parametrize("text", ["the a", " the 你好 🙂\n\t\0", "a</s>b <0x41> <think> é"])
 def test_the_bytes_of_the_tokens_are_the_bytes_of_the_text(tmp_path, kind, text):
     codec = kind(tmp_path)
-    plain = codec._plain.encode(text, add_special_tokens=False).ids
+    plain = codec.plain(text)
     assert b"".join(map(codec.piece, plain)) == text.encode()
     assert codec.count(text) == len(plain)
 
@@ -109,7 +110,7 @@ def test_what_a_template_may_use(tmp_path):
     template = "{{ bos_token }}{{ messages | tojson }}{{ eos_token }}"
     codec = byte_fallback(tmp_path, template=template)
     message = ChatMessage(role="user", content="<é>")
-    assert codec.render([message]) == '<s>[{"role": "user", "content": "<\\u00e9>"}]</s>'
+    assert codec.render([message]) == '<s>[{"role": "user", "content": "<é>"}]</s>'
 
 
 @pytest.mark.parametrize(
@@ -117,7 +118,7 @@ def test_what_a_template_may_use(tmp_path):
     [
         (None, "has no chat template"),
         ("{{ raise_exception('not so') }}", "refuses these messages: not so (roles: user)"),
-        ("{{ 1 / 0 }}", "fails on these messages: ZeroDivisionError"),
+        ("{{ 1 / 0 }}", "fails on these messages (roles: user): ZeroDivisionError"),
         ("{{ messages.__class__.__mro__ }}", "SecurityError"),
         ("{% for %}", "the chat template is not valid"),
     ],

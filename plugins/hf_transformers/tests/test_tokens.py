@@ -206,9 +206,9 @@ def test_any_bytes_are_decoded_as_utf8(kind: str, data: bytes, texts: list[str])
 
 
 def _alphabet() -> dict[str, int]:
-    from engineroom_hf_transformers.decoding import _byte_alphabet
+    from engineroom.prompts import byte_alphabet
 
-    return _byte_alphabet()
+    return {character: byte for byte, character in byte_alphabet().items()}
 
 
 def test_the_alphabet_of_bytes_is_the_librarys() -> None:
@@ -440,7 +440,7 @@ def test_the_model_reads_every_character_of_such_a_message(kind: str, content: s
     tokens = known.prompt(None, [user(content)])
     assert content in whole(known, tokens)
     assert known.count(content) == len(
-        [t for t in known._plain(content) if t not in range(BOS, len(SPECIAL))]
+        [t for t in known.plain(content) if t not in range(BOS, len(SPECIAL))]
     )
 
 
@@ -504,7 +504,6 @@ def test_a_template_that_refuses_is_told_with_the_roles() -> None:
 @pytest.mark.parametrize(
     "template",
     [
-        "{% for %}",
         "{{ messages[5].content.x }}",
         "{{ 1 / 0 }}",
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
@@ -516,6 +515,15 @@ def test_a_template_that_fails_or_leaves_the_sandbox_is_refused(template: str) -
     known = Vocabulary(wrapped(trained("byte-level")), {EOS}, 400, template)
     with pytest.raises(ConfigurationError, match=r"fails on these messages \(roles: user\)"):
         known.prompt(None, [user("hi")])
+
+
+def test_a_template_that_is_not_valid_is_refused_when_it_is_read_or_left_out() -> None:
+    with pytest.raises(ConfigurationError, match="chat template is not valid"):
+        Vocabulary(wrapped(trained("byte-level")), {EOS}, 400, "{% for %}")
+    own = Vocabulary(wrapped(trained("byte-level"), template="{% for %}"), {EOS}, 400, None)
+    assert own.prompt("the dog", None)
+    with pytest.raises(ConfigurationError, match=r"not valid.*send prompt= instead"):
+        own.prompt(None, [user("hi")])
 
 
 # ── all together ─────────────────────────────────────────────────────────────────────────────

@@ -1,5 +1,5 @@
 """Text to tokens and back. The tokenisers are real; what wraps them is transformers' in a session
-of its own, and here a stand-in with the three names that are used of it."""
+of its own, and here a stand-in with the names that are used of it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from engineroom import ChatMessage, ConfigurationError
-from engineroom_vllm.text import TextCodec, byte_alphabet
+from engineroom.prompts import byte_alphabet
+from engineroom_vllm.text import TextCodec
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|end|>"]
 
@@ -36,13 +37,11 @@ class FakeWrapper:
         self.chat_template = template
         self.eos_token_id = 2
 
-    def apply_chat_template(self, messages: Any, chat_template: str | None, **_: Any) -> str:
-        if chat_template == "fails":
-            raise KeyError("content")
-        return "".join(f"<s>{m['role']}\n{m['content']}<|end|>" for m in messages)
+
+TEMPLATE = "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}<|end|>{% endfor %}"
 
 
-def codec(template: str | None = "t", own: str | None = None, **given: Any) -> TextCodec:
+def codec(template: str | None = TEMPLATE, own: str | None = None, **given: Any) -> TextCodec:
     return TextCodec(FakeWrapper(byte_level(**given), template), own)
 
 
@@ -103,7 +102,7 @@ def test_messages_without_a_template_are_refused() -> None:
 def test_a_template_that_fails_is_told_with_the_roles() -> None:
     messages = [ChatMessage(role="user", content="a"), ChatMessage(role="tool", content="b")]
     with pytest.raises(ConfigurationError, match=r"fails.*user → tool.*KeyError"):
-        codec(own="fails").prompt(None, messages)
+        codec(own="{{ '{content}'.format() }}").prompt(None, messages)
 
 
 def test_a_stop_sequence_that_is_one_token_may_end_the_engine() -> None:

@@ -30,6 +30,7 @@ from engineroom import (
     request_logger,
     resolve_source,
 )
+from engineroom.prompts import check_prompt, tokens_of
 from engineroom_ctranslate2.engine import Engine, Job
 from engineroom_ctranslate2.folder import is_model_folder, read_files
 from engineroom_ctranslate2.options import CTranslate2Options
@@ -48,8 +49,6 @@ _LEAST_TEMPERATURE: Final = 1e-6
 """CTranslate2 divides by it in single precision."""
 _LEAST_TOP_P: Final = 1e-6
 """The likeliest of fewer than a million tokens has more than this: below, it is the only one."""
-_INLINE_CHARS: Final = 8192
-"""Longer inputs are tokenised in a thread, so that the event loop is not held up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,16 +149,11 @@ class CTranslate2Handler(TokenHandler):
         :raises QueueFullError: too many requests wait.
         """
         model = _model(loaded_model)
-        ids = await _prompt(model.codec, request)
+        ids = await tokens_of(model.codec, request)
         room = model.n_ctx - len(ids)
-        if not ids:
-            raise ConfigurationError("the prompt has no tokens; send at least one character")
-        if room < 1:
-            raise ConfigurationError(
-                f"the prompt has {len(ids)} tokens, the context has {model.n_ctx}, and at least "
-                "one must be left to generate; shorten the prompt, or set the option n_ctx "
-                "higher if the model was trained for more"
-            )
+        check_prompt(
+            ids, model.n_ctx, "set the option n_ctx higher if the model was trained for more"
+        )
         params = request.params
         limit = min(room, params.max_new_tokens or room)
         options = {
@@ -226,16 +220,6 @@ def _logprob(codec: TextCodec, token: int, storage: Any, count: int) -> TokenLog
         logprob=float(logits[token]),
         top=[(int(i), codec.token_text(int(i)), float(logits[i])) for i in best],
     )
-
-
-async def _prompt(codec: TextCodec, request: InferenceRequest) -> list[int]:
-    if request.prompt is not None:
-        length = len(request.prompt)
-    else:
-        length = sum(len(m.content or "") for m in request.messages or ())
-    if length <= _INLINE_CHARS:
-        return codec.prompt(request.prompt, request.messages)
-    return await asyncio.to_thread(codec.prompt, request.prompt, request.messages)
 
 
 def _model(loaded_model: LoadedModel) -> _Model:

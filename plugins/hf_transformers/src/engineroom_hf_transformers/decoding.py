@@ -10,16 +10,14 @@ last tokens is decoded.
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Final, Protocol
 
 from engineroom import Utf8Decoder
+from engineroom.prompts import decoder_kinds, token_bytes
 
 __all__ = ["WINDOW", "Decoder", "PieceDecoder", "Pieces", "WindowDecoder"]
 
-_BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SAMPLE: Final = 256
 WINDOW: Final = 8
 """How many tokens the window decoder looks back on, at least."""
@@ -47,9 +45,7 @@ class Pieces(dict[int, bytes]):
         super().__init__()
         self._backend = backend
         self._special = special
-        kinds = _decoder_kinds(backend)
-        self._bytes = _byte_alphabet() if "ByteLevel" in kinds else None
-        self._has_byte_tokens = "ByteFallback" in kinds
+        self._kinds = decoder_kinds(backend)
         self._anchor = anchor
         self._before: str = backend.decode([anchor, anchor])
 
@@ -81,22 +77,15 @@ class Pieces(dict[int, bytes]):
         text: str | None = self._backend.id_to_token(token)
         if text is None:
             return b""
-        if self._bytes is not None:
-            try:
-                return bytes(map(self._bytes.__getitem__, text))
-            except KeyError:  # added later, and written as it is
-                return text.encode()
-        if self._has_byte_tokens and (match := _BYTE_TOKEN.fullmatch(text)):
-            return bytes([int(match[1], 16)])
+        if (known := token_bytes(text, self._kinds)) is not None:
+            return known
         whole: str = self._backend.decode([self._anchor, self._anchor, token])
         return whole.removeprefix(self._before).encode()
 
     def _are_local(self, size: int) -> bool:
         """Whether joined pieces are what the tokenizer makes of a whole."""
         tokens = [
-            token
-            for token in range(0, size, max(1, size // _SAMPLE))
-            if not (self._has_byte_tokens and self._is_byte(token))
+            token for token in range(0, size, max(1, size // _SAMPLE)) if not self._is_byte(token)
         ]
         for ids in (tokens, tokens[::-1], [*tokens, self._anchor], [self._anchor] * 3):
             decoder = PieceDecoder(self, first=True)
@@ -106,7 +95,8 @@ class Pieces(dict[int, bytes]):
         return True
 
     def _is_byte(self, token: int) -> bool:
-        return _BYTE_TOKEN.fullmatch(self._backend.id_to_token(token) or "") is not None
+        byte_tokens = self._kinds & {"ByteFallback"}
+        return token_bytes(self._backend.id_to_token(token) or "", byte_tokens) is not None
 
 
 class PieceDecoder:
@@ -182,31 +172,3 @@ class WindowDecoder:
             text = self._decode(self._ids)
         self._shown = text
         return added
-
-
-def _decoder_kinds(backend: Any) -> set[str]:
-    """Names of the steps of a tokenizer's decoder."""
-    if backend.decoder is None:
-        return set()
-    try:
-        state = json.loads(backend.decoder.__getstate__())
-    except Exception:  # noqa: BLE001 - one written in Python has no state; it is tried as it is
-        return set()
-    steps = [state]
-    kinds = set()
-    while steps:
-        step = steps.pop()
-        kinds.add(str(step.get("type")))
-        steps += step.get("decoders") or ()
-    return kinds
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """Character → byte, as byte-level tokenizers write bytes (Radford et al., 2019).
-
-    Printable Latin-1 characters stand for themselves, the others for those from U+0100 on.
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = (byte for byte in range(256) if byte not in printable)
-    alphabet = {chr(byte): byte for byte in printable}
-    return alphabet | {chr(0x100 + number): byte for number, byte in enumerate(others)}

@@ -22,6 +22,7 @@ from engineroom import (
     parse_options,
 )
 from engineroom.engine import BackgroundLoad
+from engineroom.prompts import check_prompt, check_texts, check_token_ids, tokens_of
 from engineroom_hf_transformers.checkpoint import find_checkpoint, looks_native
 from engineroom_hf_transformers.loading import load_engine, release
 from engineroom_hf_transformers.options import HfTransformersOptions
@@ -35,8 +36,6 @@ __all__ = ["HuggingFaceTransformersHandler"]
 logger = logging.getLogger("engineroom.hf_transformers")
 
 _HONOURED: Final = frozenset(GenerationParams.model_fields) - {"structured_output"}
-_INLINE_CHARS: Final = 8192
-"""Longer inputs are tokenised in a thread, so that the event loop is not held up."""
 
 
 class HuggingFaceTransformersHandler(TokenHandler):
@@ -143,14 +142,7 @@ class HuggingFaceTransformersHandler(TokenHandler):
                 "whose folder has a modules.json that says how to pool"
             )
         tokens = await asyncio.to_thread(lambda: [engine.vocabulary.whole(t) for t in texts])
-        for number, ids in enumerate(tokens):
-            if len(ids) > engine.n_ctx:
-                raise ConfigurationError(
-                    f"text {number} has {len(ids)} tokens, and the model reads {engine.n_ctx} at "
-                    "most; cut it into parts"
-                )
-            if not ids:
-                raise ConfigurationError(f"text {number} has no tokens")
+        check_texts(tokens, engine.n_ctx)
         job, work = engine.embed(tokens, engine.recipe)
         try:
             await job.mailbox.get()
@@ -169,7 +161,8 @@ class HuggingFaceTransformersHandler(TokenHandler):
         :raises QueueFullError: too many requests wait.
         """
         engine = _engine(loaded_model)
-        tokens = await _tokens(engine, request)
+        tools = None if request.tool_choice == "none" else request.tools
+        tokens = await tokens_of(engine.vocabulary, request, tools)
         _check(engine, request, tokens)
         task = engine.request(request, tokens)
         try:
@@ -194,20 +187,6 @@ def _unload(engine: HfEngine) -> None:
     release(engine.parts)
 
 
-async def _tokens(engine: HfEngine, request: InferenceRequest) -> list[int]:
-    if request.prompt_token_ids is not None:
-        return list(request.prompt_token_ids)
-    tools = None if request.tool_choice == "none" else request.tools
-    arguments = (request.prompt, request.messages, tools)
-    if request.prompt is not None:
-        length = len(request.prompt)
-    else:
-        length = sum(len(m.content or "") for m in request.messages or ())
-    if length <= _INLINE_CHARS:
-        return engine.vocabulary.prompt(*arguments)
-    return await asyncio.to_thread(engine.vocabulary.prompt, *arguments)
-
-
 def _check(engine: HfEngine, request: InferenceRequest, tokens: list[int]) -> None:
     params = request.params
     if engine.parts.kind == "embedding":
@@ -215,24 +194,10 @@ def _check(engine: HfEngine, request: InferenceRequest, tokens: list[int]) -> No
             "this model makes embeddings and generates no text; ask for embeddings, or load a "
             "model for causal language modelling"
         )
-    if not tokens:
-        raise ConfigurationError("the prompt has no tokens; send at least one character")
-    if len(tokens) >= engine.n_ctx:
-        raise ConfigurationError(
-            f"the prompt has {len(tokens)} tokens, the context has {engine.n_ctx}, and at least "
-            "one must be left to generate; shorten the prompt, or set the option max_context "
-            f"higher (the model was made for {engine.parts.n_trained or 'an unknown number'})"
-        )
-    n_vocab = engine.parts.n_vocab
-    if request.prompt_token_ids and (largest := max(tokens)) >= n_vocab:
-        raise ConfigurationError(
-            f"prompt_token_ids has {largest}; the model's tokens are 0 to {n_vocab - 1}"
-        )
-    for token in params.logit_bias or ():
-        if token >= n_vocab:
-            raise ConfigurationError(
-                f"logit_bias names token {token}; the model's tokens are 0 to {n_vocab - 1}"
-            )
+    trained = f"(the model was made for {engine.parts.n_trained or 'an unknown number'})"
+    check_prompt(tokens, engine.n_ctx, f"set the option max_context higher {trained}")
+    ids, bias = request.prompt_token_ids, params.logit_bias
+    check_token_ids(engine.parts.n_vocab, prompt=ids, bias=bias)
     if (params.num_beams or 1) > 1 and params.logprobs is not None:
         raise ConfigurationError(
             "logprobs cannot be told with num_beams: beam search weighs whole texts, not tokens; "

@@ -23,6 +23,13 @@ from engineroom import (
     resolve_source,
 )
 from engineroom.engine import BackgroundLoad
+from engineroom.prompts import (
+    check_adapter,
+    check_prompt,
+    check_texts,
+    check_token_ids,
+    tokens_of,
+)
 from engineroom.sources import is_gguf
 from engineroom_llamacpp.loading import estimate_bytes, load_engine, unload_engine
 from engineroom_llamacpp.options import LlamaCppOptions
@@ -36,8 +43,6 @@ __all__ = ["LlamaCppHandler"]
 logger = logging.getLogger("engineroom.llamacpp")
 
 _HONOURED: Final = frozenset(GenerationParams.model_fields) - {"structured_output"}
-_INLINE_CHARS: Final = 8192
-"""Longer inputs are tokenised in a thread, so that the event loop is not held up."""
 
 
 class LlamaCppHandler(TokenHandler):
@@ -143,15 +148,8 @@ class LlamaCppHandler(TokenHandler):
         """
         engine = _embedder(loaded_model)
         model = engine.model
-        tokens = await asyncio.to_thread(lambda: [model.prompt(text, None) for text in texts])
-        for number, ids in enumerate(tokens):
-            if len(ids) > engine.n_ctx:
-                raise ConfigurationError(
-                    f"text {number} has {len(ids)} tokens, and the model reads {engine.n_ctx} at "
-                    "most; cut it into parts"
-                )
-            if not ids:
-                raise ConfigurationError(f"text {number} has no tokens")
+        tokens = await asyncio.to_thread(lambda: [model.whole(text) for text in texts])
+        check_texts(tokens, engine.n_ctx)
         task = engine.embed(tokens)
         try:
             await task.mailbox.get()
@@ -170,7 +168,7 @@ class LlamaCppHandler(TokenHandler):
         :raises QueueFullError: too many requests wait.
         """
         engine = _generator(loaded_model)
-        tokens = await _tokens(engine, request)
+        tokens = await tokens_of(engine.model, request)
         _check(engine, request, tokens)
         task = engine.request(request, tokens)
         try:
@@ -209,46 +207,14 @@ def _embedder(loaded_model: LoadedModel) -> EmbeddingEngine:
     return found
 
 
-async def _tokens(engine: LlamaEngine, request: InferenceRequest) -> list[int]:
-    if request.prompt_token_ids is not None:
-        return list(request.prompt_token_ids)
-    if request.prompt is not None:
-        length = len(request.prompt)
-    else:
-        length = sum(len(m.content or "") for m in request.messages or ())
-    if length <= _INLINE_CHARS:
-        return engine.model.prompt(request.prompt, request.messages)
-    return await asyncio.to_thread(engine.model.prompt, request.prompt, request.messages)
-
-
 def _check(engine: LlamaEngine, request: InferenceRequest, tokens: list[int]) -> None:
-    if not tokens:
-        raise ConfigurationError("the prompt has no tokens; send at least one character")
-    if len(tokens) >= engine.n_ctx:
-        raise ConfigurationError(
-            f"the prompt has {len(tokens)} tokens, the context has {engine.n_ctx}, and at least "
-            "one must be left to generate; shorten the prompt, or set the option n_ctx higher "
-            f"(the model was trained for {engine.model.n_ctx_train})"
-        )
-    if request.prompt_token_ids and (largest := max(tokens)) >= engine.model.n_vocab:
-        raise ConfigurationError(
-            f"prompt_token_ids has {largest}; the model's tokens are 0 to "
-            f"{engine.model.n_vocab - 1}"
-        )
-    known = engine.model.adapters_by_name
-    if request.adapter is not None and request.adapter not in known:
-        raise ConfigurationError(
-            f"adapter {request.adapter!r} is not loaded with this model; "
-            f"it has {', '.join(sorted(known)) or 'none (see the option lora)'}"
-        )
+    trained = f"(the model was trained for {engine.model.n_ctx_train})"
+    check_prompt(tokens, engine.n_ctx, f"set the option n_ctx higher {trained}")
+    ids, bias = request.prompt_token_ids, request.params.logit_bias
+    check_token_ids(engine.model.n_vocab, prompt=ids, bias=bias)
+    check_adapter(request.adapter, engine.model.adapters_by_name, "lora")
     if (request.params.num_beams or 1) > 1:
         _check_beams(engine, request.params, len(tokens))
-    for token in request.params.logit_bias or ():
-        if token >= engine.model.n_vocab:
-            raise ConfigurationError(
-                f"logit_bias names token {token}; the model's tokens are 0 to "
-                f"{engine.model.n_vocab - 1}"
-            )
 
 
 def _check_beams(engine: LlamaEngine, params: GenerationParams, length: int) -> None:

@@ -5,15 +5,12 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-import re
-import secrets
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from engineroom import ChatMessage, ConfigurationError, ResourceNotAvailableError
+from engineroom import ConfigurationError, ResourceNotAvailableError
+from engineroom.prompts import ControlTokens, ModelTemplates, PromptCodec
 from engineroom_llamacpp.adapters import load_adapters
-from engineroom_llamacpp.chat import ChatTemplate
 from engineroom_llamacpp.library import last_error, load
 from engineroom_llamacpp.long_runs import with_stack_for
 from engineroom_llamacpp.options import LlamaCppOptions
@@ -26,7 +23,7 @@ END: Final = None
 """What :meth:`LlamaModel.piece` gives for a token that ends the generation."""
 
 
-class LlamaModel:
+class LlamaModel(PromptCodec):
     """The weights in memory, and the vocabulary. Its methods may be called from any thread.
 
     :param path: a GGUF file whose header has been checked.
@@ -74,15 +71,14 @@ class LlamaModel:
             """It keeps a state a sequence, which cannot be set back to an earlier token."""
             self.n_window = int(library.llama_model_n_swa(self.handle))
             """Tokens that the layers with a sliding window look back on; 0: there are none."""
-            self.end_tokens = sum(
-                bool(library.llama_vocab_is_eog(self._vocab, token))
-                for token in range(self.n_vocab)
-            )
+            is_end = library.llama_vocab_is_eog
+            ends = {token for token in range(self.n_vocab) if is_end(self._vocab, token)}
+            self.end_tokens = len(ends)
             """How many tokens end the generation."""
             kind = library.llama_vocab_type(self._vocab)
             self._has_expressions = kind == library.LLAMA_VOCAB_TYPE_BPE
-            self._adds_bos = bool(library.llama_vocab_get_add_bos(self._vocab))
-            self._bos = int(library.llama_vocab_bos(self._vocab))
+            bos = int(library.llama_vocab_bos(self._vocab))
+            begin = [bos] if library.llama_vocab_get_add_bos(self._vocab) else []
             self._pieces: dict[int, bytes | None] = {}
             self._buffer_size = 64
             loaded = load_adapters(library, self.handle, options)
@@ -90,8 +86,7 @@ class LlamaModel:
             """Those that apply to every request."""
             self.adapters_by_name = {a.name: a for a in loaded if a.name is not None}
             """Those that requests choose."""
-            self._template = self._chat_template(options)
-            self._special = self._special_texts() if self._template is not None else None
+            super().__init__(self._chat_templates(options), self._control_tokens(ends), begin=begin)
         except BaseException:
             self.close()
             raise
@@ -142,104 +137,71 @@ class LlamaModel:
             begins with it already. Only together with ``special``.
         :raises ConfigurationError: the text has a run of characters that is too long.
         """
-        if self._has_expressions:
-            return with_stack_for(text, lambda: self._tokenize(text, special, begin))
-        return self._tokenize(text, special, begin)
+        tokens = self._tokens(text, special=special)
+        return self.begun(tokens) if begin and special else tokens
 
-    def _tokenize(self, text: str, special: bool, begin: bool) -> list[int]:
+    def read(self, text: str) -> list[int]:
+        """Token ids of a text, special tokens read as such, and nothing added."""
+        return self._tokens(text)
+
+    def read_literal(self, text: str) -> list[int]:
+        """Token ids of a special token's text, read as the characters that it consists of."""
+        tokens = self._tokens(text, special=False)
+        return super().read_literal(text) if self._control.occur(tokens) else tokens
+
+    def whole(self, text: str) -> list[int]:
+        """Token ids of a text that is not to be continued, with all that the model wants around it:
+        an end token, too, where its file says so.
+        """
+        tokens = self._tokens(text, add=True)
+        if self._begin and tokens[:2] == self._begin * 2:
+            del tokens[0]  # the text has it as well
+        return tokens
+
+    def _tokens(self, text: str, *, special: bool = True, add: bool = False) -> list[int]:
+        if self._has_expressions:
+            return with_stack_for(text, lambda: self._llama_tokenize(text, special, add))
+        return self._llama_tokenize(text, special, add)
+
+    def _llama_tokenize(self, text: str, special: bool, add: bool) -> list[int]:
         data = text.encode()
-        library = self.library
-        begin = begin and special
+        tokenize = self.library.llama_tokenize
         room = len(data) + 8
         while True:
             tokens = (ctypes.c_int32 * room)()
-            count = library.llama_tokenize(
-                self._vocab, data, len(data), tokens, room, begin, special
-            )
+            count = tokenize(self._vocab, data, len(data), tokens, room, add, special)
             if count >= 0:
-                break
+                ids: list[int] = tokens[:count]
+                return ids
             if -count <= room:
                 raise ResourceNotAvailableError("the text is too long to be tokenised")
             room = -count
-        found: list[int] = tokens[:count]
-        if begin and self._adds_bos and found[:2] == [self._bos, self._bos]:
-            del found[0]  # a chat template wrote it as well
-        return found
 
-    def prompt(self, prompt: str | None, messages: Sequence[ChatMessage] | None) -> list[int]:
-        """Token ids of a request's input.
-
-        A ``prompt`` is taken as it is, special tokens included. What stands in ``messages`` is
-        text: a special token that somebody writes into a message must not end it, or begin one
-        of another role, so it is read as the characters that it consists of.
-
-        :raises ConfigurationError: there is no chat template, or it refuses the messages.
-        """
-        if prompt is not None:
-            return self.tokenize(prompt)
-        messages = messages or ()
-        special = self._special
-        if special is None or not any(special.search(m.content or "") for m in messages):
-            return self.tokenize(self.render(messages))
-        literals: list[str] = []
-        nonce = secrets.token_hex(8)
-
-        def shield(match: re.Match[str]) -> str:
-            literals.append(match[0])
-            return f"\ue000{nonce}{len(literals) - 1}\ue001"
-
-        shielded = [
-            m
-            if m.content is None
-            else m.model_copy(update={"content": special.sub(shield, m.content)})
-            for m in messages
-        ]
-        parts = re.split(f"\ue000{nonce}(\\d+)\ue001", self.render(shielded))
-        tokens = self.tokenize(parts[0])
-        for number, text in zip(parts[1::2], parts[2::2], strict=True):
-            tokens += self.tokenize(literals[int(number)], special=False)
-            tokens += self.tokenize(text, begin=False)
-        return tokens
-
-    def _special_texts(self) -> re.Pattern[str] | None:
-        """Matches the text of every special token; ``None``: there are none."""
+    def _control_tokens(self, ends: set[int]) -> ControlTokens:
         library = self.library
-        texts = {
-            self._token_text(token)
-            for token in range(self.n_vocab)
-            if library.llama_vocab_is_control(self._vocab, token)
-        } - {""}
-        longest_first = sorted(texts, key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, longest_first))) if texts else None
+        special: dict[int, str] = {}
+        added: dict[int, str] = {}
+        control, defined = library.LLAMA_TOKEN_ATTR_CONTROL, library.LLAMA_TOKEN_ATTR_USER_DEFINED
+        for token in range(self.n_vocab):
+            attributes = library.llama_vocab_get_attr(self._vocab, token)
+            if attributes & (control | defined):  # what is read in whole
+                texts = special if attributes & control or token in ends else added
+                texts[token] = self._token_text(token)
+        return ControlTokens(special, added)
 
-    def render(self, messages: Sequence[ChatMessage] | None) -> str:
-        """The messages as the model wants to read them."""
-        if self._template is None:
-            raise ConfigurationError(
-                f"{self.path.name!r} has no chat template; send prompt= instead of messages=, or "
-                "set the option chat_template"
-            )
-        return self._template.render(messages or ())
-
-    def _chat_template(self, options: LlamaCppOptions) -> ChatTemplate | None:
-        source = options.chat_template
-        if source is None:
-            found = self.library.llama_model_chat_template(self.handle, None)
-            source = found.decode("utf-8", "replace") if found else None
-        if source is None:
-            return None
+    def _chat_templates(self, options: LlamaCppOptions) -> ModelTemplates:
         library = self.library
+        own = library.llama_model_chat_template(self.handle, None)
         tokens = {
             name: self._token_text(getattr(library, f"llama_vocab_{kind}")(self._vocab))
             for name, kind in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "pad"))
         }
-        try:
-            return ChatTemplate(source, tokens)
-        except ConfigurationError as error:
-            if options.chat_template is not None:
-                raise
+
+        def warn(error: ConfigurationError) -> None:
             logger.warning("%s: %s; only prompt= can be used", self.path.name, error)
-            return None
+
+        source = own.decode("utf-8", "replace") if own else None
+        return ModelTemplates(options.chat_template, source, tokens, warn)
 
     def _token_text(self, token: int) -> str:
         if token < 0:

@@ -26,6 +26,7 @@ from engineroom import (
     TokenStep,
 )
 from engineroom.engine import Likeliest
+from engineroom.prompts import check_adapter, check_prompt, check_texts, check_token_ids
 from engineroom_vllm.beams import search
 from engineroom_vllm.folder import ModelFolder
 from engineroom_vllm.footprint import Footprint
@@ -152,14 +153,7 @@ class VLLMEngine:
         :raises QueueFullError: too many requests wait.
         :raises EngineDeadError: the engine has ended.
         """
-        for number, ids in enumerate(texts):
-            if len(ids) > self.n_ctx:
-                raise ConfigurationError(
-                    f"text {number} has {len(ids)} tokens, and the model reads {self.n_ctx} at "
-                    "most; cut it into parts"
-                )
-            if not ids:
-                raise ConfigurationError(f"text {number} has no tokens")
+        check_texts(texts, self.n_ctx)
         self._admit()
         order = next(self._orders)
         running = self._running[order] = _Running(0, [])
@@ -220,19 +214,9 @@ class VLLMEngine:
             ) from error
 
     def _check(self, request: InferenceRequest, tokens: Sequence[int]) -> None:
-        if not tokens:
-            raise ConfigurationError("the prompt has no tokens; send at least one character")
-        if len(tokens) >= self.n_ctx:
-            raise ConfigurationError(
-                f"the prompt has {len(tokens)} tokens, the context has {self.n_ctx}, and at least "
-                "one must be left to generate; shorten the prompt, or set the option "
-                "max_model_len higher"
-            )
-        if request.adapter is not None and request.adapter not in self._adapters:
-            known = ", ".join(sorted(self._adapters)) or "none (see the option lora_modules)"
-            raise ConfigurationError(
-                f"adapter {request.adapter!r} is not loaded with this model; it has {known}"
-            )
+        check_prompt(tokens, self.n_ctx, "set the option max_model_len higher")
+        check_token_ids(self.n_vocab, prompt=request.prompt_token_ids)
+        check_adapter(request.adapter, self._adapters, "lora_modules")
         speculative = self.options.speculative_config is not None
         check_params(request.params, self.n_vocab, speculative=speculative)
 

@@ -25,6 +25,7 @@ from engineroom import (
     resolve_source,
 )
 from engineroom.engine import BackgroundLoad
+from engineroom.prompts import tokens_of
 from engineroom_vllm.folder import is_model_folder
 from engineroom_vllm.library import INSTALL, installed
 from engineroom_vllm.options import VLLMOptions
@@ -37,8 +38,6 @@ __all__ = ["VLLMHandler"]
 logger = logging.getLogger("engineroom.vllm")
 
 _KINDS: Final = frozenset({"json_schema", "regex", "grammar"})
-_INLINE_CHARS: Final = 8192
-"""Longer inputs are tokenised in a thread, so that the event loop is not held up."""
 
 
 class VLLMHandler(TokenHandler):
@@ -197,7 +196,7 @@ class VLLMHandler(TokenHandler):
                 "this model makes embeddings and generates no text; ask for embeddings, or load a "
                 "model that generates text, or set the option runner: generate"
             )
-        tokens = await _tokens(engine, request)
+        tokens = await tokens_of(engine.codec, request)
         async with aclosing(engine.generate(request, tokens)) as steps:
             async for step in steps:
                 yield step
@@ -206,19 +205,3 @@ class VLLMHandler(TokenHandler):
 def _engine(loaded_model: LoadedModel) -> VLLMEngine:
     engine: VLLMEngine = loaded_model.model_object
     return engine
-
-
-async def _tokens(engine: VLLMEngine, request: InferenceRequest) -> list[int]:
-    if (ids := request.prompt_token_ids) is not None:
-        if (largest := max(ids)) >= engine.n_vocab:
-            raise ConfigurationError(
-                f"prompt_token_ids has {largest}; the model's tokens are 0 to {engine.n_vocab - 1}"
-            )
-        return list(ids)
-    if request.prompt is not None:
-        length = len(request.prompt)
-    else:
-        length = sum(len(m.content or "") for m in request.messages or ())
-    if length <= _INLINE_CHARS:
-        return engine.codec.prompt(request.prompt, request.messages)
-    return await asyncio.to_thread(engine.codec.prompt, request.prompt, request.messages)

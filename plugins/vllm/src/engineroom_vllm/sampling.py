@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from engineroom import ConfigurationError, GenerationParams
+from engineroom.prompts import check_token_ids
 
 __all__ = ["beam_search", "check_params", "sampling_arguments", "stops_alone"]
 
@@ -42,11 +43,7 @@ def check_params(params: GenerationParams, n_vocab: int, *, speculative: bool = 
     :param speculative: the model runs with speculative decoding.
     :raises ConfigurationError: names the parameters and what to do instead.
     """
-    for token in params.logit_bias or ():
-        if token >= n_vocab:
-            raise ConfigurationError(
-                f"logit_bias names token {token}; the model's tokens are 0 to {n_vocab - 1}"
-            )
+    check_token_ids(n_vocab, bias=params.logit_bias)
     if params.min_p and params.top_p not in (None, 1.0) and not params.greedy:
         raise ConfigurationError(
             "min_p together with top_p: vLLM applies min_p first, engineroom last, which keeps "

@@ -2,8 +2,9 @@
 
 Jinja's own keeps a template from getting at anything. It does not keep it from taking for ever, or
 all memory: with nested loops, ``'a' * 10**10``, ``9**9**9`` or a macro that calls itself twice.
-Here loops and calls are counted, and what grows is measured before it is made. Nothing is computed
-while a template is compiled.
+Here loops and calls are counted, what grows is measured before it is made, and a clock is looked at
+on the way: a thread cannot be interrupted from outside. Nothing is computed while a template is
+compiled.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import functools
 import re
 import threading
+import time
 from collections.abc import Callable, Sized
 from string import Formatter
 from typing import Any, Final
@@ -20,13 +22,15 @@ from jinja2.environment import Template
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 
-__all__ = ["MOST_CHARACTERS", "MOST_STEPS", "BoundedEnvironment"]
+__all__ = ["MOST_CHARACTERS", "MOST_SECONDS", "MOST_STEPS", "BoundedEnvironment"]
 
 MOST_STEPS: Final = 5_000_000
-"""Turns of loops, calls, and elements that these were given: a second or two."""
-MOST_CHARACTERS: Final = 2**27
-"""Characters (and elements of lists) that are written or made on the way, a hundred times the
-longest prompts."""
+"""Turns of loops, calls, and elements that these are applied to."""
+MOST_SECONDS: Final = 2.0
+"""Of the CPU, for one rendering."""
+MOST_CHARACTERS: Final = 2**26
+"""Characters that are written or made on the way (an element of a list counts for eight), ten times
+the longest prompts."""
 _MOST_SOURCE: Final = 2**18
 """Characters of a template; long ones have 30,000."""
 _MOST_BITS: Final = 4096
@@ -34,14 +38,23 @@ _MOST_WIDTH: Final = 1_000_000
 _WIDTH: Final = re.compile(r"\d{7}|\*")
 _GROWING: Final = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs"})
 """Methods of strings whose number is a length."""
+_SPLITTING: Final = frozenset({"split", "rsplit", "splitlines"})
+_SLOW: Final = frozenset({"indent", "striptags", "title", "urlize", "wordcount", "wordwrap"})
+"""Filters that go through a text in Python."""
 _INSTANT: Final = frozenset({"length", "count", "first", "last", "default", "d", "attr", "safe"})
 _LISTS: Final = _INSTANT | {
     *("batch", "dictsort", "groupby", "items", "list", "map", "random", "reject", "rejectattr"),
     *("reverse", "select", "selectattr", "slice", "sum"),
 }
-"""Filters that make no text of what they are given."""
+"""Filters that make no text of their input."""
 _QUICK: Final = 16
 """Elements that pass in the time of a turn, where C passes them."""
+_SWIFT: Final = 4096
+"""Characters that do."""
+_ELEMENT: Final = 8
+"""Characters that take as much memory as an element of a list."""
+_LOOK: Final = 256
+"""Steps after which the clock is looked at."""
 _PREFIX: Final = "engineroom."
 _VALUES: Final = frozenset({"default", "d", "int", "float"})
 """Filters whose number is a value, not a length."""
@@ -50,6 +63,8 @@ _VALUES: Final = frozenset({"default", "d", "int", "float"})
 class _Spent(threading.local):
     steps = 0
     characters = 0
+    next_look = 0
+    deadline = 0.0
 
 
 class _Format(SandboxedFormatter):
@@ -72,7 +87,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         del self.globals["lipsum"]
         for name, apply in list(self.filters.items()):
             self.add_filter(name, apply)
-        for built_in in (self.each, self.turn, self.joined, self.weighed):
+        for built_in in (self.counted, self.turn, self.joined, self.weighed):
             self.filters[_PREFIX + built_in.__name__] = built_in
 
     def compiled(self, source: str) -> Template:
@@ -84,7 +99,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             raise OverflowError(f"it has {len(source)} characters, more than {_MOST_SOURCE}")
         tree = self.parse(source)
         for loop in list(tree.find_all(nodes.For)):
-            loop.iter = _told("each", loop.iter)
+            loop.iter = _through("counted", loop.iter)
         bodies: list[nodes.For | nodes.Macro | nodes.CallBlock | nodes.Block] = [
             *tree.find_all(nodes.For),
             *tree.find_all(nodes.Macro),
@@ -93,14 +108,14 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         ]
         for node in bodies:
             text = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
-            count = _told("turn", nodes.Const(text, lineno=node.lineno))
+            count = _through("turn", nodes.Const(text, lineno=node.lineno))
             node.body.insert(0, nodes.ExprStmt(count, lineno=node.lineno))
         for join in list(tree.find_all(nodes.Concat)):
-            join.nodes = [_told("joined", nodes.List(join.nodes, lineno=join.lineno))]
+            join.nodes = [_through("joined", nodes.List(join.nodes, lineno=join.lineno))]
         for compare in list(tree.find_all(nodes.Compare)):
-            compare.expr = _told("weighed", compare.expr)
+            compare.expr = _through("weighed", compare.expr)
             for operand in compare.ops:
-                operand.expr = _told("weighed", operand.expr)
+                operand.expr = _through("weighed", operand.expr)
         return self.from_string(tree)
 
     def add_filter(self, name: str, apply: Callable[..., Any]) -> None:
@@ -109,18 +124,20 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def begin(self) -> None:
         """What this thread renders next has all of the bounds to itself."""
-        self._spent.steps = self._spent.characters = 0
+        spent = self._spent
+        spent.steps = spent.characters = spent.next_look = 0
+        spent.deadline = time.thread_time() + MOST_SECONDS
 
     # ── what is built into templates ─────────────────────────────────────────────────────────
 
-    def each(self, values: Any) -> Any:
+    def counted(self, values: Any) -> Any:
         """What a loop goes through."""
         if isinstance(values, Sized):
             self._step(len(values))
             return values
-        return self._counted(values)
+        return self._one_by_one(values)
 
-    def _counted(self, values: Any) -> Any:
+    def _one_by_one(self, values: Any) -> Any:
         for value in values:
             self._step()
             yield value
@@ -146,15 +163,17 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         """
         todo = [value]
         while todo:
-            each = todo.pop()
-            if isinstance(each, dict):
-                self._step(1 + len(each))
-                todo += each.values()
-            elif isinstance(each, list | tuple | set):
-                self._step(1 + len(each))
-                todo += each
-            elif isinstance(each, str) and each is not value:
-                self.make(len(each))
+            item = todo.pop()
+            if isinstance(item, dict):
+                self._step(1 + len(item))
+                todo += item.values()
+            elif isinstance(item, list | tuple | set):
+                self._step(1 + len(item))
+                todo += item
+            elif isinstance(item, str):
+                self._step(len(item) // _SWIFT)
+                if item is not value:
+                    self.make(len(item))
         return value
 
     def make(self, count: int) -> None:
@@ -164,9 +183,15 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             raise OverflowError(f"it makes more than {MOST_CHARACTERS} characters")
 
     def _step(self, count: int = 1) -> None:
-        self._spent.steps += count
-        if self._spent.steps > MOST_STEPS:
+        spent = self._spent
+        spent.steps += count
+        if spent.steps < spent.next_look:
+            return
+        if spent.steps > MOST_STEPS:
             raise OverflowError(f"it takes more than {MOST_STEPS} steps")
+        if time.thread_time() > spent.deadline:
+            raise OverflowError(f"it takes more than {MOST_SECONDS:g} seconds of the CPU")
+        spent.next_look = min(spent.steps + _LOOK, MOST_STEPS + 1)
 
     # ── what Jinja asks ──────────────────────────────────────────────────────────────────────
 
@@ -179,21 +204,24 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         elif operator == "*":
             for many, times in ((left, right), (right, left)):
                 if isinstance(many, Sized) and isinstance(times, int):
-                    self.make(len(many) * max(0, times))
+                    self.make(_room(many) * max(0, times))
         elif operator == "+" and isinstance(left, Sized) and isinstance(right, Sized):
-            self.make(len(left) + len(right))
+            self.make(_room(left) + _room(right))
         return super().call_binop(context, operator, left, right)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         """Call it, unless what it makes would be too large."""
-        given = (*args, *kwargs.values())
-        __self._step(1 + sum(map(_elements, given)) // _QUICK)
+        values = (*args, *kwargs.values())
+        __self._step(1 + sum(map(_effort, values)))
         owner = getattr(__obj, "__self__", None)
         if isinstance(owner, str):
+            __self._step(_effort(owner))
             name = str(getattr(__obj, "__name__", ""))
             if name in _GROWING:
-                _check_lengths(given)
-            __self._may_grow((owner, *given))
+                _check_lengths(values)
+            if name in _SPLITTING:
+                __self.make(_ELEMENT * _pieces(owner, values))
+            __self._may_grow((owner, *values))
         return super().call(__context, __obj, *args, **kwargs)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
@@ -209,52 +237,56 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             if mapped:
                 (kwargs,), args = args, ()
             self._may_grow((source, *args, *kwargs.values()))
-            found = formatter.vformat(source, args, kwargs)
-            self.make(len(found))
-            return found
+            text = formatter.vformat(source, args, kwargs)
+            self.make(len(text))
+            return text
 
         return wrapper
 
     def _printed(self, source: str, values: Any) -> str:
         _check_widths(source)
         self._may_grow((source, *(values if isinstance(values, tuple) else (values,))))
-        found: str = source % values
-        self.make(len(found))
-        return found
+        text: str = source % values
+        self.make(len(text))
+        return text
 
     def _bounded(self, name: str, apply: Callable[..., Any]) -> Callable[..., Any]:
-        """A filter that is told when it would make too much."""
+        """A filter that fails where it would make too much."""
         first = 0 if getattr(apply, "jinja_pass_arg", None) is None else 1
 
         @functools.wraps(apply)
         def bounded(*args: Any, **kwargs: Any) -> Any:
-            given = (*args[first:], *kwargs.values())
+            values = (*args[first:], *kwargs.values())
             if name in _LISTS:
-                self._step(1 + (0 if name in _INSTANT else _elements(given[0]) // _QUICK))
+                self._step(1 + (0 if name in _INSTANT else _effort(values[0])))
+                if name not in _INSTANT and isinstance(values[0], str):
+                    self.make(_ELEMENT * len(values[0]))
             else:
-                for each in given:
-                    self.weighed(each)
+                for value in values:
+                    self.weighed(value)
+                if name in _SLOW:
+                    self._step(len(str(values[0])) // 2)
             if name == "format":
-                _check_widths(str(given[0]))
+                _check_widths(str(values[0]))
             elif name not in _VALUES:
-                _check_lengths(given[1:])
+                _check_lengths(values[1:])
             if name not in _LISTS:
-                self._may_grow(given)
-            found = apply(*args, **kwargs)
-            if isinstance(found, str):
-                self.make(len(found))
-            return found
+                self._may_grow(values)
+            result = apply(*args, **kwargs)
+            if isinstance(result, str):
+                self.make(len(result))
+            return result
 
         return bounded
 
-    def _may_grow(self, given: tuple[Any, ...]) -> None:
+    def _may_grow(self, values: tuple[Any, ...]) -> None:
         """Where each character of one text may become another text, as in ``replace``."""
-        sizes = sorted(map(_characters, given))[-2:]
+        sizes = sorted(map(_characters, values))[-2:]
         if len(sizes) == 2 and sizes[0] * sizes[1] > MOST_CHARACTERS:
             raise OverflowError(f"it may make more than {MOST_CHARACTERS} characters")
 
 
-def _told(name: str, value: nodes.Node) -> nodes.Filter:
+def _through(name: str, value: nodes.Node) -> nodes.Filter:
     """The value, as the environment's method of this name gives it back."""
     return nodes.Filter(value, _PREFIX + name, [], [], None, None, lineno=value.lineno)
 
@@ -268,16 +300,29 @@ def _written(context: Context, value: Any) -> Any:
     return value
 
 
-def _elements(value: Any) -> int:
-    return len(value) if isinstance(value, Sized) and not isinstance(value, str) else 0
+def _effort(value: Any) -> int:
+    """Steps that C takes to go through a value once."""
+    if isinstance(value, str):
+        return len(value) // _SWIFT
+    return len(value) // _QUICK if isinstance(value, Sized) else 0
+
+
+def _room(value: Sized) -> int:
+    return len(value) if isinstance(value, str) else _ELEMENT * len(value)
+
+
+def _pieces(text: str, values: tuple[Any, ...]) -> int:
+    """How many pieces a text is split into, at most."""
+    separator = values[0] if values and isinstance(values[0], str) else ""
+    return 1 + (text.count(separator) if separator else len(text) // 2)
 
 
 def _characters(value: Any) -> int:
     if isinstance(value, str):
         return len(value)
     if isinstance(value, list | tuple):  # which may be joined
-        return sum(len(each) if isinstance(each, str) else 1 for each in value)
-    return _elements(value)
+        return sum(len(item) if isinstance(item, str) else 1 for item in value)
+    return len(value) if isinstance(value, Sized) else 0
 
 
 def _check_integers(operator: str, left: int, right: int) -> None:
@@ -290,8 +335,8 @@ def _check_integers(operator: str, left: int, right: int) -> None:
         raise OverflowError(f"it computes with numbers of more than {_MOST_BITS} bits")
 
 
-def _check_lengths(given: tuple[Any, ...]) -> None:
-    if any(isinstance(each, int) and abs(each) > _MOST_WIDTH for each in given):
+def _check_lengths(values: tuple[Any, ...]) -> None:
+    if any(isinstance(value, int) and abs(value) > _MOST_WIDTH for value in values):
         raise OverflowError(f"it asks for a length of more than {_MOST_WIDTH}")
 
 

@@ -6,8 +6,7 @@ import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from engineroom import ChatMessage, ConfigurationError
-from engineroom_llamacpp import template_sandbox
-from engineroom_llamacpp.chat import ChatTemplate
+from engineroom.prompts import ChatTemplate, template_sandbox
 
 LONG = "{% set long = 'a' * 99999 %}"
 TWICE = (

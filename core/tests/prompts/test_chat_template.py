@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from engineroom import ChatMessage, ConfigurationError
-from engineroom_llamacpp.chat import ChatTemplate
+from engineroom.prompts import ChatTemplate
 
 # As in the files of many models: whitespace control, special tokens, an optional system message.
 CHATML = """\

@@ -1,0 +1,237 @@
+"""Conversations into prompts, with the model's own chat template, in a sandbox.
+
+A template comes with a model, so from anyone: it is Jinja in the immutable sandbox, with the names
+and filters that it may use in transformers, and with bounds (:mod:`.template_sandbox`). What shape
+of messages it walks is tried when it is loaded. Never render on the event loop.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from functools import cache
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+from engineroom.errors import ConfigurationError
+from engineroom.prompts.messages import for_template
+from engineroom.schemas import ChatMessage
+
+if TYPE_CHECKING:
+    from jinja2.ext import Extension
+
+__all__ = ["ChatTemplate", "ModelTemplates"]
+
+_PROBE: Final = "90817263545362718"
+"""Digits: filters leave them alone."""
+_ARGUMENTS: Final = {"probe": _PROBE}
+
+
+class _RefusedError(Exception):
+    """What ``raise_exception`` in a template raises."""
+
+
+class ChatTemplate:
+    """A compiled chat template.
+
+    :param source: the Jinja source.
+    :param tokens: special tokens that templates may name, e.g. ``bos_token``.
+    :raises ConfigurationError: the source is not valid.
+    """
+
+    def __init__(self, source: str, tokens: Mapping[str, str]) -> None:
+        try:
+            from jinja2.ext import loopcontrols
+
+            from engineroom.prompts.template_sandbox import BoundedEnvironment
+        except ImportError as error:
+            raise ConfigurationError(
+                f'chat templates need Jinja ({error}); pip install "engineroom[prompts]"'
+            ) from error
+
+        environment = BoundedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _generation()]
+        )
+        environment.add_filter("tojson", _to_json)
+        environment.globals["raise_exception"] = _refuse
+        environment.globals["strftime_now"] = _strftime_now
+        self._tokens = tokens
+        self._environment = environment
+        try:
+            self._template = environment.compiled(source)
+        except Exception as error:  # syntax errors of Jinja's, and of the Python it makes
+            raise ConfigurationError(f"the chat template is not valid: {error}") from error
+        self.parts = self.text_arguments = False
+        try:
+            self._probe()
+        except OverflowError:
+            pass  # each request is told
+
+    def conversation(self, messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
+        """The messages in the shape that this template walks."""
+        return for_template(messages, parts=self.parts, text_arguments=self.text_arguments)
+
+    def render(
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[dict[str, Any]] | None = None,
+        **template_args: Any,
+    ) -> str:
+        """The prompt for the assistant's next message. Takes seconds at most, on the CPU.
+
+        :param template_args: more names that the template may use.
+        :raises ConfigurationError: the template refuses these messages (roles in an order that
+            the model does not know, most often), fails, or exceeds the sandbox's bounds.
+        """
+        return self.write(self.conversation(messages), tools, template_args)
+
+    def write(
+        self,
+        conversation: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None = None,
+        template_args: Mapping[str, Any] | None = None,
+    ) -> str:
+        """:meth:`render`, of messages that are in the template's shape already."""
+        names = {
+            **self._tokens,
+            "add_generation_prompt": True,
+            "documents": None,  # not there, as opposed to undefined, which is not none
+            **(template_args or {}),
+            "messages": conversation,
+            "tools": tools or None,
+        }
+        self._environment.begin()
+        try:
+            prompt = self._template.render(names)
+            prompt.encode()  # a template may write what UTF-8 has no bytes for
+        except Exception as error:  # it is foreign code, and may fail in any way
+            roles = " → ".join(str(message["role"]) for message in conversation)
+            if isinstance(error, _RefusedError):
+                raise ConfigurationError(
+                    f"the model's chat template refuses these messages: {error} (roles: {roles}); "
+                    "change their roles or their order"
+                ) from error
+            raise ConfigurationError(
+                f"the model's chat template fails on these messages (roles: {roles}): "
+                f"{type(error).__name__}: {error}; send prompt= instead, or set the option "
+                "chat_template"
+            ) from error
+        return prompt
+
+    def _probe(self) -> None:
+        """Try in which shape a message's text, and a call's arguments, get through."""
+        self.parts = not self._shows_text() and self._shows_text(parts=True)
+        self.text_arguments = not self._takes_calls() and self._takes_calls(as_text=True)
+
+    def _shows_text(self, *, parts: bool = False) -> bool:
+        def content(text: str) -> Any:
+            return [{"type": "text", "text": text}] if parts else text
+
+        user = {"role": "user", "content": content(_PROBE)}
+        system = {"role": "system", "content": content("")}
+        return any(_PROBE in (self._tried(turns) or "") for turns in ([user], [system, user]))
+
+    def _takes_calls(self, *, as_text: bool = False) -> bool:
+        arguments = json.dumps(_ARGUMENTS) if as_text else _ARGUMENTS
+        function = {"name": "probe", "arguments": arguments}
+        call = {"id": "probe1234", "type": "function", "function": function}
+        user = ChatMessage(role="user", content=_PROBE)
+        turns = [*self.conversation([user]), {"role": "assistant", "tool_calls": [call]}]
+        return self._tried(turns) is not None
+
+    def _tried(self, conversation: list[dict[str, Any]]) -> str | None:
+        try:
+            return self.write(conversation)
+        except ConfigurationError as error:
+            if isinstance(error.__cause__, OverflowError):
+                raise error.__cause__ from None
+            return None
+
+
+class ModelTemplates:
+    """The chat templates of one model: its own, or the one that an option sets instead.
+
+    :param option: a Jinja source, or the name of one of the model's own templates.
+    :param own: the model's template, or several by name: ``default``, and ``tool_use``.
+    :param tokens: special tokens that templates may name.
+    :param warn: told where the model's own template is not valid; the model is usable without.
+    :raises ConfigurationError: the template of the option is not valid.
+    """
+
+    def __init__(
+        self,
+        option: str | None,
+        own: str | Mapping[str, str] | None,
+        tokens: Mapping[str, str],
+        warn: Callable[[ConfigurationError], None],
+    ) -> None:
+        self._missing = "the model has no chat template"
+        self._templates: dict[str, ChatTemplate] = {}
+        sources = dict(own) if isinstance(own, Mapping) else {"default": own} if own else {}
+        if option is not None:
+            sources = {"default": sources.get(option, option)}
+        for name, source in sources.items():
+            try:
+                self._templates[name] = ChatTemplate(source, tokens)
+            except ConfigurationError as error:
+                if option is not None:
+                    raise
+                warn(error)
+                self._missing = f"the model has no chat template that can be used: {error.message}"
+
+    def choose(self, tools: Sequence[dict[str, Any]] | None = None) -> ChatTemplate:
+        """The template for a conversation, with these tools or without.
+
+        :raises ConfigurationError: there is none.
+        """
+        template = self._templates.get("tool_use") if tools else None
+        template = template or self._templates.get("default")
+        if template is None:
+            raise ConfigurationError(
+                f"{self._missing}; send prompt= instead of messages=, or set the option "
+                "chat_template"
+            )
+        return template
+
+
+def _refuse(message: str) -> NoReturn:
+    raise _RefusedError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().astimezone().strftime(pattern)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes for HTML, which a prompt is not. Arguments as in transformers.
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+@cache
+def _generation() -> type[Extension]:
+    """The tag that marks, for training, what the assistant wrote; its body is written as it is."""
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+    from jinja2.parser import Parser
+
+    class Generation(Extension):
+        tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
+
+        def parse(self, parser: Parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    return Generation

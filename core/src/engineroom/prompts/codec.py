@@ -1,0 +1,169 @@
+"""A request's input to token ids: the rules that are the same on every runtime."""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Final
+
+from engineroom.prompts.chat_template import ModelTemplates
+from engineroom.prompts.special_tokens import ControlTokens
+from engineroom.schemas import ChatMessage, InferenceRequest
+
+__all__ = ["PromptCodec", "tokens_of"]
+
+_BREAK: Final = "\ue000"
+"""A private character, put into a special token's text so that it is not read as one."""
+_INLINE_CHARS: Final = 8192
+"""Longer prompts are tokenised in a thread, so that the event loop is not held up."""
+
+
+class PromptCodec(ABC):
+    """One model's way from text to token ids. Its methods may be called from any thread.
+
+    A runtime writes :meth:`read`, and what it can of :meth:`read_located`.
+
+    :param templates: the model's chat templates.
+    :param control: tokens that are text where a message has them.
+    :param begin: what the tokenizer writes before a text.
+    :param end: what it writes after one that is not to be continued.
+    :param unknown: the token for what the vocabulary does not have, which controls nothing.
+    """
+
+    def __init__(
+        self,
+        templates: ModelTemplates,
+        control: ControlTokens,
+        *,
+        begin: Sequence[int] = (),
+        end: Sequence[int] = (),
+        unknown: int | None = None,
+    ) -> None:
+        self._templates = templates
+        self._control = control
+        self._begin = list(begin)
+        self._end = list(end)
+        self._unknown = unknown
+
+    @abstractmethod
+    def read(self, text: str) -> list[int]:
+        """Token ids of a text, special tokens read as such, and nothing added."""
+
+    def read_located(self, text: str) -> tuple[list[int], list[tuple[int, int]]] | None:
+        """The same, and from where to where in the text each token stands; ``None``: not told."""
+        return None
+
+    def read_literal(self, text: str) -> list[int]:
+        """Token ids of a special token's text, read as the characters that it consists of."""
+        tokens = self.read(text[:1]) + self.read(text[1:])
+        if any(t in self._control and t != self._unknown for t in tokens):
+            tokens = [token for character in text for token in self.read(character)]
+        return [t for t in tokens if t not in self._control or t == self._unknown]
+
+    def prompt(
+        self,
+        prompt: str | None,
+        messages: Sequence[ChatMessage] | None,
+        tools: list[dict[str, Any]] | None = None,
+        **template_args: Any,
+    ) -> list[int]:
+        """Token ids of a request's input; what the model wants at the beginning is added.
+
+        A ``prompt`` is taken as it is, special tokens included. What stands in ``messages`` and
+        ``tools`` is text: a special token that somebody writes into a message must not end it, or
+        begin one of another role, so it is read as the characters that it consists of.
+
+        :raises ConfigurationError: there is no chat template, or it refuses the messages.
+        """
+        if prompt is not None:
+            return self.begun(self.read(prompt))
+        return self.begun(self.conversation(messages or (), tools, **template_args))
+
+    def conversation(
+        self,
+        messages: Sequence[ChatMessage],
+        tools: list[dict[str, Any]] | None = None,
+        **template_args: Any,
+    ) -> list[int]:
+        """Token ids of what the chat template writes, and nothing added."""
+        template = self._templates.choose(tools)
+        value = (template.conversation(messages), tools, template_args)
+        segments = self._control.segments(lambda shielded: template.write(*shielded), value)
+        return self._read_segments(segments)
+
+    def render(
+        self,
+        messages: Sequence[ChatMessage],
+        tools: list[dict[str, Any]] | None = None,
+        **template_args: Any,
+    ) -> str:
+        """The messages as the model wants to read them.
+
+        :raises ConfigurationError: there is no chat template, or it refuses the messages.
+        """
+        return self._templates.choose(tools).render(messages, tools, **template_args)
+
+    def whole(self, text: str) -> list[int]:
+        """Token ids of a text that is not to be continued, with all that the tokenizer writes
+        around it. Embedding models that pool the last token were trained to look at that.
+        """
+        tokens = self.begun(self.read(text))
+        ended = not self._end or tokens[-len(self._end) :] == self._end
+        return tokens if ended else tokens + self._end
+
+    def plain(self, text: str) -> list[int]:
+        """Token ids of a text in which there are no special ones, and nothing added."""
+        return self._read_segments(self._control.split(text))
+
+    def count(self, text: str) -> int:
+        """Tokens of ``text``, read as plain text, without any that the model adds."""
+        return len(self.plain(text))
+
+    def begun(self, tokens: list[int]) -> list[int]:
+        """The tokens after what the model wants before them, unless that stands there already."""
+        return tokens if tokens[: len(self._begin)] == self._begin else self._begin + tokens
+
+    def _read_segments(self, segments: Sequence[str]) -> list[int]:
+        """Token ids of texts, those at odd places read as plain.
+
+        Each literal gets a character into it that breaks it, whose tokens are taken out again:
+        so that the text is read in one piece, as spaces at its joints depend on.
+        """
+        if len(segments) == 1:
+            return self.read(segments[0])
+        text, breaks = segments[0], set()
+        for literal, part in zip(segments[1::2], segments[2::2], strict=True):
+            breaks.add(len(text) + 1)
+            text += literal[:1] + _BREAK + literal[1:] + part
+        if (located := self.read_located(text)) is not None:
+            tokens, places = located
+            own = {(start, start + 1) for start in breaks}
+            melted = any(
+                at in breaks for start, end in places if end - start > 1 for at in range(start, end)
+            )
+            if own.issubset(places) and not melted:
+                pairs = zip(tokens, places, strict=True)
+                return [token for token, place in pairs if place not in own]
+        # No offsets to go by, or the character has melted into its neighbours.
+        joined = self.read(segments[0])
+        for literal, part in zip(segments[1::2], segments[2::2], strict=True):
+            joined += self.read_literal(literal) + self.read(part)
+        return joined
+
+
+async def tokens_of(
+    codec: PromptCodec, request: InferenceRequest, tools: list[dict[str, Any]] | None = None
+) -> list[int]:
+    """Token ids of a request's input, made where it holds up nobody.
+
+    A chat template is foreign code and never runs on the event loop; nor is a long text read
+    there.
+
+    :raises ConfigurationError: there is no chat template, or it refuses the messages.
+    """
+    if request.prompt_token_ids is not None:
+        return list(request.prompt_token_ids)
+    if request.prompt is not None and len(request.prompt) <= _INLINE_CHARS:
+        return codec.prompt(request.prompt, None)
+    return await asyncio.to_thread(codec.prompt, request.prompt, request.messages, tools)

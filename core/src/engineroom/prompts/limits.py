@@ -1,0 +1,71 @@
+"""What a request may not exceed, said in the same words on every runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from engineroom.errors import ConfigurationError
+
+__all__ = ["check_adapter", "check_prompt", "check_texts", "check_token_ids"]
+
+
+def check_prompt(tokens: Sequence[int], n_ctx: int, advice: str) -> None:
+    """Refuse a prompt without tokens, or one that leaves no room for an answer.
+
+    :param n_ctx: tokens that the context has.
+    :param advice: how to get a longer context, to be read after "shorten the prompt, or".
+    :raises ConfigurationError: the prompt is empty or too long.
+    """
+    if not tokens:
+        raise ConfigurationError("the prompt has no tokens; send at least one character")
+    if len(tokens) >= n_ctx:
+        raise ConfigurationError(
+            f"the prompt has {len(tokens)} tokens, the context has {n_ctx}, and at least one must "
+            f"be left to generate; shorten the prompt, or {advice}"
+        )
+
+
+def check_token_ids(
+    n_vocab: int, *, prompt: Collection[int] | None = None, bias: Collection[int] | None = None
+) -> None:
+    """Refuse ids that the model does not have.
+
+    :param prompt: the request's ``prompt_token_ids``.
+    :param bias: those that its ``logit_bias`` names.
+    :raises ConfigurationError: names the field, the id and the ids that there are.
+    """
+    known = f"the model's tokens are 0 to {n_vocab - 1}"
+    if (largest := max(prompt or (0,))) >= n_vocab:
+        raise ConfigurationError(f"prompt_token_ids has {largest}; {known}")
+    if (largest := max(bias or (0,))) >= n_vocab:
+        raise ConfigurationError(f"logit_bias names token {largest}; {known}")
+
+
+def check_adapter(name: str | None, loaded: Collection[str], option: str) -> None:
+    """Refuse an adapter that is not loaded with the model.
+
+    :param name: what the request names; ``None``: no adapter.
+    :param option: the model's option that loads adapters.
+    :raises ConfigurationError: names the adapters that there are.
+    """
+    if name is not None and name not in loaded:
+        raise ConfigurationError(
+            f"adapter {name!r} is not loaded with this model; "
+            f"it has {', '.join(sorted(loaded)) or f'none (see the option {option})'}"
+        )
+
+
+def check_texts(texts: Sequence[Sequence[int]], n_ctx: int) -> None:
+    """Refuse texts for embeddings that have no tokens, or more than the model reads.
+
+    :param texts: each text as token ids.
+    :raises ConfigurationError: names the text by its number, from 0.
+    """
+    for number, tokens in enumerate(texts):
+        if len(tokens) > n_ctx:
+            raise ConfigurationError(
+                f"text {number} has {len(tokens)} tokens, and the model reads {n_ctx} at most; "
+                "cut it into parts"
+            )
+        if not tokens:
+            raise ConfigurationError(f"text {number} has no tokens")

@@ -1,0 +1,97 @@
+"""Text to tokens and back with a ``tokenizer.json``, by the library ``tokenizers``."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, Final
+
+from engineroom.prompts.chat_template import ModelTemplates
+from engineroom.prompts.codec import PromptCodec
+from engineroom.prompts.special_tokens import ControlTokens
+from engineroom.prompts.token_bytes import decoder_kinds, token_bytes
+
+__all__ = ["TokenizerCodec", "encoding_of", "surroundings"]
+
+_LONG: Final = 8192
+
+
+def encoding_of(tokenizer: Any, text: str) -> Any:
+    """The ``tokenizers.Encoding`` of a text, with nothing added.
+
+    A long text is read without the GIL, which the library lets go of for batches alone.
+    """
+    if len(text) > _LONG:
+        return tokenizer.encode_batch([text], add_special_tokens=False)[0]
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def surroundings(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What a ``tokenizers.Tokenizer`` writes before a text, and after it."""
+    encoding = tokenizer.encode("x")
+    added = list(map(bool, encoding.special_tokens_mask))
+    if all(added):
+        return encoding.ids, []
+    first, last = added.index(False), len(added) - added[::-1].index(False)
+    return encoding.ids[:first], encoding.ids[last:]
+
+
+class TokenizerCodec(PromptCodec):
+    """The vocabulary of one model: encodes prompts and says which bytes a token stands for.
+
+    Bytes, not text: a token may end inside a character, and putting characters together is done
+    by engineroom, alike for all runtimes.
+
+    :param tokenizer: a ``tokenizers.Tokenizer`` that nobody else uses; truncation and padding are
+        switched off.
+    :param end_ids: tokens that end a generation, whether they are marked as special or not.
+    """
+
+    def __init__(
+        self, tokenizer: Any, templates: ModelTemplates, end_ids: Collection[int] = ()
+    ) -> None:
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self.kinds = decoder_kinds(tokenizer)
+        tokens = tokenizer.get_added_tokens_decoder()
+        added = {number: str(token.content) for number, token in tokens.items()}
+        special = {n: added[n] for n, token in tokens.items() if token.special}
+        ends = {n: added[n] for n in end_ids if n in added}
+        begin, end = surroundings(tokenizer)
+        super().__init__(templates, ControlTokens(special | ends, added), begin=begin, end=end)
+        self._pieces = {n: b"" if n in special else text.encode() for n, text in added.items()}
+
+    @property
+    def knows_bytes(self) -> bool:
+        """Whether :meth:`piece` can be asked; of some kinds only the decoder tells the text."""
+        return not self.kinds.isdisjoint({"ByteLevel", "ByteFallback"})
+
+    def read(self, text: str) -> list[int]:
+        """Token ids of a text, special tokens read as such, and nothing added."""
+        tokens: list[int] = encoding_of(self._tokenizer, text).ids
+        return tokens
+
+    def read_located(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The same, and from where to where in the text each token stands."""
+        encoding = encoding_of(self._tokenizer, text)
+        return encoding.ids, encoding.offsets
+
+    def piece(self, token: int) -> bytes:
+        """The bytes that a token adds to the text; special tokens add none.
+
+        Looked up once a token, then remembered.
+        """
+        try:
+            return self._pieces[token]
+        except KeyError:
+            text = self._tokenizer.id_to_token(token) or ""
+            known = token_bytes(text, self.kinds)
+            piece = text.replace("▁", " ").encode() if known is None else known
+            self._pieces[token] = piece
+            return piece
+
+    def token_text(self, token: int) -> str:
+        """A token's own text, special ones included, for log probabilities."""
+        if self.knows_bytes and (piece := self.piece(token)):
+            return piece.decode("utf-8", "replace")
+        return self._tokenizer.id_to_token(token) or ""
