@@ -152,7 +152,7 @@ def test_a_body_that_breaks_off_in_garbage_is_a_bad_request(start, caplog):
     head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     with start() as run, run.connect() as connection:
         connection.sendall(head + b"transfer-encoding: chunked\r\n\r\n3\r\n{  \r\n")
-        run.until(lambda: [p for p in run.server.server_state.connections if p._answering()])
+        run.until(lambda: [p for p in run.server.server_state.connections if p.answering])
         connection.sendall(b"no number\r\n")
         answer = read_all(connection)
         assert answer.startswith(b"HTTP/1.1 400 ") and b'"invalid_http"' in answer

@@ -12,17 +12,14 @@ import contextlib
 import logging
 import signal
 import socket
-import threading
-from collections.abc import Callable, Iterator
-from types import FrameType
+from collections.abc import Callable
 from typing import Any, Final
-
-import uvicorn
 
 from engineroom.errors import ConfigurationError, EngineRoomError
 from engineroom.models.manager import LLMModelManager
 from engineroom.models.reloading import reloading
 from engineroom.server.app import Front, with_cors
+from engineroom.server.http.compat_uvicorn import Server
 from engineroom.server.http.context import ServerContext
 from engineroom.server.http.errors import stopping
 from engineroom.server.http.protocol import guarded_protocol
@@ -38,11 +35,11 @@ CLOSE_S: Final = 5
 """Seconds that connections get to take the last bytes, once all work has ended."""
 
 
-class EngineRoomServer(uvicorn.Server):
-    """uvicorn's server, with the project's limits and its way of ending.
+class EngineRoomServer(Server):
+    """The server, with its limits and its way of ending.
 
     :param service: answers the requests; the server closes it in the end.
-    :param settings: what the server was told.
+    :param settings: its limits, and who may use it.
     """
 
     def __init__(self, service: LLMInferenceService, settings: ServerSettings) -> None:
@@ -52,22 +49,12 @@ class EngineRoomServer(uvicorn.Server):
         self._signals = 0
         self._announce: Callable[[], None] = lambda: None
         super().__init__(
-            uvicorn.Config(
-                with_cors(Front(self.context), settings),
-                host=settings.host,
-                port=settings.port,
-                http=guarded_protocol(settings),
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                log_level="critical",  # what is to be said, the application says
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,  # nothing here asks who the client is
-                timeout_keep_alive=settings.keep_alive_s,  # type: ignore[arg-type]
-                timeout_graceful_shutdown=CLOSE_S,
-                backlog=2048,
-            )
+            with_cors(Front(self.context), settings),
+            guarded_protocol(settings),
+            host=settings.host,
+            port=settings.port,
+            keep_alive_s=settings.keep_alive_s,
+            close_s=CLOSE_S,
         )
 
     async def run_until_stopped(
@@ -125,7 +112,7 @@ class EngineRoomServer(uvicorn.Server):
         try:
             await self._stop()
         finally:
-            self.should_exit = True
+            self.end()
 
     async def _stop(self) -> None:
         context = self.context
@@ -136,9 +123,8 @@ class EngineRoomServer(uvicorn.Server):
         except EngineRoomError as error:
             logger.error("closing failed: %s", error.describe())
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and say so."""
-        await super().startup(sockets)
+    def listening(self) -> None:
+        """Say so."""
         self._announce()
 
     def _reloading(self, watch: bool) -> contextlib.AbstractAsyncContextManager[object]:
@@ -154,8 +140,8 @@ class EngineRoomServer(uvicorn.Server):
         try:
             await manager.load_configured_models(progress)
         except EngineRoomError as error:
-            wanted = [m.model_id for m in manager.config.models if m.preload]
-            nothing = all(manager.get_loaded_model(name) is None for name in wanted)
+            preloaded = [m.model_id for m in manager.config.models if m.preload]
+            nothing = all(manager.get_loaded_model(name) is None for name in preloaded)
             if nothing and not self.context.draining:
                 self.stop()
                 raise
@@ -163,29 +149,11 @@ class EngineRoomServer(uvicorn.Server):
         finally:
             self.context.starting = False
 
-    # ── signals ──────────────────────────────────────────────────────────────────────────────
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """As uvicorn's, but a signal that was heeded is not raised again: the end is orderly."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        wanted = [signal.SIGINT, signal.SIGTERM]
-        if hasattr(signal, "SIGBREAK"):
-            wanted.append(signal.SIGBREAK)
-        before = {sig: signal.signal(sig, self.handle_exit) for sig in wanted}
-        try:
-            yield
-        finally:
-            for sig, handler in before.items():
-                signal.signal(sig, handler)
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal came: stop; at the second one, at once."""
+    def signalled(self) -> None:
+        """Stop; at the second signal, at once."""
         self._signals += 1
         if self._signals > 1:
-            self.should_exit = self.force_exit = True
+            self.end(at_once=True)
             raise KeyboardInterrupt
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self.stop)

@@ -9,10 +9,10 @@ from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+from engineroom.server.http.compat_uvicorn import WRITE, TextWriter
 from engineroom.server.http.context import ServerContext
 from engineroom.server.http.errors import ApiError, ErrorBody, OpenAIError
 from engineroom.server.http.frames import BadJsonError, dumps, loads
-from engineroom.server.http.protocol import WRITE, TextWriter
 from engineroom.server.keys import ANONYMOUS, Identity
 
 if TYPE_CHECKING:

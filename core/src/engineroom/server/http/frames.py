@@ -89,25 +89,25 @@ class Framer:
     :param name: the event's name.
     """
 
-    __slots__ = ("_after", "_before")
+    __slots__ = ("after", "before")
 
     def __init__(self, make: Callable[[str], Any], name: str | None = None) -> None:
         whole = event(make(_MARK)) if name is None else named_event(name, make(_MARK))
-        self._before, mark, self._after = whole.partition(_MARK_JSON)
+        self.before, mark, self.after = whole.partition(_MARK_JSON)
         assert mark
 
     def __call__(self, text: str) -> bytes:
         """The event."""
-        return self._before + json_text(text) + self._after
+        return self.before + json_text(text) + self.after
 
 
 def chunker(frame_of: Callable[[str], bytes]) -> Callable[[str], bytes]:
     """What makes a chunk, as HTTP 1.1 sends bodies of unknown length, of a text's frame."""
     if not isinstance(frame_of, Framer):
         return lambda text: b"%x\r\n%b\r\n" % (len(frame := frame_of(text)), frame)
-    encode, before = _encode, frame_of._before
-    after = frame_of._after + b"\r\n"
-    around = len(before) + len(frame_of._after)
+    encode, before = _encode, frame_of.before
+    after = frame_of.after + b"\r\n"
+    around = len(before) + len(frame_of.after)
     begins: dict[int, bytes] = {}  # by the text's length: most texts are short
 
     def chunk(text: str) -> bytes:
