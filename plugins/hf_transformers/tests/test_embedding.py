@@ -20,8 +20,9 @@ from engineroom import (
     ModelConfig,
     QueueFullError,
 )
+from engineroom.sources import PoolingRecipe as Recipe
 from engineroom_hf_transformers import HuggingFaceTransformersHandler
-from engineroom_hf_transformers.embedding import Recipe, recipe_of
+from engineroom_hf_transformers.embedding import recipe_of
 from engineroom_hf_transformers.loading import Parts, load_parts
 
 TEXTS = ("the cat", "the quick brown fox jumps over the lazy dog", "a", "the hat on the mat")
@@ -218,9 +219,9 @@ def test_without_a_word_an_encoder_has_a_recipe(bert: tuple[Path, Parts]) -> Non
         (
             ["Transformer", "Pooling"],
             {"pooling_mode_cls_token": True, "pooling_mode_max_tokens": True},
-            "cls and max pooling",
+            "cls_token and max_tokens pooling",
         ),
-        (["Transformer", "Pooling"], {"pooling_mode": "median"}, "no known pooling"),
+        (["Transformer", "Pooling"], {"pooling_mode": "median"}, "asks for median pooling"),
     ],
 )
 def test_what_is_not_known_is_refused(

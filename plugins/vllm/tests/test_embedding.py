@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from engineroom import ConfigurationError
-from engineroom_vllm.embedding import Recipe, recipe_of, runner_of
+from engineroom.sources import PoolingRecipe as Recipe
+from engineroom_vllm.embedding import recipe_of, runner_of
 from engineroom_vllm.folder import ModelFolder
 from engineroom_vllm.options import VLLMOptions
 
@@ -51,7 +52,7 @@ def declare(path: Path, *modules: str, pooling: dict[str, Any] | None = None) ->
         (["Pooling"], {"pooling_mode_lasttoken": True, "include_prompt": True}, Recipe("LAST")),
         (["Pooling"], {"pooling_mode": "cls"}, Recipe("CLS")),
         (["Normalize"], None, Recipe("MEAN", normalise=True)),
-        ([], None, Recipe()),
+        ([], None, Recipe("MEAN")),
     ],
 )
 def test_a_folder_says_how_to_pool(

@@ -8,6 +8,8 @@ from .gguf import is_gguf as is_gguf
 from .gguf_header import read_gguf_header as read_gguf_header
 from .gguf_header import refuse_gguf as refuse_gguf
 from .json_file import read_json as read_json
+from .pooling import PoolingRecipe as PoolingRecipe
+from .pooling import read_pooling as read_pooling
 from .safetensors import SAFETENSORS_BITS as SAFETENSORS_BITS
 from .safetensors import SafetensorsHeader as SafetensorsHeader
 from .safetensors import read_safetensors_header as read_safetensors_header

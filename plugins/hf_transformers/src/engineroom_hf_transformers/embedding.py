@@ -8,12 +8,11 @@ known here of that are pooling and normalising; a model that needs more is refus
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Final
 
-from engineroom import ConfigurationError, TokenStep
-from engineroom.sources import read_json
+from engineroom import TokenStep
+from engineroom.sources import PoolingRecipe, read_pooling
 from engineroom_hf_transformers.attention import StepStoppedError, stopping
 
 if TYPE_CHECKING:
@@ -23,72 +22,20 @@ if TYPE_CHECKING:
 
     from engineroom_hf_transformers.loading import Parts
 
-__all__ = ["EmbeddingJob", "Recipe", "recipe_of"]
+__all__ = ["EmbeddingJob", "recipe_of"]
 
-Pooling: TypeAlias = Literal["mean", "cls", "max", "lasttoken", "mean_sqrt_len"]
-
-_MODES: Final[dict[str, Pooling]] = {
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_lasttoken": "lasttoken",
-    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len",
-}
+_MODES: Final = {mode: mode for mode in ("mean", "cls", "max", "lasttoken", "mean_sqrt_len")}
 
 
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """How a model's outputs become a vector.
-
-    :param pooling: over the tokens of a text.
-    :param normalise: to length 1.
-    """
-
-    pooling: Pooling = "mean"
-    normalise: bool = False
-
-
-def recipe_of(folder: Path, parts: Parts) -> Recipe | None:
+def recipe_of(folder: Path, parts: Parts) -> PoolingRecipe | None:
     """What a model's folder says; ``None``: it makes no embeddings.
 
     :raises ConfigurationError: it says something that is not known here, or is damaged.
     """
-    listing = folder / "modules.json"
-    if not listing.is_file():
-        return Recipe() if parts.kind == "embedding" else None
-    modules = read_json(listing, list, what="list of modules")
-    if not all(isinstance(m, dict) for m in modules):
-        raise ConfigurationError(f"{str(listing)!r} is no list of modules")
-    pooling: Pooling | None = None
-    normalise = False
-    for module in modules:
-        kind = str(module.get("type", "")).rpartition(".")[2]
-        if kind == "Pooling":
-            pooling = _pooling(folder, str(module.get("path", "")))
-        elif kind == "Normalize":
-            normalise = True
-        elif kind != "Transformer":
-            raise ConfigurationError(
-                f"{str(listing)!r} asks for a module {kind!r}; this runtime knows Transformer, "
-                "Pooling and Normalize"
-            )
-    return Recipe(pooling or "mean", normalise)
-
-
-def _pooling(folder: Path, name: str) -> Pooling:
-    place = (folder / name / "config.json").resolve()
-    if not place.is_relative_to(folder.resolve()) or not place.is_file():
-        raise ConfigurationError(f"{str(folder)!r} has no {name}/config.json for its pooling")
-    settings = read_json(place, dict)
-    modes = [mode for key, mode in _MODES.items() if settings.get(key)]
-    if "pooling_mode" in settings and not modes:
-        modes = [mode for mode in _MODES.values() if mode == settings["pooling_mode"]]
-    if len(modes) != 1:
-        raise ConfigurationError(
-            f"{str(place)!r} asks for {' and '.join(modes) or 'no known'} pooling; this runtime "
-            f"does one of {', '.join(_MODES.values())}"
-        )
-    return modes[0]
+    recipe = read_pooling(folder, _MODES, "this runtime")
+    if recipe is None and parts.kind == "embedding":
+        return PoolingRecipe("mean")
+    return recipe
 
 
 class EmbeddingJob:
@@ -102,7 +49,7 @@ class EmbeddingJob:
     def __init__(
         self,
         parts: Parts,
-        recipe: Recipe,
+        recipe: PoolingRecipe,
         tokens: Sequence[Sequence[int]],
         most: int,
         stopped: Callable[[], bool],
@@ -128,11 +75,11 @@ class EmbeddingJob:
         if self._batches:
             batch = self._batches[-1]
             try:
-                found = self._compute([self._tokens[index] for index in batch])
+                vectors = self._compute([self._tokens[index] for index in batch])
             except StepStoppedError:
                 return None
             self._batches.pop()
-            for index, vector in zip(batch, found, strict=True):
+            for index, vector in zip(batch, vectors, strict=True):
                 self.vectors[index] = vector
         return None if self._batches else TokenStep(finish="eos_token")
 
@@ -158,11 +105,11 @@ class EmbeddingJob:
             vectors = _pool(hidden, mask, self._recipe.pooling)
             if self._recipe.normalise:
                 vectors = torch.nn.functional.normalize(vectors, dim=-1)
-            found: list[list[float]] = vectors.tolist()
-            return found
+            numbers: list[list[float]] = vectors.tolist()
+            return numbers
 
 
-def _pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: Pooling) -> torch.Tensor:
+def _pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
     """Texts × tokens × numbers → texts × numbers; padding, on the right, does not count."""
     import torch
 

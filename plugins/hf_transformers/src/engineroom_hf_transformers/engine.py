@@ -32,12 +32,13 @@ from engineroom import (
     request_logger,
 )
 from engineroom.engine import Drafter, DraftRequest, SamplerState, logprob_maker
+from engineroom.sources import PoolingRecipe
 from engineroom_hf_transformers.attention import StepStoppedError
 from engineroom_hf_transformers.by_generate import Generation, neutral
 from engineroom_hf_transformers.cache import Slots
 from engineroom_hf_transformers.chunking import ReadingCost
 from engineroom_hf_transformers.drafting import make_drafter
-from engineroom_hf_transformers.embedding import EmbeddingJob, Recipe, recipe_of
+from engineroom_hf_transformers.embedding import EmbeddingJob, recipe_of
 from engineroom_hf_transformers.model import forward_of, reading_cost, why_not_driven
 from engineroom_hf_transformers.outcomes import Outcome, logprobs, step_of, take
 from engineroom_hf_transformers.sampling import choose
@@ -87,7 +88,7 @@ class HfEngine(BatchingEngine[Job]):
         self._interrupted = False
         self._generations: set[Generation] = set()
         neutral(parts.model)
-        self.recipe: Recipe | None = recipe_of(parts.folder, parts)
+        self.recipe: PoolingRecipe | None = recipe_of(parts.folder, parts)
         """How to make embeddings; ``None``: the model is not made for it."""
         self.why_one_by_one = why_not_driven(parts, options)
         """Why requests run one at a time; empty: they are batched."""
@@ -146,7 +147,9 @@ class HfEngine(BatchingEngine[Job]):
         self.submit(task)
         return task
 
-    def embed(self, texts: Sequence[Sequence[int]], recipe: Recipe) -> tuple[Job, EmbeddingJob]:
+    def embed(
+        self, texts: Sequence[Sequence[int]], recipe: PoolingRecipe
+    ) -> tuple[Job, EmbeddingJob]:
         """Queue texts, as token ids, to be turned into vectors; see :meth:`request`."""
         work = EmbeddingJob(self.parts, recipe, texts, self._max_batch_tokens, self._is_interrupted)
         job = Job(work=work, log=RequestLogger(logger, {"model_id": self.name}))
