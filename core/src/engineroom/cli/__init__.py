@@ -63,10 +63,9 @@ def _run(argv: Sequence[str] | None, settings: object) -> int:
     import typer
 
     from engineroom.cli.app import app
+    from engineroom.cli.compat_typer import parser_error
     from engineroom.cli.output import CommandError, error_line
 
-    # The base of the parser's exceptions, wherever this version of typer keeps it.
-    parser_error: type[Exception] = typer.BadParameter.__bases__[0].__bases__[0]
     command = typer.main.get_command(app)
     try:
         status = command.main(
@@ -81,22 +80,21 @@ def _run(argv: Sequence[str] | None, settings: object) -> int:
     except CommandError as error:
         error_line(str(error))
         return error.status
-    except parser_error as error:
+    except parser_error() as error:
         return _refused(error)
 
 
 def _refused(error: Exception) -> int:
     """One line for arguments that the parser does not take."""
+    from engineroom.cli.compat_typer import help_alone, refusal
     from engineroom.cli.output import error_line, write
 
-    context = getattr(error, "ctx", None)
-    if type(error).__name__ == "NoArgsIsHelpError":  # its message is the help
-        write(context.get_help().rstrip("\n") + "\n" if context is not None else f"{error}\n")
+    if (help_text := help_alone(error)) is not None:
+        write(help_text + "\n")
         return EXIT_USAGE
-    text = " ".join(error.format_message().split()).rstrip(".")  # type: ignore[attr-defined]
-    path = context.command_path if context is not None else "engineroom"
+    text, path, status = refusal(error)
     error_line(f"{text}; `{path} --help` shows what it takes")
-    return getattr(error, "exit_code", EXIT_USAGE)
+    return status
 
 
 if __name__ == "__main__":
