@@ -111,4 +111,4 @@ def answers_by_steps(
     knowledge of how far a request had come that was stopped or failed.
     """
     own = getattr(getattr(handler, method), "__func__", None)
-    return isinstance(handler, TokenHandler) and own is getattr(TokenHandler, method)
+    return own is getattr(TokenHandler, method) and isinstance(handler, TokenHandler)

@@ -126,10 +126,12 @@ class Sink:
         def put_one(chunk: str) -> bool:
             add(chunk)
             try:
-                self.held = put(chunk)
+                if (held := put(chunk)) is None:
+                    return True
+                self.held = held
             except BaseException as error:  # noqa: BLE001 - raised again in wait()
                 self.held = error
-            return self.held is None
+            return False
 
         return await reader.push_chunks(put_one)
 

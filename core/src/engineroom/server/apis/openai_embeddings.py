@@ -85,7 +85,7 @@ async def embeddings(call: Call) -> None:
             metadata=common["metadata"],
         )
     except ValidationError as error:
-        raise invalid_fields(error) from error
+        raise invalid_fields(error, {"texts": "input"}) from error
     async with call.attended(), admission(call, [asked]) as slot:
         try:
             made = await call.context.service.embed(
