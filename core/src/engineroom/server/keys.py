@@ -89,11 +89,11 @@ class KeyRing:
     def find(self, key: str) -> Identity | None:
         """Whose key it is. Takes as long for a wrong key as for a right one."""
         digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
-        found: Identity | None = None
+        owner: Identity | None = None
         for known, identity in self._entries:
             if hmac.compare_digest(known, digest):
-                found = identity
-        return found
+                owner = identity
+        return owner
 
     @classmethod
     def read(
@@ -139,7 +139,7 @@ def _from_file(path: Path | None) -> list[tuple[str, str]]:
         raise ConfigurationError(
             f"the key file {os.fspath(path)!r} cannot be read: {reason}"
         ) from error
-    found: list[tuple[str, str]] = []
+    pairs: list[tuple[str, str]] = []
     for number, line in enumerate(text.splitlines(), 1):
         words = line.split()
         if not words or words[0].startswith("#"):
@@ -148,12 +148,12 @@ def _from_file(path: Path | None) -> list[tuple[str, str]]:
             raise ConfigurationError(
                 f"{os.fspath(path)}:{number}: a line is NAME KEY or NAME sha256:HEX"
             )
-        found.append((words[0], words[1]))
-    if not found:
+        pairs.append((words[0], words[1]))
+    if not pairs:
         raise ConfigurationError(
             f"the key file {os.fspath(path)!r} has no key; `engineroom new-key NAME` makes one"
         )
-    return found
+    return pairs
 
 
 def _from_variable(variable: str, prefix: str, environ: Mapping[str, str]) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""What a server is told: where it listens, who may use it, and how much."""
+"""The settings of a server: where it listens, who may use it, and how much."""
 
 from __future__ import annotations
 
@@ -12,33 +12,15 @@ from engineroom.server.keys import KeyRing
 __all__ = ["ServerSettings"]
 
 
-def _setting(
-    default: Any,
-    text: str,
-    *,
-    flag: bool = True,
-    from_zero: bool = False,
-    most: int | None = None,
-    metavar: str | None = None,
-) -> Any:
-    """A field, and what is told of it.
+def _setting(default: Any, text: str, **more: Any) -> Any:
+    """A field and its meaning.
 
     :param text: what it means; the help of its flag.
-    :param flag: whether ``engineroom serve`` has a flag for it.
-    :param from_zero: 0 is allowed, too.
-    :param most: the largest number that is allowed.
-    :param metavar: what stands for the flag's value.
+    :param more: ``flag``: whether ``engineroom serve`` has a flag for it; ``metavar``: what stands
+        there for the value; ``from_zero``: 0 is allowed, too; ``most``: the largest number.
     """
-    return field(
-        default=default,
-        metadata={
-            "text": text,
-            "flag": flag,
-            "from_zero": from_zero,
-            "most": most,
-            "metavar": metavar,
-        },
-    )
+    known = {"flag": True, "metavar": None, "from_zero": False, "most": None}
+    return field(default=default, metadata={"text": text, **known, **more})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

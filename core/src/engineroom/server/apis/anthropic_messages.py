@@ -24,7 +24,7 @@ from engineroom.server.apis.request_fields import (
     stops,
     text_of,
 )
-from engineroom.server.apis.routing import WORK_ERRORS, Route
+from engineroom.server.apis.routing import work_route
 from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ApiError, ErrorBody
 from engineroom.server.http.exchange import Writer, answer_all, stream_all
@@ -277,17 +277,14 @@ def _event(kind: str, **fields: Any) -> bytes:
 
 
 ROUTES = (
-    Route(
-        path="/v1/messages",
-        method="POST",
-        endpoint=messages,
-        summary="Continue a conversation (Anthropic)",
-        tag="Anthropic",
-        work=True,
+    work_route(
+        "/v1/messages",
+        messages,
+        "Continue a conversation (Anthropic)",
+        "Anthropic",
         request=MessagesRequest,
         response=Message,
         error=AnthropicError,
-        errors=WORK_ERRORS,
         streams=True,
         example={
             "model": "default",

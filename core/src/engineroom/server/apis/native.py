@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from engineroom.schemas import InferenceRequest, InferenceResponse
 from engineroom.server.apis.request_fields import check_count, common_fields
-from engineroom.server.apis.routing import WORK_ERRORS, Route
+from engineroom.server.apis.routing import work_route
 from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ApiError, OpenAIError, invalid_fields
 from engineroom.server.http.exchange import Writer, answer_all, stream_all
@@ -75,16 +75,13 @@ class InferenceWriter(Writer):
 
 
 ROUTES = (
-    Route(
-        path="/v1/inference",
-        method="POST",
-        endpoint=inference,
-        summary="Answer an InferenceRequest",
-        tag="engineroom",
-        work=True,
+    work_route(
+        "/v1/inference",
+        inference,
+        "Answer an InferenceRequest",
+        "engineroom",
         request=InferenceRequest,
         response=InferenceResponse,
-        errors=WORK_ERRORS,
         streams=True,
         example={"model_id": "default", "prompt": "Once upon a time"},
     ),

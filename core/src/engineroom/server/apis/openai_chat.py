@@ -30,7 +30,7 @@ from engineroom.server.apis.request_fields import (
     parse,
     text_of,
 )
-from engineroom.server.apis.routing import WORK_ERRORS, Route
+from engineroom.server.apis.routing import work_route
 from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ApiError
 from engineroom.server.http.exchange import answer_all, stream_all
@@ -279,16 +279,13 @@ class ChatWriter(OpenAIWriter):
 
 
 ROUTES = (
-    Route(
-        path="/v1/chat/completions",
-        method="POST",
-        endpoint=chat_completions,
-        summary="Continue a conversation (OpenAI)",
-        tag="OpenAI",
-        work=True,
+    work_route(
+        "/v1/chat/completions",
+        chat_completions,
+        "Continue a conversation (OpenAI)",
+        "OpenAI",
         request=ChatRequest,
         response=ChatCompletion,
-        errors=WORK_ERRORS,
         streams=True,
         example={
             "model": "default",

@@ -22,7 +22,7 @@ from engineroom.server.apis.openai_common import (
     usage_of,
 )
 from engineroom.server.apis.request_fields import parse
-from engineroom.server.apis.routing import WORK_ERRORS, Route
+from engineroom.server.apis.routing import work_route
 from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ApiError
 from engineroom.server.http.exchange import answer_all, stream_all
@@ -248,16 +248,13 @@ class CompletionWriter(OpenAIWriter):
 
 
 ROUTES = (
-    Route(
-        path="/v1/completions",
-        method="POST",
-        endpoint=completions,
-        summary="Continue prompts (OpenAI)",
-        tag="OpenAI",
-        work=True,
+    work_route(
+        "/v1/completions",
+        completions,
+        "Continue prompts (OpenAI)",
+        "OpenAI",
         request=CompletionRequest,
         response=Completion,
-        errors=WORK_ERRORS,
         streams=True,
         example={"model": "default", "prompt": "Once upon a time", "max_tokens": 20},
     ),

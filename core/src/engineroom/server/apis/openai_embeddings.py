@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 from engineroom.errors import EngineRoomError
 from engineroom.schemas import EmbeddingRequest, GenerationParams
 from engineroom.server.apis.request_fields import ApiRequest, ModelName, common_fields, parse
-from engineroom.server.apis.routing import WORK_ERRORS, Route
+from engineroom.server.apis.routing import work_route
 from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ApiError, invalid_fields
 from engineroom.server.http.exchange import admission
@@ -117,16 +117,13 @@ def _base64(vector: Sequence[float]) -> str:
 
 
 ROUTES = (
-    Route(
-        path="/v1/embeddings",
-        method="POST",
-        endpoint=embeddings,
-        summary="Turn texts into vectors (OpenAI)",
-        tag="OpenAI",
-        work=True,
+    work_route(
+        "/v1/embeddings",
+        embeddings,
+        "Turn texts into vectors (OpenAI)",
+        "OpenAI",
         request=EmbeddingsRequest,
         response=EmbeddingList,
-        errors=WORK_ERRORS,
         example={"model": "default", "input": ["Why is the sky blue?"]},
     ),
 )

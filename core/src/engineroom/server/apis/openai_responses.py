@@ -27,7 +27,7 @@ from engineroom.server.apis.request_fields import (
     parse,
     text_of,
 )
-from engineroom.server.apis.routing import WORK_ERRORS, Route
+from engineroom.server.apis.routing import work_route
 from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ApiError
 from engineroom.server.http.exchange import Writer, answer_all, stream_all
@@ -339,16 +339,13 @@ class ResponsesWriter(Writer):
 
 
 ROUTES = (
-    Route(
-        path="/v1/responses",
-        method="POST",
-        endpoint=create_response,
-        summary="Answer a text or a conversation (OpenAI)",
-        tag="OpenAI",
-        work=True,
+    work_route(
+        "/v1/responses",
+        create_response,
+        "Answer a text or a conversation (OpenAI)",
+        "OpenAI",
         request=ResponsesRequest,
         response=Response,
-        errors=WORK_ERRORS,
         streams=True,
         example={"model": "default", "input": "Why is the sky blue?", "max_output_tokens": 20},
     ),

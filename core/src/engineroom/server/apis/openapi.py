@@ -60,14 +60,7 @@ def described(routes: Sequence[Route]) -> tuple[Route, ...]:
 
     every_route = (
         *routes,
-        Route(
-            path="/openapi.json",
-            method="GET",
-            endpoint=openapi,
-            summary="This description",
-            tag="operations",
-            response=Anything,
-        ),
+        Route("GET", "/openapi.json", openapi, "This description", "operations", response=Anything),
     )
     return every_route
 

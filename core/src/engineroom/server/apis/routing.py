@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Final, Literal, TypeAlias
 
 from pydantic import BaseModel
@@ -12,14 +12,14 @@ from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ErrorBody, OpenAIError
 from engineroom.server.http.frames import Answer
 
-__all__ = ["WORK_ERRORS", "Access", "Route"]
+__all__ = ["WORK_ERRORS", "Access", "Route", "work_route"]
 
 Access: TypeAlias = Literal["open", "key", "admin"]
 WORK_ERRORS: Final = (400, 404, 408, 413, 415, 429, 500, 503)
 """How a route can end that has a model work."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Route:
     """A route.
 
@@ -36,11 +36,12 @@ class Route:
     :param media: type of an answer that is not JSON.
     """
 
-    path: str
     method: Literal["GET", "POST"]
+    path: str
     endpoint: Callable[[Call], Awaitable[None]]
     summary: str
     tag: str
+    _: KW_ONLY
     access: Access = "key"
     work: bool = False
     request: type[BaseModel] | None = None
@@ -52,3 +53,13 @@ class Route:
     own_errors: tuple[int, ...] = ()
     streams: bool = False
     media: str = "application/json"
+
+
+def work_route(
+    path: str, endpoint: Callable[[Call], Awaitable[None]], summary: str, tag: str, **more: Any
+) -> Route:
+    """A route on which a model works.
+
+    :param more: further fields of the route.
+    """
+    return Route("POST", path, endpoint, summary, tag, work=True, errors=WORK_ERRORS, **more)

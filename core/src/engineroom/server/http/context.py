@@ -15,24 +15,9 @@ from engineroom.server.settings import ServerSettings
 from engineroom.service import LLMInferenceService
 from engineroom.telemetry import request_logger
 
-__all__ = ["Rejections", "ServerContext"]
+__all__ = ["ServerContext"]
 
 logger = logging.getLogger("engineroom.server.context")
-
-
-class Rejections:
-    """Tells observers what the server's own limits did to a request."""
-
-    def __init__(self, service: LLMInferenceService) -> None:
-        self._registry = service.registry
-
-    def rejected(self, request: InferenceRequest, reason: str) -> None:
-        """It was turned away."""
-        self._registry.notify("engineroom_request_rejected", request=request, reason=reason)
-
-    def waited(self, request: InferenceRequest, waited_s: float) -> None:
-        """It was let in."""
-        self._registry.notify("engineroom_request_waited", request=request, waited_s=waited_s)
 
 
 class ServerContext:
@@ -46,7 +31,6 @@ class ServerContext:
         self.service = service
         self.settings = settings
         self.limiter = Limiter(settings)
-        self.rejections = Rejections(service)
         self.directory = ModelDirectory(service)
         self.metrics = PrometheusObserver(self.directory, lambda: self.limiter.queued)
         service.registry.register_plugin(self.metrics, name=f"server-metrics-{id(self):x}")
@@ -54,6 +38,16 @@ class ServerContext:
         """A preload runs."""
         self.draining = False
         """The server stops: no request is taken any more."""
+
+    def rejected(self, request: InferenceRequest, reason: str) -> None:
+        """Tell observers that a limit of the server turned a request away."""
+        self.service.registry.notify("engineroom_request_rejected", request=request, reason=reason)
+
+    def waited(self, request: InferenceRequest, waited_s: float) -> None:
+        """Tell observers that a request was let in."""
+        self.service.registry.notify(
+            "engineroom_request_waited", request=request, waited_s=waited_s
+        )
 
     def traceparent_of(self, request_id: str) -> str | None:
         """The W3C trace context of a request's span, where an observer traces."""

@@ -138,11 +138,11 @@ async def admission(call: Call, requests: Sequence[InferenceRequest]) -> AsyncIt
         who, timeout_s = call.identity.name, requests[0].timeout_s
         async with limiter.slot(who, len(requests), tokens, timeout_s) as slot:
             waiting = False
-            context.rejections.waited(requests[0], slot.waited_s)
+            context.waited(requests[0], slot.waited_s)
             yield slot
     except ApiError as error:
         if waiting and error.status in (408, 429):
-            context.rejections.rejected(requests[0], error.code or "limit")
+            context.rejected(requests[0], error.code or "limit")
         raise
 
 

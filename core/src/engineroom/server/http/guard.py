@@ -63,8 +63,8 @@ def identify(call: Call) -> Identity:
     keys = call.context.settings.keys
     if not keys.needed:
         return ANONYMOUS
-    scheme, _, given = call.header(b"authorization").partition(" ")
-    key = given.strip() if scheme.lower() == "bearer" else call.header(b"x-api-key").strip()
+    scheme, _, token = call.header(b"authorization").partition(" ")
+    key = token.strip() if scheme.lower() == "bearer" else call.header(b"x-api-key").strip()
     if not key:
         raise ApiError(
             401,
