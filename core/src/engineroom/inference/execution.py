@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
 from typing import TypeAlias
@@ -39,6 +40,7 @@ Work: TypeAlias = Callable[
 scope's ``check`` when the handler has answered."""
 
 
+@dataclass(eq=False, slots=True)
 class Execution:
     """Carries one request from admission to its end.
 
@@ -51,37 +53,22 @@ class Execution:
     :param choose: finds its handler.
     """
 
-    __slots__ = (
-        "_admission",
-        "_choose",
-        "_delivered",
-        "_entered",
-        "_lease",
-        "_response",
-        "_scope",
-        "_source",
-        "_warnings",
-    )
-
-    def __init__(
-        self, scope: RequestScope, admission: Admission, source: ModelSource, choose: Choose
-    ) -> None:
-        self._scope = scope
-        self._admission = admission
-        self._source = source
-        self._choose = choose
-        self._lease: AbstractAsyncContextManager[LoadedModel] | None = None
-        self._warnings: list[str] = []
-        self._entered = 0.0
-        self._response: InferenceResponse | None = None
-        self._delivered: DeliveredChunks | None = None
+    scope: RequestScope
+    admission: Admission
+    source: ModelSource
+    choose: Choose
+    _lease: AbstractAsyncContextManager[LoadedModel] | None = field(default=None, init=False)
+    _warnings: list[str] = field(default_factory=list, init=False)
+    _entered: float = field(default=0.0, init=False)
+    _response: InferenceResponse | None = field(default=None, init=False)
+    _delivered: DeliveredChunks | None = field(default=None, init=False)
 
     async def run(self, work: Work) -> InferenceResponse:
         """Answer in whole, in the caller's task.
 
         :returns: the response, in which a failure is told; ``scope.error`` is that error.
         """
-        scope = self._scope
+        scope = self.scope
         scope.begin()
         try:
             async with self:
@@ -94,13 +81,13 @@ class Execution:
 
     async def chunks(self) -> AsyncGenerator[str, None]:
         """Answer piece by piece. Runs in whichever task reads; ends with a ``StreamError``."""
-        scope = self._scope
+        scope = self.scope
         delivered = self._delivered = DeliveredChunks()
         closing = False  # nothing may be yielded any more
         async with self:
             handler, loaded_model = await self._open()
-            if self._admission.registry.listens("engineroom_request_gaps"):
-                delivered.listener = partial(self._admission.tell_gaps, scope)
+            if self.admission.registry.listens("engineroom_request_gaps"):
+                delivered.listener = partial(self.admission.tell_gaps, scope)
             reader = _open_reader(scope, handler, loaded_model)
             try:
                 while not reader.ended:
@@ -132,20 +119,20 @@ class Execution:
 
     async def _open(self) -> tuple[InferenceHandler, LoadedModel]:
         """Let the request in, lease its model, choose its handler."""
-        scope, registry = self._scope, self._admission.registry
+        scope, registry = self.scope, self.admission.registry
         if not registry.discovered:  # observers, too, are to see the first request
             await asyncio.to_thread(registry.discover)
-        self._admission.admit(scope)
-        lease = self._source.lease(scope.request.model_id)
+        self.admission.admit(scope)
+        lease = self.source.lease(scope.request.model_id)
         loaded_model = await lease.__aenter__()
         self._lease = lease
-        handler, self._warnings = self._choose(scope, loaded_model)
+        handler, self._warnings = self.choose(scope, loaded_model)
         self._entered = time.perf_counter()
         return handler, loaded_model
 
     def _complete(self, response: InferenceResponse | None) -> None:
         self._response = completed(
-            self._scope, response, self._warnings, self._entered, self._delivered
+            self.scope, response, self._warnings, self._entered, self._delivered
         )
 
     async def __aenter__(self) -> None:
@@ -165,10 +152,10 @@ class Execution:
                 raised = late
         if raised is None:
             assert self._response is not None
-            self._admission.finish(self._scope, self._response)
+            self.admission.finish(self.scope, self._response)
             return False
-        response, ended_by = failed(self._scope, raised, self._delivered)
-        self._admission.finish(self._scope, response)
+        response, ended_by = failed(self.scope, raised, self._delivered)
+        self.admission.finish(self.scope, response)
         if isinstance(ended_by, Exception):
             return True
         if ended_by is error:

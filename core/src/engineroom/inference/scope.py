@@ -26,29 +26,6 @@ class RequestScope:
     comes back.
     """
 
-    __slots__ = (
-        "_baseline",
-        "_cancelled",
-        "_chunks",
-        "_task",
-        "_timer",
-        "_waiters",
-        "cause",
-        "closer",
-        "deadline",
-        "error",
-        "generation",
-        "handler",
-        "leaving",
-        "quiet",
-        "request",
-        "response",
-        "sink",
-        "started",
-        "stopped",
-        "unread",
-    )
-
     def __init__(self, request: InferenceRequest) -> None:
         self.request = request
         self.started = time.perf_counter()
