@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import json
 import pkgutil
+from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 
 pytest.importorskip("uvicorn", reason="needs the extra engineroom[server]")
@@ -13,12 +16,14 @@ pytest.importorskip("msgspec", reason="needs the extra engineroom[server]")
 
 from pydantic import BaseModel
 
-from engineroom.server import apis
+from engineroom.schemas import GenerationParams, InferenceRequest
+from engineroom.server import apis, routes
 from engineroom.server.apis import openapi
 from engineroom.server.apis.openai_common import Chunk, Usage
-from engineroom.server.apis.routing import Route
+from engineroom.server.apis.routing import Route, work_route
 from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ApiError, ErrorBody
+from engineroom.server.http.exchange import Writer, stream_all
 from engineroom.server.http.frames import Answer, dumps
 from engineroom.server.routes import APIS, all_routes, document
 
@@ -43,6 +48,31 @@ class Plain(ErrorBody, kw_only=True):
 async def greet(call: Call) -> None:
     """Greet somebody."""
     await call.answer_json(Greeting(text="hello"))
+
+
+class Lines(Writer):
+    """A JSON object a line."""
+
+    HEADERS = ((b"content-type", b"application/x-ndjson"),)
+    PING = b"\n"
+
+    def framer(self, index):
+        return lambda text: dumps({"text": text}) + b"\n"
+
+    def finish(self, index, response):
+        return b"{}\n"
+
+    def fail(self, error, responses):
+        return dumps(Plain.of(error, "")) + b"\n"
+
+
+async def talk(call: Call) -> None:
+    """Say the prompt."""
+    body = await call.json()
+    request = InferenceRequest(
+        model_id="m", prompt=body["prompt"], params=GenerationParams(max_new_tokens=9)
+    )
+    await stream_all(call, [request], Lines())
 
 
 def route(**fields: Any) -> Route:
@@ -108,3 +138,35 @@ def test_what_is_absent_is_not_sent_and_half_a_surrogate_is():
     assert all(issubclass(route.response, Answer | BaseModel) for route in all_routes()
                if route.response is not None)  # fmt: skip
     assert Usage.__struct_config__.forbid_unknown_fields
+
+
+@pytest.fixture
+def another_api(monkeypatch):
+    """An API that streams lines of JSON and has errors of its own form, named in the list."""
+    streams = "application/x-ndjson"
+    new = work_route("/talk", talk, "Talk", "t", response=Greeting, error=Plain, streams=streams)
+    caches = (routes.all_routes, routes.document)
+    monkeypatch.setattr(routes, "APIS", (*APIS, SimpleNamespace(ROUTES=(new,))))
+    for cached in caches:
+        cached.cache_clear()
+    yield
+    for cached in caches:
+        cached.cache_clear()
+
+
+@pytest.mark.usefixtures("another_api")
+def test_an_api_needs_nothing_but_a_module_and_its_name(start):
+    with start(heartbeat_s=0.02, max_body_bytes=100) as run:
+        described = httpx.get(run.url + "/openapi.json").json()["paths"]["/talk"]["post"]
+        assert "application/x-ndjson" in described["responses"]["200"]["content"]
+        with httpx.stream("POST", run.url + "/talk", json={"prompt": "!wait one"}) as answer:
+            assert answer.headers["content-type"] == "application/x-ndjson"
+            lines = answer.iter_lines()
+            assert next(lines) == ""  # a sign of life
+            run.call(run.handler.gate.set)
+            said = [json.loads(line) for line in lines if line]
+        assert said == [{"text": "!wait"}, {"text": " one"}, {}]
+        refused = httpx.post(run.url + "/talk", json={"prompt": "x" * 200})
+        assert (refused.status_code, refused.json()) == (413, {"error": "body_too_large"})
+        failed = httpx.post(run.url + "/talk", json={"prompt": "a b !break d"})
+        assert json.loads(failed.text.splitlines()[-1]) == {"error": "failed"}

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Front", "ServerContext", "create_app"]
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("engineroom.server.app")
 
 _CALL: Final = "engineroom.call"
 
@@ -62,14 +62,14 @@ class Front:
 
     def __init__(self, context: ServerContext) -> None:
         self.context = context
+        every_route = routes.all_routes()
         self.router = routing.Router(
             [
                 routing.Route(route.path, Endpoint(route), methods=[route.method])
-                for route in routes.all_routes()
+                for route in every_route
             ],
             redirect_slashes=False,
         )
-        every_route = routes.all_routes()
         self._open = frozenset(route.path for route in every_route if route.access == "open")
         self._error_bodies = [
             (route.path, route.error) for route in every_route if route.error is not OpenAIError

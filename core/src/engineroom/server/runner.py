@@ -29,7 +29,7 @@ from engineroom.status import PreloadProgress
 
 __all__ = ["EngineRoomServer", "bind", "loop_factory", "serve"]
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("engineroom.server.runner")
 
 CLOSE_S: Final = 5
 """Seconds that connections get to take the last bytes, once all work has ended."""

@@ -24,7 +24,7 @@ from engineroom.server.apis.request_fields import (
     stops,
     text_of,
 )
-from engineroom.server.apis.routing import work_route
+from engineroom.server.apis.routing import SSE, work_route
 from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ApiError, ErrorBody
 from engineroom.server.http.exchange import Writer, answer_all, stream_all
@@ -285,7 +285,7 @@ ROUTES = (
         request=MessagesRequest,
         response=Message,
         error=AnthropicError,
-        streams=True,
+        streams=SSE,
         example={
             "model": "default",
             "max_tokens": 20,

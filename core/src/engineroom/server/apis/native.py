@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from engineroom.schemas import InferenceRequest, InferenceResponse
 from engineroom.server.apis.request_fields import check_count, common_fields
-from engineroom.server.apis.routing import work_route
+from engineroom.server.apis.routing import SSE, work_route
 from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ApiError, OpenAIError, invalid_fields
 from engineroom.server.http.exchange import Writer, answer_all, stream_all
@@ -82,7 +82,7 @@ ROUTES = (
         "engineroom",
         request=InferenceRequest,
         response=InferenceResponse,
-        streams=True,
+        streams=SSE,
         example={"model_id": "default", "prompt": "Once upon a time"},
     ),
 )

@@ -30,7 +30,7 @@ from engineroom.server.apis.request_fields import (
     parse,
     text_of,
 )
-from engineroom.server.apis.routing import work_route
+from engineroom.server.apis.routing import SSE, work_route
 from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ApiError
 from engineroom.server.http.exchange import answer_all, stream_all
@@ -286,7 +286,7 @@ ROUTES = (
         "OpenAI",
         request=ChatRequest,
         response=ChatCompletion,
-        streams=True,
+        streams=SSE,
         example={
             "model": "default",
             "messages": [{"role": "user", "content": "Why is the sky blue?"}],

@@ -22,7 +22,7 @@ from engineroom.server.apis.openai_common import (
     usage_of,
 )
 from engineroom.server.apis.request_fields import parse
-from engineroom.server.apis.routing import work_route
+from engineroom.server.apis.routing import SSE, work_route
 from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ApiError
 from engineroom.server.http.exchange import answer_all, stream_all
@@ -255,7 +255,7 @@ ROUTES = (
         "OpenAI",
         request=CompletionRequest,
         response=Completion,
-        streams=True,
+        streams=SSE,
         example={"model": "default", "prompt": "Once upon a time", "max_tokens": 20},
     ),
 )

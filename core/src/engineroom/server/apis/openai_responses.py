@@ -27,7 +27,7 @@ from engineroom.server.apis.request_fields import (
     parse,
     text_of,
 )
-from engineroom.server.apis.routing import work_route
+from engineroom.server.apis.routing import SSE, work_route
 from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ApiError
 from engineroom.server.http.exchange import Writer, answer_all, stream_all
@@ -346,7 +346,7 @@ ROUTES = (
         "OpenAI",
         request=ResponsesRequest,
         response=Response,
-        streams=True,
+        streams=SSE,
         example={"model": "default", "input": "Why is the sky blue?", "max_output_tokens": 20},
     ),
 )

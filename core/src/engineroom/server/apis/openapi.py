@@ -120,8 +120,8 @@ def document(routes: Sequence[Route]) -> dict[str, Any]:
 def _responses(route: Route) -> dict[str, Any]:
     done = {"type": "string"} if route.response is None else _ref(route.response)
     content: dict[str, Any] = {route.media: {"schema": done}}
-    if route.streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+    if route.streams is not None:
+        content[route.streams] = {"schema": {"type": "string"}}
     responses: dict[str, Any] = {
         "200": {"description": "Done", "content": content, "headers": _HEADERS}
     }

@@ -12,9 +12,10 @@ from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ErrorBody, OpenAIError
 from engineroom.server.http.frames import Answer
 
-__all__ = ["WORK_ERRORS", "Access", "Route", "work_route"]
+__all__ = ["SSE", "WORK_ERRORS", "Access", "Route", "work_route"]
 
 Access: TypeAlias = Literal["open", "key", "admin"]
+SSE: Final = "text/event-stream"
 WORK_ERRORS: Final = (400, 404, 408, 413, 415, 429, 500, 503)
 """How a route can end that has a model work."""
 
@@ -32,8 +33,8 @@ class Route:
     :param example: of the body.
     :param errors: statuses of errors, beside those that every route has.
     :param own_errors: those of ``errors`` whose body has the form of the answer.
-    :param streams: the body has ``stream``, and the answer may be server-sent events.
-    :param media: type of an answer that is not JSON.
+    :param streams: type of the answer where the body's ``stream`` asks for a stream.
+    :param media: type of an answer that is no stream.
     """
 
     method: Literal["GET", "POST"]
@@ -51,7 +52,7 @@ class Route:
     example: Mapping[str, Any] = field(default_factory=dict)
     errors: tuple[int, ...] = ()
     own_errors: tuple[int, ...] = ()
-    streams: bool = False
+    streams: str | None = None
     media: str = "application/json"
 
 

@@ -28,6 +28,8 @@ from engineroom.server.http.frames import Answer
 __all__ = [
     "RETRY_AFTER_S",
     "ApiError",
+    "ErrorBody",
+    "OpenAIError",
     "api_error_of",
     "invalid_fields",
     "stopping",
