@@ -97,7 +97,7 @@ async def test_a_draft_that_is_wrong_costs_nothing_but_work(models: Tiny) -> Non
 
             def close(self) -> None: ...
 
-        rig.engine._drafter = Wrong()
+        rig.engine.scheduler.drafter = Wrong()
         tokens = rig.tokens(TEXT)[:30]
         for _ in range(2):  # the second time from the cache
             answer = await rig.answer(tokens, max_new_tokens=40)
@@ -125,7 +125,7 @@ async def test_a_long_prompt_is_read_by_the_draft_over_several_steps(models: Tin
         answer = await rig.answer(tokens, max_new_tokens=60)
         assert answer.tokens == models.reference("llama").greedy(tokens, 60)
         assert rig.engine.accepted > 0
-        drafter = rig.engine._drafter
+        drafter = rig.engine.scheduler.drafter
         assert isinstance(drafter, DraftModel)
         (content,) = drafter._content.values()
         assert content[:150] == tokens
@@ -136,7 +136,7 @@ async def test_the_next_request_of_a_slot_reuses_what_the_draft_has_read(models:
     with Rig(parts, max_batch_size=1) as rig:
         tokens = rig.tokens(TEXT)[:100]
         await rig.answer(tokens, max_new_tokens=20)
-        drafter = rig.engine._drafter
+        drafter = rig.engine.scheduler.drafter
         assert isinstance(drafter, DraftModel)
         read: list[int] = []
         forward = drafter._forward
@@ -158,7 +158,7 @@ async def test_the_next_request_of_a_slot_reuses_what_the_draft_has_read(models:
 async def test_a_draft_that_fails_is_not_believed_to_have_read_anything(models: Tiny) -> None:
     parts, _ = drafted(models, "same")
     with Rig(parts, max_batch_size=1) as rig:
-        drafter = rig.engine._drafter
+        drafter = rig.engine.scheduler.drafter
         assert isinstance(drafter, DraftModel)
         forward = drafter._forward
 
@@ -186,7 +186,7 @@ async def test_closing_gives_the_drafts_cache_back_too(models: Tiny) -> None:
     with Rig(models.parts("llama")) as rig:
         alone = rig.engine.memory_bytes
     with Rig(parts) as rig:
-        drafter = rig.engine._drafter
+        drafter = rig.engine.scheduler.drafter
         assert isinstance(drafter, DraftModel)
         assert rig.engine.memory_bytes == 2 * alone
     assert drafter._forward.cache.nbytes == 0

@@ -670,7 +670,7 @@ async def test_a_token_that_cannot_be_chosen_fails_the_step_and_nobody_is_forgot
     models: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One request gets nonsense, and then, while proposals are checked, choosing fails."""
-    from engineroom_hf_transformers import engine as module
+    from engineroom_hf_transformers import outcomes as module
 
     with Rig(models.parts("llama"), prompt_lookup=True) as rig:
         tasks = [

@@ -139,7 +139,7 @@ async def test_a_draft_that_fails_is_not_believed_to_have_read_anything(
 ) -> None:
     bench = await make(draft_model=str(tiny_model), n_parallel=1)
     expected = (await bench.service.infer(ask(TEXT, max_new_tokens=40))).generated_text
-    drafter = bench.engine._drafter
+    drafter = bench.engine.scheduler.drafter
     assert isinstance(drafter, DraftModel)
     decode = LlamaContext.decode
     calls: list[int] = []
@@ -161,7 +161,7 @@ async def test_a_request_that_ends_leaves_nothing_in_the_draft(
     bench = await make(draft_model=str(tiny_model))
     await asyncio.gather(*(bench.service.infer(ask(f"{i} {TEXT}")) for i in range(6)))
     await bench.idle()
-    drafter = bench.engine._drafter
+    drafter = bench.engine.scheduler.drafter
     assert isinstance(drafter, DraftModel)
     assert drafter._content == {}
     assert [drafter._context.length(i) for i in range(drafter._context.sequences)] == [0] * 16

@@ -66,5 +66,26 @@ from .sampling import (
 from .sampling import (
     top_logprobs as top_logprobs,
 )
+from .scheduler import (
+    BatchSlice as BatchSlice,
+)
+from .scheduler import (
+    Choice as Choice,
+)
+from .scheduler import (
+    Chosen as Chosen,
+)
+from .scheduler import (
+    Scheduler as Scheduler,
+)
+from .scheduler import (
+    StepBatch as StepBatch,
+)
+from .scheduler import (
+    StepOutputs as StepOutputs,
+)
+from .scheduler import (
+    TextTask as TextTask,
+)
 
 __all__: list[str]

@@ -38,7 +38,7 @@ __all__ = ["BatchingEngine", "EngineTask"]
 
 logger = logging.getLogger("engineroom.batching")
 
-_PARCEL = tuple[Mailbox, TokenStep | EngineRoomError]
+_Item = tuple[Mailbox, TokenStep | EngineRoomError]
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -213,9 +213,9 @@ class BatchingEngine(ABC, Generic[_T]):
 
     # ── for steps, on the thread ─────────────────────────────────────────────────────────────
 
-    def hand_over(self, parcels: Iterable[_PARCEL]) -> None:
+    def hand_over(self, items: Iterable[_Item]) -> None:
         """Give requests their steps, or the errors that end them: once a step, for all."""
-        deliver(parcels)
+        deliver(items)
 
     def leave(self, task: _T) -> None:
         """The request has ended; its slot is free."""

@@ -23,15 +23,12 @@ from engineroom import (
     CPU_LOOP,
     BatchingEngine,
     DecodeLoop,
-    EngineRoomError,
     InferenceRequest,
-    Mailbox,
     RequestLogger,
     ResourceNotAvailableError,
-    TokenStep,
     request_logger,
 )
-from engineroom.engine import Drafter, DraftRequest, SamplerState, logprob_maker
+from engineroom.engine import SamplerState, Scheduler, StepBatch, logprob_maker
 from engineroom.sources import PoolingRecipe
 from engineroom_hf_transformers.attention import StepStoppedError
 from engineroom_hf_transformers.by_generate import Generation, neutral
@@ -40,10 +37,16 @@ from engineroom_hf_transformers.chunking import ReadingCost
 from engineroom_hf_transformers.drafting import make_drafter
 from engineroom_hf_transformers.embedding import EmbeddingJob, recipe_of
 from engineroom_hf_transformers.model import forward_of, reading_cost, why_not_driven
-from engineroom_hf_transformers.outcomes import Outcome, logprobs, step_of, take
-from engineroom_hf_transformers.sampling import choose
-from engineroom_hf_transformers.step_errors import nonsense, step_error
-from engineroom_hf_transformers.tasks import Job, Row, Task, compose, tokens_of
+from engineroom_hf_transformers.outcomes import Outcomes
+from engineroom_hf_transformers.step_errors import step_error
+from engineroom_hf_transformers.tasks import (
+    EmbeddingTask,
+    Job,
+    PackedSlice,
+    Task,
+    compose,
+    tokens_of,
+)
 from engineroom_hf_transformers.tokens import Vocabulary
 
 if TYPE_CHECKING:
@@ -98,11 +101,8 @@ class HfEngine(BatchingEngine[Job]):
         self._slots = (
             Slots(self._forward.cache, reuse=options.prefix_cache) if self._forward else None
         )
-        self._drafter: Drafter | None = (
-            make_drafter(parts, options, self._max_batch_tokens) if batched else None
-        )
-        self.proposed = self.accepted = 0
-        """Tokens that were proposed by the draft, and those of them that were right."""
+        drafter = make_drafter(parts, options, self._max_batch_tokens) if batched else None
+        self.scheduler: Scheduler[Task] = Scheduler(self, drafter, options.draft_tokens)
         on_cpu = parts.device.type == "cpu"
         super().__init__(
             name,
@@ -122,12 +122,19 @@ class HfEngine(BatchingEngine[Job]):
     def memory_bytes(self) -> int:
         """Weights and cache, those of the draft included."""
         parts = [self.parts] + ([self.parts.draft] if self.parts.draft is not None else [])
-        found = sum(each.weight_bytes for each in parts)
-        if self._forward is not None:
-            found += self._forward.cache.nbytes
-        if self._drafter is not None:
-            found += self._drafter.nbytes
-        return found
+        weights = sum(part.weight_bytes for part in parts)
+        cache = 0 if self._forward is None else self._forward.cache.nbytes
+        return weights + cache + (self.scheduler.drafter.nbytes if self.scheduler.drafter else 0)
+
+    @property
+    def proposed(self) -> int:
+        """Tokens that were proposed by the draft."""
+        return self.scheduler.proposed
+
+    @property
+    def accepted(self) -> int:
+        """Those of them that were right."""
+        return self.scheduler.accepted
 
     def request(self, request: InferenceRequest, tokens: list[int]) -> Task:
         """Queue a request; see :meth:`~engineroom.BatchingEngine.submit`."""
@@ -152,7 +159,7 @@ class HfEngine(BatchingEngine[Job]):
     ) -> tuple[Job, EmbeddingJob]:
         """Queue texts, as token ids, to be turned into vectors; see :meth:`request`."""
         work = EmbeddingJob(self.parts, recipe, texts, self._max_batch_tokens, self._is_interrupted)
-        job = Job(work=work, log=RequestLogger(logger, {"model_id": self.name}))
+        job = EmbeddingTask(work=work, log=RequestLogger(logger, {"model_id": self.name}))
         self.submit(job)
         return job, work
 
@@ -185,12 +192,11 @@ class HfEngine(BatchingEngine[Job]):
         if not isinstance(task, Task):
             return
         if task.slot is not None and self._slots is not None:
-            written = len(task.tokens) + len(task.proposed)
+            written = len(task.tokens) + len(task.draft)
             self._slots.give_back(
-                task.slot, task.tokens[: task.cached], unsound=written if task.doubtful else 0
+                task.slot, task.tokens[: task.cached], unsound=written if task.cache_invalid else 0
             )
-            if self._drafter is not None:
-                self._drafter.forget(task.slot.index)
+            self.scheduler.forget(task)
             task.slot = None
         task.cached = 0
 
@@ -206,8 +212,8 @@ class HfEngine(BatchingEngine[Job]):
         for work in self._generations:
             work.close()
         self._generations.clear()
-        if self._drafter is not None:
-            self._drafter.close()
+        if self.scheduler.drafter is not None:
+            self.scheduler.drafter.close()
         if self._forward is not None:
             self._forward.close()
 
@@ -224,107 +230,43 @@ class HfEngine(BatchingEngine[Job]):
         """One forward pass of what is batched, and one token of what is not."""
         batched = [t for t in self.running if isinstance(t, Task) and t.work is None]
         if batched:
-            self._batch(batched)
+            self._step_together(batched)
         for job in [job for job in self.running if job.work is not None]:
             self._go_on(job)
 
-    def _batch(self, tasks: Sequence[Task]) -> None:
-        assert self._forward is not None
-        rows: list[Row] = []
+    def _step_together(self, tasks: Sequence[Task]) -> None:
+        """Schedule a batch, run it, and hand over what came of it."""
+        slices: list[PackedSlice] = []
         try:
-            if self._drafter is not None:
-                self._propose(tasks)
-            rows = compose(tasks, self._max_batch_tokens, self.options.prefill_chunk, self._cost)
-            logits = self._forward(
-                [token for row in rows for token in tokens_of(row)],
-                [row.span for row in rows if row.outputs == row.span.count == 1],
-                [row.span for row in rows if not row.outputs == row.span.count == 1],
-                [
-                    row.span.row + row.span.count - row.outputs + place
-                    for row in rows
-                    for place in range(row.outputs)
-                ],
-                self._is_interrupted,
-            )
-            parcels = self._sample(rows, logits)
+            slices = self._schedule(tasks)
+            outcomes = Outcomes(self._run(slices), self.vocabulary, self.logprob)
+            results = self.scheduler.postprocess(slices, outcomes)
         except StepStoppedError:
             return  # whose step it was has been cancelled; the next turn sees to that
         except Exception as error:  # noqa: BLE001 - logged with its traceback in _fail_jobs
-            self._fail_jobs([row.task for row in rows] or list(tasks), error)
+            self._fail_jobs([part.task for part in slices] or list(tasks), error)
             return
-        self.hand_over(parcels)
+        results.send()
 
-    def _propose(self, tasks: Sequence[Task]) -> None:
-        """Ask for tokens that may come next, where they can be of use."""
-        assert self._drafter is not None
+    def _schedule(self, tasks: Sequence[Task]) -> list[PackedSlice]:
         decoding = [task for task in tasks if task.decodes]
-        room = self._max_batch_tokens // max(1, len(decoding)) - 1
-        wanted = {
-            task: min(
-                self.options.draft_tokens,
-                room,
-                task.limit - len(task.tokens) - 1,
-                self.n_ctx - len(task.tokens) - 1,
-            )
-            for task in decoding
-        }
-        found = self._drafter.propose(
-            [
-                DraftRequest(task.slot.index, task.tokens, count)
-                for task, count in wanted.items()
-                if count > 0 and task.slot is not None
-            ]
-        )
-        for task in decoding:
-            task.proposed = found.get(task.slot.index, []) if task.slot is not None else []
+        self.scheduler.propose(decoding, self._max_batch_tokens // max(1, len(decoding)) - 1)
+        return compose(tasks, self._max_batch_tokens, self.options.prefill_chunk, self._cost)
 
-    def _sample(
-        self, rows: Sequence[Row], logits: torch.Tensor
-    ) -> list[tuple[Mailbox, TokenStep | EngineRoomError]]:
-        """Choose tokens: the first of each request together, then those after right proposals."""
-        outcomes: dict[Task, Outcome] = {}
-        parcels: list[tuple[Mailbox, TokenStep | EngineRoomError]] = []
-        pending: list[tuple[Row, int]] = []
-        broken: list[Task] = []
-        for row in rows:
-            task = row.task
-            # Of a row that proposes, only what turns out to be right counts as computed.
-            task.cached += row.span.count - max(0, row.outputs - 1)
-            if row.outputs and not task.cancelled:
-                pending.append((row, 0))
-        while pending:
-            places = [row.first + depth for row, depth in pending]
-            picked = logits if len(places) == logits.shape[0] else logits[places]
-            tokens = choose(picked, [row.task.sampling for row, _ in pending])
-            odds = logprobs(picked, pending, tokens, self.logprob)
-            further: list[tuple[Row, int]] = []
-            for (row, depth), token, probability in zip(pending, tokens, odds, strict=True):
-                task = row.task
-                if token is None:
-                    outcomes.pop(task, None)
-                    broken.append(task)
-                    continue
-                outcome = outcomes.setdefault(task, Outcome())
-                take(task, outcome, token, probability, ends=self.vocabulary.ends(token))
-                if depth < row.outputs - 1:
-                    self.proposed += 1
-                    if outcome.finish is None and task.proposed[depth] == token:
-                        self.accepted += 1
-                        task.cached += 1
-                        further.append((row, depth + 1))
-            pending = further
-        # Nobody leaves before nothing can fail any more: who has left gets what is in its parcel.
-        for task in broken:
-            parcels.append((task.mailbox, nonsense()))
-            task.cached, task.doubtful = 0, True
-            self.leave(task)
-        for task, outcome in outcomes.items():
-            task.doubtful = False
-            parcels.append((task.mailbox, step_of(task, outcome)))
-            task.proposed = []
-            if outcome.finish is not None:
-                self.leave(task)
-        return parcels
+    def _run(self, slices: Sequence[PackedSlice]) -> torch.Tensor:
+        """The logits of a step."""
+        assert self._forward is not None
+        return self._forward(
+            [token for part in slices for token in tokens_of(part)],
+            [part.span for part in slices if part.outputs == part.count == 1],
+            [part.span for part in slices if not part.outputs == part.count == 1],
+            [
+                part.span.row + part.count - part.outputs + place
+                for part in slices
+                for place in range(part.outputs)
+            ],
+            self._is_interrupted,
+        )
 
     # ── what generate() does, and what fails ─────────────────────────────────────────────────
 
@@ -338,13 +280,9 @@ class HfEngine(BatchingEngine[Job]):
             return
         if step is None:
             return
-        if isinstance(job, Task) and not job.announced:
-            job.announced = True
-            step.prompt_tokens = job.prompt_tokens
-            step.cached_prompt_tokens = 0
-        if step.finish is not None:
-            self.leave(job)
-        self.hand_over([(job.mailbox, step)])
+        results: StepBatch[Task] = StepBatch(self)
+        results.add(job, step)
+        results.send()
 
     def _fail_jobs(self, jobs: Sequence[Job], error: Exception) -> None:
         """The step failed: its requests end, and the engine serves the next ones.
@@ -356,7 +294,7 @@ class HfEngine(BatchingEngine[Job]):
         for job in jobs:
             job.log.error("the step failed: %s", type(error).__name__, exc_info=error)
             if isinstance(job, Task):
-                job.doubtful = True
+                job.cache_invalid = True
         failure = step_error(error, self.parts.device)
         if isinstance(failure, ResourceNotAvailableError) and self.parts.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -1,85 +1,71 @@
-"""What requests get of a step: tokens, text, log probabilities and the end."""
+"""The tokens of a step, chosen from its logits, and their text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from engineroom import FinishReason, TokenLogprob, TokenStep
-from engineroom.engine import MakeLogprob
-from engineroom_hf_transformers.sampling import logprobs_of
-from engineroom_hf_transformers.tasks import Row, Task
+from engineroom import TokenLogprob
+from engineroom.engine import BatchSlice, Choice, Chosen, MakeLogprob
+from engineroom_hf_transformers.sampling import choose, logprobs_of
+from engineroom_hf_transformers.step_errors import nonsense
+from engineroom_hf_transformers.tasks import Task
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Outcome", "logprobs", "step_of", "take"]
+    from engineroom_hf_transformers.tokens import Vocabulary
+
+__all__ = ["Outcomes"]
 
 
-@dataclass(slots=True)
-class Outcome:
-    """What a request gets of a step."""
+class Outcomes:
+    """What :class:`~engineroom.engine.Scheduler` is told of a step.
 
-    tokens: list[int] = field(default_factory=list)
-    text: str = ""
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish: FinishReason | None = None
-
-
-def take(
-    task: Task, outcome: Outcome, token: int, probability: TokenLogprob | None, *, ends: bool
-) -> None:
-    """Give a request its next token.
-
-    :param ends: the token ends the generation, and is not shown.
+    :param logits: rows × vocabulary, float32.
     """
-    if ends:
-        outcome.finish = "eos_token"
-    else:
-        task.tokens.append(token)
-        outcome.tokens.append(token)
-        outcome.text += task.decoder.feed(token)
-        if probability is not None:
-            outcome.logprobs.append(probability)
-        if len(task.tokens) >= task.limit:
-            outcome.finish = "length"
-    if outcome.finish is not None:
-        outcome.text += task.decoder.finish()
 
+    def __init__(
+        self, logits: torch.Tensor, vocabulary: Vocabulary, make_logprob: MakeLogprob
+    ) -> None:
+        self._logits = logits
+        self._vocabulary = vocabulary
+        self._make_logprob = make_logprob
 
-def step_of(task: Task, outcome: Outcome) -> TokenStep:
-    """What a request's reader gets of a step; the first time with the counts of its prompt."""
-    step = TokenStep(outcome.tokens, outcome.text, outcome.logprobs or None, finish=outcome.finish)
-    if not task.announced:
-        task.announced = True
-        step.prompt_tokens = task.prompt_tokens
-        step.cached_prompt_tokens = task.reused
-    return step
+    def choose(self, places: Sequence[tuple[BatchSlice[Task], int]]) -> list[Chosen]:
+        """See :class:`~engineroom.engine.StepOutputs`: for all places at once."""
+        rows = [part.first + depth for part, depth in places]
+        logits = self._logits if len(rows) == self._logits.shape[0] else self._logits[rows]
+        tasks = [part.task for part, _ in places]
+        tokens = choose(logits, [task.sampling for task in tasks])
+        logprobs = self._logprobs(logits, tasks, tokens)
+        return [
+            nonsense() if token is None else Choice(token, logprobs.get(place))
+            for place, token in enumerate(tokens)
+        ]
 
+    def _logprobs(
+        self, logits: torch.Tensor, tasks: Sequence[Task], tokens: Sequence[int | None]
+    ) -> dict[int, TokenLogprob]:
+        """Place → log probability, where a request asks for it and has a token."""
+        chosen = {
+            place: (token, task.logprobs)
+            for place, (task, token) in enumerate(zip(tasks, tokens, strict=True))
+            if task.logprobs is not None and token is not None
+        }
+        if not chosen:
+            return {}
+        ids, counts = zip(*chosen.values(), strict=True)
+        computed = logprobs_of(logits[list(chosen)], ids, counts)
+        return {
+            place: self._make_logprob(token, own, best)
+            for place, token, (own, best) in zip(chosen, ids, computed, strict=True)
+        }
 
-def logprobs(
-    logits: torch.Tensor,
-    pending: Sequence[tuple[Row, int]],
-    tokens: Sequence[int | None],
-    make_logprob: MakeLogprob,
-) -> list[TokenLogprob | None]:
-    """Of the requests that want some, the log probabilities of the tokens that they got.
+    def text(self, task: Task, token: int) -> str | None:
+        """See :class:`~engineroom.engine.StepOutputs`."""
+        return None if self._vocabulary.ends(token) else task.decoder.feed(token)
 
-    :param pending: rows, and which of their outputs it is; one for each row of ``logits``.
-    :param tokens: what was chosen for each; ``None``: nothing could be.
-    """
-    found: list[TokenLogprob | None] = [None] * len(pending)
-    wanting = [
-        i
-        for i, (row, _) in enumerate(pending)
-        if row.task.logprobs is not None and tokens[i] is not None
-    ]
-    if wanting:
-        chosen = [token for i in wanting if (token := tokens[i]) is not None]
-        counts = [pending[i][0].task.logprobs or 0 for i in wanting]
-        for i, token, (own, best) in zip(
-            wanting, chosen, logprobs_of(logits[wanting], chosen, counts), strict=True
-        ):
-            found[i] = make_logprob(token, own, best)
-    return found
+    def rest(self, task: Task) -> str:
+        """What the request's decoder held back."""
+        return task.decoder.finish()

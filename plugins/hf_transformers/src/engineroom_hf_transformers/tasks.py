@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from engineroom import InferenceRequest, TokenStep
-from engineroom.engine import EngineTask, MakeLogprob, SamplerState
+from engineroom.engine import BatchSlice, EngineTask, MakeLogprob, SamplerState, TextTask
 from engineroom_hf_transformers.attention import Span
 from engineroom_hf_transformers.cache import Slot
 from engineroom_hf_transformers.chunking import ReadingCost
@@ -16,7 +16,7 @@ from engineroom_hf_transformers.chunking import ReadingCost
 if TYPE_CHECKING:
     from engineroom_hf_transformers.decoding import Decoder
 
-__all__ = ["Job", "Row", "Task", "Work", "compose", "tokens_of"]
+__all__ = ["EmbeddingTask", "Job", "PackedSlice", "Task", "Work", "compose", "tokens_of"]
 
 
 class Work(Protocol):
@@ -33,87 +33,74 @@ class Work(Protocol):
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
-class Job(EngineTask):
-    """What the engine has to do.
+class EmbeddingTask(EngineTask):
+    """Texts that are to be turned into vectors.
 
-    :param work: what does it, unless the batch does.
+    :param work: what does it.
     """
 
-    work: Work | None = None
+    work: Work | None
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
-class Task(Job):
-    """One request for text on its way through the engine.
+class Task(TextTask):
+    """One request for text.
 
-    :param tokens: the prompt's tokens, then the generated ones.
-    :param limit: length at which it ends with ``length``.
-    :param cached: how many of them are in the cache; what comes after is still to be computed.
-    :param reused: how many of the prompt's an earlier request had computed.
-    :param proposed: tokens that may come next, to be checked in the step.
-    :param doubtful: whether what it wrote to the cache was not seen to be numbers.
+    :param work: what does it, unless the batch does.
+    :param cache_invalid: until what it wrote to the cache was seen to be numbers.
     """
 
     request: InferenceRequest
-    tokens: list[int]
-    prompt_tokens: int
     sampling: SamplerState
     decoder: Decoder
-    limit: int
-    logprobs: int | None
+    work: Work | None = None
     slot: Slot | None = None
-    cached: int = 0
-    reused: int = 0
-    proposed: list[int] = field(default_factory=list)
-    announced: bool = False
-    doubtful: bool = True
+    cache_invalid: bool = True
 
     @property
-    def decodes(self) -> bool:
-        """Whether all but its last token is computed."""
-        return len(self.tokens) - self.cached == 1
+    def sequence(self) -> int:
+        """The index of its slot."""
+        assert self.slot is not None
+        return self.slot.index
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A request's part of a step: which of the step's logits are its own."""
+Job: TypeAlias = Task | EmbeddingTask
 
-    task: Task
+
+@dataclass(slots=True)
+class PackedSlice(BatchSlice[Task]):
+    """A request's part of a step, and where it lies in the packed row."""
+
     span: Span
-    first: int
-    outputs: int
 
 
 def compose(
     tasks: Sequence[Task], max_batch_tokens: int, prefill_chunk: int, cost: ReadingCost
-) -> list[Row]:
+) -> list[PackedSlice]:
     """Who has how many tokens in the step, and which logits.
 
     :param max_batch_tokens: most tokens of the step.
     :param prefill_chunk: most of them that are of prompts, where others decode; as many cost as
         much as may be read then.
     """
-    decoding = sorted(
-        (task for task in tasks if task.decodes and not task.proposed), key=_slot_index
-    )
-    checking = [task for task in tasks if task.decodes and task.proposed]
-    rows: list[Row] = []
-    place = 0
-    first = 0
+    decoding = [task for task in tasks if task.decodes]
+    slices: list[PackedSlice] = []
+    place = first = 0
 
     def add(task: Task, count: int, outputs: int) -> None:
         nonlocal place, first
-        span = Span(place, _slot_index(task), task.cached, count)
-        rows.append(Row(task, span, first, outputs))
+        span = Span(place, task.sequence, task.cached, count)
+        slices.append(PackedSlice(task, count, first, outputs, span))
         place += count
         first += outputs
 
-    for task in decoding:
+    for task in sorted((t for t in decoding if not t.draft), key=lambda t: t.sequence):
         add(task, 1, 1)
-    for task in checking:
-        add(task, 1 + len(task.proposed), 1 + len(task.proposed))
+    for task in decoding:
+        if task.draft:
+            add(task, 1 + len(task.draft), 1 + len(task.draft))
     room = max(1, max_batch_tokens - place)
-    budget = cost(0, prefill_chunk) if rows else math.inf
+    budget = cost(0, prefill_chunk) if slices else math.inf
     read = 0
     for task in tasks:
         todo = len(task.tokens) - task.cached
@@ -128,16 +115,10 @@ def compose(
         add(task, count, 1 if count == todo else 0)
         budget -= cost(task.cached, count)
         read += count
-    return rows
+    return slices
 
 
-def _slot_index(task: Task) -> int:
-    assert task.slot is not None
-    return task.slot.index
-
-
-def tokens_of(row: Row) -> list[int]:
-    """The tokens that a row has in the step, proposed ones at its end."""
-    task, span = row.task, row.span
-    known = task.tokens[span.start : span.end]
-    return known + task.proposed[: span.count - len(known)]
+def tokens_of(part: PackedSlice) -> list[int]:
+    """The tokens that a request has in the step, its draft at the end."""
+    known = part.task.tokens[part.span.start : part.span.end]
+    return known + part.task.draft[: part.count - len(known)]

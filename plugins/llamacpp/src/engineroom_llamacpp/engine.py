@@ -31,24 +31,22 @@ from engineroom import (
     BatchingEngine,
     ConfigurationError,
     DecodeLoop,
-    EngineRoomError,
     HandlerHealth,
     InferenceError,
     InferenceRequest,
-    Mailbox,
-    TokenStep,
     request_logger,
 )
-from engineroom.engine import BeamSearch, Drafter, DraftRequest, NoNumbersError, Sampler
+from engineroom.engine import BatchSlice, BeamSearch, NoNumbersError, Sampler, Scheduler, StepBatch
+from engineroom_llamacpp.beams import Beams
 from engineroom_llamacpp.context import LlamaContext, SavedSequence
 from engineroom_llamacpp.drafting import make_drafter
 from engineroom_llamacpp.library import last_error
 from engineroom_llamacpp.model import LlamaModel
 from engineroom_llamacpp.options import LlamaCppOptions
-from engineroom_llamacpp.outcomes import Outcomes
+from engineroom_llamacpp.outcomes import Outcomes, not_chosen
 from engineroom_llamacpp.pace import PromptPace
 from engineroom_llamacpp.sequences import CellSequence, Sequences
-from engineroom_llamacpp.tasks import Row, Task, compose, contents
+from engineroom_llamacpp.tasks import Task, compose, contents
 
 if TYPE_CHECKING:
     from engineroom_llamacpp.embedding import EmbeddingEngine
@@ -63,7 +61,6 @@ _WORTH_BRINGING: Final = 32
 """Fewer tokens are read again: bringing them back would unshare what is shared."""
 _ABORTED: Final = 2
 _NO_ROOM: Final = 1
-_Parcel = tuple[Mailbox, TokenStep | EngineRoomError]
 
 
 class LlamaEngine(BatchingEngine[Task]):
@@ -106,12 +103,14 @@ class LlamaEngine(BatchingEngine[Task]):
             reuse=options.prefix_cache and self._keeps_all,
         )
         try:
-            self._drafter = make_drafter(draft, options, self.n_ctx)
+            drafter = make_drafter(draft, options, self.n_ctx)
         except BaseException:
             self._context.close()
             raise
+        self.scheduler: Scheduler[Task] = Scheduler(self, drafter, options.draft_tokens)
         self._pace = PromptPace(options.prefill_chunk)
-        self._outcomes = Outcomes(model, self._context, self.sequences)
+        self._outcomes = Outcomes(model, self._context)
+        self._beams = Beams(model, self._context, self.sequences, self._outcomes.ends)
         loop = DecodeLoop(f"llamacpp-{name}") if self._context.on_gpu else CPU_LOOP
         super().__init__(name, loop, max_running=options.n_parallel, max_queue=options.max_queue)
         self.embedder: EmbeddingEngine | None = None
@@ -156,34 +155,34 @@ class LlamaEngine(BatchingEngine[Task]):
     @property
     def proposed(self) -> int:
         """Tokens that were proposed by the draft."""
-        return self._outcomes.proposed
+        return self.scheduler.proposed
 
     @property
     def accepted(self) -> int:
         """Those of them that were right."""
-        return self._outcomes.accepted
+        return self.scheduler.accepted
 
     def health(self) -> HandlerHealth:
         """The engine's own word, and how many of the proposed tokens were right."""
-        found = super().health()
-        if found.ok and self.proposed:
+        health = super().health()
+        if health.ok and self.proposed:
             share = self.accepted / self.proposed
             detail = f"{self.accepted} of {self.proposed} proposed tokens were right ({share:.0%})"
-            return replace(found, detail=detail)
-        return found
+            return replace(health, detail=detail)
+        return health
 
     # ── slots ────────────────────────────────────────────────────────────────────────────────
 
     def may_start(self, task: Task) -> bool:
         """Whether there are sequences and cells for it, beside what is promised."""
         running = self.running
-        if task.suspect or any(other.suspect for other in running):
+        if task.run_alone or any(other.run_alone for other in running):
             return False
         # More beams than there are requests at one time are searched with alone.
         if sum(other.width for other in running) + task.width > self.options.n_parallel:
             return False
         # Promised is all that running requests still have to read, and a token each.
-        promised = self.sequences.cells.busy + sum(other.to_come for other in running)
+        promised = self.sequences.cells.busy + sum(other.cells_needed for other in running)
         room = self.n_ctx - promised - len(task.tokens) - task.width
         if room >= 0 or task.beams is not None:
             return room >= 0
@@ -202,7 +201,7 @@ class LlamaEngine(BatchingEngine[Task]):
         task.sequences = [sequence]
         if task.saved is not None:
             self._bring_back(task, task.saved)
-        task.doubtful = False
+        task.cache_invalid = False
         if task.reused is None:
             task.reused = task.cached
         if task.beams is not None:
@@ -210,27 +209,26 @@ class LlamaEngine(BatchingEngine[Task]):
 
     def released(self, task: Task) -> None:
         """Its sequences are unused; what was computed stays until they are given away."""
-        kept = [] if task.doubtful else task.tokens[: task.cached]
-        if self._drafter is not None:
-            self._drafter.forget(task.sequences[0].index)
+        kept = [] if task.cache_invalid else task.tokens[: task.cached]
+        self.scheduler.forget(task)
         for sequence in task.sequences[1:]:
             self.sequences.give_back(sequence)
         self.sequences.give_back(task.sequences[0], kept)
         task.sequences = []
-        task.proposed = []
+        task.draft = []
         task.cached = 0
 
     def interrupt(self, on: bool) -> None:
         """Abort the computation."""
         self._context.abort.set(on)
-        if self._drafter is not None:
-            self._drafter.interrupt(on)
+        if self.scheduler.drafter is not None:
+            self.scheduler.drafter.interrupt(on)
 
     def shut(self) -> None:
         """Free the context, and the drafter."""
         self._context.close()
-        if self._drafter is not None:
-            self._drafter.close()
+        if self.scheduler.drafter is not None:
+            self.scheduler.drafter.close()
             logger.info(
                 "model %r: %d of %d proposed tokens were right",
                 self.name,
@@ -272,35 +270,32 @@ class LlamaEngine(BatchingEngine[Task]):
     # ── a step ───────────────────────────────────────────────────────────────────────────────
 
     def step(self) -> None:
-        """One batch: compose, compute, sample, hand over."""
+        """Schedule a batch, run it, and hand over what came of it."""
+        slices = self._schedule()
+        if not slices:
+            return
+        decoding = slices[0].task.decodes
+        began = perf_counter()
+        if status := self._context.decode():
+            self._not_computed(slices, status)
+        else:
+            self._postprocess(slices)
+            self._pace.end(perf_counter() - began, decoding=decoding)
+
+    def _schedule(self) -> list[BatchSlice[Task]]:
+        """Fill the context's batch; where there is no room, the youngest give way."""
         tasks = self._whose_turn()
-        if self._drafter is not None:
-            self._propose(self._drafter, tasks)
-        rows = self._compose(tasks)
-        while not rows and self.running:
+        decoding = (task for task in tasks if task.decodes and task.beams is None)
+        self.scheduler.propose(decoding, self._context.n_batch // max(1, len(tasks)) - 1)
+        slices = self._compose(tasks)
+        while not slices and self.running:
             if len(self.running) == 1:
                 raise RuntimeError("a lone request has no room in the cache")
             self._preempt()
-            rows = self._compose(self._whose_turn())
-        if not rows:
-            return
-        decoding = rows[0].task.decodes
-        began = perf_counter()
-        status = self._context.decode()
-        if status == 0:
-            self._take(rows)
-            self._pace.end(perf_counter() - began, decoding=decoding)
-        elif status == _ABORTED:
-            for row in rows:
-                self._keep_aborted(row.task)
-        elif status == _NO_ROOM and self.sequences.idle:
-            self.sequences.forget_idle()
-        elif status == _NO_ROOM and len(self.running) > 1:
-            self._preempt()
-        else:
-            self._fail(rows, status)
+            slices = self._compose(self._whose_turn())
+        return slices
 
-    def _compose(self, tasks: Sequence[Task]) -> list[Row]:
+    def _compose(self, tasks: Sequence[Task]) -> list[BatchSlice[Task]]:
         self._context.use_adapter(self._adapter)
         return compose(tasks, self._context, self.sequences, self._pace)
 
@@ -312,24 +307,61 @@ class LlamaEngine(BatchingEngine[Task]):
             self._adapter = names[(last + 1) % len(names)]
         return [task for task in self.running if task.adapter == self._adapter]
 
-    def _propose(self, drafter: Drafter, tasks: Sequence[Task]) -> None:
-        """Ask for tokens that may come next, where they can be of use."""
-        decoding = [t for t in tasks if t.decodes and t.beams is None]
-        room = self._context.n_batch // max(1, len(tasks)) - 1
-        requests = [
-            DraftRequest(task.sequences[0].index, task.tokens, count)
-            for task in decoding
-            if (count := min(self.options.draft_tokens, room, task.limit - len(task.tokens) - 1))
-            > 0
-        ]
-        found = drafter.propose(requests) if requests else {}
-        for task in decoding:
-            task.proposed = found.get(task.sequences[0].index, [])
+    def _postprocess(self, slices: Sequence[BatchSlice[Task]]) -> None:
+        """Each request's next tokens, from the step's logits; what is wrong leaves the cache."""
+        for part in slices:
+            for sequence in part.task.sequences:
+                self.sequences.cells.grow(sequence.chain, part.count)
+        results = self.scheduler.postprocess(
+            (part for part in slices if part.task.beams is None), self._outcomes
+        )
+        for part in slices:
+            if part.task.beams is not None:
+                self._search(part, results)
+            else:
+                self.sequences.cut(part.task.sequences[0], part.task.cached)
+            if part.outputs:
+                part.task.run_alone = False
+        results.send()
+        if results.without_numbers:
+            self._no_numbers(results.without_numbers, alone=len(slices) == 1)
+
+    def _search(self, part: BatchSlice[Task], results: StepBatch[Task]) -> None:
+        """Let a request's beams go on."""
+        task = part.task
+        task.cached += part.count
+        if not part.outputs or task.cancelled:
+            return
+        try:
+            step = self._beams.advance(part)
+        except NoNumbersError:
+            results.without_numbers.append(task)
+        except Exception as error:
+            task.log.exception("a token could not be chosen")
+            task.cache_invalid = True
+            results.add(task, not_chosen(error))
+        else:
+            if step is not None:
+                results.add(task, step)
+
+    # ── what fails ───────────────────────────────────────────────────────────────────────────
+
+    def _not_computed(self, slices: Sequence[BatchSlice[Task]], status: int) -> None:
+        """Keep what can be kept of an aborted step, make room, or fail the step's requests."""
+        if status == _ABORTED:
+            for part in slices:
+                self._keep_aborted(part.task)
+        elif status == _NO_ROOM and self.sequences.idle:
+            self.sequences.forget_idle()
+        elif status == _NO_ROOM and len(self.running) > 1:
+            self._preempt()
+        else:
+            self._fail([part.task for part in slices], status)
 
     def _keep_aborted(self, task: Task) -> None:
         """Of an aborted step, what had been computed already is right."""
         if len(task.sequences) != 1:
-            task.doubtful = True
+            task.cache_invalid = True
             return
         (sequence,) = task.sequences
         length = self._context.length(sequence.index)
@@ -337,40 +369,7 @@ class LlamaEngine(BatchingEngine[Task]):
         task.cached = max(task.cached, min(length, len(task.tokens)))
         self.sequences.cut(sequence, task.cached)
 
-    def _take(self, rows: Sequence[Row]) -> None:
-        """Each request's next tokens, from the step's logits."""
-        parcels: list[_Parcel] = []
-        broken: list[Task] = []
-        for row in rows:
-            task = row.task
-            for sequence in task.sequences:
-                self.sequences.cells.grow(sequence.chain, row.count)
-            # Of a row that proposes, only what turns out to be right counts as computed.
-            task.cached += row.count - len(task.proposed)
-            if not row.outputs or task.cancelled:
-                continue
-            try:
-                step = self._outcomes.of(task, row)
-            except NoNumbersError:
-                broken.append(task)
-            except Exception as error:
-                task.log.exception("a token could not be chosen")
-                task.doubtful = True
-                self.leave(task)
-                parcels.append((task.mailbox, _not_chosen(error)))
-            else:
-                task.suspect = False
-                if step is not None:
-                    parcels.append((task.mailbox, step))
-                    if step.finish is not None:
-                        self.leave(task)
-        if broken:
-            self._no_numbers(broken, len(rows) == 1)
-        self.hand_over(parcels)
-
-    # ── what fails ───────────────────────────────────────────────────────────────────────────
-
-    def _no_numbers(self, tasks: Sequence[Task], alone: bool) -> None:
+    def _no_numbers(self, tasks: Sequence[Task], *, alone: bool) -> None:
         """NaN or infinity came out for requests.
 
         Where attention is not fused, what is masked has no weight, but no weight times NaN is
@@ -378,32 +377,28 @@ class LlamaEngine(BatchingEngine[Task]):
         are read again, and those that are in question run alone: there they fail or go on.
         """
         for task in tasks:
-            task.doubtful = True
+            task.cache_invalid = True
         if alone:
             for task in tasks:
                 task.log.error("the model computed no numbers for the next token")
             self.fail(tasks, _nonsense())
         else:
             for task in tasks:
-                task.suspect = True
+                task.run_alone = True
         for task in list(self.running):
-            task.doubtful = True
+            task.cache_invalid = True
             self.wait_again(task)
         self.sequences.forget_idle()
         self._context.clear()
 
-    def _fail(self, rows: Sequence[Row], status: int) -> None:
+    def _fail(self, tasks: Sequence[Task], status: int) -> None:
         """The computation failed: its requests end, the engine goes on."""
         why = last_error("it does not say why")
-        for row in rows:
-            row.task.doubtful = True
-            row.task.log.error("llama_decode returned %d: %s", status, why)
+        for task in tasks:
+            task.cache_invalid = True
+            task.log.error("llama_decode returned %d: %s", status, why)
         error = InferenceError(f"llama.cpp could not compute the step (status {status}): {why}")
-        self.fail([row.task for row in rows], error)
-
-
-def _not_chosen(error: Exception) -> InferenceError:
-    return InferenceError(f"a token could not be chosen: {type(error).__name__}: {error}")
+        self.fail(tasks, error)
 
 
 def _nonsense() -> InferenceError:

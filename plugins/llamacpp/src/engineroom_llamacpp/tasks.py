@@ -6,50 +6,39 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from engineroom.engine import BeamSearch, EngineTask, Sampler, common_prefix
+from engineroom.engine import BatchSlice, BeamSearch, Sampler, TextTask, common_prefix
 from engineroom_llamacpp.context import LlamaContext, SavedSequence
 from engineroom_llamacpp.pace import PromptPace
 from engineroom_llamacpp.sequences import CellSequence, Sequences
 
-__all__ = ["Row", "Task", "compose", "contents"]
+__all__ = ["Task", "compose", "contents"]
 
 _WORTH_WAITING: Final = 32
 """So many common tokens are not read twice in a step, but once, and shared in the next one."""
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
-class Task(EngineTask):
-    """One request.
+class Task(TextTask):
+    """One request. ``tokens`` of a beam search are the prompt's.
 
-    :param tokens: the prompt's tokens, then the generated ones; of a beam search the prompt's.
-    :param limit: length at which it ends with ``length``.
     :param beams: its beam search, if it is one.
-    :param cached: how many tokens are in the cache; what comes after is still to be computed.
-    :param reused: how many of the prompt's another request had computed; ``None``: it has not
-        begun.
-    :param proposed: tokens that may come next, to be checked in the step.
-    :param doubtful: what it wrote to the cache may be no numbers.
-    :param suspect: it may be what made others compute no numbers, and runs alone.
+    :param run_alone: it may be what made others compute no numbers.
     :param saved: what it had in the cache when it gave way.
     :param adapter: the named LoRA adapter that it is computed with.
     :param sequences: its sequences in the context: one, or one a beam; none: it waits.
     """
 
-    tokens: list[int]
-    prompt_tokens: int
     sampler: Sampler
-    limit: int
-    logprobs: int | None
     beams: BeamSearch | None = None
-    cached: int = 0
-    reused: int | None = None
-    proposed: list[int] = field(default_factory=list)
-    doubtful: bool = False
-    suspect: bool = False
-    announced: bool = False
+    run_alone: bool = False
     saved: SavedSequence | None = None
     adapter: str | None = None
     sequences: list[CellSequence] = field(default_factory=list)
+
+    @property
+    def sequence(self) -> int:
+        """llama.cpp's number of its first sequence."""
+        return self.sequences[0].index
 
     @property
     def width(self) -> int:
@@ -57,46 +46,26 @@ class Task(EngineTask):
         return 1 if self.beams is None else self.beams.beams
 
     @property
-    def decodes(self) -> bool:
-        """Whether all but its last token is computed."""
-        return len(self.tokens) - self.cached <= 1
-
-    @property
     def searches(self) -> bool:
         """Whether its beams go on from a prompt that is computed."""
         return self.beams is not None and self.cached >= len(self.tokens)
 
     @property
-    def to_come(self) -> int:
+    def cells_needed(self) -> int:
         """Cells that it needs to read what it has, and for a token more."""
         return max(0, len(self.tokens) - self.cached) + self.width
-
-
-@dataclass(slots=True)
-class Row:
-    """A request's part of a step.
-
-    :param count: tokens of each of its sequences.
-    :param first: index of the first row of logits that is its own; the others follow.
-    :param outputs: how many are.
-    """
-
-    task: Task
-    count: int
-    first: int
-    outputs: int
 
 
 def contents(tasks: Iterable[Task]) -> Iterator[tuple[CellSequence, list[int]]]:
     """The sequences of running requests, with the tokens whose cells they have."""
     for task in tasks:
-        if task.sequences and not task.doubtful:
+        if task.sequences and not task.cache_invalid:
             yield task.sequences[0], task.tokens[: task.cached]
 
 
 def compose(
     tasks: Sequence[Task], context: LlamaContext, sequences: Sequences, pace: PromptPace
-) -> list[Row]:
+) -> list[BatchSlice[Task]]:
     """Fill the context's batch: who has how many tokens in the step, and which logits.
 
     First come the tokens of requests that decode, and what is proposed for them as far as there
@@ -111,53 +80,50 @@ def compose(
     decoding = [task for task in tasks if task.decodes]
     reading = [task for task in tasks if not task.decodes]
     needed = sum(len(task.sequences) for task in decoding)
-    wanted = needed + sum(len(task.proposed) for task in decoding)
-    if not sequences.make_room(wanted) and not sequences.make_room(needed):
+    drafts = sum(len(task.draft) for task in decoding)
+    if not sequences.make_room(needed + drafts) and not sequences.make_room(needed):
         return []
     spare = min(sequences.cells.free, context.n_batch, context.n_outputs - len(reading)) - needed
-    rows: list[Row] = []
+    slices: list[BatchSlice[Task]] = []
     for task in decoding:
-        proposed = task.proposed
-        if proposed:
-            del proposed[max(0, spare) :]
-            spare -= len(proposed)
-        rows.append(_add_beams(task, context) if task.searches else _add_next(task, context))
+        if task.draft:
+            del task.draft[max(0, spare) :]
+            spare -= len(task.draft)
+        slices.append(_add_beams(task, context) if task.searches else _add_next(task, context))
     if reading:
-        _add_prompts(tasks, reading, rows, context, sequences, pace)
-    return rows
+        _add_prompts(tasks, reading, slices, context, sequences, pace)
+    return slices
 
 
-def _add_next(task: Task, context: LlamaContext) -> Row:
+def _add_next(task: Task, context: LlamaContext) -> BatchSlice[Task]:
     """Its last token, and what may come after it."""
-    tokens = task.tokens[-1:]
-    if task.proposed:
-        tokens += task.proposed
+    tokens = task.tokens[-1:] + task.draft
     count = len(tokens)
-    return Row(task, count, context.add(task.sequences[0].index, task.cached, tokens, count), count)
+    return BatchSlice(task, count, context.add(task.sequence, task.cached, tokens, count), count)
 
 
-def _add_beams(task: Task, context: LlamaContext) -> Row:
+def _add_beams(task: Task, context: LlamaContext) -> BatchSlice[Task]:
     """The last token of each beam."""
     assert task.beams is not None
     places = [
         context.add(sequence.index, task.cached, beam.tokens[-1:], 1)
         for sequence, beam in zip(task.sequences, task.beams.running, strict=True)
     ]
-    return Row(task, 1, places[0], len(places))
+    return BatchSlice(task, 1, places[0], len(places))
 
 
 def _add_prompts(
     tasks: Sequence[Task],
     reading: Sequence[Task],
-    rows: list[Row],
+    slices: list[BatchSlice[Task]],
     context: LlamaContext,
     sequences: Sequences,
     pace: PromptPace,
 ) -> None:
     """Chunks of prompts, as many as there is room for; a beginning that many have only once."""
-    taken = sum(row.count * len(row.task.sequences) for row in rows)
+    taken = sum(part.count * len(part.task.sequences) for part in slices)
     budget = context.n_batch - taken
-    beside = bool(rows)
+    beside = bool(slices)
     now: list[Task] = []
     for task in reading:
         if sequences.reuse and len(tasks) > 1 and task.beams is None:
@@ -177,8 +143,8 @@ def _add_prompts(
         pace.add(task.cached, count)
         chunk = task.tokens[task.cached : task.cached + count]
         outputs = int(task.cached + count == len(task.tokens))
-        first = context.add(task.sequences[0].index, task.cached, chunk, outputs)
-        rows.append(Row(task, count, first, outputs))
+        first = context.add(task.sequence, task.cached, chunk, outputs)
+        slices.append(BatchSlice(task, count, first, outputs))
         now.append(task)
         taken += count
         budget -= count

@@ -1,0 +1,73 @@
+"""Beam search in the cache: a sequence a beam, which has what its parent had."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from engineroom import TokenStep
+from engineroom.engine import BatchSlice, largest
+from engineroom_llamacpp.context import LlamaContext
+from engineroom_llamacpp.model import LlamaModel
+from engineroom_llamacpp.sequences import Sequences
+from engineroom_llamacpp.tasks import Task
+
+__all__ = ["Beams"]
+
+
+class Beams:
+    """Lets beams go on by a token, and follow each other in ``sequences``.
+
+    :param ends: whether a token ends the generation.
+    """
+
+    def __init__(
+        self,
+        model: LlamaModel,
+        context: LlamaContext,
+        sequences: Sequences,
+        ends: Callable[[int], bool],
+    ) -> None:
+        self._model = model
+        self._context = context
+        self._sequences = sequences
+        self._ends = ends
+
+    def advance(self, part: BatchSlice[Task]) -> TokenStep | None:
+        """Let a request's beams go on; the best one, when the search has ended.
+
+        :raises NoNumbersError: its logits have no finite maximum.
+        """
+        task, search = part.task, part.task.beams
+        assert search is not None
+        likeliest = []
+        for place, beam in enumerate(search.running):
+            logits = self._context.logits(part.first + place)
+            logprobs = task.sampler.log_probabilities(logits, beam.tokens)
+            count = min(search.candidates, logprobs.size)
+            likeliest.append([(int(i), float(logprobs[i])) for i in largest(logprobs, count)])
+        if search.advance(likeliest):
+            self._follow(task, [beam.parent for beam in search.running])
+            return None
+        best = search.best.tokens
+        ended = self._ends(best[-1])
+        tokens = best[:-1] if ended else best
+        text = b"".join(self._model.piece(token) or b"" for token in tokens)
+        # Of what the first beam has, only the prompt is known to be in ``tokens``.
+        task.cached = len(task.tokens)
+        self._sequences.cut(task.sequences[0], task.cached)
+        return TokenStep(tokens, text, finish="eos_token" if ended else "length")
+
+    def _follow(self, task: Task, parents: Sequence[int]) -> None:
+        """Give each beam a sequence with what its parent has."""
+        heirs: dict[int, int] = {}
+        for place, parent in enumerate(parents):
+            heirs.setdefault(parent, place)
+        for parent, sequence in enumerate(task.sequences):
+            if parent not in heirs:
+                self._sequences.give_back(sequence)
+        task.sequences = [
+            task.sequences[parent]
+            if heirs[parent] == place
+            else self._sequences.fork(task.sequences[parent])
+            for place, parent in enumerate(parents)
+        ]
