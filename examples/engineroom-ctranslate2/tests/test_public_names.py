@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 
 import engineroom
+import engineroom.engine
+import engineroom.prompts
 import engineroom.testing
 import engineroom_ctranslate2
 
 PUBLIC = {
-    "engineroom": set(engineroom.__all__),
-    "engineroom.testing": set(engineroom.testing.__all__),
+    module.__name__: set(module.__all__)
+    for module in (engineroom, engineroom.engine, engineroom.prompts, engineroom.testing)
 }
 FILES = [
     *sorted(Path(engineroom_ctranslate2.__file__).parent.glob("*.py")),

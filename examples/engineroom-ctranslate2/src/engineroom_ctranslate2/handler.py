@@ -30,6 +30,7 @@ from engineroom import (
     request_logger,
     resolve_source,
 )
+from engineroom.engine import BackgroundLoad
 from engineroom.prompts import check_prompt, tokens_of
 from engineroom_ctranslate2.engine import Engine, Job
 from engineroom_ctranslate2.folder import is_model_folder, read_files
@@ -104,13 +105,9 @@ class CTranslate2Handler(TokenHandler):
         :raises ResourceNotAvailableError: there is not enough memory, or no such device.
         """
         options = parse_options(CTranslate2Options, config)
-        loading = asyncio.create_task(asyncio.to_thread(_load, config, options))
-        try:
-            model = await asyncio.shield(loading)
-        except asyncio.CancelledError:
-            # The thread cannot be stopped; what it makes must not be left behind.
-            loading.add_done_callback(_discard)
-            raise
+        model = await BackgroundLoad(
+            partial(_load, config, options), lambda model: model.engine.close(), name="ctranslate2"
+        ).result()
         logger.info(
             "model %r: %d tokens of context, %d requests at a time",
             config.model_id,
@@ -286,10 +283,3 @@ def _generator(path: Path, options: CTranslate2Options) -> Any:
         raise ConfigurationError(
             f"{what}; if it is not an option, convert the model again"
         ) from error
-
-
-def _discard(loading: asyncio.Task[_Model]) -> None:
-    if not loading.cancelled() and loading.exception() is None:
-        closing = loading.result().engine.close
-        future = asyncio.get_running_loop().run_in_executor(None, closing)
-        future.add_done_callback(lambda done: done.exception())
