@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from datetime import datetime
 from typing import Any
 
@@ -241,3 +243,21 @@ def test_a_template_does_not_change_what_another_one_sees() -> None:
     template = ChatTemplate(changing, {"bos_token": "<s>"})
     assert template.render(HELLO) == "x"
     assert render("{{ bos_token }}{{ raise_exception is callable }}", bos_token="<s>") == "<s>True"
+
+
+def test_a_template_that_fails_keeps_nothing_of_its_callers() -> None:
+    class Weights: ...
+
+    def load() -> weakref.ref[Weights]:
+        weights = Weights()
+        ChatTemplate("{{ messages[0].content + none }}", {})  # it is tried out, and fails
+        with pytest.raises(ConfigurationError, match="TypeError"):
+            render("{{ messages[0].content + none }}")
+        return weakref.ref(weights)
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert load()() is None
+    finally:
+        gc.enable()

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import functools
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Sized
 from string import Formatter
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
-from jinja2 import nodes, pass_context
+from jinja2 import TemplateSyntaxError, nodes, pass_context
 from jinja2.environment import Template
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
@@ -121,6 +122,14 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def add_filter(self, name: str, apply: Callable[..., Any]) -> None:
         """One more filter, or another in place of one."""
         self.filters[name] = self._bounded(name, apply)
+
+    def handle_exception(self, source: str | None = None) -> NoReturn:
+        """As it was raised: the traceback that Jinja writes instead keeps the frames of all callers
+        alive, and with those of a load the weights, until Python looks for cycles.
+        """
+        if isinstance(sys.exception(), TemplateSyntaxError):
+            super().handle_exception(source)
+        raise  # noqa: PLE0704 - what Jinja is handling; a name for it would be a cycle, too
 
     def begin(self) -> None:
         """What this thread renders next has all of the bounds to itself."""
