@@ -1,5 +1,6 @@
 """The contract with runtimes, and how they are found and chosen.
 
-The base classes of a handler, the hooks of observers, discovery through entry points, checks,
-order and dispatch. Loading models with a handler is in :mod:`engineroom.models`.
+The base classes of a handler, the hooks of observers, and the registry with its parts: discovery
+through entry points, checks, observers, dispatch. Loading models with a handler is in
+:mod:`engineroom.models`, running requests in :mod:`engineroom.service`.
 """
