@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -108,8 +108,8 @@ class Says(Drafter):
 
 
 @pytest.fixture
-def engine() -> Iterator[FakeEngine]:
-    yield FakeEngine()
+def engine() -> FakeEngine:
+    return FakeEngine()
 
 
 def step(engine: FakeEngine, scheduler: Scheduler[Task], outputs: Outputs) -> StepBatch[Task]:
