@@ -54,7 +54,7 @@ def requirements_of(module: Path) -> list[str]:
 
 def test_there_are_such_modules():
     libraries = {library_of(module) for module in MODULES}
-    assert libraries >= {"huggingface_hub", "typer", "uvicorn"}
+    assert libraries >= {"huggingface_hub", "torch", "typer", "uvicorn"}
 
 
 @of_each_module

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from engineroom import ModelConfig
-from engineroom_hf_transformers import packing
+from engineroom_hf_transformers import compat_torch, packing
 from engineroom_hf_transformers.loading import load_parts
 from engineroom_hf_transformers.options import HfTransformersOptions
 from engineroom_hf_transformers.packing import pack
@@ -27,7 +27,7 @@ KINDS = {
     "bert": "embedding",
 }
 WHY = "oneDNN's operators are not in this build of torch, or not for this processor"
-needs_operators = pytest.mark.skipif(not packing._available(torch.float32), reason=WHY)
+needs_operators = pytest.mark.skipif(not compat_torch.computes(torch.float32), reason=WHY)
 pytestmark = needs_operators
 
 
@@ -150,7 +150,7 @@ def test_a_model_that_does_not_take_tokens_is_left_alone(tiny: Callable[[str], P
 
 def test_layers_that_compute_in_their_own_way_are_left_alone(tiny: Callable[[str], Path]) -> None:
     class Doubled(torch.nn.Linear):
-        def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
             return 2 * super().forward(input)
 
     model = model_of("llama", tiny("llama"))
@@ -182,7 +182,21 @@ def test_a_layer_takes_what_it_took() -> None:
             torch.testing.assert_close(found, wanted)
 
 
-@pytest.mark.skipif(not packing._available(torch.bfloat16), reason=WHY)
+@pytest.mark.parametrize("how", ["raises", "differs"])
+def test_operators_that_another_version_changed_are_left_alone(
+    how: str, tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def changed(weight: torch.Tensor) -> torch.Tensor:
+        if how == "raises":
+            raise TypeError("expected at most 1 argument, but received 2")
+        return weight + 1
+
+    monkeypatch.setattr(compat_torch, "packed", changed)
+    assert not compat_torch.computes(torch.float32)
+    assert pack(model_of("llama", tiny("llama")), "causal", N_VOCAB) == 0
+
+
+@pytest.mark.skipif(not compat_torch.computes(torch.bfloat16), reason=WHY)
 def test_bfloat16(tiny: Callable[[str], Path]) -> None:
     model = model_of("llama", tiny("llama"), torch.bfloat16)
     before = numbers(model, "llama")

@@ -4,7 +4,7 @@ What torch computes in single precision goes to MKL, and what it computes in bfl
 both lay the weights out anew in every call. For a few rows, which is what decoding has, that is
 most of the work: SmolLM2-135M's layers take 95 ms for eight rows by ``torch.nn.functional.linear``
 and 38 ms laid out before (two cores of an AMD EPYC, float32, torch 2.13); for 136 rows 350 and
-240 ms. torch's own compiler uses the same operators for models that it freezes.
+240 ms.
 
 The laid-out weights take the place of the plain ones, so that memory stays what it was. A model
 may read a layer's weights in some other way than through the layer; such ones would then find
@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import logging
 import math
-import platform
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
+
+from engineroom_hf_transformers import compat_torch
 
 if TYPE_CHECKING:
     import torch
@@ -28,8 +29,6 @@ __all__ = ["pack"]
 
 logger = logging.getLogger("engineroom.hf_transformers")
 
-_ROWS: Final = 8
-"""The number of rows that the layout is chosen for; others are served well by it, too."""
 _TRIAL: Final = 8
 """Tokens of the trial."""
 _CLOSE: Final = {4: 1e-3, 2: 5e-2}
@@ -59,7 +58,7 @@ def pack(model: Any, kind: str, n_vocab: int, *, keep: bool = False) -> int:
     import torch
 
     layers = list(_layers(model))
-    if not layers or not _available(next(model.parameters()).dtype):
+    if not layers or not compat_torch.computes(next(model.parameters()).dtype):
         return 0
     with torch.inference_mode(False), torch.no_grad():
         before = _trial(model, kind, n_vocab)
@@ -80,22 +79,6 @@ def pack(model: Any, kind: str, n_vocab: int, *, keep: bool = False) -> int:
     return pack(model, kind, n_vocab, keep=True)
 
 
-def _available(dtype: torch.dtype) -> bool:
-    import torch
-
-    enabled: Any = torch.backends.mkldnn.enabled
-    if platform.machine().lower() not in {"x86_64", "amd64"} or not enabled:
-        return False
-    operators = torch.ops.mkldnn
-    if not hasattr(operators, "_linear_pointwise") or not hasattr(
-        operators, "_reorder_linear_weight"
-    ):
-        return False
-    if dtype == torch.bfloat16:
-        return bool(operators._is_mkldnn_bf16_supported())
-    return bool(dtype == torch.float32)
-
-
 def _layers(model: Any) -> Iterator[_Layer]:
     import torch
     from transformers.pytorch_utils import Conv1D
@@ -109,14 +92,14 @@ def _layers(model: Any) -> Iterator[_Layer]:
         weight = module.weight
         if weight.device.type != "cpu" or weight.dim() != 2 or "forward" in vars(module):
             continue
-        if hasattr(module, "_hf_hook") or module._forward_hooks or module._forward_pre_hooks:
+        if compat_torch.has_hooks(module):
             continue
         yield _Layer(module, not plain, owners[weight.data_ptr()] > 1)
 
 
 def _let_go_of_the_file(model: Any, layers: Sequence[_Layer]) -> None:
     """Copy what stays plain out of the mapped file, which else would stay in memory in whole."""
-    packed = {id(each.module.weight) for each in layers if not each.shared}
+    packed = {id(layer.module.weight) for layer in layers if not layer.shared}
     for parameter in model.parameters():
         if id(parameter) not in packed:
             parameter.data = parameter.data.clone()
@@ -134,13 +117,13 @@ def _take_over(layer: _Layer, *, keep: bool) -> Callable[[], None]:
     weight = plain.detach().t() if layer.across else plain.detach()
     packed: torch.Tensor | None = None
     if not keep and not layer.shared:
-        packed = weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS)
+        packed = weight = compat_torch.packed(weight)
         # Of the same shape and type, but without memory; and whoever reads it is found out.
         hollow = torch.full((1,), float("nan"), dtype=plain.dtype).expand(shape)
         module.weight = torch.nn.Parameter(hollow, requires_grad=False)
     elif layer.across:
         return lambda: None  # another layout would need memory
-    module.forward = _linear(weight, module.bias)
+    module.forward = compat_torch.linear(weight, module.bias)
 
     def back() -> None:
         del module.forward
@@ -150,21 +133,6 @@ def _take_over(layer: _Layer, *, keep: bool) -> Callable[[], None]:
             module.weight = torch.nn.Parameter(found, requires_grad=False) if parameter else found
 
     return back
-
-
-def _linear(
-    weight: torch.Tensor, bias: torch.Tensor | None
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    import torch
-
-    compute: Callable[..., torch.Tensor] = torch.ops.mkldnn._linear_pointwise.default
-
-    def forward(input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - as the layer calls it
-        if input.dim() < 2:
-            return compute(input[None], weight, bias, "none", [], "")[0]
-        return compute(input, weight, bias, "none", [], "")
-
-    return forward
 
 
 def _trial(model: Any, kind: str, n_vocab: int) -> torch.Tensor | None:
