@@ -151,7 +151,7 @@ def batching(settings: Settings) -> Iterator[Measurement]:
             yield _against(
                 f"hf_transformers 8 at once ÷ {what}",
                 3.0,
-                (at_once, lambda: float(other.call("one_by_one", prompts, count))),
+                (at_once, lambda: float(other.call("one_by_one", prompts, count))),  # noqa: B023
                 EIGHT * count,
                 settings,
             )

@@ -124,8 +124,8 @@ def batching(settings: Settings) -> Iterator[Measurement]:
         with Worker(ForgetfulSide, model_path(kind)) as service:
             prompts = _prompts(service, count)
             pairs = interleave(
-                lambda: float(service.call("at_once", prompts, count)),
-                lambda: float(service.call("one_by_one", prompts, count)),
+                lambda: float(service.call("at_once", prompts, count)),  # noqa: B023
+                lambda: float(service.call("one_by_one", prompts, count)),  # noqa: B023
                 settings.rounds,
             )
         total = EIGHT * count
@@ -164,8 +164,8 @@ def against_the_native_server(settings: Settings) -> Iterator[Measurement]:
             server.call("at_once", prompts, count)
             built = f"{server.call('built_for')} against {service.call('built_for')} here"
             pairs = interleave(
-                lambda: float(service.call("at_once", prompts, count)),
-                lambda: float(server.call("at_once", prompts, count)),
+                lambda: float(service.call("at_once", prompts, count)),  # noqa: B023
+                lambda: float(server.call("at_once", prompts, count)),  # noqa: B023
                 settings.rounds,
             )
         total = EIGHT * count
@@ -186,8 +186,8 @@ def against_the_native_server(settings: Settings) -> Iterator[Measurement]:
             prompts = _prompts(service, count)
             python_server.at_once(prompts[:2], count)
             pairs = interleave(
-                lambda: float(service.call("at_once", prompts, count)),
-                lambda: python_server.at_once(prompts, count),
+                lambda: float(service.call("at_once", prompts, count)),  # noqa: B023
+                lambda: python_server.at_once(prompts, count),  # noqa: B023
                 settings.rounds,
             )
         total = EIGHT * count

@@ -59,7 +59,7 @@ class Served:
 
             with asyncio.Runner(loop_factory=loop_factory()) as runner:
                 runner.run(self._main())
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - raised in the constructor
             self._failed = error
         finally:
             self._ready.set()
@@ -84,7 +84,7 @@ class Served:
         loop = asyncio.get_running_loop()
         self._stop = lambda: loop.call_soon_threadsafe(setattr, server, "should_exit", True)
         serving = asyncio.create_task(server.serve([listening]))
-        while not server.started:
+        while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
             await asyncio.sleep(0.01)
         self._ready.set()
         await serving

@@ -111,7 +111,7 @@ def _serve(pipe: Connection, factory: Callable[..., Any], arguments: tuple[Any, 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what ends
     try:
         served = factory(*arguments)
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - sent to the parent, which raises it
         pipe.send(("error", traceback.format_exc()))
         return
     pipe.send(("done", None))
@@ -125,7 +125,7 @@ def _serve(pipe: Connection, factory: Callable[..., Any], arguments: tuple[Any, 
                 pipe.send(("done", getattr(served, method)(*given)))
             except DiscardError as error:
                 pipe.send(("discard", str(error)))
-            except Exception:
+            except Exception:  # noqa: BLE001 - sent to the parent, which raises it
                 pipe.send(("error", traceback.format_exc()))
     finally:
         served.close()

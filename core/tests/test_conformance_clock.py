@@ -123,7 +123,7 @@ def test_a_loop_that_stands_is_lost():
     loop = LoopThread(0.3)
 
     async def stand():
-        time.sleep(3)
+        time.sleep(3)  # noqa: ASYNC251 - what is looked for
 
     with pytest.raises(LoopLostError, match="stand"):
         loop.run(stand(), 60.0)

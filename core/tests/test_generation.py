@@ -366,7 +366,7 @@ async def test_cancelling_the_reader_cancels_the_step_it_waits_for() -> None:
 
     async def read() -> None:
         async for chunk in stream:
-            seen.append(chunk)
+            seen.append(chunk)  # noqa: PERF401 - it is looked at before the loop ends
 
     task = asyncio.create_task(read())
     await handler.waiting.wait()

@@ -169,7 +169,7 @@ def test_a_handler_of_that_name_that_is_installed_already(command, site, monkeyp
 def test_the_next_steps_are_said(command):
     result = command("new-plugin", "foo-bar")
     assert (result.status, result.err) == (0, "")
-    here = os.path.join(".", "engineroom-foo-bar")
+    here = os.path.join(".", "engineroom-foo-bar")  # noqa: PTH118 - pathlib drops the dot
     assert f"pip install -e {here} " in result.out
     assert "engineroom[testing]" in result.out  # the kit is among the next steps
     assert "engineroom plugins\n" in result.out

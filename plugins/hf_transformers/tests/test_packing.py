@@ -150,7 +150,7 @@ def test_a_model_that_does_not_take_tokens_is_left_alone(tiny: Callable[[str], P
 
 def test_layers_that_compute_in_their_own_way_are_left_alone(tiny: Callable[[str], Path]) -> None:
     class Doubled(torch.nn.Linear):
-        def forward(self, input: torch.Tensor) -> torch.Tensor:
+        def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002
             return 2 * super().forward(input)
 
     model = model_of("llama", tiny("llama"))

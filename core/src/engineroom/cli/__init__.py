@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EngineRoomError as error:
         settings.show_traceback()
         error_line(error)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the last border; --debug shows all of it
         if not settings.show_traceback():
             error_line(
                 f"{type(error).__name__}: {error}; this is a defect of engineroom or of a plugin: "

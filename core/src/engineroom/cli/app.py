@@ -70,7 +70,7 @@ def options(
             show_default=False,
         ),
     ] = None,
-    version: Annotated[
+    version: Annotated[  # noqa: ARG001 - its callback does the work
         bool,
         typer.Option(
             "--version", help="Show the version and exit.", callback=_show_version, is_eager=True

@@ -282,7 +282,7 @@ def _next_steps(names: PluginNames, target: Path) -> str:
 
 def _as_path(target: Path) -> str:
     """So that nothing takes it for the name of a distribution."""
-    return str(target) if target.is_absolute() else os.path.join(os.curdir, target)
+    return str(target) if target.is_absolute() else os.path.join(os.curdir, target)  # noqa: PTH118
 
 
 def _command_line(arguments: list[str]) -> str:

@@ -120,7 +120,7 @@ async def run_in_new_thread(call: Callable[[], _T], name: str) -> _T:
         value: _T | None = None
         try:
             value = context.run(call)
-        except BaseException as raised:
+        except BaseException as raised:  # noqa: BLE001 - raised again where it is awaited
             error = raised
         try:
             loop.call_soon_threadsafe(settle, error, value)

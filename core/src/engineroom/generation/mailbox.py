@@ -65,7 +65,7 @@ class Mailbox:
                 raise item
             if take(item):
                 return
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - raised again where it is awaited
             self._failure = error
         self._take = None
         if not waiter.done():  # the taker may have cancelled the task that waits

@@ -108,12 +108,12 @@ def load_plugin(record: PluginRecord, use: Callable[[PluginRecord, object], None
     assert record.entry_point is not None
     try:
         plugin = record.entry_point.load()
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - foreign; quarantine logs it
         record.quarantine(error, f"reinstall or upgrade it: pip install -U {record.distribution}")
         return
     try:
         use(record, plugin)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - foreign code; quarantine logs it
         remedy = "mend the plugin" if isinstance(error, EngineRoomError) else "report it"
         record.quarantine(error, f"{remedy} ({record.distribution} {record.version})")
         return

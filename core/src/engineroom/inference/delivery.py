@@ -129,7 +129,7 @@ class Sink:
                 if (held := put(chunk)) is None:
                     return True
                 self.held = held
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - raised again in wait()
                 self.held = error
             return False
 

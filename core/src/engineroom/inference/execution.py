@@ -148,7 +148,7 @@ class Execution:
         if self._lease is not None:
             try:
                 await self._lease.__aexit__(kind, error, trace)
-            except BaseException as late:
+            except BaseException as late:  # noqa: BLE001 - told of, or raised again, below
                 raised = late
         if raised is None:
             assert self._response is not None

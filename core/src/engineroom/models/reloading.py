@@ -93,7 +93,7 @@ def _changes(manager: LLMModelManager) -> AsyncIterator[set[tuple[Any, str]]]:
     name = file.name
 
     def ours(_: object, path: str) -> bool:
-        return os.path.basename(path) == name
+        return os.path.basename(path) == name  # noqa: PTH119 - called for every file of the folder
 
     # The folder, because a file that is replaced by another of its name is no longer watched; and
     # what it may link to (as in Kubernetes) is replaced by a change of a link beside it.

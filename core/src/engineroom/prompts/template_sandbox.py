@@ -218,7 +218,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             self.make(_room(left) + _room(right))
         return super().call_binop(context, operator, left, right)
 
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         """Call it, unless what it makes would be too large."""
         values = (*args, *kwargs.values())
         __self._step(1 + sum(map(_effort, values)))

@@ -161,7 +161,7 @@ class EngineRoomServer(Server):
 
 def _has_file(manager: LLMModelManager) -> bool:
     try:
-        manager.config_path
+        manager.config_path  # noqa: B018 - it raises where there is none
     except ConfigurationError:
         return False
     return True

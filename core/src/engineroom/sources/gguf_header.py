@@ -176,7 +176,7 @@ class _Reader:
         for tensor in declared:
             if tensor.offset % alignment:
                 self._refuse(f"tensor {tensor.name[:80]!r} is not aligned")
-            tensor = replace(tensor, offset=start + tensor.offset)
+            tensor = replace(tensor, offset=start + tensor.offset)  # noqa: PLW2901
             end = tensor.offset + tensor.size
             if end > self._size:
                 self._refuse(

@@ -237,7 +237,7 @@ def _wrong(path: Path, file: HubFile) -> str | None:
     return None if digest.hexdigest() == expected else "its hash is another"
 
 
-class _typed:
+class _typed:  # noqa: N801 - reads as a function
     """Turns what the library raises into errors that say what to do."""
 
     def __init__(self, hub: Any, name: str) -> None:

@@ -114,7 +114,7 @@ class Generation:
                     self._generate()
         except StepStoppedError:
             pass
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - raised again in advance()
             self._error = error
         finally:
             self._done.release()

@@ -243,7 +243,7 @@ class HfEngine(BatchingEngine[Job]):
             results = self.scheduler.postprocess(slices, outcomes)
         except StepStoppedError:
             return  # whose step it was has been cancelled; the next turn sees to that
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - logged with its traceback in _fail_jobs
             self._fail_jobs([part.task for part in slices] or list(tasks), error)
             return
         results.send()
@@ -275,7 +275,7 @@ class HfEngine(BatchingEngine[Job]):
         assert job.work is not None
         try:
             step = job.work.advance(self.logprob)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - logged with its traceback in _fail_jobs
             self._fail_jobs([job], error)
             return
         if step is None:

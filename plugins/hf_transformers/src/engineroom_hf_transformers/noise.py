@@ -29,7 +29,7 @@ def quieten() -> None:
 
     Only its own default handler is replaced: handlers that an application gave it stay.
     """
-    global _quiet
+    global _quiet  # noqa: PLW0603 - the process has one such library
     with _quiet_lock:
         if _quiet:
             return

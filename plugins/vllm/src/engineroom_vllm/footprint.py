@@ -25,7 +25,7 @@ logger = logging.getLogger("engineroom.vllm")
 _SEGMENT: Final = re.compile(r"\s(/dev/shm/(?:psm_|vllm|VLLM)[^\s]*)(?: \(deleted\))?$")
 """Segments of Python's ``shared_memory`` and of vLLM's own, in ``/proc/<pid>/maps``."""
 _PYTHONS: Final = "psm_"
-_SHARED: Final = Path("/dev/shm")
+_SHARED: Final = Path("/dev/shm")  # noqa: S108 - where the system has shared memory
 
 
 class Footprint:

@@ -85,7 +85,7 @@ class ForkServer:
             "from engineroom_vllm.forkserver_main import serve; serve(*given)"
         )
         try:
-            self._process = subprocess.Popen(
+            self._process = subprocess.Popen(  # noqa: S603 - this Python, and code of ours
                 [sys.executable, "-c", code, given],
                 env=own,
                 stdin=subprocess.DEVNULL,

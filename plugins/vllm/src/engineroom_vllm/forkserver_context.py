@@ -147,7 +147,7 @@ class ForkedProcess(process.BaseProcess):
     _start_method: ClassVar[str] = "spawn"
 
     @staticmethod
-    def _Popen(process_obj: process.BaseProcess) -> Any:
+    def _Popen(process_obj: process.BaseProcess) -> Any:  # noqa: N802
         if (client := Here.client) is not None:
             if at_start({**os.environ, **client.more}) == client.start:
                 return _Popen(process_obj)

@@ -49,7 +49,7 @@ def serve(requests_fd: int, alive_fd: int, tracker_fd: int, modules: Sequence[st
     try:
         for name in modules:
             importlib.import_module(name)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - an import may raise anything, and is told
         _say(requests, f"it cannot import {name}: {type(error).__name__}: {error}")
         return
     if (threads := len(list(Path("/proc/self/task").iterdir()))) != 1:
@@ -164,7 +164,7 @@ def _child(fds: list[int]) -> None:
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         code = _work(fds)
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - told, and the end of the process
         traceback.print_exc()
         sys.stderr.flush()
     finally:
@@ -176,7 +176,7 @@ def _work(fds: list[int]) -> int:
     work, _, asked, *Here.received = fds
     sentinel = os.dup(work)
     with os.fdopen(work, "rb") as pipe:
-        state = pickle.load(pipe)
+        state = pickle.load(pipe)  # noqa: S301 - over a socket that only this program has
         start, environment = state["start"], state["environment"]
         os.environ.clear()
         os.environ.update(environment)
@@ -187,7 +187,7 @@ def _work(fds: list[int]) -> int:
         if (path := environment.get(LOG)) is not None:
             logging.config.dictConfig(json.loads(Path(path).read_text(encoding="utf-8")))
         Here.client = Client(socket.socket(fileno=asked), start, {}, state["hooks"])
-        found: Any = pickle.load(pipe)
+        found: Any = pickle.load(pipe)  # noqa: S301
     with put_in(state["hooks"]):
         code: int = found._bootstrap(sentinel)
     return code

@@ -42,7 +42,7 @@ class Scratch:
     :raises ResourceNotAvailableError: there is no place for them; says what to do.
     """
 
-    def __init__(self, socket_bases: Iterable[str] = ("/tmp", "/var/tmp")) -> None:
+    def __init__(self, socket_bases: Iterable[str] = ("/tmp", "/var/tmp")) -> None:  # noqa: S108
         self._owned: list[_Owned] = []
         try:
             temporary = tempfile.gettempdir()

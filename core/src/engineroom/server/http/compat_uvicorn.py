@@ -72,9 +72,9 @@ def connection_class(kind: type[Connection], **attributes: Any) -> type[asyncio.
     """
     base: Any
     try:
-        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol as base
+        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol as base  # noqa: N813
     except ImportError:  # httptools is not installed
-        from uvicorn.protocols.http.h11_impl import H11Protocol as base
+        from uvicorn.protocols.http.h11_impl import H11Protocol as base  # noqa: N813
     return type(kind.__name__, (kind, base), attributes)
 
 

@@ -108,7 +108,7 @@ class OpenAIError(ErrorBody, kw_only=True):
     error: ErrorDetail
 
     @classmethod
-    def of(cls, error: ApiError, request_id: str = "") -> OpenAIError:
+    def of(cls, error: ApiError, request_id: str = "") -> OpenAIError:  # noqa: ARG003 - others have it
         detail = ErrorDetail(
             message=error.message,
             type=_TYPES.get(error.status, "invalid_request_error"),

@@ -105,7 +105,7 @@ class Session:
             self._run(body)
         except (BrokenRuleError, InapplicableError) as error:
             outcome = error
-        except (Exception, asyncio.CancelledError) as error:
+        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - told as a failure
             outcome = BrokenRuleError(
                 did="ran the check", expected="no exception", saw=_trace(error)
             )
@@ -141,7 +141,7 @@ class Session:
             raise
         except (BrokenRuleError, InapplicableError) as error:
             return error
-        except (Exception, asyncio.CancelledError) as error:
+        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - told by its check
             return BrokenRuleError(did=f"{name}", expected="no exception", saw=_trace(error))
         return None
 
@@ -201,7 +201,7 @@ class Checks:
 
     # A class-scoped fixture written as a plain method is what a suite's model_config is; pytest
     # 9 warns of it, because attributes set on self are lost. None are set.
-    pytestmark = [pytest.mark.filterwarnings("ignore:Class-scoped fixtures defined as instance")]
+    pytestmark = [pytest.mark.filterwarnings("ignore:Class-scoped fixtures defined as instance")]  # noqa: RUF012
 
     handler_class: ClassVar[type[InferenceHandler] | None] = None
     handler_name: ClassVar[str | None] = None

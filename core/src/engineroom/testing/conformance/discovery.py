@@ -54,7 +54,7 @@ class DiscoveryChecks(Checks):
             assert record.entry_point is not None
             try:
                 loaded = record.entry_point.load()
-            except (Exception, SystemExit) as error:
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - foreign, told as the finding
                 broken(did=did, expected="the handler", saw=f"{type(error).__name__}: {error}")
             name = getattr(loaded, "name", None)
             same = loaded is type(handler) or isinstance(loaded, type(handler))
@@ -227,7 +227,7 @@ class DiscoveryChecks(Checks):
                 )
             except (ModelNotFoundError, ConfigurationError, ResourceNotAvailableError):
                 return
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - foreign code, told as the finding
                 broken(
                     did=f"load_model(source={source!r}), where there is nothing",
                     expected="ModelNotFoundError, ConfigurationError or ResourceNotAvailableError",
@@ -248,7 +248,7 @@ class DiscoveryChecks(Checks):
             if option not in error.message:
                 broken(did=did, expected="that the message names the option", saw=error.message)
             return
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - foreign code, told as the finding
             broken(did=did, expected="a ConfigurationError", saw=f"{type(error).__name__}: {error}")
         await kit.within(kit.handler.unload_model(loaded), "unload_model")
         broken(did=did, expected="a ConfigurationError that names it", saw="that it was ignored")
@@ -273,7 +273,7 @@ def _plain(kit: Kit, source: str, options: Mapping[str, Any]) -> ModelConfig:
 def _say_no(did: str, question: Callable[[Any], object], about: object) -> None:
     try:
         answer = question(about)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - foreign code, told as the finding
         broken(did=did, expected="the bool False", saw=f"{type(error).__name__}: {error}")
     if answer is not False:
         broken(did=did, expected="the bool False", saw=repr(answer))

@@ -113,7 +113,7 @@ class EmbeddingChecks(Checks):
                 embeddings = await kit.within(kit.handler.embed(kit.bench.loaded, ["a"]), "embed")
             except ConfigurationError:
                 return
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - told as a broken rule
                 _wrong("embed, which capabilities() does not claim", error)
             broken(
                 did="embed, which capabilities() does not claim",
@@ -129,7 +129,7 @@ class EmbeddingChecks(Checks):
                 await kit.within(kit.handler.embed(bench.loaded, [text]), "embed")
             except ConfigurationError:
                 return
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - told as a broken rule
                 _wrong("embed of a text that is longer than max_context_tokens", error)
             broken(
                 did=f"embed of a text of {most + 1} words, where max_context_tokens is {most}",

@@ -192,7 +192,7 @@ async def _outcome(generator: AsyncGenerator[str, None]) -> BaseException | None
     try:
         async for _ in generator:
             pass
-    except (Exception, asyncio.CancelledError) as error:
+    except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - looked at by the caller
         return error
     return None
 

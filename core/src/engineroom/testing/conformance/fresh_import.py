@@ -78,7 +78,7 @@ def loaded_by(handler: type[object], modules: Sequence[str], limit_s: float) -> 
         "class": handler.__qualname__,
         "modules": list(modules),
     }
-    done = subprocess.run(
+    done = subprocess.run(  # noqa: S603 - this interpreter, and a program of ours
         [sys.executable, "-c", _ASK],
         input=json.dumps(task),
         capture_output=True,

@@ -55,7 +55,7 @@ class TextChecks(Checks):
             generator = kit.bench.direct(request)
 
             async def read() -> None:
-                chunks.extend([chunk async for chunk in generator])
+                chunks.extend([chunk async for chunk in generator])  # noqa: B023 - awaited here
 
             await kit.within(read(), did)
             ends = [place for place, chunk in enumerate(chunks) if isinstance(chunk, StreamEnd)]
