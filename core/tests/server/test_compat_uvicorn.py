@@ -14,6 +14,7 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from engineroom.server.http.compat_uvicorn import Connection, Server, connection_class
+from engineroom.server.settings import ServerSettings
 
 PROTOCOL = {
     "connections", "cycle", "flow", "loop", "on_response_complete", "send_400_response", "shutdown",
@@ -26,7 +27,7 @@ CYCLE = {
     "response_complete", "response_started", "scope", "send", "transport",
 }  # fmt: skip
 FLOW = {"resume_reading", "write_paused"}
-SERVER = {"capture_signals", "force_exit", "handle_exit", "server_state", "should_exit", "startup"}
+SERVER = {"capture_signals", "force_exit", "server_state", "should_exit", "startup"}
 
 
 class Wire(asyncio.Transport):
@@ -91,7 +92,7 @@ async def test_the_names_are_there_once_a_request_has_come(each_parser):
 
 
 def test_the_servers_names_are_there():
-    server = Server(None, asyncio.Protocol, host="a", port=1, keep_alive_s=0.5, close_s=1)
+    server = Server(None, asyncio.Protocol, ServerSettings(keep_alive_s=0.5), 1)
     assert {name for name in SERVER if not hasattr(uvicorn.Server, name)
             and not hasattr(server, name)} == set()  # fmt: skip
     assert server.config.timeout_keep_alive == 0.5

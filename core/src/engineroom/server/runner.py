@@ -51,10 +51,8 @@ class EngineRoomServer(Server):
         super().__init__(
             with_cors(Front(self.context), settings),
             guarded_protocol(settings),
-            host=settings.host,
-            port=settings.port,
-            keep_alive_s=settings.keep_alive_s,
-            close_s=CLOSE_S,
+            settings,
+            CLOSE_S,
         )
 
     async def run_until_stopped(

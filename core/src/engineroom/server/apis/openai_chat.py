@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -17,6 +16,7 @@ from engineroom.server.apis.openai_common import (
     OpenAIWriter,
     Usage,
     finish_of,
+    head_of,
     includes_usage,
     requests_for,
     sampling_of,
@@ -164,15 +164,10 @@ async def chat_completions(call: Call) -> None:
     """Continue a conversation."""
     request = parse(call, ChatRequest, await call.json())
     requests = _requests(call, request)
-    created, completion_id = int(time.time()), f"chatcmpl-{call.id}"
+    head = head_of(call, request, "chatcmpl")
     call.context.log_prompt(requests[0])
     if request.stream:
-        head = {
-            "id": completion_id,
-            "object": "chat.completion.chunk",
-            "created": created,
-            "model": request.model,
-        }
+        head["object"] = "chat.completion.chunk"
         writer = ChatWriter(head, includes_usage(request), bool(request.logprobs))
         await stream_all(call, requests, writer)
         return
@@ -186,15 +181,7 @@ async def chat_completions(call: Call) -> None:
         )
         for index, response in enumerate(responses)
     ]
-    await call.answer_json(
-        ChatCompletion(
-            id=completion_id,
-            created=created,
-            model=request.model,
-            choices=choices,
-            usage=usage_of(responses),
-        )
-    )
+    await call.answer_json(ChatCompletion(**head, choices=choices, usage=usage_of(responses)))
 
 
 def _requests(call: Call, request: ChatRequest) -> list[InferenceRequest]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias
 
@@ -34,6 +35,7 @@ __all__ = [
     "Seed",
     "Usage",
     "finish_of",
+    "head_of",
     "includes_usage",
     "requests_for",
     "sampling_of",
@@ -103,6 +105,11 @@ class Chunk(Answer, kw_only=True):
     system_fingerprint: None = None
     choices: list[Any]
     usage: Usage | UnsetType | None = UNSET
+
+
+def head_of(call: Call, request: OpenAIRequest, prefix: str) -> dict[str, Any]:
+    """What an answer, and each chunk of it, begins with."""
+    return {"id": f"{prefix}-{call.id}", "created": int(time.time()), "model": request.model}
 
 
 def includes_usage(request: OpenAIRequest) -> bool:

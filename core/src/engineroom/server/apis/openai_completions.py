@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -16,6 +15,7 @@ from engineroom.server.apis.openai_common import (
     OpenAIWriter,
     Usage,
     finish_of,
+    head_of,
     includes_usage,
     requests_for,
     sampling_of,
@@ -125,40 +125,31 @@ async def completions(call: Call) -> None:
     requests = _requests(call, request, prompts)
     for inference in requests:
         call.context.log_prompt(inference)
-    created, completion_id = int(time.time()), f"cmpl-{call.id}"
-    echoed = [prompt if request.echo and isinstance(prompt, str) else "" for prompt in prompts]
-    heads = [head for head in echoed for _ in range(request.n or 1)]
+    head = head_of(call, request, "cmpl")
+    echoed = [
+        prompt if request.echo and isinstance(prompt, str) else ""
+        for prompt in prompts
+        for _ in range(request.n or 1)
+    ]
     wants_logprobs = request.logprobs is not None
     if request.stream:
-        chunk_head = {
-            "id": completion_id,
-            "object": "text_completion",
-            "created": created,
-            "model": request.model,
-        }
+        head["object"] = "text_completion"
         usage = includes_usage(request)
-        writer = CompletionWriter(chunk_head, usage, wants_logprobs, len(prompts), heads)
+        writer = CompletionWriter(head, usage, wants_logprobs, len(prompts), echoed)
         await stream_all(call, requests, writer)
         return
     responses = await answer_all(call, requests)
     choices = [
         CompletionChoice(
             index=index,
-            text=heads[index] + (response.generated_text or ""),
+            text=echoed[index] + (response.generated_text or ""),
             logprobs=_logprobs(response.logprobs or ()) if wants_logprobs else None,
             finish_reason=finish_of(response),
         )
         for index, response in enumerate(responses)
     ]
-    await call.answer_json(
-        Completion(
-            id=completion_id,
-            created=created,
-            model=request.model,
-            choices=choices,
-            usage=usage_of(responses, len(prompts)),
-        )
-    )
+    usage_sum = usage_of(responses, len(prompts))
+    await call.answer_json(Completion(**head, choices=choices, usage=usage_sum))
 
 
 def _prompts(request: CompletionRequest) -> list[str | list[int]]:
@@ -214,7 +205,7 @@ def _logprobs(tokens: Sequence[TokenLogprob], offset: int = 0) -> CompletionLogp
 class CompletionWriter(OpenAIWriter):
     """Chunks of a text completion.
 
-    :param heads: what each text begins with, where the prompt is echoed.
+    :param echoed: what each text begins with, where the prompt is echoed.
     """
 
     def __init__(
@@ -223,15 +214,15 @@ class CompletionWriter(OpenAIWriter):
         usage: bool,
         logprobs: bool,
         prompts: int,
-        heads: Sequence[str],
+        echoed: Sequence[str],
     ) -> None:
         super().__init__(head, usage, logprobs, prompts)
-        self._heads = heads
-        self._offsets = [0] * len(heads)
+        self._echoed = echoed
+        self._offsets = [0] * len(echoed)
 
     def begin(self, streams: Sequence[InferenceStream]) -> bytes:
         """The prompts, where they are echoed."""
-        return b"".join(self.framer(i)(head) for i, head in enumerate(self._heads) if head)
+        return b"".join(self.framer(i)(text) for i, text in enumerate(self._echoed) if text)
 
     def framer(self, index: int) -> Callable[[str], bytes]:
         return Framer(lambda text: self._chunk(TextChoice(index=index, text=text)))

@@ -15,13 +15,13 @@ import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
-from types import FrameType
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import h11
 import uvicorn
 
 from engineroom.server.http.frames import chunker
+from engineroom.server.settings import ServerSettings
 
 if TYPE_CHECKING:
 
@@ -138,9 +138,9 @@ class Connection(_Base):
         return self._part == "body" if conn is None else conn.their_state is h11.SEND_BODY
 
     @property
-    def others_wait(self) -> bool:
-        """Whether requests were read whole while another is answered."""
-        return bool(self._waiting)
+    def waiting(self) -> Any:
+        """Requests that were read whole while another is answered, the next one last."""
+        return getattr(self, "pipeline", ())
 
     @property
     def unread_bytes(self) -> int:
@@ -159,11 +159,6 @@ class Connection(_Base):
         """The cycle that is answered, or was last."""
         return self.cycle if self._started is None else self._started
 
-    @property
-    def _waiting(self) -> Any:
-        """Requests that wait, the next one last."""
-        return getattr(self, "pipeline", ())
-
     # ── what can be done ─────────────────────────────────────────────────────────────────────
 
     def give_up_request(self) -> None:
@@ -174,7 +169,7 @@ class Connection(_Base):
     def make_last(self) -> None:
         """No further request is answered."""
         self._current.keep_alive = False
-        if waiting := self._waiting:
+        if waiting := self.waiting:
             waiting.clear()
 
     def read_on(self) -> None:
@@ -234,7 +229,7 @@ class Connection(_Base):
 
     def on_response_complete(self) -> None:
         self.before_answer_ends()
-        if waiting := self._waiting:
+        if waiting := self.waiting:
             self._started = waiting[-1][0]
         super().on_response_complete()
         self.answer_ended()
@@ -267,25 +262,17 @@ class Connection(_Base):
 class Server(uvicorn.Server):
     """uvicorn's server for an application and a kind of connection.
 
-    :param keep_alive_s: seconds that a connection stays open without a request.
     :param close_s: seconds that connections get in the end.
     """
 
     def __init__(
-        self,
-        app: Any,
-        protocol: type[asyncio.Protocol],
-        *,
-        host: str,
-        port: int,
-        keep_alive_s: float,
-        close_s: int,
+        self, app: Any, protocol: type[asyncio.Protocol], settings: ServerSettings, close_s: int
     ) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
-                host=host,
-                port=port,
+                host=settings.host,
+                port=settings.port,
                 http=protocol,
                 ws="none",
                 lifespan="off",
@@ -294,7 +281,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,  # nothing here asks who the client is
-                timeout_keep_alive=keep_alive_s,  # type: ignore[arg-type]
+                timeout_keep_alive=settings.keep_alive_s,  # type: ignore[arg-type]
                 timeout_graceful_shutdown=close_s,
                 backlog=2048,
             )
@@ -320,16 +307,12 @@ class Server(uvicorn.Server):
         heeded = [signal.SIGINT, signal.SIGTERM]
         if hasattr(signal, "SIGBREAK"):
             heeded.append(signal.SIGBREAK)
-        before = {sig: signal.signal(sig, self.handle_exit) for sig in heeded}
+        before = {sig: signal.signal(sig, lambda *_: self.signalled()) for sig in heeded}
         try:
             yield
         finally:
             for sig, handler in before.items():
                 signal.signal(sig, handler)
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal came."""
-        self.signalled()
 
     def end(self, at_once: bool = False) -> None:
         """Close the connections and return from ``serve``.

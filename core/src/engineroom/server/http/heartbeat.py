@@ -25,18 +25,6 @@ class Heartbeat:
     :param ping: what readers skip.
     """
 
-    __slots__ = (
-        "_call",
-        "_headers",
-        "_loop",
-        "_ping",
-        "_sending",
-        "_silent",
-        "_tick_s",
-        "_timer",
-        "spoke",
-    )
-
     def __init__(self, call: Call, headers: Headers = SSE_HEADERS, ping: bytes = PING) -> None:
         self._call = call
         self._headers = headers

@@ -111,13 +111,13 @@ class GuardedConnection(Connection):
 
     def before_answer_ends(self) -> None:
         self._head_bytes = 0
-        if self.reading_body and not self.others_wait and not self.transport.is_closing():
+        if self.reading_body and not self.waiting and not self.transport.is_closing():
             self._refused_body = True
             self._cancel_head()
             self._head_timer = self.loop.call_later(self.limits.body_timeout_s, self._end)
 
     def answer_ended(self) -> None:
-        if self._early_bytes and not self.others_wait:
+        if self._early_bytes and not self.waiting:
             self._early_bytes = self.unread_bytes
 
     def closing(self) -> None:
