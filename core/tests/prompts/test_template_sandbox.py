@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -57,6 +59,13 @@ def growing(start: str, change: str) -> str:
         ("{% for m in [60] recursive %}{% if m %}{{ loop([m - 1, m - 1]) }}{% endif %}{% endfor %}",
          "steps"),
         (TWICE + "{{ ns.x }}", "steps"),
+        (LONG + "{% set ns = namespace(x=long) %}{% for i in range(9999) %}"
+         "{% set ns.x = [ns.x, long[1:]] %}{% endfor %}", "characters"),
+        (LONG + "{{ (long * 400) | list | length }}", "characters"),
+        (LONG + "{{ (long * 400).split('a') | length }}", "characters"),
+        (LONG + "{{ (long * 400).split() | length }}", "characters"),
+        (LONG + "{{ long | wordwrap(5) }}", "characters"),
+        (LONG + "{{ (long * 90) | title }}", "steps"),
         (TWICE + "{{ ns.x ~ '' }}", "steps"),
         (TWICE + "{{ ns.x | tojson }}", "steps"),
         (TWICE + "{{ ns.x == ns.y }}", "steps"),
@@ -66,10 +75,36 @@ def test_what_would_take_too_much_is_refused(
     monkeypatch: pytest.MonkeyPatch, source: str, why: str
 ) -> None:
     monkeypatch.setattr(template_sandbox, "MOST_STEPS", 200_000)
-    template = ChatTemplate(source, {})  # and nothing of it is computed here
+    template = ChatTemplate(source, {})  # where it is tried, in the same bounds
     for _ in range(2):
         with pytest.raises(ConfigurationError, match=f"OverflowError: it .*{why}"):
             template.render(HELLO)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{{ i }}{% endfor %}{% endfor %}",
+        "{% for i in range(99999) %}{{ range(99999) | sort | length }}{% endfor %}",
+        "{% for i in range(99999) %}{{ (range(99999) | list).count(99999) }}{% endfor %}",
+        LONG + "{% set x = long * 600 %}{% for i in range(99999) %}{{ x.find('b') }}{% endfor %}",
+        LONG + "{% set x = long * 600 %}{% for i in range(99999) %}{{ 'b' in x }}{% endfor %}",
+        LONG + "{% for i in range(99999) %}{{ (long * 600)[1:] | length }}{% endfor %}",
+        "{% for i in range(999) %}{% for j in range(9999) %}{{ dict(a=i) }}{% endfor %}{% endfor %}",
+    ],
+)  # fmt: skip
+def test_what_would_take_for_ever_ends_within_its_time_of_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    assert template_sandbox.MOST_SECONDS == 2.0
+    monkeypatch.setattr(template_sandbox, "MOST_SECONDS", 0.3)
+    began = time.thread_time()
+    template = ChatTemplate(source, {})
+    loaded = time.thread_time()
+    with pytest.raises(ConfigurationError, match="OverflowError: it (takes|makes) more than"):
+        template.render(HELLO)
+    assert loaded - began < 1
+    assert time.thread_time() - loaded < 1
 
 
 def test_a_template_that_is_too_long_is_not_valid() -> None:

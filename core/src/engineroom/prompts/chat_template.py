@@ -92,6 +92,15 @@ class ChatTemplate:
         template_args: Mapping[str, Any] | None = None,
     ) -> str:
         """:meth:`render`, of messages that are in the template's shape already."""
+        self._environment.begin()
+        return self._write(conversation, tools, template_args)
+
+    def _write(
+        self,
+        conversation: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None = None,
+        template_args: Mapping[str, Any] | None = None,
+    ) -> str:
         names = {
             **self._tokens,
             "add_generation_prompt": True,
@@ -100,7 +109,6 @@ class ChatTemplate:
             "messages": conversation,
             "tools": tools or None,
         }
-        self._environment.begin()
         try:
             prompt = self._template.render(names)
             prompt.encode()  # a template may write what UTF-8 has no bytes for
@@ -119,7 +127,10 @@ class ChatTemplate:
         return prompt
 
     def _probe(self) -> None:
-        """Try in which shape a message's text, and a call's arguments, get through."""
+        """Try in which shape a message's text, and a call's arguments, get through; in the bounds
+        of one rendering.
+        """
+        self._environment.begin()
         self.parts = not self._shows_text() and self._shows_text(parts=True)
         self.text_arguments = not self._takes_calls() and self._takes_calls(as_text=True)
 
@@ -141,7 +152,7 @@ class ChatTemplate:
 
     def _tried(self, conversation: list[dict[str, Any]]) -> str | None:
         try:
-            return self.write(conversation)
+            return self._write(conversation)
         except ConfigurationError as error:
             if isinstance(error.__cause__, OverflowError):
                 raise error.__cause__ from None

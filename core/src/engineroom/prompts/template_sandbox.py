@@ -22,6 +22,7 @@ from jinja2 import TemplateSyntaxError, nodes, pass_context
 from jinja2.environment import Template
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
+from jinja2.visitor import NodeTransformer
 
 __all__ = ["MOST_CHARACTERS", "MOST_SECONDS", "MOST_STEPS", "BoundedEnvironment"]
 
@@ -40,8 +41,11 @@ _WIDTH: Final = re.compile(r"\d{7}|\*")
 _GROWING: Final = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs"})
 """Methods of strings whose number is a length."""
 _SPLITTING: Final = frozenset({"split", "rsplit", "splitlines"})
-_SLOW: Final = frozenset({"indent", "striptags", "title", "urlize", "wordcount", "wordwrap"})
-"""Filters that go through a text in Python."""
+_SLOW: Final = frozenset({"indent", "title", "wordcount"})
+"""Filters that take as long for a character as a turn takes."""
+_SLOWEST: Final = frozenset({"striptags", "urlize", "wordwrap"})
+"""Those that may take the square of that; no prompt needs them."""
+_MOST_SLOWEST: Final = 2**14
 _INSTANT: Final = frozenset({"length", "count", "first", "last", "default", "d", "attr", "safe"})
 _LISTS: Final = _INSTANT | {
     *("batch", "dictsort", "groupby", "items", "list", "map", "random", "reject", "rejectattr"),
@@ -74,6 +78,14 @@ class _Format(SandboxedFormatter):
         return super().format_field(value, format_spec)
 
 
+class _Slices(NodeTransformer):
+    """Has slices measured."""
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:  # noqa: N802 - as Jinja has it
+        self.generic_visit(node)
+        return _through("cut", node) if isinstance(node.arg, nodes.Slice) else node
+
+
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
     """The environment of one template, which may be rendered by several threads.
 
@@ -88,7 +100,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         del self.globals["lipsum"]
         for name, apply in list(self.filters.items()):
             self.add_filter(name, apply)
-        for built_in in (self.counted, self.turn, self.joined, self.weighed):
+        for built_in in (self.counted, self.turn, self.joined, self.cut, self.weighed):
             self.filters[_PREFIX + built_in.__name__] = built_in
 
     def compiled(self, source: str) -> Template:
@@ -98,7 +110,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         """
         if len(source) > _MOST_SOURCE:
             raise OverflowError(f"it has {len(source)} characters, more than {_MOST_SOURCE}")
-        tree = self.parse(source)
+        tree = _Slices().visit(self.parse(source))
         for loop in list(tree.find_all(nodes.For)):
             loop.iter = _through("counted", loop.iter)
         bodies: list[nodes.For | nodes.Macro | nodes.CallBlock | nodes.Block] = [
@@ -165,6 +177,13 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.make(sum(map(len, texts)))
         return "".join(texts)
 
+    def cut(self, part: Any) -> Any:
+        """What a slice is, which no other bound sees."""
+        if isinstance(part, Sized):
+            self.make(_room(part))
+            self._step(1 + _effort(part))
+        return part
+
     def weighed(self, value: Any) -> Any:
         """What is to be compared or written, which takes as long as there is in it.
 
@@ -183,6 +202,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
                 self._step(len(item) // _SWIFT)
                 if item is not value:
                     self.make(len(item))
+            elif isinstance(item, Sized):
+                self._step(1 + len(item))
         return value
 
     def make(self, count: int) -> None:
@@ -274,7 +295,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
                 for value in values:
                     self.weighed(value)
                 if name in _SLOW:
-                    self._step(len(str(values[0])) // 2)
+                    self._step(len(str(values[0])))
+                if name in _SLOWEST:
+                    self._slowest(name, len(str(values[0])))
             if name == "format":
                 _check_widths(str(values[0]))
             elif name not in _VALUES:
@@ -287,6 +310,11 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             return result
 
         return bounded
+
+    def _slowest(self, name: str, count: int) -> None:
+        if count > _MOST_SLOWEST:
+            raise OverflowError(f"it gives the filter {name} more than {_MOST_SLOWEST} characters")
+        self._step(_QUICK * count)
 
     def _may_grow(self, values: tuple[Any, ...]) -> None:
         """Where each character of one text may become another text, as in ``replace``."""

@@ -1,0 +1,169 @@
+"""A request's input to token ids, with a vocabulary of characters and a few special tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from engineroom import ChatMessage, ConfigurationError, InferenceRequest
+from engineroom.prompts import ControlTokens, ModelTemplates, PromptCodec, tokens_of
+
+SPECIAL = {1: "<s>", 2: "</s>", 3: "<|im_start|>", 4: "<|im_end|>", 5: '<|"|>', 6: "<|im_start"}
+ADDED = {7: "<|turn|>", 8: "<think>", 9: "<start_of_turn>"}
+ALL = SPECIAL | ADDED
+# Everything that a message has goes through it, and in every way that templates know.
+TEMPLATE = """\
+{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}
+{% if m.name %}name={{ m.name }}{% endif %}{% if m.tool_call_id %}of={{ m.tool_call_id }}{% endif %}
+{{ m.content | default('') | trim }}{% for c in m.tool_calls or [] %}{{ c.id }}{{ c | tojson }}
+{{ c.function.name | upper }}{% for k, v in c.function.arguments.items() %}{{ k }}={{ v }}
+{% endfor %}{% endfor %}<|im_end|>
+{% endfor %}{% for t in tools or [] %}{{ t.function.name }}{{ t | tojson(indent=1) }}{% endfor %}
+{{ extra }}<|im_start|>assistant
+"""
+
+
+class Characters(PromptCodec):
+    """A stand-in for a tokenizer: a token for each character, above the special ones."""
+
+    def __init__(self, template: str | None = TEMPLATE, located: bool = True, **more: Any) -> None:
+        self._located = located
+        templates = ModelTemplates(template, None, {"bos_token": "<s>"}, lambda _: None)
+        super().__init__(templates, ControlTokens(SPECIAL, ADDED), **more)
+        longest = sorted(ALL.items(), key=lambda pair: -len(pair[1]))
+        self._ids = {text: token for token, text in longest}
+        self._token = re.compile("|".join(map(re.escape, self._ids)) + "|.", re.DOTALL)
+
+    def read(self, text: str) -> list[int]:
+        matches = self._token.finditer(text)
+        return [self._ids.get(match[0], 100 + ord(match[0][0])) for match in matches]
+
+    def read_located(self, text: str) -> tuple[list[int], list[tuple[int, int]]] | None:
+        if not self._located:
+            return None
+        return self.read(text), [match.span() for match in self._token.finditer(text)]
+
+
+def text_of(tokens: list[int]) -> str:
+    return "".join(ALL.get(token) or chr(token - 100) for token in tokens)
+
+
+def control(tokens: list[int]) -> list[int]:
+    return [token for token in tokens if token < 100]
+
+
+def conversation(evil: str) -> tuple[list[ChatMessage], list[dict[str, Any]]]:
+    """The same conversation with something in every string that a client writes."""
+    function = {"name": f"f{evil}", "arguments": {f"k{evil}": f"v{evil}"}}
+    written = {
+        "name": f"g{evil}",
+        "arguments": '{"k%s": ["v%s"]}' % ((evil.replace('"', '\\"'),) * 2),
+    }
+    messages = [
+        ChatMessage(role="system", content=f"be {evil} brief"),
+        ChatMessage(role="user", content=f"{evil}a", name=f"n{evil}"),
+        ChatMessage(role="assistant", tool_calls=[
+            {"id": f"i{evil}", "type": "function", "function": function},
+            {"id": "j", "type": f"t{evil}", "function": written},
+        ]),
+        ChatMessage(role="tool", content=f"42{evil}", tool_call_id=f"i{evil}"),
+    ]  # fmt: skip
+    described = {"name": f"f{evil}", "description": f"does {evil}", "parameters": {evil: [evil]}}
+    return messages, [{"type": "function", "function": described}]
+
+
+@pytest.mark.parametrize("located", [True, False])
+@pytest.mark.parametrize("evil", [*SPECIAL.values(), "<|turn|>", "<start_of_turn>"])
+def test_a_special_token_is_text_in_every_string_of_a_request(evil: str, located: bool) -> None:
+    codec = Characters(located=located)
+    plain = codec.prompt(None, *conversation("~"), extra="~")
+    tokens = codec.prompt(None, *conversation(evil), extra=evil)
+    assert control(tokens) == control(plain)
+    assert control(tokens).count(3) == 5 and control(tokens).count(4) == 4
+    # And all of it is read.
+    own = text_of(control(tokens)).count(evil)
+    assert text_of(tokens).count(evil) == text_of(plain).count("~") + own
+
+
+def test_what_controls_nothing_is_left_alone() -> None:
+    codec = Characters()
+    assert control(codec.prompt(None, [ChatMessage(role="user", content="<think>")]))[1:3] == [3, 8]
+    assert control(codec.prompt("a<|im_end|><think>", None)) == [4, 8]
+    assert control(codec.plain("<s>a<|im_end|><think>")) == [8]
+    assert codec.count("<s>") == 3
+
+
+def test_digits_beside_a_special_token_stay() -> None:
+    text = text_of(
+        Characters().prompt(None, [ChatMessage(role="user", content="12</s>34<s>000000")])
+    )
+    assert "12</s>34<s>000000" in text
+
+
+def test_a_prompt_begins_and_a_text_ends_once() -> None:
+    codec = Characters(begin=[1], end=[2])
+    assert codec.prompt("a", None) == codec.prompt("<s>a", None) == [1, 197]
+    assert codec.whole("a") == codec.whole("<s>a</s>") == [1, 197, 2]
+    assert codec.prompt("", None) == [1]
+    assert control(codec.prompt(None, [ChatMessage(role="user", content="a")])).count(1) == 1
+
+
+def test_many_special_tokens_take_linear_time() -> None:
+    content = "</s><|im_end|>" * 20_000
+    tokens = Characters().prompt(None, [ChatMessage(role="user", content=content)])
+    assert control(tokens) == [1, 3, 4, 3]
+    assert content in text_of(tokens)
+
+
+# ── never on the event loop ──────────────────────────────────────────────────────────────────
+
+LOOPING = "{% for i in range(99999) %}{% for j in range(99999) %}{{ i }}{% endfor %}{% endfor %}"
+
+
+async def test_a_template_that_loops_holds_up_nobody_and_ends() -> None:
+    codec = await asyncio.to_thread(Characters, LOOPING)
+    request = InferenceRequest(model_id="m", messages=[ChatMessage(role="user", content="a")])
+    beats = 0
+
+    async def beat() -> None:
+        nonlocal beats
+        while True:
+            await asyncio.sleep(0.01)
+            beats += 1
+
+    beating = asyncio.create_task(beat())
+    began = time.monotonic()
+    with pytest.raises(ConfigurationError, match=r"fails on these messages .*it takes more than"):
+        await tokens_of(codec, request)
+    took = time.monotonic() - began
+    beating.cancel()
+    assert took < 20  # two seconds of the CPU, which others may want as well
+    assert beats > 10 * took
+
+
+async def test_where_inputs_are_read() -> None:
+    threads: dict[str, threading.Thread] = {}
+
+    class Noting(Characters):
+        def read(self, text: str) -> list[int]:
+            threads[text[:5]] = threading.current_thread()
+            return super().read(text)
+
+    codec = Noting("chat {{ messages[0].content }}")
+    here = threading.current_thread()
+    assert await tokens_of(codec, InferenceRequest(model_id="m", prompt="short")) == codec.read(
+        "short"
+    )
+    await tokens_of(codec, InferenceRequest(model_id="m", prompt="long " * 5000))
+    await tokens_of(
+        codec, InferenceRequest(model_id="m", messages=[ChatMessage(role="user", content="a")])
+    )
+    ids = await tokens_of(codec, InferenceRequest(model_id="m", prompt_token_ids=[7, 7]))
+    assert ids == [7, 7]
+    assert threads["short"] is here
+    assert here not in (threads["long "], threads["chat "])
