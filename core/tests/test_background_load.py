@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import weakref
 
 import pytest
 
@@ -98,6 +100,30 @@ async def test_errors_come_as_they_are_and_there_is_nothing_to_give_back():
 
 class PanicException(BaseException):
     """As pyo3 raises it."""
+
+
+async def test_what_a_load_that_failed_has_left_is_freed_at_once():
+    class Weights:
+        pass
+
+    seen = []
+
+    def make():
+        weights = Weights()
+        seen.append(weakref.ref(weights))
+        raise ValueError("no")
+
+    gc.disable()
+    try:
+        with pytest.raises(ValueError, match="no"):
+            await BackgroundLoad(make, print, name="some").result()
+        for _ in range(100):  # the thread is about to end
+            if seen[0]() is None:
+                break
+            await asyncio.sleep(0.01)
+        assert seen[0]() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(

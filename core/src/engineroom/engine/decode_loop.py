@@ -107,15 +107,7 @@ async def run_in_new_thread(call: Callable[[], _T], name: str) -> _T:
     future: asyncio.Future[_T] = loop.create_future()
     context = contextvars.copy_context()
 
-    def settle(error: BaseException | None, value: _T | None) -> None:
-        if future.done():
-            return
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(value)  # type: ignore[arg-type]
-
-    def run() -> None:
+    def run(future: asyncio.Future[_T]) -> None:
         error: BaseException | None = None
         value: _T | None = None
         try:
@@ -123,12 +115,27 @@ async def run_in_new_thread(call: Callable[[], _T], name: str) -> _T:
         except BaseException as raised:  # noqa: BLE001 - raised again where it is awaited
             error = raised
         try:
-            loop.call_soon_threadsafe(settle, error, value)
+            loop.call_soon_threadsafe(_settle, future, error, value)
         except RuntimeError:  # the loop is closed: nobody waits any more
             pass
+        finally:
+            # A traceback refers to its frames: what a call that failed has left would live on.
+            del future, error
 
-    threading.Thread(target=run, name=name).start()
-    return await future
+    threading.Thread(target=run, args=(future,), name=name).start()
+    try:
+        return await future
+    finally:
+        del future
+
+
+def _settle(future: asyncio.Future[_T], error: BaseException | None, value: _T | None) -> None:
+    if future.done():
+        return
+    if error is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(value)  # type: ignore[arg-type]
 
 
 def default_threads() -> int:

@@ -24,6 +24,7 @@ from engineroom_hf_transformers.attention import (
 )
 from engineroom_hf_transformers.cache import LayerShape, SlotCache
 from engineroom_hf_transformers.chunking import ReadingCost, cost_of
+from engineroom_hf_transformers.compat_transformers import attention_of, keeps_state
 
 if TYPE_CHECKING:
     import torch
@@ -137,11 +138,11 @@ def why_not_driven(parts: Parts, options: HfTransformersOptions) -> str:
     config = model.config.get_text_config(decoder=True)
     if parts.kind != "causal":
         return f"it is an {parts.kind} model"
-    if getattr(model, "_is_stateful", False):
+    if keeps_state(model):
         return "it keeps a state instead of keys and values"
     if unknown := set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYERS:
         return f"it has layers of the kind {', '.join(sorted(unknown))}"
-    before = model.config._attn_implementation
+    before = attention_of(model)
     kernel = "eager" if options.attn_implementation == "eager" else "sdpa"
     try:
         register()

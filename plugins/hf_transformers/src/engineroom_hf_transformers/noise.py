@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from typing import Any
+
+from engineroom_hf_transformers.compat_transformers import put_log_handler
 
 __all__ = ["quieten"]
 
@@ -34,13 +35,5 @@ def quieten() -> None:
         if _quiet:
             return
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # advice of its own, on stderr
-        import transformers.utils.logging
-
-        library_logging: Any = transformers.utils.logging
-
-        library_logging.disable_progress_bar()
-        root = library_logging.get_logger()  # makes the default handler
-        if library_logging._default_handler in root.handlers:
-            library_logging.disable_default_handler()
-            root.addHandler(_ToOurs())
+        put_log_handler(_ToOurs())
         _quiet = True

@@ -79,14 +79,14 @@ class ForkServer:
         tracker = resource_tracker.getfd()
         assert tracker is not None
         passed = (theirs.fileno(), alive_r, tracker)
-        given = json.dumps([sys.path, *passed, list(modules)])
+        arguments = json.dumps([sys.path, *passed, list(modules)])
         code = (
-            "import json, sys; sys.path[:], *given = json.loads(sys.argv[1]); "
-            "from engineroom_vllm.forkserver_main import serve; serve(*given)"
+            "import json, sys; sys.path[:], *arguments = json.loads(sys.argv[1]); "
+            "from engineroom_vllm.forkserver_main import serve; serve(*arguments)"
         )
         try:
             self._process = subprocess.Popen(  # noqa: S603 - this Python, and code of ours
-                [sys.executable, "-c", code, given],
+                [sys.executable, "-c", code, arguments],
                 env=own,
                 stdin=subprocess.DEVNULL,
                 pass_fds=passed,
@@ -115,15 +115,15 @@ class ForkServer:
             if given_up():
                 raise UnusableError("nobody waits for it any more")
             try:
-                said = requests.recv(MOST_BYTES)
+                message = requests.recv(MOST_BYTES)
             except TimeoutError:
                 continue
             except OSError as error:
                 raise UnusableError(f"it ended: {error}") from error
             break
         requests.settimeout(None)
-        if said != READY:
-            raise UnusableError(said.decode() or f"it ended with status {self._process.wait()}")
+        if message != READY:
+            raise UnusableError(message.decode() or f"it ended with status {self._process.wait()}")
 
     @property
     def usable(self) -> bool:

@@ -13,18 +13,11 @@ import re
 import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from io import BytesIO
-from multiprocessing import (
-    context,
-    forkserver,
-    popen_forkserver,
-    popen_spawn_posix,
-    process,
-    reduction,
-    util,
-)
+from multiprocessing import context, process
 from pathlib import Path
 from typing import Any, ClassVar, Final, NamedTuple
+
+from engineroom_vllm.compat_multiprocessing import ForkedPopen, spawn
 
 __all__ = [
     "CONTEXT",
@@ -96,39 +89,44 @@ class _ReceivedFd:
         return Here.received[self._place]
 
 
-class _Popen(popen_forkserver.Popen):
+class _Popen(ForkedPopen):
     """``multiprocessing``'s handle of a process that the server has forked."""
 
     DupFd: ClassVar[Any] = _ReceivedFd
-    _fds: list[int]
 
-    def _launch(self, process_obj: process.BaseProcess) -> None:
-        client = Here.client
-        assert client is not None
-        state = {
-            "environment": {**os.environ, **client.more},
-            "start": client.start,
-            "hooks": client.hooks,
-            "folder": str(Path.cwd()),
-            "cpus": _cpus(os.environ.get(_BOUND)),
-        }
-        data = BytesIO()
-        context.set_spawning_popen(self)
+    def preamble(self) -> bytes:
+        client = _client()
+        return pickle.dumps(
+            {
+                "environment": {**os.environ, **client.more},
+                "start": client.start,
+                "hooks": client.hooks,
+                "folder": str(Path.cwd()),
+                "cpus": _cpus(os.environ.get(_BOUND)),
+            }
+        )
+
+    def ask(self, fds: Sequence[int]) -> tuple[int, int]:
+        if len(fds) > MOST_FDS:
+            raise ValueError(f"{len(fds)} file descriptors are too many for a new process")
+        requests = _client().requests
+        status_r, status_w = os.pipe()
+        work_r, work_w = os.pipe()
         try:
-            pickle.dump(state, data)
-            reduction.dump(process_obj, data)
+            socket.send_fds(requests, [b"f"], [work_r, status_w, requests.fileno(), *fds])
+        except BaseException:
+            os.close(status_r)
+            os.close(work_w)
+            raise
         finally:
-            context.set_spawning_popen(None)
-        self.sentinel, to_child = _ask(client.requests, self._fds)
-        # The child's sentinel of its parent: it sees when this end is closed.
-        kept = os.dup(to_child)
-        self.finalizer = util.Finalize(self, _close, (kept, self.sentinel))
-        with os.fdopen(to_child, "wb") as pipe:
-            pipe.write(data.getbuffer())
-        try:
-            self.pid = forkserver.read_signed(self.sentinel)
-        except EOFError as error:
-            raise OSError("the process that starts vLLM's processes has ended") from error
+            os.close(work_r)
+            os.close(status_w)
+        return status_r, work_w
+
+
+def _client() -> Client:
+    assert Here.client is not None
+    return Here.client
 
 
 def _cpus(bound: str | None) -> set[int]:
@@ -152,7 +150,7 @@ class ForkedProcess(process.BaseProcess):
             if at_start({**os.environ, **client.more}) == client.start:
                 return _Popen(process_obj)
             logger.debug("the environment has changed: the process is spawned")
-        return popen_spawn_posix.Popen(process_obj)
+        return spawn(process_obj)
 
 
 class _Context(context.BaseContext):
@@ -180,33 +178,6 @@ def put_in(hooks: Iterable[tuple[str, str]]) -> Iterator[None]:
     finally:
         for module, name, value in before:
             setattr(module, name, value)
-
-
-def _close(*fds: int) -> None:
-    for fd in fds:
-        os.close(fd)
-
-
-def _ask(requests: socket.socket, fds: Sequence[int]) -> tuple[int, int]:
-    """Ask for a new process.
-
-    :returns: a file to read its process id and its exit code from, and one to write what it is to
-        do to.
-    """
-    if len(fds) > MOST_FDS:
-        raise ValueError(f"{len(fds)} file descriptors are too many for a new process")
-    status_r, status_w = os.pipe()
-    work_r, work_w = os.pipe()
-    try:
-        socket.send_fds(requests, [b"f"], [work_r, status_w, requests.fileno(), *fds])
-    except BaseException:
-        os.close(status_r)
-        os.close(work_w)
-        raise
-    finally:
-        os.close(work_r)
-        os.close(status_w)
-    return status_r, work_w
 
 
 def at_start(environment: Mapping[str, str]) -> dict[str, str]:

@@ -20,10 +20,14 @@ import tempfile
 import time
 import traceback
 from collections.abc import Sequence
-from multiprocessing import forkserver, resource_tracker, shared_memory
 from pathlib import Path
-from typing import Any
 
+from engineroom_vllm.compat_multiprocessing import (
+    adopt_tracker,
+    name_segments,
+    run_process,
+    write_number,
+)
 from engineroom_vllm.forkserver_context import (
     LOG,
     MOST_BYTES,
@@ -43,8 +47,7 @@ def serve(requests_fd: int, alive_fd: int, tracker_fd: int, modules: Sequence[st
     """Import, and fork for whoever asks, until the program that started this process is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Segments of shared memory are the business of one tracker, as with multiprocessing's own ways.
-    tracker: Any = resource_tracker._resource_tracker
-    tracker._fd = tracker_fd
+    adopt_tracker(tracker_fd)
     requests = socket.socket(fileno=requests_fd)
     try:
         for name in modules:
@@ -155,7 +158,7 @@ class _Server:
 
 def _tell(status: int, number: int) -> None:
     with contextlib.suppress(BrokenPipeError):  # who has asked is gone
-        forkserver.write_signed(status, number)
+        write_number(status, number)
 
 
 def _child(fds: list[int]) -> None:
@@ -181,21 +184,12 @@ def _work(fds: list[int]) -> int:
         os.environ.clear()
         os.environ.update(environment)
         tempfile.tempdir = None  # the server may have looked for its own
-        _name_segments(environment.get(SEGMENTS, ""))
+        name_segments(environment.get(SEGMENTS, ""))
         os.chdir(state["folder"])
         os.sched_setaffinity(0, state["cpus"])
         if (path := environment.get(LOG)) is not None:
             logging.config.dictConfig(json.loads(Path(path).read_text(encoding="utf-8")))
         Here.client = Client(socket.socket(fileno=asked), start, {}, state["hooks"])
-        found: Any = pickle.load(pipe)  # noqa: S301
+        process = pickle.load(pipe)  # noqa: S301
     with put_in(state["hooks"]):
-        code: int = found._bootstrap(sentinel)
-    return code
-
-
-def _name_segments(prefix: str) -> None:
-    """Let names of Python's shared memory begin so in this process: they tell whose it is."""
-    if prefix and hasattr(shared_memory, "_SHM_NAME_PREFIX"):
-        naming: Any = shared_memory
-        naming._SHM_NAME_PREFIX = f"/{prefix}"
-        naming._SHM_SAFE_NAME_LENGTH = len(naming._SHM_NAME_PREFIX) + 8
+        return run_process(process, sentinel)
