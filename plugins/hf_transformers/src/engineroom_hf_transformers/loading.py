@@ -207,15 +207,15 @@ def _load(checkpoint: Checkpoint, options: HfTransformersOptions, adapter: Path 
 
 def _where(checkpoint: Checkpoint, options: HfTransformersOptions) -> dict[str, Any]:
     """What every ``from_pretrained`` is told."""
-    found: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "pretrained_model_name_or_path": str(checkpoint.folder),
         "trust_remote_code": options.trust_remote_code,
         # What is to be loaded is here; only code that lies elsewhere may have to be fetched.
         "local_files_only": not options.trust_remote_code,
     }
     if checkpoint.format == "gguf":
-        found["gguf_file"] = checkpoint.path.name
-    return found
+        arguments["gguf_file"] = checkpoint.path.name
+    return arguments
 
 
 def _library_config(checkpoint: Checkpoint, options: HfTransformersOptions) -> Any:
@@ -372,8 +372,8 @@ def _tokenizer(checkpoint: Checkpoint, options: HfTransformersOptions) -> Any:
 def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     settings = getattr(model, "generation_config", None)
     declared = getattr(settings, "eos_token_id", None)
-    found = declared if isinstance(declared, list | tuple) else [declared]
-    return frozenset(int(e) for e in (*found, tokenizer.eos_token_id) if e is not None)
+    ids = declared if isinstance(declared, list | tuple) else [declared]
+    return frozenset(int(e) for e in (*ids, tokenizer.eos_token_id) if e is not None)
 
 
 def _n_vocab(model: Any, config: Any) -> int:

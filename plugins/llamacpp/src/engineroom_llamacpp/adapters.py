@@ -46,7 +46,7 @@ def load_adapters(library: Any, model: Any, options: LlamaCppOptions) -> list[Ad
     :param model: llama.cpp's handle of the model, which owns them from here on.
     :raises ConfigurationError: there is no such file, or it is no adapter for the model.
     """
-    found = []
+    adapters = []
     for adapter in options.lora:
         path = Path(adapter.path).expanduser()
         if not path.is_file():
@@ -58,8 +58,8 @@ def load_adapters(library: Any, model: Any, options: LlamaCppOptions) -> list[Ad
                 f"lora: llama.cpp cannot apply {str(path)!r} to this model: "
                 f"{last_error('it does not say why')}; the adapter must be made for it"
             )
-        found.append(Adapter(handle, adapter.scale, adapter.name))
-    return found
+        adapters.append(Adapter(handle, adapter.scale, adapter.name))
+    return adapters
 
 
 def _check(path: Path) -> None:

@@ -36,11 +36,11 @@ def fingerprint(path: Path) -> str:
     :raises OSError: it cannot be read.
     """
     digest = hashlib.sha256(version("llama-cpp-python").encode())
-    for each in gguf_part_paths(path):
-        stat = each.stat()
-        known = (each.resolve(), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+    for part in gguf_part_paths(path):
+        stat = part.stat()
+        known = (part.resolve(), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
         digest.update("\0".join(map(str, known)).encode("utf-8", "surrogateescape"))
-        with each.open("rb") as file:
+        with part.open("rb") as file:
             for number in range(_SAMPLES):
                 file.seek(max(0, stat.st_size - _SAMPLE) * number // (_SAMPLES - 1))
                 digest.update(file.read(_SAMPLE))

@@ -26,7 +26,7 @@ _RANKS: Final = (8, 16, 32, 64, 128, 256, 320, 512)
 def engine_arguments(
     folder: ModelFolder,
     options: VLLMOptions,
-    wanted: MemoryPlan,
+    memory: MemoryPlan,
     *,
     eager: bool,
     cpu: bool = False,
@@ -36,18 +36,18 @@ def engine_arguments(
     :param cpu: vLLM computes on one.
     :raises ConfigurationError: a LoRA adapter is not there, or has no place.
     """
-    found: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "model": str(folder.path),
         "runner": runner_of(folder, options),
         # How much an encoder reads, more files than one tell, and vLLM knows them.
-        "max_model_len": options.context if folder.encoder else wanted.context,
-        "max_num_seqs": wanted.parallel,
+        "max_model_len": options.context if folder.encoder else memory.context,
+        "max_num_seqs": memory.parallel,
         # Left to itself, vLLM computes a model of 32-bit weights in 16 bits.
         "dtype": folder.dtype if options.dtype == "auto" else options.dtype,
         "quantization": options.quantization,
         "gpu_memory_utilization": options.gpu_memory_utilization
-        or (None if wanted.cache_bytes is None else _NO_SHARE),
-        "kv_cache_memory_bytes": wanted.cache_bytes_each,
+        or (None if memory.cache_bytes is None else _NO_SHARE),
+        "kv_cache_memory_bytes": memory.cache_bytes_each,
         "tensor_parallel_size": options.tensor_parallel_size,
         "pipeline_parallel_size": options.pipeline_parallel_size,
         "distributed_executor_backend": options.distributed_executor_backend,
@@ -61,8 +61,8 @@ def engine_arguments(
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }
-    if found["runner"] == "pooling":
-        found |= pooling_arguments(folder)
+    if arguments["runner"] == "pooling":
+        arguments |= pooling_arguments(folder)
     if options.lora_modules:
         rank = max(_rank(Path(module.path).expanduser()) for module in options.lora_modules)
         # A request without an adapter has the number -1. Kernels on GPUs skip it; on CPUs it is
@@ -73,12 +73,12 @@ def engine_arguments(
                 f"engine_args: max_loras is {wished}, and on a CPU there has to be a place for "
                 f"each of lora_modules and an empty one: {places}; leave it out"
             )
-        found |= {
+        arguments |= {
             "enable_lora": True,
             "max_loras": places,
             "max_lora_rank": next((r for r in _RANKS if r >= rank), rank),
         }
-    return found | options.engine_args
+    return arguments | options.engine_args
 
 
 def pooling_arguments(folder: ModelFolder) -> dict[str, Any]:

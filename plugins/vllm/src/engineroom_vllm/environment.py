@@ -96,15 +96,15 @@ def cpus() -> list[int]:
         usable = sorted(os.sched_getaffinity(0))
     except AttributeError:  # not on macOS and Windows
         return list(range(os.cpu_count() or 1))
-    found: dict[str, int] = {}
+    cores: dict[str, int] = {}
     for cpu in usable:
         siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         try:
             core = siblings.read_text(encoding="ascii").strip()
         except OSError:
             core = str(cpu)
-        found.setdefault(core, cpu)
-    return sorted(found.values())
+        cores.setdefault(core, cpu)
+    return sorted(cores.values())
 
 
 def cpu_settings(
@@ -126,14 +126,14 @@ def cpu_settings(
             f"{ranks} processes on {threads} cores: each needs one; lower tensor_parallel_size "
             "or pipeline_parallel_size"
         )
-    each = threads // ranks
-    found = {"OMP_NUM_THREADS": str(each), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    share = threads // ranks
+    settings = {"OMP_NUM_THREADS": str(share), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     if not bind or threads > count:
-        return found, f"{threads} threads, not bound to cores"
-    parts = [usable[rank * each : (rank + 1) * each] for rank in range(ranks)]
-    found["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, part)) for part in parts)
+        return settings, f"{threads} threads, not bound to cores"
+    parts = [usable[rank * share : (rank + 1) * share] for rank in range(ranks)]
+    settings["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, part)) for part in parts)
     names = ", ".join(str(cpu) for part in parts for cpu in part)
-    return found, f"{each * ranks} threads, bound to cores {names} of {count}"
+    return settings, f"{share * ranks} threads, bound to cores {names} of {count}"
 
 
 def forked_binding(environment: Mapping[str, str]) -> dict[str, str] | None:

@@ -46,9 +46,9 @@ class ModelFolder:
     end_tokens: frozenset[int]
     encoder: bool = False
 
-    def context(self, wanted: int | None) -> int:
-        """Tokens of the context: ``wanted``, or as trained and at most 8192."""
-        return wanted or min(self.trained or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+    def context(self, most: int | None) -> int:
+        """Tokens of the context: ``most``, or as trained and at most 8192."""
+        return most or min(self.trained or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
 
     def token_bytes(self, dtype: str) -> int:
         """Bytes of key/value cache for a token, computed in ``dtype`` (``auto``: the files')."""

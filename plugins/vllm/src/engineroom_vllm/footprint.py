@@ -64,8 +64,8 @@ class Footprint:
                 family = [process, *process.children(recursive=True)]
             except psutil.Error:
                 continue
-            for each in family:
-                self._processes.setdefault(each.pid, each)
+            for member in family:
+                self._processes.setdefault(member.pid, member)
         for process in self._processes.values():
             self._segments |= _segments(process.pid)
 

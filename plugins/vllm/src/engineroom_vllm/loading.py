@@ -110,13 +110,13 @@ class EngineStart:
         log = EngineLog(name, scratch.folder)
         try:
             free = available_memory() if library.cpu else None
-            wanted = plan(folder, self._options, cpu=library.cpu, free=free)
+            memory = plan(folder, self._options, cpu=library.cpu, free=free)
             if free is not None:
-                require(wanted, free)
-            settings = self._settings(library, wanted, folder.encoder) | log.variables()
+                require(memory, free)
+            settings = self._settings(library, memory, folder.encoder) | log.variables()
             settings |= scratch.variables(elsewhere=self._on_other_machines)
             with variables(settings):
-                return self._engine_of(library, folder, wanted, log)
+                return self._engine_of(library, folder, memory, log)
         except BaseException:
             log.rest()
             self._give_back()
@@ -127,38 +127,38 @@ class EngineStart:
         """Whether some of the engine's processes may run there."""
         return self._options.distributed_executor_backend == "ray"
 
-    def _settings(self, library: Library, wanted: MemoryPlan, encoder: bool) -> dict[str, str]:
+    def _settings(self, library: Library, memory: MemoryPlan, encoder: bool) -> dict[str, str]:
         """The environment of the engine, told in the log."""
         options, name = self._options, self._config.model_id
-        found = {
+        settings = {
             "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
             "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
         }
         if library.cpu:
             threads, said = cpu_settings(
-                cpus(), options.n_threads, bind=options.bind_threads, ranks=wanted.devices
+                cpus(), options.n_threads, bind=options.bind_threads, ranks=memory.devices
             )
-            found |= threads
+            settings |= threads
             if _eager(options, library):
                 # Else the first request for log probabilities waits for a compiler.
-                found["TORCHDYNAMO_DISABLE"] = "1"
+                settings["TORCHDYNAMO_DISABLE"] = "1"
             logger.info("model %r: %s", name, said)
-        cache = wanted.cache_bytes
+        cache = memory.cache_bytes
         logger.info(
             "model %r: vLLM %s, %s tokens of context, %d requests at one time, %s of cache",
             name,
             library.version,
-            "its own" if encoder and options.context is None else wanted.context,
-            wanted.parallel,
+            "its own" if encoder and options.context is None else memory.context,
+            memory.parallel,
             "vLLM's share" if cache is None else f"{cache / (1 << 20):.0f} MiB",
         )
-        return found
+        return settings
 
     def _engine_of(
-        self, library: Library, folder: ModelFolder, wanted: MemoryPlan, log: EngineLog
+        self, library: Library, folder: ModelFolder, memory: MemoryPlan, log: EngineLog
     ) -> VLLMEngine:
         began = time.monotonic()
-        llm, footprint = self._processes(library, folder, wanted, log)
+        llm, footprint = self._processes(library, folder, memory, log)
         try:
             engine = VLLMEngine(
                 library,
@@ -182,12 +182,12 @@ class EngineStart:
         return engine
 
     def _processes(
-        self, library: Library, folder: ModelFolder, wanted: MemoryPlan, log: EngineLog
+        self, library: Library, folder: ModelFolder, memory: MemoryPlan, log: EngineLog
     ) -> tuple[Any, Footprint]:
         """The engine's processes, started and ready."""
         name, limit = self._config.model_id, self._options.load_timeout_s
         eager = _eager(self._options, library)
-        arguments = engine_arguments(folder, self._options, wanted, eager=eager, cpu=library.cpu)
+        arguments = engine_arguments(folder, self._options, memory, eager=eager, cpu=library.cpu)
         try:
             configuration = library.configure(arguments)
             if arguments["runner"] == "auto" and library.pools(configuration):
@@ -339,11 +339,11 @@ def estimate(source: str, options: VLLMOptions) -> dict[str, int]:
     """Bytes that a model will take on each device, from its folder's small files."""
     folder = read_folder(resolve_source(source))
     cpu = _installed_for_cpus()
-    wanted = plan(folder, options, cpu=cpu)
+    memory = plan(folder, options, cpu=cpu)
     if cpu:
-        return {"cpu": wanted.total_bytes + PROCESS_BYTES}
-    each = -(-wanted.total_bytes // wanted.devices)
-    return {f"cuda:{number}": each for number in range(wanted.devices)}
+        return {"cpu": memory.total_bytes + PROCESS_BYTES}
+    share = -(-memory.total_bytes // memory.devices)
+    return {f"cuda:{number}": share for number in range(memory.devices)}
 
 
 def _installed_for_cpus() -> bool:

@@ -81,19 +81,19 @@ def plan(
     return MemoryPlan(context, parallel, weights, cache, devices)
 
 
-def require(wanted: MemoryPlan, free: int) -> None:
+def require(memory: MemoryPlan, free: int) -> None:
     """Refuse to start an engine that does not fit into main memory.
 
     :param free: bytes that are free there.
     :raises ResourceNotAvailableError: says what is needed, what there is, and what to do.
     """
-    needed = wanted.total_bytes + PROCESS_BYTES
+    needed = memory.total_bytes + PROCESS_BYTES
     if needed <= free:
         return
-    cache = wanted.cache_bytes or 0
+    cache = memory.cache_bytes or 0
     raise ResourceNotAvailableError(
-        f"{_gib(needed)} of memory are needed ({_gib(wanted.weight_bytes)} for the weights, "
-        f"{_gib(cache)} for the cache of {wanted.context} tokens of context, "
+        f"{_gib(needed)} of memory are needed ({_gib(memory.weight_bytes)} for the weights, "
+        f"{_gib(cache)} for the cache of {memory.context} tokens of context, "
         f"{_gib(PROCESS_BYTES)} for the processes), {_gib(free)} are free; lower max_model_len or "
         "kv_cache_memory, unload another model, or take a smaller one"
     )
