@@ -305,9 +305,9 @@ def test_a_server_stays_for_the_time_that_was_asked_for() -> None:
     second = lease(servers)
     assert second.server is first.server
     second.release(keep_s=0.01)
-    [timer] = [t for t in threading.enumerate() if t.name == "vllm-forkserver"] or [None]
-    if timer is not None:
-        timer.join(20)
+    for thread in threading.enumerate():
+        if thread.name == "vllm-forkserver":  # the first one's may be about to end, too
+            thread.join(20)
     assert not second.server.usable
 
 

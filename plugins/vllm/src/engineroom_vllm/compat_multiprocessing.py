@@ -8,7 +8,6 @@ environment; so there is another one here (:mod:`.forkserver`), which needs what
 from __future__ import annotations
 
 import os
-import sys
 from abc import abstractmethod
 from collections.abc import Sequence
 from io import BytesIO
@@ -32,21 +31,15 @@ __all__ = [
     "name_segments",
     "run_process",
     "spawn",
-    "supported",
     "write_number",
 ]
 
-BELOW: Final = (3, 15)
+BELOW: Final = "3.15"
 """The first version of Python for which nobody has read that what is used here still works so.
 
-From there on the engine's processes are spawned, which takes longer. To lift it, read the new
-``multiprocessing`` for the names in this module, and run ``plugins/vllm/tests/test_forkserver.py``.
+The distribution's ``requires-python`` has it as its upper bound. To lift it, read the new
+``multiprocessing`` for the names in this module, and run the plugin's ``test_forkserver.py``.
 """
-
-
-def supported() -> bool:
-    """Whether this Python is one that this was written for."""
-    return sys.version_info < BELOW
 
 
 class ForkedPopen(popen_forkserver.Popen):

@@ -20,7 +20,6 @@ from engineroom import (
     resolve_source,
 )
 from engineroom_vllm.arguments import engine_arguments, pooling_arguments
-from engineroom_vllm.compat_multiprocessing import supported
 from engineroom_vllm.engine import VLLMEngine
 from engineroom_vllm.environment import (
     available_memory,
@@ -247,7 +246,7 @@ class EngineStart:
 
     def _leased(self, library: Library, configuration: Any) -> Lease | None:
         """A process to fork them from; ``None``: they are spawned."""
-        if not supported() or not library.can_fork(configuration):
+        if not library.can_fork(configuration):
             return None
         binding = forked_binding(os.environ)
         if binding is None:

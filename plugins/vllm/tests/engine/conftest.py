@@ -112,7 +112,7 @@ def write_tiny_model(folder: Path, *, seed: int = 1, context: int = 512) -> Path
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from engineroom_vllm.text import byte_alphabet
+    from engineroom.prompts import byte_alphabet
 
     special = ["<unk>", "<s>", "</s>"]
     words = [*special, *(c for _, c in sorted(byte_alphabet().items()))]
