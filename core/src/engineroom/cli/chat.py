@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
 import typer
 
 from engineroom.cli.chat_session import ChatSession
 from engineroom.cli.chat_talkers import LocalTalker, ServerTalker, Talker
+from engineroom.cli.flags import CONFIG_OPTION, OPTION_FLAG, RUNTIME_FLAG, TEMPERATURE_FLAG, flag
 from engineroom.cli.output import CommandError
 from engineroom.cli.parameters import make_params, parse_options
 from engineroom.cli.resolve import resolve, warn_of_quarantined
-from engineroom.cli.run import CONFIG_OPTION
 
 __all__ = ["CHAT_EPILOG", "chat"]
 
@@ -38,10 +38,6 @@ A line that ends with a backslash goes on in the next one; lines between two lin
 """
 
 
-def _flag(text: str, *names: str, metavar: str | None = None) -> Any:
-    return typer.Option(*names, help=text, metavar=metavar, show_default=False)
-
-
 def chat(
     model: Annotated[
         str | None,
@@ -52,7 +48,7 @@ def chat(
     ] = None,
     config: Annotated[Path | None, CONFIG_OPTION] = None,
     url: Annotated[
-        str | None, _flag("Talk to the server at this URL.", "--url", metavar="URL")
+        str | None, flag("Talk to the server at this URL.", "--url", metavar="URL")
     ] = None,
     key: Annotated[
         str | None,
@@ -64,32 +60,20 @@ def chat(
             show_default=False,
         ),
     ] = None,
-    system: Annotated[str | None, _flag("A system message.", "--system", "-s")] = None,
+    system: Annotated[str | None, flag("A system message.", "--system", "-s")] = None,
     max_new_tokens: Annotated[
         str | None,
-        _flag(
+        flag(
             "Most tokens of an answer, or 'none'.  [default: 1024]",
             "--max-new-tokens",
             "-n",
             metavar="N|none",
         ),
     ] = None,
-    temperature: Annotated[
-        float | None, _flag("0 (greedy) to 2.  [default: 0.7]", "--temperature", "-t")
-    ] = None,
-    seed: Annotated[int | None, _flag("The same seed, the same answer.", "--seed")] = None,
-    runtime: Annotated[
-        str | None, _flag("Load the source with this runtime.", "--runtime", metavar="NAME")
-    ] = None,
-    option: Annotated[
-        list[str] | None,
-        _flag(
-            "An option of the runtime for a source; may be repeated.",
-            "--option",
-            "-o",
-            metavar="KEY=VALUE",
-        ),
-    ] = None,
+    temperature: Annotated[float | None, TEMPERATURE_FLAG] = None,
+    seed: Annotated[int | None, flag("The same seed, the same answer.", "--seed")] = None,
+    runtime: Annotated[str | None, RUNTIME_FLAG] = None,
+    option: Annotated[list[str] | None, OPTION_FLAG] = None,
 ) -> None:
     """Talk with a model. The answers are streamed, and what was said is remembered."""
     params = {

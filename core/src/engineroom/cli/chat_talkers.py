@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing
-from types import TracebackType
 from typing import Any, Protocol
 
 from engineroom.cli.output import CommandError
@@ -23,12 +22,7 @@ class Talker(Protocol):
 
     def __enter__(self) -> Talker: ...
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
 
     def models(self) -> list[str]:
         """Names that ``/model`` takes."""
@@ -55,12 +49,7 @@ class LocalTalker:
     def __enter__(self) -> LocalTalker:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._service.close_sync(drain_timeout_s=0)
 
     def models(self) -> list[str]:
@@ -107,12 +96,7 @@ class ServerTalker:
     def __enter__(self) -> ServerTalker:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._client.close()
 
     def models(self) -> list[str]:

@@ -14,10 +14,10 @@ from typing import Annotated, Any, Final
 import typer
 
 from engineroom.cli import EXIT_FAILED
+from engineroom.cli.flags import CONFIG_OPTION
 from engineroom.cli.output import write, write_json
 from engineroom.cli.plugins import in_order, plugin_facts, plugin_table
 from engineroom.cli.resolve import deployment_or_none, registry_for
-from engineroom.cli.run import CONFIG_OPTION
 from engineroom.config.deployment import DeploymentConfig
 from engineroom.config.environment import CONFIG_VARIABLE
 from engineroom.errors import EngineRoomError

@@ -10,11 +10,11 @@ from typing import Annotated, Any, Final
 
 import typer
 
+from engineroom.cli.flags import CONFIG_OPTION
 from engineroom.cli.output import CommandError, table, write, write_json
 from engineroom.cli.pull import PULL_EPILOG, RM_CACHE_EPILOG, pull_command, rm_cache
 from engineroom.cli.remote import KEY_VARIABLE, URL_VARIABLE, RemoteManager
 from engineroom.cli.resolve import NO_DEPLOYMENT, deployment_or_none, resolve, warn_of_quarantined
-from engineroom.cli.run import CONFIG_OPTION
 from engineroom.config.deployment import DeploymentConfig
 from engineroom.models.manager import LLMModelManager
 from engineroom.models.plan import Plan, PlannedModel, sizes

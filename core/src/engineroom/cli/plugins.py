@@ -10,9 +10,9 @@ from typing import Annotated, Any, Final
 import typer
 
 from engineroom.cli import EXIT_FAILED
+from engineroom.cli.flags import CONFIG_OPTION
 from engineroom.cli.output import say, table, write, write_json
 from engineroom.cli.resolve import deployment_or_none, registry_for, resolve
-from engineroom.cli.run import CONFIG_OPTION
 from engineroom.cli.settings import Settings
 from engineroom.handlers.discovery import HANDLER_GROUP, PluginRecord, install_hint
 from engineroom.handlers.registry import HandlerRegistry

@@ -8,9 +8,9 @@ from typing import Annotated, Final
 
 import typer
 
+from engineroom.cli.flags import CONFIG_OPTION
 from engineroom.cli.output import CommandError, say, table, write
 from engineroom.cli.resolve import NO_DEPLOYMENT, deployment_or_none
-from engineroom.cli.run import CONFIG_OPTION
 from engineroom.config.deployment import DeploymentConfig
 from engineroom.sources.hub import HubFile, cached_repos, pull, remove_cached
 from engineroom.sources.source import HubSource, parse_source

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from engineroom.cli.answer import answer
+from engineroom.cli.flags import CONFIG_OPTION, TEMPERATURE_FLAG, flag
 from engineroom.cli.interrupt import run_interruptible
 from engineroom.cli.output import CommandError, say, warning_line, write
 from engineroom.cli.parameters import (
@@ -26,14 +27,7 @@ from engineroom.errors import EngineRoomError
 from engineroom.schemas import GenerationParams, InferenceRequest, InferenceResponse
 from engineroom.telemetry import LoggingObserver
 
-__all__ = ["CONFIG_OPTION", "RUN_EPILOG", "run"]
-
-CONFIG_OPTION: Final = typer.Option(
-    "--config",
-    "-c",
-    metavar="FILE",
-    help="The deployment file.  [default: the one that ENGINEROOM_CONFIG names]",
-)
+__all__ = ["RUN_EPILOG", "run"]
 
 RUN_EPILOG: Final = """\b
 Examples:
@@ -52,10 +46,6 @@ class OnUnsupportedChoice(StrEnum):
     WARN = "warn"
 
 
-def _flag(text: str, *names: str, metavar: str | None = None) -> Any:
-    return typer.Option(*names, help=text, metavar=metavar, show_default=False)
-
-
 def run(  # one parameter a flag: that is how typer is told of them
     ctx: typer.Context,
     model: Annotated[
@@ -69,71 +59,69 @@ def run(  # one parameter a flag: that is how typer is told of them
     ] = None,
     config: Annotated[Path | None, CONFIG_OPTION] = None,
     file: Annotated[
-        Path | None, _flag("Read the prompt from this file.", "--file", "-f", metavar="FILE")
+        Path | None, flag("Read the prompt from this file.", "--file", "-f", metavar="FILE")
     ] = None,
     system: Annotated[
-        str | None, _flag("A system message before the prompt.", "--system", "-s", metavar="TEXT")
+        str | None, flag("A system message before the prompt.", "--system", "-s", metavar="TEXT")
     ] = None,
     raw: Annotated[
-        bool, _flag("Send the prompt as it stands, without the model's chat template.", "--raw")
+        bool, flag("Send the prompt as it stands, without the model's chat template.", "--raw")
     ] = False,
     max_new_tokens: Annotated[
         str | None,
-        _flag(
+        flag(
             "Most tokens to generate, or 'none': until the context is full.  [default: 256]",
             "--max-new-tokens",
             "-n",
             metavar="N|none",
         ),
     ] = None,
-    temperature: Annotated[
-        float | None, _flag("0 (greedy) to 2.  [default: 0.7]", "--temperature", "-t")
-    ] = None,
+    temperature: Annotated[float | None, TEMPERATURE_FLAG] = None,
     top_p: Annotated[
-        float | None, _flag("Keep the likeliest tokens of this probability, 0 to 1.", "--top-p")
+        float | None, flag("Keep the likeliest tokens of this probability, 0 to 1.", "--top-p")
     ] = None,
-    top_k: Annotated[int | None, _flag("Keep the k likeliest tokens; 0: all.", "--top-k")] = None,
+    top_k: Annotated[int | None, flag("Keep the k likeliest tokens; 0: all.", "--top-k")] = None,
     min_p: Annotated[
         float | None,
-        _flag("Keep tokens at least this fraction as likely as the likeliest.", "--min-p"),
+        flag("Keep tokens at least this fraction as likely as the likeliest.", "--min-p"),
     ] = None,
     repetition_penalty: Annotated[
-        float | None, _flag("From 1 (none).", "--repetition-penalty")
+        float | None, flag("From 1 (none).", "--repetition-penalty")
     ] = None,
-    presence_penalty: Annotated[float | None, _flag("-2 to 2.", "--presence-penalty")] = None,
-    frequency_penalty: Annotated[float | None, _flag("-2 to 2.", "--frequency-penalty")] = None,
+    presence_penalty: Annotated[float | None, flag("-2 to 2.", "--presence-penalty")] = None,
+    frequency_penalty: Annotated[float | None, flag("-2 to 2.", "--frequency-penalty")] = None,
     logit_bias: Annotated[
         list[str] | None,
-        _flag("Add to a token's logit; may be repeated.", "--logit-bias", metavar="TOKEN=BIAS"),
+        flag("Add to a token's logit; may be repeated.", "--logit-bias", metavar="TOKEN=BIAS"),
     ] = None,
-    seed: Annotated[int | None, _flag("The same seed, the same answer.", "--seed")] = None,
-    greedy: Annotated[bool, _flag("Always take the likeliest token.", "--greedy")] = False,
-    num_beams: Annotated[int | None, _flag("Beams to search with.", "--num-beams")] = None,
+    seed: Annotated[int | None, flag("The same seed, the same answer.", "--seed")] = None,
+    greedy: Annotated[bool, flag("Always take the likeliest token.", "--greedy")] = False,
+    num_beams: Annotated[int | None, flag("Beams to search with.", "--num-beams")] = None,
     early_stopping: Annotated[
         bool,
-        _flag("With beams: end with the first complete candidates.", "--early-stopping"),
+        flag("With beams: end with the first complete candidates.", "--early-stopping"),
     ] = False,
     logprobs: Annotated[
         int | None,
-        _flag("Report log probabilities with this many alternatives; needs --json.", "--logprobs"),
+        flag("Report log probabilities with this many alternatives; needs --json.", "--logprobs"),
     ] = None,
     stop: Annotated[
         list[str] | None,
-        _flag("End before this text; may be repeated.", "--stop", metavar="TEXT"),
+        flag("End before this text; may be repeated.", "--stop", metavar="TEXT"),
     ] = None,
     timeout: Annotated[
         float | None,
-        _flag("Give up after so long, loading included.", "--timeout", metavar="SECONDS"),
+        flag("Give up after so long, loading included.", "--timeout", metavar="SECONDS"),
     ] = None,
     runtime: Annotated[
         str | None,
-        _flag(
+        flag(
             "Load the source with this runtime, whatever its format.", "--runtime", metavar="NAME"
         ),
     ] = None,
     option: Annotated[
         list[str] | None,
-        _flag(
+        flag(
             "An option of the runtime for a source, its value in YAML; may be repeated.",
             "--option",
             "-o",
@@ -142,14 +130,14 @@ def run(  # one parameter a flag: that is how typer is told of them
     ] = None,
     on_unsupported: Annotated[
         OnUnsupportedChoice | None,
-        _flag(
+        flag(
             "What to do about parameters that the runtime does not honour.  [default: as the "
             "deployment says, or error]",
             "--on-unsupported",
         ),
     ] = None,
     as_json: Annotated[
-        bool, _flag("Print the final response as one JSON object, nothing else.", "--json")
+        bool, flag("Print the final response as one JSON object, nothing else.", "--json")
     ] = False,
     stats: Annotated[
         bool | None,

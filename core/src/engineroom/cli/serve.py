@@ -10,6 +10,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
+from engineroom.cli.flags import CONFIG_OPTION, OPTION_FLAG, RUNTIME_FLAG, flag
 from engineroom.cli.output import CommandError, say, write
 from engineroom.cli.parameters import parse_options
 from engineroom.cli.resolve import (
@@ -19,7 +20,6 @@ from engineroom.cli.resolve import (
     resolve,
     warn_of_quarantined,
 )
-from engineroom.cli.run import CONFIG_OPTION
 from engineroom.cli.server_flags import settings_of, with_server_flags
 from engineroom.cli.settings import Settings
 from engineroom.errors import ConfigurationError
@@ -58,10 +58,6 @@ Example:
 """
 
 
-def _flag(text: str, *names: str, metavar: str | None = None) -> Any:
-    return typer.Option(*names, help=text, metavar=metavar, show_default=False)
-
-
 @with_server_flags(
     {"insecure": ("keys", "admin_keys"), "allowed_hosts": ("preload", "watch", "otel")}
 )
@@ -69,7 +65,7 @@ def serve(  # one parameter a flag: that is how typer is told of them
     ctx: typer.Context,
     model: Annotated[
         str | None,
-        _flag(
+        flag(
             "Serve this model only: one of the deployment, or a source. It is also called "
             "'default'.",
             "--model",
@@ -78,23 +74,13 @@ def serve(  # one parameter a flag: that is how typer is told of them
         ),
     ] = None,
     config: Annotated[Path | None, CONFIG_OPTION] = None,
-    runtime: Annotated[
-        str | None, _flag("Load the source with this runtime.", "--runtime", metavar="NAME")
-    ] = None,
-    option: Annotated[
-        list[str] | None,
-        _flag(
-            "An option of the runtime for a source; may be repeated.",
-            "--option",
-            "-o",
-            metavar="KEY=VALUE",
-        ),
-    ] = None,
+    runtime: Annotated[str | None, RUNTIME_FLAG] = None,
+    option: Annotated[list[str] | None, OPTION_FLAG] = None,
     keys: Annotated[
-        Path | None, _flag("API keys, a NAME and a KEY a line.", "--keys", metavar="FILE")
+        Path | None, flag("API keys, a NAME and a KEY a line.", "--keys", metavar="FILE")
     ] = None,
     admin_keys: Annotated[
-        Path | None, _flag("The same for the admin routes.", "--admin-keys", metavar="FILE")
+        Path | None, flag("The same for the admin routes.", "--admin-keys", metavar="FILE")
     ] = None,
     preload: Annotated[
         bool,
@@ -102,10 +88,10 @@ def serve(  # one parameter a flag: that is how typer is told of them
     ] = True,
     watch: Annotated[
         bool,
-        _flag("Read the deployment file anew when it changes, too; SIGHUP always does.", "--watch"),
+        flag("Read the deployment file anew when it changes, too; SIGHUP always does.", "--watch"),
     ] = False,
     otel: Annotated[
-        bool, _flag("Trace and measure with OpenTelemetry (OTEL_* variables).", "--otel")
+        bool, flag("Trace and measure with OpenTelemetry (OTEL_* variables).", "--otel")
     ] = False,
     **flags: Any,
 ) -> None:
