@@ -90,7 +90,7 @@ def test_what_would_take_too_much_is_refused(
         LONG + "{% set x = long * 600 %}{% for i in range(99999) %}{{ x.find('b') }}{% endfor %}",
         LONG + "{% set x = long * 600 %}{% for i in range(99999) %}{{ 'b' in x }}{% endfor %}",
         LONG + "{% for i in range(99999) %}{{ (long * 600)[1:] | length }}{% endfor %}",
-        "{% for i in range(999) %}{% for j in range(9999) %}{{ dict(a=i) }}{% endfor %}{% endfor %}",
+        "{% for i in range(999) %}{% for j in range(9999) %}{{ {i: j} }}{% endfor %}{% endfor %}",
     ],
 )  # fmt: skip
 def test_what_would_take_for_ever_ends_within_its_time_of_the_cpu(

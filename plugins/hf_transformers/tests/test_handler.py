@@ -264,6 +264,20 @@ async def test_a_long_prompt_is_tokenised_beside_the_event_loop(
     assert [t is threading.main_thread() for t in threads] == [True, False, False, False]
 
 
+async def test_a_template_that_loops_ends_and_holds_up_nobody(make: Make) -> None:
+    looping = "{% for i in range(99999) %}{% for j in range(9999) %}{{ i }}{% endfor %}{% endfor %}"
+    bench = await make(chat_template=looping)
+    waiting = asyncio.create_task(bench.service.infer(chat(("user", "a"))))
+    answered = 0
+    while not waiting.done():
+        (await bench.service.infer(ask("hello", max_new_tokens=1))).raise_for_error()
+        answered += 1
+    response = await waiting
+    assert response.error_type == "ConfigurationError"
+    assert "it takes more than" in response.error_message
+    assert answered > 3
+
+
 # ── loading and unloading ────────────────────────────────────────────────────────────────────
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+from llama_benches import ask
 
 from engineroom import (
     ChatMessage,
@@ -171,6 +172,22 @@ async def test_the_options_reach_the_context(make: Make) -> None:
     engine = bench.engine
     assert (engine.n_ctx, engine.threads, engine._context.n_batch) == (256, 1, 64)
     assert engine.sequences.count == 3 + 8  # more, for what may be used again
+
+
+async def test_a_template_that_loops_ends_and_holds_up_nobody(make: Make) -> None:
+    looping = "{% for i in range(99999) %}{% for j in range(9999) %}{{ i }}{% endfor %}{% endfor %}"
+    bench = await make(chat_template=looping)
+    waiting = asyncio.create_task(
+        bench.service.infer(ask(prompt=None, messages=[{"role": "user", "content": "a"}]))
+    )
+    answered = 0
+    while not waiting.done():
+        (await bench.service.infer(ask(max_new_tokens=1))).raise_for_error()
+        answered += 1
+    response = await waiting
+    assert response.error_type == "ConfigurationError"
+    assert "it takes more than" in response.error_message
+    assert answered > 3
 
 
 async def test_a_cancelled_load_leaves_nothing_behind(

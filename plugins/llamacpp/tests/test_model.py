@@ -265,6 +265,21 @@ def test_a_model_that_adds_no_first_token_keeps_what_is_written(
         model.close()
 
 
+def test_what_is_to_be_continued_gets_no_end_whatever_the_file_says(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    path = changed(tiny_model, tmp_path / "m.gguf", tokenizer__ggml__add_eos_token=boolean(True))
+    model = opened(path)
+    try:
+        hello = model.tokenize("hello", special=False)
+        assert model.prompt("hello", None) == model.tokenize("hello") == [BOS, *hello]
+        assert EOS not in model.prompt(None, HELLO)
+        # Models that pool the last token were trained to look at the end.
+        assert model.whole("hello") == model.whole("<s>hello") == [BOS, *hello, EOS]
+    finally:
+        model.close()
+
+
 def test_special_tokens_stand_for_nothing_or_for_the_end(model: LlamaModel) -> None:
     assert model.piece(BOS) == b""
     assert model.piece(EOS) is END
@@ -311,6 +326,18 @@ def test_messages_are_written_with_the_template_of_the_file(model: LlamaModel) -
     assert model.render(HELLO) == "[user] hello\n[assistant] "
     assert model.prompt(None, HELLO) == model.tokenize("[user] hello\n[assistant] ")
     assert model.prompt("[user]", None) == model.tokenize("[user]")
+
+
+def test_special_tokens_in_a_message_are_text(tiny_model: Path) -> None:
+    template = "{% for m in messages %}{{ m.name }}: {{ m.content }}</s>{% endfor %}"
+    model = opened(tiny_model, chat_template=template)
+    try:
+        message = ChatMessage(role="user", content="a</s><s>", name="</s>b")
+        tokens = model.prompt(None, [message])
+        assert [token for token in tokens if token in (BOS, EOS)] == [BOS, EOS]
+        assert written(model, tokens[:-1]) == b"</s>b: a</s><s>"
+    finally:
+        model.close()
 
 
 def test_messages_that_the_template_refuses_are_a_configuration_error(model: LlamaModel) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models
 
 from engineroom import (
     ConfigurationError,
@@ -26,6 +29,7 @@ from engineroom_vllm.library import INSTALL
 from engineroom_vllm.loading import explain
 from engineroom_vllm.memory import plan
 from engineroom_vllm.options import VLLMOptions
+from engineroom_vllm.text import TextCodec
 
 
 def config(source: Path | str, **options: Any) -> ModelConfig:
@@ -175,6 +179,28 @@ def test_the_estimate_counts_weights_cache_and_on_a_cpu_the_processes(
     found = VLLMHandler().estimate_memory(config(folder, n_ctx=512, tensor_parallel_size=2))
     assert found == {"cuda:0": (4096 + cache) // 2, "cuda:1": (4096 + cache) // 2}
     assert VLLMHandler().estimate_memory(config("hf:owner/name")) is None
+
+
+# ── prompts, of a codec without an engine ────────────────────────────────────────────────────
+
+
+async def test_a_template_that_loops_ends_and_holds_up_nobody() -> None:
+    tokenizer = Tokenizer(models.BPE({"a": 0, "</s>": 1}, []))
+    tokenizer.add_special_tokens(["</s>"])
+    looping = "{% for i in range(99999) %}{% for j in range(9999) %}{{ i }}{% endfor %}{% endfor %}"
+    wrapper = SimpleNamespace(backend_tokenizer=tokenizer, chat_template=looping, eos_token_id=1)
+    engine = SimpleNamespace(codec=TextCodec(wrapper), embeds=False)
+    model = ModelConfig(model_id="m", source="x")
+    loaded = LoadedModel(model_id="m", model_object=engine, config=model)
+    request = InferenceRequest(model_id="m", messages=[{"role": "user", "content": "a"}])
+    waiting = asyncio.create_task(anext(VLLMHandler().generate_tokens(loaded, request)))
+    beats = 0
+    while not waiting.done():
+        await asyncio.sleep(0.01)
+        beats += 1
+    with pytest.raises(ConfigurationError, match="it takes more than"):
+        await waiting
+    assert beats > 20
 
 
 # ── the engine's arguments ───────────────────────────────────────────────────────────────────────
