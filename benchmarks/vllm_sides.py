@@ -124,7 +124,9 @@ class Sides:
         )
         tokens = tokens_input(self._engine.codec.prompt(prompt, None))
         began, first, seen = time.perf_counter(), 0.0, 0
-        outputs = self._engine._llm.generate(tokens, sampling, f"bare-{next(self._numbers)}")
+        outputs = self._engine.lifecycle.llm.generate(
+            tokens, sampling, f"bare-{next(self._numbers)}"
+        )
         async for output in outputs:
             first = first or time.perf_counter() - began
             seen += len(output.outputs[0].token_ids)

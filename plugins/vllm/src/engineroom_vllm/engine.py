@@ -1,28 +1,22 @@
-"""One running vLLM engine: requests into it, tokens out of it, and its end, whatever its cause."""
+"""One running vLLM engine: requests into it, and tokens out of it."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 import math
-import multiprocessing.connection
-import multiprocessing.process
-import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 from engineroom import (
     ConfigurationError,
-    EngineDeadError,
     EngineRoomError,
     HandlerHealth,
     InferenceError,
     InferenceRequest,
     QueueFullError,
-    ResourceNotAvailableError,
     TokenStep,
 )
 from engineroom.engine import Likeliest
@@ -31,6 +25,7 @@ from engineroom_vllm.beams import search
 from engineroom_vllm.folder import ModelFolder
 from engineroom_vllm.footprint import Footprint
 from engineroom_vllm.library import Library
+from engineroom_vllm.lifecycle import Lifecycle
 from engineroom_vllm.log import EngineLog
 from engineroom_vllm.options import VLLMOptions
 from engineroom_vllm.outputs import Outputs
@@ -39,13 +34,7 @@ from engineroom_vllm.text import TextCodec
 
 __all__ = ["VLLMEngine"]
 
-logger = logging.getLogger("engineroom.vllm")
-
 _T = TypeVar("_T")
-_SHUTDOWN_S: Final = 20.0
-"""Seconds for an engine to end by itself when its model is unloaded; it takes one or two."""
-_WORKERS_S: Final = 3.0
-"""Seconds for the workers of an engine that has ended."""
 
 
 @dataclass(slots=True)
@@ -81,9 +70,6 @@ class VLLMEngine:
         self.options = options
         self.footprint = footprint
         self._library = library
-        self._llm: Any = llm
-        self._log = log
-        self._when_closed = when_closed
         facts = library.facts(llm)
         self.n_ctx: int = facts.context
         self.n_vocab: int = facts.vocabulary
@@ -100,11 +86,7 @@ class VLLMEngine:
         }
         self._orders = itertools.count()
         self._running: dict[int, _Running] = {}
-        self._closing = False
-        self._dead: str | None = None
-        self._lock = threading.Lock()
-        self._watch = threading.Thread(target=self._wait_for_death, name="vllm-watch", daemon=True)
-        self._watch.start()
+        self.lifecycle = Lifecycle(library, llm, name, footprint, log, when_closed)
 
     # ── requests ─────────────────────────────────────────────────────────────────────────────
 
@@ -115,9 +97,9 @@ class VLLMEngine:
         :raises ConfigurationError: it can neither generate text nor make embeddings.
         """
         try:
-            tasks = await self._library.wake(self._llm)
+            tasks = await self._library.wake(self.lifecycle.llm)
         except self._library.dead_error as error:
-            raise self._gone() from error.with_traceback(None)
+            raise self.lifecycle.gone() from error.with_traceback(None)
         if self.embeds and "embed" not in tasks:
             raise ConfigurationError(
                 f"vLLM runs model {self.name!r} for {', '.join(tasks)}, not for embeddings; save "
@@ -173,21 +155,21 @@ class VLLMEngine:
         return vectors
 
     async def _vector(self, ids: list[int], request_id: str, running: _Running) -> list[float]:
-        if self._ended:
-            raise self._gone()
+        if self.lifecycle.ended:
+            raise self.lifecycle.gone()
         running.ids.append(request_id)
         running.tokens += len(ids)
         found: list[float] = []
         try:
-            outputs = self._library.encode(self._llm, ids, request_id)
+            outputs = self._library.encode(self.lifecycle.llm, ids, request_id)
             async with aclosing(outputs):
                 async for output in outputs:
                     found = self._library.vector(output)
         finally:
             running.ids.remove(request_id)
             running.tokens -= len(ids)
-        if not found and self._ended:
-            raise self._gone()
+        if not found and self.lifecycle.ended:
+            raise self.lifecycle.gone()
         if not found or not all(map(math.isfinite, found)):
             raise InferenceError(
                 "the model computed no numbers for a text; its files may be damaged"
@@ -203,12 +185,12 @@ class VLLMEngine:
             raise
         except self._library.dead_error as error:
             # Without its traceback, whose frames would keep vLLM's objects alive.
-            raise self._gone() from error.with_traceback(None)
+            raise self.lifecycle.gone() from error.with_traceback(None)
         except self._library.request_errors as error:
             raise ConfigurationError(f"vLLM refuses the request: {error}") from error
         except Exception as error:
-            if self._ended:
-                raise self._gone() from error
+            if self.lifecycle.ended:
+                raise self.lifecycle.gone() from error
             raise InferenceError(
                 f"vLLM failed on the request: {type(error).__name__}: {error.__cause__ or error}"
             ) from error
@@ -221,8 +203,8 @@ class VLLMEngine:
         check_params(request.params, self.n_vocab, speculative=speculative)
 
     def _admit(self) -> None:
-        if self._ended:
-            raise self._gone()
+        if self.lifecycle.ended:
+            raise self.lifecycle.gone()
         waiting = len(self._running) - self.parallel
         if waiting >= self.options.max_queue:
             raise QueueFullError(
@@ -255,7 +237,7 @@ class VLLMEngine:
                     )
                 answer = output.outputs[0]
                 if answer.finish_reason == "abort":
-                    raise self._gone()
+                    raise self.lifecycle.gone()
                 for step in self._outputs.steps(answer, request.params.logprobs):
                     running.tokens += len(step.token_ids)
                     yield step
@@ -270,7 +252,7 @@ class VLLMEngine:
     ) -> AsyncGenerator[Any, None]:
         running.ids.append(request_id)
         return self._library.generate(
-            self._llm,
+            self.lifecycle.llm,
             tokens,
             sampling,
             request_id,
@@ -302,7 +284,7 @@ class VLLMEngine:
                     cached.append(max(output.num_cached_tokens or 0, 0))
                     answer = output.outputs[0]
                     if answer.finish_reason == "abort":
-                        raise self._gone()
+                        raise self.lifecycle.gone()
                     if answer.logprobs:
                         values = ((i, entry.logprob) for i, entry in answer.logprobs[0].items())
                         found = sorted(values, key=lambda choice: -choice[1])[:count]
@@ -336,82 +318,26 @@ class VLLMEngine:
     def health(self) -> HandlerHealth:
         """Requests running and waiting, as this side knows them, and how full the cache is."""
         count = len(self._running)
-        detail = self._dead or ""
-        if not detail and not self._closing and self._library.errored(self._llm):
-            detail = self._gone().message
+        death = self.lifecycle.death
         usage = None
         if self.cache_tokens:
             used = sum(running.tokens for running in self._running.values())
             usage = min(1.0, used / self.cache_tokens)
         return HandlerHealth(
-            ok=not detail and not self._closing,
-            detail=detail,
+            ok=not death and not self.lifecycle.closing,
+            detail=death,
             num_requests_running=min(count, self.parallel),
             num_requests_waiting=max(0, count - self.parallel),
             kv_cache_usage=usage,
         )
 
-    @property
-    def _ended(self) -> bool:
-        """Whether the engine takes nothing more, whatever the cause."""
-        return self._closing or self._dead is not None or self._library.errored(self._llm)
-
-    def _gone(self) -> EngineRoomError:
-        """What a request is told whose engine is no more."""
-        if self._closing:
-            return ResourceNotAvailableError(
-                f"model {self.name!r} was unloaded while the request ran; send it again"
-            )
-        if self._dead is None:
-            cause = self._log.cause() or "its processes ended without a word (killed, perhaps)"
-            self._dead = (
-                f"the engine of model {self.name!r} has died: {cause}; unload the model and load "
-                "it again"
-            )
-        return EngineDeadError(self._dead)
-
-    def _wait_for_death(self) -> None:
-        """In a thread: when one of the engine's processes ends unasked, clear up after it."""
-        roots = set(self.footprint.roots)
-        children = [c for c in multiprocessing.process.active_children() if c.pid in roots]
-        if not children:
-            return
-        multiprocessing.connection.wait([child.sentinel for child in children])
-        with self._lock:
-            if self._closing:
-                return
-            message = str(self._gone())
-        killed = self.footprint.remove(0)
-        logger.error("%s; %d processes that it left have been ended", message, killed)
-
     async def stop(self) -> None:
         """Take no more requests, and end those that run; each is told that it has ended."""
-        with self._lock:
-            self._closing = True
-        ids = [name for running in self._running.values() for name in running.ids]
-        if ids and not self._library.errored(self._llm):
-            await self._library.abort(self._llm, ids)
+        await self.lifecycle.stop([i for running in self._running.values() for i in running.ids])
 
     def close(self) -> None:
-        """End the processes and remove what they have left. Blocks for some seconds.
-
-        Harmless when it is done twice.
-        """
-        with self._lock:
-            self._closing = True
-            llm, self._llm = self._llm, _Closed()
-        if isinstance(llm, _Closed):
-            return
-        self.footprint.look()
-        self._library.shut_down(llm, _SHUTDOWN_S)
-        if killed := self.footprint.remove(_WORKERS_S):
-            logger.warning(
-                "model %r: %d processes did not end by themselves and were killed",
-                self.name,
-                killed,
-            )
-        self._watch.join()
-        self._when_closed()
+        """End the processes; see :meth:`.Lifecycle.close`. Blocks for some seconds."""
+        self.lifecycle.close()
 
 
 async def _together(work: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
@@ -422,9 +348,3 @@ async def _together(work: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
     except BaseExceptionGroup as group_of_errors:
         raise group_of_errors.exceptions[0] from group_of_errors
     return [task.result() for task in tasks]
-
-
-class _Closed:
-    """Stands where the engine was, for requests that come while it ends."""
-
-    errored: Final = True

@@ -155,7 +155,7 @@ def test_a_cancelled_call_leaves_nothing_in_the_engine(bench: Any) -> None:
         ended = await asyncio.gather(*calls[:2], return_exceptions=True)
         assert all(isinstance(each, asyncio.CancelledError) for each in ended)
         assert len((await calls[2]).vectors) == 200
-        processor = bench.engine._llm.output_processor
+        processor = bench.engine.lifecycle.llm.output_processor
         assert not processor.request_states
         assert not bench.engine._running
 
