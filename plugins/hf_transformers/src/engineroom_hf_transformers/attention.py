@@ -155,10 +155,10 @@ def _attention(kernel: str, stock: Any) -> Any:
         if driver is None:
             capped = kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None
             compute = _stock_eager if capped else stock
-            found: tuple[torch.Tensor, Any] = compute(
+            result: tuple[torch.Tensor, Any] = compute(
                 module, query, key, value, attention_mask, scaling=scaling, **kwargs
             )
-            return found
+            return result
         if kwargs.get("position_bias") is not None or not getattr(module, "is_causal", True):
             raise UnsupportedAttentionError("the attention has a position bias, or looks ahead")
         call = Call(
@@ -279,8 +279,8 @@ class Step:
         query = call.query[0, :, :count].transpose(0, 1).reshape(count, groups, -1, width)
         on_cpu = call.query.device.type == "cpu"
         if self._together and (self._beside or not on_cpu):
-            found = self._decode_together(call, query)
-            out[:count] = found.reshape(count, heads, -1)
+            attended = self._decode_together(call, query)
+            out[:count] = attended.reshape(count, heads, -1)
             return
         for row, span in enumerate(self._decoding):
             start = 0 if call.window is None else max(0, span.end - call.window)

@@ -174,7 +174,7 @@ class Generation:
             self._outer = _random_state(parts.device)
             torch.manual_seed(params.seed or 0)
         try:
-            found = parts.model.generate(
+            sequences = parts.model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 generation_config=make_config(**config),
@@ -184,7 +184,7 @@ class Generation:
             if self._seeded:
                 _set_random_state(parts.device, self._outer)
         if beams > 1:
-            self._step = self._whole(found[0].tolist())
+            self._step = self._whole(sequences[0].tolist())
         elif self._step is None or self._step.finish is None:
             self._step = TokenStep(finish="length")
 

@@ -155,23 +155,23 @@ class Slots:
         :returns: the slot, and how many of the tokens are in it already: not all, because the
             last one's logits are needed.
         """
-        found: Slot | None = None
+        best: Slot | None = None
         common = 0
         if self._reuse:
-            wanted = tokens[:-1]
+            needed = tokens[:-1]
             for slot, content in (*((s, s.tokens) for s in self._free), *busy):
-                if (length := common_prefix(wanted, content)) > common:
-                    found, common = slot, length
+                if (length := common_prefix(needed, content)) > common:
+                    best, common = slot, length
         # Where nothing but the common part would be lost, or nothing else is free, in place.
-        if found is not None and found in self._free:
+        if best is not None and best in self._free:
             alone = len(self._free) == 1
-            if alone or 2 * common >= len(found.tokens):
-                return self._give(found, common), common
-        others = [slot for slot in self._free if slot is not found]
+            if alone or 2 * common >= len(best.tokens):
+                return self._give(best, common), common
+        others = [slot for slot in self._free if slot is not best]
         # Low places first: those of a batch then lie side by side.
         slot = min(others or self._free, key=lambda s: (s.used if s.tokens else -1, s.index))
-        if found is not None and slot is not found and common >= _WORTH_A_COPY:
-            self._cache.copy(found.index, slot.index, common)
+        if best is not None and slot is not best and common >= _WORTH_A_COPY:
+            self._cache.copy(best.index, slot.index, common)
             return self._give(slot, common), common
         return self._give(slot, 0), 0
 

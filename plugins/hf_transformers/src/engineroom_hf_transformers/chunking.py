@@ -78,8 +78,8 @@ def _numbers(model: Any) -> int:
 
     Of a mixture all experts are counted, and its late chunks are somewhat larger than they might.
     """
-    found = int(model.num_parameters(exclude_embeddings=True))
+    numbers = int(model.num_parameters(exclude_embeddings=True))
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     if head is not None and head.weight is not embeddings.weight:
-        found -= head.weight.numel()
-    return found
+        numbers -= head.weight.numel()
+    return numbers

@@ -58,7 +58,7 @@ def attend(
     import torch
 
     if call.kernel == "sdpa" and call.softcap is None and call.sinks is None:
-        found: torch.Tensor = torch.nn.functional.scaled_dot_product_attention(
+        attended: torch.Tensor = torch.nn.functional.scaled_dot_product_attention(
             query,
             keys,
             values,
@@ -67,7 +67,7 @@ def attend(
             scale=call.scaling,
             enable_gqa=query.shape[1] != keys.shape[1],
         )
-        return found
+        return attended
     if mask is None:
         mask = causal(call, 0, query.shape[2], triangle=True)
     return plain(call, query, keys, values, mask)
@@ -84,10 +84,10 @@ def kernel(
     import torch
 
     if call.kernel == "sdpa" and call.softcap is None and call.sinks is None:
-        found: torch.Tensor = torch.nn.functional.scaled_dot_product_attention(
+        attended: torch.Tensor = torch.nn.functional.scaled_dot_product_attention(
             query, keys, values, attn_mask=mask, scale=call.scaling
         )
-        return found
+        return attended
     count, groups, shared, width = query.shape
     alone = query.reshape(count, groups * shared, 1, width)
     return plain(call, alone, keys, values, mask)

@@ -128,9 +128,9 @@ def _take_over(layer: _Layer, *, keep: bool) -> Callable[[], None]:
     def back() -> None:
         del module.forward
         if packed is not None:
-            found = packed.to_dense()
-            found = found.t().contiguous() if layer.across else found
-            module.weight = torch.nn.Parameter(found, requires_grad=False) if parameter else found
+            dense = packed.to_dense()
+            dense = dense.t().contiguous() if layer.across else dense
+            module.weight = torch.nn.Parameter(dense, requires_grad=False) if parameter else dense
 
     return back
 
@@ -144,11 +144,11 @@ def _trial(model: Any, kind: str, n_vocab: int) -> torch.Tensor | None:
     if kind != "embedding":
         more["use_cache"] = False
     try:
-        found: torch.Tensor = model(input_ids=tokens, **more)[0]
+        computed: torch.Tensor = model(input_ids=tokens, **more)[0]
     except Exception:  # the model's own code, which may do anything
         logger.debug("the model does not take plain tokens", exc_info=True)
         return None
-    return found
+    return computed
 
 
 def _distance(before: torch.Tensor, after: torch.Tensor | None) -> float:

@@ -36,29 +36,29 @@ def choose(logits: torch.Tensor, rows: Sequence[SamplerState]) -> list[int | Non
 
     if any(row.touches for row in rows):
         logits = adjusted(logits, rows)
-    found: list[int | None] = [None] * len(rows)
+    chosen: list[int | None] = [None] * len(rows)
     peaks = logits.amax(dim=-1)
     sound = torch.isfinite(peaks).tolist()
     greedy = [i for i, row in enumerate(rows) if row.greedy and sound[i]]
     drawn = [i for i, row in enumerate(rows) if not row.greedy and sound[i]]
     if greedy:
         for i, token in zip(greedy, _argmax(_pick(logits, greedy)), strict=True):
-            found[i] = token
+            chosen[i] = token
     whole = [i for i in drawn if not rows[i].truncates]
     cut = [i for i in drawn if rows[i].truncates]
     if whole:
         tokens = _draw_from_all(_pick(logits, whole), [rows[i] for i in whole])
         for i, token in zip(whole, tokens, strict=True):
-            found[i] = token
+            chosen[i] = token
     if cut:
         for i, token in zip(
             cut, _draw_cut(_pick(logits, cut), [rows[i] for i in cut]), strict=True
         ):
-            found[i] = token
-    for row, chosen in zip(rows, found, strict=True):
-        if chosen is not None:
-            row.take(chosen)
-    return found
+            chosen[i] = token
+    for row, choice in zip(rows, chosen, strict=True):
+        if choice is not None:
+            row.take(choice)
+    return chosen
 
 
 def _pick(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
@@ -72,8 +72,8 @@ def _pick(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
 def _argmax(logits: torch.Tensor) -> list[int]:
     if logits.device.type == "cpu":  # numpy's takes 9 µs a row, torch's 250
         return [int(row.argmax()) for row in logits.numpy()]
-    found: list[int] = logits.argmax(dim=-1).tolist()
-    return found
+    tokens: list[int] = logits.argmax(dim=-1).tolist()
+    return tokens
 
 
 def adjusted(logits: torch.Tensor, rows: Sequence[SamplerState]) -> torch.Tensor:
@@ -85,11 +85,11 @@ def adjusted(logits: torch.Tensor, rows: Sequence[SamplerState]) -> torch.Tensor
     flat = logits.view(-1)
     device = logits.device
 
-    def indices(found: list[int]) -> torch.Tensor:
-        return torch.tensor(found, dtype=torch.long, device=device)
+    def indices(values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.long, device=device)
 
-    def numbers(found: list[float]) -> torch.Tensor:
-        return torch.tensor(found, dtype=torch.float32, device=device)
+    def numbers(values: list[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=device)
 
     places: list[int] = []
     amounts: list[float] = []
@@ -145,15 +145,15 @@ def _place(cumulative: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Where the targets fall: never where nothing is added, not even by rounding."""
     import torch
 
-    found = torch.searchsorted(cumulative, targets, right=True)
+    places = torch.searchsorted(cumulative, targets, right=True)
     last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous(), right=False)
-    return torch.minimum(found, last)
+    return torch.minimum(places, last)
 
 
 def _draw_from_all(logits: torch.Tensor, rows: Sequence[SamplerState]) -> list[int]:
     cumulative = _precise(_weights(logits, rows)).cumsum(dim=-1)
-    found: list[int] = _place(cumulative, _targets(rows, cumulative[:, -1:])).view(-1).tolist()
-    return found
+    tokens: list[int] = _place(cumulative, _targets(rows, cumulative[:, -1:])).view(-1).tolist()
+    return tokens
 
 
 def _draw_cut(logits: torch.Tensor, rows: Sequence[SamplerState]) -> list[int]:
@@ -199,8 +199,8 @@ def _draw_cut(logits: torch.Tensor, rows: Sequence[SamplerState]) -> list[int]:
     keep &= weights >= min_p * weights[:, :1]
     cumulative = (weights * keep).cumsum(dim=-1)
     place = _place(cumulative, _targets(rows, cumulative[:, -1:]))
-    found: list[int] = ids.gather(1, place).view(-1).tolist()
-    return found
+    tokens: list[int] = ids.gather(1, place).view(-1).tolist()
+    return tokens
 
 
 def logprobs_of(

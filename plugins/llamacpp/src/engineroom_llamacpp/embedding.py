@@ -153,8 +153,8 @@ class EmbeddingEngine(BatchingEngine[EmbeddingTask]):
         if self.options.normalize:
             length = float(np.linalg.norm(vector.astype(np.float64)))
             vector = vector / np.float32(length or 1.0)
-        found: list[float] = vector.tolist()
-        return found
+        numbers: list[float] = vector.tolist()
+        return numbers
 
 
 class EmbeddingContext:
@@ -232,5 +232,5 @@ class EmbeddingContext:
             return None
         address = ctypes.cast(pointer, ctypes.c_void_p).value or 0
         memory = (ctypes.c_float * self._size).from_address(address)
-        found: Numbers = np.ctypeslib.as_array(memory).copy()
-        return found if bool(np.isfinite(found).all()) else None
+        vector: Numbers = np.ctypeslib.as_array(memory).copy()
+        return vector if bool(np.isfinite(vector).all()) else None

@@ -49,18 +49,18 @@ class PromptPace:
         self._spent = 0.0
         self._places = 0.0
 
-    def most(self, position: int, wanted: int) -> int:
+    def most(self, position: int, available: int) -> int:
         """How many tokens of a prompt may be read from ``position`` on in this step.
 
-        :param wanted: tokens that there are.
+        :param available: tokens that there are.
         :returns: at least one for a step's first prompt.
         """
         count = self._that_cost(position, self._cost(0, self.chunk) - self._spent)
-        if count < min(wanted, self.chunk):
+        if count < min(available, self.chunk):
             count -= count % self._least
             if not self._taken:
                 count = max(count, self._least)
-        return min(count, wanted)
+        return min(count, available)
 
     def add(self, position: int, count: int) -> None:
         """So many tokens from ``position`` on are read in this step."""
@@ -80,15 +80,15 @@ class PromptPace:
             self._decoding = usual + _NEW * (min(seconds, _MOST_OFF * usual) - usual)
             return
         place = self._places / self._taken
-        each = max(0.0, seconds - (self._decoding or 0.0)) / self._taken
+        per_token = max(0.0, seconds - (self._decoding or 0.0)) / self._taken
         if self._seen >= _ENOUGH and (expected := self._expected(place)) > 0:
-            each = min(each, _MOST_OFF * expected)
-        self._learn(place, each)
+            per_token = min(per_token, _MOST_OFF * expected)
+        self._learn(place, per_token)
 
-    def _learn(self, place: float, each: float) -> None:
+    def _learn(self, place: float, per_token: float) -> None:
         """Fit a line through what tokens took at their places; recent ones count most."""
         weight = self._taken / self.chunk
-        new = (1.0, place, place * place, each, place * each)
+        new = (1.0, place, place * place, per_token, place * per_token)
         self._sums = [
             _KEPT * old + weight * value for old, value in zip(self._sums, new, strict=True)
         ]

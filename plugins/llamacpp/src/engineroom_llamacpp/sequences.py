@@ -94,25 +94,25 @@ class Sequences:
         :returns: the sequence, and how many of the tokens it has already: not all, because the
             last one's logits are needed.
         """
-        found: CellSequence | None = None
+        best: CellSequence | None = None
         common = 0
         if self.reuse:
-            wanted = tokens[:-1]
+            needed = tokens[:-1]
             idle = ((s, s.tokens) for s in self._idle if s.adapter == adapter)
             for sequence, content in (*idle, *busy):
-                if (length := _whole(common_prefix(wanted, content))) > common:
-                    found, common = sequence, length
-        if found is None:
+                if (length := _whole(common_prefix(needed, content))) > common:
+                    best, common = sequence, length
+        if best is None:
             return self._fresh(None, adapter), 0
-        is_idle = not found.chain.busy
+        is_idle = not best.chain.busy
         alone = is_idle and not self._free and len(self._idle) == 1
-        if alone or (is_idle and len(found.tokens) - common < _BLOCK):
-            self._idle.remove(found)
-            self.cut(found, common)
-            self.cells.wake(found.chain)
-            found.tokens = []
-            return found, common
-        return self._fork(found, common), common
+        if alone or (is_idle and len(best.tokens) - common < _BLOCK):
+            self._idle.remove(best)
+            self.cut(best, common)
+            self.cells.wake(best.chain)
+            best.tokens = []
+            return best, common
+        return self._fork(best, common), common
 
     def begin(self, adapter: str | None = None) -> CellSequence:
         """An empty sequence. One must be unused."""
@@ -124,7 +124,7 @@ class Sequences:
         """How many of a prompt's tokens have cells in a sequence that is in use."""
         if not self.reuse:
             return 0
-        return max((_whole(common_prefix(tokens[:-1], each)) for _, each in busy), default=0)
+        return max((_whole(common_prefix(tokens[:-1], content)) for _, content in busy), default=0)
 
     def longer(
         self,
@@ -141,18 +141,18 @@ class Sequences:
         """
         if not self.reuse:
             return known
-        wanted = tokens[:-1]
-        found: CellSequence | None = None
+        needed = tokens[:-1]
+        longest: CellSequence | None = None
         for other, content in busy:
             if len(content) > known and other is not sequence:
-                length = _whole(common_prefix(wanted, content))
+                length = _whole(common_prefix(needed, content))
                 if length > known:
-                    found, known = other, length
-        if found is not None:
+                    longest, known = other, length
+        if longest is not None:
             self._memory.forget(sequence.index)
             self.cells.drop(sequence.chain)
-            self._memory.share(found.index, sequence.index, known)
-            sequence.chain = self.cells.share(found.chain, known)
+            self._memory.share(longest.index, sequence.index, known)
+            sequence.chain = self.cells.share(longest.chain, known)
         return known
 
     def fork(self, source: CellSequence) -> CellSequence:

@@ -122,8 +122,8 @@ class VLLMEngine:
         steps = self._beams if beam_search(request.params) else self._tokens
         try:
             with self._typed_errors():
-                async with aclosing(steps(request, tokens, running, order)) as found:
-                    async for step in found:
+                async with aclosing(steps(request, tokens, running, order)) as generated:
+                    async for step in generated:
                         yield step
         finally:
             del self._running[order]
@@ -159,22 +159,22 @@ class VLLMEngine:
             raise self.lifecycle.gone()
         running.ids.append(request_id)
         running.tokens += len(ids)
-        found: list[float] = []
+        numbers: list[float] = []
         try:
             outputs = self._library.encode(self.lifecycle.llm, ids, request_id)
             async with aclosing(outputs):
                 async for output in outputs:
-                    found = self._library.vector(output)
+                    numbers = self._library.vector(output)
         finally:
             running.ids.remove(request_id)
             running.tokens -= len(ids)
-        if not found and self.lifecycle.ended:
+        if not numbers and self.lifecycle.ended:
             raise self.lifecycle.gone()
-        if not found or not all(map(math.isfinite, found)):
+        if not numbers or not all(map(math.isfinite, numbers)):
             raise InferenceError(
                 "the model computed no numbers for a text; its files may be damaged"
             )
-        return found
+        return numbers
 
     @contextmanager
     def _typed_errors(self) -> Iterator[None]:
@@ -278,7 +278,7 @@ class VLLMEngine:
             )
             ids = [*tokens, *generated]
             name = f"{order}-{next(numbers)}"
-            found: Likeliest = ()
+            choices: Likeliest = ()
             async with aclosing(self._ask(request, ids, sampling, name, running)) as outputs:
                 async for output in outputs:
                     cached.append(max(output.num_cached_tokens or 0, 0))
@@ -287,12 +287,12 @@ class VLLMEngine:
                         raise self.lifecycle.gone()
                     if answer.logprobs:
                         values = ((i, entry.logprob) for i, entry in answer.logprobs[0].items())
-                        found = sorted(values, key=lambda choice: -choice[1])[:count]
+                        choices = sorted(values, key=lambda choice: -choice[1])[:count]
             running.ids.remove(name)
-            return found
+            return choices
 
         async def expand(sequences: list[tuple[int, ...]], count: int) -> list[Likeliest]:
-            return await _together([likeliest(each, count) for each in sequences])
+            return await _together([likeliest(generated, count) for generated in sequences])
 
         best = await search(
             expand,
@@ -344,7 +344,7 @@ async def _together(work: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
     """What all of them return. If one fails the others are cancelled, and its error is raised."""
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(each) for each in work]
+            tasks = [group.create_task(coroutine) for coroutine in work]
     except BaseExceptionGroup as group_of_errors:
         raise group_of_errors.exceptions[0] from group_of_errors
     return [task.result() for task in tasks]

@@ -49,8 +49,8 @@ class Outputs:
                 (token,), self._codec.piece(token), finish=finish if place == last else None
             )
             if logprobs is not None:
-                found = output.logprobs[place]
-                choices = [(i, entry.logprob) for i, entry in found.items()]
+                likeliest = output.logprobs[place]
+                choices = [(i, entry.logprob) for i, entry in likeliest.items()]
                 step.logprobs = (self.logprob(token, choices, logprobs),)
             yield step
 

@@ -96,7 +96,7 @@ def sampling_arguments(
         temperature = 0.0
     top_p = 1.0 if params.top_p is None else params.top_p
     greedy = params.greedy or temperature == 0.0 or top_p == 0.0
-    found: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "max_tokens": room if limit is None else min(limit, room),
         "temperature": 0.0 if greedy else max(temperature, _COLDEST),
         "repetition_penalty": min(params.repetition_penalty or 1.0, _STRONGEST),
@@ -108,13 +108,13 @@ def sampling_arguments(
     }
     if not greedy:
         top_k = params.top_k or 0
-        found |= {
+        arguments |= {
             "top_p": top_p,
             "top_k": top_k if top_k < n_vocab else 0,
             "min_p": params.min_p or 0.0,
             "seed": params.seed,
         }
-    return found
+    return arguments
 
 
 def stops_alone(stops: Sequence[str]) -> list[str]:
