@@ -1,14 +1,13 @@
-"""The scheduler: many requests through one Transformers model, a step at a time.
+"""Many requests through one Transformers model, a step at a time.
 
-Queue, slots and cancelling are :class:`~engineroom.BatchingEngine`'s. A step here packs
-one token of every decoding request and chunks of the prompts that are still to be read into one
-row (:mod:`.attention`), runs the model once, chooses the next tokens (:mod:`.sampling`) and hands
-them to asyncio all at once.
+Queue, slots and cancelling are :class:`~engineroom.BatchingEngine`'s; drafts and what requests get
+are :class:`~engineroom.engine.Scheduler`'s. A step here packs one token of every decoding request
+and chunks of the prompts that are still to be read into one row (:mod:`.attention`), runs the model
+once and chooses the next tokens (:mod:`.sampling`).
 
 * A long prompt never stalls the others: beside decoding requests a step reads at most
   ``prefill_chunk`` of its tokens, and fewer where they attend to many (:mod:`.chunking`).
-* Where tokens are proposed (:mod:`.drafting`), a decoding request has several in the step; those
-  that the model would have chosen itself are kept.
+* Where tokens are proposed (:mod:`.drafting`), a decoding request has several in the step.
 * What only ``generate()`` can do (beam search; every request of a model whose cache cannot be
   driven) goes on beside, a token of it each step (:mod:`.by_generate`).
 """

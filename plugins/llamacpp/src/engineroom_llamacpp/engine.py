@@ -1,8 +1,8 @@
-"""The scheduler: many requests through one llama.cpp context, a step at a time.
+"""Many requests through one llama.cpp context, a step at a time.
 
-Queue, slots and cancelling are :class:`~engineroom.BatchingEngine`'s. A step here puts
-one token of every decoding request and a chunk of every prompt that is still to be read into one
-batch (:mod:`.tasks`), computes it, chooses the next tokens, and hands them to asyncio all at once.
+Queue, slots and cancelling are :class:`~engineroom.BatchingEngine`'s; drafts and what requests get
+are :class:`~engineroom.engine.Scheduler`'s. A step here puts one token of every decoding request and a
+chunk of every prompt that is still to be read into one batch (:mod:`.tasks`) and computes it.
 
 * A long prompt never stalls the others: beside decoding requests a step reads at most
   ``prefill_chunk`` of its tokens, and fewer where later ones take longer (:mod:`.pace`).
@@ -11,8 +11,7 @@ batch (:mod:`.tasks`), computes it, chooses the next tokens, and hands them to a
 * Cells of the unified cache are counted (:mod:`.cells`). When they run out, the youngest request
   gives its cells back and gets them again later; to its caller it only pauses. A request that is
   alone and fills the whole context ends with ``length``.
-* Where tokens are proposed (:mod:`.drafting`), a decoding request has several in the step; those
-  that the model would have chosen itself are kept.
+* Where tokens are proposed (:mod:`.drafting`), a decoding request has several in the step.
 * A beam search (:mod:`.beams`) has a sequence a beam.
 * Cancelling takes effect before the next step; where the cancelled request is the only one in
   the batch, the computation itself is aborted.
@@ -43,7 +42,7 @@ from engineroom_llamacpp.drafting import make_drafter
 from engineroom_llamacpp.library import last_error
 from engineroom_llamacpp.model import LlamaModel
 from engineroom_llamacpp.options import LlamaCppOptions
-from engineroom_llamacpp.outcomes import Outcomes, not_chosen
+from engineroom_llamacpp.outcomes import Outcomes, nonsense, not_chosen
 from engineroom_llamacpp.pace import PromptPace
 from engineroom_llamacpp.sequences import CellSequence, Sequences
 from engineroom_llamacpp.tasks import Task, compose, contents
@@ -114,8 +113,7 @@ class LlamaEngine(BatchingEngine[Task]):
         loop = DecodeLoop(f"llamacpp-{name}") if self._context.on_gpu else CPU_LOOP
         super().__init__(name, loop, max_running=options.n_parallel, max_queue=options.max_queue)
         self.embedder: EmbeddingEngine | None = None
-        """Makes embeddings with the same weights, where the model is made for it; set by whoever
-        loads it."""
+        """Makes embeddings with the same weights, if the model can; set by whoever loads it."""
         self._adapter: str | None = None
         self.preemptions = 0
         """How often a request gave its cells back to let another go on."""
@@ -381,7 +379,7 @@ class LlamaEngine(BatchingEngine[Task]):
         if alone:
             for task in tasks:
                 task.log.error("the model computed no numbers for the next token")
-            self.fail(tasks, _nonsense())
+            self.fail(tasks, nonsense())
         else:
             for task in tasks:
                 task.run_alone = True
@@ -399,11 +397,3 @@ class LlamaEngine(BatchingEngine[Task]):
             task.log.error("llama_decode returned %d: %s", status, why)
         error = InferenceError(f"llama.cpp could not compute the step (status {status}): {why}")
         self.fail(tasks, error)
-
-
-def _nonsense() -> InferenceError:
-    return InferenceError(
-        "the model computed no numbers for the next token (NaN or infinity); its weights are "
-        "damaged, or the type of its cache is too narrow: load it with cache_type_k and "
-        "cache_type_v f32 or bf16, or another quantisation of it"
-    )

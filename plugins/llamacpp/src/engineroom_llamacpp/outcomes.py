@@ -17,7 +17,7 @@ from engineroom_llamacpp.context import LlamaContext
 from engineroom_llamacpp.model import END, LlamaModel
 from engineroom_llamacpp.tasks import Task
 
-__all__ = ["Outcomes", "not_chosen"]
+__all__ = ["Outcomes", "nonsense", "not_chosen"]
 
 
 class Outcomes:
@@ -63,3 +63,12 @@ class Outcomes:
 def not_chosen(error: Exception) -> InferenceError:
     """What a request hears for which choosing a token failed."""
     return InferenceError(f"a token could not be chosen: {type(error).__name__}: {error}")
+
+
+def nonsense() -> InferenceError:
+    """What a request hears whose next token cannot be chosen."""
+    return InferenceError(
+        "the model computed no numbers for the next token (NaN or infinity); its weights are "
+        "damaged, or the type of its cache is too narrow: load it with cache_type_k and "
+        "cache_type_v f32 or bf16, or another quantisation of it"
+    )
