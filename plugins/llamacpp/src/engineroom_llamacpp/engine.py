@@ -1,7 +1,7 @@
 """Many requests through one llama.cpp context, a step at a time.
 
 Queue, slots and cancelling are :class:`~engineroom.BatchingEngine`'s; drafts and what requests get
-are :class:`~engineroom.engine.Scheduler`'s. A step here puts one token of every decoding request and
+are :class:`~engineroom.engine.Scheduler`'s. A step puts one token of every decoding request and
 a chunk of every prompt that is still to be read into one batch (:mod:`.tasks`) and computes it.
 
 * A long prompt never stalls the others: beside decoding requests a step reads at most
