@@ -6,8 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from engineroom.engine import BeamSearch
 

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 from core_doubles import Source, drained
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, example, given, settings, strategies as st
 
 from engineroom import (
     EngineDeadError,

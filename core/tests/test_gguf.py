@@ -12,18 +12,17 @@ import gguf
 import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from engineroom import ConfigurationError
 from engineroom.sources import (
     GgufArray,
     GgufHeader,
+    gguf_header as reader,
     gguf_part_paths,
     is_gguf,
+    read_gguf_header as read_header,
 )
-from engineroom.sources import gguf_header as reader
-from engineroom.sources import read_gguf_header as read_header
 
 U8, U32, F32, BOOL, STRING, ARRAY, U64 = 0, 4, 6, 7, 8, 9, 10
 ARCHITECTURE = ("general.architecture", STRING, "llama")

@@ -14,8 +14,7 @@ from core_doubles import (
     until,
     without_threads,
 )
-from hypothesis import settings
-from hypothesis import strategies as st
+from hypothesis import settings, strategies as st
 from hypothesis.stateful import (
     Bundle,
     RuleBasedStateMachine,

@@ -8,8 +8,7 @@ from collections import Counter, defaultdict
 
 import pytest
 from core_doubles import FakeProbe, bare_registry, without_threads
-from hypothesis import settings
-from hypothesis import strategies as st
+from hypothesis import settings, strategies as st
 from hypothesis.stateful import (
     Bundle,
     RuleBasedStateMachine,

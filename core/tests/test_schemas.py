@@ -8,13 +8,17 @@ import uuid
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from pydantic import BaseModel, ValidationError
 
 from engineroom.config.model import LoadedModel, ModelConfig, ModelVariant
-from engineroom.errors import EngineDeadError, EngineRoomError, InferenceError, error_class
-from engineroom.errors import __all__ as error_names
+from engineroom.errors import (
+    EngineDeadError,
+    EngineRoomError,
+    InferenceError,
+    __all__ as error_names,
+    error_class,
+)
 from engineroom.schemas import (
     FINISH_REASONS,
     MAX_STOP_CHARS,

@@ -7,8 +7,7 @@ from itertools import groupby, pairwise
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, example, given, settings, strategies as st
 
 from engineroom.generation.text import StopMatcher, TextPipeline, Utf8Decoder, _Automaton
 

@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from engineroom.cli import new_plugin as module
 from engineroom.cli.new_plugin import PluginNames, plugin_names, render

@@ -11,8 +11,7 @@ import pytest
 pytest.importorskip("uvicorn")
 pytest.importorskip("msgspec")
 
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from engineroom.server.http.errors import ApiError
 from engineroom.server.http.limits import Limiter, TokenBucket

@@ -15,8 +15,7 @@ pytest.importorskip("prometheus_client", reason="needs the extra engineroom[serv
 
 import httpx
 import jsonschema_rs
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from engineroom import InferenceRequest, InferenceResponse, hookimpl
 from engineroom.server.routes import all_routes, document

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 from hf_benches import Rig, Tiny, ask, options
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from engineroom_hf_transformers.chunking import ReadingCost
 from engineroom_hf_transformers.model import reading_cost, why_not_driven

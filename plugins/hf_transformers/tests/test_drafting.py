@@ -59,8 +59,8 @@ async def test_answers_are_those_without_proposals(models: Tiny, how: str, token
         found = await asyncio.gather(*map(rig.read, tasks))
         for a, b in zip(found, expected, strict=True):
             assert (a.tokens, a.text, a.finish) == (b.tokens, b.text, b.finish)
-        assert 0 <= rig.engine.accepted <= rig.engine.proposed
-        assert (rig.engine.proposed > 0) or how == "lookup"
+        assert 0 <= rig.engine.scheduler.accepted <= rig.engine.scheduler.proposed
+        assert (rig.engine.scheduler.proposed > 0) or how == "lookup"
         await rig.idle()
 
 
@@ -70,7 +70,7 @@ async def test_a_text_that_repeats_itself_takes_fewer_steps(models: Tiny) -> Non
         assert answer.tokens == [66] * 40
         # Four until three of them stand there with something after them; then five a step.
         assert answer.steps <= 13
-        assert rig.engine.accepted == 40 - answer.steps
+        assert rig.engine.scheduler.accepted == 40 - answer.steps
 
 
 async def test_a_draft_that_is_always_right_saves_steps(models: Tiny) -> None:
@@ -80,7 +80,7 @@ async def test_a_draft_that_is_always_right_saves_steps(models: Tiny) -> None:
         # The first token comes of the prompt; then five a step.
         assert len(answer.tokens) == 40
         assert answer.steps <= 10
-        assert rig.engine.accepted == rig.engine.proposed >= 30
+        assert rig.engine.scheduler.accepted == rig.engine.scheduler.proposed >= 30
 
 
 async def test_a_draft_that_is_wrong_costs_nothing_but_work(models: Tiny) -> None:
@@ -103,8 +103,8 @@ async def test_a_draft_that_is_wrong_costs_nothing_but_work(models: Tiny) -> Non
             answer = await rig.answer(tokens, max_new_tokens=40)
             assert answer.tokens == reference.greedy(tokens, 40)
             assert answer.steps == len(answer.tokens) + (answer.finish == "eos_token")
-        assert rig.engine.proposed > 0
-        assert rig.engine.accepted == 0
+        assert rig.engine.scheduler.proposed > 0
+        assert rig.engine.scheduler.accepted == 0
 
 
 async def test_a_stop_in_the_middle_of_right_proposals(models: Tiny) -> None:
@@ -124,7 +124,7 @@ async def test_a_long_prompt_is_read_by_the_draft_over_several_steps(models: Tin
         tokens = rig.tokens(TEXT)[:150]
         answer = await rig.answer(tokens, max_new_tokens=60)
         assert answer.tokens == models.reference("llama").greedy(tokens, 60)
-        assert rig.engine.accepted > 0
+        assert rig.engine.scheduler.accepted > 0
         drafter = rig.engine.scheduler.drafter
         assert isinstance(drafter, DraftModel)
         (content,) = drafter._content.values()
@@ -177,7 +177,9 @@ async def test_a_draft_that_fails_is_not_believed_to_have_read_anything(models: 
         assert isinstance(answer.error, InferenceError)
         again = await rig.answer(tokens, max_new_tokens=20, logit_bias=NO_END)
         assert len(again.tokens) == 20
-        assert rig.engine.accepted == rig.engine.proposed > 0  # it has read all that it must
+        assert (
+            rig.engine.scheduler.accepted == rig.engine.scheduler.proposed > 0
+        )  # it has read all that it must
         await rig.idle()
 
 

@@ -24,8 +24,7 @@ from hf_benches import (
     generate_threads,
     until,
 )
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 
 from engineroom import (
     InferenceError,

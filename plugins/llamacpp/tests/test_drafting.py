@@ -62,8 +62,8 @@ async def test_answers_are_those_without_proposals(
             assert getattr(a, name) == getattr(b, name)
         assert [e.token_id for e in a.logprobs or ()] == [e.token_id for e in b.logprobs or ()]
     engine = bench.engine
-    assert 0 <= engine.accepted < engine.proposed
-    assert engine.accepted > 0 or how == "other"
+    assert 0 <= engine.scheduler.accepted < engine.scheduler.proposed
+    assert engine.scheduler.accepted > 0 or how == "other"
     await bench.idle()
 
 
@@ -90,9 +90,11 @@ async def test_a_text_that_repeats_itself_takes_fewer_steps(
     assert response.generated_tokens == 40
     # Four until three of them stand there with something after them; then five a step.
     assert len(steps) <= 13
-    assert bench.engine.accepted == 40 - len(steps)
+    assert bench.engine.scheduler.accepted == 40 - len(steps)
     detail = bench.engine.health().detail
-    assert detail.startswith(f"{bench.engine.accepted} of {bench.engine.proposed} proposed tokens")
+    assert detail.startswith(
+        f"{bench.engine.scheduler.accepted} of {bench.engine.scheduler.proposed} proposed tokens"
+    )
 
 
 async def test_a_draft_that_is_always_right_saves_steps(
@@ -104,7 +106,7 @@ async def test_a_draft_that_is_always_right_saves_steps(
     # The first token comes of the prompt; then five a step.
     assert response.generated_tokens == 40
     assert len(steps) <= 10
-    assert bench.engine.accepted == bench.engine.proposed >= 30
+    assert bench.engine.scheduler.accepted == bench.engine.scheduler.proposed >= 30
 
 
 async def test_a_stop_in_the_middle_of_right_proposals(make: Make, tiny_model: Path) -> None:
@@ -130,7 +132,7 @@ async def test_with_little_room_answers_are_the_same(make: Make, tiny_model: Pat
     found = await asyncio.gather(*map(bench.service.infer, requests))
     assert [r.generated_text for r in found] == expected
     assert bench.engine.preemptions > 0
-    assert bench.engine.accepted > 0
+    assert bench.engine.scheduler.accepted > 0
     await bench.idle()
 
 

@@ -11,8 +11,7 @@ from gguf.constants import GGMLQuantizationType
 from gguf_bytes import Entry, f32, image, numbers, string, strings, u32
 
 from engineroom import ConfigurationError
-from engineroom.sources import GgufArray, GgufHeader
-from engineroom.sources import gguf_header as reader
+from engineroom.sources import GgufArray, GgufHeader, gguf_header as reader
 from engineroom_llamacpp.metadata import read_header
 
 TOKENS = "tokenizer.ggml.tokens"

@@ -13,8 +13,7 @@ from typing import Any
 
 import gguf
 import pytest
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, example, given, settings, strategies as st
 
 from engineroom import ChatMessage, ConfigurationError, resolve_source
 from engineroom_llamacpp.library import load

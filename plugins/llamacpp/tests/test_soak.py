@@ -287,7 +287,7 @@ async def test_thousands_of_mixed_requests(tmp_path: Path, write_model: Any) -> 
                 await asyncio.sleep(0.001)
             no_leak(engine)
         preempted = sum(engine.preemptions for engine in engines)
-        accepted = sum(engine.accepted for engine in engines)
+        accepted = sum(engine.scheduler.accepted for engine in engines)
     counts = load.seen.counts
     print(
         f"\n{REQUESTS} requests in {took:.0f} s, {len(kinds)} kinds: {dict(counts)}, "

@@ -7,8 +7,7 @@ import math
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from engineroom.engine import Beam, Likeliest
 from engineroom_vllm.beams import search

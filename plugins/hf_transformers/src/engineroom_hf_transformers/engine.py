@@ -125,16 +125,6 @@ class HfEngine(BatchingEngine[Job]):
         cache = 0 if self._forward is None else self._forward.cache.nbytes
         return weights + cache + (self.scheduler.drafter.nbytes if self.scheduler.drafter else 0)
 
-    @property
-    def proposed(self) -> int:
-        """Tokens that were proposed by the draft."""
-        return self.scheduler.proposed
-
-    @property
-    def accepted(self) -> int:
-        """Those of them that were right."""
-        return self.scheduler.accepted
-
     def request(self, request: InferenceRequest, tokens: list[int]) -> Task:
         """Queue a request; see :meth:`~engineroom.BatchingEngine.submit`."""
         params = request.params

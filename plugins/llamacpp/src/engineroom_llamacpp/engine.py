@@ -150,22 +150,12 @@ class LlamaEngine(BatchingEngine[Task]):
             )
         )
 
-    @property
-    def proposed(self) -> int:
-        """Tokens that were proposed by the draft."""
-        return self.scheduler.proposed
-
-    @property
-    def accepted(self) -> int:
-        """Those of them that were right."""
-        return self.scheduler.accepted
-
     def health(self) -> HandlerHealth:
         """The engine's own word, and how many of the proposed tokens were right."""
         health = super().health()
-        if health.ok and self.proposed:
-            share = self.accepted / self.proposed
-            detail = f"{self.accepted} of {self.proposed} proposed tokens were right ({share:.0%})"
+        right, proposed = self.scheduler.accepted, self.scheduler.proposed
+        if health.ok and proposed:
+            detail = f"{right} of {proposed} proposed tokens were right ({right / proposed:.0%})"
             return replace(health, detail=detail)
         return health
 
@@ -230,8 +220,8 @@ class LlamaEngine(BatchingEngine[Task]):
             logger.info(
                 "model %r: %d of %d proposed tokens were right",
                 self.name,
-                self.accepted,
-                self.proposed,
+                self.scheduler.accepted,
+                self.scheduler.proposed,
             )
 
     def cache_usage(self) -> float:
