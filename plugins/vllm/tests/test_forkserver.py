@@ -10,21 +10,28 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-from engineroom_vllm import forkserver, forkserver_context
+from engineroom import ModelConfig
+from engineroom_vllm import forkserver_main, loading
+from engineroom_vllm.compat_multiprocessing import ForkedContext
 from engineroom_vllm.environment import forked_binding
 from engineroom_vllm.forkserver import ForkServer, ForkServers, UnusableError
-from engineroom_vllm.forkserver_context import CONTEXT, put_in
+from engineroom_vllm.loading import EngineStart
+from engineroom_vllm.options import VLLMOptions
+from engineroom_vllm.scratch import SEGMENTS
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="engines are forked on Linux only")
 HERE = (__name__, "context_of_the_library")
+CONTEXT = ForkedContext()
 
 
 def context_of_the_library() -> object:
@@ -33,15 +40,15 @@ def context_of_the_library() -> object:
 
 
 def server(modules: tuple[str, ...] = ("json",), **more: str) -> ForkServer:
-    return ForkServer(dict(os.environ), modules, more=more, hooks=())
+    return ForkServer({**os.environ, **more}, modules)
 
 
 @pytest.fixture
 def running() -> Iterator[ForkServer]:
-    found = server()
-    with found.used():
-        yield found
-    found.close()
+    started = server()
+    with started.used(*HERE):
+        yield started
+    started.close()
 
 
 def tell(pipe: Connection, name: str) -> None:
@@ -56,8 +63,10 @@ def sleep() -> None:
     time.sleep(600)
 
 
-def ask_for_another(pipe: Connection) -> None:
-    child = CONTEXT.Process(target=tell, args=(pipe, "X"))
+def start_a_worker(pipe: Connection, target: Callable[..., None], *arguments: object) -> None:
+    """As vLLM does in an engine's first process."""
+    context: Any = get_context(os.environ["VLLM_WORKER_MULTIPROC_METHOD"])
+    child = context.Process(target=target, args=(pipe, *arguments))
     child.start()
     child.join()
 
@@ -83,19 +92,28 @@ def test_a_process_is_forked_with_the_environment_of_who_asks(
     assert value == "now" and imported
 
 
-def test_a_forked_process_has_others_forked_beside_it(running: ForkServer) -> None:
-    _, parent, _, _ = answer(ask_for_another)
-    assert parent == running._process.pid
+def tell_of_the_family(pipe: Connection) -> None:
+    pipe.send((os.getppid(), psutil.Process().parent().ppid(), None, "json" in sys.modules))
+
+
+def test_an_engine_forks_its_worker_itself(running: ForkServer) -> None:
+    engine, parent, _, imported = answer(start_a_worker, tell_of_the_family)
+    assert engine != running.pid and parent == running.pid and imported
+
+
+def tell_the_working_folder(pipe: Connection) -> None:
+    pipe.send((0, 0, str(Path.cwd()), True))
+
+
+def test_a_process_works_in_the_folder_of_who_asks(
+    running: ForkServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert answer(tell_the_working_folder)[2] == str(tmp_path)
 
 
 def tell_processors(pipe: Connection) -> None:
     pipe.send((0, 0, str(sorted(os.sched_getaffinity(0))), True))
-
-
-def ask_for_one_that_tells_processors(pipe: Connection) -> None:
-    child = CONTEXT.Process(target=tell_processors, args=(pipe,))
-    child.start()
-    child.join()
 
 
 def test_only_a_process_that_computes_is_bound_to_its_first_core() -> None:
@@ -103,16 +121,23 @@ def test_only_a_process_that_computes_is_bound_to_its_first_core() -> None:
     first = usable[-1]
     running = server(GOMP_CPU_AFFINITY=f"{first} {usable[0]}")
     try:
-        with running.used():
+        with running.used(*HERE):
             assert answer(tell_processors)[2] == str(usable)  # the engine's first process
-            assert answer(ask_for_one_that_tells_processors)[2] == str([first])  # its worker
+            assert answer(start_a_worker, tell_processors)[2] == str([first])
     finally:
         running.close()
 
 
 @pytest.mark.parametrize("bound", [None, "", "nonsense", "100000 0"])
-def test_what_binds_to_no_core_there_is_leaves_all_of_them(bound: str | None) -> None:
-    assert forkserver_context._cpus(bound) == os.sched_getaffinity(0)
+def test_what_binds_to_no_core_there_is_leaves_all_of_them(
+    monkeypatch: pytest.MonkeyPatch, bound: str | None
+) -> None:
+    monkeypatch.delenv("GOMP_CPU_AFFINITY", raising=False)
+    if bound is not None:
+        monkeypatch.setenv("GOMP_CPU_AFFINITY", bound)
+    usable = os.sched_getaffinity(0)
+    forkserver_main._bind()
+    assert os.sched_getaffinity(0) == usable
 
 
 def tell_where_temporary_files_are(pipe: Connection) -> None:
@@ -131,7 +156,7 @@ def test_each_process_has_the_folder_for_temporary_files_of_who_asks(
     monkeypatch.syspath_prepend(tmp_path)
     running = server(("looks",))
     try:
-        with running.used():
+        with running.used(*HERE):
             assert answer(tell_where_temporary_files_are)[2:] == (str(tmp_path), True)
             monkeypatch.setenv("TMPDIR", usual)
             assert answer(tell_where_temporary_files_are)[2:] == (usual, True)
@@ -143,7 +168,7 @@ def test_an_engines_own_folder_needs_no_other_server(
     running: ForkServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_RPC_BASE_PATH", "/somewhere")
-    assert running.fits(os.environ, {})
+    assert running.fits(os.environ)
     assert answer(tell, "VLLM_RPC_BASE_PATH")[1:3] == (running._process.pid, "/somewhere")
 
 
@@ -158,7 +183,7 @@ def test_shared_memory_is_named_after_the_engine(
     running: ForkServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert re.fullmatch(r"psm_[0-9a-f]{8}", answer(make_shared_memory)[2] or "")
-    monkeypatch.setenv(forkserver_context.SEGMENTS, "psm_abcdefgh_")
+    monkeypatch.setenv(SEGMENTS, "psm_abcdefgh_")
     names = {answer(make_shared_memory)[2] for _ in range(2)}
     assert len(names) == 2
     assert all(re.fullmatch(r"psm_abcdefgh_[0-9a-f]{8}", name or "") for name in names)
@@ -171,20 +196,18 @@ def test_how_a_process_ended_is_told(running: ForkServer) -> None:
     assert child.exitcode == 7
     child = CONTEXT.Process(target=sleep)
     child.start()
-    assert child.pid in running.children() and child.is_alive()
+    children = psutil.Process(running.pid).children
+    assert [child.pid] == [process.pid for process in children()] and child.is_alive()
     os.kill(child.pid, signal.SIGKILL)
     assert wait([child.sentinel], 20)
     assert child.exitcode == -signal.SIGKILL
-    assert not running.children()
+    assert not children()
 
 
-def test_another_environment_at_the_start_is_another_process(
-    running: ForkServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "17")
-    assert not running.fits(os.environ, {})
-    _, parent, value, _ = answer(tell, "OMP_NUM_THREADS")
-    assert (parent, value) == (os.getpid(), "17")  # spawned
+def test_only_what_is_read_at_the_start_needs_another_server(running: ForkServer) -> None:
+    assert not running.fits({**os.environ, "OMP_NUM_THREADS": "17"})
+    assert not running.fits({**os.environ, "LD_PRELOAD": "/of/vllm.so"})
+    assert running.fits({**os.environ, "ENGINEROOM_A": "now", "TMPDIR": "/somewhere"})
 
 
 def test_what_it_cannot_import_is_told() -> None:
@@ -211,7 +234,7 @@ def test_who_gives_up_does_not_wait_for_the_imports(
     monkeypatch.syspath_prepend(str(tmp_path))
     before = set(psutil.Process().children())
     with pytest.raises(UnusableError, match="nobody waits"):
-        ForkServer(dict(os.environ), ["endless"], more={}, hooks=(), given_up=lambda: True)
+        ForkServer(dict(os.environ), ["endless"], given_up=lambda: True)
     assert set(psutil.Process().children()) <= before
 
 
@@ -228,11 +251,11 @@ def test_closing_ends_what_it_has_started(running: ForkServer) -> None:
 
 SCRIPT = """
 import os, signal, time
+import multiprocessing
 from engineroom_vllm.forkserver import ForkServer
-from engineroom_vllm.forkserver_context import CONTEXT
-server = ForkServer(dict(os.environ), ["json"], more={}, hooks=())
-with server.used():
-    child = CONTEXT.Process(target=time.sleep, args=(600,))
+server = ForkServer(dict(os.environ), ["json"])
+with server.used("multiprocessing", "get_context"):
+    child = multiprocessing.get_context().Process(target=time.sleep, args=(600,))
     child.start()
 print(server._process.pid, child.pid, flush=True)
 time.sleep(600)
@@ -252,74 +275,85 @@ def test_nothing_outlives_a_program_that_is_killed() -> None:
 
 
 def test_a_function_is_replaced_for_a_time() -> None:
-    with put_in([HERE]):
-        assert context_of_the_library() is CONTEXT
+    running = server()
+    with running.used(*HERE):
+        assert isinstance(context_of_the_library(), ForkedContext)
     assert context_of_the_library() is None
+    running.close()
 
 
 # ── who has it ───────────────────────────────────────────────────────────────────────────────────
 
 
-def lease(servers: ForkServers, **environment: str) -> forkserver.Lease:
-    return servers.lease(
-        {**os.environ, **environment}, ["json"], more={}, hooks=(), given_up=lambda: False
-    )
+def take(servers: ForkServers, **environment: str) -> ForkServer:
+    return servers.take({**os.environ, **environment}, ["json"])
 
 
 def test_engines_share_a_server_and_the_last_one_ends_it() -> None:
     servers = ForkServers()
-    first, second = lease(servers), lease(servers)
-    assert first.server is second.server
-    first.release()
-    first.release()
-    assert second.server.usable
-    second.release()
-    assert not second.server.usable
+    server = take(servers)
+    assert take(servers) is server
+    servers.give_back(server)
+    assert server.usable
+    servers.give_back(server)
+    assert not server.usable
+
+
+def test_a_load_gives_its_server_back_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    servers = ForkServers()
+    monkeypatch.setattr(loading, "SERVERS", servers)
+    start = EngineStart(ModelConfig(model_id="m", source="x"), VLLMOptions())
+    start._server = server = take(servers)
+    assert take(servers) is server
+    start._give_back()
+    start._give_back()
+    assert server.usable
+    servers.give_back(server)
+    assert not server.usable
 
 
 def test_its_processes_are_the_servers_and_not_what_they_have_started() -> None:
     servers = ForkServers()
     assert servers.processes() == frozenset()
-    first, second = lease(servers), lease(servers, OMP_NUM_THREADS="17")
-    assert servers.processes() == {first.server.pid, second.server.pid}
-    first.release(keep_s=600)
-    second.release()
-    assert servers.processes() == {first.server.pid}
-    servers._close_idle()
+    first, second = take(servers), take(servers, OMP_NUM_THREADS="17")
+    assert servers.processes() == {first.pid, second.pid}
+    servers.give_back(first, keep_s=600)
+    servers.give_back(second)
+    assert servers.processes() == {first.pid}
+    servers.close_idle()
     assert servers.processes() == frozenset()
 
 
 def test_another_environment_gets_another_server() -> None:
     servers = ForkServers()
-    first, second = lease(servers), lease(servers, OMP_NUM_THREADS="17")
-    assert first.server is not second.server and first.server.usable
-    first.release()
-    second.release()
-    assert not first.server.usable and not second.server.usable
+    first, second = take(servers), take(servers, OMP_NUM_THREADS="17")
+    assert first is not second and first.usable
+    servers.give_back(first)
+    servers.give_back(second)
+    assert not first.usable and not second.usable
 
 
 def test_a_server_stays_for_the_time_that_was_asked_for() -> None:
     servers = ForkServers()
-    first = lease(servers)
-    first.release(keep_s=600)
-    second = lease(servers)
-    assert second.server is first.server
-    second.release(keep_s=0.01)
+    server = take(servers)
+    servers.give_back(server, keep_s=600)
+    assert take(servers) is server
+    servers.give_back(server, keep_s=0.01)
     for thread in threading.enumerate():
         if thread.name == "vllm-forkserver":  # the first one's may be about to end, too
             thread.join(20)
-    assert not second.server.usable
+    assert not server.usable
 
 
 def test_a_server_that_was_killed_is_replaced() -> None:
     servers = ForkServers()
-    first = lease(servers)
-    first.server._process.kill()
-    first.server._process.wait()
-    second = lease(servers)
-    assert second.server is not first.server and second.server.usable
-    first.release()
-    second.release()
+    first = take(servers)
+    first._process.kill()
+    first._process.wait()
+    second = take(servers)
+    assert second is not first and second.usable
+    servers.give_back(first)
+    servers.give_back(second)
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,7 @@ import pytest
 
 from engineroom import ResourceNotAvailableError
 from engineroom_vllm import scratch as scratch_module
-from engineroom_vllm.forkserver_context import SEGMENTS
-from engineroom_vllm.scratch import Scratch, remove_abandoned
+from engineroom_vllm.scratch import SEGMENTS, Scratch, remove_abandoned
 
 HOLD = (
     "import sys, tempfile; tempfile.tempdir = sys.argv[1]\n"

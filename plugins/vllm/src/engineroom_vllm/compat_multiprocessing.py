@@ -1,36 +1,29 @@
-"""What relies on how ``multiprocessing`` works inside: handles of processes, trackers, names.
-
-Its own fork server belongs to the program and cannot be ended, and its children get the server's
-environment; so there is another one here (:mod:`.forkserver`), which needs what only is meant for
-``multiprocessing`` itself.
-"""
+"""What relies on how ``multiprocessing`` works inside: handles of processes, trackers, names."""
 
 from __future__ import annotations
 
 import os
-from abc import abstractmethod
-from collections.abc import Sequence
+import pickle
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from multiprocessing import (
     context,
     forkserver,
     popen_forkserver,
-    popen_spawn_posix,
     process,
     reduction,
     resource_tracker,
     shared_memory,
     util,
 )
-from typing import Any, Final
+from typing import Any, BinaryIO, ClassVar, Final
 
 __all__ = [
     "BELOW",
-    "ForkedPopen",
+    "ForkedContext",
     "adopt_tracker",
+    "bootstrap",
     "name_segments",
-    "run_process",
-    "spawn",
     "write_number",
 ]
 
@@ -42,61 +35,68 @@ The distribution's ``requires-python`` has it as its upper bound. To lift it, re
 """
 
 
-class ForkedPopen(popen_forkserver.Popen):
-    """``multiprocessing``'s handle of a process that a server of ours forks."""
+class _ReceivedFd:
+    """A file descriptor that goes to a new process beside its arguments."""
 
+    received: ClassVar[Sequence[int]] = ()
+
+    def __init__(self, place: int) -> None:
+        self._place = place
+
+    def detach(self) -> int:
+        return self.received[self._place]
+
+
+class _Popen(popen_forkserver.Popen):
+    """``multiprocessing``'s handle of a process that a server forks."""
+
+    DupFd: ClassVar[Any] = _ReceivedFd
     _fds: list[int]
 
-    @abstractmethod
-    def ask(self, fds: Sequence[int]) -> tuple[int, int]:
-        """Ask for a process that gets these file descriptors.
-
-        :returns: a file to read its process id and its exit code from, and one to write what it is
-            to do to.
-        """
-
-    @abstractmethod
-    def preamble(self) -> bytes:
-        """What the new process is to read before what it is to do."""
-
     def _launch(self, process_obj: process.BaseProcess) -> None:
-        data = BytesIO(self.preamble())
-        data.seek(0, os.SEEK_END)
+        data = BytesIO()
         context.set_spawning_popen(self)
         try:
             reduction.dump(process_obj, data)
         finally:
             context.set_spawning_popen(None)
-        self.sentinel, to_child = self.ask(self._fds)
-        # The child's sentinel of its parent: it sees when this end is closed.
-        kept = os.dup(to_child)
-        self.finalizer = util.Finalize(self, _close, (kept, self.sentinel))
-        with os.fdopen(to_child, "wb") as pipe:
-            pipe.write(data.getbuffer())
+        assert ForkedContext.fork is not None
+        self.sentinel = ForkedContext.fork(data.getvalue(), self._fds)
+        self.finalizer = util.Finalize(self, os.close, (self.sentinel,))
         try:
             self.pid = forkserver.read_signed(self.sentinel)
         except EOFError as error:
             raise OSError("the process that starts vLLM's processes has ended") from error
 
 
-def _close(*fds: int) -> None:
-    for fd in fds:
-        os.close(fd)
+class _ForkedProcess(process.BaseProcess):
+    _start_method: ClassVar[str] = "spawn"
+
+    @staticmethod
+    def _Popen(process_obj: process.BaseProcess) -> _Popen:  # noqa: N802
+        return _Popen(process_obj)
 
 
-def spawn(process_obj: process.BaseProcess) -> Any:
-    """Start a process as ``multiprocessing`` does by itself; its handle."""
-    return popen_spawn_posix.Popen(process_obj)
+class ForkedContext(context.BaseContext):
+    """``multiprocessing``'s context whose processes are forked by a server."""
+
+    _name = "spawn"
+    Process = _ForkedProcess
+    fork: ClassVar[Callable[[bytes, Sequence[int]], int] | None] = None
+    """Has a process forked that gets a pickled process and file descriptors. Returns a file to read
+    its process id and its exit code from; the new process sees when that is closed."""
 
 
-def run_process(process_obj: process.BaseProcess, sentinel: int) -> int:
-    """Do what a process is for, in the process that was forked for it; its exit code.
+def bootstrap(pipe: BinaryIO, fds: Sequence[int]) -> Callable[[int], int]:
+    """Unpickle a process, in the one that was forked for it.
 
-    :param sentinel: a file that is closed when the parent ends.
+    :returns: does what it is for, and returns its exit code; takes a file that is closed when the
+        parent ends.
     """
-    running: Any = process_obj
-    code: int = running._bootstrap(sentinel)
-    return code
+    _ReceivedFd.received = fds
+    process_obj: Any = pickle.load(pipe)  # noqa: S301 - over a socket that only the program has
+    run: Callable[[int], int] = process_obj._bootstrap
+    return run
 
 
 def write_number(file: int, number: int) -> None:

@@ -51,14 +51,13 @@ class Footprint:
         """The engine's own processes, without the workers that they have started."""
         return self._roots
 
-    def look(self, roots: Iterable[int] = (), beside: Iterable[int] = ()) -> None:
+    def look(self, roots: Iterable[int] = ()) -> None:
         """Note what there is now, in addition to what was there before.
 
         :param roots: processes that belong to it, too.
-        :param beside: more of them, which the roots have had started by another process.
         """
         self._roots = tuple(dict.fromkeys((*self._roots, *roots)))
-        for root in (*self._roots, *beside):
+        for root in self._roots:
             try:
                 process = psutil.Process(root)
                 family = [process, *process.children(recursive=True)]

@@ -1,4 +1,4 @@
-"""The fork server itself: it imports, has one thread, and forks for whoever asks.
+"""The fork server itself: it imports, has one thread, and forks for the program that started it.
 
 Run by :class:`engineroom_vllm.forkserver.ForkServer`, in a process of its own.
 """
@@ -12,161 +12,136 @@ import json
 import logging.config
 import os
 import pickle
+import re
 import selectors
 import signal
 import socket
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
+
+import psutil
 
 from engineroom_vllm.compat_multiprocessing import (
     adopt_tracker,
+    bootstrap,
     name_segments,
-    run_process,
     write_number,
 )
-from engineroom_vllm.forkserver_context import (
-    LOG,
-    MOST_BYTES,
-    MOST_FDS,
-    PATIENCE_S,
-    READY,
-    SEGMENTS,
-    Client,
-    Here,
-    put_in,
-)
+from engineroom_vllm.scratch import SEGMENTS
 
-__all__ = ["serve"]
+__all__ = ["LOG", "MOST_BYTES", "MOST_FDS", "PATIENCE_S", "READY", "serve"]
+
+LOG: Final = "VLLM_LOGGING_CONFIG_PATH"
+READY: Final = b"ready"
+MOST_FDS: Final = 250
+MOST_BYTES: Final = 4096
+PATIENCE_S: Final = 10.0
+"""Seconds that engines have to end themselves when the server ends."""
 
 
-def serve(requests_fd: int, alive_fd: int, tracker_fd: int, modules: Sequence[str]) -> None:
-    """Import, and fork for whoever asks, until the program that started this process is gone."""
+def serve(requests_fd: int, tracker_fd: int, modules: Sequence[str]) -> None:
+    """Import, and fork for the program that started this process, until it is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Segments of shared memory are the business of one tracker, as with multiprocessing's own ways.
     adopt_tracker(tracker_fd)
     requests = socket.socket(fileno=requests_fd)
-    try:
-        for name in modules:
-            importlib.import_module(name)
-    except Exception as error:  # noqa: BLE001 - an import may raise anything, and is told
-        _say(requests, f"it cannot import {name}: {type(error).__name__}: {error}")
+    obstacle = _import(modules)
+    with contextlib.suppress(OSError):
+        requests.send(obstacle.encode()[:MOST_BYTES] or READY)
+    if obstacle:
         return
-    if (threads := len(list(Path("/proc/self/task").iterdir()))) != 1:
-        _say(requests, f"imports have started threads ({threads - 1}), which no fork survives")
-        return
-    if not hasattr(os, "pidfd_open"):
-        _say(requests, "this system has no pidfd_open")
-        return
-    with contextlib.suppress(ImportError):
-        # It finds the place of a process's title now or never: the environment is set anew.
-        importlib.import_module("setproctitle").getproctitle()
     gc.collect()
     gc.freeze()  # what is never looked at is never copied
-    _say(requests, READY.decode())
-    _Server(requests, alive_fd).run()
+    _fork_for(requests)
+    engines = psutil.Process().children()
+    processes = psutil.Process().children(recursive=True)
+    for engine in engines:
+        engine.terminate()
+    for process in psutil.wait_procs(processes, PATIENCE_S)[1]:
+        process.kill()
     # Libraries that finalise themselves would only say what they have left behind.
     os._exit(0)
 
 
-def _say(requests: socket.socket, text: str) -> None:
-    with contextlib.suppress(OSError):
-        requests.send(text.encode()[:MOST_BYTES])
+def _import(modules: Sequence[str]) -> str:
+    """:returns: why nothing can be forked from this process; empty if it can."""
+    try:
+        for name in modules:
+            importlib.import_module(name)
+    except Exception as error:  # noqa: BLE001 - an import may raise anything, and is told
+        return f"it cannot import {name}: {type(error).__name__}: {error}"
+    if (threads := len(list(Path("/proc/self/task").iterdir()))) != 1:
+        return f"imports have started threads ({threads - 1}), which no fork survives"
+    if not hasattr(os, "pidfd_open"):
+        return "this system has no pidfd_open"
+    with contextlib.suppress(ImportError):
+        # It finds the place of a process's title now or never: the environment is set anew.
+        importlib.import_module("setproctitle").getproctitle()
+    return ""
 
 
-class _Server:
-    def __init__(self, requests: socket.socket, alive_fd: int) -> None:
-        self._requests = requests
-        self._alive = alive_fd
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(requests, selectors.EVENT_READ)
-        self._selector.register(alive_fd, selectors.EVENT_READ)
-        self._children: dict[int, tuple[int, int]] = {}
-        """Of each child, by the file that tells its end: process id, and where its exit code is
-        written to."""
-
-    def run(self) -> None:
-        while self._once(None):
-            pass
-        self._end()
-
-    def _once(self, timeout: float | None) -> bool:
-        """:returns: whether the program lives."""
-        ready = {key.fd for key, _ in self._selector.select(timeout)}
-        for fd in ready & self._children.keys():
-            self._reap(fd)
-        if self._requests.fileno() in ready:
-            _, fds, _, _ = socket.recv_fds(self._requests, 1, MOST_FDS + 3)
-            if fds:
-                self._fork(fds)
-            else:  # nobody is left who could ask
-                self._selector.unregister(self._requests)
-        return self._alive not in ready
-
-    def _fork(self, fds: list[int]) -> None:
-        status = fds[1]
-        try:
-            pid = os.fork()
-        except OSError:  # no memory, or too many processes: who has asked reads that there is none
-            traceback.print_exc()
-            for fd in fds:
+def _fork_for(requests: socket.socket) -> None:
+    """Fork, and tell how each process ended, until nobody is left who could ask."""
+    selector = selectors.DefaultSelector()
+    selector.register(requests, selectors.EVENT_READ)
+    while True:
+        for key, _ in selector.select():
+            if key.fileobj is not requests:
+                selector.unregister(key.fileobj)
+                os.close(key.fd)
+                pid, connection = key.data
+                _tell(connection, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+                os.close(connection)
+                continue
+            _, fds, _, _ = socket.recv_fds(requests, 1, MOST_FDS + 1)
+            if not fds:
+                return
+            connection, *others = fds
+            try:
+                pid = os.fork()
+            except OSError:  # no memory, or too many processes: who has asked reads the end
+                traceback.print_exc()
+                others.append(connection)
+            else:
+                if pid == 0:
+                    for child in selector.get_map().values():
+                        os.close(child.fd)
+                        if child.data is not None:
+                            os.close(child.data[1])
+                    _be_the_process(connection, others)
+                _tell(connection, pid)
+                selector.register(os.pidfd_open(pid), selectors.EVENT_READ, (pid, connection))
+            for fd in others:
                 os.close(fd)
-            return
-        if pid == 0:
-            self._leave(status)
-            _child(fds)
-        for fd in fds:
-            if fd != status:
-                os.close(fd)
-        _tell(status, pid)
-        end = os.pidfd_open(pid)
-        self._children[end] = (pid, status)
-        self._selector.register(end, selectors.EVENT_READ)
-
-    def _leave(self, status: int) -> None:
-        """In the child: close what is the server's."""
-        self._selector.close()
-        self._requests.close()
-        for fd in (self._alive, status):
-            os.close(fd)
-        for end, (_, other) in self._children.items():
-            os.close(end)
-            os.close(other)
-
-    def _reap(self, end: int) -> None:
-        pid, status = self._children.pop(end)
-        self._selector.unregister(end)
-        os.close(end)
-        _, code = os.waitpid(pid, 0)
-        _tell(status, os.waitstatus_to_exitcode(code))
-        os.close(status)
-
-    def _end(self) -> None:
-        """The program is gone, whether it wanted to or was killed: nothing may live on."""
-        for pid, _ in self._children.values():
-            os.kill(pid, signal.SIGTERM)
-        end = time.monotonic() + PATIENCE_S
-        self._selector.unregister(self._alive)
-        while self._children and (left := end - time.monotonic()) > 0:
-            self._once(left)
-        for pid, _ in self._children.values():
-            os.kill(pid, signal.SIGKILL)
 
 
-def _tell(status: int, number: int) -> None:
-    with contextlib.suppress(BrokenPipeError):  # who has asked is gone
-        write_number(status, number)
+def _tell(connection: int, number: int) -> None:
+    with contextlib.suppress(OSError):  # who has asked is gone
+        write_number(connection, number)
 
 
-def _child(fds: list[int]) -> None:
+def _be_the_process(connection: int, fds: Sequence[int]) -> None:
     """In the child: be the process that was asked for. Never returns."""
     code = 1
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        code = _work(fds)
+        with os.fdopen(connection, "rb", closefd=False) as file:
+            environment, folder, processors = pickle.load(file)  # noqa: S301 - of the program
+            os.environ.clear()
+            os.environ.update(environment)
+            tempfile.tempdir = None  # the server may have looked for its own
+            name_segments(environment.get(SEGMENTS, ""))
+            os.chdir(folder)
+            os.sched_setaffinity(0, processors)
+            os.register_at_fork(after_in_child=_bind)
+            if (path := environment.get(LOG)) is not None:
+                logging.config.dictConfig(json.loads(Path(path).read_text(encoding="utf-8")))
+            run = bootstrap(file, fds)
+        code = run(connection)
     except BaseException:  # noqa: BLE001 - told, and the end of the process
         traceback.print_exc()
         sys.stderr.flush()
@@ -175,21 +150,11 @@ def _child(fds: list[int]) -> None:
         os._exit(code)
 
 
-def _work(fds: list[int]) -> int:
-    work, _, asked, *Here.received = fds
-    sentinel = os.dup(work)
-    with os.fdopen(work, "rb") as pipe:
-        state = pickle.load(pipe)  # noqa: S301 - over a socket that only this program has
-        start, environment = state["start"], state["environment"]
-        os.environ.clear()
-        os.environ.update(environment)
-        tempfile.tempdir = None  # the server may have looked for its own
-        name_segments(environment.get(SEGMENTS, ""))
-        os.chdir(state["folder"])
-        os.sched_setaffinity(0, state["cpus"])
-        if (path := environment.get(LOG)) is not None:
-            logging.config.dictConfig(json.loads(Path(path).read_text(encoding="utf-8")))
-        Here.client = Client(socket.socket(fileno=asked), start, {}, state["hooks"])
-        process = pickle.load(pipe)  # noqa: S301
-    with put_in(state["hooks"]):
-        return run_process(process, sentinel)
+def _bind() -> None:
+    """In an engine's worker: libgomp binds the thread that loads it to the first of the processors
+    that it is told, but a forked process does not load it again. Unbound, its own thread would
+    share a core with another one that computes.
+    """
+    first = re.match(r"\s*(\d+)", os.environ.get("GOMP_CPU_AFFINITY", ""))
+    if first and int(first[1]) in os.sched_getaffinity(0):
+        os.sched_setaffinity(0, {int(first[1])})

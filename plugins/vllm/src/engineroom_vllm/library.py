@@ -22,8 +22,7 @@ from typing import Any, Final
 from engineroom import ConfigurationError, StructuredOutput, did_you_mean
 
 __all__ = [
-    "FORKED_BY_ENGINE",
-    "FORKED_BY_PROGRAM",
+    "CONTEXT_FUNCTION",
     "FORKED_IMPORTS",
     "INSTALL",
     "Library",
@@ -46,10 +45,9 @@ FORKED_IMPORTS: Final = (
     "vllm.v1.worker.cpu_worker",
 )
 """What the processes of an engine on a CPU import."""
-FORKED_BY_PROGRAM: Final = (("vllm.v1.engine.utils", "get_mp_context"),)
-"""Functions by which vLLM chooses how the first process of an engine is started."""
-FORKED_BY_ENGINE: Final = (("vllm.v1.executor.multiproc_executor", "get_mp_context"),)
-"""And how that one starts its workers."""
+CONTEXT_FUNCTION: Final = ("vllm.v1.engine.utils", "get_mp_context")
+"""A module, and its function by which vLLM chooses how the first process of an engine is
+started."""
 _CONFIGURE: Final = "VLLM_CONFIGURE_LOGGING"
 _lock: Final = threading.Lock()
 _state: Final[dict[str, Library]] = {}
@@ -146,7 +144,7 @@ class Library:
 
     def can_fork(self, configuration: Any) -> bool:
         """Whether an engine's processes can be forked by :mod:`.forkserver`: one process that
-        schedules and one that computes, on a CPU, and vLLM has the places where they are started.
+        schedules and one that computes, on a CPU, and vLLM has the place where they are started.
         """
         if not (self.cpu and sys.platform == "linux"):
             return False
@@ -154,10 +152,9 @@ class Library:
         alone = getattr(parallel, "world_size_across_dp", parallel.world_size) == 1
         if not alone or getattr(parallel, "numa_bind", False):
             return False
-        return all(
-            importlib.util.find_spec(name) is not None
-            and hasattr(importlib.import_module(name), function)
-            for name, function in (*FORKED_BY_PROGRAM, *FORKED_BY_ENGINE)
+        name, function = CONTEXT_FUNCTION
+        return importlib.util.find_spec(name) is not None and hasattr(
+            importlib.import_module(name), function
         )
 
     def check(self, configuration: Any) -> None:

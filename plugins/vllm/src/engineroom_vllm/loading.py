@@ -32,15 +32,8 @@ from engineroom_vllm.environment import (
 )
 from engineroom_vllm.folder import ModelFolder, read_folder
 from engineroom_vllm.footprint import Footprint
-from engineroom_vllm.forkserver import SERVERS, Lease, UnusableError
-from engineroom_vllm.forkserver_context import put_in
-from engineroom_vllm.library import (
-    FORKED_BY_ENGINE,
-    FORKED_BY_PROGRAM,
-    FORKED_IMPORTS,
-    Library,
-    load,
-)
+from engineroom_vllm.forkserver import SERVERS, ForkServer, UnusableError
+from engineroom_vllm.library import CONTEXT_FUNCTION, FORKED_IMPORTS, Library, load
 from engineroom_vllm.log import EngineLog
 from engineroom_vllm.memory import PROCESS_BYTES, MemoryPlan, plan, require
 from engineroom_vllm.options import VLLMOptions
@@ -70,7 +63,7 @@ class EngineStart:
         self._lock = threading.Lock()
         self._footprint: Footprint | None = None
         self._before: set[int] = set()
-        self._lease: Lease | None = None
+        self._server: ForkServer | None = None
         self._scratch: Scratch | None = None
         self._cancelled = threading.Event()
         self._late = threading.Event()
@@ -101,7 +94,7 @@ class EngineStart:
 
     def _look(self, footprint: Footprint) -> None:
         """See which processes have been started."""
-        footprint.look(engine_processes() - self._before, self._forked() - self._before)
+        footprint.look(engine_processes() - self._before)
 
     def _start(self, library: Library, folder: ModelFolder) -> VLLMEngine:
         name = self._config.model_id
@@ -202,7 +195,7 @@ class EngineStart:
         timer.name, timer.daemon = "vllm-timeout", True
         timer.start()
         try:
-            self._lease = self._leased(library, configuration)
+            self._server = self._fork_server(library, configuration)
             scratch = self._scratch
             assert scratch is not None
             footprint = Footprint(
@@ -211,7 +204,7 @@ class EngineStart:
             with self._lock:
                 if self._cancelled.is_set():
                     raise ResourceNotAvailableError("the load was cancelled")
-                self._before = engine_processes() | self._forked()
+                self._before = engine_processes()
                 self._footprint = footprint
             log.follow(lambda: self._look(footprint))
             with self._starting():
@@ -244,7 +237,7 @@ class EngineStart:
 
     # ── how the processes are started ────────────────────────────────────────────────────────
 
-    def _leased(self, library: Library, configuration: Any) -> Lease | None:
+    def _fork_server(self, library: Library, configuration: Any) -> ForkServer | None:
         """A process to fork them from; ``None``: they are spawned."""
         if not library.can_fork(configuration):
             return None
@@ -252,13 +245,7 @@ class EngineStart:
         if binding is None:
             return None
         try:
-            return SERVERS.lease(
-                os.environ,
-                FORKED_IMPORTS,
-                more=binding,
-                hooks=FORKED_BY_ENGINE,
-                given_up=self._given_up,
-            )
+            return SERVERS.take({**os.environ, **binding}, FORKED_IMPORTS, given_up=self._given_up)
         except (UnusableError, OSError) as error:
             if self._given_up():
                 raise
@@ -269,23 +256,21 @@ class EngineStart:
             )
             return None
 
-    def _forked(self) -> set[int]:
-        return self._lease.server.children() if self._lease is not None else set()
-
     @contextmanager
     def _starting(self) -> Iterator[None]:
         with hidden_main(lambda: bool(engine_processes() - self._before)), ExitStack() as stack:
-            if self._lease is not None:
-                stack.enter_context(put_in(FORKED_BY_PROGRAM))
-                stack.enter_context(self._lease.server.used())
+            if self._server is not None:
+                stack.enter_context(self._server.used(*CONTEXT_FUNCTION))
             yield
 
     def _give_back(self) -> None:
-        """The engine is no more: nothing of it is needed."""
+        """The engine is no more: nothing of it is needed. Harmless when done twice."""
         if self._scratch is not None:
             self._scratch.close()
-        if self._lease is not None:
-            self._lease.release(self._options.keep_ready_s)
+        with self._lock:
+            server, self._server = self._server, None
+        if server is not None:
+            SERVERS.give_back(server, self._options.keep_ready_s)
 
 
 def _eager(options: VLLMOptions, library: Library) -> bool:

@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Final
 
 from engineroom import ResourceNotAvailableError
-from engineroom_vllm.forkserver_context import SEGMENTS
 
-__all__ = ["Scratch", "remove_abandoned"]
+__all__ = ["SEGMENTS", "Scratch", "remove_abandoned"]
 
 logger = logging.getLogger("engineroom.vllm")
 
+SEGMENTS: Final = "SEGMENTS_OF_ENGINE"
+"""The variable that says how names of an engine's shared memory begin, without the slash."""
 _PREFIX: Final = "engineroom-vllm."
 _MOST_BYTES: Final = 103
 """Of a Unix socket's path, where it is least (macOS; Linux takes 107)."""

@@ -163,7 +163,7 @@ async def test_the_process_that_engines_are_forked_from_is_no_models_memory(
     tmp_path: Path, tiny_model: Path, estimate: int
 ) -> None:
     """It may be there before a load or not, and stay after an unload or not."""
-    SERVERS._close_idle()
+    SERVERS.close_idle()
     house = House(tmp_path, tiny_model, 2 * estimate)
     async with house.service:
         for _ in range(3):
@@ -171,6 +171,6 @@ async def test_the_process_that_engines_are_forked_from_is_no_models_memory(
             assert len(SERVERS.processes()) == 1
             await house.manager.unload("a")
             assert house.memory.not_returned == 0
-            SERVERS._close_idle()
+            SERVERS.close_idle()
             assert SERVERS.processes() == frozenset()
     assert house.seen.not_returned == [{}, {}, {}]

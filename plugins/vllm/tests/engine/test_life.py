@@ -25,7 +25,6 @@ from engineroom import (
 )
 from engineroom_vllm import VLLMHandler
 from engineroom_vllm.environment import available_memory, engine_processes
-from engineroom_vllm.forkserver import SERVERS
 
 Make = Callable[..., Any]
 SMALL = {"n_ctx": 512, "kv_cache_memory": "256MiB"}
@@ -112,11 +111,10 @@ async def test_a_load_whose_process_is_killed_says_that_memory_was_short(
         assert not loading.done()
         await asyncio.sleep(0.02)
     found = cores if victim == "engine core" else set()
-    while not found:  # forked beside the core, which has asked for it
+    while not found:  # forked by the core
         assert not loading.done()
         await asyncio.sleep(0.02)
-        [server] = SERVERS.processes()
-        found = {child.pid for child in psutil.Process(server).children()} - cores
+        found = {child.pid for core in cores for child in psutil.Process(core).children()}
     os.kill(found.pop(), signal.SIGKILL)
     error = await loading
     assert isinstance(error, ResourceNotAvailableError)
