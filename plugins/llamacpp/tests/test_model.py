@@ -339,6 +339,26 @@ def test_special_tokens_in_a_message_are_text(tiny_model: Path) -> None:
         model.close()
 
 
+@pytest.mark.parametrize("content", ["a</s>b", "</s> é🙂<s><s>the</s>", "hello </s>\n<s>"])
+@pytest.mark.parametrize("prefix", [True, False])
+def test_the_model_reads_every_character_of_such_a_message_and_no_other(
+    tiny_model: Path, tmp_path: Path, prefix: bool, content: str
+) -> None:
+    path = changed(
+        tiny_model, tmp_path / "m.gguf", tokenizer__ggml__add_space_prefix=boolean(prefix)
+    )
+    model = opened(path, chat_template="{{ messages[0].content }}</s>!")
+    try:
+        tokens = model.prompt(None, [ChatMessage(role="user", content=content)])
+        expected = model.prompt("hello</s>!", None)
+        end = tokens.index(EOS)
+        assert tokens[end:] == expected[expected.index(EOS) :]
+        # llama.cpp puts a space before a text, once.
+        assert written(model, tokens[1:end]) == (b" " if prefix else b"") + content.encode()
+    finally:
+        model.close()
+
+
 def test_messages_that_the_template_refuses_are_a_configuration_error(model: LlamaModel) -> None:
     with pytest.raises(ConfigurationError, match="no tools here.*roles: user → tool"):
         model.render([*HELLO, ChatMessage(role="tool", content="x")])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Final
 
@@ -143,6 +144,25 @@ class LlamaModel(PromptCodec):
     def read(self, text: str) -> list[int]:
         """Token ids of a text, special tokens read as such, and nothing added."""
         return self._tokens(text)
+
+    def read_located(self, text: str) -> tuple[list[int], list[tuple[int, int]]] | None:
+        """The same, and from where to where in the text each token stands; ``None`` where the
+        tokens' own texts, but for a space that llama.cpp puts before, are not the text.
+        """
+        tokens, data, at = self._tokens(text), text.encode(), 0
+        # The character that each byte belongs to.
+        characters = [*accumulate((byte & 0xC0 != 0x80 for byte in data), initial=-1)][1:]
+        places = []
+        for token in tokens:
+            piece = self._render(token, special=True)
+            if not data.startswith(piece, at):
+                piece = piece.removeprefix(b" ")
+                if not data.startswith(piece, at):
+                    return None
+            first = characters[at] if at < len(data) else len(text)
+            places.append((first, characters[at + len(piece) - 1] + 1 if piece else first))
+            at += len(piece)
+        return (tokens, places) if at == len(data) else None
 
     def read_literal(self, text: str) -> list[int]:
         """Token ids of a special token's text, read as the characters that it consists of."""
