@@ -27,6 +27,9 @@ from .engine.decode_loop import (
     default_threads as default_threads,
     run_in_new_thread as run_in_new_thread,
 )
+from .engine.handler import (
+    EngineHandler as EngineHandler,
+)
 from .errors import (
     ConfigurationError as ConfigurationError,
     EngineDeadError as EngineDeadError,

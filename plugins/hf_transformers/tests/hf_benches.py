@@ -152,7 +152,7 @@ class Rig:
         self.engine.close()
 
     def tokens(self, prompt: str) -> list[int]:
-        return self.engine.vocabulary.prompt(prompt, None)
+        return self.engine.codec.prompt(prompt, None)
 
     def send(self, tokens: Sequence[int], request: InferenceRequest | None = None) -> Task:
         return self.engine.request(request or ask(logit_bias=None), list(tokens))

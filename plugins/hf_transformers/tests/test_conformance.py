@@ -30,7 +30,7 @@ class HfTransformersConformance(HandlerConformance):
 
     def render_chat(self, loaded_model: LoadedModel, messages: list[ChatMessage]) -> str | None:
         """The option ``chat_template`` counts, too."""
-        rendered: str = loaded_model.model_object.vocabulary.render(messages)
+        rendered: str = loaded_model.model_object.codec.render(messages)
         return rendered
 
     @pytest.fixture

@@ -197,7 +197,7 @@ async def test_logprobs_are_one_a_token_and_those_of_the_model(models: Tiny, mak
 
     bench = await make()
     response = await bench.service.infer(ask(logprobs=4, max_new_tokens=6))
-    tokens = bench.engine.vocabulary.prompt("hello", None)
+    tokens = bench.engine.codec.prompt("hello", None)
     ids = [entry.token_id for entry in response.logprobs]
     with torch.inference_mode():
         logits = models.reference("llama").model(torch.tensor([tokens + ids])).logits[0]

@@ -249,13 +249,13 @@ async def test_a_long_prompt_is_tokenised_beside_the_event_loop(
 ) -> None:
     bench = await make()
     threads: list[threading.Thread] = []
-    prompt = type(bench.engine.vocabulary).prompt
+    prompt = type(bench.engine.codec).prompt
 
     def noted(*args: Any) -> Any:
         threads.append(threading.current_thread())
         return prompt(*args)
 
-    monkeypatch.setattr(type(bench.engine.vocabulary), "prompt", noted)
+    monkeypatch.setattr(type(bench.engine.codec), "prompt", noted)
     await bench.service.infer(ask("short", max_new_tokens=1))
     await bench.service.infer(ask("x" * (_INLINE_CHARS + 1)))
     await bench.service.infer(chat(("user", "x" * _INLINE_CHARS), ("user", "y")))

@@ -3,6 +3,9 @@
 from .background_load import (
     BackgroundLoad as BackgroundLoad,
 )
+from .base import (
+    Engine as Engine,
+)
 from .batching import (
     BatchingEngine as BatchingEngine,
     EngineTask as EngineTask,
@@ -17,6 +20,9 @@ from .decode_loop import (
     DecodeLoop as DecodeLoop,
     default_threads as default_threads,
     run_in_new_thread as run_in_new_thread,
+)
+from .handler import (
+    EngineHandler as EngineHandler,
 )
 from .prompt_lookup import (
     Drafter as Drafter,

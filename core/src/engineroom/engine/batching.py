@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import itertools
 import logging
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from engineroom.engine.base import Engine
 from engineroom.engine.decode_loop import DecodeLoop
 from engineroom.errors import (
     EngineDeadError,
@@ -70,7 +71,7 @@ class EngineTask:
 _T = TypeVar("_T", bound=EngineTask)
 
 
-class BatchingEngine(ABC, Generic[_T]):
+class BatchingEngine(Engine, Generic[_T]):
     """Many requests through one model, a step at a time.
 
     :param name: the model's name, for messages.
@@ -181,6 +182,17 @@ class BatchingEngine(ABC, Generic[_T]):
                 if self._alone is task:
                     self.interrupt(True)
                 self._loop.condition.notify_all()
+
+    async def run(self, task: _T) -> TokenStep:
+        """Queue a request whose first step is its last, and wait for that.
+
+        :raises EngineRoomError: as :meth:`submit` raises it, or what ended the request.
+        """
+        self.submit(task)
+        try:
+            return await task.mailbox.get()
+        finally:
+            self.cancel(task)
 
     def health(self) -> HandlerHealth:
         """Requests running and waiting, and how full the cache is."""

@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from engineroom import (
     CPU_LOOP,
     BatchingEngine,
     DecodeLoop,
+    HandlerHealth,
     InferenceRequest,
     RequestLogger,
     ResourceNotAvailableError,
@@ -74,18 +76,21 @@ class HfEngine(BatchingEngine[Job]):
         self.parts = parts
         self.options = options
         self.n_ctx = parts.n_context
+        self.n_vocab = parts.n_vocab
+        trained = f"(the model was made for {parts.n_trained or 'an unknown number'})"
+        self.longer_context = f"set the option max_context higher {trained}"
         self._max_batch_tokens = options.max_batch_tokens or max(
             options.max_batch_size,
             _CPU_TOKENS if parts.device.type == "cpu" else _GPU_TOKENS,
         )
-        self.vocabulary = Vocabulary(
+        self.codec = Vocabulary(
             parts.tokenizer,
             parts.end_ids,
             parts.n_vocab,
             options.chat_template,
             encoder=parts.kind != "causal",
         )
-        self.logprob = logprob_maker(self.vocabulary.token_text)
+        self.logprob = logprob_maker(self.codec.token_text)
         """Makes a log probability as responses give it."""
         self._interrupted = False
         self._generations: set[Generation] = set()
@@ -102,6 +107,14 @@ class HfEngine(BatchingEngine[Job]):
         )
         drafter = make_drafter(parts, options, self._max_batch_tokens) if batched else None
         self.scheduler: Scheduler[Task] = Scheduler(self, drafter, options.draft_tokens)
+        self.memory_bytes = sum(
+            (
+                parts.weight_bytes,
+                parts.draft.weight_bytes if parts.draft is not None else 0,
+                self._forward.cache.nbytes if self._forward is not None else 0,
+                drafter.nbytes if drafter is not None else 0,
+            )
+        )
         on_cpu = parts.device.type == "cpu"
         super().__init__(
             name,
@@ -117,14 +130,6 @@ class HfEngine(BatchingEngine[Job]):
             )
         self.open()
 
-    @property
-    def memory_bytes(self) -> int:
-        """Weights and cache, those of the draft included."""
-        parts = [self.parts] + ([self.parts.draft] if self.parts.draft is not None else [])
-        weights = sum(part.weight_bytes for part in parts)
-        cache = 0 if self._forward is None else self._forward.cache.nbytes
-        return weights + cache + (self.scheduler.drafter.nbytes if self.scheduler.drafter else 0)
-
     def request(self, request: InferenceRequest, tokens: list[int]) -> Task:
         """Queue a request; see :meth:`~engineroom.BatchingEngine.submit`."""
         params = request.params
@@ -134,7 +139,7 @@ class HfEngine(BatchingEngine[Job]):
             tokens=list(tokens),
             prompt_tokens=len(tokens),
             sampling=SamplerState(params, tokens),
-            decoder=self.vocabulary.decoder(tokens),
+            decoder=self.codec.decoder(tokens),
             limit=min(len(tokens) + new, self.n_ctx),
             logprobs=params.logprobs,
             log=request_logger(logger, request),
@@ -143,14 +148,21 @@ class HfEngine(BatchingEngine[Job]):
         self.submit(task)
         return task
 
-    def embed(
-        self, texts: Sequence[Sequence[int]], recipe: PoolingRecipe
-    ) -> tuple[Job, EmbeddingJob]:
-        """Queue texts, as token ids, to be turned into vectors; see :meth:`request`."""
-        work = EmbeddingJob(self.parts, recipe, texts, self._max_batch_tokens, self._is_interrupted)
-        job = EmbeddingTask(work=work, log=RequestLogger(logger, {"model_id": self.name}))
-        self.submit(job)
-        return job, work
+    async def embed(self, texts: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Vectors of texts, each as token ids; see :meth:`~engineroom.BatchingEngine.run`."""
+        assert self.recipe is not None
+        most, stopped = self._max_batch_tokens, self._is_interrupted
+        work = EmbeddingJob(self.parts, self.recipe, texts, most, stopped)
+        await self.run(EmbeddingTask(work=work, log=RequestLogger(logger, {"model_id": self.name})))
+        return work.vectors
+
+    def health(self) -> HandlerHealth:
+        """The engine's own word, and why requests run one at a time, if they do."""
+        health = super().health()
+        if health.ok and self.why_one_by_one and self.parts.kind != "embedding":
+            detail = f"one request at a time, by generate(): {self.why_one_by_one}"
+            return replace(health, detail=detail)
+        return health
 
     # ── slots ────────────────────────────────────────────────────────────────────────────────
 
@@ -159,7 +171,7 @@ class HfEngine(BatchingEngine[Job]):
         if not isinstance(task, Task):
             return
         if self._slots is None or (task.request.params.num_beams or 1) > 1:
-            work = Generation(self.parts, task, self.vocabulary.ends, self._is_interrupted)
+            work = Generation(self.parts, task, self.codec.ends, self._is_interrupted)
             self._generations.add(work)
             task.work = work
             return
@@ -228,7 +240,7 @@ class HfEngine(BatchingEngine[Job]):
         slices: list[PackedSlice] = []
         try:
             slices = self._schedule(tasks)
-            outcomes = Outcomes(self._run(slices), self.vocabulary, self.logprob)
+            outcomes = Outcomes(self._run(slices), self.codec, self.logprob)
             results = self.scheduler.postprocess(slices, outcomes)
         except StepStoppedError:
             return  # whose step it was has been cancelled; the next turn sees to that

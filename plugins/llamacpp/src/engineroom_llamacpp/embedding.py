@@ -69,7 +69,7 @@ class EmbeddingEngine(BatchingEngine[EmbeddingTask]):
     def __init__(
         self, model: LlamaModel, options: LlamaCppOptions, pooling: int, name: str
     ) -> None:
-        self.model = model
+        self.codec = self.model = model
         self.options = options
         self.threads = options.n_threads or default_threads()
         self._context = EmbeddingContext(model, options, pooling, self.threads)
@@ -84,16 +84,16 @@ class EmbeddingEngine(BatchingEngine[EmbeddingTask]):
         )
         self.open()
 
-    def embed(self, texts: Sequence[Sequence[int]]) -> EmbeddingTask:
-        """Queue texts, as token ids; see :meth:`~engineroom.BatchingEngine.submit`."""
-        return self.submit(
-            EmbeddingTask(
-                texts=texts,
-                vectors=[[] for _ in texts],
-                todo=list(range(len(texts) - 1, -1, -1)),
-                log=RequestLogger(logger, {"model_id": self.name}),
-            )
+    async def embed(self, texts: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Vectors of texts, each as token ids; see :meth:`~engineroom.BatchingEngine.run`."""
+        task = EmbeddingTask(
+            texts=texts,
+            vectors=[[] for _ in texts],
+            todo=list(range(len(texts) - 1, -1, -1)),
+            log=RequestLogger(logger, {"model_id": self.name}),
         )
+        await self.run(task)
+        return task.vectors
 
     def interrupt(self, on: bool) -> None:
         """Abort the computation."""

@@ -77,7 +77,8 @@ class LlamaEngine(BatchingEngine[Task]):
         name: str,
         draft: LlamaModel | None = None,
     ) -> None:
-        self.model = model
+        self.codec = self.model = model
+        self.n_vocab = model.n_vocab
         self.options = options
         drafts = options.prompt_lookup or draft is not None
         if drafts and model.has_states:
@@ -89,6 +90,9 @@ class LlamaEngine(BatchingEngine[Task]):
             model, options, outputs=1 + options.draft_tokens if drafts else 1
         )
         self.n_ctx = self._context.n_ctx
+        self.longer_context = (
+            f"set the option n_ctx higher (the model was trained for {model.n_ctx_train})"
+        )
         self.threads = self._context.threads
         self.on_gpu = self._context.on_gpu
         self.most_beams = min(self._context.sequences, self._context.n_batch)

@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Final
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from engineroom import (
     Capabilities,
     ConfigurationError,
-    Embeddings,
+    EngineHandler,
     GenerationParams,
-    HandlerHealth,
     InferenceRequest,
-    LoadedModel,
-    Mailbox,
     ModelConfig,
-    ModelNotFoundError,
-    TokenHandler,
     parse_options,
-    resolve_source,
 )
-from engineroom.engine import BackgroundLoad
-from engineroom.prompts import (
-    check_adapter,
-    check_prompt,
-    check_texts,
-    check_token_ids,
-    tokens_of,
-)
+from engineroom.prompts import check_adapter
 from engineroom.sources import is_gguf
 from engineroom_llamacpp.loading import estimate_bytes, load_engine, unload_engine
 from engineroom_llamacpp.options import LlamaCppOptions
@@ -45,7 +32,7 @@ logger = logging.getLogger("engineroom.llamacpp")
 _HONOURED: Final = frozenset(GenerationParams.model_fields) - {"structured_output"}
 
 
-class LlamaCppHandler(TokenHandler):
+class LlamaCppHandler(EngineHandler):
     """Runs GGUF models with llama.cpp, many requests at a time, in this process.
 
     Options of a model are :class:`~engineroom_llamacpp.options.LlamaCppOptions`.
@@ -53,6 +40,7 @@ class LlamaCppHandler(TokenHandler):
 
     name: ClassVar[str] = "llamacpp"
     api_version: ClassVar[str] = "1.0"
+    options_class = LlamaCppOptions
 
     def capabilities(self) -> Capabilities:
         """Everything but structured output and tools; embeddings from models that
@@ -62,25 +50,13 @@ class LlamaCppHandler(TokenHandler):
             params=_HONOURED, chat=True, embeddings=True, adapters=True, prompt_token_ids=True
         )
 
-    def can_handle(self, loaded_model: LoadedModel) -> bool:
-        """True for models that this handler loaded."""
-        if loaded_model.handler_name != self.name:
-            return False
-        from engineroom_llamacpp.embedding import EmbeddingEngine
-        from engineroom_llamacpp.engine import LlamaEngine
-
-        return isinstance(loaded_model.model_object, LlamaEngine | EmbeddingEngine)
-
-    def can_load(self, config: ModelConfig) -> bool:
-        """True for GGUF files, by their first bytes, or by name where they are not here yet."""
-        source = config.source or ""
-        if source.startswith("hf:"):
-            return source.lower().endswith(".gguf")
-        try:
-            path = resolve_source(source)
-        except (ConfigurationError, ModelNotFoundError):
-            return source.lower().endswith(".gguf")
+    def is_native(self, path: Path) -> bool:
+        """True for GGUF files, by their first bytes."""
         return path.is_file() and is_gguf(path)
+
+    def is_native_name(self, source: str) -> bool:
+        """True for what is called a GGUF file."""
+        return source.lower().endswith(".gguf")
 
     def estimate_memory(self, config: ModelConfig) -> Mapping[str, int] | None:
         """Weights and cache in bytes on each device, from the file's header alone."""
@@ -96,20 +72,11 @@ class LlamaCppHandler(TokenHandler):
 
         load()
 
-    async def load_model(self, config: ModelConfig) -> LoadedModel:
-        """Load the weights and make the context, in a thread.
-
-        :raises ModelNotFoundError: there is no such file.
-        :raises ConfigurationError: an option is wrong, or the file is damaged.
-        :raises ResourceNotAvailableError: there is no memory for the context.
-        """
-        options = parse_options(LlamaCppOptions, config)
-        load = BackgroundLoad(
-            lambda: load_engine(config, options),
-            lambda loaded: unload_engine(loaded[0]),
-            name="llamacpp",
-        )
-        engine, memory = await load.result()
+    def make_engine(
+        self, config: ModelConfig, options: LlamaCppOptions
+    ) -> LlamaEngine | EmbeddingEngine:
+        """Load the weights and make the context."""
+        engine = load_engine(config, options)
         logger.info(
             "model %r: %s, %d tokens of context for %d sequences, %d threads",
             config.model_id,
@@ -118,103 +85,40 @@ class LlamaCppHandler(TokenHandler):
             options.n_parallel,
             engine.threads,
         )
-        return LoadedModel(
-            model_id=config.model_id,
-            model_object=engine,
-            config=config,
-            handler_name=self.name,
-            tokenizer=engine.model,
-            max_context_tokens=engine.n_ctx,
-            memory_bytes=memory,
-        )
+        return engine
 
-    async def unload_model(self, loaded_model: LoadedModel) -> None:
+    def free_engine(self, engine: LlamaEngine | EmbeddingEngine) -> None:
         """End the engine's thread, free context and weights, and give the memory back."""
-        await asyncio.to_thread(unload_engine, _engine(loaded_model))
+        unload_engine(engine)
 
-    def count_tokens(self, loaded_model: LoadedModel, text: str) -> int:
-        """Tokens of ``text``, read as plain text, without any that the model adds."""
-        return len(_engine(loaded_model).model.tokenize(text, special=False))
+    def generator(self, engine: LlamaEngine | EmbeddingEngine) -> LlamaEngine:
+        """The engine itself, unless it is one for embeddings alone."""
+        from engineroom_llamacpp.engine import LlamaEngine
 
-    def health(self, loaded_model: LoadedModel) -> HandlerHealth:
-        """The engine's own word."""
-        return _engine(loaded_model).health()
+        if not isinstance(engine, LlamaEngine):
+            raise ConfigurationError(
+                "this model makes embeddings and generates no text; ask for embeddings, or load a "
+                "model that generates text"
+            )
+        return engine
 
-    async def embed(self, loaded_model: LoadedModel, texts: Sequence[str]) -> Embeddings:
-        """Texts as vectors, pooled as the model's file says.
+    def embedder(self, engine: LlamaEngine | EmbeddingEngine) -> EmbeddingEngine:
+        """The engine itself, or the one beside it, where the model's file says how to pool."""
+        alone: Any = engine
+        embedder: EmbeddingEngine | None = getattr(engine, "embedder", alone)
+        if embedder is None:
+            raise ConfigurationError(
+                "this model generates text and makes no embeddings; use an encoder, or a model "
+                "whose file says how to pool (pooling_type)"
+            )
+        return embedder
 
-        :raises ConfigurationError: the model makes no embeddings, or a text is too long for it.
-        :raises QueueFullError: too many requests wait.
-        """
-        engine = _embedder(loaded_model)
-        model = engine.model
-        tokens = await asyncio.to_thread(lambda: [model.whole(text) for text in texts])
-        check_texts(tokens, engine.n_ctx)
-        task = engine.embed(tokens)
-        try:
-            await task.mailbox.get()
-        finally:
-            engine.cancel(task)
-        return Embeddings(task.vectors, sum(map(len, tokens)))
-
-    async def generate_tokens(
-        self, loaded_model: LoadedModel, request: InferenceRequest
-    ) -> AsyncGenerator[Mailbox, None]:
-        """Queue the request and yield a step a token.
-
-        :raises ConfigurationError: the prompt is empty or longer than the context, it or a
-            ``logit_bias`` names a token that the model has not, the chat template refuses the
-            messages, or beams are asked for that cannot be searched with.
-        :raises QueueFullError: too many requests wait.
-        """
-        engine = _generator(loaded_model)
-        tokens = await tokens_of(engine.model, request)
-        _check(engine, request, tokens)
-        task = engine.request(request, tokens)
-        try:
-            yield task.mailbox
-        finally:
-            engine.cancel(task)
-
-
-def _engine(loaded_model: LoadedModel) -> LlamaEngine | EmbeddingEngine:
-    engine: LlamaEngine | EmbeddingEngine = loaded_model.model_object
-    return engine
-
-
-def _generator(loaded_model: LoadedModel) -> LlamaEngine:
-    from engineroom_llamacpp.engine import LlamaEngine
-
-    engine = _engine(loaded_model)
-    if not isinstance(engine, LlamaEngine):
-        raise ConfigurationError(
-            "this model makes embeddings and generates no text; ask for embeddings, or load a "
-            "model that generates text"
-        )
-    return engine
-
-
-def _embedder(loaded_model: LoadedModel) -> EmbeddingEngine:
-    from engineroom_llamacpp.engine import LlamaEngine
-
-    engine = _engine(loaded_model)
-    found = engine.embedder if isinstance(engine, LlamaEngine) else engine
-    if found is None:
-        raise ConfigurationError(
-            "this model generates text and makes no embeddings; use an encoder, or a model whose "
-            "file says how to pool (pooling_type)"
-        )
-    return found
-
-
-def _check(engine: LlamaEngine, request: InferenceRequest, tokens: list[int]) -> None:
-    trained = f"(the model was trained for {engine.model.n_ctx_train})"
-    check_prompt(tokens, engine.n_ctx, f"set the option n_ctx higher {trained}")
-    ids, bias = request.prompt_token_ids, request.params.logit_bias
-    check_token_ids(engine.model.n_vocab, prompt=ids, bias=bias)
-    check_adapter(request.adapter, engine.model.adapters_by_name, "lora")
-    if (request.params.num_beams or 1) > 1:
-        _check_beams(engine, request.params, len(tokens))
+    def check(self, engine: LlamaEngine, request: InferenceRequest, tokens: list[int]) -> None:
+        """Refuse adapters that are not loaded, and beams that cannot be searched with, as well."""
+        super().check(engine, request, tokens)
+        check_adapter(request.adapter, engine.model.adapters_by_name, "lora")
+        if (request.params.num_beams or 1) > 1:
+            _check_beams(engine, request.params, len(tokens))
 
 
 def _check_beams(engine: LlamaEngine, params: GenerationParams, length: int) -> None:

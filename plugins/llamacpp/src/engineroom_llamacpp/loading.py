@@ -62,10 +62,8 @@ def estimate_bytes(source: str, options: LlamaCppOptions) -> dict[str, int] | No
     return estimate(header, options, lambda tensor: size_in(target, tensor))
 
 
-def load_engine(
-    config: ModelConfig, options: LlamaCppOptions
-) -> tuple[LlamaEngine | EmbeddingEngine, int]:
-    """An engine and the memory that it takes, in bytes. Encoders get one for embeddings alone."""
+def load_engine(config: ModelConfig, options: LlamaCppOptions) -> LlamaEngine | EmbeddingEngine:
+    """An engine with its model. Encoders get one for embeddings alone."""
     path = _file(resolve_source(config.source or ""))
     header = read_header(path)
     from engineroom_llamacpp.embedding import EmbeddingEngine
@@ -105,7 +103,8 @@ def load_engine(
         raise
     if not engine.on_gpu:
         hint(header, options, config.model_id)
-    return engine, sum(taken.values())
+    engine.memory_bytes = sum(taken.values())
+    return engine
 
 
 def _draft_options(header: GgufHeader, options: LlamaCppOptions) -> LlamaCppOptions:

@@ -19,7 +19,7 @@ from engineroom import (
     QueueFullError,
     TokenStep,
 )
-from engineroom.engine import Likeliest
+from engineroom.engine import Engine, Likeliest
 from engineroom.prompts import check_adapter, check_prompt, check_texts, check_token_ids
 from engineroom_vllm.beams import search
 from engineroom_vllm.folder import ModelFolder
@@ -45,7 +45,7 @@ class _Running:
     ids: list[str]
 
 
-class VLLMEngine:
+class VLLMEngine(Engine):
     """Owns an engine's processes. Made by :mod:`.loading`; ends with :meth:`close`.
 
     :param llm: vLLM's ``AsyncLLM``, ready.

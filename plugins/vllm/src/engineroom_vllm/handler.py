@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping
 from contextlib import aclosing
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from engineroom import (
     Capabilities,
     ConfigurationError,
-    Embeddings,
+    EngineHandler,
     GenerationParams,
-    HandlerHealth,
     InferenceRequest,
     LoadedModel,
     ModelConfig,
-    ModelNotFoundError,
     ResourceNotAvailableError,
-    TokenHandler,
     TokenStep,
     parse_options,
-    resolve_source,
 )
 from engineroom.engine import BackgroundLoad
 from engineroom.prompts import tokens_of
@@ -40,7 +37,7 @@ logger = logging.getLogger("engineroom.vllm")
 _KINDS: Final = frozenset({"json_schema", "regex", "grammar"})
 
 
-class VLLMHandler(TokenHandler):
+class VLLMHandler(EngineHandler):
     """Runs Hugging Face models with vLLM, many requests at a time, in processes of its own.
 
     Options of a model are :class:`~engineroom_vllm.options.VLLMOptions`.
@@ -48,6 +45,7 @@ class VLLMHandler(TokenHandler):
 
     name: ClassVar[str] = "vllm"
     api_version: ClassVar[str] = "1.0"
+    options_class = VLLMOptions
 
     def capabilities(self) -> Capabilities:
         """Everything but tools; beams without sampling; adapters by their name in the options;
@@ -66,27 +64,19 @@ class VLLMHandler(TokenHandler):
         """Why not, where vLLM is not installed; which of its two builds, only the user can tell."""
         return None if installed() else f"vLLM is not installed; {INSTALL}"
 
-    def can_handle(self, loaded_model: LoadedModel) -> bool:
-        """True for models that this handler loaded."""
-        if loaded_model.handler_name != self.name:
-            return False
-        from engineroom_vllm.engine import VLLMEngine
-
-        return isinstance(loaded_model.model_object, VLLMEngine)
-
     def can_load(self, config: ModelConfig) -> bool:
         """True for folders as transformers saves them, and for repositories on the hub, where
         vLLM is installed.
         """
-        source = config.source or ""
-        if not installed():
-            return False
-        if source.startswith("hf:"):
-            return source.count(":") == 1 and source.count("/") == 1
-        try:
-            return is_model_folder(resolve_source(source))
-        except (ConfigurationError, ModelNotFoundError):
-            return False
+        return installed() and super().can_load(config)
+
+    def is_native(self, path: Path) -> bool:
+        """True for folders as transformers saves them."""
+        return is_model_folder(path)
+
+    def is_native_name(self, source: str) -> bool:
+        """True for whole repositories on the hub."""
+        return source.startswith("hf:") and source.count(":") == source.count("/") == 1
 
     def estimate_memory(self, config: ModelConfig) -> Mapping[str, int] | None:
         """Weights, cache and processes in bytes, from the folder's small files."""
@@ -113,6 +103,12 @@ class VLLMHandler(TokenHandler):
 
         return SERVERS.processes()
 
+    def make_engine(self, config: ModelConfig, options: VLLMOptions) -> VLLMEngine:
+        """Start an engine, which does not listen yet; see :meth:`load_model`."""
+        from engineroom_vllm.loading import EngineStart
+
+        return EngineStart(config, options).run()
+
     async def load_model(self, config: ModelConfig) -> LoadedModel:
         """Start an engine and wait, in a thread, until it is ready: a minute or more.
 
@@ -125,9 +121,7 @@ class VLLMHandler(TokenHandler):
         from engineroom_vllm.loading import EngineStart
 
         start = EngineStart(config, options)
-        load = BackgroundLoad(
-            start.run, lambda engine: engine.close(), name="vllm", stop=start.stop
-        )
+        load = BackgroundLoad(start.run, self.free_engine, name="vllm", stop=start.stop)
         engine = await load.result()
         try:
             await asyncio.wait_for(engine.wake(), options.load_timeout_s)
@@ -138,46 +132,23 @@ class VLLMHandler(TokenHandler):
                     f"the engine of model {config.model_id!r} does not answer; load it again"
                 ) from error
             raise
-        return LoadedModel(
-            model_id=config.model_id,
-            model_object=engine,
-            config=config,
-            handler_name=self.name,
-            tokenizer=engine.codec,
-            max_context_tokens=engine.n_ctx,
-            memory_bytes=engine.footprint.memory_bytes,
-        )
+        engine.memory_bytes = engine.footprint.memory_bytes
+        return self.loaded_model(config, engine)
 
     async def unload_model(self, loaded_model: LoadedModel) -> None:
         """End the engine's processes, and what still runs in them."""
-        engine = _engine(loaded_model)
-        await engine.stop()
-        await asyncio.to_thread(engine.close)
+        await loaded_model.model_object.stop()
+        await super().unload_model(loaded_model)
 
-    def count_tokens(self, loaded_model: LoadedModel, text: str) -> int:
-        """Tokens of ``text``, read as plain text, without any that the model adds."""
-        return _engine(loaded_model).codec.count(text)
-
-    def health(self, loaded_model: LoadedModel) -> HandlerHealth:
-        """The engine's own word."""
-        return _engine(loaded_model).health()
-
-    async def embed(self, loaded_model: LoadedModel, texts: Sequence[str]) -> Embeddings:
-        """Texts as vectors, pooled as the model's folder says.
-
-        :raises ConfigurationError: the model makes no embeddings, or a text is too long for it.
-        :raises QueueFullError: too many requests wait.
-        :raises EngineDeadError: the engine has ended.
-        """
-        engine = _engine(loaded_model)
+    def embedder(self, engine: VLLMEngine) -> VLLMEngine:
+        """The engine, where it was started to make embeddings."""
         if not engine.embeds:
             raise ConfigurationError(
                 "this model generates text and makes no embeddings; use an encoder, or a model "
                 "whose folder has a modules.json that says how to pool, or set the option "
                 "runner: pooling"
             )
-        tokens = await asyncio.to_thread(lambda: [engine.codec.whole(text) for text in texts])
-        return Embeddings(await engine.embed(tokens), sum(map(len, tokens)))
+        return engine
 
     async def generate_tokens(
         self, loaded_model: LoadedModel, request: InferenceRequest
@@ -190,7 +161,7 @@ class VLLMHandler(TokenHandler):
         :raises QueueFullError: too many requests wait.
         :raises EngineDeadError: the engine has ended.
         """
-        engine = _engine(loaded_model)
+        engine: VLLMEngine = loaded_model.model_object
         if engine.embeds:
             raise ConfigurationError(
                 "this model makes embeddings and generates no text; ask for embeddings, or load a "
@@ -200,8 +171,3 @@ class VLLMHandler(TokenHandler):
         async with aclosing(engine.generate(request, tokens)) as steps:
             async for step in steps:
                 yield step
-
-
-def _engine(loaded_model: LoadedModel) -> VLLMEngine:
-    engine: VLLMEngine = loaded_model.model_object
-    return engine

@@ -1,0 +1,39 @@
+"""What an engine is: a loaded model that runs, whatever computes it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from engineroom.handlers.base import HandlerHealth
+
+__all__ = ["Engine"]
+
+
+class Engine(ABC):
+    """A loaded model that runs, as :class:`EngineHandler` sees it; the engine sets its fields.
+
+    One that generates text has ``request(request, tokens)``, which queues a request and returns
+    its :class:`~engineroom.EngineTask`. One that makes embeddings has ``embed(texts)``, an
+    ``async def`` from the token ids of texts to their vectors.
+    """
+
+    codec: Any
+    """Reads text: a :class:`~engineroom.prompts.PromptCodec`, or what has its methods ``prompt``,
+    ``whole`` and ``count``. May be called from any thread."""
+    n_ctx: int
+    """Most tokens of a prompt and its answer, or of a text."""
+    n_vocab: int
+    """Tokens that the model has."""
+    memory_bytes: int
+    """What the model takes, on all devices together."""
+    longer_context: str = "load the model with a longer context"
+    """How to get one: advice, read after "shorten the prompt, or"."""
+
+    @abstractmethod
+    def health(self) -> HandlerHealth:
+        """How it is doing. Must not block."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End it and free what it has. Blocks."""

@@ -1,0 +1,173 @@
+"""From an engine to a whole handler: what runtimes with an engine for each model do alike.
+
+A handler over :class:`~engineroom.BatchingEngine` subclasses :class:`EngineHandler`, which loads in
+a thread, gives back what nobody waits for, reads prompts, refuses what does not fit, and queues
+requests. The runtime says how its models are made, and what it can do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import abstractmethod
+from collections.abc import AsyncGenerator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import BaseModel
+
+from engineroom.config.model import LoadedModel, ModelConfig
+from engineroom.config.options import parse_options
+from engineroom.engine.background_load import BackgroundLoad
+from engineroom.engine.base import Engine
+from engineroom.errors import ConfigurationError, ModelNotFoundError
+from engineroom.generation.mailbox import Mailbox
+from engineroom.generation.steps import TokenStep
+from engineroom.handlers.base import Embeddings, HandlerHealth
+from engineroom.handlers.token_handler import TokenHandler
+from engineroom.prompts.codec import tokens_of
+from engineroom.prompts.limits import check_prompt, check_texts, check_token_ids
+from engineroom.schemas import InferenceRequest
+from engineroom.sources.source import find_source
+
+__all__ = ["EngineHandler"]
+
+
+class EngineHandler(TokenHandler):
+    """Base class of a runtime that has an :class:`Engine` for each model.
+
+    Write ``options_class``, :meth:`make_engine`, :meth:`is_native`, ``capabilities``, and what of
+    the others differs. ``can_handle`` knows engines by their class :class:`Engine`.
+    """
+
+    options_class: ClassVar[type[BaseModel]]
+    """What ``options:`` of a model may say."""
+
+    # ── what a runtime writes ────────────────────────────────────────────────────────────────
+
+    @abstractmethod
+    def make_engine(self, config: ModelConfig, options: Any) -> Engine:
+        """Load the model. Blocks, in a thread; import the runtime here, not before.
+
+        :param options: an ``options_class``.
+        :raises ModelNotFoundError: there is no such file.
+        :raises ConfigurationError: an option is wrong, or the file is damaged.
+        :raises ResourceNotAvailableError: there is no memory for it.
+        """
+
+    def free_engine(self, engine: Any) -> None:
+        """Give back what :meth:`make_engine` made. Blocks, in a thread."""
+        engine.close()
+
+    def is_native(self, path: Path) -> bool:
+        """Whether a file or folder that is there has the runtime's own format; see ``can_load``."""
+        return False
+
+    def is_native_name(self, source: str) -> bool:
+        """The same of what is not here, or not yet, by its name alone."""
+        return False
+
+    def generator(self, engine: Any) -> Any:
+        """The engine that generates text, where there are others.
+
+        :raises ConfigurationError: this model generates none.
+        """
+        return engine
+
+    def embedder(self, engine: Any) -> Any:
+        """The engine that makes embeddings.
+
+        :raises ConfigurationError: this model makes none.
+        """
+        raise ConfigurationError(f"handler {self.name!r} makes no embeddings")
+
+    def check(self, engine: Any, request: InferenceRequest, tokens: list[int]) -> None:
+        """Refuse what the model cannot do, before the request is queued.
+
+        :param tokens: the prompt.
+        :raises ConfigurationError: the prompt is empty or longer than the context, or it or a
+            ``logit_bias`` names a token that the model does not have.
+        """
+        check_prompt(tokens, engine.n_ctx, engine.longer_context)
+        ids, bias = request.prompt_token_ids, request.params.logit_bias
+        check_token_ids(engine.n_vocab, prompt=ids, bias=bias)
+
+    # ── what is the same on all of them ──────────────────────────────────────────────────────
+
+    def can_handle(self, loaded_model: LoadedModel) -> bool:
+        """True for models that a handler of this name loaded."""
+        return loaded_model.handler_name == self.name and isinstance(
+            loaded_model.model_object, Engine
+        )
+
+    def can_load(self, config: ModelConfig) -> bool:
+        """By what lies there, or by name where nothing does yet."""
+        source = config.source or ""
+        try:
+            path = find_source(source)
+        except (ConfigurationError, ModelNotFoundError):
+            path = None
+        return self.is_native_name(source) if path is None else self.is_native(path)
+
+    async def load_model(self, config: ModelConfig) -> LoadedModel:
+        """Load in a thread; see :meth:`make_engine`. A load that is cancelled is given back."""
+        options = parse_options(self.options_class, config)
+        load = BackgroundLoad(
+            lambda: self.make_engine(config, options), self.free_engine, name=self.name
+        )
+        return self.loaded_model(config, await load.result())
+
+    def loaded_model(self, config: ModelConfig, engine: Any) -> LoadedModel:
+        """What the manager is told of an engine that is ready."""
+        return LoadedModel(
+            model_id=config.model_id,
+            model_object=engine,
+            config=config,
+            handler_name=self.name,
+            tokenizer=engine.codec,
+            max_context_tokens=engine.n_ctx,
+            memory_bytes=engine.memory_bytes,
+        )
+
+    async def unload_model(self, loaded_model: LoadedModel) -> None:
+        """End the engine and give everything back, in a thread."""
+        await asyncio.to_thread(self.free_engine, loaded_model.model_object)
+
+    def count_tokens(self, loaded_model: LoadedModel, text: str) -> int:
+        """Tokens of ``text``, read as plain text, without any that the model adds."""
+        count: int = loaded_model.model_object.codec.count(text)
+        return count
+
+    def health(self, loaded_model: LoadedModel) -> HandlerHealth:
+        """The engine's own word."""
+        health: HandlerHealth = loaded_model.model_object.health()
+        return health
+
+    async def embed(self, loaded_model: LoadedModel, texts: Sequence[str]) -> Embeddings:
+        """Texts as vectors.
+
+        :raises ConfigurationError: the model makes no embeddings, or a text is too long for it.
+        :raises QueueFullError: too many requests wait.
+        """
+        engine = self.embedder(loaded_model.model_object)
+        tokens = await asyncio.to_thread(lambda: [engine.codec.whole(text) for text in texts])
+        check_texts(tokens, engine.n_ctx)
+        return Embeddings(await engine.embed(tokens), sum(map(len, tokens)))
+
+    async def generate_tokens(
+        self, loaded_model: LoadedModel, request: InferenceRequest
+    ) -> AsyncGenerator[TokenStep | Mailbox, None]:
+        """Read the prompt, check and queue the request; its steps come through its mailbox.
+
+        :raises ConfigurationError: see :meth:`generator` and :meth:`check`; or the chat template
+            refuses the messages.
+        :raises QueueFullError: too many requests wait.
+        """
+        engine = self.generator(loaded_model.model_object)
+        tools = None if request.tool_choice == "none" else request.tools
+        tokens = await tokens_of(engine.codec, request, tools)
+        self.check(engine, request, tokens)
+        task = engine.request(request, tokens)
+        try:
+            yield task.mailbox
+        finally:
+            engine.cancel(task)
