@@ -149,9 +149,12 @@ async def test_a_search_that_had_to_wait_finds_the_same(make: Make) -> None:
     requests = [ask(f"{i} is long", max_new_tokens=80) for i in range(3)]
     requests.append(ask("beams", num_beams=3, max_new_tokens=60))
     expected = [(await roomy.service.infer(r)).generated_text for r in requests]
-    found = await asyncio.gather(*(tight.service.infer(r) for r in requests))
+    for _ in range(20):  # on a busy machine one may have ended before the next is there
+        answers = await asyncio.gather(*(tight.service.infer(r) for r in requests))
+        assert [r.generated_text for r in answers] == expected
+        if tight.engine.preemptions:
+            break
     assert tight.engine.preemptions > 0
-    assert [r.generated_text for r in found] == expected
     await tight.idle()
 
 
