@@ -70,7 +70,7 @@ async def test_the_names_are_there_once_a_request_has_come(each_parser):
         def answer_ended(self):
             self.ends.append("after")
 
-    config = uvicorn.Config(app, log_config=None, lifespan="off", ws="none")
+    config = uvicorn.Config(app, http="h11", log_config=None, lifespan="off", ws="none")
     config.load()
     protocol = connection_class(Watched, mark="here")(config, ServerState(), {})
     assert protocol.mark == "here" and protocol.silent
