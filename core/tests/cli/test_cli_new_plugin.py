@@ -186,7 +186,7 @@ def test_another_directory_and_class(command, tmp_path):
     assert list(Path().iterdir()) == []
     assert [p.name for p in folder.iterdir()] == ["engineroom-foo"]
     text = (folder / "engineroom-foo/src/engineroom_foo/handler.py").read_text(encoding="utf-8")
-    assert "\nclass Engine(TokenHandler):" in text
+    assert "\nclass Engine(EngineHandler):" in text
     assert "FooHandler" not in text
 
 

@@ -41,10 +41,9 @@ _LICENSE: Final = re.compile(r"[A-Za-z0-9(][A-Za-z0-9.+:() -]*")
 _TAKEN: Final = ("llamacpp", "hf_transformers", "vllm", "echo", "transformers", "llama_cpp")
 _OWN: Final = ("engineroom", "core", "server", "testing", "api", "plugin", "plugins")
 _USED: Final = frozenset(
-    {"Any", "AsyncGenerator", "BackgroundLoad", "ClassVar", "Final", "HANDLER",
-     "HandlerConformance", "MAGIC", "Mapping", "Path", "Random", "SOURCE", "TYPE_CHECKING",
-     "TestConformance", "ToyEngine", "ToyTask", "annotations", "answer", "asyncio", "check_prompt",
-     "check_token_ids", "load_toy", "logger", "logging", "pytest"}
+    {"Any", "ClassVar", "Final", "HANDLER", "HandlerConformance", "MAGIC", "Mapping", "Path",
+     "SOURCE", "TYPE_CHECKING", "TestConformance", "ToyEngine", "annotations", "answer", "load_toy",
+     "pytest"}
 )  # fmt: skip
 """What the generated modules that import the handler's class bind, besides engineroom's names."""
 _SUFFIX: Final = ".tmpl"

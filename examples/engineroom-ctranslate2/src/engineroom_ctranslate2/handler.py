@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 from collections.abc import AsyncGenerator, Mapping
@@ -14,6 +13,7 @@ from typing import Any, ClassVar, Final
 from engineroom import (
     Capabilities,
     ConfigurationError,
+    EngineHandler,
     GenerationParams,
     HandlerHealth,
     InferenceRequest,
@@ -22,7 +22,6 @@ from engineroom import (
     ModelConfig,
     ModelNotFoundError,
     ResourceNotAvailableError,
-    TokenHandler,
     TokenLogprob,
     TokenStep,
     find_source,
@@ -30,8 +29,8 @@ from engineroom import (
     request_logger,
     resolve_source,
 )
-from engineroom.engine import BackgroundLoad
-from engineroom.prompts import check_prompt, tokens_of
+from engineroom.engine import Engine as BaseEngine
+from engineroom.prompts import tokens_of
 from engineroom_ctranslate2.engine import Engine, Job
 from engineroom_ctranslate2.folder import is_model_folder, read_files
 from engineroom_ctranslate2.options import CTranslate2Options
@@ -52,18 +51,28 @@ _LEAST_TOP_P: Final = 1e-6
 """The likeliest of fewer than a million tokens has more than this: below, it is the only one."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Model:
-    """The ``model_object``."""
+@dataclass(eq=False)
+class _Model(BaseEngine):
+    """The ``model_object``: an engine, and what reads and writes its tokens."""
 
     engine: Engine
     codec: TextCodec
     end_ids: list[int]
     n_ctx: int
+    n_vocab: int
     memory_bytes: int
+    longer_context = "set the option n_ctx higher if the model was trained for more"
+
+    def health(self) -> HandlerHealth:
+        """The engine's own word."""
+        return self.engine.health()
+
+    def close(self) -> None:
+        """End the threads and free the weights."""
+        self.engine.close()
 
 
-class CTranslate2Handler(TokenHandler):
+class CTranslate2Handler(EngineHandler):
     """Runs decoder-only models with CTranslate2, some at a time, in this process.
 
     Options of a model are :class:`~engineroom_ctranslate2.options.CTranslate2Options`.
@@ -71,22 +80,15 @@ class CTranslate2Handler(TokenHandler):
 
     name: ClassVar[str] = "ctranslate2"
     api_version: ClassVar[str] = "1.0"
+    options_class = CTranslate2Options
 
     def capabilities(self) -> Capabilities:
         """Sampling by temperature, ``top_k`` and ``top_p``; greedy; log probabilities; chat."""
         return Capabilities(params=_HONOURED, chat=True, stop_sequences=True)
 
-    def can_handle(self, loaded_model: LoadedModel) -> bool:
-        """True for models that this handler loaded."""
-        return isinstance(loaded_model.model_object, _Model)
-
-    def can_load(self, config: ModelConfig) -> bool:
+    def is_native(self, path: Path) -> bool:
         """True for folders whose ``model.bin`` is CTranslate2's, of a decoder-only model."""
-        try:
-            path = find_source(config.source or "")
-        except (ConfigurationError, ModelNotFoundError):
-            return False
-        return path is not None and is_model_folder(path)
+        return is_model_folder(path)
 
     def estimate_memory(self, config: ModelConfig) -> Mapping[str, int] | None:
         """The weights as they are stored; ``None`` where they will be converted."""
@@ -97,44 +99,16 @@ class CTranslate2Handler(TokenHandler):
         device = "cpu" if options.device == "cpu" else f"cuda:{options.device_index}"
         return {device: _weights_bytes(_folder(path))}
 
-    async def load_model(self, config: ModelConfig) -> LoadedModel:
-        """Load weights and tokenizer, in a thread.
-
-        :raises ModelNotFoundError: there is no such folder.
-        :raises ConfigurationError: an option is wrong, or a file is missing or damaged.
-        :raises ResourceNotAvailableError: there is not enough memory, or no such device.
-        """
-        options = parse_options(CTranslate2Options, config)
-        model = await BackgroundLoad(
-            partial(_load, config, options), lambda model: model.engine.close(), name="ctranslate2"
-        ).result()
+    def make_engine(self, config: ModelConfig, options: CTranslate2Options) -> _Model:
+        """Load weights and tokenizer."""
+        model = _load(config, options)
         logger.info(
             "model %r: %d tokens of context, %d requests at a time",
             config.model_id,
             model.n_ctx,
             options.n_parallel,
         )
-        return LoadedModel(
-            model_id=config.model_id,
-            model_object=model,
-            config=config,
-            handler_name=self.name,
-            tokenizer=model.codec,
-            max_context_tokens=model.n_ctx,
-            memory_bytes=model.memory_bytes,
-        )
-
-    async def unload_model(self, loaded_model: LoadedModel) -> None:
-        """End the threads and free the weights."""
-        await asyncio.to_thread(_model(loaded_model).engine.close)
-
-    def count_tokens(self, loaded_model: LoadedModel, text: str) -> int:
-        """Tokens of ``text``, read as plain text, without any that the model adds."""
-        return _model(loaded_model).codec.count(text)
-
-    def health(self, loaded_model: LoadedModel) -> HandlerHealth:
-        """The engine's own word."""
-        return _model(loaded_model).engine.health()
+        return model
 
     async def generate_tokens(
         self, loaded_model: LoadedModel, request: InferenceRequest
@@ -145,12 +119,10 @@ class CTranslate2Handler(TokenHandler):
             template refuses the messages.
         :raises QueueFullError: too many requests wait.
         """
-        model = _model(loaded_model)
+        model: _Model = loaded_model.model_object
         ids = await tokens_of(model.codec, request)
+        self.check(model, request, ids)
         room = model.n_ctx - len(ids)
-        check_prompt(
-            ids, model.n_ctx, "set the option n_ctx higher if the model was trained for more"
-        )
         params = request.params
         limit = min(room, params.max_new_tokens or room)
         options = {
@@ -219,11 +191,6 @@ def _logprob(codec: TextCodec, token: int, storage: Any, count: int) -> TokenLog
     )
 
 
-def _model(loaded_model: LoadedModel) -> _Model:
-    model: _Model = loaded_model.model_object
-    return model
-
-
 def _folder(path: Path) -> Path:
     """A model's folder; the path of its ``model.bin`` will do as well."""
     return path.parent if path.name == "model.bin" else path
@@ -245,7 +212,8 @@ def _load(config: ModelConfig, options: CTranslate2Options) -> _Model:
     generator = _generator(files.path, options)
     engine = Engine(generator, options.n_parallel, options.max_queue, config.model_id)
     n_ctx = options.n_ctx or files.max_context_tokens or _DEFAULT_CONTEXT
-    return _Model(engine, codec, end_ids, n_ctx, _weights_bytes(files.path))
+    weights = _weights_bytes(files.path)
+    return _Model(engine, codec, end_ids, n_ctx, len(files.vocabulary), weights)
 
 
 def _end_ids(tokens: list[str], vocabulary: list[str]) -> list[int]:

@@ -20,13 +20,28 @@ from engineroom_llamacpp.library import (
 from engineroom_llamacpp.model import LlamaModel
 from engineroom_llamacpp.options import DEFAULT_CONTEXT, LlamaCppOptions
 
-__all__ = ["LlamaContext", "SavedSequence"]
+__all__ = ["LlamaContext", "SavedSequence", "context_params"]
 
 _SPARE: Final = 8
 """At least so many sequences beyond ``n_parallel``: each costs a row of logits, 200 kB with a
 vocabulary of 49,000."""
 _MOST_SEQUENCES: Final = 256
 """llama.cpp's own bound."""
+
+
+def context_params(library: Any, options: LlamaCppOptions, threads: int, abort: AbortFlag) -> Any:
+    """llama.cpp's parameters of a context, as far as every context of a model has the same."""
+    params = library.llama_context_default_params()
+    params.n_threads = threads
+    params.n_threads_batch = options.n_threads_batch or threads
+    params.flash_attn_type = FLASH_ATTENTION[options.flash_attn]
+    params.rope_freq_base = options.rope_freq_base or 0.0
+    params.rope_freq_scale = options.rope_freq_scale or 0.0
+    params.kv_unified = True
+    params.no_perf = True
+    params.abort_callback = abort.callback
+    params.abort_callback_data = abort.data
+    return params
 
 
 class SavedSequence:
@@ -54,7 +69,7 @@ class LlamaContext:
         self._library = library = model.library
         self.abort = AbortFlag(library)
         threads = options.n_threads or default_threads()
-        params = library.llama_context_default_params()
+        params = context_params(library, options, threads, self.abort)
         params.n_ctx = options.n_ctx or min(model.n_ctx_train or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
         params.n_batch = min(options.n_batch, params.n_ctx)
         params.n_ubatch = min(options.n_ubatch, params.n_batch)
@@ -64,17 +79,8 @@ class LlamaContext:
         # Rows of logits for sequences, not for each token of a batch. llama.cpp ends the process
         # where a batch asks for more.
         self.n_outputs = params.n_outputs_max = max(self.sequences, parallel * outputs)
-        params.n_threads = threads
-        params.n_threads_batch = options.n_threads_batch or threads
-        params.flash_attn_type = FLASH_ATTENTION[options.flash_attn]
         params.type_k = CACHE_TYPES[options.cache_type_k]
         params.type_v = CACHE_TYPES[options.cache_type_v]
-        params.rope_freq_base = options.rope_freq_base or 0.0
-        params.rope_freq_scale = options.rope_freq_scale or 0.0
-        params.kv_unified = True
-        params.no_perf = True
-        params.abort_callback = self.abort.callback
-        params.abort_callback_data = self.abort.data
         self._handle: Any = library.llama_init_from_model(model.handle, params)
         if not self._handle:
             raise ResourceNotAvailableError(

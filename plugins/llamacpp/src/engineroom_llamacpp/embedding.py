@@ -28,7 +28,8 @@ from engineroom import (
     default_threads,
 )
 from engineroom_llamacpp.adapters import set_adapters
-from engineroom_llamacpp.library import FLASH_ATTENTION, AbortFlag, last_error
+from engineroom_llamacpp.context import context_params
+from engineroom_llamacpp.library import AbortFlag, last_error
 
 if TYPE_CHECKING:
     from engineroom_llamacpp.model import LlamaModel
@@ -168,21 +169,12 @@ class EmbeddingContext:
         trained = model.n_ctx_train or _DEFAULT_TOKENS
         self.n_tokens = min(options.n_ctx or _DEFAULT_TOKENS, trained)
         self.n_texts = min(_MAX_TEXTS, self.n_tokens)
-        params = library.llama_context_default_params()
+        params = context_params(library, options, threads, self.abort)
         # A text is computed at once, and so are the texts of a batch.
         params.n_ctx = params.n_batch = params.n_ubatch = self.n_tokens
         params.n_seq_max = self.n_texts
         params.embeddings = True
         params.pooling_type = pooling
-        params.n_threads = threads
-        params.n_threads_batch = options.n_threads_batch or threads
-        params.flash_attn_type = FLASH_ATTENTION[options.flash_attn]
-        params.rope_freq_base = options.rope_freq_base or 0.0
-        params.rope_freq_scale = options.rope_freq_scale or 0.0
-        params.kv_unified = True
-        params.no_perf = True
-        params.abort_callback = self.abort.callback
-        params.abort_callback_data = self.abort.data
         self._handle: Any = library.llama_init_from_model(model.handle, params)
         if not self._handle:
             raise ResourceNotAvailableError(
