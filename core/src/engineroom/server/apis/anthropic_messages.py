@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias
 
 from pydantic import Field
@@ -10,16 +10,13 @@ from pydantic import Field
 from engineroom.inference.streams import InferenceStream
 from engineroom.schemas import ChatMessage, InferenceRequest, InferenceResponse
 from engineroom.server.apis.request_fields import (
-    ModelName,
     Number,
     Sampling,
     SubSchema,
     TextPart,
     build,
     chat_message,
-    check_count,
-    common_fields,
-    params_of,
+    conversation,
     parse,
     stops,
     text_of,
@@ -27,8 +24,8 @@ from engineroom.server.apis.request_fields import (
 from engineroom.server.apis.routing import SSE, work_route
 from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ApiError, ErrorBody
-from engineroom.server.http.exchange import Writer, answer_all, stream_all
-from engineroom.server.http.frames import Answer, Framer, named_event
+from engineroom.server.http.exchange import Writer, respond
+from engineroom.server.http.frames import Answer, Framer, dumps, named_event
 
 __all__ = ["ROUTES", "AnthropicError", "MessagesRequest"]
 
@@ -61,7 +58,6 @@ class AnthropicMessage(SubSchema):
 class MessagesRequest(Sampling):
     """A conversation to be continued."""
 
-    model: ModelName
     max_tokens: Annotated[int, Field(ge=1)]
     messages: Annotated[list[AnthropicMessage], Field(min_length=1)]
     system: str | list[TextPart] | None = None
@@ -71,7 +67,6 @@ class MessagesRequest(Sampling):
     stop_sequences: (
         Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=64)] | None
     ) = None
-    stream: bool | None = None
     metadata: dict[str, Any] | None = None
 
     RENAMED: ClassVar[Mapping[str, str]] = {"model_id": "model", "max_new_tokens": "max_tokens"}
@@ -149,71 +144,27 @@ class Message(Answer, kw_only=True):
     usage: AnthropicUsage
 
 
-class StartUsage(Answer, kw_only=True):
-    """Tokens read, when nothing is written yet."""
-
-    input_tokens: int
-    output_tokens: int = 0
-
-
-class StartedMessage(Answer, kw_only=True):
-    """The message that a stream begins with."""
-
-    id: str
-    type: Literal["message"] = "message"
-    role: Literal["assistant"] = "assistant"
-    model: str
-    content: tuple[()] = ()
-    stop_reason: None = None
-    stop_sequence: None = None
-    usage: StartUsage
-
-
 # ── the work ─────────────────────────────────────────────────────────────────────────────────
 
 
 async def messages(call: Call) -> None:
     """Continue a conversation."""
     request = parse(call, MessagesRequest, await call.json())
-    inference = _request(call, request)
-    call.context.log_prompt(inference)
-    message_id = f"msg_{call.id}"
-    if request.stream:
-        await stream_all(call, [inference], MessagesWriter(message_id, request.model))
-        return
-    (response,) = await answer_all(call, [inference])
-    await call.answer_json(
-        Message(
-            id=message_id,
-            model=request.model,
-            content=[TextBlock(text=response.generated_text or "")],
-            stop_reason=_stop_reason(response),
-            stop_sequence=response.stop_sequence,
-            usage=_usage(response),
-        )
-    )
+    writer = MessagesWriter(f"msg_{call.id}", request.model)
+    await respond(call, [_request(call, request)], writer)
 
 
 def _request(call: Call, request: MessagesRequest) -> InferenceRequest:
-    check_count(call, request.messages)
-    conversation: list[ChatMessage] = []
-    if (system := text_of(request.system, "system")) is not None:
-        conversation.append(chat_message("system", system, "system"))
-    for number, message in enumerate(request.messages):
-        where = f"messages.{number}"
-        conversation.append(chat_message(message.role, text_of(message.content, where), where))
-    params = params_of(request, "temperature", "top_p")
-    params["max_new_tokens"] = request.max_tokens
+    system: list[ChatMessage] = []
+    if (text := text_of(request.system, "system")) is not None:
+        system.append(chat_message("system", text, "system"))
     return build(
         call,
         request,
-        params=params,
+        params={"max_new_tokens": request.max_tokens},
         absent={"temperature": None},
-        model=request.model,
-        messages=conversation,
+        messages=[*system, *conversation(call, request.messages)],
         stop_sequences=stops(request.stop_sequences),
-        stream=bool(request.stream),
-        **common_fields(call, request),
     )
 
 
@@ -232,23 +183,39 @@ def _usage(response: InferenceResponse) -> AnthropicUsage:
 
 
 class MessagesWriter(Writer):
-    """The events of a message."""
+    """A message, or its events."""
 
     def __init__(self, message_id: str, model: str) -> None:
         self._id = message_id
         self._model = model
 
+    def whole(self, responses: Sequence[InferenceResponse]) -> bytes:
+        (response,) = responses
+        return dumps(
+            Message(
+                id=self._id,
+                model=self._model,
+                content=[TextBlock(text=response.generated_text or "")],
+                stop_reason=_stop_reason(response),
+                stop_sequence=response.stop_sequence,
+                usage=_usage(response),
+            )
+        )
+
     def begin(self, streams: Sequence[InferenceStream]) -> bytes:
         """The message and its block come to be."""
-        usage = StartUsage(input_tokens=streams[0].prompt_tokens or 0)
-        message = StartedMessage(id=self._id, model=self._model, usage=usage)
+        message: dict[str, Any] = {
+            "id": self._id, "type": "message", "role": "assistant", "model": self._model,
+            "content": [], "stop_reason": None, "stop_sequence": None,
+            "usage": {"input_tokens": streams[0].prompt_tokens or 0, "output_tokens": 0},
+        }  # fmt: skip
         return (
             _event("message_start", message=message)
             + _event("content_block_start", index=0, content_block={"type": "text", "text": ""})
             + _event("ping")
         )
 
-    def framer(self, index: int) -> Callable[[str], bytes]:
+    def framer(self, index: int) -> Framer:
         kind = "content_block_delta"
         return Framer(
             lambda text: {"type": kind, "index": 0, "delta": {"type": "text_delta", "text": text}},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -12,7 +12,7 @@ from engineroom.server.apis.request_fields import check_count, common_fields
 from engineroom.server.apis.routing import SSE, work_route
 from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ApiError, OpenAIError, invalid_fields
-from engineroom.server.http.exchange import Writer, answer_all, stream_all
+from engineroom.server.http.exchange import Writer, respond
 from engineroom.server.http.frames import Framer, named_event
 
 __all__ = ["ROUTES"]
@@ -30,19 +30,9 @@ async def inference(call: Call) -> None:
     if request.messages is not None:
         check_count(call, request.messages)
     common = common_fields(call, request)
-    request = request.model_copy(
-        update={
-            "request_id": call.id,
-            "timeout_s": common["timeout_s"],
-            "metadata": common["metadata"],
-        }
-    )
-    call.context.log_prompt(request)
-    if request.stream:
-        await stream_all(call, [request], InferenceWriter())
-        return
-    (response,) = await answer_all(call, [request])
-    await call.answer(200, response.model_dump_json().encode())
+    own = {name: common[name] for name in ("timeout_s", "metadata")}
+    request = request.model_copy(update={"request_id": call.id, **own})
+    await respond(call, [request], InferenceWriter())
 
 
 def _texts_to_ids(raw: dict[str, Any]) -> dict[str, Any]:
@@ -61,7 +51,10 @@ class InferenceWriter(Writer):
     Log probabilities are in the final response.
     """
 
-    def framer(self, index: int) -> Callable[[str], bytes]:
+    def whole(self, responses: Sequence[InferenceResponse]) -> bytes:
+        return responses[0].model_dump_json().encode()
+
+    def framer(self, index: int) -> Framer:
         return Framer(lambda text: {"text": text})
 
     def finish(self, index: int, response: InferenceResponse) -> bytes:

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from msgspec import UNSET, UnsetType
 from pydantic import Field
 
 from engineroom.inference.streams import InferenceStream
-from engineroom.schemas import ChatMessage, InferenceRequest, InferenceResponse, TokenLogprob
+from engineroom.schemas import ChatMessage, InferenceRequest, TokenLogprob
 from engineroom.server.apis.openai_common import (
+    Completed,
     FinishReason,
     OpenAIRequest,
     OpenAIWriter,
-    Usage,
-    finish_of,
-    head_of,
-    includes_usage,
     requests_for,
-    sampling_of,
-    usage_of,
 )
 from engineroom.server.apis.request_fields import (
     SubSchema,
@@ -33,8 +27,8 @@ from engineroom.server.apis.request_fields import (
 from engineroom.server.apis.routing import SSE, work_route
 from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ApiError
-from engineroom.server.http.exchange import answer_all, stream_all
-from engineroom.server.http.frames import Answer, Framer, event
+from engineroom.server.http.exchange import respond
+from engineroom.server.http.frames import Answer, event
 
 __all__ = ["ROUTES", "ChatRequest"]
 
@@ -128,33 +122,11 @@ class ChatChoice(Answer, kw_only=True):
     finish_reason: FinishReason
 
 
-class ChatCompletion(Answer, kw_only=True):
+class ChatCompletion(Completed, kw_only=True):
     """An answered conversation."""
 
-    id: str
     object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
     choices: list[ChatChoice]
-    usage: Usage
-    system_fingerprint: None = None
-
-
-class Delta(Answer, kw_only=True):
-    """What a chunk adds to the message."""
-
-    role: Literal["assistant"] | UnsetType = UNSET
-    content: str | UnsetType = UNSET
-    refusal: UnsetType | None = UNSET
-
-
-class ChunkChoice(Answer, kw_only=True):
-    """What a chunk adds to one answer."""
-
-    index: int
-    delta: Delta
-    logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason | None = None
 
 
 # ── the work ─────────────────────────────────────────────────────────────────────────────────
@@ -163,25 +135,8 @@ class ChunkChoice(Answer, kw_only=True):
 async def chat_completions(call: Call) -> None:
     """Continue a conversation."""
     request = parse(call, ChatRequest, await call.json())
-    requests = _requests(call, request)
-    head = head_of(call, request, "chatcmpl")
-    call.context.log_prompt(requests[0])
-    if request.stream:
-        head["object"] = "chat.completion.chunk"
-        writer = ChatWriter(head, includes_usage(request), bool(request.logprobs))
-        await stream_all(call, requests, writer)
-        return
-    responses = await answer_all(call, requests)
-    choices = [
-        ChatChoice(
-            index=index,
-            message=AssistantMessage(content=response.generated_text or ""),
-            logprobs=_logprobs(response.logprobs or ()) if request.logprobs else None,
-            finish_reason=finish_of(response),
-        )
-        for index, response in enumerate(responses)
-    ]
-    await call.answer_json(ChatCompletion(**head, choices=choices, usage=usage_of(responses)))
+    writer = ChatWriter(call, request, bool(request.logprobs))
+    await respond(call, _requests(call, request), writer)
 
 
 def _requests(call: Call, request: ChatRequest) -> list[InferenceRequest]:
@@ -199,12 +154,11 @@ def _requests(call: Call, request: ChatRequest) -> list[InferenceRequest]:
     messages = [
         _message(message, f"messages.{number}") for number, message in enumerate(request.messages)
     ]
-    params = sampling_of(request)
-    params["max_new_tokens"] = new if new is not None else old
-    if request.logprobs:
-        params["logprobs"] = request.top_logprobs or 0
-    absent = {"temperature": None, "max_new_tokens": None}
-    return requests_for(call, request, params, absent, [{"messages": messages}])
+    params = {
+        "max_new_tokens": new if new is not None else old,
+        "logprobs": (request.top_logprobs or 0) if request.logprobs else None,
+    }
+    return requests_for(call, request, params, None, [{"messages": messages}])
 
 
 def _message(message: ChatInput, where: str) -> ChatMessage:
@@ -222,47 +176,38 @@ def _message(message: ChatInput, where: str) -> ChatMessage:
     return chat_message(message.role, text, where, message.name)
 
 
-def _logprobs(tokens: Sequence[TokenLogprob]) -> ChatLogprobs:
-    return ChatLogprobs(
-        content=[
-            TokenEntry(
-                token=entry.token,
-                logprob=entry.logprob,
-                bytes=list(entry.token.encode()),
-                top_logprobs=[
-                    TopLogprob(token=token, logprob=logprob, bytes=list(token.encode()))
-                    for _, token, logprob in entry.top
-                ],
-            )
-            for entry in tokens
-        ]
-    )
+def _token(token: str, logprob: float) -> dict[str, Any]:
+    return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
 
 
 class ChatWriter(OpenAIWriter):
-    """Chunks of a chat completion."""
+    """A chat completion, or its chunks."""
+
+    PREFIX = "chatcmpl"
+    COMPLETED = ChatCompletion
+    CHUNK = "chat.completion.chunk"
+
+    def choice(self, text: str, **fields: Any) -> ChatChoice:
+        return ChatChoice(message=AssistantMessage(content=text), **fields)
+
+    def addition(self, text: str | None) -> dict[str, Any]:
+        return {"delta": {} if text is None else {"content": text}}
+
+    def entries(self, index: int, logprobs: Sequence[TokenLogprob]) -> ChatLogprobs:
+        return ChatLogprobs(
+            content=[
+                TokenEntry(
+                    **_token(entry.token, entry.logprob),
+                    top_logprobs=[TopLogprob(**_token(t, logprob)) for _, t, logprob in entry.top],
+                )
+                for entry in logprobs
+            ]
+        )
 
     def begin(self, streams: Sequence[InferenceStream]) -> bytes:
         """The role, for each answer."""
-        role = Delta(role="assistant", content="", refusal=None)
-        return b"".join(
-            event(self._chunk(ChunkChoice(index=index, delta=role)))
-            for index in range(len(streams))
-        )
-
-    def framer(self, index: int) -> Callable[[str], bytes]:
-        return Framer(lambda text: self._chunk(ChunkChoice(index=index, delta=Delta(content=text))))
-
-    def text_with_logprobs(self, index: int, text: str, logprobs: Sequence[TokenLogprob]) -> bytes:
-        delta = Delta(content=text)
-        return event(
-            self._chunk(ChunkChoice(index=index, delta=delta, logprobs=_logprobs(logprobs)))
-        )
-
-    def finish(self, index: int, response: InferenceResponse) -> bytes:
-        """The chunk that says why the answer ended."""
-        finish = finish_of(response)
-        return event(self._chunk(ChunkChoice(index=index, delta=Delta(), finish_reason=finish)))
+        addition = {"delta": {"role": "assistant", "content": "", "refusal": None}}
+        return b"".join(event(self.chunk(index, addition)) for index in range(len(streams)))
 
 
 ROUTES = (

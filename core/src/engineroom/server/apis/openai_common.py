@@ -3,59 +3,47 @@
 from __future__ import annotations
 
 import time
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias
 
 from msgspec import UNSET, UnsetType
 from pydantic import Field
 
-from engineroom.inference.streams import InferenceStream
-from engineroom.schemas import InferenceRequest, InferenceResponse
+from engineroom.schemas import InferenceRequest, InferenceResponse, TokenLogprob
 from engineroom.server.apis.request_fields import (
-    ModelName,
     Number,
     Sampling,
     Stop,
     StreamOptions,
     build,
-    common_fields,
-    params_of,
     stops,
 )
 from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ApiError, OpenAIError
-from engineroom.server.http.exchange import Writer, derived_seed
-from engineroom.server.http.frames import DONE, Answer, event
+from engineroom.server.http.exchange import Writer
+from engineroom.server.http.frames import DONE, Answer, Framer, dumps, event
 
 __all__ = [
     "Chunk",
+    "Completed",
     "FinishReason",
     "OpenAIRequest",
     "OpenAIWriter",
     "Seed",
     "Usage",
-    "finish_of",
-    "head_of",
-    "includes_usage",
     "requests_for",
-    "sampling_of",
-    "usage_of",
 ]
 
 Seed: TypeAlias = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 FinishReason: TypeAlias = Literal["stop", "length"]
-_FINISH: Final[Mapping[str, FinishReason]] = {
-    "eos_token": "stop",
-    "stop_sequence": "stop",
-    "length": "length",
-}
+_SEED_STEP: Final = 0x9E3779B97F4A7C15
+"""Between the seeds of several answers; the first has the one that was asked for."""
 
 
 class OpenAIRequest(Sampling):
     """What both of OpenAI's older APIs have."""
 
-    model: ModelName
-    stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     """0 is greedy; 1 unless said."""
@@ -92,6 +80,18 @@ class Usage(Answer, kw_only=True):
     prompt_tokens_details: CachedTokens
 
 
+class Completed(Answer, kw_only=True):
+    """What whole answers have."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[Any]
+    usage: Usage
+    system_fingerprint: None = None
+
+
 class Chunk(Answer, kw_only=True):
     """A chunk of a stream.
 
@@ -107,71 +107,51 @@ class Chunk(Answer, kw_only=True):
     usage: Usage | UnsetType | None = UNSET
 
 
-def head_of(call: Call, request: OpenAIRequest, prefix: str) -> dict[str, Any]:
-    """What an answer, and each chunk of it, begins with."""
-    return {"id": f"{prefix}-{call.id}", "created": int(time.time()), "model": request.model}
-
-
-def includes_usage(request: OpenAIRequest) -> bool:
-    """Whether a stream ends with a chunk that has the usage."""
-    return bool(request.stream_options and request.stream_options.include_usage)
-
-
-def sampling_of(request: OpenAIRequest) -> dict[str, Any]:
-    """The parameters that the client gave, under the service's names.
-
-    :raises ApiError: 400.
-    """
-    params = params_of(request, "temperature", "top_p", "presence_penalty", "frequency_penalty")
-    if request.logit_bias:
-        try:
-            params["logit_bias"] = {int(k): v for k, v in request.logit_bias.items()}
-        except ValueError as error:
-            raise ApiError(
-                400, "logit_bias: its keys must be token ids", "invalid_value", "logit_bias"
-            ) from error
-    return params
-
-
 def requests_for(
     call: Call,
     request: OpenAIRequest,
     params: Mapping[str, Any],
-    absent: Mapping[str, Any],
+    max_tokens: int | None,
     inputs: Sequence[Mapping[str, Any]],
 ) -> list[InferenceRequest]:
-    """A request for each input and each of its ``n`` answers. :raises ApiError: 400."""
+    """A request for each input and each of its ``n`` answers.
+
+    :param params: as :func:`build` takes them.
+    :param max_tokens: how many there are where the client does not say.
+    :raises ApiError: 400.
+    """
+    bias: dict[int, float] | None = None
+    if request.logit_bias:
+        try:
+            bias = {int(token): value for token, value in request.logit_bias.items()}
+        except ValueError as error:
+            raise ApiError(
+                400, "logit_bias: its keys must be token ids", "invalid_value", "logit_bias"
+            ) from error
     n = request.n or 1
     limit = call.context.settings.max_choices
     if n * len(inputs) > limit:
         raise ApiError(
             400, f"{n * len(inputs)} answers are more than {limit}", "too_many_choices", "n"
         )
-    fields = {
-        **common_fields(call, request),
-        "stop_sequences": stops(request.stop),
-        "stream": bool(request.stream),
-    }
-    seed = params.get("seed")
+    seed = request.seed
     return [
         build(
             call,
             request,
-            params={**params, "seed": derived_seed(seed, choice)},
-            absent=absent,
-            model=request.model,
+            params={
+                **params,
+                "logit_bias": bias,
+                "seed": None if seed is None else seed + choice * _SEED_STEP,
+            },
+            absent={"temperature": None, "max_new_tokens": max_tokens},
             index=number * n + choice,
+            stop_sequences=stops(request.stop),
             **prompt,
-            **fields,
         )
         for number, prompt in enumerate(inputs)
         for choice in range(n)
     ]
-
-
-def finish_of(response: InferenceResponse) -> FinishReason:
-    """OpenAI's word for why an answer ended."""
-    return _FINISH.get(response.finish_reason or "", "stop")
 
 
 def usage_of(responses: Sequence[InferenceResponse], prompts: int = 1) -> Usage:
@@ -192,27 +172,67 @@ def usage_of(responses: Sequence[InferenceResponse], prompts: int = 1) -> Usage:
 
 
 class OpenAIWriter(Writer):
-    """Chunks of the older APIs: choices, then the usage if it was asked for, then ``[DONE]``.
+    """Answers of the older APIs: choices, then the usage, then ``[DONE]`` where it is a stream.
 
-    :param head: what all chunks begin with.
-    :param usage: whether the last chunk has the usage.
-    :param logprobs: whether chunks have log probabilities.
+    :param logprobs: whether there are log probabilities.
     :param prompts: how many prompts the answers have, each as many answers.
     """
 
+    PREFIX: ClassVar[str]
+    """Of the ids."""
+    COMPLETED: ClassVar[type[Completed]]
+    CHUNK: ClassVar[str]
+    """What chunks call themselves."""
+
     def __init__(
-        self, head: Mapping[str, Any], usage: bool, logprobs: bool, prompts: int = 1
+        self, call: Call, request: OpenAIRequest, logprobs: bool, prompts: int = 1
     ) -> None:
         self.wants_logprobs = logprobs
-        self._head = head
-        self._usage = usage
-        self._prompts = prompts
+        self.prompts = prompts
+        options = request.stream_options
+        self._usage = bool(options and options.include_usage)
+        self._head: dict[str, Any] = {
+            "id": f"{self.PREFIX}-{call.id}", "created": int(time.time()), "model": request.model,
+        }  # fmt: skip
 
-    def _chunk(self, choice: Answer) -> Chunk:
-        return Chunk(**self._head, choices=[choice], usage=None if self._usage else UNSET)
+    @abstractmethod
+    def choice(self, text: str, **fields: Any) -> Answer:
+        """A whole answer; ``fields`` are those that both APIs have."""
 
-    def begin(self, streams: Sequence[InferenceStream]) -> bytes:
-        return b""
+    @abstractmethod
+    def addition(self, text: str | None) -> dict[str, Any]:
+        """What a chunk adds; ``None``: nothing."""
+
+    @abstractmethod
+    def entries(self, index: int, logprobs: Sequence[TokenLogprob]) -> Answer:
+        """Log probabilities of an answer's next tokens."""
+
+    def whole(self, responses: Sequence[InferenceResponse]) -> bytes:
+        """Every answer, and the usage of all."""
+        choices = [
+            self.choice(
+                response.generated_text or "",
+                index=index,
+                logprobs=self.entries(index, response.logprobs or ())
+                if self.wants_logprobs
+                else None,
+                finish_reason=_finish_of(response),
+            )
+            for index, response in enumerate(responses)
+        ]
+        usage = usage_of(responses, self.prompts)
+        return dumps(self.COMPLETED(**self._head, choices=choices, usage=usage))
+
+    def framer(self, index: int) -> Framer:
+        return Framer(lambda text: self.chunk(index, self.addition(text)))
+
+    def text_with_logprobs(self, index: int, text: str, logprobs: Sequence[TokenLogprob]) -> bytes:
+        entries = self.entries(index, logprobs)
+        return event(self.chunk(index, self.addition(text), logprobs=entries))
+
+    def finish(self, index: int, response: InferenceResponse) -> bytes:
+        """The chunk that says why the answer ended."""
+        return event(self.chunk(index, self.addition(None), finish_reason=_finish_of(response)))
 
     def end(self, responses: Sequence[InferenceResponse]) -> bytes:
         return self._last(responses) + DONE
@@ -221,7 +241,18 @@ class OpenAIWriter(Writer):
         """Usage first: clients stop reading at an error."""
         return self._last(responses) + event(OpenAIError.of(error)) + DONE
 
+    def chunk(self, index: int, addition: Mapping[str, Any], **fields: Any) -> Chunk:
+        """A chunk of one answer."""
+        choice = {"index": index, **addition, "logprobs": None, "finish_reason": None, **fields}
+        usage = None if self._usage else UNSET
+        return Chunk(**self._head, object=self.CHUNK, choices=[choice], usage=usage)
+
     def _last(self, responses: Sequence[InferenceResponse]) -> bytes:
         if not self._usage:
             return b""
-        return event(Chunk(**self._head, choices=[], usage=usage_of(responses, self._prompts)))
+        usage = usage_of(responses, self.prompts)
+        return event(Chunk(**self._head, object=self.CHUNK, choices=[], usage=usage))
+
+
+def _finish_of(response: InferenceResponse) -> FinishReason:
+    return "length" if response.finish_reason == "length" else "stop"

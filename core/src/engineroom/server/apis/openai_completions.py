@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from itertools import accumulate
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag
 
 from engineroom.inference.streams import InferenceStream
-from engineroom.schemas import InferenceRequest, InferenceResponse, TokenId, TokenLogprob
+from engineroom.schemas import InferenceRequest, TokenId, TokenLogprob
 from engineroom.server.apis.openai_common import (
+    Completed,
     FinishReason,
     OpenAIRequest,
     OpenAIWriter,
-    Usage,
-    finish_of,
-    head_of,
-    includes_usage,
     requests_for,
-    sampling_of,
-    usage_of,
 )
 from engineroom.server.apis.request_fields import parse
 from engineroom.server.apis.routing import SSE, work_route
 from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ApiError
-from engineroom.server.http.exchange import answer_all, stream_all
-from engineroom.server.http.frames import Answer, Framer, event
+from engineroom.server.http.exchange import respond
+from engineroom.server.http.frames import Answer
 
 __all__ = ["ROUTES", "CompletionRequest"]
 
@@ -94,25 +90,11 @@ class CompletionChoice(Answer, kw_only=True):
     finish_reason: FinishReason
 
 
-class Completion(Answer, kw_only=True):
+class Completion(Completed, kw_only=True):
     """Continued prompts."""
 
-    id: str
     object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
     choices: list[CompletionChoice]
-    usage: Usage
-    system_fingerprint: None = None
-
-
-class TextChoice(Answer, kw_only=True):
-    """What a chunk adds to one text."""
-
-    index: int
-    text: str
-    logprobs: CompletionLogprobs | None = None
-    finish_reason: FinishReason | None = None
 
 
 # ── the work ─────────────────────────────────────────────────────────────────────────────────
@@ -122,34 +104,7 @@ async def completions(call: Call) -> None:
     """Continue prompts."""
     request = parse(call, CompletionRequest, await call.json())
     prompts = _prompts(request)
-    requests = _requests(call, request, prompts)
-    for inference in requests:
-        call.context.log_prompt(inference)
-    head = head_of(call, request, "cmpl")
-    echoed = [
-        prompt if request.echo and isinstance(prompt, str) else ""
-        for prompt in prompts
-        for _ in range(request.n or 1)
-    ]
-    wants_logprobs = request.logprobs is not None
-    if request.stream:
-        head["object"] = "text_completion"
-        usage = includes_usage(request)
-        writer = CompletionWriter(head, usage, wants_logprobs, len(prompts), echoed)
-        await stream_all(call, requests, writer)
-        return
-    responses = await answer_all(call, requests)
-    choices = [
-        CompletionChoice(
-            index=index,
-            text=echoed[index] + (response.generated_text or ""),
-            logprobs=_logprobs(response.logprobs or ()) if wants_logprobs else None,
-            finish_reason=finish_of(response),
-        )
-        for index, response in enumerate(responses)
-    ]
-    usage_sum = usage_of(responses, len(prompts))
-    await call.answer_json(Completion(**head, choices=choices, usage=usage_sum))
+    await respond(call, _requests(call, request, prompts), CompletionWriter(call, request, prompts))
 
 
 def _prompts(request: CompletionRequest) -> list[str | list[int]]:
@@ -174,68 +129,48 @@ def _requests(
             "unsupported_parameter",
             "echo",
         )
-    params = sampling_of(request)
-    params["max_new_tokens"] = request.max_tokens
-    params["logprobs"] = request.logprobs
-    return requests_for(
-        call,
-        request,
-        params,
-        absent={"temperature": None, "max_new_tokens": DEFAULT_MAX_TOKENS},
-        inputs=[
-            {"prompt" if isinstance(prompt, str) else "prompt_token_ids": prompt}
-            for prompt in prompts
-        ],
-    )
-
-
-def _logprobs(tokens: Sequence[TokenLogprob], offset: int = 0) -> CompletionLogprobs:
-    offsets: list[int] = []
-    for entry in tokens:
-        offsets.append(offset)
-        offset += len(entry.token)
-    return CompletionLogprobs(
-        tokens=[entry.token for entry in tokens],
-        token_logprobs=[entry.logprob for entry in tokens],
-        top_logprobs=[{token: logprob for _, token, logprob in entry.top} for entry in tokens],
-        text_offset=offsets,
-    )
+    params = {"max_new_tokens": request.max_tokens, "logprobs": request.logprobs}
+    inputs = [
+        {"prompt" if isinstance(prompt, str) else "prompt_token_ids": prompt} for prompt in prompts
+    ]
+    return requests_for(call, request, params, DEFAULT_MAX_TOKENS, inputs)
 
 
 class CompletionWriter(OpenAIWriter):
-    """Chunks of a text completion.
+    """A text completion, or its chunks."""
 
-    :param echoed: what each text begins with, where the prompt is echoed.
-    """
+    PREFIX = "cmpl"
+    COMPLETED = Completion
+    CHUNK = "text_completion"
 
     def __init__(
-        self,
-        head: Mapping[str, Any],
-        usage: bool,
-        logprobs: bool,
-        prompts: int,
-        echoed: Sequence[str],
+        self, call: Call, request: CompletionRequest, prompts: Sequence[str | list[int]]
     ) -> None:
-        super().__init__(head, usage, logprobs, prompts)
-        self._echoed = echoed
-        self._offsets = [0] * len(echoed)
+        super().__init__(call, request, request.logprobs is not None, len(prompts))
+        n = request.n or 1
+        # What each text begins with.
+        self._echoed = [str(p) if request.echo else "" for p in prompts for _ in range(n)]
+        self._offsets = [0] * len(self._echoed)
+
+    def choice(self, text: str, **fields: Any) -> CompletionChoice:
+        return CompletionChoice(text=self._echoed[fields["index"]] + text, **fields)
+
+    def addition(self, text: str | None) -> dict[str, Any]:
+        return {"text": text or ""}
+
+    def entries(self, index: int, logprobs: Sequence[TokenLogprob]) -> CompletionLogprobs:
+        tokens = [entry.token for entry in logprobs]
+        *offsets, self._offsets[index] = accumulate(map(len, tokens), initial=self._offsets[index])
+        return CompletionLogprobs(
+            tokens=tokens,
+            token_logprobs=[entry.logprob for entry in logprobs],
+            top_logprobs=[{token: p for _, token, p in entry.top} for entry in logprobs],
+            text_offset=offsets,
+        )
 
     def begin(self, streams: Sequence[InferenceStream]) -> bytes:
         """The prompts, where they are echoed."""
         return b"".join(self.framer(i)(text) for i, text in enumerate(self._echoed) if text)
-
-    def framer(self, index: int) -> Callable[[str], bytes]:
-        return Framer(lambda text: self._chunk(TextChoice(index=index, text=text)))
-
-    def text_with_logprobs(self, index: int, text: str, logprobs: Sequence[TokenLogprob]) -> bytes:
-        entries = _logprobs(logprobs, self._offsets[index])
-        self._offsets[index] += sum(len(entry.token) for entry in logprobs)
-        return event(self._chunk(TextChoice(index=index, text=text, logprobs=entries)))
-
-    def finish(self, index: int, response: InferenceResponse) -> bytes:
-        """The chunk that says why the text ended."""
-        choice = TextChoice(index=index, text="", finish_reason=finish_of(response))
-        return event(self._chunk(choice))
 
 
 ROUTES = (

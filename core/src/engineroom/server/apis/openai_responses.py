@@ -13,7 +13,6 @@ from engineroom.inference.streams import InferenceStream
 from engineroom.schemas import ChatMessage, InferenceRequest, InferenceResponse
 from engineroom.server.apis.openai_common import Seed
 from engineroom.server.apis.request_fields import (
-    ModelName,
     Number,
     Sampling,
     StreamOptions,
@@ -21,16 +20,13 @@ from engineroom.server.apis.request_fields import (
     TextPart,
     build,
     chat_message,
-    check_count,
-    common_fields,
-    params_of,
+    conversation,
     parse,
-    text_of,
 )
 from engineroom.server.apis.routing import SSE, work_route
 from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ApiError
-from engineroom.server.http.exchange import Writer, answer_all, stream_all
+from engineroom.server.http.exchange import Writer, respond
 from engineroom.server.http.frames import Answer, dumps, json_text, named_event
 
 __all__ = ["ROUTES", "ResponsesRequest"]
@@ -49,7 +45,6 @@ class InputMessage(SubSchema):
 class ResponsesRequest(Sampling):
     """A text or a conversation to be answered."""
 
-    model: ModelName
     input: str | Annotated[list[InputMessage], Field(min_length=1)]
     instructions: str | None = None
     """A system message before the input."""
@@ -58,7 +53,6 @@ class ResponsesRequest(Sampling):
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     seed: Seed | None = None
-    stream: bool | None = None
     stream_options: StreamOptions | None = None
     metadata: dict[str, Any] | None = None
     user: str | None = None
@@ -187,14 +181,7 @@ class Response(Answer, kw_only=True):
 async def create_response(call: Call) -> None:
     """Answer a text or a conversation."""
     request = parse(call, ResponsesRequest, await call.json())
-    inference = _request(call, request)
-    call.context.log_prompt(inference)
-    draft = _Draft(call, request)
-    if request.stream:
-        await stream_all(call, [inference], ResponsesWriter(draft))
-        return
-    (response,) = await answer_all(call, [inference])
-    await call.answer_json(draft.response(response))
+    await respond(call, [_request(call, request)], ResponsesWriter(call, request))
 
 
 def _request(call: Call, request: ResponsesRequest) -> InferenceRequest:
@@ -204,71 +191,14 @@ def _request(call: Call, request: ResponsesRequest) -> InferenceRequest:
     if isinstance(request.input, str):
         messages.append(chat_message("user", request.input, "input"))
     else:
-        check_count(call, request.input, "input")
-        for number, message in enumerate(request.input):
-            where = f"input.{number}"
-            text = text_of(message.content, where, _INPUT_KINDS)
-            messages.append(chat_message(message.role, text, where))
-    params = params_of(request, "temperature", "top_p")
-    params["max_new_tokens"] = request.max_output_tokens
+        messages += conversation(call, request.input, "input", _INPUT_KINDS)
     return build(
         call,
         request,
-        params=params,
+        params={"max_new_tokens": request.max_output_tokens},
         absent={"temperature": None, "max_new_tokens": None},
-        model=request.model,
         messages=messages,
-        stream=bool(request.stream),
-        **common_fields(call, request),
     )
-
-
-class _Draft:
-    """The response object, as far as it has come."""
-
-    def __init__(self, call: Call, request: ResponsesRequest) -> None:
-        self.id = f"resp_{call.id}"
-        self.item_id = f"msg_{call.id}"
-        self._created = int(time.time())
-        self._request = request
-
-    def item(self, status: ItemStatus, text: str | None) -> OutputMessage:
-        """The message; ``None``: it has no part yet."""
-        content = [] if text is None else [OutputText(text=text)]
-        return OutputMessage(id=self.item_id, status=status, content=content)
-
-    def response(self, answer: InferenceResponse | None, error: ApiError | None = None) -> Response:
-        """The whole object; without an answer, that of one in progress."""
-        request = self._request
-        status: ItemStatus = "in_progress"
-        if answer is not None:
-            status = "incomplete" if answer.finish_reason == "length" else "completed"
-        incomplete = {"reason": "max_output_tokens"} if status == "incomplete" else None
-        output: list[OutputMessage] = []
-        failure: dict[str, str] | None = None
-        if error is not None:
-            incomplete, failure = None, {"code": "server_error", "message": error.message}
-        elif answer is not None:
-            output = [self.item(status, answer.generated_text or "")]
-        return Response(
-            id=self.id,
-            created_at=self._created,
-            status=status if error is None else "failed",
-            error=failure,
-            incomplete_details=incomplete,
-            instructions=request.instructions,
-            max_output_tokens=request.max_output_tokens,
-            metadata=request.metadata or {},
-            model=request.model,
-            output=output,
-            parallel_tool_calls=request.parallel_tool_calls is not False,
-            reasoning={"effort": None, "summary": None},
-            temperature=1.0 if request.temperature is None else request.temperature,
-            text={"format": {"type": "text"}},
-            top_p=1.0 if request.top_p is None else request.top_p,
-            usage=None if answer is None else _usage(answer),
-            user=request.user,
-        )
 
 
 def _usage(answer: InferenceResponse) -> ResponseUsage:
@@ -283,31 +213,28 @@ def _usage(answer: InferenceResponse) -> ResponseUsage:
 
 
 class ResponsesWriter(Writer):
-    """The events of a response."""
+    """A response, or its events."""
 
-    def __init__(self, draft: _Draft) -> None:
-        self._draft = draft
+    def __init__(self, call: Call, request: ResponsesRequest) -> None:
+        self._id = f"resp_{call.id}"
+        self._item_id = f"msg_{call.id}"
+        self._created = int(time.time())
+        self._request = request
         self._number = 0
-        self._part = {"item_id": draft.item_id, "output_index": 0, "content_index": 0}
-        delta = {"type": "response.output_text.delta", **self._part, "logprobs": []}
-        self._before = (
-            b"event: response.output_text.delta\ndata: " + dumps(delta)[:-1] + b',"delta":'
-        )
+        self._part = {"item_id": self._item_id, "output_index": 0, "content_index": 0}
+        kind = "response.output_text.delta"
+        delta = dumps({"type": kind, **self._part, "logprobs": []})
+        self._before = b'event: %b\ndata: %b,"delta":' % (kind.encode(), delta[:-1])
 
-    def _event(self, kind: str, **fields: Any) -> bytes:
-        value = {"type": kind, "sequence_number": self._number, **fields}
-        self._number += 1
-        return named_event(kind, value)
+    def whole(self, responses: Sequence[InferenceResponse]) -> bytes:
+        return dumps(self._response(responses[0]))
 
     def begin(self, streams: Sequence[InferenceStream]) -> bytes:
         """The response, its message and its part come to be."""
-        draft = self._draft
         return (
-            self._event("response.created", response=draft.response(None))
-            + self._event("response.in_progress", response=draft.response(None))
-            + self._event(
-                "response.output_item.added", output_index=0, item=draft.item("in_progress", None)
-            )
+            self._event("response.created", response=self._response(None))
+            + self._event("response.in_progress", response=self._response(None))
+            + self._event("response.output_item.added", output_index=0, item=self._item())
             + self._event("response.content_part.added", **self._part, part=OutputText(text=""))
         )
 
@@ -321,21 +248,58 @@ class ResponsesWriter(Writer):
 
     def finish(self, index: int, response: InferenceResponse) -> bytes:
         """The part, the message and the response are done."""
-        text = response.generated_text or ""
-        whole = self._draft.response(response)
-        kind = "response.incomplete" if whole.status == "incomplete" else "response.completed"
+        whole = self._response(response)
+        (part,) = whole.output[0].content
         return (
-            self._event("response.output_text.done", **self._part, text=text, logprobs=[])
-            + self._event("response.content_part.done", **self._part, part=OutputText(text=text))
+            self._event("response.output_text.done", **self._part, text=part.text, logprobs=[])
+            + self._event("response.content_part.done", **self._part, part=part)
             + self._event("response.output_item.done", output_index=0, item=whole.output[0])
-            + self._event(kind, response=whole)
+            + self._event(f"response.{whole.status}", response=whole)
         )
 
     def fail(self, error: ApiError, responses: Sequence[InferenceResponse]) -> bytes:
         """The error, and the response that failed, with its usage."""
         return self._event(
             "error", code=error.code, message=error.message, param=error.param
-        ) + self._event("response.failed", response=self._draft.response(responses[0], error))
+        ) + self._event("response.failed", response=self._response(responses[0], error))
+
+    def _event(self, kind: str, **fields: Any) -> bytes:
+        value = {"type": kind, "sequence_number": self._number, **fields}
+        self._number += 1
+        return named_event(kind, value)
+
+    def _item(self, status: ItemStatus = "in_progress", *content: OutputText) -> OutputMessage:
+        return OutputMessage(id=self._item_id, status=status, content=list(content))
+
+    def _response(
+        self, answer: InferenceResponse | None, error: ApiError | None = None
+    ) -> Response:
+        """The whole object; without an answer, that of one in progress."""
+        request = self._request
+        status: ItemStatus = "in_progress"
+        output: list[OutputMessage] = []
+        if answer is not None and error is None:
+            status = "incomplete" if answer.finish_reason == "length" else "completed"
+            output = [self._item(status, OutputText(text=answer.generated_text or ""))]
+        return Response(
+            id=self._id,
+            created_at=self._created,
+            status=status if error is None else "failed",
+            error=None if error is None else {"code": "server_error", "message": error.message},
+            incomplete_details={"reason": "max_output_tokens"} if status == "incomplete" else None,
+            instructions=request.instructions,
+            max_output_tokens=request.max_output_tokens,
+            metadata=request.metadata or {},
+            model=request.model,
+            output=output,
+            parallel_tool_calls=request.parallel_tool_calls is not False,
+            reasoning={"effort": None, "summary": None},
+            temperature=1.0 if request.temperature is None else request.temperature,
+            text={"format": {"type": "text"}},
+            top_p=1.0 if request.top_p is None else request.top_p,
+            usage=None if answer is None else _usage(answer),
+            user=request.user,
+        )
 
 
 ROUTES = (

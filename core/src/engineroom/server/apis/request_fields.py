@@ -25,7 +25,7 @@ __all__ = [
     "chat_message",
     "check_count",
     "common_fields",
-    "params_of",
+    "conversation",
     "parse",
     "stops",
     "text_of",
@@ -75,6 +75,13 @@ def _not_obfuscated(value: Any) -> Any:
     return value
 
 
+class TextPart(SubSchema):
+    """A part of a message's content."""
+
+    type: str
+    text: str | None = None
+
+
 class StreamOptions(SubSchema):
     """How to stream."""
 
@@ -98,9 +105,12 @@ class Sampling(ApiRequest):
     """Waiting requests of a higher priority go first."""
     adapter: Annotated[str, Field(min_length=1, max_length=200)] | None = None
     """Name of an adapter (LoRA) that was loaded with the model."""
+    model: ModelName
+    stream: bool | None = None
 
 
-_EXTENSIONS: Final = ("top_k", "min_p", "repetition_penalty", "num_beams", "early_stopping")
+_PARAMS: Final = frozenset(GenerationParams.model_fields) - {"logit_bias", "logprobs"}
+"""Fields that mean the same in every request that has them."""
 
 _Request = TypeVar("_Request", bound=ApiRequest)
 
@@ -141,31 +151,35 @@ def _neutral(value: Any, neutral: Collection[Any]) -> bool:
 
 def build(
     call: Call,
-    request: ApiRequest,
+    request: Sampling,
     *,
     params: Mapping[str, Any],
     absent: Mapping[str, Any],
-    model: str,
     index: int = 0,
     **fields: Any,
 ) -> InferenceRequest:
     """The service's request.
 
-    :param params: fields of ``GenerationParams`` that the client gave.
-    :param absent: fields that it did not give, as the API has them then; they are used where the
-        runtime honours them, and are the service's own defaults where it does not.
+    :param params: fields of ``GenerationParams`` that are called otherwise in the API.
+    :param absent: fields that the client did not give, as the API has them then; they are used
+        where the runtime honours them, and are the service's own defaults where it does not.
     :param index: which of several answers.
     :raises ApiError: 400.
     """
-    asked = {name: value for name, value in params.items() if value is not None}
+    same = {name: getattr(request, name) for name in _PARAMS & type(request).model_fields.keys()}
+    asked = {n: value for n, value in {**same, **params}.items() if value is not None}
+    if "seed" in asked:
+        asked["seed"] %= 1 << 63
     if missing := {n: v for n, v in absent.items() if n not in asked}:
-        honoured = call.context.directory.honoured_params(model)
+        honoured = call.context.directory.honoured_params(request.model)
         asked |= {n: v for n, v in missing.items() if honoured is None or n in honoured}
     try:
         return InferenceRequest(
-            model_id=model,
+            model_id=request.model,
             params=GenerationParams(**asked),
             request_id=call.id if index == 0 else f"{call.id}-{index}",
+            stream=bool(request.stream),
+            **common_fields(call, request),
             **fields,
         )
     except ValidationError as error:
@@ -191,14 +205,6 @@ def common_fields(call: Call, request: Any) -> dict[str, Any]:
         "adapter": getattr(request, "adapter", None),
         "metadata": metadata,
     }
-
-
-def params_of(request: Sampling, *names: str) -> dict[str, Any]:
-    """Parameters of generation, as the client gave them: the named ones, and the extensions."""
-    params = {name: getattr(request, name) for name in (*names, *_EXTENSIONS)}
-    if (seed := getattr(request, "seed", None)) is not None:
-        params["seed"] = seed % (1 << 63)
-    return params
 
 
 def stops(stop: str | Sequence[str] | None) -> list[str] | None:
@@ -252,8 +258,12 @@ def chat_message(
         raise ApiError(400, f"{where}: {problem.message}", "invalid_value", "messages") from error
 
 
-class TextPart(SubSchema):
-    """A part of a message's content."""
-
-    type: str
-    text: str | None = None
+def conversation(
+    call: Call, messages: Sequence[Any], name: str = "messages", kinds: Collection[str] = ("text",)
+) -> list[ChatMessage]:
+    """The messages of the field ``name``. :raises ApiError: 400."""
+    check_count(call, messages, name)
+    return [
+        chat_message(message.role, text_of(message.content, where, kinds), where)
+        for where, message in ((f"{name}.{number}", m) for number, m in enumerate(messages))
+    ]

@@ -21,7 +21,7 @@ from engineroom.server.http.errors import ApiError
 from engineroom.server.http.heartbeat import PING, Heartbeat
 from engineroom.server.http.limits import Slot
 
-__all__ = ["Writer", "admission", "answer_all", "derived_seed", "stream_all"]
+__all__ = ["Writer", "admission", "respond", "stream_all"]
 
 _QUEUED_CHUNKS = 64
 """Chunks of several streams that wait to be sent; a slow reader slows them all down."""
@@ -29,7 +29,7 @@ _UNKNOWN_LIMIT = 256
 
 
 class Writer(ABC):
-    """Writes a stream in the form of one API. Made for each request."""
+    """Writes answers in the form of one API. Made for each request."""
 
     HEADERS: ClassVar = SSE_HEADERS
     """Headers that say what kind of stream it is."""
@@ -37,6 +37,12 @@ class Writer(ABC):
     """What readers of such a stream skip; sent where it is silent for long."""
     wants_logprobs = False
     """Whether texts are written with their log probabilities."""
+    prompts = 1
+    """How many prompts the answers have, each as many answers."""
+
+    def whole(self, responses: Sequence[InferenceResponse]) -> bytes:
+        """The answers where no stream was asked for."""
+        raise NotImplementedError
 
     def begin(self, streams: Sequence[InferenceStream]) -> bytes:
         """What comes before the first text; the prompt was read by then."""
@@ -61,6 +67,16 @@ class Writer(ABC):
     @abstractmethod
     def fail(self, error: ApiError, responses: Sequence[InferenceResponse]) -> bytes:
         """The end of a stream that failed midway: usage, the error, the end."""
+
+
+async def respond(call: Call, requests: Sequence[InferenceRequest], writer: Writer) -> None:
+    """Answer in the form of one API: in a stream where one was asked for, or whole."""
+    for request in requests[:: len(requests) // writer.prompts]:
+        call.context.log_prompt(request)
+    if requests[0].stream:
+        await stream_all(call, requests, writer)
+    else:
+        await call.answer(200, writer.whole(await answer_all(call, requests)))
 
 
 async def answer_all(call: Call, requests: Sequence[InferenceRequest]) -> list[InferenceResponse]:
@@ -105,13 +121,6 @@ async def stream_all(call: Call, requests: Sequence[InferenceRequest], writer: W
             for stream in streams:
                 await stream.aclose()
             slot.used = _used([s.response for s in streams if s.response is not None])
-
-
-def derived_seed(seed: int | None, index: int) -> int | None:
-    """The seed of one of several answers; the first has the one that was asked for."""
-    if seed is None:
-        return None
-    return (seed + index * 0x9E3779B97F4A7C15) % (1 << 63)
 
 
 def error_of(response: InferenceResponse) -> EngineRoomError | None:
