@@ -258,13 +258,15 @@ def test_a_full_server_says_when_to_try_again(full, client):
 @named(RETRYING)
 def test_a_clients_own_retries_get_in_when_there_is_room(full, client):
     # The place becomes free once the client was refused.
-    rejected = full.server.context.rejected
+    registry = full.server.context.service.registry
+    notify = registry.notify
 
-    def noted(request, reason):
-        rejected(request, reason)
-        full.handler.gate.set()
+    def noted(hook, **what):
+        notify(hook, **what)
+        if hook == "engineroom_request_rejected":
+            full.handler.gate.set()
 
-    full.server.context.rejected = noted
+    registry.notify = noted
     answer = client(full.url, "after all", 5)
     assert (answer.status, answer.text, answer.error) == (200, "after all", "")
 

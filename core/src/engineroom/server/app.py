@@ -9,14 +9,13 @@ is pure ASGI, so that a client that goes away is noticed wherever its request is
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from starlette import routing
 from starlette.exceptions import HTTPException
 
+from engineroom.errors import EngineRoomError
 from engineroom.server import routes
 from engineroom.server.apis.routing import Route
 from engineroom.server.http.call import Call, ClientGoneError
@@ -41,7 +40,6 @@ class Endpoint:
 
     def __init__(self, route: Route) -> None:
         self.route = route
-        self._work: Callable[[Call], Awaitable[None]] = route.endpoint
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         call: Call = scope[_CALL]
@@ -51,7 +49,7 @@ class Endpoint:
             check_admin(call)
         if route.work and call.context.draining:
             raise stopping()
-        await self._work(call)
+        await route.endpoint(call)
 
 
 class Front:
@@ -77,8 +75,7 @@ class Front:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            await _lifespan(receive, send)
-            return
+            await self.router(scope, receive, send)
         if scope["type"] != "http":
             return
         call = Call(scope, receive, send, self.context, self._error_body(scope["path"]))
@@ -93,6 +90,8 @@ class Front:
             return
         except ApiError as error:
             await self._refuse(call, error)
+        except EngineRoomError as error:
+            await self._refuse(call, self.context.api_error_of(error))
         except HTTPException as error:
             await self._refuse(call, _from_router(call, error))
         except asyncio.CancelledError:
@@ -134,8 +133,7 @@ def create_app(service: LLMInferenceService, settings: ServerSettings | None = N
     :param settings: by default those of a server that only this machine reaches.
     """
     settings = settings or ServerSettings()
-    front = Front(ServerContext(service, settings))
-    return with_cors(front, settings)
+    return with_cors(Front(ServerContext(service, settings)), settings)
 
 
 def with_cors(front: Front, settings: ServerSettings) -> ASGIApp:
@@ -151,15 +149,6 @@ def with_cors(front: Front, settings: ServerSettings) -> ASGIApp:
         allow_headers=["*"],
         expose_headers=["x-request-id", "request-id", "retry-after", "traceresponse"],
     )
-
-
-async def _lifespan(receive: Any, send: Any) -> None:
-    with contextlib.suppress(asyncio.CancelledError):
-        while True:
-            message = await receive()
-            await send({"type": f"{message['type']}.complete"})
-            if message["type"] == "lifespan.shutdown":
-                return
 
 
 def _from_router(call: Call, error: HTTPException) -> ApiError:

@@ -53,23 +53,17 @@ class ModelDirectory:
         name = self.canonical(model_id)
         return any(s.model_id == name and s.state == "failed" for s in self.models())
 
-    def loaded(self) -> list[tuple[LoadedModel, InferenceHandler]]:
-        """The models in memory and what runs them."""
-        pairs: list[tuple[LoadedModel, InferenceHandler]] = []
+    def health(self) -> list[tuple[LoadedModel, InferenceHandler, HandlerHealth]]:
+        """The models in memory, what runs them, and how their engines are."""
+        engines: list[tuple[LoadedModel, InferenceHandler, HandlerHealth]] = []
         for status in self.models():
             assert self.manager is not None
-            model = self.manager.get_loaded_model(status.model_id)
-            if model is not None:
-                try:
-                    pairs.append((model, self.service.registry.select(model)))
-                except EngineRoomError:
-                    continue
-        return pairs
-
-    def health(self) -> list[tuple[LoadedModel, InferenceHandler, HandlerHealth]]:
-        """How each loaded model's engine is."""
-        engines: list[tuple[LoadedModel, InferenceHandler, HandlerHealth]] = []
-        for model, handler in self.loaded():
+            if (model := self.manager.get_loaded_model(status.model_id)) is None:
+                continue
+            try:
+                handler = self.service.registry.select(model)
+            except EngineRoomError:
+                continue
             try:
                 health = handler.health(model)
             except Exception as error:

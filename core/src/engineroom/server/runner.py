@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from engineroom.errors import ConfigurationError, EngineRoomError
-from engineroom.models.manager import LLMModelManager
 from engineroom.models.reloading import reloading
 from engineroom.server.app import Front, with_cors
 from engineroom.server.http.compat_uvicorn import Server
@@ -76,30 +75,19 @@ class EngineRoomServer(Server):
         :raises ConfigurationError: ``watch`` lacks its library, or there is no deployment file.
         :raises EngineRoomError: no model at all could be preloaded.
         """
-        async with self._reloading(watch):
-            await self._serve_and_stop(sockets, preload, started, progress)
-
-    async def _serve_and_stop(
-        self,
-        sockets: list[socket.socket],
-        preload: bool,
-        started: Callable[[], None],
-        progress: Callable[[PreloadProgress], None] | None,
-    ) -> None:
         self._loop = asyncio.get_running_loop()
-        self.context.starting = preload and self.context.directory.manager is not None
-        loading = asyncio.create_task(self._preload(progress)) if self.context.starting else None
         self._announce = started
-        try:
-            await self.serve(sockets)
-        finally:
-            if loading is not None and not loading.done():
+        self.context.starting = preload and self.context.directory.manager is not None
+        async with self._reloading(watch):
+            loading = asyncio.create_task(self._preload(progress))
+            try:
+                await self.serve(sockets)
+            finally:
                 loading.cancel()
-            await self._stop()
-            if loading is not None:
+                await self._stop()
                 await asyncio.wait([loading])
-        if loading is not None and not loading.cancelled():
-            loading.result()
+            if not loading.cancelled():
+                loading.result()
 
     def stop(self) -> None:
         """Begin to stop, as a signal does. On the loop only; may be called again."""
@@ -127,14 +115,20 @@ class EngineRoomServer(Server):
 
     def _reloading(self, watch: bool) -> contextlib.AbstractAsyncContextManager[object]:
         manager = self.context.directory.manager
-        if manager is None or not (watch or _has_file(manager)):
+        if manager is None:
             return contextlib.nullcontext()
+        try:
+            manager.config_path  # noqa: B018 - it raises where there is none
+        except ConfigurationError:
+            if not watch:
+                return contextlib.nullcontext()
         return reloading(manager, watch=watch)
 
     async def _preload(self, progress: Callable[[PreloadProgress], None] | None) -> None:
         """Load the models; without a single one the server ends."""
         manager = self.context.directory.manager
-        assert manager is not None
+        if manager is None or not self.context.starting:
+            return
         try:
             await manager.load_configured_models(progress)
         except EngineRoomError as error:
@@ -155,14 +149,6 @@ class EngineRoomServer(Server):
             raise KeyboardInterrupt
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self.stop)
-
-
-def _has_file(manager: LLMModelManager) -> bool:
-    try:
-        manager.config_path  # noqa: B018 - it raises where there is none
-    except ConfigurationError:
-        return False
-    return True
 
 
 def bind(settings: ServerSettings) -> socket.socket:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from functools import partial
 from typing import Annotated, Any
 
 from msgspec import Meta
 from pydantic import Field, TypeAdapter
 
-from engineroom.errors import EngineRoomError
 from engineroom.models.manager import LLMModelManager
 from engineroom.server.apis.request_fields import ApiRequest, Number, parse
 from engineroom.server.apis.routing import Route
 from engineroom.server.http.call import Call
-from engineroom.server.http.errors import ApiError, without_paths
+from engineroom.server.http.errors import ApiError, unknown_model, without_paths
 from engineroom.server.http.frames import Answer
 from engineroom.status import ModelStatus
 
@@ -68,30 +67,29 @@ async def load_model(call: Call) -> None:
     """Load a model; answers when it is ready. Going away does not stop the load."""
     manager, model_id = _target(call)
     async with call.attended():
-        await _typed(call, manager.load(model_id))
-    await call.answer_json(_status(call, model_id))
+        await manager.load(model_id)
+    await _answer_status(call, model_id)
 
 
 async def unload_model(call: Call) -> None:
     """Unload a model once nobody holds it. Its next request loads it anew."""
     manager, model_id = _target(call)
-    timeout: float | None = 30.0
+    timeout_s: float | None = None
     if call.header(b"content-length") not in ("", "0") or call.header(b"transfer-encoding"):
-        request = parse(call, UnloadRequest, await call.json())
-        timeout = request.timeout_s if request.timeout_s is not None else timeout
+        timeout_s = parse(call, UnloadRequest, await call.json()).timeout_s
     async with call.attended():
-        await _typed(call, manager.unload(model_id, timeout))
-    await call.answer_json(_status(call, model_id))
+        await manager.unload(model_id, 30.0 if timeout_s is None else timeout_s)
+    await _answer_status(call, model_id)
 
 
 async def plan(call: Call) -> None:
     """What is in memory and what would fit, as the manager tells it."""
-    await call.answer_json(Plan(plan=_plain(await _typed(call, _manager(call).plan()))))
+    await call.answer_json(Plan(plan=_plain(await _manager(call).plan())))
 
 
 async def reload(call: Call) -> None:
     """Read the deployment anew, as the manager does it."""
-    await call.answer_json(Reload(reload=_plain(await _typed(call, _manager(call).reload()))))
+    await call.answer_json(Reload(reload=_plain(await _manager(call).reload())))
 
 
 def _plain(value: Any) -> Any:
@@ -119,24 +117,13 @@ def _target(call: Call) -> tuple[LLMModelManager, str]:
     name: str = call.path_params["model"]
     model_id = call.context.directory.canonical(name)
     if model_id is None:
-        raise ApiError(
-            404,
-            f"{name[:256]!r} is not a model of this deployment; GET /v1/admin/models lists them",
-            "model_not_found",
-            "model",
-        )
+        raise unknown_model(name, "/v1/admin/models")
     return manager, model_id
 
 
-async def _typed(call: Call, work: Awaitable[Any]) -> Any:
-    try:
-        return await work
-    except EngineRoomError as error:
-        raise call.context.api_error_of(error) from error
-
-
-def _status(call: Call, model_id: str) -> AdminModel:
-    return next(_shown(s) for s in call.context.directory.models() if s.model_id == model_id)
+async def _answer_status(call: Call, model_id: str) -> None:
+    models = call.context.directory.models()
+    await call.answer_json(next(_shown(model) for model in models if model.model_id == model_id))
 
 
 def _shown(status: ModelStatus) -> AdminModel:
@@ -152,59 +139,27 @@ def _shown(status: ModelStatus) -> AdminModel:
     )
 
 
+_admin = partial(Route, tag="admin", access="admin")
+
 ROUTES = (
-    Route(
-        "GET",
-        "/v1/admin/models",
-        admin_models,
-        "Every model and how it is",
-        "admin",
-        access="admin",
-        response=AdminModels,
+    _admin(
+        "GET", "/v1/admin/models", admin_models, "Every model and how it is", response=AdminModels
     ),
-    Route(
-        "POST",
-        "/v1/admin/models/{model:path}/load",
-        load_model,
-        "Load a model",
-        "admin",
-        access="admin",
-        work=True,
-        response=AdminModel,
-        errors=(400, 404, 500, 501, 503),
+    _admin(
+        "POST", "/v1/admin/models/{model:path}/load", load_model, "Load a model",
+        work=True, response=AdminModel, errors=(400, 404, 500, 501, 503),
     ),
-    Route(
-        "POST",
-        "/v1/admin/models/{model:path}/unload",
-        unload_model,
-        "Unload a model",
-        "admin",
-        access="admin",
-        work=True,
-        request=UnloadRequest,
-        body_needed=False,
-        response=AdminModel,
+    _admin(
+        "POST", "/v1/admin/models/{model:path}/unload", unload_model, "Unload a model",
+        work=True, request=UnloadRequest, body_needed=False, response=AdminModel,
         errors=(400, 404, 408, 413, 415, 500, 501, 503),
     ),
-    Route(
-        "GET",
-        "/v1/admin/plan",
-        plan,
-        "What is in memory and what would fit",
-        "admin",
-        access="admin",
-        response=Plan,
-        errors=(400, 500, 501, 503),
+    _admin(
+        "GET", "/v1/admin/plan", plan, "What is in memory and what would fit",
+        response=Plan, errors=(400, 500, 501, 503),
     ),
-    Route(
-        "POST",
-        "/v1/admin/reload",
-        reload,
-        "Read the deployment anew",
-        "admin",
-        access="admin",
-        work=True,
-        response=Reload,
-        errors=(400, 500, 501, 503),
+    _admin(
+        "POST", "/v1/admin/reload", reload, "Read the deployment anew",
+        work=True, response=Reload, errors=(400, 500, 501, 503),
     ),
-)
+)  # fmt: skip

@@ -9,7 +9,6 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError
 
-from engineroom.errors import EngineRoomError
 from engineroom.schemas import EmbeddingRequest, GenerationParams
 from engineroom.server.apis.request_fields import ApiRequest, ModelName, common_fields, parse
 from engineroom.server.apis.routing import work_route
@@ -87,16 +86,13 @@ async def embeddings(call: Call) -> None:
     except ValidationError as error:
         raise invalid_fields(error, {"texts": "input"}) from error
     async with call.attended(), admission(call, [asked]) as slot:
-        try:
-            made = await call.context.service.embed(
-                asked.model_id,
-                asked.texts,
-                timeout_s=slot.left_of(asked.timeout_s),
-                request_id=asked.request_id,
-                metadata=asked.metadata,
-            )
-        except EngineRoomError as error:
-            raise call.context.api_error_of(error) from error
+        made = await call.context.service.embed(
+            asked.model_id,
+            asked.texts,
+            timeout_s=slot.left_of(asked.timeout_s),
+            request_id=asked.request_id,
+            metadata=asked.metadata,
+        )
         slot.used = tokens = made.prompt_tokens
     encode = _base64 if request.encoding_format == "base64" else list
     await call.answer_json(

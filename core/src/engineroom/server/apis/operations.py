@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Literal
 
 import engineroom
 from engineroom.server.apis.routing import Route
 from engineroom.server.http.call import Call
-from engineroom.server.http.errors import ApiError
+from engineroom.server.http.errors import unknown_model
 from engineroom.server.http.frames import Answer
 from engineroom.server.metrics import CONTENT_TYPE
-from engineroom.status import ModelStatus
 
 __all__ = ["ROUTES"]
 
@@ -68,9 +68,7 @@ async def version(call: Call) -> None:
 async def readyz(call: Call) -> None:
     """Whether requests should be sent here."""
     context = call.context
-    reasons: list[str] = []
-    if context.draining:
-        reasons.append("draining")
+    reasons = ["draining"] if context.draining else []
     if context.starting:
         reasons.append("models are loading")
     reasons += [
@@ -89,27 +87,20 @@ async def metrics(call: Call) -> None:
 
 async def models(call: Call) -> None:
     """The models of the deployment, each under its id and its aliases."""
-    data = [entry for status in call.context.directory.models() for entry in _entries(status)]
-    await call.answer_json(ModelList(data=data))
+    await call.answer_json(ModelList(data=_models(call)))
 
 
 async def model(call: Call) -> None:
     """One model."""
     name: str = call.path_params["model"]
-    for status in call.context.directory.models():
-        for entry in _entries(status):
-            if entry.id == name:
-                await call.answer_json(entry)
-                return
-    raise ApiError(
-        404,
-        f"{name[:256]!r} is not a model of this deployment; GET /v1/models lists them",
-        "model_not_found",
-        "model",
-    )
+    for entry in _models(call):
+        if entry.id == name:
+            await call.answer_json(entry)
+            return
+    raise unknown_model(name, "/v1/models")
 
 
-def _entries(status: ModelStatus) -> list[Model]:
+def _models(call: Call) -> list[Model]:
     return [
         Model(
             id=name,
@@ -117,41 +108,24 @@ def _entries(status: ModelStatus) -> list[Model]:
             root=status.model_id,
             max_model_len=status.max_context_tokens,
         )
+        for status in call.context.directory.models()
         for name in (status.model_id, *status.aliases)
     ]
 
 
+_get = partial(Route, "GET", tag="operations")
+
 ROUTES = (
-    Route("GET", "/v1/models", models, "The models (OpenAI)", "OpenAI", response=ModelList),
-    Route(
-        "GET",
-        "/v1/models/{model:path}",
-        model,
-        "One model (OpenAI)",
-        "OpenAI",
-        response=Model,
-        errors=(404,),
+    _get("/v1/models", models, "The models (OpenAI)", tag="OpenAI", response=ModelList),
+    _get(
+        "/v1/models/{model:path}", model, "One model (OpenAI)",
+        tag="OpenAI", response=Model, errors=(404,),
     ),
-    Route(
-        "GET",
-        "/healthz",
-        healthz,
-        "The process answers",
-        "operations",
-        access="open",
-        response=Health,
+    _get("/healthz", healthz, "The process answers", access="open", response=Health),
+    _get(
+        "/readyz", readyz, "Whether requests should be sent here",
+        access="open", response=Readiness, errors=(503,), own_errors=(503,),
     ),
-    Route(
-        "GET",
-        "/readyz",
-        readyz,
-        "Whether requests should be sent here",
-        "operations",
-        access="open",
-        response=Readiness,
-        errors=(503,),
-        own_errors=(503,),
-    ),
-    Route("GET", "/version", version, "Which engineroom it is", "operations", response=Version),
-    Route("GET", "/metrics", metrics, "Metrics for Prometheus", "operations", media="text/plain"),
-)
+    _get("/version", version, "Which engineroom it is", response=Version),
+    _get("/metrics", metrics, "Metrics for Prometheus", media="text/plain"),
+)  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
+from functools import partial
 from typing import Any, Final, Literal, TypeAlias
 
 from pydantic import BaseModel
@@ -56,11 +57,5 @@ class Route:
     media: str = "application/json"
 
 
-def work_route(
-    path: str, endpoint: Callable[[Call], Awaitable[None]], summary: str, tag: str, **more: Any
-) -> Route:
-    """A route on which a model works.
-
-    :param more: further fields of the route.
-    """
-    return Route("POST", path, endpoint, summary, tag, work=True, errors=WORK_ERRORS, **more)
+work_route = partial(Route, "POST", work=True, errors=WORK_ERRORS)
+"""A route on which a model works."""

@@ -39,16 +39,6 @@ class ServerContext:
         self.draining = False
         """The server stops: no request is taken any more."""
 
-    def rejected(self, request: InferenceRequest, reason: str) -> None:
-        """Tell observers that a limit of the server turned a request away."""
-        self.service.registry.notify("engineroom_request_rejected", request=request, reason=reason)
-
-    def waited(self, request: InferenceRequest, waited_s: float) -> None:
-        """Tell observers that a request was let in."""
-        self.service.registry.notify(
-            "engineroom_request_waited", request=request, waited_s=waited_s
-        )
-
     def traceparent_of(self, request_id: str) -> str | None:
         """The W3C trace context of a request's span, where an observer traces."""
         for observer in self.service.registry.plugins_with("traceparent_of"):

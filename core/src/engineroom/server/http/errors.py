@@ -33,6 +33,7 @@ __all__ = [
     "api_error_of",
     "invalid_fields",
     "stopping",
+    "unknown_model",
     "without_paths",
 ]
 
@@ -153,6 +154,16 @@ def stopping() -> ApiError:
         "draining",
         retry_after_s=5,
         headers={"connection": "close"},
+    )
+
+
+def unknown_model(name: str, listed_at: str) -> ApiError:
+    """What a client is told of a name that no model has."""
+    return ApiError(
+        404,
+        f"{name[:256]!r} is not a model of this deployment; GET {listed_at} lists them",
+        "model_not_found",
+        "model",
     )
 
 

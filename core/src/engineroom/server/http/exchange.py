@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import ClassVar
 
-from engineroom.errors import EngineRoomError
 from engineroom.inference.streams import InferenceStream, StreamError
 from engineroom.schemas import InferenceRequest, InferenceResponse, TokenLogprob
 from engineroom.server.http.call import SSE_HEADERS, Call
@@ -82,7 +81,7 @@ async def respond(call: Call, requests: Sequence[InferenceRequest], writer: Writ
 async def answer_all(call: Call, requests: Sequence[InferenceRequest]) -> list[InferenceResponse]:
     """The answers in order.
 
-    :raises ApiError: one of them failed.
+    :raises EngineRoomError: one of them failed.
     :raises ClientGoneError: nobody waits for them any more.
     """
     service = call.context.service
@@ -96,8 +95,7 @@ async def answer_all(call: Call, requests: Sequence[InferenceRequest]) -> list[I
             responses = [task.result() for task in tasks]
         slot.used = _used(responses)
     for response in responses:
-        if (error := error_of(response)) is not None:
-            raise call.context.api_error_of(error)
+        response.raise_for_error()
     return responses
 
 
@@ -123,35 +121,26 @@ async def stream_all(call: Call, requests: Sequence[InferenceRequest], writer: W
             slot.used = _used([s.response for s in streams if s.response is not None])
 
 
-def error_of(response: InferenceResponse) -> EngineRoomError | None:
-    """The typed error of a response that failed."""
-    try:
-        response.raise_for_error()
-    except EngineRoomError as error:
-        error.request_id, error.model_id = response.request_id, response.model_id
-        return error
-    return None
-
-
 @asynccontextmanager
 async def admission(call: Call, requests: Sequence[InferenceRequest]) -> AsyncIterator[Slot]:
     """Admit the requests among those that run, as the server's limits allow.
 
     :raises ApiError: 429: there is none; 408: none became free within the requests' ``timeout_s``.
     """
-    context = call.context
-    limiter = context.limiter
+    first, notify = requests[0], call.context.service.registry.notify
     tokens = sum(r.params.max_new_tokens or _UNKNOWN_LIMIT for r in requests)
     waiting = True
     try:
-        who, timeout_s = call.identity.name, requests[0].timeout_s
-        async with limiter.slot(who, len(requests), tokens, timeout_s) as slot:
+        async with call.context.limiter.slot(
+            call.identity.name, len(requests), tokens, first.timeout_s
+        ) as slot:
             waiting = False
-            context.waited(requests[0], slot.waited_s)
+            notify("engineroom_request_waited", request=first, waited_s=slot.waited_s)
             yield slot
     except ApiError as error:
         if waiting and error.status in (408, 429):
-            context.rejected(requests[0], error.code or "limit")
+            reason = error.code or "limit"
+            notify("engineroom_request_rejected", request=first, reason=reason)
         raise
 
 

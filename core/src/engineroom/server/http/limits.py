@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Final
 
 from engineroom.server.http.errors import ApiError
@@ -59,11 +60,11 @@ class Slot:
     """A place among the running requests.
 
     :param waited_s: seconds that were waited for it.
-    :param used: tokens read and written; said when it is over, ``None``: not known.
+    :param used: tokens read and written; said when it is over.
     """
 
     waited_s: float = 0.0
-    used: int | None = None
+    used: int = 0
 
     def left_of(self, timeout_s: float | None) -> float | None:
         """What the wait has left of a request's time."""
@@ -124,17 +125,13 @@ class Limiter:
             finally:
                 self._leave(key, count)
         finally:
-            used = 0 if slot.used is None else slot.used
             for bucket, taken in buckets:
-                bucket.settle(taken, used)
+                bucket.settle(taken, slot.used)
 
     def _take_tokens(self, key: str, tokens: int) -> list[tuple[TokenBucket, int]]:
         buckets = [("the server", self._bucket), ("this key", self._bucket_of(key))]
-        wait = 0.0
-        whose = ""
-        for owner, bucket in buckets:
-            if bucket is not None and (needed := bucket.wait_s(tokens)) > wait:
-                wait, whose = needed, owner
+        waits = [(b.wait_s(tokens), owner) for owner, b in buckets if b is not None]
+        wait, whose = max(waits, default=(0.0, ""), key=itemgetter(0))
         if wait > 0:
             raise ApiError(
                 429,
@@ -189,7 +186,12 @@ class Limiter:
         ):
             if most is not None and waiting > most:
                 del self._queue[waiter]
-                raise _queue_full(whose, most)
+                raise ApiError(
+                    429,
+                    f"the queue of {whose} is full ({most} requests wait); try again later",
+                    "queue_full",
+                    retry_after_s=1,
+                )
         began = self._clock()
         try:
             await waiter.future
@@ -203,18 +205,6 @@ class Limiter:
             slot.waited_s = self._clock() - began
             self._admit()
 
-    def _has_room(self, count: int) -> bool:
-        limit = self._settings.max_running
-        return limit is None or self.running + count <= limit
-
-    def _key_has_room(self, key: str, count: int) -> bool:
-        limit = self._settings.key_max_running
-        return limit is None or self._by_key.get(key, 0) + count <= limit
-
-    def _occupy(self, key: str, count: int) -> None:
-        self.running += count
-        self._by_key[key] = self._by_key.get(key, 0) + count
-
     def _leave(self, key: str, count: int) -> None:
         self.running -= count
         left = self._by_key[key] - count
@@ -226,24 +216,19 @@ class Limiter:
 
     def _admit(self) -> None:
         """Let in whoever fits, in order; a key at its bound holds nobody else up."""
+        most, key_most = self._settings.max_running, self._settings.key_max_running
         blocked: set[str] = set()
         for waiter in list(self._queue):
-            if waiter.future.done() or waiter.key in blocked:
+            key, count = waiter.key, waiter.count
+            if waiter.future.done() or key in blocked:
                 continue
-            if not self._key_has_room(waiter.key, waiter.count):
-                blocked.add(waiter.key)
-            elif self._has_room(waiter.count):
-                self._occupy(waiter.key, waiter.count)
+            of_key = self._by_key.get(key, 0) + count
+            if key_most is not None and of_key > key_most:
+                blocked.add(key)
+            elif most is not None and self.running + count > most:
+                return
+            else:
+                self.running += count
+                self._by_key[key] = of_key
                 del self._queue[waiter]
                 waiter.future.set_result(None)
-            else:
-                return
-
-
-def _queue_full(whose: str, limit: int) -> ApiError:
-    return ApiError(
-        429,
-        f"the queue of {whose} is full ({limit} requests wait); try again later",
-        "queue_full",
-        retry_after_s=1,
-    )
