@@ -27,7 +27,7 @@ CYCLE = {
     "response_complete", "response_started", "scope", "send", "transport",
 }  # fmt: skip
 FLOW = {"resume_reading", "write_paused"}
-SERVER = {"capture_signals", "force_exit", "server_state", "should_exit", "startup"}
+SERVER = {"force_exit", "handle_exit", "server_state", "should_exit", "startup"}
 
 
 class Wire(asyncio.Transport):

@@ -9,6 +9,7 @@ is pure ASGI, so that a client that goes away is noticed wherever its request is
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import TYPE_CHECKING, Final
 
@@ -75,7 +76,7 @@ class Front:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            await self.router(scope, receive, send)
+            await _lifespan(receive, send)
         if scope["type"] != "http":
             return
         call = Call(scope, receive, send, self.context, self._error_body(scope["path"]))
@@ -149,6 +150,13 @@ def with_cors(front: Front, settings: ServerSettings) -> ASGIApp:
         allow_headers=["*"],
         expose_headers=["x-request-id", "request-id", "retry-after", "traceresponse"],
     )
+
+
+async def _lifespan(receive: Receive, send: Send) -> None:
+    """As Starlette's, but silent where a server that is killed cancels it."""
+    with contextlib.suppress(asyncio.CancelledError):
+        for _ in range(2):  # startup, shutdown
+            await send({"type": f"{(await receive())['type']}.complete"})
 
 
 def _from_router(call: Call, error: HTTPException) -> ApiError:

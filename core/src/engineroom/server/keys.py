@@ -18,14 +18,7 @@ from typing import Final
 
 from engineroom.errors import ConfigurationError
 
-__all__ = [
-    "ADMIN_KEYS_VARIABLE",
-    "ANONYMOUS",
-    "API_KEYS_VARIABLE",
-    "Identity",
-    "KeyRing",
-    "new_key",
-]
+__all__ = ["ANONYMOUS", "Identity", "KeyRing", "new_key"]
 
 API_KEYS_VARIABLE: Final = "ENGINEROOM_API_KEYS"
 ADMIN_KEYS_VARIABLE: Final = "ENGINEROOM_ADMIN_KEYS"

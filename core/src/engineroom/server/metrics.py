@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any, Final, get_args
 
@@ -26,7 +27,7 @@ __all__ = ["CONTENT_TYPE", "PrometheusObserver"]
 
 CONTENT_TYPE: Final = CONTENT_TYPE_LATEST.encode()
 
-PREFIX: Final = "engineroom_"
+NAMESPACE: Final = "engineroom"
 _LABELS: Final = ("model_name", "handler")
 _SECONDS: Final = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
@@ -46,46 +47,44 @@ class PrometheusObserver:
     def __init__(self, directory: ModelDirectory, queued: Callable[[], int]) -> None:
         self._directory = directory
         self.registry = CollectorRegistry(auto_describe=False)
-        self._prompt = self._counter("prompt_tokens", "Tokens read")
-        self._generated = self._counter("generation_tokens", "Tokens written")
-        self._success = self._counter(
-            "request_success", "Requests that ended, by why", "finished_reason"
+        counter = partial(Counter, namespace=NAMESPACE, registry=self.registry)
+        self._prompt = counter("prompt_tokens", "Tokens read", _LABELS)
+        self._generated = counter("generation_tokens", "Tokens written", _LABELS)
+        self._success = counter(
+            "request_success", "Requests that ended, by why", (*_LABELS, "finished_reason")
         )
-        self._cancelled = self._counter(
-            "requests_cancelled", "Requests whose client went away or that were stopped", "stage"
+        self._cancelled = counter(
+            "requests_cancelled",
+            "Requests whose client went away or that were stopped",
+            (*_LABELS, "stage"),
         )
-        self._queries = self._counter(
-            "prefix_cache_queries", "Prompt tokens that were looked up in the prefix cache"
+        self._queries = counter(
+            "prefix_cache_queries", "Prompt tokens that were looked up in the prefix cache", _LABELS
         )
-        self._hits = self._counter(
-            "prefix_cache_hits", "Prompt tokens whose work was not done again"
+        self._hits = counter(
+            "prefix_cache_hits", "Prompt tokens whose work was not done again", _LABELS
         )
-        self._rejections = Counter(
-            f"{PREFIX}admission_rejections", "Requests turned away by a limit", ["reason"],
-            registry=self.registry,
-        )  # fmt: skip
-        self._first = self._histogram(
-            "time_to_first_token_seconds", "From acceptance to the first token", _SECONDS
+        self._rejections = counter(
+            "admission_rejections", "Requests turned away by a limit", ["reason"]
+        )
+        histogram = partial(Histogram, namespace=NAMESPACE, registry=self.registry)
+        seconds = partial(histogram, buckets=_SECONDS)
+        tokens = partial(histogram, buckets=_TOKENS)
+        self._first = seconds(
+            "time_to_first_token_seconds", "From acceptance to the first token", _LABELS
         )
         self._gaps = _Gaps()
         self.registry.register(self._gaps)
-        self._latency = self._histogram(
-            "e2e_request_latency_seconds", "From acceptance to the end", _SECONDS
+        self._latency = seconds(
+            "e2e_request_latency_seconds", "From acceptance to the end", _LABELS
         )
-        self._waited = Histogram(
-            f"{PREFIX}request_queue_time_seconds", "Waited for the server's limits",
-            ["model_name"], registry=self.registry, buckets=_SECONDS,
-        )  # fmt: skip
-        self._prompt_sizes = self._histogram("request_prompt_tokens", "Tokens read", _TOKENS)
-        self._sizes = self._histogram("request_generation_tokens", "Tokens written", _TOKENS)
-        self._loading = self._histogram("model_load_duration_seconds", "Loading", _SECONDS)
+        self._waited = seconds(
+            "request_queue_time_seconds", "Waited for the server's limits", ["model_name"]
+        )
+        self._prompt_sizes = tokens("request_prompt_tokens", "Tokens read", _LABELS)
+        self._sizes = tokens("request_generation_tokens", "Tokens written", _LABELS)
+        self._loading = seconds("model_load_duration_seconds", "Loading", _LABELS)
         self.registry.register(_State(directory, queued))
-
-    def _counter(self, name: str, text: str, *more: str) -> Counter:
-        return Counter(PREFIX + name, text, [*_LABELS, *more], registry=self.registry)
-
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(PREFIX + name, text, _LABELS, registry=self.registry, buckets=buckets)
 
     def _model(self, name: str) -> str:
         """A label of bounded number: what is no model has none."""
@@ -175,7 +174,9 @@ class _Gaps:
     def collect(self) -> Iterator[Metric]:
         """The histogram."""
         family = HistogramMetricFamily(
-            f"{PREFIX}inter_token_latency_seconds", "Between two chunks of a stream", labels=_LABELS
+            f"{NAMESPACE}_inter_token_latency_seconds",
+            "Between two chunks of a stream",
+            labels=_LABELS,
         )
         for labels, counts in self._counts.items():
             bounds = [*map(floatToGoString, _SECONDS), "+Inf"]
@@ -212,11 +213,11 @@ class _State:
                 state.add_metric((status.model_id, name), float(status.state == name))
         queued = _gauge("server_requests_queued", "Requests that wait for the server's limits", ())
         queued.add_metric((), self._queued())
-        failures = Metric(f"{PREFIX}plugin_load_failures", "Plugins in quarantine", "counter")
+        failures = Metric(f"{NAMESPACE}_plugin_load_failures", "Plugins in quarantine", "counter")
         for record in directory.service.registry.plugins:
             if record.status == "quarantined":
                 failures.add_sample(
-                    f"{PREFIX}plugin_load_failures_total", {"plugin": record.name}, 1
+                    f"{NAMESPACE}_plugin_load_failures_total", {"plugin": record.name}, 1
                 )
         yield from (running, waiting, cache, memory, self._devices(), state, queued, failures)
 
@@ -233,4 +234,4 @@ class _State:
 
 
 def _gauge(name: str, text: str, labels: Iterable[str]) -> Any:
-    return GaugeMetricFamily(PREFIX + name, text, labels=list(labels))
+    return GaugeMetricFamily(f"{NAMESPACE}_{name}", text, labels=list(labels))

@@ -18,10 +18,10 @@ from typing import Any, Final
 from engineroom.errors import ConfigurationError, EngineRoomError
 from engineroom.models.reloading import reloading
 from engineroom.server.app import Front, with_cors
-from engineroom.server.http.compat_uvicorn import Server
+from engineroom.server.http.compat_uvicorn import Server, connection_class
 from engineroom.server.http.context import ServerContext
 from engineroom.server.http.errors import stopping
-from engineroom.server.http.protocol import guarded_protocol
+from engineroom.server.http.protocol import GuardedConnection
 from engineroom.server.settings import ServerSettings
 from engineroom.service import LLMInferenceService
 from engineroom.status import PreloadProgress
@@ -49,7 +49,7 @@ class EngineRoomServer(Server):
         self._announce: Callable[[], None] = lambda: None
         super().__init__(
             with_cors(Front(self.context), settings),
-            guarded_protocol(settings),
+            connection_class(GuardedConnection, limits=settings),
             settings,
             CLOSE_S,
         )

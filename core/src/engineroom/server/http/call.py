@@ -6,6 +6,7 @@ import asyncio
 import re
 import secrets
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -36,6 +37,7 @@ class ClientGoneError(Exception):
     """Nobody waits for the answer any more."""
 
 
+@dataclass(eq=False, slots=True)
 class Call:
     """One HTTP request.
 
@@ -44,49 +46,27 @@ class Call:
     :param error_body: form of its errors.
     """
 
-    __slots__ = (
-        "_id",
-        "_receive",
-        "asked_id",
-        "context",
-        "error_body",
-        "headers",
-        "identity",
-        "path_params",
-        "scope",
-        "send",
-        "started",
-    )
+    scope: Scope
+    _receive: Receive
+    send: Send
+    context: ServerContext
+    error_body: type[ErrorBody] = OpenAIError
+    headers: dict[bytes, bytes] = field(init=False)
+    identity: Identity = ANONYMOUS
+    path_params: MutableMapping[str, Any] = field(default_factory=dict)
+    started: bool = False
+    _id: str = ""
 
-    def __init__(
-        self,
-        scope: Scope,
-        receive: Receive,
-        send: Send,
-        context: ServerContext,
-        error_body: type[ErrorBody] = OpenAIError,
-    ) -> None:
-        self.scope = scope
-        self.context = context
-        self.error_body = error_body
-        self._receive = receive
-        self.send = send
-        self.headers: dict[bytes, bytes] = {}
-        for name, value in scope["headers"]:
-            self.headers.setdefault(name, value)
-        self.identity: Identity = ANONYMOUS
-        self.path_params: MutableMapping[str, Any] = {}
-        self.started = False
-        asked = self.headers.get(b"x-request-id", b"").decode("latin-1")
-        self.asked_id = asked if _REQUEST_ID.fullmatch(asked) else None
-        self._id: str | None = None
+    def __post_init__(self) -> None:
+        self.headers = dict(reversed(list(self.scope["headers"])))  # of several, the first
 
     @property
     def id(self) -> str:
         """The request's id: unique, and beginning with what the client calls it."""
-        if self._id is None:
-            fresh = secrets.token_hex(4 if self.asked_id else 12)
-            self._id = f"{self.asked_id}-{fresh}" if self.asked_id else fresh
+        if not self._id:
+            asked = self.header(b"x-request-id")
+            known = _REQUEST_ID.fullmatch(asked)
+            self._id = f"{asked}-{secrets.token_hex(4)}" if known else secrets.token_hex(12)
         return self._id
 
     def header(self, name: bytes) -> str:

@@ -8,12 +8,9 @@ and when a signal comes.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
-import signal
 import socket
-import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -298,21 +295,9 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         self.listening()
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """As uvicorn's, but a signal that was heeded is not raised again: the end is orderly."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        heeded = [signal.SIGINT, signal.SIGTERM]
-        if hasattr(signal, "SIGBREAK"):
-            heeded.append(signal.SIGBREAK)
-        before = {sig: signal.signal(sig, lambda *_: self.signalled()) for sig in heeded}
-        try:
-            yield
-        finally:
-            for sig, handler in before.items():
-                signal.signal(sig, handler)
+    def handle_exit(self, sig: int, frame: object) -> None:
+        """Say so. Uvicorn raises a signal again in the end that its own method saw."""
+        self.signalled()
 
     def end(self, at_once: bool = False) -> None:
         """Close the connections and return from ``serve``.

@@ -207,64 +207,53 @@ async def _stream_many(
             await queue.put((index, chunk))
         await queue.put((index, None))
 
+    left = len(streams)
+    begun = False
+    frames = [writer.framer(index) for index in range(left)]
     tasks = [asyncio.create_task(read(i, stream)) for i, stream in enumerate(streams)]
     try:
-        await _send_many(call, streams, writer, queue, heartbeat)
+        seen = [0] * left
+        head = b""
+        while left:
+            index, chunk = await queue.get()
+            heartbeat.spoke = True
+            if isinstance(chunk, StreamError):
+                error = call.context.api_error_of(chunk.error)
+                if not call.started:
+                    raise error
+                for stream in streams:  # their counts are wanted before the end
+                    await stream.aclose()
+                responses = [s.response for s in streams if s.response is not None]
+                tail = head + writer.fail(error, responses)
+                break
+            if not begun:
+                begun = True
+                if not call.started:
+                    await call.start(200, writer.HEADERS)
+                head = writer.begin(streams)
+            frame = b""
+            if writer.wants_logprobs:
+                entries = streams[index].logprobs
+                if chunk is not None or len(entries) > seen[index]:
+                    frame = writer.text_with_logprobs(index, chunk or "", entries[seen[index] :])
+                    seen[index] = len(entries)
+            elif chunk is not None:
+                frame = frames[index](chunk)
+            if chunk is None:
+                left -= 1
+                response = streams[index].response
+                assert response is not None
+                frame += writer.finish(index, response)
+            await call.send({"type": "http.response.body", "body": head + frame, "more_body": True})
+            head = b""
+        else:
+            tail = writer.end([s.response for s in streams if s.response is not None])
+        await heartbeat.stop()
+        await call.send({"type": "http.response.body", "body": tail})
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
-
-
-async def _send_many(
-    call: Call,
-    streams: Sequence[InferenceStream],
-    writer: Writer,
-    queue: asyncio.Queue[tuple[int, str | None]],
-    heartbeat: Heartbeat,
-) -> None:
-    left = len(streams)
-    begun = False
-    frames = [writer.framer(index) for index in range(left)]
-    seen = [0] * left
-    head = b""
-    while left:
-        index, chunk = await queue.get()
-        heartbeat.spoke = True
-        if isinstance(chunk, StreamError):
-            error = call.context.api_error_of(chunk.error)
-            if not call.started:
-                raise error
-            for stream in streams:  # their counts are wanted before the end
-                await stream.aclose()
-            responses = [s.response for s in streams if s.response is not None]
-            tail = head + writer.fail(error, responses)
-            await heartbeat.stop()
-            await call.send({"type": "http.response.body", "body": tail})
-            return
-        if not begun:
-            begun = True
-            if not call.started:
-                await call.start(200, writer.HEADERS)
-            head = writer.begin(streams)
-        frame = b""
-        if writer.wants_logprobs:
-            entries = streams[index].logprobs
-            if chunk is not None or len(entries) > seen[index]:
-                frame = writer.text_with_logprobs(index, chunk or "", entries[seen[index] :])
-                seen[index] = len(entries)
-        elif chunk is not None:
-            frame = frames[index](chunk)
-        if chunk is None:
-            left -= 1
-            response = streams[index].response
-            assert response is not None
-            frame += writer.finish(index, response)
-        await call.send({"type": "http.response.body", "body": head + frame, "more_body": True})
-        head = b""
-    tail = writer.end([s.response for s in streams if s.response is not None])
-    await heartbeat.stop()
-    await call.send({"type": "http.response.body", "body": tail})
 
 
 def _after(slot: Slot, request: InferenceRequest) -> InferenceRequest:

@@ -47,7 +47,11 @@ def check_front(call: Call) -> None:
     origin = call.header(b"origin")
     if origin and call.scope["method"] not in ("GET", "HEAD", "OPTIONS"):
         allowed = settings.cors_origins
-        if "*" not in allowed and origin not in allowed and not _same(origin, call):
+        if (
+            "*" not in allowed
+            and origin not in allowed
+            and origin.partition("://")[2] != call.header(b"host")
+        ):
             raise ApiError(
                 403,
                 "pages of other origins may not use this server; allow theirs with --cors-origin",
@@ -99,7 +103,3 @@ def _host(header: str) -> str:
     if header.startswith("["):
         return header.partition("]")[0] + "]"
     return header.rpartition(":")[0] or header
-
-
-def _same(origin: str, call: Call) -> bool:
-    return origin.partition("://")[2] == call.header(b"host")

@@ -11,12 +11,12 @@ import asyncio
 import secrets
 from typing import Any, Final
 
-from engineroom.server.http.compat_uvicorn import Connection, connection_class
+from engineroom.server.http.compat_uvicorn import Connection
 from engineroom.server.http.errors import RETRY_AFTER_S, ApiError, OpenAIError
 from engineroom.server.http.frames import dumps
 from engineroom.server.settings import ServerSettings
 
-__all__ = ["guarded_protocol"]
+__all__ = ["GuardedConnection"]
 
 LINGER_S: Final = 5.0
 """Seconds that a closed connection gets to take what was written."""
@@ -26,11 +26,6 @@ _REASONS: Final = {
     431: b"Request Header Fields Too Large",
     503: b"Service Unavailable",
 }
-
-
-def guarded_protocol(settings: ServerSettings) -> type[asyncio.Protocol]:
-    """The protocol of a connection that keeps the settings' limits."""
-    return connection_class(GuardedConnection, limits=settings)
 
 
 class GuardedConnection(Connection):
@@ -82,7 +77,10 @@ class GuardedConnection(Connection):
             self._head_bytes = 0
             self._cancel_head()
             if early:
-                self._take_early(len(data))
+                self._early_bytes += len(data)
+                if self._early_bytes > self.limits.max_header_bytes:
+                    self._end_after_this()
+                self.read_on()  # the connection may end behind what was sent ahead of its turn
             return
         self._head_bytes += len(data)
         if self._head_bytes > self.limits.max_header_bytes:
@@ -126,13 +124,6 @@ class GuardedConnection(Connection):
             self._linger_timer = self.loop.call_later(LINGER_S, self.transport.abort)
 
     # ── ours ─────────────────────────────────────────────────────────────────────────────────
-
-    def _take_early(self, size: int) -> None:
-        """See what was sent ahead of its turn, and the end of the connection behind it."""
-        self._early_bytes += size
-        if self._early_bytes > self.limits.max_header_bytes:
-            self._end_after_this()
-        self.read_on()
 
     def _end_after_this(self) -> None:
         """Nothing more is read; the answer that is on its way is the last one."""
