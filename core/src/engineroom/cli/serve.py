@@ -104,10 +104,9 @@ def serve(  # one parameter a flag: that is how typer is told of them
         raise CommandError("--runtime and --option say how to load --model; give that, too")
     if model is not None and watch:
         raise CommandError("--watch is for a whole deployment; leave --model out")
-    server = _server()
-    settings = server.ServerSettings(
-        keys=server.KeyRing.read(keys, admin_keys), **settings_of(flags)
-    )
+    from engineroom.server import KeyRing, ServerSettings, serve as run
+
+    settings = ServerSettings(keys=KeyRing.read(keys, admin_keys), **settings_of(flags))
     manager = _manager(model, config, runtime, parse_options(option or []))
     service = LLMInferenceService(manager)
     options: Settings = ctx.obj
@@ -121,7 +120,7 @@ def serve(  # one parameter a flag: that is how typer is told of them
         logging.getLogger(LOGGER_NAME).addHandler(errors)
     names = ", ".join(entry.model_id for entry in manager.config.models) or "no models"
     try:
-        server.serve(
+        run(
             service,
             settings,
             preload=preload,
@@ -142,24 +141,12 @@ def new_key(
 
     The file holds a hash of the key only: the key is shown once.
     """
-    keys = _server()
-    from engineroom.server.keys import new_key as make
+    from engineroom.server.keys import KeyRing, new_key as make
 
     key, hashed = make()
-    keys.KeyRing([(name, hashed)])  # is it a name?
+    KeyRing([(name, hashed)])  # is it a name?
     say(f"key of {name}: {key}")
     write(f"{name} {hashed}\n")
-
-
-def _server() -> Any:
-    """The server's package, whole.
-
-    :raises ConfigurationError: its extra is not installed.
-    """
-    from engineroom import server
-
-    _ = server.serve, server.ServerSettings
-    return server
 
 
 def _observer() -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, fields
 from inspect import Parameter
 from typing import Annotated, Any, TypeVar, get_origin, get_type_hints
@@ -33,8 +33,11 @@ def with_server_flags(shown_behind: Mapping[str, Sequence[str]]) -> Callable[[_C
             for name, parameter in own.items()
             if name not in placed and parameter.kind is not Parameter.VAR_KEYWORD
         ]
-        for flag in _flags():
-            parameters += [flag, *behind.get(flag.name, ())]
+        hints = get_type_hints(ServerSettings)
+        for setting in fields(ServerSettings):
+            if setting.metadata.get("flag"):
+                flag = _flag(setting, hints[setting.name])
+                parameters += [flag, *behind.get(setting.name, ())]
         command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in parameters]
         )
@@ -50,13 +53,6 @@ def settings_of(flags: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in flags.items()
         if value is not None
     }
-
-
-def _flags() -> Iterator[Parameter]:
-    hints = get_type_hints(ServerSettings)
-    for setting in fields(ServerSettings):
-        if setting.metadata.get("flag"):
-            yield _flag(setting, hints[setting.name])
 
 
 def _flag(setting: Field[Any], kind: Any) -> Parameter:
