@@ -22,15 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["KeyRing", "ServerSettings", "create_app", "serve"]
 
-_MODULES = {
-    "KeyRing": "keys",
-    "ServerSettings": "settings",
-    "create_app": "app",
-    "serve": "runner",
-}
-_EXTRA = frozenset(
-    {"msgspec", "prometheus_client", "starlette", "uvicorn", "click", "anyio", "h11"}
-)
+_MODULES = {"KeyRing": "keys", "ServerSettings": "settings", "create_app": "app", "serve": "runner"}
 
 
 def __getattr__(name: str) -> Any:
@@ -41,7 +33,7 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in _EXTRA:
+        if (error.name or "engineroom").startswith("engineroom"):
             raise
         raise ConfigurationError(
             f"the server needs {error.name}, which is not installed; "

@@ -12,6 +12,7 @@ from engineroom.schemas import ChatMessage, InferenceRequest, InferenceResponse
 from engineroom.server.apis.request_fields import (
     Number,
     Sampling,
+    StopList,
     SubSchema,
     TextPart,
     build,
@@ -64,9 +65,7 @@ class MessagesRequest(Sampling):
     temperature: Annotated[Number, Field(ge=0, le=1)] | None = None
     """0 is greedy; 1 unless said."""
     top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
-    stop_sequences: (
-        Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=64)] | None
-    ) = None
+    stop_sequences: StopList | None = None
     metadata: dict[str, Any] | None = None
 
     RENAMED: ClassVar[Mapping[str, str]] = {"model_id": "model", "max_new_tokens": "max_tokens"}

@@ -26,7 +26,7 @@ from engineroom.server.apis.request_fields import (
 )
 from engineroom.server.apis.routing import SSE, work_route
 from engineroom.server.http.call import Call
-from engineroom.server.http.errors import ApiError
+from engineroom.server.http.errors import ApiError, unsupported
 from engineroom.server.http.exchange import respond
 from engineroom.server.http.frames import Answer, event
 
@@ -164,12 +164,7 @@ def _requests(call: Call, request: ChatRequest) -> list[InferenceRequest]:
 def _message(message: ChatInput, where: str) -> ChatMessage:
     for name in ("tool_calls", "function_call", "audio"):
         if getattr(message, name):
-            raise ApiError(
-                400,
-                f"{where}.{name} is not supported by this server; leave it out",
-                "unsupported_parameter",
-                "messages",
-            )
+            raise unsupported(f"{where}.{name}", "messages")
     text = text_of(message.content, where)
     if text is None:
         raise ApiError(400, f"{where}: the message has no content", "invalid_value", "messages")

@@ -14,7 +14,7 @@ from engineroom.schemas import InferenceRequest, InferenceResponse, TokenLogprob
 from engineroom.server.apis.request_fields import (
     Number,
     Sampling,
-    Stop,
+    StopList,
     StreamOptions,
     build,
     stops,
@@ -49,7 +49,7 @@ class OpenAIRequest(Sampling):
     """0 is greedy; 1 unless said."""
     top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     seed: Seed | None = None
-    stop: Stop | None = None
+    stop: str | StopList | None = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[str, Annotated[Number, Field(ge=-100, le=100)]] | None = None

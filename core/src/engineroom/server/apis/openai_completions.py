@@ -20,7 +20,7 @@ from engineroom.server.apis.openai_common import (
 from engineroom.server.apis.request_fields import parse
 from engineroom.server.apis.routing import SSE, work_route
 from engineroom.server.http.call import Call
-from engineroom.server.http.errors import ApiError
+from engineroom.server.http.errors import ApiError, unsupported
 from engineroom.server.http.exchange import respond
 from engineroom.server.http.frames import Answer
 
@@ -123,12 +123,7 @@ def _requests(
             "echo",
         )
     if request.echo and not all(isinstance(prompt, str) for prompt in prompts):
-        raise ApiError(
-            400,
-            "echo with token ids is not supported by this server; leave echo out, or send text",
-            "unsupported_parameter",
-            "echo",
-        )
+        raise unsupported("echo with token ids", "echo", "leave echo out, or send text")
     params = {"max_new_tokens": request.max_tokens, "logprobs": request.logprobs}
     inputs = [
         {"prompt" if isinstance(prompt, str) else "prompt_token_ids": prompt} for prompt in prompts

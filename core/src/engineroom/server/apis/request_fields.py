@@ -10,14 +10,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from engineroom.schemas import ChatMessage, GenerationParams, InferenceRequest
 from engineroom.server.http.call import Call
-from engineroom.server.http.errors import ApiError, invalid_fields
+from engineroom.server.http.errors import ApiError, invalid_fields, unsupported
 
 __all__ = [
     "ApiRequest",
     "ModelName",
     "Number",
     "Sampling",
-    "Stop",
+    "StopList",
     "StreamOptions",
     "SubSchema",
     "TextPart",
@@ -44,7 +44,7 @@ ModelName = Annotated[
     str, Field(min_length=1, max_length=256, examples=["default"]), BeforeValidator(_no_control)
 ]
 Number = Annotated[float, Field(allow_inf_nan=False)]
-Stop = str | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=64)]
+StopList = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=64)]
 
 
 class SubSchema(BaseModel):
@@ -124,12 +124,7 @@ def parse(call: Call, schema: type[_Request], raw: Any) -> _Request:
         raise ApiError(400, "the body must be a JSON object", "invalid_json")
     for name, neutral in schema.REFUSED.items():
         if name in raw and not _neutral(raw[name], neutral):
-            raise ApiError(
-                400,
-                f"{name} is not supported by this server; leave it out",
-                "unsupported_parameter",
-                name,
-            )
+            raise unsupported(name, name)
     try:
         request = schema.model_validate(raw)
     except ValidationError as error:

@@ -5,21 +5,23 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+import msgspec
 
 from engineroom.server.http.compat_uvicorn import WRITE, TextWriter
 from engineroom.server.http.context import ServerContext
 from engineroom.server.http.errors import ApiError, ErrorBody, OpenAIError
-from engineroom.server.http.frames import BadJsonError, dumps, loads
+from engineroom.server.http.frames import dumps
 from engineroom.server.keys import ANONYMOUS, Identity
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
-__all__ = ["SSE_HEADERS", "Attended", "Call", "ClientGoneError", "Headers"]
+__all__ = ["SSE_HEADERS", "Call", "ClientGoneError", "Headers"]
 
 Headers: TypeAlias = Iterable[tuple[bytes, bytes]]
 JSON_HEADERS: Final = ((b"content-type", b"application/json"),)
@@ -29,6 +31,7 @@ SSE_HEADERS: Final = (
     (b"x-accel-buffering", b"no"),  # proxies would hold frames back
 )
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+_decode = msgspec.json.Decoder().decode
 _MAX_DISCARDED: Final = 512 << 20
 _DISCARD_S: Final = 10.0
 
@@ -82,9 +85,15 @@ class Call:
         """
         settings = self.context.settings
         limit = settings.max_body_bytes
+        too_large = ApiError(
+            413,
+            f"the body is larger than {limit} bytes; send less",
+            "body_too_large",
+            headers={"connection": "close"},
+        )
         announced = self.header(b"content-length")
         if announced.isdigit() and int(announced) > limit:
-            raise self._too_large(limit)
+            raise too_large
         parts: list[bytes] = []
         size = 0
         try:
@@ -96,7 +105,7 @@ class Call:
                     part: bytes = message.get("body", b"")
                     size += len(part)
                     if size > limit:
-                        raise self._too_large(limit)
+                        raise too_large
                     parts.append(part)
                     if not message.get("more_body", False):
                         return parts[0] if len(parts) == 1 else b"".join(parts)
@@ -126,17 +135,10 @@ class Call:
             )
         data = await self.body()
         try:
-            return loads(data)
-        except BadJsonError as error:
-            raise ApiError(400, f"the body is no valid JSON: {error}", "invalid_json") from error
-
-    def _too_large(self, limit: int) -> ApiError:
-        return ApiError(
-            413,
-            f"the body is larger than {limit} bytes; send less",
-            "body_too_large",
-            headers={"connection": "close"},
-        )
+            return _decode(data)
+        except (RecursionError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+            why = "it is nested too deeply" if isinstance(error, RecursionError) else error
+            raise ApiError(400, f"the body is no valid JSON: {why}", "invalid_json") from error
 
     # ── what is answered ─────────────────────────────────────────────────────────────────────
 
@@ -204,53 +206,34 @@ class Call:
         except TimeoutError:
             return
 
-    def attended(self) -> Attended:
-        """Stop what is done inside the ``async with`` as soon as the client goes away."""
-        return Attended(self._receive)
+    @asynccontextmanager
+    async def attended(self) -> AsyncIterator[None]:
+        """Stop what is done inside the ``async with`` as soon as the client goes away.
 
-
-class Attended:
-    """Cancels the task inside the ``async with`` when the client goes away.
-
-    The cancellation is taken back at the end of the block and becomes ``ClientGoneError``, as
-    :func:`asyncio.timeout` does with its own.
-    """
-
-    __slots__ = ("_baseline", "_receive", "_task", "_watcher", "gone")
-
-    def __init__(self, receive: Receive) -> None:
-        self._receive = receive
-        self.gone = False
-
-    async def __aenter__(self) -> Attended:
+        The cancellation is taken back at the end of the block and becomes ``ClientGoneError``, as
+        :func:`asyncio.timeout` does with its own.
+        """
         task = asyncio.current_task()
         assert task is not None
-        self._task = task
-        self._baseline = task.cancelling()
-        self._watcher = asyncio.create_task(self._watch())
-        return self
+        baseline = task.cancelling()
+        gone = False
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        watcher = self._watcher
-        if not self.gone:
+        async def watch() -> None:
+            nonlocal gone
+            while (await self._receive())["type"] != "http.disconnect":
+                pass
+            gone = True
+            task.cancel()
+
+        watcher = asyncio.create_task(watch())
+        try:
+            yield
+            if gone:
+                await asyncio.sleep(0)  # the cancellation is on its way and strikes here
+                raise asyncio.CancelledError
+        except BaseException as error:
+            if gone and task.uncancel() <= baseline and isinstance(error, asyncio.CancelledError):
+                raise ClientGoneError from error
+            raise
+        finally:
             watcher.cancel()
-            return
-        if error is None:
-            try:  # the cancellation is on its way and strikes here
-                await asyncio.sleep(0)
-            except asyncio.CancelledError as late:
-                error = late
-        ours = self._task.uncancel() <= self._baseline
-        if ours and (error is None or isinstance(error, asyncio.CancelledError)):
-            raise ClientGoneError from error
-
-    async def _watch(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
-        self.gone = True
-        self._task.cancel()

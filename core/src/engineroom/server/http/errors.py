@@ -34,6 +34,7 @@ __all__ = [
     "invalid_fields",
     "stopping",
     "unknown_model",
+    "unsupported",
     "without_paths",
 ]
 
@@ -165,6 +166,12 @@ def unknown_model(name: str, listed_at: str) -> ApiError:
         "model_not_found",
         "model",
     )
+
+
+def unsupported(what: str, param: str, instead: str = "leave it out") -> ApiError:
+    """What a client is told of something that no runtime here is given."""
+    message = f"{what} is not supported by this server; {instead}"
+    return ApiError(400, message, "unsupported_parameter", param)
 
 
 def invalid_fields(error: ValidationError, names: Mapping[str, str] | None = None) -> ApiError:

@@ -1,8 +1,8 @@
 """From requests to answers: whole, or frame by frame, and over when the client is gone.
 
 Everything about one HTTP request happens in its own task: waiting for a place, the answer, and
-sending it. :class:`~engineroom.server.http.call.Attended` cancels that task when the client goes
-away, and the service stops the work within a step, wherever it is.
+sending it. :meth:`~engineroom.server.http.call.Call.attended` cancels that task when the client
+goes away, and the service stops the work within a step, wherever it is.
 """
 
 from __future__ import annotations

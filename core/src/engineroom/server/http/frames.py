@@ -15,18 +15,15 @@ import msgspec
 __all__ = [
     "DONE",
     "Answer",
-    "BadJsonError",
     "Framer",
     "chunker",
     "dumps",
     "event",
     "json_text",
-    "loads",
     "named_event",
 ]
 
 _encode = msgspec.json.Encoder().encode
-_decode = msgspec.json.Decoder().decode
 
 DONE: Final = b"data: [DONE]\n\n"
 _SHORT: Final = 64
@@ -39,10 +36,6 @@ class Answer(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     A field that may be absent has the default ``UNSET``.
     """
-
-
-class BadJsonError(ValueError):
-    """What came is no JSON; the message says why."""
 
 
 def dumps(value: Any) -> bytes:
@@ -60,16 +53,6 @@ def json_text(text: str) -> bytes:
         return _encode(text)
     except UnicodeEncodeError:
         return json.dumps(text.encode("utf-8", "replace").decode()).encode()
-
-
-def loads(data: bytes | bytearray) -> Any:
-    """Read JSON. :raises BadJsonError: it is none, or nested too deeply."""
-    try:
-        return _decode(data)
-    except RecursionError as error:
-        raise BadJsonError("it is nested too deeply") from error
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise BadJsonError(str(error)) from error
 
 
 def event(value: Any) -> bytes:
