@@ -71,8 +71,5 @@ def _flag(setting: Field[Any], kind: Any) -> Parameter:
     option = typer.Option(flag, help=text, metavar=setting.metadata["metavar"], show_default=False)
     hint = kind if kind is bool else kind | None
     return Parameter(
-        setting.name,
-        Parameter.KEYWORD_ONLY,
-        default=absent,
-        annotation=Annotated[hint, option],
+        setting.name, Parameter.KEYWORD_ONLY, default=absent, annotation=Annotated[hint, option]
     )

@@ -110,10 +110,8 @@ class Front:
             )
 
     def _error_body(self, path: str) -> type[ErrorBody]:
-        for prefix, body in self._error_bodies:
-            if path.startswith(prefix):
-                return body
-        return OpenAIError
+        bodies = (body for prefix, body in self._error_bodies if path.startswith(prefix))
+        return next(bodies, OpenAIError)
 
     async def _refuse(self, call: Call, error: ApiError) -> None:
         if call.started:

@@ -49,9 +49,7 @@ class KeyRing:
     """
 
     def __init__(
-        self,
-        keys: Iterable[tuple[str, str]] = (),
-        admin_keys: Iterable[tuple[str, str]] = (),
+        self, keys: Iterable[tuple[str, str]] = (), admin_keys: Iterable[tuple[str, str]] = ()
     ) -> None:
         self._entries: list[tuple[bytes, Identity]] = []
         names: set[str] = set()

@@ -182,12 +182,11 @@ def bind(settings: ServerSettings) -> socket.socket:
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     """Uvloop where it is installed; ``None``: asyncio's own."""
-    try:
+    with contextlib.suppress(ImportError):
         import uvloop
-    except ImportError:
-        return None
-    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
-    return factory
+
+        return uvloop.new_event_loop  # type: ignore[no-any-return]
+    return None
 
 
 def serve(

@@ -63,10 +63,7 @@ class CompletionRequest(OpenAIRequest):
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     RENAMED: ClassVar[Mapping[str, str]] = {**OpenAIRequest.RENAMED, "prompt_token_ids": "prompt"}
-    REFUSED: ClassVar[Mapping[str, Collection[Any]]] = {
-        "suffix": ("",),
-        "best_of": (1,),
-    }
+    REFUSED: ClassVar[Mapping[str, Collection[Any]]] = {"suffix": ("",), "best_of": (1,)}
 
 
 # ── answers ──────────────────────────────────────────────────────────────────────────────────

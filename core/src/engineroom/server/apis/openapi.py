@@ -171,10 +171,10 @@ def _schemas(routes: Sequence[Route]) -> dict[str, Any]:
 
 def _as_sent(schema: Mapping[str, Any]) -> dict[str, Any]:
     """An answer's schema: what has a default is sent all the same, so a reader can rely on it."""
-    properties: dict[str, Any] = {}
-    required = list(schema["required"])
-    for name, value in schema["properties"].items():
-        properties[name] = {key: item for key, item in value.items() if key != "default"}
-        if "default" in value:
-            required.append(name)
+    fields: dict[str, dict[str, Any]] = schema["properties"]
+    properties = {
+        name: {key: item for key, item in value.items() if key != "default"}
+        for name, value in fields.items()
+    }
+    required = [*schema["required"], *(n for n, value in fields.items() if "default" in value)]
     return {**schema, "properties": properties, "required": required}

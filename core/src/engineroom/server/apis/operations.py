@@ -103,10 +103,7 @@ async def model(call: Call) -> None:
 def _models(call: Call) -> list[Model]:
     return [
         Model(
-            id=name,
-            created=_STARTED,
-            root=status.model_id,
-            max_model_len=status.max_context_tokens,
+            id=name, created=_STARTED, root=status.model_id, max_model_len=status.max_context_tokens
         )
         for status in call.context.directory.models()
         for name in (status.model_id, *status.aliases)

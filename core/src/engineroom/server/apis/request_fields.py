@@ -123,7 +123,8 @@ def parse(call: Call, schema: type[_Request], raw: Any) -> _Request:
     if not isinstance(raw, dict):
         raise ApiError(400, "the body must be a JSON object", "invalid_json")
     for name, neutral in schema.REFUSED.items():
-        if name in raw and not _neutral(raw[name], neutral):
+        value = raw.get(name)
+        if value is not None and not any(v == value and type(v) is type(value) for v in neutral):
             raise unsupported(name, name)
     try:
         request = schema.model_validate(raw)
@@ -138,10 +139,6 @@ def parse(call: Call, schema: type[_Request], raw: Any) -> _Request:
             raise ApiError(400, f"unknown fields: {shown}", "unknown_field", unknown[0][:64])
         logger.debug("unknown fields were ignored: %s", shown)
     return request
-
-
-def _neutral(value: Any, neutral: Collection[Any]) -> bool:
-    return value is None or any(value == item and type(value) is type(item) for item in neutral)
 
 
 def build(

@@ -167,12 +167,7 @@ class Call:
 
         return write
 
-    async def answer(
-        self,
-        status: int,
-        body: bytes,
-        headers: Headers = JSON_HEADERS,
-    ) -> None:
+    async def answer(self, status: int, body: bytes, headers: Headers = JSON_HEADERS) -> None:
         """Send a whole answer."""
         length = (b"content-length", str(len(body)).encode())
         await self.start(status, (*headers, length))

@@ -65,9 +65,6 @@ class ServerContext:
 
 def _logged(error: BaseException) -> bool:
     """Whether it comes from foreign code, which the service has written to the log."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if not isinstance(cause, EngineRoomError):
-            return True
-        cause = cause.__cause__
-    return False
+    while isinstance(error, EngineRoomError) and error.__cause__ is not None:
+        error = error.__cause__
+    return not isinstance(error, EngineRoomError)

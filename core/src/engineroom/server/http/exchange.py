@@ -208,8 +208,7 @@ async def _stream_many(
         await queue.put((index, None))
 
     left = len(streams)
-    begun = False
-    frames = [writer.framer(index) for index in range(left)]
+    frames: list[Callable[[str], bytes]] = []
     tasks = [asyncio.create_task(read(i, stream)) for i, stream in enumerate(streams)]
     try:
         seen = [0] * left
@@ -226,8 +225,8 @@ async def _stream_many(
                 responses = [s.response for s in streams if s.response is not None]
                 tail = head + writer.fail(error, responses)
                 break
-            if not begun:
-                begun = True
+            if not frames:
+                frames = [writer.framer(place) for place in range(left)]
                 if not call.started:
                     await call.start(200, writer.HEADERS)
                 head = writer.begin(streams)

@@ -12,16 +12,7 @@ from typing import Any, Final
 
 import msgspec
 
-__all__ = [
-    "DONE",
-    "Answer",
-    "Framer",
-    "chunker",
-    "dumps",
-    "event",
-    "json_text",
-    "named_event",
-]
+__all__ = ["DONE", "Answer", "Framer", "chunker", "dumps", "event", "json_text", "named_event"]
 
 _encode = msgspec.json.Encoder().encode
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from http import HTTPStatus
 from typing import Any, Final
 
 from engineroom.server.http.compat_uvicorn import Connection
@@ -20,12 +21,6 @@ __all__ = ["GuardedConnection"]
 
 LINGER_S: Final = 5.0
 """Seconds that a closed connection gets to take what was written."""
-_REASONS: Final = {
-    400: b"Bad Request",
-    408: b"Request Timeout",
-    431: b"Request Header Fields Too Large",
-    503: b"Service Unavailable",
-}
 
 
 class GuardedConnection(Connection):
@@ -165,7 +160,7 @@ class GuardedConnection(Connection):
                 b"x-request-id: %b\r\n%bconnection: close\r\n\r\n%b"
                 % (
                     error.status,
-                    _REASONS[error.status],
+                    HTTPStatus(error.status).phrase.encode(),
                     len(body),
                     secrets.token_hex(12).encode(),
                     more,
