@@ -19,7 +19,6 @@ from engineroom.server.apis.request_fields import (
     chat_message,
     conversation,
     parse,
-    stops,
     text_of,
 )
 from engineroom.server.apis.routing import SSE, work_route
@@ -163,7 +162,7 @@ def _request(call: Call, request: MessagesRequest) -> InferenceRequest:
         params={"max_new_tokens": request.max_tokens},
         absent={"temperature": None},
         messages=[*system, *conversation(call, request.messages)],
-        stop_sequences=stops(request.stop_sequences),
+        stop_sequences=request.stop_sequences or None,
     )
 
 

@@ -17,7 +17,6 @@ from engineroom.server.apis.request_fields import (
     StopList,
     StreamOptions,
     build,
-    stops,
 )
 from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ApiError, OpenAIError
@@ -29,26 +28,31 @@ __all__ = [
     "Completed",
     "FinishReason",
     "OpenAIRequest",
+    "OpenAISampling",
     "OpenAIWriter",
-    "Seed",
     "Usage",
     "requests_for",
 ]
 
-Seed: TypeAlias = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 FinishReason: TypeAlias = Literal["stop", "length"]
 _SEED_STEP: Final = 0x9E3779B97F4A7C15
 """Between the seeds of several answers; the first has the one that was asked for."""
 
 
-class OpenAIRequest(Sampling):
-    """What both of OpenAI's older APIs have."""
+class OpenAISampling(Sampling):
+    """What all of OpenAI's APIs have."""
 
     stream_options: StreamOptions | None = None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     """0 is greedy; 1 unless said."""
     top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
-    seed: Seed | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    user: str | None = None
+
+
+class OpenAIRequest(OpenAISampling):
+    """What both of OpenAI's older APIs have."""
+
     stop: str | StopList | None = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
@@ -56,7 +60,6 @@ class OpenAIRequest(Sampling):
     """Token id → bias."""
     n: Annotated[int, Field(ge=1)] | None = None
     """How many answers. With ``seed`` each has its own, made from it."""
-    user: str | None = None
 
     RENAMED: ClassVar[Mapping[str, str]] = {
         "model_id": "model",
@@ -134,7 +137,7 @@ def requests_for(
         raise ApiError(
             400, f"{n * len(inputs)} answers are more than {limit}", "too_many_choices", "n"
         )
-    seed = request.seed
+    seed, stop = request.seed, request.stop or None
     return [
         build(
             call,
@@ -146,7 +149,7 @@ def requests_for(
             },
             absent={"temperature": None, "max_new_tokens": max_tokens},
             index=number * n + choice,
-            stop_sequences=stops(request.stop),
+            stop_sequences=[stop] if isinstance(stop, str) else stop,
             **prompt,
         )
         for number, prompt in enumerate(inputs)

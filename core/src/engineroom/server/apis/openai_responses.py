@@ -11,11 +11,8 @@ from pydantic import Field
 
 from engineroom.inference.streams import InferenceStream
 from engineroom.schemas import ChatMessage, InferenceRequest, InferenceResponse
-from engineroom.server.apis.openai_common import Seed
+from engineroom.server.apis.openai_common import OpenAISampling
 from engineroom.server.apis.request_fields import (
-    Number,
-    Sampling,
-    StreamOptions,
     SubSchema,
     TextPart,
     build,
@@ -42,7 +39,7 @@ class InputMessage(SubSchema):
     content: str | list[TextPart]
 
 
-class ResponsesRequest(Sampling):
+class ResponsesRequest(OpenAISampling):
     """A text or a conversation to be answered."""
 
     input: str | Annotated[list[InputMessage], Field(min_length=1)]
@@ -50,12 +47,7 @@ class ResponsesRequest(Sampling):
     """A system message before the input."""
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     """Without it, until the context is full."""
-    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
-    seed: Seed | None = None
-    stream_options: StreamOptions | None = None
     metadata: dict[str, Any] | None = None
-    user: str | None = None
     safety_identifier: str | None = None
     parallel_tool_calls: bool | None = None
     """Said back; there are no tools."""

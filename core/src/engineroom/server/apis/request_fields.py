@@ -27,7 +27,6 @@ __all__ = [
     "common_fields",
     "conversation",
     "parse",
-    "stops",
     "text_of",
 ]
 
@@ -197,13 +196,6 @@ def common_fields(call: Call, request: Any) -> dict[str, Any]:
         "adapter": getattr(request, "adapter", None),
         "metadata": metadata,
     }
-
-
-def stops(stop: str | Sequence[str] | None) -> list[str] | None:
-    """Stop sequences as a list; an empty string and an empty list are none."""
-    if not stop:
-        return None
-    return [stop] if isinstance(stop, str) else list(stop)
 
 
 def text_of(content: Any, where: str, kinds: Collection[str] = ("text",)) -> str | None:

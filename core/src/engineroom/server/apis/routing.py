@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel
 
@@ -13,12 +13,9 @@ from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ErrorBody, OpenAIError
 from engineroom.server.http.frames import Answer
 
-__all__ = ["SSE", "WORK_ERRORS", "Access", "Route", "work_route"]
+__all__ = ["SSE", "Route", "work_route"]
 
-Access: TypeAlias = Literal["open", "key", "admin"]
 SSE: Final = "text/event-stream"
-WORK_ERRORS: Final = (400, 404, 408, 413, 415, 429, 500, 503)
-"""How a route can end that has a model work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +41,7 @@ class Route:
     summary: str
     tag: str
     _: KW_ONLY
-    access: Access = "key"
+    access: Literal["open", "key", "admin"] = "key"
     work: bool = False
     request: type[BaseModel] | None = None
     body_needed: bool = True
@@ -57,5 +54,5 @@ class Route:
     media: str = "application/json"
 
 
-work_route = partial(Route, "POST", work=True, errors=WORK_ERRORS)
+work_route = partial(Route, "POST", work=True, errors=(400, 404, 408, 413, 415, 429, 500, 503))
 """A route on which a model works."""
