@@ -31,7 +31,6 @@ __all__ = ["ROUTES", "AnthropicError", "MessagesRequest"]
 
 StopReason: TypeAlias = Literal["end_turn", "stop_sequence", "max_tokens"]
 _STOP_REASONS: Final[Mapping[str, StopReason]] = {
-    "eos_token": "end_turn",
     "stop_sequence": "stop_sequence",
     "length": "max_tokens",
 }

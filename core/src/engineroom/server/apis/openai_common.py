@@ -157,23 +157,6 @@ def requests_for(
     ]
 
 
-def usage_of(responses: Sequence[InferenceResponse], prompts: int = 1) -> Usage:
-    """OpenAI's usage. The prompt of several answers counts once.
-
-    :param prompts: how many prompts the answers have, each as many answers.
-    """
-    step = max(1, len(responses) // prompts)
-    read = sum(r.prompt_tokens or 0 for r in responses[::step])
-    cached = sum(r.cached_prompt_tokens or 0 for r in responses[::step])
-    written = sum(r.generated_tokens or 0 for r in responses)
-    return Usage(
-        prompt_tokens=read,
-        completion_tokens=written,
-        total_tokens=read + written,
-        prompt_tokens_details=CachedTokens(cached_tokens=cached),
-    )
-
-
 class OpenAIWriter(Writer):
     """Answers of the older APIs: choices, then the usage, then ``[DONE]`` where it is a stream.
 
@@ -193,7 +176,7 @@ class OpenAIWriter(Writer):
         self.wants_logprobs = logprobs
         self.prompts = prompts
         options = request.stream_options
-        self._usage = bool(options and options.include_usage)
+        self._includes_usage = bool(options and options.include_usage)
         self._head: dict[str, Any] = {
             "id": f"{self.PREFIX}-{call.id}", "created": int(time.time()), "model": request.model,
         }  # fmt: skip
@@ -214,16 +197,14 @@ class OpenAIWriter(Writer):
         """Every answer, and the usage of all."""
         choices = [
             self.choice(
-                response.generated_text or "",
+                r.generated_text or "",
                 index=index,
-                logprobs=self.entries(index, response.logprobs or ())
-                if self.wants_logprobs
-                else None,
-                finish_reason=_finish_of(response),
+                logprobs=self.entries(index, r.logprobs or ()) if self.wants_logprobs else None,
+                finish_reason=_finish_of(r),
             )
-            for index, response in enumerate(responses)
+            for index, r in enumerate(responses)
         ]
-        usage = usage_of(responses, self.prompts)
+        usage = self._usage(responses)
         return dumps(self.COMPLETED(**self._head, choices=choices, usage=usage))
 
     def framer(self, index: int) -> Framer:
@@ -238,23 +219,35 @@ class OpenAIWriter(Writer):
         return event(self.chunk(index, self.addition(None), finish_reason=_finish_of(response)))
 
     def end(self, responses: Sequence[InferenceResponse]) -> bytes:
-        return self._last(responses) + DONE
+        if not self._includes_usage:
+            return DONE
+        return event(self._chunk([], self._usage(responses))) + DONE
 
     def fail(self, error: ApiError, responses: Sequence[InferenceResponse]) -> bytes:
         """Usage first: clients stop reading at an error."""
-        return self._last(responses) + event(OpenAIError.of(error)) + DONE
+        end = self.end(responses)
+        return end.removesuffix(DONE) + event(OpenAIError.of(error)) + DONE
 
     def chunk(self, index: int, addition: Mapping[str, Any], **fields: Any) -> Chunk:
         """A chunk of one answer."""
         choice = {"index": index, **addition, "logprobs": None, "finish_reason": None, **fields}
-        usage = None if self._usage else UNSET
-        return Chunk(**self._head, object=self.CHUNK, choices=[choice], usage=usage)
+        return self._chunk([choice], None if self._includes_usage else UNSET)
 
-    def _last(self, responses: Sequence[InferenceResponse]) -> bytes:
-        if not self._usage:
-            return b""
-        usage = usage_of(responses, self.prompts)
-        return event(Chunk(**self._head, object=self.CHUNK, choices=[], usage=usage))
+    def _chunk(self, choices: list[Any], usage: Usage | UnsetType | None) -> Chunk:
+        return Chunk(**self._head, object=self.CHUNK, choices=choices, usage=usage)
+
+    def _usage(self, responses: Sequence[InferenceResponse]) -> Usage:
+        """The prompt of several answers counts once."""
+        firsts = responses[:: max(1, len(responses) // self.prompts)]
+        read = sum(r.prompt_tokens or 0 for r in firsts)
+        written = sum(r.generated_tokens or 0 for r in responses)
+        cached = sum(r.cached_prompt_tokens or 0 for r in firsts)
+        return Usage(
+            prompt_tokens=read,
+            completion_tokens=written,
+            total_tokens=read + written,
+            prompt_tokens_details=CachedTokens(cached_tokens=cached),
+        )
 
 
 def _finish_of(response: InferenceResponse) -> FinishReason:

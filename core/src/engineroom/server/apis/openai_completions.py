@@ -100,13 +100,10 @@ class Completion(Completed, kw_only=True):
 async def completions(call: Call) -> None:
     """Continue prompts."""
     request = parse(call, CompletionRequest, await call.json())
-    prompts = _prompts(request)
-    await respond(call, _requests(call, request, prompts), CompletionWriter(call, request, prompts))
-
-
-def _prompts(request: CompletionRequest) -> list[str | list[int]]:
     prompt: Any = request.prompt
-    return [prompt] if _kind_of_prompt(prompt) in ("text", "ids") else list(prompt)
+    prompts = [prompt] if _kind_of_prompt(prompt) in ("text", "ids") else list(prompt)
+    requests = _requests(call, request, prompts)
+    await respond(call, requests, CompletionWriter(call, request, prompts))
 
 
 def _requests(
