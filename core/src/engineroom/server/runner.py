@@ -46,7 +46,6 @@ class EngineRoomServer(Server):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping: asyncio.Task[None] | None = None
         self._signals = 0
-        self._announce: Callable[[], None] = lambda: None
         super().__init__(
             with_cors(Front(self.context), settings),
             connection_class(GuardedConnection, limits=settings),
@@ -76,7 +75,7 @@ class EngineRoomServer(Server):
         :raises EngineRoomError: no model at all could be preloaded.
         """
         self._loop = asyncio.get_running_loop()
-        self._announce = started
+        self.listening = started
         self.context.starting = preload and self.context.directory.manager is not None
         async with self._reloading(watch):
             loading = asyncio.create_task(self._preload(progress))
@@ -108,10 +107,6 @@ class EngineRoomServer(Server):
             await context.service.close(drain_timeout_s=context.settings.drain_timeout_s)
         except EngineRoomError as error:
             logger.error("closing failed: %s", error.describe())
-
-    def listening(self) -> None:
-        """Say so."""
-        self._announce()
 
     def _reloading(self, watch: bool) -> contextlib.AbstractAsyncContextManager[object]:
         manager = self.context.directory.manager

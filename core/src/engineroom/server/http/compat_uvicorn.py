@@ -262,6 +262,9 @@ class Server(uvicorn.Server):
     :param close_s: seconds that connections get in the end.
     """
 
+    listening: Callable[[], None] = staticmethod(lambda: None)
+    """Called once it listens."""
+
     def __init__(
         self, app: Any, protocol: type[asyncio.Protocol], settings: ServerSettings, close_s: int
     ) -> None:
@@ -283,9 +286,6 @@ class Server(uvicorn.Server):
                 backlog=2048,
             )
         )
-
-    def listening(self) -> None:
-        """It listens."""
 
     def signalled(self) -> None:
         """A signal came that asks it to end."""

@@ -46,12 +46,8 @@ def check_front(call: Call) -> None:
         )
     origin = call.header(b"origin")
     if origin and call.scope["method"] not in ("GET", "HEAD", "OPTIONS"):
-        allowed = settings.cors_origins
-        if (
-            "*" not in allowed
-            and origin not in allowed
-            and origin.partition("://")[2] != call.header(b"host")
-        ):
+        own = origin.partition("://")[2] == call.header(b"host")
+        if not own and not {"*", origin}.intersection(settings.cors_origins):
             raise ApiError(
                 403,
                 "pages of other origins may not use this server; allow theirs with --cors-origin",

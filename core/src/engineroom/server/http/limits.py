@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -87,7 +87,7 @@ class Limiter:
         self._settings = settings
         self._clock = clock
         self.running = 0
-        self._by_key: dict[str, int] = {}
+        self._by_key: Counter[str] = Counter()
         self._queue: OrderedDict[_Waiter, None] = OrderedDict()
         per_minute = settings.tokens_per_minute
         self._bucket = TokenBucket(per_minute, clock) if per_minute else None
@@ -207,10 +207,8 @@ class Limiter:
 
     def _leave(self, key: str, count: int) -> None:
         self.running -= count
-        left = self._by_key[key] - count
-        if left:
-            self._by_key[key] = left
-        else:
+        self._by_key[key] -= count
+        if not self._by_key[key]:
             del self._by_key[key]
         self._admit()
 
@@ -222,13 +220,12 @@ class Limiter:
             key, count = waiter.key, waiter.count
             if waiter.future.done() or key in blocked:
                 continue
-            of_key = self._by_key.get(key, 0) + count
-            if key_most is not None and of_key > key_most:
+            if key_most is not None and self._by_key[key] + count > key_most:
                 blocked.add(key)
             elif most is not None and self.running + count > most:
                 return
             else:
                 self.running += count
-                self._by_key[key] = of_key
+                self._by_key[key] += count
                 del self._queue[waiter]
                 waiter.future.set_result(None)
