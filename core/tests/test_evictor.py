@@ -35,7 +35,7 @@ def plain(name: str, *, pinned: bool = False, priority: int = 0, **fields) -> Pl
     return Plain(config, **fields)
 
 
-def evictor_of(budget: int, holdings: dict[Plain, int]) -> Evictor[Plain]:
+def evictor_of(budget: int, holdings: dict[Plain, int]) -> Evictor:
     account = MemoryAccount({"cpu": budget})
     for holder, amount in holdings.items():
         if amount:

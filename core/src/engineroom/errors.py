@@ -130,22 +130,7 @@ class QueueFullError(InferenceError):
     label = "Queue full"
 
 
-_BY_NAME: dict[str, type[EngineRoomError]] = {
-    cls.__name__: cls
-    for cls in (
-        EngineRoomError,
-        ModelNotFoundError,
-        ResourceNotAvailableError,
-        ConfigurationError,
-        InferenceError,
-        NoSuitableHandlerError,
-        EngineDeadError,
-        RequestTimeoutError,
-        QueueFullError,
-    )
-}
-
-
 def error_class(name: str | None) -> type[EngineRoomError]:
     """The class that ``InferenceResponse.error_type`` names; ``InferenceError`` if unknown."""
-    return _BY_NAME.get(name or "", InferenceError)
+    known = globals().get(name) if name in __all__ else None
+    return known if isinstance(known, type) else InferenceError

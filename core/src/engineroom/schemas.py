@@ -91,10 +91,6 @@ _Int = Annotated[int, BeforeValidator(no_booleans)]
 _Float = Annotated[float, BeforeValidator(no_booleans), Field(allow_inf_nan=False)]
 
 
-class _Schema(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
-
-
 class FrozenSchema(BaseModel):
     """A schema whose values do not change, and which refuses unknown fields."""
 
@@ -175,7 +171,8 @@ class GenerationParams(FrozenSchema):
         return frozenset(
             name
             for name, default in _PARAM_DEFAULTS.items()
-            if (value := getattr(self, name)) != default and value not in _NEUTRAL[name]
+            if (value := getattr(self, name)) != default
+            and value not in _NEUTRAL.get(name, (None,))
         )
 
 
@@ -192,12 +189,9 @@ _NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     "num_beams": (None, 1),
     "early_stopping": (None, False),
     "min_p": (None, 0.0),
-    "seed": (None,),
     "presence_penalty": (None, 0.0),
     "frequency_penalty": (None, 0.0),
     "logit_bias": (None, {}),
-    "logprobs": (None,),
-    "structured_output": (None,),
 }
 
 
@@ -290,8 +284,10 @@ class TokenLogprob(FrozenSchema):
     """The likeliest alternatives as ``(token_id, token, logprob)``, likeliest first."""
 
 
-class InferenceResponse(_Schema):
+class InferenceResponse(BaseModel):
     """What came of a request."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
     request_id: str
     model_id: str

@@ -20,19 +20,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from engineroom.config.environment import CONFIG_VARIABLE, HANDLERS_VARIABLE
-from engineroom.config.model import ModelConfig, source_mistake
+from engineroom.config.model import ModelConfig, ModelVariant, source_mistake
 from engineroom.config.suggestions import did_you_mean, known_keys
 from engineroom.config.yaml_file import MAX_BYTES, line_of, plain_values, read_document
 from engineroom.errors import ConfigurationError
@@ -41,6 +34,8 @@ from engineroom.sources.source import expand_user, has_scheme
 from engineroom.units import DeviceBudgets, Duration
 
 __all__ = ["DeploymentConfig", "deployment_path", "load_deployment", "parse_deployment"]
+
+_M = TypeVar("_M", ModelConfig, ModelVariant)
 
 
 class _NameTakenError(ValueError):
@@ -208,20 +203,14 @@ def _hidden(plain: Any, reported: Sequence[Any]) -> list[dict[str, Any]]:
 def _anchored(config: DeploymentConfig, base: Path) -> DeploymentConfig:
     """Relative paths start from the folder of the file, wherever the process was started."""
 
-    def anchor(source: str | None) -> str | None:
+    def anchored(model: _M) -> _M:
+        source: str | None = model.source
         if source is None or has_scheme(source):
-            return source
-        return os.fspath(base / expand_user(source))
+            return model
+        return model.model_copy(update={"source": os.fspath(base / expand_user(source))})
 
     models = [
-        model.model_copy(
-            update={
-                "source": anchor(model.source),
-                "variants": [
-                    v.model_copy(update={"source": anchor(v.source)}) for v in model.variants
-                ],
-            }
-        )
+        anchored(model).model_copy(update={"variants": [anchored(v) for v in model.variants]})
         for model in config.models
     ]
     return config.model_copy(update={"models": models})

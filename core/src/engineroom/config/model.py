@@ -5,13 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from engineroom.schemas import FrozenSchema, Identifier, no_booleans
 from engineroom.units import DeviceSizes, Duration
@@ -78,18 +72,8 @@ class ModelConfig(FrozenSchema):
 
     def choices(self) -> list[ModelConfig]:
         """This model once per variant, each with a source of its own, in order of preference."""
-        return [
-            self.model_copy(
-                update={
-                    "source": v.source,
-                    "runtime": v.runtime,
-                    "options": v.options,
-                    "memory": v.memory,
-                    "variants": [],
-                }
-            )
-            for v in self.variants
-        ] or [self]
+        own = [self.model_copy(update={**dict(v), "variants": []}) for v in self.variants]
+        return own or [self]
 
 
 class LoadedModel(BaseModel):

@@ -21,15 +21,12 @@ that raises is logged with its traceback; it harms neither the request nor other
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
+from engineroom.config.model import LoadedModel
+from engineroom.handlers.base import InferenceHandler
 from engineroom.handlers.markers import hookspec
-
-if TYPE_CHECKING:
-    from engineroom.config.model import LoadedModel
-    from engineroom.handlers.base import InferenceHandler
-    from engineroom.schemas import InferenceRequest, InferenceResponse
-    from engineroom.status import ModelState, ReloadReport
+from engineroom.schemas import InferenceRequest, InferenceResponse
+from engineroom.status import ModelState, ReloadReport
 
 __all__ = ["ObserverSpec"]
 

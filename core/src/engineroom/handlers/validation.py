@@ -7,30 +7,24 @@ from typing import Final
 
 from engineroom.errors import ConfigurationError
 from engineroom.handlers.base import API_VERSION, InferenceHandler
+from engineroom.handlers.markers import PROJECT
 
 __all__ = ["HANDLER_METHODS", "validate_handler"]
 
-_Kind = str
-_PLAIN: Final[_Kind] = "def"
-_COROUTINE: Final[_Kind] = "async def"
-_GENERATOR: Final[_Kind] = "async def with yield"
+_GENERATOR: Final = "async def with yield"
 
-_KINDS: Final[dict[str, _Kind]] = {
-    "can_handle": _PLAIN,
-    "infer": _COROUTINE,
-    "stream_infer": _GENERATOR,
-    "embed": _COROUTINE,
-    "can_load": _PLAIN,
-    "import_runtime": _PLAIN,
-    "runtime_processes": _PLAIN,
-    "load_model": _COROUTINE,
-    "unload_model": _COROUTINE,
-    "estimate_memory": _PLAIN,
-    "capabilities": _PLAIN,
-    "count_tokens": _PLAIN,
-    "health": _PLAIN,
-    "unavailable": _PLAIN,
-}
+
+def _kind(function: object) -> str:
+    if inspect.isasyncgenfunction(function):
+        return _GENERATOR
+    return "async def" if inspect.iscoroutinefunction(function) else "def"
+
+
+_KINDS: Final = {
+    name: _kind(method)
+    for name, method in vars(InferenceHandler).items()
+    if hasattr(method, f"{PROJECT}_spec")
+} | {"stream_infer": _GENERATOR}  # which has no body there
 HANDLER_METHODS: Final = frozenset(_KINDS)
 """The methods of :class:`~engineroom.InferenceHandler` that are hook specifications."""
 
@@ -81,9 +75,11 @@ def _check_api_version(who: str, version: object) -> None:
         )
 
 
-def _check_method(who: str, handler: InferenceHandler, method: str, kind: _Kind) -> None:
+def _check_method(who: str, handler: InferenceHandler, method: str, kind: str) -> None:
     function = getattr(handler, method)
-    correct = _signature(method, getattr(InferenceHandler, method))
+    own = list(inspect.signature(getattr(InferenceHandler, method)).parameters)
+    expected = own[1:]
+    correct = f"`{kind.partition(' with')[0]} {method}({', '.join(own)})`"
     if not callable(function):
         raise ConfigurationError(f"{who}.{method} is not a method; write {correct}")
     if _kind(function) != kind:
@@ -91,7 +87,6 @@ def _check_method(who: str, handler: InferenceHandler, method: str, kind: _Kind)
             f"{who}.{method} is written with {_kind(function)!r}, but it must be {kind!r}; "
             f"write {correct}" + (" and yield its pieces" if kind == _GENERATOR else "")
         )
-    expected = _parameters(getattr(InferenceHandler, method))[1:]
     parameters = inspect.signature(function).parameters
     required = [
         p.name
@@ -116,18 +111,3 @@ def _check_method(who: str, handler: InferenceHandler, method: str, kind: _Kind)
         raise ConfigurationError(
             f"{who}.{method} has its parameters in another order; write {correct}"
         )
-
-
-def _kind(function: object) -> _Kind:
-    if inspect.isasyncgenfunction(function):
-        return _GENERATOR
-    return _COROUTINE if inspect.iscoroutinefunction(function) else _PLAIN
-
-
-def _parameters(function: object) -> list[str]:
-    return list(inspect.signature(function).parameters)  # type: ignore[arg-type]
-
-
-def _signature(method: str, function: object) -> str:
-    prefix = "def" if _KINDS[method] == _PLAIN else "async def"
-    return f"`{prefix} {method}({', '.join(_parameters(function))})`"

@@ -88,15 +88,6 @@ class Admission:
                     waiter.set_result(None)
             self._idle.clear()
 
-    def tell_gaps(self, scope: RequestScope, gaps_s: tuple[float, ...]) -> None:
-        """Tell the observers how far chunks of a stream lay apart."""
-        self.registry.notify(
-            "engineroom_request_gaps",
-            request=scope.request,
-            handler=scope.handler,
-            gaps_s=gaps_s,
-        )
-
     def interrupt(self, reason: str) -> None:
         """Stop everything that runs; its callers are told why."""
         for scope in list(self._running):

@@ -9,13 +9,11 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from engineroom.errors import ConfigurationError
-
-if TYPE_CHECKING:
-    from engineroom.inference.streams import InferenceStream
-    from engineroom.schemas import InferenceResponse
+from engineroom.inference.streams import InferenceStream
+from engineroom.schemas import InferenceResponse
 
 __all__ = ["BlockingPortal", "BlockingStream"]
 

@@ -86,8 +86,10 @@ class Execution:
         closing = False  # nothing may be yielded any more
         async with self:
             handler, loaded_model = await self._open()
-            if self.admission.registry.listens("engineroom_request_gaps"):
-                delivered.listener = partial(self.admission.tell_gaps, scope)
+            registry, hook = self.admission.registry, "engineroom_request_gaps"
+            if registry.listens(hook):
+                tell = partial(registry.notify, hook, request=scope.request, handler=scope.handler)
+                delivered.listener = lambda gaps_s: tell(gaps_s=gaps_s)
             reader = _open_reader(scope, handler, loaded_model)
             try:
                 while not reader.ended:

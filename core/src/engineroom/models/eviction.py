@@ -11,39 +11,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Mapping
 
-from engineroom.config.model import ModelConfig
 from engineroom.errors import ResourceNotAvailableError
 from engineroom.memory.account import MemoryAccount, choose_victims
-from engineroom.status import ModelState
+from engineroom.models.entry import ModelEntry
 from engineroom.units import format_size
 
-__all__ = ["Evictable", "Evictor"]
+__all__ = ["Evictor"]
 
 
-class Evictable(Hashable, Protocol):
-    """What the evictor needs to know of a model.
-
-    The model owns its memory in the account, and its ``str`` is what the account's reports call it.
-    """
-
-    config: ModelConfig
-    state: ModelState
-    retired: bool
-    leases: int
-    waiting_callers: int
-    last_used: float | None
-    ready_at: float
-    load_duration_s: float | None
-    load_timeout_s: float
-
-
-_M = TypeVar("_M", bound=Evictable)
-
-
-class Evictor(Generic[_M]):
+class Evictor:
     """Says who would have to go; somebody else unloads them.
 
     :param account: who holds what.
@@ -54,30 +32,30 @@ class Evictor(Generic[_M]):
     def __init__(
         self,
         account: MemoryAccount,
-        models: Iterable[_M],
+        models: Iterable[ModelEntry],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.account = account
         self.models = models
         self.clock = clock
 
-    def can_ever_fit(self, model: _M, need: Mapping[str, int]) -> bool:
+    def can_ever_fit(self, model: ModelEntry, need: Mapping[str, int]) -> bool:
         """Whether it would fit if everything went that can go."""
         others = [m for m in self.models if not _stays(m) and m is not model]
         return not self.account.lacking(need, without=others)
 
-    def fits_now(self, model: _M, need: Mapping[str, int]) -> bool:
+    def fits_now(self, model: ModelEntry, need: Mapping[str, int]) -> bool:
         """Whether it fits without waiting for any request: next to the others, or for idle ones."""
         return not self.account.lacking(need, without=self._evictable(model, busy=False))
 
-    def victims(self, model: _M, need: Mapping[str, int]) -> list[_M] | None:
+    def victims(self, model: ModelEntry, need: Mapping[str, int]) -> list[ModelEntry] | None:
         """Who would have to go for it now; ``None``: even all who may are not enough."""
         candidates = [*self._evictable(model, busy=False), *self._evictable(model, busy=True)]
         going = [m for m in self.models if m.state == "draining"]
         lacking = self.account.lacking(need, without=going)
         return choose_victims(lacking, [(m, self.account.holding(m)) for m in candidates])
 
-    def seconds_until_next(self, model: _M) -> float | None:
+    def seconds_until_next(self, model: ModelEntry) -> float | None:
         """When the next of the models that were just loaded may be asked to go for this one."""
         waits = [
             self._protected_s(other, model)
@@ -87,7 +65,7 @@ class Evictor(Generic[_M]):
         return min((wait for wait in waits if wait > 0), default=None)
 
     def refusal(
-        self, model: _M, need: Mapping[str, int], waited: str = ""
+        self, model: ModelEntry, need: Mapping[str, int], waited: str = ""
     ) -> ResourceNotAvailableError:
         """Needed, free, and who holds the rest."""
         parts = []
@@ -121,11 +99,11 @@ class Evictor(Generic[_M]):
             model_id=model.config.model_id,
         )
 
-    def _evictable(self, model: _M, *, busy: bool) -> list[_M]:
+    def _evictable(self, model: ModelEntry, *, busy: bool) -> list[ModelEntry]:
         """Ready models that may go for this one, the most dispensable first."""
         return sorted((m for m in self.models if self._may_go(m, model, busy)), key=_last_use)
 
-    def _may_go(self, other: _M, model: _M, busy: bool) -> bool:
+    def _may_go(self, other: ModelEntry, model: ModelEntry, busy: bool) -> bool:
         if other is model or other.state != "ready" or other.waiting_callers or _stays(other):
             return False
         if bool(other.leases) is not busy:
@@ -133,22 +111,22 @@ class Evictor(Generic[_M]):
         lower = other.config.priority <= model.config.priority
         return not busy or (lower and self._protected_s(other, model) <= 0)
 
-    def _protected_s(self, other: _M, model: _M) -> float:
+    def _protected_s(self, other: ModelEntry, model: ModelEntry) -> float:
         """For how long yet a model that was just loaded is not asked to go."""
         stay = min(other.load_duration_s or 0.0, model.load_timeout_s / 2)
         return other.ready_at + stay - self.clock()
 
 
-def _stays(model: Evictable) -> bool:
+def _stays(model: ModelEntry) -> bool:
     return model.config.pinned and not model.retired and model.state != "draining"
 
 
-def _last_use(model: Evictable) -> tuple[int, float]:
+def _last_use(model: ModelEntry) -> tuple[int, float]:
     used = max(model.last_used or 0.0, model.ready_at)
     return model.config.priority, used + (model.load_duration_s or 0.0)
 
 
-def _describe(model: Evictable | None) -> str:
+def _describe(model: ModelEntry | None) -> str:
     if model is None:
         return "being replaced"
     if model.leases:

@@ -17,6 +17,7 @@ import logging
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -326,23 +327,21 @@ class Lifecycle:
         self.queue.wake()
 
 
+@dataclass(slots=True, eq=False)
 class _Lease(AbstractAsyncContextManager[LoadedModel]):
-    __slots__ = ("_entry", "_lifecycle", "_name")
-
-    def __init__(self, lifecycle: Lifecycle, name: str) -> None:
-        self._lifecycle = lifecycle
-        self._name = name
-        self._entry: ModelEntry | None = None
+    lifecycle: Lifecycle
+    name: str
+    entry: ModelEntry | None = None
 
     async def __aenter__(self) -> LoadedModel:
-        self._entry = entry = await self._lifecycle.acquire(self._name)
+        self.entry = entry = await self.lifecycle.acquire(self.name)
         assert entry.loaded is not None
         return entry.loaded
 
     async def __aexit__(self, _: object, error: BaseException | None, __: object) -> None:
-        entry, self._entry = self._entry, None
+        entry, self.entry = self.entry, None
         if entry is not None:
-            self._lifecycle.release(entry, dead=isinstance(error, EngineDeadError))
+            self.lifecycle.release(entry, dead=isinstance(error, EngineDeadError))
 
 
 def _closed(entry: ModelEntry) -> ResourceNotAvailableError:

@@ -43,9 +43,7 @@ class MemoryQueue:
     :param evict: begins to unload a model; called with the entry and the reason.
     """
 
-    def __init__(
-        self, evictor: Evictor[ModelEntry], evict: Callable[[ModelEntry, str], None]
-    ) -> None:
+    def __init__(self, evictor: Evictor, evict: Callable[[ModelEntry, str], None]) -> None:
         self.evictor = evictor
         self._account = evictor.account
         self._evict = evict

@@ -7,15 +7,14 @@ The plan plays the deployment through on a copy of the account, with the very ru
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Literal
 
-from engineroom.config.model import ModelConfig
 from engineroom.memory.account import DeviceMemory, MemoryAccount
 from engineroom.models.candidates import Candidate, NeedFrom
 from engineroom.models.entry import ModelEntry
 from engineroom.models.eviction import Evictor
-from engineroom.status import ModelState
 from engineroom.units import format_size
 
 __all__ = ["Plan", "PlannedModel", "PlannedVariant", "make_plan"]
@@ -108,7 +107,9 @@ def make_plan(
     :param candidates: the variants of each model, by id.
     :param account: the account as it is now; it is not touched.
     """
-    played = {entry: _Model.of(entry) for entry in entries}
+    played = {entry: copy(entry) for entry in entries}
+    for model in played.values():
+        model.waiting_callers = 0  # the play begins when nobody asks for anything
     ledger = account.copy(played)
     play = _Play(Evictor(ledger, played.values()), candidates)
     models = [model for model in played.values() if not model.retired]
@@ -116,51 +117,18 @@ def make_plan(
     return Plan(tuple(actions[model] or play.on_demand(model) for model in models), ledger.report())
 
 
-@dataclass(slots=True, eq=False)
-class _Model:
-    """A model in the play, as the evictor sees it."""
-
-    entry: ModelEntry
-    config: ModelConfig
-    state: ModelState
-    retired: bool
-    leases: int
-    last_used: float | None
-    ready_at: float
-    load_duration_s: float | None
-    load_timeout_s: float
-    waiting_callers: int = 0
-
-    def __str__(self) -> str:
-        return str(self.entry)
-
-    @staticmethod
-    def of(entry: ModelEntry) -> _Model:
-        return _Model(
-            entry=entry,
-            config=entry.config,
-            state=entry.state,
-            retired=entry.retired,
-            leases=entry.leases,
-            last_used=entry.last_used,
-            ready_at=entry.ready_at,
-            load_duration_s=entry.load_duration_s,
-            load_timeout_s=entry.load_timeout_s,
-        )
-
-
 @dataclass(frozen=True, slots=True)
 class _Play:
-    evictor: Evictor[_Model]
+    evictor: Evictor
     candidates: Mapping[str, Sequence[Candidate]]
 
-    def at_start(self, model: _Model, number: int) -> PlannedModel | None:
+    def at_start(self, model: ModelEntry, number: int) -> PlannedModel | None:
         """Keep it, or load it if it fits beside those before it; ``None``: it waits."""
         account, model_id = self.evictor.account, model.config.model_id
         if model.state in ("ready", "loading"):
             model.state = "ready"
-            entry, memory = model.entry, account.holding(model)
-            return PlannedModel(model_id, "loaded", entry.runtime, entry.source, memory)
+            memory = account.holding(model)
+            return PlannedModel(model_id, "loaded", model.runtime, model.source, memory)
         for candidate in self.candidates[model_id] if model.config.preload else ():
             if candidate.error is None and not account.lacking(candidate.need):
                 account.reserve(model, candidate.need)
@@ -169,7 +137,7 @@ class _Play:
                 return self._planned(model, "preload", candidate)
         return None
 
-    def on_demand(self, model: _Model) -> PlannedModel:
+    def on_demand(self, model: ModelEntry) -> PlannedModel:
         """What its first request would do, after the start."""
         candidates, evictor = self.candidates[model.config.model_id], self.evictor
         possible = [
@@ -194,7 +162,7 @@ class _Play:
 
     def _planned(
         self,
-        model: _Model,
+        model: ModelEntry,
         action: Literal["preload", "on demand"],
         chosen: Candidate,
         evicts: tuple[str, ...] = (),
@@ -211,7 +179,7 @@ class _Play:
             self._variants(model, chosen),
         )
 
-    def _variants(self, model: _Model, chosen: Candidate | None) -> tuple[PlannedVariant, ...]:
+    def _variants(self, model: ModelEntry, chosen: Candidate | None) -> tuple[PlannedVariant, ...]:
         variants = []
         for candidate in self.candidates[model.config.model_id]:
             refusal = "" if candidate is chosen else self._refusal(model, candidate)
@@ -227,7 +195,7 @@ class _Play:
             )
         return tuple(variants)
 
-    def _refusal(self, model: _Model, candidate: Candidate) -> str:
+    def _refusal(self, model: ModelEntry, candidate: Candidate) -> str:
         if candidate.error is not None:
             return candidate.error.message
         if not self.evictor.can_ever_fit(model, candidate.need):

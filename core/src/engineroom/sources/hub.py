@@ -14,7 +14,8 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -81,7 +82,7 @@ def pull(
     hub = _library()
     name = f"hf:{source.repo}" + (f":{source.file}" if source.file else "")
     tell = on_progress or (lambda *_: None)
-    with _typed(hub, name):
+    with _typed(name):
         info = hub.HfApi().model_info(source.repo, revision=source.revision, files_metadata=True)
         files = [_file(sibling) for sibling in info.siblings or ()]
         chosen = [file for file in files if source.file in (None, file.name)]
@@ -99,14 +100,10 @@ def cached_repos() -> list[CachedRepo]:
 
     :raises ConfigurationError: ``huggingface_hub`` is not installed.
     """
-    return sorted(
-        (
-            CachedRepo(r.repo_id, _size(r), r.nb_files, r.last_accessed, r.repo_path)
-            for r in _cache(_library()).repos
-            if r.repo_type == "model"
-        ),
-        key=lambda repo: repo.repo,
-    )
+    return [
+        CachedRepo(name, _size(r), r.nb_files, r.last_accessed, r.repo_path)
+        for name, r in sorted(_scan()[1].items())
+    ]
 
 
 def remove_cached(repos: Iterable[str]) -> int:
@@ -116,8 +113,7 @@ def remove_cached(repos: Iterable[str]) -> int:
     :raises ModelNotFoundError: one of them is not here; then none is removed.
     :raises ConfigurationError: ``huggingface_hub`` is not installed.
     """
-    cache = _cache(_library())
-    here = {r.repo_id: r for r in cache.repos if r.repo_type == "model"}
+    cache, here = _scan()
     names = list(dict.fromkeys(repos))
     if missing := [name for name in names if name not in here]:
         raise ModelNotFoundError(
@@ -144,17 +140,15 @@ def _library() -> Any:
     return huggingface_hub
 
 
-def _cache(hub: Any) -> Any:
+def _scan() -> tuple[Any, dict[str, Any]]:
+    """What the library knows of its cache, and the models in it by name."""
     from huggingface_hub.errors import CacheNotFound
 
     try:
-        return hub.scan_cache_dir()
+        cache = _library().scan_cache_dir()
     except CacheNotFound:  # nothing was ever downloaded
-        return _EmptyCache()
-
-
-class _EmptyCache:
-    repos: tuple[Any, ...] = ()
+        return None, {}
+    return cache, {repo.repo_id: repo for repo in cache.repos if repo.repo_type == "model"}
 
 
 def _file(sibling: Any) -> HubFile:
@@ -169,12 +163,16 @@ def _file(sibling: Any) -> HubFile:
 
 def _look_for_room(hub: Any, repo: str, revision: str, files: Sequence[HubFile]) -> None:
     """Refuse before the first byte where the disk cannot hold what is missing."""
+    from huggingface_hub import constants
+
     missing = sum(
         max(0, (file.size or 0) - (partial_bytes(repo, file.sha256) if file.sha256 else 0))
         for file in files
         if not isinstance(hub.try_to_load_from_cache(repo, file.name, revision=revision), str)
     )
-    folder = _cache_folder()
+    folder = Path(constants.HF_HUB_CACHE)
+    while not folder.exists() and folder != folder.parent:  # it is made with the first file
+        folder = folder.parent
     free = shutil.disk_usage(folder).free
     if missing > free:
         raise ResourceNotAvailableError(
@@ -182,16 +180,6 @@ def _look_for_room(hub: Any, repo: str, revision: str, files: Sequence[HubFile])
             f"{format_size(free)} free; remove something (`engineroom models rm-cache`), or set "
             "HF_HOME to a larger disk"
         )
-
-
-def _cache_folder() -> Path:
-    """The cache, or the folder in which it will be made."""
-    from huggingface_hub import constants
-
-    folder = Path(constants.HF_HUB_CACHE)
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return folder
 
 
 def _fetch(
@@ -237,32 +225,29 @@ def _wrong(path: Path, file: HubFile) -> str | None:
     return None if digest.hexdigest() == expected else "its hash is another"
 
 
-class _typed:  # noqa: N801 - reads as a function
-    """Turns what the library raises into errors that say what to do."""
-
-    def __init__(self, hub: Any, name: str) -> None:
-        self._name = name
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is None or isinstance(error, EngineRoomError):
-            return
+@contextmanager
+def _typed(name: str) -> Iterator[None]:
+    """Turn what the library raises into errors that say what to do."""
+    try:
+        yield
+    except EngineRoomError:
+        raise
+    except Exception as error:
         if isinstance(error, OSError) and error.errno in _FULL:
             raise ResourceNotAvailableError(
-                f"{self._name}: the disk is full ({error.strerror}); what has come is kept. "
-                "Remove something (`engineroom models rm-cache`), or set HF_HOME to a larger disk, "
-                "and pull again"
+                f"{name}: the disk is full ({error.strerror}); what has come is kept. Remove "
+                "something (`engineroom models rm-cache`), or set HF_HOME to a larger disk, and "
+                "pull again"
             ) from error
         if isinstance(error, OSError | ValueError | RuntimeError):
             message = next(iter(str(error).splitlines()), "") or type(error).__name__
             raise ModelNotFoundError(
-                f"{self._name} could not be fetched: {message}; check the name and the connection, "
+                f"{name} could not be fetched: {message}; check the name and the connection, "
                 "and log in with `hf auth login` if it is private"
             ) from error
         if type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "requests"):
             raise ModelNotFoundError(
-                f"{self._name}: the hub ({os.environ.get('HF_ENDPOINT', 'huggingface.co')}) cannot "
+                f"{name}: the hub ({os.environ.get('HF_ENDPOINT', 'huggingface.co')}) cannot "
                 f"be reached: {error}; connect and try again"
             ) from error
+        raise
