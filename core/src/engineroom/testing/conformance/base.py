@@ -7,6 +7,7 @@ import functools
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import fields
 from typing import Any, ClassVar, Final, NoReturn
 
 import pytest
@@ -260,16 +261,7 @@ class Checks:
 
     def settings(self) -> Settings:
         """The class attributes."""
-        return Settings(
-            prompt=self.prompt,
-            timeout_s=self.timeout_s,
-            max_stall_s=self.max_stall_s,
-            load_cycles=self.load_cycles,
-            batch_invariant=self.batch_invariant,
-            exclusive=self.exclusive,
-            queue_options=self.queue_options,
-            runtime_modules=tuple(self.runtime_modules),
-        )
+        return Settings(**{field.name: getattr(self, field.name) for field in fields(Settings)})
 
     @pytest.fixture
     def embedding_config(self) -> ModelConfig | None:
