@@ -142,10 +142,11 @@ def _library() -> Any:
 
 def _scan() -> tuple[Any, dict[str, Any]]:
     """What the library knows of its cache, and the models in it by name."""
+    hub = _library()
     from huggingface_hub.errors import CacheNotFound
 
     try:
-        cache = _library().scan_cache_dir()
+        cache = hub.scan_cache_dir()
     except CacheNotFound:  # nothing was ever downloaded
         return None, {}
     return cache, {repo.repo_id: repo for repo in cache.repos if repo.repo_type == "model"}
