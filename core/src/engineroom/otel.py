@@ -98,14 +98,9 @@ class OpenTelemetryObserver:
     @hookimpl
     def engineroom_request_started(self, request: InferenceRequest) -> None:
         """Begin the span, below the caller's."""
-        parent: Context | None = None
-        carrier = {
-            name: value
-            for name in ("traceparent", "tracestate")
-            if isinstance(value := request.metadata.get(name), str)
-        }
-        if "traceparent" in carrier:
-            parent = self._propagator.extract(carrier, Context())
+        names = ("traceparent", "tracestate")
+        carrier = {n: v for n in names if isinstance(v := request.metadata.get(n), str)}
+        below = "traceparent" in carrier
         operation = _operation(request)
         attributes: dict[str, Any] = {
             "gen_ai.operation.name": operation,
@@ -121,8 +116,8 @@ class OpenTelemetryObserver:
             attributes["gen_ai.request.stop_sequences"] = len(request.stop_sequences)
         span = self._tracer.start_span(
             f"{operation} {request.model_id}",
-            context=parent,
-            kind=SpanKind.SERVER if "traceparent" in carrier else SpanKind.INTERNAL,
+            context=self._propagator.extract(carrier, Context()) if below else None,
+            kind=SpanKind.SERVER if below else SpanKind.INTERNAL,
             attributes=attributes,
         )
         if len(self._open) < _MAX_OPEN:

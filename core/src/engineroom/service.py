@@ -260,41 +260,32 @@ class LLMInferenceService:
     def _choose(
         self, scope: RequestScope, loaded_model: LoadedModel
     ) -> tuple[InferenceHandler, list[str]]:
-        """The model's handler, and warnings about what that does not honour."""
+        """The model's handler, and warnings about what that does not honour; or a refusal."""
         handler = self.registry.select(loaded_model)
         scope.handler = handler.name
-        return handler, self._check(handler, scope.request)
-
-    def _check(self, handler: InferenceHandler, request: InferenceRequest) -> list[str]:
-        """Refuse what the handler does not honour, or say so in warnings."""
-        capabilities = self.capabilities_of(handler)
+        request, capabilities = scope.request, self.capabilities_of(handler)
         if request.kind == "embed":
             if not capabilities.embeddings:
                 raise ConfigurationError(
                     f"handler {handler.name!r} makes no embeddings; use another runtime"
                 )
-            return []
+            return handler, []
         unsupported = capabilities.unsupported(request)
-        if not unsupported:
-            return []
-        warn = (request.on_unsupported or self._on_unsupported) == "warn"
         # Without its input a request has nothing to continue: that cannot be a warning.
-        inputs = [name for name in INPUTS if name in unsupported]
-        if inputs:
-            raise ConfigurationError(
-                f"handler {handler.name!r} does not honour {', '.join(unsupported)}; send prompt= "
-                f"instead of {inputs[0]}=, or use another runtime"
+        if lost := [name for name in INPUTS if name in unsupported]:
+            advice = f"send prompt= instead of {lost[0]}=, or use another runtime"
+        else:
+            advice = (
+                f"leave {'it' if len(unsupported) == 1 else 'them'} out, use another runtime, or "
+                'set on_unsupported="warn"'
             )
-        if not warn:
+        warn = (request.on_unsupported or self._on_unsupported) == "warn"
+        if unsupported and (lost or not warn):
             raise ConfigurationError(
-                f"handler {handler.name!r} does not honour {', '.join(unsupported)}; leave "
-                f"{'it' if len(unsupported) == 1 else 'them'} out, use another runtime, or set "
-                'on_unsupported="warn"'
+                f"handler {handler.name!r} does not honour {', '.join(unsupported)}; {advice}"
             )
-        return [
-            f"{name} was ignored: handler {handler.name!r} does not honour it"
-            for name in unsupported
-        ]
+        ignored = f"was ignored: handler {handler.name!r} does not honour it"
+        return handler, [f"{name} {ignored}" for name in unsupported]
 
 
 def _embedding_request(model_id: str, texts: object, **fields: Any) -> EmbeddingRequest:

@@ -110,11 +110,9 @@ def format_size(count: int | None) -> str:
     """Bytes in GiB, or in what is less where that is little; ``None``: not known."""
     if count is None:
         return "unknown"
-    if abs(count) >= 2**30:
-        return f"{count / 2**30:.1f} GiB"
-    for unit, size in (("MiB", 2**20), ("KiB", 2**10)):
+    for unit, size, digits in (("GiB", 2**30, 1), ("MiB", 2**20, 0), ("KiB", 2**10, 0)):
         if abs(count) >= size:
-            return f"{count / size:.0f} {unit}"
+            return f"{count / size:.{digits}f} {unit}"
     return f"{count} B"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Final, Generic, TypeVar
 
 from engineroom.engine.decode_loop import run_in_new_thread
@@ -16,6 +17,7 @@ _T = TypeVar("_T")
 _NOTHING: Final = object()
 
 
+@dataclass(eq=False)
 class BackgroundLoad(Generic[_T]):
     """A load in a thread, which cannot be stopped there: what it makes is given back instead.
 
@@ -28,22 +30,14 @@ class BackgroundLoad(Generic[_T]):
     :param stop: makes a ``make`` that is under way end early. May block.
     """
 
-    def __init__(
-        self,
-        make: Callable[[], _T],
-        free: Callable[[_T], object],
-        *,
-        name: str,
-        stop: Callable[[], object] | None = None,
-    ) -> None:
-        self._make = make
-        self._free = free
-        self._name = name
-        self._stop = stop
-        self._lock = threading.Lock()
-        self._abandoned = False
-        self._ended = False
-        self._made: _T | object = _NOTHING
+    make: Callable[[], _T]
+    free: Callable[[_T], object]
+    name: str = field(kw_only=True)
+    stop: Callable[[], object] | None = field(default=None, kw_only=True)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+    _abandoned: bool = field(default=False, init=False)
+    _ended: bool = field(default=False, init=False)
+    _made: _T | object = field(default=_NOTHING, init=False)
 
     async def result(self) -> _T:
         """Load in a new thread, and wait for it. Cancelling gives the load up.
@@ -54,7 +48,7 @@ class BackgroundLoad(Generic[_T]):
             which would end more than this load.
         """
         try:
-            return await run_in_new_thread(self._typed, f"{self._name}-load")
+            return await run_in_new_thread(self._typed, f"{self.name}-load")
         except asyncio.CancelledError:
             self.abandon()
             raise
@@ -62,7 +56,7 @@ class BackgroundLoad(Generic[_T]):
     def run(self) -> _T:
         """Load in this thread. What is made after :meth:`abandon` is given back at once."""
         try:
-            made = self._make()
+            made = self.make()
         finally:
             with self._lock:
                 self._ended = True
@@ -70,7 +64,7 @@ class BackgroundLoad(Generic[_T]):
             abandoned = self._abandoned
             self._made = _NOTHING if abandoned else made
         if abandoned:
-            self._free(made)
+            self.free(made)
         return made
 
     def abandon(self) -> None:
@@ -78,14 +72,14 @@ class BackgroundLoad(Generic[_T]):
         with self._lock:
             first, self._abandoned = not self._abandoned, True
             made, self._made = self._made, _NOTHING
-            stop = self._stop if first and not self._ended else None
+            stop = self.stop if first and not self._ended else None
         if made is not _NOTHING:  # it came, but nobody got it
-            self._in_thread(lambda: self._free(made))  # type: ignore[arg-type]
+            self._in_thread(lambda: self.free(made))  # type: ignore[arg-type]
         elif stop is not None:
             self._in_thread(stop)
 
     def _in_thread(self, call: Callable[[], object]) -> None:
-        threading.Thread(target=call, name=f"{self._name}-unload", daemon=True).start()
+        threading.Thread(target=call, name=f"{self.name}-unload", daemon=True).start()
 
     def _typed(self) -> _T:
         try:

@@ -54,22 +54,6 @@ class SamplerState:
     :param prompt: token ids of the prompt, which ``repetition_penalty`` counts too.
     """
 
-    __slots__ = (
-        "_random",
-        "bias",
-        "counts",
-        "frequency",
-        "greedy",
-        "min_p",
-        "presence",
-        "repetition",
-        "seen",
-        "temperature",
-        "top_k",
-        "top_p",
-        "touches",
-    )
-
     def __init__(self, params: GenerationParams, prompt: Sequence[int]) -> None:
         self.greedy = params.greedy
         self.temperature = max(1.0 if params.temperature is None else params.temperature, _TINY)
@@ -105,8 +89,6 @@ class SamplerState:
 
 class Sampler(SamplerState):
     """Chooses the next tokens of one request, each from a row of logits in numpy."""
-
-    __slots__ = ("_bias",)
 
     def __init__(self, params: GenerationParams, prompt: Sequence[int]) -> None:
         super().__init__(params, prompt)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from typing import Final, Literal, TypeAlias
@@ -80,21 +80,13 @@ class PluginRecord:
 
 def installed_plugins() -> list[PluginRecord]:
     """All plugins of this environment, sorted by name; nothing is imported."""
-    api = {
-        (_owner(entry)[0], entry.name): _version_named(entry.value) for entry in _entries(API_GROUP)
-    }
+    api = {(owner, e.name): _version_named(e.value) for e, owner, _ in _entries(API_GROUP)}
     records = [
         PluginRecord(
-            name=entry.name,
-            group=group,
-            value=entry.value,
-            distribution=_owner(entry)[0],
-            version=_owner(entry)[1],
-            api_version=api.get((_owner(entry)[0], entry.name)),
-            entry_point=entry,
+            e.name, group, e.value, owner, version, api.get((owner, e.name)), entry_point=e
         )
         for group in (HANDLER_GROUP, PLUGIN_GROUP)
-        for entry in _entries(group)
+        for e, owner, version in _entries(group)
     ]
     return sorted(records, key=lambda record: (record.group, record.name, record.distribution))
 
@@ -153,14 +145,14 @@ def install_hint(runtime: str | None = None) -> str:
     )
 
 
-def _entries(group: str) -> Iterator[EntryPoint]:
+def _entries(group: str) -> Iterable[tuple[EntryPoint, str, str]]:
+    """Entry points, with the names and versions of the distributions that they belong to."""
+    entries: dict[tuple[str, str, str], tuple[EntryPoint, str, str]] = {}
     # An editable install can list the same entry twice, once for each path it is found on.
-    seen: set[tuple[str, str, str]] = set()
     for entry in entry_points(group=group):
-        key = (_owner(entry)[0], entry.name, entry.value)
-        if key not in seen:
-            seen.add(key)
-            yield entry
+        owner, version = _owner(entry)
+        entries.setdefault((owner, entry.name, entry.value), (entry, owner, version))
+    return entries.values()
 
 
 def _version_named(value: str) -> str:

@@ -32,7 +32,11 @@ __all__ = ["ObserverSpec"]
 
 
 class ObserverSpec:
-    """The observer hooks. None of them returns anything."""
+    """The observer hooks. None of them returns anything.
+
+    A ``request`` is the request as it came. It holds the prompt or the texts: do not log it
+    unasked.
+    """
 
     @hookspec
     def engineroom_register_handlers(self, register: Callable[[InferenceHandler], None]) -> None:
@@ -43,11 +47,7 @@ class ObserverSpec:
 
     @hookspec
     def engineroom_request_started(self, request: InferenceRequest) -> None:
-        """A request was accepted; nothing of it has been computed yet.
-
-        :param request: the request as it came. It holds the prompt or the texts: do not log it
-            unasked.
-        """
+        """A request was accepted; nothing of it has been computed yet."""
 
     @hookspec
     def engineroom_request_rejected(self, request: InferenceRequest, reason: str) -> None:
@@ -55,7 +55,6 @@ class ObserverSpec:
 
         It has not started, and does not finish.
 
-        :param request: the request as it came.
         :param reason: ``queue_full``, ``tokens_per_minute``, ``closed``, or what a server of
             one's own calls it: one of few words, fit to be counted by.
         """
@@ -64,9 +63,8 @@ class ObserverSpec:
     def engineroom_request_waited(self, request: InferenceRequest, waited_s: float) -> None:
         """A server let a request in that had to wait, or not, for its limits.
 
-        Time in a runtime's own queue is not in it.
+        The request starts next. Time in a runtime's own queue is not in it.
 
-        :param request: the request as it came; it starts next.
         :param waited_s: seconds that it waited.
         """
 
@@ -79,7 +77,6 @@ class ObserverSpec:
         Called now and then while it goes on, and at its end, before it finishes. As long as no
         observer has this hook, nothing is measured.
 
-        :param request: the request as it came.
         :param handler: name of the handler that does the work.
         :param gaps_s: seconds between each two chunks since the last call, in order.
         """
@@ -90,15 +87,13 @@ class ObserverSpec:
     ) -> None:
         """A request has ended, in whatever way; called exactly once for each that started.
 
-        :param request: the request as it came.
-        :param response: what came of it; ``finish_reason`` is never ``None``.
+        :param response: its ``finish_reason`` is never ``None``.
         """
 
     @hookspec
     def engineroom_model_loaded(self, loaded_model: LoadedModel, duration_s: float) -> None:
         """A model is ready.
 
-        :param loaded_model: the model.
         :param duration_s: seconds that loading took.
         """
 
@@ -119,7 +114,6 @@ class ObserverSpec:
     ) -> None:
         """A model went from one state to another.
 
-        :param model_id: the model.
         :param old_state: ``unloaded``, ``loading``, ``ready``, ``draining`` or ``failed``.
         :param new_state: one of these, and another.
         :param reason: why, in words.
@@ -127,7 +121,4 @@ class ObserverSpec:
 
     @hookspec
     def engineroom_deployment_reloaded(self, report: ReloadReport) -> None:
-        """The deployment was read anew, and something of it changed.
-
-        :param report: which models were added, removed and changed.
-        """
+        """The deployment was read anew, and something of it changed."""

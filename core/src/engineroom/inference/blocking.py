@@ -146,11 +146,12 @@ class BlockingStream(Iterator[str]):
         self.close()
 
     async def _advance(self) -> str | None:
-        if self._stream is None:
-            self._stream = self._make()
-        return await anext(self._stream, None)
+        return await anext(self._opened(), None)
 
     async def _end(self) -> None:
+        await self._opened().aclose()
+
+    def _opened(self) -> InferenceStream:
         if self._stream is None:
             self._stream = self._make()
-        await self._stream.aclose()
+        return self._stream

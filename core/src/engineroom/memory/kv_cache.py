@@ -14,12 +14,7 @@ __all__ = ["KVLayer", "kv_layers", "kv_values_per_token"]
 
 _LAYERS: Final = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _HEADS: Final = ("num_attention_heads", "n_head", "num_heads", "n_heads")
-_KV_HEADS: Final = (
-    "num_key_value_heads",
-    "num_kv_heads",
-    "n_head_kv",
-    "multi_query_group_num",
-)
+_KV_HEADS: Final = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num")
 _WIDTH: Final = ("hidden_size", "n_embd", "d_model", "dim")
 _HEAD_WIDTH: Final = ("head_dim", "d_kv", "kv_channels")
 _STATES: Final = frozenset({"linear_attention", "mamba", "mamba2", "conv", "recurrent"})

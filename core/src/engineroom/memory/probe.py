@@ -57,22 +57,16 @@ class MachineProbe:
 
     def capacity(self, device: str) -> int | None:
         """What is free now, or the control group still allows, less a twentieth."""
-        if device == "cpu":
-            free: int | None = self._main_memory()
-        elif (gpu := _gpu(device)) is not None:
-            free = gpu[0]
-        else:
-            return None
+        gpu = None if device == "cpu" else _gpu(device)
+        free = self._main_memory() if device == "cpu" else gpu and gpu[0]
         return None if free is None else int(free * (1 - KEPT_SHARE))
 
     def used(self, devices: Iterable[str], without: Collection[int] = ()) -> dict[str, int]:
         """Of ``cpu`` what this process and its children have resident; of a GPU what all use."""
         used = {}
         for device in devices:
-            if device == "cpu":
-                amount = _resident(without)
-            else:
-                amount = gpu[1] if (gpu := _gpu(device)) is not None else None
+            gpu = None if device == "cpu" else _gpu(device)
+            amount = _resident(without) if device == "cpu" else gpu and gpu[1]
             if amount is not None:
                 used[device] = amount
         return used
