@@ -19,6 +19,9 @@ settings.register_profile("any-machine", deadline=None)
 settings.load_profile("any-machine")
 
 
+# Else pytest-asyncio asks for the current event loop, which makes one that nobody closes.
+asyncio.set_event_loop(None)
+
 # A shell without job control starts what runs in the background with interrupts ignored, and the
 # processes that tests start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -8,12 +8,13 @@ import pkgutil
 from types import SimpleNamespace
 from typing import Any
 
-import httpx
 import pytest
 
 pytest.importorskip("uvicorn", reason="needs the extra engineroom[server]")
 pytest.importorskip("msgspec", reason="needs the extra engineroom[server]")
+pytest.importorskip("httpx", reason="needs the extra engineroom[chat]")
 
+import httpx
 from pydantic import BaseModel
 
 from engineroom.schemas import GenerationParams, InferenceRequest
