@@ -17,17 +17,18 @@ from engineroom.errors import ConfigurationError
 from engineroom.handlers.base import InferenceHandler
 from engineroom.handlers.discovery import HANDLER_GROUP, install_hint, installed_plugins
 from engineroom.schemas import ChatMessage
-from engineroom.testing.conformance.foundations import FOUNDATIONS, Foundation, lay
+from engineroom.testing.conformance.foundations import FOUNDATIONS, Foundation
 from engineroom.testing.conformance.kit import Kit, Settings
 from engineroom.testing.conformance.outcomes import (
     BrokenRuleError,
     HungError,
     InapplicableError,
     LoopLostError,
+    told,
 )
 from engineroom.testing.conformance.rules import RULES, rule_page
 
-__all__ = ["Checks", "Session", "check", "explain"]
+__all__ = ["Checks", "Session", "check", "explain", "foundation"]
 
 Body = Callable[[Any, Kit], Awaitable[None]]
 
@@ -35,27 +36,40 @@ MAX_HUNG: Final = 3
 """After so many checks that hung, the rest is not tried: each would take its whole time."""
 
 
-def check(needs: Foundation | None = "stream-ends") -> Callable[[Body], Callable[..., None]]:
+def check(
+    needs: Foundation | None = "stream-ends", rule: str = ""
+) -> Callable[[Body], Callable[..., None]]:
     """A check of the rule that the method is named for.
 
     The coroutine becomes a plain test function: no plugin of pytest's takes part.
 
     :param needs: the last of the foundations without which it makes no sense.
+    :param rule: the rule, where one coroutine serves several.
     """
 
     def wrap(body: Body) -> Callable[..., None]:
-        rule = body.__name__.removeprefix("test_").replace("_", "-")
-        assert rule in RULES, rule
+        if rule:
+            body.__name__ = f"test_{rule.replace('-', '_')}"
+        name = body.__name__.removeprefix("test_").replace("_", "-")
+        assert name in RULES, name
 
         @functools.wraps(body)
         def test(self: Any, conformance: Session) -> None:
-            conformance.perform(rule, needs, lambda kit: body(self, kit))
+            conformance.perform(name, needs, lambda kit: body(self, kit))
 
         test.__signature__ = _SIGNATURE  # type: ignore[attr-defined]
-        test.__engineroom_check__ = rule  # type: ignore[attr-defined]
+        test.__engineroom_check__ = name  # type: ignore[attr-defined]
         return test
 
     return wrap
+
+
+def foundation(rule: Foundation) -> Callable[..., None]:
+    """The check of a foundation: that has looked before."""
+
+    async def body(self: Any, kit: Kit) -> None: ...
+
+    return check(rule, rule)(body)
 
 
 def _shape(self: Any, conformance: Session) -> None: ...
@@ -107,9 +121,7 @@ class Session:
         except (BrokenRuleError, InapplicableError) as error:
             outcome = error
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - told as a failure
-            outcome = BrokenRuleError(
-                did="ran the check", expected="no exception", saw=_trace(error)
-            )
+            outcome = _unexpected("ran the check", error)
         # Outside of the except: the kit's own traceback would only be in the way.
         if isinstance(outcome, InapplicableError):
             # All skips are told at this line: the rule tells them apart.
@@ -119,7 +131,8 @@ class Session:
 
     def _lay_foundations(self, rule: str, needs: Foundation) -> None:
         """Lay the foundations up to ``needs``; skip or fail if one does not hold."""
-        for name in FOUNDATIONS[: FOUNDATIONS.index(needs) + 1]:
+        names = list(FOUNDATIONS)
+        for name in names[: names.index(needs) + 1]:
             if name not in self._laid:
                 self._laid[name] = self._try(name)
             outcome = self._laid[name]
@@ -137,13 +150,13 @@ class Session:
         try:
             if name == "handler-is-valid":
                 self._make()
-            self._run(lambda kit: lay(name, kit))
+            self._run(FOUNDATIONS[name])
         except LoopLostError:
             raise
         except (BrokenRuleError, InapplicableError) as error:
             return error
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - told by its check
-            return BrokenRuleError(did=f"{name}", expected="no exception", saw=_trace(error))
+            return _unexpected(name, error)
         return None
 
     def _make(self) -> None:
@@ -188,10 +201,10 @@ class Session:
         kit.loop.close()
 
 
-def _trace(error: BaseException) -> str:
+def _unexpected(did: str, error: BaseException) -> BrokenRuleError:
     frames = traceback.extract_tb(error.__traceback__)
     last = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{last}"
+    return BrokenRuleError(did=did, expected="no exception", saw=told(error) + last)
 
 
 _STASH: Final = pytest.StashKey[Session]()

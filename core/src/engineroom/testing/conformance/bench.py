@@ -15,7 +15,7 @@ from engineroom.service import LLMInferenceService
 from engineroom.testing.conformance.outcomes import broken
 from engineroom.testing.conformance.patience import Patience
 
-__all__ = ["Bench", "Streamed", "again", "said"]
+__all__ = ["Bench", "Streamed", "again", "refused", "said"]
 
 
 @dataclass(slots=True)
@@ -113,6 +113,17 @@ def again(request: InferenceRequest, **update: Any) -> InferenceRequest:
     """The same request under another id."""
     fields = request.model_dump(exclude={"request_id"}, exclude_unset=True)
     return InferenceRequest.model_validate({**fields, **update})
+
+
+def refused(response: InferenceResponse, did: str, named: str = "") -> None:
+    """:raises BrokenRuleError: the response is no ConfigurationError that names this."""
+    message = response.error_message or ""
+    if response.error_type != "ConfigurationError" or named not in message:
+        broken(
+            did=did,
+            expected="a ConfigurationError" + (f" that names {named}" if named else ""),
+            saw=message or f"an answer: {response.finish_reason!r}, {response.generated_text!r}",
+        )
 
 
 def said(request: InferenceRequest) -> str:

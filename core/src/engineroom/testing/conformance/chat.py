@@ -44,9 +44,13 @@ class ChatChecks(Checks):
                     "how messages are rendered is not known; write render_chat(loaded_model, "
                     "messages) in the suite"
                 )
-            request = kit.request(params=kit.greedy(), messages=messages)
+            request = kit.likely(messages=messages)
             chatted = await kit.bench.answer(request)
-            prompted = await kit.bench.answer(kit.request(rendered, params=kit.greedy()))
+            prompted = await kit.bench.answer(
+                kit.likely(
+                    rendered,
+                )
+            )
             compared += 1
             if chatted.generated_text != prompted.generated_text:
                 broken(
@@ -62,7 +66,7 @@ class ChatChecks(Checks):
         _need_chat(kit)
         for roles in _ODD:
             messages = [ChatMessage(role=r, content=f"I am {r}.") for r in roles]
-            request = kit.request(n=2, params=kit.greedy(), messages=messages)
+            request = kit.likely(n=2, messages=messages)
             response = await kit.bench.infer(request)
             if response.error_message is None:
                 continue

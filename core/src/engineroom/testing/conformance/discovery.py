@@ -20,10 +20,10 @@ from engineroom.errors import (
 )
 from engineroom.handlers.base import API_VERSION, HandlerHealth
 from engineroom.handlers.discovery import HANDLER_GROUP, installed_plugins
-from engineroom.testing.conformance.base import Checks, check
+from engineroom.testing.conformance.base import Checks, check, foundation
 from engineroom.testing.conformance.fresh_import import RUNTIMES, loaded_by
 from engineroom.testing.conformance.kit import Kit
-from engineroom.testing.conformance.outcomes import broken, skip
+from engineroom.testing.conformance.outcomes import broken, skip, told
 
 __all__ = ["DiscoveryChecks"]
 
@@ -35,9 +35,7 @@ _TRIES: Final = 10
 class DiscoveryChecks(Checks):
     """Before a request comes."""
 
-    @check(needs="handler-is-valid")
-    async def test_handler_is_valid(self, kit: Kit) -> None:
-        """Its foundation has looked."""
+    test_handler_is_valid = foundation("handler-is-valid")
 
     @check(needs="handler-is-valid")
     async def test_entry_point(self, kit: Kit) -> None:
@@ -55,7 +53,7 @@ class DiscoveryChecks(Checks):
             try:
                 loaded = record.entry_point.load()
             except (Exception, SystemExit) as error:  # noqa: BLE001 - foreign, told as the finding
-                broken(did=did, expected="the handler", saw=f"{type(error).__name__}: {error}")
+                broken(did=did, expected="the handler", saw=told(error))
             name = getattr(loaded, "name", None)
             same = loaded is type(handler) or isinstance(loaded, type(handler))
             if record.name != handler.name or name != record.name or not same:
@@ -90,13 +88,8 @@ class DiscoveryChecks(Checks):
                     saw=f"{', '.join(names)} was imported",
                 )
 
-    @check(needs="capabilities")
-    async def test_capabilities(self, kit: Kit) -> None:
-        """Its foundation has looked."""
-
-    @check(needs="can-load")
-    async def test_can_load(self, kit: Kit) -> None:
-        """Its foundation has looked."""
+    test_capabilities = foundation("capabilities")
+    test_can_load = foundation("can-load")
 
     @check(needs="handler-is-valid")
     async def test_can_load_foreign(self, kit: Kit) -> None:
@@ -108,13 +101,9 @@ class DiscoveryChecks(Checks):
                     ModelConfig(model_id="foreign", source=source),
                 )
 
-    @check(needs="model-loads")
-    async def test_model_loads(self, kit: Kit) -> None:
-        """Its foundation has looked."""
+    test_model_loads = foundation("model-loads")
 
-    @check(needs="can-handle")
-    async def test_can_handle(self, kit: Kit) -> None:
-        """Its foundation has looked."""
+    test_can_handle = foundation("can-handle")
 
     @check(needs="handler-is-valid")
     async def test_can_handle_foreign(self, kit: Kit) -> None:
@@ -221,18 +210,11 @@ class DiscoveryChecks(Checks):
         with tempfile.TemporaryDirectory() as folder:
             source = str(Path(folder) / "there-is-no-such-model")
             config = _plain(kit, source, kit.config.choices()[0].options)
-            try:
-                loaded = await kit.within(
-                    kit.handler.load_model(config), f"load_model(source={source!r})"
-                )
-            except (ModelNotFoundError, ConfigurationError, ResourceNotAvailableError):
+            did = f"load_model(source={source!r}), where there is nothing"
+            right = (ModelNotFoundError, ConfigurationError, ResourceNotAvailableError)
+            loaded = await kit.outcome(kit.handler.load_model(config), did, *right)
+            if isinstance(loaded, Exception):
                 return
-            except Exception as error:  # noqa: BLE001 - foreign code, told as the finding
-                broken(
-                    did=f"load_model(source={source!r}), where there is nothing",
-                    expected="ModelNotFoundError, ConfigurationError or ResourceNotAvailableError",
-                    saw=f"{type(error).__name__}: {error}",
-                )
             await kit.within(kit.handler.unload_model(loaded), "unload_model")
         skip("the runtime loads a model from any source at all")
 
@@ -242,14 +224,11 @@ class DiscoveryChecks(Checks):
         choice = kit.config.choices()[0]
         config = _plain(kit, choice.source or "", {**choice.options, option: 1})
         did = f"load_model(options={{…, {option!r}: 1}})"
-        try:
-            loaded = await kit.within(kit.handler.load_model(config), did)
-        except ConfigurationError as error:
-            if option not in error.message:
-                broken(did=did, expected="that the message names the option", saw=error.message)
+        loaded = await kit.outcome(kit.handler.load_model(config), did, ConfigurationError)
+        if isinstance(loaded, Exception):
+            if option not in str(loaded):
+                broken(did=did, expected="that the message names the option", saw=str(loaded))
             return
-        except Exception as error:  # noqa: BLE001 - foreign code, told as the finding
-            broken(did=did, expected="a ConfigurationError", saw=f"{type(error).__name__}: {error}")
         await kit.within(kit.handler.unload_model(loaded), "unload_model")
         broken(did=did, expected="a ConfigurationError that names it", saw="that it was ignored")
 
@@ -274,7 +253,7 @@ def _say_no(did: str, question: Callable[[Any], object], about: object) -> None:
     try:
         answer = question(about)
     except Exception as error:  # noqa: BLE001 - foreign code, told as the finding
-        broken(did=did, expected="the bool False", saw=f"{type(error).__name__}: {error}")
+        broken(did=did, expected="the bool False", saw=told(error))
     if answer is not False:
         broken(did=did, expected="the bool False", saw=repr(answer))
 

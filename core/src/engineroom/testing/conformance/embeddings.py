@@ -109,33 +109,14 @@ class EmbeddingChecks(Checks):
     async def test_embeddings_refused(self, kit: Kit) -> None:
         if not kit.capabilities.embeddings:
             await kit.bench.load()
-            try:
-                embeddings = await kit.within(kit.handler.embed(kit.bench.loaded, ["a"]), "embed")
-            except ConfigurationError:
-                return
-            except Exception as error:  # noqa: BLE001 - told as a broken rule
-                _wrong("embed, which capabilities() does not claim", error)
-            broken(
-                did="embed, which capabilities() does not claim",
-                expected="a ConfigurationError",
-                saw=type(embeddings).__name__,
-            )
+            await _refused(kit, kit.bench, "a", "embed, which capabilities() does not claim")
+            return
         async with _model(kit) as bench:
             most = bench.loaded.max_context_tokens
             if most is None or most > 1 << 17:
                 skip("max_context_tokens is not told, or too large to be filled")
-            text = "duck " * (most + 1)
-            try:
-                await kit.within(kit.handler.embed(bench.loaded, [text]), "embed")
-            except ConfigurationError:
-                return
-            except Exception as error:  # noqa: BLE001 - told as a broken rule
-                _wrong("embed of a text that is longer than max_context_tokens", error)
-            broken(
-                did=f"embed of a text of {most + 1} words, where max_context_tokens is {most}",
-                expected="a ConfigurationError",
-                saw="a vector",
-            )
+            did = f"embed of a text of {most + 1} words, where max_context_tokens is {most}"
+            await _refused(kit, bench, "duck " * (most + 1), did)
 
 
 @asynccontextmanager
@@ -173,8 +154,11 @@ async def _embed(kit: Kit, bench: Bench, texts: Sequence[str]) -> Embeddings:
     return embeddings
 
 
-def _wrong(did: str, error: Exception) -> None:
-    broken(did=did, expected="a ConfigurationError", saw=f"{type(error).__name__}: {error}")
+async def _refused(kit: Kit, bench: Bench, text: str, did: str) -> None:
+    work = kit.handler.embed(bench.loaded, [text])
+    embeddings = await kit.outcome(work, did, ConfigurationError)
+    if not isinstance(embeddings, ConfigurationError):
+        broken(did=did, expected="a ConfigurationError", saw=type(embeddings).__name__)
 
 
 def _distance(a: Sequence[float], b: Sequence[float]) -> float:

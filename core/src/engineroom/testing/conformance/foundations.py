@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Final, Literal, TypeAlias, get_args
+from typing import Final, Literal, TypeAlias
 
 from engineroom.errors import EngineRoomError
 from engineroom.handlers.base import Capabilities
@@ -13,7 +13,7 @@ from engineroom.testing.conformance.bench import said
 from engineroom.testing.conformance.kit import Kit
 from engineroom.testing.conformance.outcomes import HungError, broken
 
-__all__ = ["FOUNDATIONS", "Foundation", "lay"]
+__all__ = ["FOUNDATIONS", "Foundation"]
 
 Foundation: TypeAlias = Literal[
     "handler-is-valid",
@@ -25,16 +25,7 @@ Foundation: TypeAlias = Literal[
     "chunks-are-text",
     "stream-ends",
 ]
-FOUNDATIONS: Final[tuple[Foundation, ...]] = get_args(Foundation)
 _PROBE_TOKENS: Final = 6
-
-
-async def lay(name: Foundation, kit: Kit) -> None:
-    """Check one.
-
-    :raises BrokenRuleError: it does not hold.
-    """
-    await _LAY[name](kit)
 
 
 async def _handler_is_valid(kit: Kit) -> None:
@@ -101,7 +92,9 @@ async def _can_handle(kit: Kit) -> None:
 
 
 async def _answers(kit: Kit) -> None:
-    request = kit.request(n=_PROBE_TOKENS, params=kit.greedy())
+    request = kit.likely(
+        n=_PROBE_TOKENS,
+    )
     did = f"infer({said(request)})"
     response = await kit.within(kit.handler.infer(kit.bench.loaded, request), did)
     if not isinstance(response, InferenceResponse):
@@ -137,11 +130,17 @@ async def _answers(kit: Kit) -> None:
             expected="the request's ids, a text, how it ended, and counts",
             saw=", ".join(wrong),
         )
-    await kit.bench.answer(kit.request(n=_PROBE_TOKENS, params=kit.greedy()))
+    await kit.bench.answer(
+        kit.likely(
+            n=_PROBE_TOKENS,
+        )
+    )
 
 
 async def _chunks_are_text(kit: Kit) -> None:
-    request = kit.request(n=_PROBE_TOKENS, params=kit.greedy())
+    request = kit.likely(
+        n=_PROBE_TOKENS,
+    )
     did = f"stream_infer({said(request)})"
     generator = kit.bench.direct(request)
     try:
@@ -165,7 +164,9 @@ async def _chunks_are_text(kit: Kit) -> None:
 
 
 async def _stream_ends(kit: Kit) -> None:
-    request = kit.request(n=_PROBE_TOKENS, params=kit.greedy())
+    request = kit.likely(
+        n=_PROBE_TOKENS,
+    )
     did = f"stream_infer({said(request)}), read to its end"
     generator = kit.bench.direct(request)
     most = 8 * _PROBE_TOKENS
@@ -188,7 +189,7 @@ async def _next(generator: object) -> object:
     return await anext(generator, _OVER)  # type: ignore[call-overload]
 
 
-_LAY: Final[Mapping[Foundation, Callable[[Kit], Awaitable[None]]]] = {
+FOUNDATIONS: Final[Mapping[Foundation, Callable[[Kit], Awaitable[None]]]] = {
     "handler-is-valid": _handler_is_valid,
     "capabilities": _capabilities,
     "can-load": _can_load,
@@ -198,3 +199,4 @@ _LAY: Final[Mapping[Foundation, Callable[[Kit], Awaitable[None]]]] = {
     "chunks-are-text": _chunks_are_text,
     "stream-ends": _stream_ends,
 }
+"""What looks at each, in their order; it raises ``BrokenRuleError`` where one does not hold."""

@@ -26,7 +26,7 @@ class HygieneChecks(Checks):
             kit.loop.forget_stalls()
             await bench.load()
             for text in (kit.settings.prompt, prompt):
-                request = kit.request(text, 12, params=kit.greedy(), model_id=bench.config.model_id)
+                request = kit.likely(text, 12, model_id=bench.config.model_id)
                 await bench.answer(request)
                 await bench.stream(again(request))
             await kit.within(bench.manager.unload(bench.config.model_id), "unload_model")
@@ -41,7 +41,9 @@ class HygieneChecks(Checks):
 
     @check()
     async def test_no_leaked_tasks(self, kit: Kit) -> None:
-        request = kit.request(n=4, params=kit.greedy())
+        request = kit.likely(
+            n=4,
+        )
         await kit.bench.answer(again(request))  # an engine may begin its own with the first
         await kit.turns()
         before = kit.tasks()

@@ -16,9 +16,9 @@ from engineroom.errors import ConfigurationError
 from engineroom.handlers.base import Capabilities, InferenceHandler
 from engineroom.handlers.token_handler import effective_capabilities
 from engineroom.schemas import GenerationParams, InferenceRequest, InferenceResponse
-from engineroom.testing.conformance.bench import Bench, again
+from engineroom.testing.conformance.bench import Bench, again, said
 from engineroom.testing.conformance.loop import LoopThread
-from engineroom.testing.conformance.outcomes import skip
+from engineroom.testing.conformance.outcomes import BrokenRuleError, broken, skip, told
 from engineroom.testing.conformance.patience import Patience
 
 __all__ = ["PROMPTS", "Kit", "Settings"]
@@ -175,6 +175,24 @@ class Kit(Patience):
         claimed = {name: value for name, value in both.items() if self.honours(name)}
         return claimed or ({"top_k": 1} if self.honours("top_k") else {})
 
+    def likely(
+        self, prompt: str | None = None, n: int | None = 16, **fields: Any
+    ) -> InferenceRequest:
+        """A request for the likeliest text."""
+        return self.request(
+            prompt, n, params={**self.greedy(), **fields.pop("params", {})}, **fields
+        )
+
+    async def text(self, request: InferenceRequest) -> str:
+        """The text of the answer to a request like this one."""
+        return (await self.bench.answer(again(request))).generated_text or ""
+
+    async def both(self, request: InferenceRequest) -> list[tuple[str, InferenceResponse]]:
+        """What ``infer`` and, if it is told, the end of a stream say; neither may fail."""
+        streamed = (await self.bench.stream(again(request))).response
+        ends = [("infer", await self.bench.answer(again(request))), ("stream", streamed)]
+        return [(f"{way}({said(request)})", end) for way, end in ends if end is not None]
+
     async def once(self, key: object, ask: Callable[[], Awaitable[_T]]) -> _T:
         """What ``ask`` gives; asked the first time, then remembered under ``key``."""
         if key not in self._known:
@@ -263,6 +281,37 @@ class Kit(Patience):
         expected, actual = expected or "", actual or ""
         begins = actual.startswith(expected[:_SURE_CHARS])
         return begins and len(actual) * 4 >= len(expected)
+
+    async def unchanged(
+        self, did: str, what: str, alone: str | None, beside: Callable[[], Awaitable[str | None]]
+    ) -> None:
+        """Whatever else happens, a text must be the one that its request has ``alone``.
+
+        :raises BrokenRuleError: it is another, where the batch changes digits four times.
+        """
+        texts: list[str | None] = []
+        for _ in range(1 if self.settings.batch_invariant else 4):
+            texts.append(await beside())
+            if self.alike(alone, texts[-1]):
+                return
+        broken(did=did, expected=f"{what}, {alone!r}", saw=" / ".join(map(repr, texts)))
+
+    async def outcome(
+        self, work: Awaitable[_T], did: str, *right: type[Exception]
+    ) -> _T | Exception:
+        """What comes of foreign code: a result, or one of the errors that are ``right``.
+
+        :raises BrokenRuleError: another error.
+        """
+        try:
+            return await self.within(work, did)
+        except BrokenRuleError:
+            raise
+        except right as error:
+            return error
+        except Exception as error:  # noqa: BLE001 - foreign code, told as the finding
+            names = " or ".join(kind.__name__ for kind in right)
+            broken(did=did, expected=f"a {names}", saw=told(error))
 
     async def has_choice(self) -> bool:
         """Whether the model wavers between tokens at all, so that sampling can show."""

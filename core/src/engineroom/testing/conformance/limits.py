@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from engineroom.testing.conformance.base import Checks, check
-from engineroom.testing.conformance.bench import again, said
+from engineroom.testing.conformance.bench import again, refused, said
 from engineroom.testing.conformance.kit import Kit
-from engineroom.testing.conformance.outcomes import broken, skip
+from engineroom.testing.conformance.outcomes import broken, same, skip
 
 __all__ = ["LimitChecks"]
 
@@ -59,7 +59,12 @@ class LimitChecks(Checks):
                 skip("count_tokens() returns None: the runtime cannot tell")
             if type(counted) is not int or counted < 0:
                 broken(did=f"count_tokens({prompt!r})", expected="a number", saw=repr(counted))
-            response = await kit.bench.answer(kit.request(prompt, 1, params=kit.greedy()))
+            response = await kit.bench.answer(
+                kit.likely(
+                    prompt,
+                    1,
+                )
+            )
             if response.prompt_tokens is None:
                 broken(
                     did=f"infer(prompt={prompt!r})",
@@ -78,26 +83,18 @@ class LimitChecks(Checks):
     async def test_max_new_tokens(self, kit: Kit) -> None:
         kit.need("max_new_tokens")
         for n in (1, 2, 7):
-            request = kit.request(n=n, params=kit.greedy())
-            for way, response in (
-                ("infer", await kit.bench.answer(request)),
-                ("stream", (await kit.bench.stream(again(request))).response),
-            ):
-                if response is None or response.generated_tokens is None:
-                    continue
+            for did, response in await kit.both(kit.likely(n=n)):
                 count, reason = response.generated_tokens, response.finish_reason
+                if count is None:
+                    continue
                 if count > n or (count < n and reason == "length"):
                     broken(
-                        did=f"{way}({said(request)})",
+                        did=did,
                         expected=f"{n} tokens, or fewer with the finish reason eos_token",
                         saw=f"{count} tokens with {reason!r}",
                     )
                 if count == n and reason not in ("length", "eos_token"):
-                    broken(
-                        did=f"{way}({said(request)})",
-                        expected="the finish reason 'length'",
-                        saw=repr(reason),
-                    )
+                    broken(did=did, expected="the finish reason 'length'", saw=repr(reason))
 
     @check()
     async def test_max_new_tokens_none(self, kit: Kit) -> None:
@@ -144,45 +141,26 @@ class LimitChecks(Checks):
         determined = bool(kit.greedy()) and "max_new_tokens" not in unclaimed
         plain = (await kit.plain(n=6)).generated_text if determined else None
         for name in unclaimed:
-            params = {**kit.greedy(), name: UNUSUAL[name]}
-            request = kit.request(n=6, params=params)
-            refused = await kit.bench.infer(request)
-            if refused.error_type != "ConfigurationError" or name not in (
-                refused.error_message or ""
-            ):
-                broken(
-                    did=f"infer({said(request)}), which is not claimed",
-                    expected=f"a ConfigurationError that names {name}",
-                    saw=refused.error_message or "an answer",
-                )
-            request = kit.request(n=6, params=params, on_unsupported="warn")
-            ignored = await kit.bench.infer(request)
-            did = f'infer({said(request)}), which is not claimed, with on_unsupported="warn"'
+            request = kit.likely(n=6, params={name: UNUSUAL[name]})
+            did = f"infer({said(request)}), which is not claimed"
+            refused(await kit.bench.infer(request), did, name)
+            ignored = await kit.bench.infer(again(request, on_unsupported="warn"))
+            did += ', with on_unsupported="warn"'
             if ignored.error_message is not None or not any(name in w for w in ignored.warnings):
                 broken(
                     did=did,
                     expected=f"an answer and a warning that names {name}",
                     saw=ignored.error_message or f"the warnings {ignored.warnings}",
                 )
-            if determined and ignored.generated_text != plain:
-                broken(
-                    did=did,
-                    expected=f"the text without it, {plain!r}",
-                    saw=repr(ignored.generated_text),
-                )
+            if determined:
+                same(did, "the text without it", plain, ignored.generated_text)
 
     @check()
     async def test_unknown_adapter(self, kit: Kit) -> None:
-        request = kit.request(n=6, params=kit.greedy(), adapter="no-such-adapter")
+        request = kit.likely(n=6, adapter="no-such-adapter")
         named = "no-such-adapter" if kit.capabilities.adapters else "adapter"
-        refused = await kit.bench.infer(request)
-        message = refused.error_message or ""
-        if refused.error_type != "ConfigurationError" or named not in message:
-            broken(
-                did=f"infer({said(request)}, adapter='no-such-adapter')",
-                expected=f"a ConfigurationError that names {named}",
-                saw=message or "an answer",
-            )
+        did = f"infer({said(request)}, adapter='no-such-adapter')"
+        refused(await kit.bench.infer(request), did, named)
         await kit.plain(n=6)
 
     @check()
@@ -190,18 +168,12 @@ class LimitChecks(Checks):
         kit.need("num_beams")
         if not await kit.has_choice():
             skip("the model says the same whatever is asked: it leaves no choice")
-        params = {**kit.greedy(), "num_beams": 4}
         other = False
         for prompt in kit.prompts:
-            request = kit.request(prompt, 24, params=params)
-            texts = [(await kit.bench.answer(again(request))).generated_text for _ in range(2)]
-            if texts[0] != texts[1]:
-                broken(
-                    did=f"infer({said(request)}), twice",
-                    expected="the same text",
-                    saw=f"{texts[0]!r}, then {texts[1]!r}",
-                )
-            other = other or texts[0] != (await kit.plain(prompt, 24)).generated_text
+            request = kit.likely(prompt, 24, params={"num_beams": 4})
+            first, second = await kit.text(request), await kit.text(request)
+            same(f"infer({said(request)}), twice", "the same text", first, second)
+            other = other or first != (await kit.plain(prompt, 24)).generated_text
         if not other:
             broken(
                 did=f"infer with num_beams=4, for {len(kit.prompts)} prompts",
@@ -241,29 +213,18 @@ class LimitChecks(Checks):
                 expected="the kinds of structured_output, of json_schema, regex and grammar",
                 saw="structured_output among params, and no kind",
             )
-        for kind, value in (
-            ("regex", _PATTERN),
-            ("json_schema", _SCHEMA),
-            ("grammar", _GRAMMAR),
-        ):
-            if kind not in kinds:
-                continue
-            params = {**kit.greedy(), "structured_output": {kind: value}}
-            request = kit.request("Is the sky blue? Answer: ", 96, params=params)
+        values = {"regex": _PATTERN, "json_schema": _SCHEMA, "grammar": _GRAMMAR}
+        for kind in filter(kinds.__contains__, values):
+            params = {"structured_output": {kind: values[kind]}}
+            request = kit.likely("Is the sky blue? Answer: ", 96, params=params)
             response = await kit.bench.answer(request)
-            text = response.generated_text or ""
-            if response.finish_reason != "length" and not _matches(kind, text):
-                broken(
-                    did=f"infer({said(request)})",
-                    expected=f"a text that matches the {kind}",
-                    saw=repr(text),
-                )
-            if response.finish_reason == "length" and kind != "json_schema":
-                broken(
-                    did=f"infer({said(request)})",
-                    expected="the end of the text once it matches",
-                    saw=f"{response.generated_tokens} tokens: {text!r}",
-                )
+            text, cut = response.generated_text or "", response.finish_reason == "length"
+            expected, saw = f"a text that matches the {kind}", repr(text)
+            if cut:
+                expected = "the end of the text once it matches"
+                saw = f"{response.generated_tokens} tokens: {text!r}"
+            if (kind != "json_schema") if cut else not _matches(kind, text):
+                broken(did=f"infer({said(request)})", expected=expected, saw=saw)
 
 
 def _matches(kind: str, text: str) -> bool:

@@ -163,22 +163,15 @@ def where(task: asyncio.Task[Any]) -> str:
     place = ""
     inner: Any = task.get_coro()
     while inner is not None:
-        frame = (
-            getattr(inner, "cr_frame", None)
-            or getattr(inner, "ag_frame", None)
-            or getattr(inner, "gi_frame", None)
-        )
+        frame = _first(inner, "cr_frame", "ag_frame", "gi_frame")
         if frame is not None and "asyncio" not in frame.f_code.co_filename:
             place = _spot(frame)
-        following = (
-            getattr(inner, "cr_await", None)
-            or getattr(inner, "ag_await", None)
-            or getattr(inner, "gi_yieldfrom", None)
-        )
-        if following is None:
-            following = _behind(inner)
-        inner = following
+        inner = _first(inner, "cr_await", "ag_await", "gi_yieldfrom") or _behind(inner)
     return place or "at a place that cannot be seen"
+
+
+def _first(thing: Any, *names: str) -> Any:
+    return next((value for name in names if (value := getattr(thing, name, None))), None)
 
 
 def _behind(inner: Any) -> Any:

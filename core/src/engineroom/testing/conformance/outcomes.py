@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-__all__ = ["BrokenRuleError", "HungError", "InapplicableError", "LoopLostError", "broken", "skip"]
+__all__ = [
+    "BrokenRuleError",
+    "HungError",
+    "InapplicableError",
+    "LoopLostError",
+    "broken",
+    "same",
+    "skip",
+    "told",
+]
 
 
 class BrokenRuleError(Exception):
@@ -37,6 +46,17 @@ class InapplicableError(Exception):
 def broken(*, did: str, expected: str, saw: str) -> NoReturn:
     """:raises BrokenRuleError: always."""
     raise BrokenRuleError(did=did, expected=expected, saw=saw)
+
+
+def same(did: str, what: str, expected: object, actual: object) -> None:
+    """:raises BrokenRuleError: the actual text, or value, is another than ``what`` was expected."""
+    if actual != expected:
+        broken(did=did, expected=f"{what}, {expected!r}", saw=repr(actual))
+
+
+def told(error: BaseException) -> str:
+    """An error by its class and its text."""
+    return f"{type(error).__name__}: {error}"
 
 
 def skip(reason: str) -> NoReturn:

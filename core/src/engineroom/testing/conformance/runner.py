@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
@@ -100,12 +99,15 @@ def run_suite(job: Job, select: str | None = None, *, verbose: bool = False) -> 
     import pytest
 
     collector = _Collector()
-    with tempfile.TemporaryDirectory() as folder, _undisturbed():
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as environment:
+        environment.delenv("PYTEST_ADDOPTS", raising=False)
+        environment.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
         # A configuration of our own: that of the folder we are in is for other tests.
         ini = Path(folder) / "pytest.ini"
         ini.write_text("[pytest]\n", encoding="utf-8")
         arguments = ["--pyargs", _SUITE, "-c", str(ini), "--rootdir", folder]
-        arguments += [a for name in _unwanted(verbose) for a in ("-p", f"no:{name}")]
+        unwanted = _UNWANTED if verbose else (*_UNWANTED, *_QUIET)
+        arguments += [a for name in unwanted for a in ("-p", f"no:{name}")]
         arguments += ["-v", "-rs"] if verbose else []
         arguments += ["-k", select] if select else []
         _jobs.append(job)
@@ -120,26 +122,6 @@ def run_suite(job: Job, select: str | None = None, *, verbose: bool = False) -> 
         why = "fits no check" if status == _NOTHING_COLLECTED else "cannot be read"
         raise SelectionError(f"-k {select!r} {why}; write parts of their names: -k 'stop or top'")
     return list(collector.results.values())
-
-
-def _unwanted(verbose: bool) -> Sequence[str]:
-    return _UNWANTED if verbose else (*_UNWANTED, *_QUIET)
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Without what the environment says to pytest, and without the plugins it has."""
-    kept = {name: os.environ.pop(name) for name in ("PYTEST_ADDOPTS",) if name in os.environ}
-    autoload = os.environ.get("PYTEST_DISABLE_PLUGIN_AUTOLOAD")
-    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-    try:
-        yield
-    finally:
-        os.environ.update(kept)
-        if autoload is None:
-            del os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"]
-        else:
-            os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = autoload
 
 
 class _Collector:

@@ -6,11 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from engineroom.handlers.base import StreamEnd
-from engineroom.schemas import InferenceResponse
-from engineroom.testing.conformance.base import Checks, check
-from engineroom.testing.conformance.bench import Streamed, said
+from engineroom.testing.conformance.base import Checks, check, foundation
+from engineroom.testing.conformance.bench import again, said
 from engineroom.testing.conformance.kit import Kit
-from engineroom.testing.conformance.outcomes import broken, skip
+from engineroom.testing.conformance.outcomes import broken, same, skip
 
 __all__ = ["TextChecks", "cut"]
 
@@ -34,22 +33,16 @@ def cut(text: str, stops: Sequence[str]) -> str:
 class TextChecks(Checks):
     """Text, whole and streamed."""
 
-    @check(needs="answers")
-    async def test_answers(self, kit: Kit) -> None:
-        """Its foundation has looked."""
-
-    @check(needs="chunks-are-text")
-    async def test_chunks_are_text(self, kit: Kit) -> None:
-        """Its foundation has looked."""
-
-    @check(needs="stream-ends")
-    async def test_stream_ends(self, kit: Kit) -> None:
-        """Its foundation has looked."""
+    test_answers = foundation("answers")
+    test_chunks_are_text = foundation("chunks-are-text")
+    test_stream_ends = foundation("stream-ends")
 
     @check()
     async def test_nothing_after_the_end(self, kit: Kit) -> None:
         for n in (1, 12):
-            request = kit.request(n=n, params=kit.greedy())
+            request = kit.likely(
+                n=n,
+            )
             did = f"stream_infer({said(request)})"
             chunks: list[str] = []
             generator = kit.bench.direct(request)
@@ -82,7 +75,7 @@ class TextChecks(Checks):
         for stops in (None, [_NOWHERE]):
             if stops and not kit.capabilities.stop_sequences:
                 continue
-            request = kit.request(prompt, 24, params=kit.greedy(), stop_sequences=stops)
+            request = kit.likely(prompt, 24, stop_sequences=stops)
             streamed = await kit.bench.stream(request)
             count = streamed.response.generated_tokens if streamed.response is not None else None
             pieces = [chunk for chunk in streamed.chunks if chunk]
@@ -100,9 +93,17 @@ class TextChecks(Checks):
         await kit.need_determinism()
         seen = False
         for prompt in (*MANY_BYTES, kit.settings.prompt):
-            request = kit.request(prompt, 40, params=kit.greedy())
+            request = kit.likely(
+                prompt,
+                40,
+            )
             whole = (await kit.bench.answer(request)).generated_text or ""
-            streamed = await kit.bench.stream(kit.request(prompt, 40, params=kit.greedy()))
+            streamed = await kit.bench.stream(
+                kit.likely(
+                    prompt,
+                    40,
+                )
+            )
             seen = seen or any(ord(c) > 127 and c != _BROKEN_CHARACTER for c in whole)
             for chunk in streamed.chunks:
                 if any(0xD800 <= ord(c) <= 0xDFFF for c in chunk):
@@ -127,13 +128,11 @@ class TextChecks(Checks):
     async def test_stop_sequence(self, kit: Kit) -> None:
         prompt, text = await _stoppable(kit)
         stop = _late(text, prompt)
-        for streamed in (False, True):
-            response = await _stopped(kit, prompt, [stop], streamed)
-            if response is None:
-                continue
+        request = kit.likely(prompt, 24, stop_sequences=[stop])
+        for did, response in (await kit.both(request))[: 2 if await _tells(kit) else 1]:
             if response.finish_reason != "stop_sequence" or response.stop_sequence != stop:
                 broken(
-                    did=_did(kit, prompt, [stop], streamed),
+                    did=did,
                     expected=f"finish_reason 'stop_sequence' and stop_sequence {stop!r}",
                     saw=f"{response.finish_reason!r} and {response.stop_sequence!r}",
                 )
@@ -141,7 +140,12 @@ class TextChecks(Checks):
     @check()
     async def test_stop_cut_over_tokens(self, kit: Kit) -> None:
         prompt, _ = await _stoppable(kit)
-        streamed = await kit.bench.stream(kit.request(prompt, 24, params=kit.greedy()))
+        streamed = await kit.bench.stream(
+            kit.likely(
+                prompt,
+                24,
+            )
+        )
         pieces = [chunk for chunk in streamed.chunks if chunk]
         if len(pieces) < 4:
             skip("the text came in too few pieces to cut a stop sequence over them")
@@ -196,25 +200,16 @@ class TextChecks(Checks):
 
 
 async def _compare(kit: Kit, prompt: str, n: int, stops: list[str] | None) -> None:
-    request = kit.request(prompt, n, params=kit.greedy(), stop_sequences=stops)
+    request = kit.likely(prompt, n, stop_sequences=stops)
     whole = await kit.bench.answer(request)
-    streamed = await kit.bench.stream(
-        kit.request(prompt, n, params=kit.greedy(), stop_sequences=stops)
-    )
+    streamed = await kit.bench.stream(again(request))
     did = f"infer and stream, {said(request)}"
-    if streamed.text != whole.generated_text:
-        broken(
-            did=did,
-            expected=f"the text of infer, {whole.generated_text!r}",
-            saw=f"the chunks {streamed.text!r}",
-        )
+    same(did, "for the chunks, the text of infer", whole.generated_text, streamed.text)
     response = streamed.response
     if response is None or not await _tells(kit):
         return
     fields = ["finish_reason", "stop_sequence", "generated_tokens", "prompt_tokens"]
-    if response.generated_text != whole.generated_text:
-        fields.append("generated_text")
-    for name in fields:
+    for name in (*fields, "generated_text"):
         if getattr(response, name) != getattr(whole, name):
             broken(
                 did=did,
@@ -230,7 +225,9 @@ async def _tells(kit: Kit) -> bool:
         chunks: list[str] = []
 
         async def read() -> None:
-            request = kit.request(n=2, params=kit.greedy())
+            request = kit.likely(
+                n=2,
+            )
             chunks.extend([chunk async for chunk in kit.bench.direct(request)])
 
         await kit.within(read(), "stream_infer")
@@ -259,31 +256,10 @@ def _late(text: str, prompt: str) -> str:
     return (new or late)[0]
 
 
-async def _stopped(
-    kit: Kit, prompt: str, stops: list[str], streamed: bool
-) -> InferenceResponse | None:
-    request = kit.request(prompt, 24, params=kit.greedy(), stop_sequences=stops)
-    if not streamed:
-        return await kit.bench.answer(request)
-    result: Streamed = await kit.bench.stream(request)
-    return result.response if await _tells(kit) else None
-
-
 async def _expect(kit: Kit, prompt: str, text: str, stops: list[str]) -> None:
     """The text that is left must be that before the first stop sequence, whole and streamed."""
-    expected = cut(text, stops)
-    request = kit.request(prompt, 24, params=kit.greedy(), stop_sequences=stops)
-    whole = (await kit.bench.answer(request)).generated_text
-    streamed = (await kit.bench.stream(request)).text
-    for text_read, way in ((whole, False), (streamed, True)):
-        if text_read != expected:
-            broken(
-                did=_did(kit, prompt, stops, way) + f", where the text would be {text!r}",
-                expected=f"the text {expected!r}",
-                saw=f"{text_read!r}",
-            )
-
-
-def _did(kit: Kit, prompt: str, stops: list[str], streamed: bool) -> str:
-    request = kit.request(prompt, 24, params=kit.greedy(), stop_sequences=stops)
-    return f"{'stream' if streamed else 'infer'}({said(request)})"
+    request = kit.likely(prompt, 24, stop_sequences=stops)
+    texts = {"infer": await kit.text(request), "stream": (await kit.bench.stream(request)).text}
+    for way, actual in texts.items():
+        did = f"{way}({said(request)}), where the text would be {text!r}"
+        same(did, "the text up to the stop sequence", cut(text, stops), actual)
