@@ -52,13 +52,7 @@ def chat(
     ] = None,
     key: Annotated[
         str | None,
-        typer.Option(
-            "--key",
-            help="The server's API key.",
-            metavar="KEY",
-            envvar="ENGINEROOM_API_KEY",
-            show_default=False,
-        ),
+        flag("The server's API key.", "--key", metavar="KEY", envvar="ENGINEROOM_API_KEY"),
     ] = None,
     system: Annotated[str | None, flag("A system message.", "--system", "-s")] = None,
     max_new_tokens: Annotated[

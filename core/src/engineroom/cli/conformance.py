@@ -16,6 +16,7 @@ import typer
 from pydantic import ValidationError
 
 from engineroom.cli import EXIT_FAILED
+from engineroom.cli.flags import flag
 from engineroom.cli.output import CommandError, table, write, write_json
 from engineroom.cli.parameters import parse_options
 from engineroom.config.model import ModelConfig
@@ -60,12 +61,11 @@ def conformance(
     ],
     option: Annotated[
         list[str] | None,
-        typer.Option(
+        flag(
+            "An option of the runtime, its value in YAML; may be repeated.",
             "--option",
             "-o",
             metavar="KEY=VALUE",
-            help="An option of the runtime, its value in YAML; may be repeated.",
-            show_default=False,
         ),
     ] = None,
     model_id: Annotated[
@@ -73,18 +73,14 @@ def conformance(
     ] = "conformance",
     report: Annotated[
         Path | None,
-        typer.Option(
+        flag(
+            "Write a report in JSON; '-': to standard output, without the table.",
             "--json",
             metavar="FILE",
-            help="Write a report in JSON; '-': to standard output, without the table.",
-            show_default=False,
         ),
     ] = None,
     select: Annotated[
-        str | None,
-        typer.Option(
-            "-k", metavar="EXPR", help="Only these checks, as for pytest -k.", show_default=False
-        ),
+        str | None, flag("Only these checks, as for pytest -k.", "-k", metavar="EXPR")
     ] = None,
     timeout: Annotated[
         float,
@@ -254,9 +250,7 @@ def _show(facts: dict[str, Any]) -> None:
     """The table, what is broken in full, and the sum."""
     checks = facts["checks"]
     rows = [(c["check"], c["outcome"], _brief(c)) for c in checks]
-    if sys.stdout.isatty():
-        _show_in_colour(rows)
-    else:
+    if not (sys.stdout.isatty() and _show_in_colour(rows)):
         write(table(("check", "result", "reason"), rows))
     for check in checks:
         if check["outcome"] == "failed":
@@ -265,20 +259,21 @@ def _show(facts: dict[str, Any]) -> None:
     write(f"\n{facts['handler']['name'] or facts['handler']['given']}: {counted}\n")
 
 
-def _show_in_colour(rows: list[tuple[str, str, str]]) -> None:
+def _show_in_colour(rows: list[tuple[str, str, str]]) -> bool:
+    """Whether rich is installed, which shows the rows."""
     try:
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
     except ImportError:
-        write(table(("check", "result", "reason"), rows))
-        return
+        return False
     shown = Table(box=None, pad_edge=False)
     for header in ("check", "result", "reason"):
         shown.add_column(header.upper(), no_wrap=header != "reason")
     for name, outcome, reason in rows:
         shown.add_row(Text(name), Text(outcome, style=_STYLES[outcome]), Text(reason))
     Console().print(shown)
+    return True
 
 
 def _brief(check: dict[str, Any]) -> str:

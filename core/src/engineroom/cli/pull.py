@@ -8,7 +8,7 @@ from typing import Annotated, Final
 
 import typer
 
-from engineroom.cli.flags import CONFIG_OPTION
+from engineroom.cli.flags import CONFIG_OPTION, said_before
 from engineroom.cli.output import CommandError, say, table, write
 from engineroom.cli.resolve import NO_DEPLOYMENT, deployment_or_none
 from engineroom.config.deployment import DeploymentConfig
@@ -48,8 +48,7 @@ def pull_command(
     Files that are here already are checked, not fetched again. What was interrupted goes on
     where it was. The path of each file is printed.
     """
-    parents = ctx.parent.params.get("config") if ctx.parent is not None else None
-    for source in _sources(models or [], config or parents):
+    for source in _sources(models or [], said_before(ctx, "config", config)):
         for _, path in pull(source, on_progress=_tell):
             write(f"{path}\n")
 

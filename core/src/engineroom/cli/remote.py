@@ -42,23 +42,19 @@ class RemoteManager:
 
     def load(self, model_id: str) -> dict[str, Any]:
         """Load a model; returns when it is ready."""
-        return self._ask("POST", f"/v1/admin/models/{_quoted(model_id)}/load")
+        return self._ask("POST", f"/v1/admin/models/{urllib.parse.quote(model_id, safe='')}/load")
 
     def unload(self, model_id: str) -> dict[str, Any]:
         """Unload a model as soon as nobody holds it."""
-        return self._ask("POST", f"/v1/admin/models/{_quoted(model_id)}/unload")
+        return self._ask("POST", f"/v1/admin/models/{urllib.parse.quote(model_id, safe='')}/unload")
 
     def plan(self) -> dict[str, Any]:
         """What would be loaded, where, and what would have to go."""
-        answer = self._ask("GET", "/v1/admin/plan")
-        plan = answer.get("plan", answer)
-        return plan if isinstance(plan, dict) else {}
+        return _part(self._ask("GET", "/v1/admin/plan"), "plan")
 
     def reload(self) -> dict[str, Any]:
         """Read the deployment file anew."""
-        answer = self._ask("POST", "/v1/admin/reload")
-        report = answer.get("reload", answer)
-        return report if isinstance(report, dict) else {}
+        return _part(self._ask("POST", "/v1/admin/reload"), "reload")
 
     def _ask(self, method: str, path: str) -> dict[str, Any]:
         request = urllib.request.Request(  # noqa: S310 - the scheme was looked at
@@ -95,8 +91,9 @@ class RemoteManager:
         return kind(f"{self.url} answers {status}: {message or 'it does not say why'}")
 
 
-def _quoted(model_id: str) -> str:
-    return urllib.parse.quote(model_id, safe="")
+def _part(answer: dict[str, Any], name: str) -> dict[str, Any]:
+    part = answer.get(name, answer)
+    return part if isinstance(part, dict) else {}
 
 
 def _json(body: bytes) -> Any:

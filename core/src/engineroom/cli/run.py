@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
 import typer
 
 from engineroom.cli.answer import answer
-from engineroom.cli.flags import CONFIG_OPTION, TEMPERATURE_FLAG, flag
+from engineroom.cli.flags import CONFIG_OPTION, MODEL_ARGUMENT, TEMPERATURE_FLAG, flag
 from engineroom.cli.interrupt import run_interruptible
 from engineroom.cli.output import CommandError, say, warning_line, write
 from engineroom.cli.parameters import (
@@ -24,7 +25,7 @@ from engineroom.cli.resolve import resolve, warn_of_quarantined
 from engineroom.cli.settings import Settings
 from engineroom.cli.stats import stats_line
 from engineroom.errors import EngineRoomError
-from engineroom.schemas import GenerationParams, InferenceRequest, InferenceResponse
+from engineroom.schemas import InferenceResponse
 from engineroom.telemetry import LoggingObserver
 
 __all__ = ["RUN_EPILOG", "run"]
@@ -48,9 +49,7 @@ class OnUnsupportedChoice(StrEnum):
 
 def run(  # one parameter a flag: that is how typer is told of them
     ctx: typer.Context,
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A model of the deployment, or a source.")
-    ],
+    model: Annotated[str, MODEL_ARGUMENT],
     prompt: Annotated[
         str | None,
         typer.Argument(
@@ -141,11 +140,7 @@ def run(  # one parameter a flag: that is how typer is told of them
     ] = False,
     stats: Annotated[
         bool | None,
-        typer.Option(
-            "--stats/--no-stats",
-            help="Sum up on standard error.  [default: if that is a terminal]",
-            show_default=False,
-        ),
+        flag("Sum up on standard error.  [default: if that is a terminal]", "--stats/--no-stats"),
     ] = None,
 ) -> None:
     """Answer one prompt; the text is streamed.
@@ -185,20 +180,21 @@ def run(  # one parameter a flag: that is how typer is told of them
     )
     options = parse_options(option or [])
     # Before the prompt is read: what is refused anyway should not wait for standard input.
-    build = _Request(
+    build = partial(
+        make_request,
+        raw=raw,
+        system=system,
         params=params,
         stream=not as_json,
         stop_sequences=stop or None,
         timeout_s=timeout,
         on_unsupported=on_unsupported.value if on_unsupported is not None else None,
     )
-    build.make("model", "", raw=raw, system=system)
+    build("model", "")
     try:
         target = resolve(model, config, runtime, options)
         warn_of_quarantined(target.registry)
-        request = build.make(
-            target.model_id, read_prompt(prompt, file, raw=raw), raw=raw, system=system
-        )
+        request = build(target.model_id, read_prompt(prompt, file, raw=raw))
         if settings.logging:
             target.registry.register_plugin(LoggingObserver(), name="cli-log")
         response = run_interruptible(
@@ -216,16 +212,6 @@ def run(  # one parameter a flag: that is how typer is told of them
         raise failure
     if stats or (stats is None and not as_json and sys.stderr.isatty()):
         say(stats_line(response))
-
-
-class _Request:
-    """What of the request is known before its model and its prompt are."""
-
-    def __init__(self, params: GenerationParams, **fields: Any) -> None:
-        self._fields = {"params": params, **fields}
-
-    def make(self, model_id: str, text: str, *, raw: bool, system: str | None) -> InferenceRequest:
-        return make_request(model_id, text, raw=raw, system=system, **self._fields)
 
 
 def _failure(model: str, error: EngineRoomError) -> InferenceResponse:
