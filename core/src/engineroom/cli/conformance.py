@@ -84,18 +84,16 @@ def conformance(
     ] = None,
     timeout: Annotated[
         float,
-        typer.Option(
+        flag(
+            "What takes longer than this (a request, a chunk, a load) hangs.",
             "--timeout",
             metavar="SECONDS",
             min=0.1,
-            help="What takes longer than this (a request, a chunk, a load) hangs.",
+            show_default=True,
         ),
     ] = 30.0,
     foreign: Annotated[
-        bool,
-        typer.Option(
-            "--foreign", help="The model is not in the runtime's own format: name the runtime."
-        ),
+        bool, flag("The model is not in the runtime's own format: name the runtime.", "--foreign")
     ] = False,
     batch_varies: Annotated[
         bool,
@@ -128,13 +126,9 @@ def conformance(
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise CommandError(f"--{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    settings = {
-        "timeout_s": timeout,
-        "batch_invariant": not batch_varies,
-        "exclusive": exclusive,
-    }
     quiet = report is not None and str(report) == "-"
-    job = Job(subject.make, config, settings)
+    varied = {"batch_invariant": not batch_varies, "exclusive": exclusive}
+    job = Job(subject.make, config, {"timeout_s": timeout, **varied})
     try:
         results = run_suite(job, select, verbose=verbose and not quiet)
     except SelectionError as error:

@@ -85,30 +85,19 @@ def _tell(file: HubFile, what: str) -> None:
 
 def _sources(models: list[str], config: Path | None) -> list[HubSource]:
     """The hub sources that are meant, each once."""
-    deployment = None if _all_sources(models) else deployment_or_none(config)
-    if deployment is None and not _all_sources(models):
+    on_hub = bool(models) and all(model.startswith("hf:") for model in models)
+    deployment = DeploymentConfig() if on_hub else deployment_or_none(config)
+    if deployment is None:
         raise CommandError(f"{NO_DEPLOYMENT}; or give hf:owner/name", 1)
-    sources: dict[HubSource, None] = {}
-    for model in models:
-        if model.startswith("hf:"):
-            sources[_hub(model)] = None
-            continue
-        assert deployment is not None
-        of_model = _of(deployment, model)
-        if not of_model:
+    sources: list[HubSource] = []
+    for model in models or [entry.model_id for entry in deployment.models]:
+        of_model = [_hub(model)] if model.startswith("hf:") else _of(deployment, model)
+        if models and not of_model:
             raise CommandError(f"{model!r} is not on the hub; there is nothing to pull", 1)
-        sources.update(dict.fromkeys(of_model))
-    if not models:
-        assert deployment is not None
-        for entry in deployment.models:
-            sources.update(dict.fromkeys(_of(deployment, entry.model_id)))
-        if not sources:
-            say("no model of the deployment is on the hub; there is nothing to pull")
-    return list(sources)
-
-
-def _all_sources(models: list[str]) -> bool:
-    return bool(models) and all(model.startswith("hf:") for model in models)
+        sources += of_model
+    if not sources:
+        say("no model of the deployment is on the hub; there is nothing to pull")
+    return list(dict.fromkeys(sources))
 
 
 def _hub(text: str) -> HubSource:

@@ -9,7 +9,7 @@ from engineroom.schemas import InferenceRequest
 from engineroom.testing.conformance.base import Checks, check
 from engineroom.testing.conformance.bench import Bench, again, said
 from engineroom.testing.conformance.kit import Kit
-from engineroom.testing.conformance.outcomes import broken, skip
+from engineroom.testing.conformance.outcomes import broken, same, skip
 
 __all__ = ["ConcurrencyChecks"]
 
@@ -37,20 +37,13 @@ class ConcurrencyChecks(Checks):
             if together == alone:
                 return
         for request, one, other in zip(requests, alone, together, strict=True):
-            if one != other:
-                broken(
-                    did=f"infer({said(request)}) beside {_MANY - 1} other requests",
-                    expected=f"the text that it has alone, {one!r}",
-                    saw=repr(other),
-                )
+            did = f"infer({said(request)}) beside {_MANY - 1} other requests"
+            same(did, "the text that it has alone", one, other)
 
     @check()
     async def test_short_overtakes_long(self, kit: Kit) -> None:
         long = await kit.lengthy()
-        short = kit.likely(
-            kit.prompts[1],
-            2,
-        )
+        short = kit.likely(kit.prompts[1], 2)
         one_at_a_time = False
         # A decoding thread may be done before a slow loop has sent the second request.
         for _ in range(_TRIES):

@@ -13,7 +13,7 @@ from engineroom.handlers.base import Embeddings
 from engineroom.testing.conformance.base import Checks, check
 from engineroom.testing.conformance.bench import Bench
 from engineroom.testing.conformance.kit import Kit
-from engineroom.testing.conformance.outcomes import broken, skip
+from engineroom.testing.conformance.outcomes import broken, same, skip
 
 __all__ = ["EmbeddingChecks"]
 
@@ -35,12 +35,7 @@ class EmbeddingChecks(Checks):
     async def test_embeddings_fit(self, kit: Kit) -> None:
         async with _model(kit) as bench:
             embeddings = await _embed(kit, bench, _TEXTS)
-            if len(embeddings.vectors) != len(_TEXTS):
-                broken(
-                    did=f"embed of {len(_TEXTS)} texts",
-                    expected=f"{len(_TEXTS)} vectors",
-                    saw=str(len(embeddings.vectors)),
-                )
+            same("embed", "as many vectors as texts", len(_TEXTS), len(embeddings.vectors))
             lengths = sorted({len(vector) for vector in embeddings.vectors})
             if len(lengths) != 1 or not lengths[0]:
                 broken(

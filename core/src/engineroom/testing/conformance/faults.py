@@ -156,20 +156,12 @@ async def _overlong(kit: Kit, context: int) -> str:
 async def _bad_requests(kit: Kit) -> list[InferenceRequest]:
     """Requests that most runtimes refuse, each in another place."""
     requests = [
-        kit.likely(
-            "",
-            4,
-        ),
+        kit.likely("", 4),
         kit.likely(n=4, params={"num_beams": 3, "early_stopping": True}),
     ]
     context = kit.bench.loaded.max_context_tokens
     if context is not None and context <= 1 << 16:
-        requests.append(
-            kit.likely(
-                await _overlong(kit, context),
-                4,
-            )
-        )
+        requests.append(kit.likely(await _overlong(kit, context), 4))
     if kit.honours("logit_bias"):
         far = {**kit.greedy(), "logit_bias": {2**31 - 1: 1.0}}
         requests.append(kit.request(n=4, params=far))

@@ -92,55 +92,33 @@ async def _can_handle(kit: Kit) -> None:
 
 
 async def _answers(kit: Kit) -> None:
-    request = kit.likely(
-        n=_PROBE_TOKENS,
-    )
+    request = kit.likely(n=_PROBE_TOKENS)
     did = f"infer({said(request)})"
     response = await kit.within(kit.handler.infer(kit.bench.loaded, request), did)
     if not isinstance(response, InferenceResponse):
         broken(did=did, expected="an InferenceResponse", saw=type(response).__name__)
-    wrong = [
-        f"{name}={value!r}"
-        for name, value, right in (
-            ("request_id", response.request_id, response.request_id == request.request_id),
-            ("model_id", response.model_id, response.model_id == request.model_id),
-            ("generated_text", response.generated_text, isinstance(response.generated_text, str)),
-            ("error_message", response.error_message, response.error_message is None),
-            (
-                "finish_reason",
-                response.finish_reason,
-                response.finish_reason in FINISH_REASONS - {"error", "cancelled", "timeout"},
-            ),
-            (
-                "generated_tokens",
-                response.generated_tokens,
-                response.generated_tokens is None or response.generated_tokens >= 0,
-            ),
-            (
-                "prompt_tokens",
-                response.prompt_tokens,
-                response.prompt_tokens is None or response.prompt_tokens >= 0,
-            ),
-        )
-        if not right
-    ]
+    right = {
+        "request_id": response.request_id == request.request_id,
+        "model_id": response.model_id == request.model_id,
+        "generated_text": isinstance(response.generated_text, str),
+        "error_message": response.error_message is None,
+        "finish_reason": response.finish_reason
+        in FINISH_REASONS - {"error", "cancelled", "timeout"},
+        "generated_tokens": (response.generated_tokens or 0) >= 0,
+        "prompt_tokens": (response.prompt_tokens or 0) >= 0,
+    }
+    wrong = [f"{name}={getattr(response, name)!r}" for name, holds in right.items() if not holds]
     if wrong:
         broken(
             did=did,
             expected="the request's ids, a text, how it ended, and counts",
             saw=", ".join(wrong),
         )
-    await kit.bench.answer(
-        kit.likely(
-            n=_PROBE_TOKENS,
-        )
-    )
+    await kit.bench.answer(kit.likely(n=_PROBE_TOKENS))
 
 
 async def _chunks_are_text(kit: Kit) -> None:
-    request = kit.likely(
-        n=_PROBE_TOKENS,
-    )
+    request = kit.likely(n=_PROBE_TOKENS)
     did = f"stream_infer({said(request)})"
     generator = kit.bench.direct(request)
     try:
@@ -164,9 +142,7 @@ async def _chunks_are_text(kit: Kit) -> None:
 
 
 async def _stream_ends(kit: Kit) -> None:
-    request = kit.likely(
-        n=_PROBE_TOKENS,
-    )
+    request = kit.likely(n=_PROBE_TOKENS)
     did = f"stream_infer({said(request)}), read to its end"
     generator = kit.bench.direct(request)
     most = 8 * _PROBE_TOKENS

@@ -41,9 +41,7 @@ class HygieneChecks(Checks):
 
     @check()
     async def test_no_leaked_tasks(self, kit: Kit) -> None:
-        request = kit.likely(
-            n=4,
-        )
+        request = kit.likely(n=4)
         await kit.bench.answer(again(request))  # an engine may begin its own with the first
         await kit.turns()
         before = kit.tasks()

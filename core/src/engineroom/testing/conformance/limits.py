@@ -59,12 +59,7 @@ class LimitChecks(Checks):
                 skip("count_tokens() returns None: the runtime cannot tell")
             if type(counted) is not int or counted < 0:
                 broken(did=f"count_tokens({prompt!r})", expected="a number", saw=repr(counted))
-            response = await kit.bench.answer(
-                kit.likely(
-                    prompt,
-                    1,
-                )
-            )
+            response = await kit.bench.answer(kit.likely(prompt, 1))
             if response.prompt_tokens is None:
                 broken(
                     did=f"infer(prompt={prompt!r})",
@@ -109,9 +104,9 @@ class LimitChecks(Checks):
             )
         left = 64 if context >= 160 else context // 3
         prompt = await kit.long_prompt((context - left) / context, most=context)
-        request = kit.request(
+        request = kit.likely(
             prompt,
-            params={**kit.greedy(), "max_new_tokens": None},
+            params={"max_new_tokens": None},
             timeout_s=0.9 * kit.settings.timeout_s,
         )
         response = await kit.bench.infer(request)

@@ -40,9 +40,7 @@ class TextChecks(Checks):
     @check()
     async def test_nothing_after_the_end(self, kit: Kit) -> None:
         for n in (1, 12):
-            request = kit.likely(
-                n=n,
-            )
+            request = kit.likely(n=n)
             did = f"stream_infer({said(request)})"
             chunks: list[str] = []
             generator = kit.bench.direct(request)
@@ -93,17 +91,9 @@ class TextChecks(Checks):
         await kit.need_determinism()
         seen = False
         for prompt in (*MANY_BYTES, kit.settings.prompt):
-            request = kit.likely(
-                prompt,
-                40,
-            )
+            request = kit.likely(prompt, 40)
             whole = (await kit.bench.answer(request)).generated_text or ""
-            streamed = await kit.bench.stream(
-                kit.likely(
-                    prompt,
-                    40,
-                )
-            )
+            streamed = await kit.bench.stream(kit.likely(prompt, 40))
             seen = seen or any(ord(c) > 127 and c != _BROKEN_CHARACTER for c in whole)
             for chunk in streamed.chunks:
                 if any(0xD800 <= ord(c) <= 0xDFFF for c in chunk):
@@ -140,12 +130,7 @@ class TextChecks(Checks):
     @check()
     async def test_stop_cut_over_tokens(self, kit: Kit) -> None:
         prompt, _ = await _stoppable(kit)
-        streamed = await kit.bench.stream(
-            kit.likely(
-                prompt,
-                24,
-            )
-        )
+        streamed = await kit.bench.stream(kit.likely(prompt, 24))
         pieces = [chunk for chunk in streamed.chunks if chunk]
         if len(pieces) < 4:
             skip("the text came in too few pieces to cut a stop sequence over them")
@@ -225,9 +210,7 @@ async def _tells(kit: Kit) -> bool:
         chunks: list[str] = []
 
         async def read() -> None:
-            request = kit.likely(
-                n=2,
-            )
+            request = kit.likely(n=2)
             chunks.extend([chunk async for chunk in kit.bench.direct(request)])
 
         await kit.within(read(), "stream_infer")
