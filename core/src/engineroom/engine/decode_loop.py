@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import os
 import threading
 from collections.abc import Callable
 from typing import Final, Protocol, TypeVar
+
+from engineroom.memory.machine import Limits, cpu
 
 __all__ = ["CPU_LOOP", "DecodeLoop", "Worker", "default_threads", "run_in_new_thread"]
 
@@ -144,10 +145,7 @@ def default_threads() -> int:
 
     Without psutil, two hardware threads a core are not told from two cores.
     """
-    try:
-        usable = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS and Windows
-        usable = os.cpu_count() or 1
+    usable = cpu(Limits()).usable
     try:
         import psutil
     except ImportError:

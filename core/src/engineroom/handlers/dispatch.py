@@ -11,7 +11,7 @@ from engineroom.config.model import LoadedModel, ModelConfig
 from engineroom.handlers.base import InferenceHandler
 from engineroom.handlers.discovery import HANDLER_GROUP, PluginRecord, install_hint
 
-__all__ = ["DispatchReport", "HandlerVerdict", "explain", "first_that_handles"]
+__all__ = ["DispatchReport", "HandlerVerdict", "ask", "explain"]
 
 logger = logging.getLogger("engineroom.registry")
 
@@ -68,13 +68,6 @@ class DispatchReport:
         return "\n".join(lines)
 
 
-def first_that_handles(
-    model: LoadedModel, handlers: Iterable[InferenceHandler]
-) -> InferenceHandler | None:
-    """The first handler whose ``can_handle`` is ``True``; those after it are not asked."""
-    return next((h for h in handlers if _ask(h, "can_handle", model)[0]), None)
-
-
 def explain(
     model: LoadedModel | ModelConfig,
     handlers: Sequence[InferenceHandler],
@@ -89,7 +82,7 @@ def explain(
     chosen: str | None = None
     verdicts: list[HandlerVerdict] = []
     for handler in handlers:
-        answer, reason = _ask(handler, question, model, runtime)
+        answer, reason = ask(handler, question, model, runtime)
         verdict: Verdict = "no"
         if answer and chosen is None:
             chosen, verdict = handler.name, "chosen"
@@ -113,7 +106,7 @@ def explain(
     return DispatchReport(model.model_id, question, tuple(verdicts), chosen)
 
 
-def _ask(
+def ask(
     handler: InferenceHandler,
     question: Question,
     model: LoadedModel | ModelConfig,

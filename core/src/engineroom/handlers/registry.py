@@ -27,7 +27,7 @@ from engineroom.handlers.discovery import (
     installed_plugins,
     load_plugin,
 )
-from engineroom.handlers.dispatch import DispatchReport, explain, first_that_handles
+from engineroom.handlers.dispatch import DispatchReport, ask, explain
 from engineroom.handlers.observers import HookManager
 from engineroom.handlers.validation import validate_handler
 
@@ -252,9 +252,10 @@ class HandlerRegistry:
         """
         if (known := self._choices.get(loaded_model)) is not None:
             return known
-        if (handler := first_that_handles(loaded_model, self.handlers)) is not None:
-            self._choices[loaded_model] = handler
-            return handler
+        for handler in self.handlers:
+            if ask(handler, "can_handle", loaded_model)[0]:
+                self._choices[loaded_model] = handler
+                return handler
         raise NoSuitableHandlerError(
             f"no handler takes model {loaded_model.model_id!r}: "
             f"{self.explain(loaded_model).reasons}",

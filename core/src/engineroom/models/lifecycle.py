@@ -71,13 +71,6 @@ class Lifecycle:
         """Hold a model, by id or alias, inside of the ``async with``."""
         return _Lease(self, name)
 
-    async def acquire(self, name: str) -> ModelEntry:
-        """The entry of an id or alias, ready and leased; give it to :meth:`release`."""
-        entry = await self.ready(name)
-        entry.leases += 1
-        entry.cancel_idle_timer()
-        return entry
-
     async def ready(self, name: str) -> ModelEntry:
         """The entry of an id or alias, ready now: it may be unloaded after the next ``await``."""
         entry = self._table.find(name)
@@ -334,7 +327,9 @@ class _Lease(AbstractAsyncContextManager[LoadedModel]):
     entry: ModelEntry | None = None
 
     async def __aenter__(self) -> LoadedModel:
-        self.entry = entry = await self.lifecycle.acquire(self.name)
+        self.entry = entry = await self.lifecycle.ready(self.name)
+        entry.leases += 1
+        entry.cancel_idle_timer()
         assert entry.loaded is not None
         return entry.loaded
 

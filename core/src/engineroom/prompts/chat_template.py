@@ -93,21 +93,15 @@ class ChatTemplate:
     ) -> str:
         """:meth:`render`, of messages that are in the template's shape already."""
         self._environment.begin()
-        return self._write(conversation, tools, template_args)
+        return self._write(conversation, {**(template_args or {}), "tools": tools or None})
 
-    def _write(
-        self,
-        conversation: Sequence[dict[str, Any]],
-        tools: Sequence[dict[str, Any]] | None = None,
-        template_args: Mapping[str, Any] | None = None,
-    ) -> str:
+    def _write(self, conversation: Sequence[dict[str, Any]], more: Mapping[str, Any]) -> str:
         names = {
             **self._tokens,
             "add_generation_prompt": True,
             "documents": None,  # not there, as opposed to undefined, which is not none
-            **(template_args or {}),
+            **more,
             "messages": conversation,
-            "tools": tools or None,
         }
         try:
             prompt = self._template.render(names)
@@ -152,7 +146,7 @@ class ChatTemplate:
 
     def _tried(self, conversation: list[dict[str, Any]]) -> str | None:
         try:
-            return self._write(conversation)
+            return self._write(conversation, {"tools": None})
         except ConfigurationError as error:
             if isinstance(error.__cause__, OverflowError):
                 raise error.__cause__ from None
