@@ -271,6 +271,8 @@ class LLMInferenceService:
                 )
             return handler, []
         unsupported = capabilities.unsupported(request)
+        if not unsupported:
+            return handler, []
         # Without its input a request has nothing to continue: that cannot be a warning.
         if lost := [name for name in INPUTS if name in unsupported]:
             advice = f"send prompt= instead of {lost[0]}=, or use another runtime"
@@ -280,7 +282,7 @@ class LLMInferenceService:
                 'set on_unsupported="warn"'
             )
         warn = (request.on_unsupported or self._on_unsupported) == "warn"
-        if unsupported and (lost or not warn):
+        if lost or not warn:
             raise ConfigurationError(
                 f"handler {handler.name!r} does not honour {', '.join(unsupported)}; {advice}"
             )

@@ -144,6 +144,7 @@ class StepBatch(Generic[_T]):
         self._engine.hand_over((task.mailbox, item) for task, item in self._items)
 
 
+@dataclass(slots=True, eq=False)
 class Scheduler(Generic[_T]):
     """Proposes tokens before a step, and gives requests what came of it.
 
@@ -152,14 +153,13 @@ class Scheduler(Generic[_T]):
     :param draft_tokens: most proposals of a request in a step.
     """
 
-    def __init__(
-        self, engine: BatchingEngine[Any], drafter: Drafter | None = None, draft_tokens: int = 0
-    ) -> None:
-        self._engine = engine
-        self._draft_tokens = draft_tokens
-        self.drafter = drafter
-        self.proposed = self.accepted = 0
-        """Tokens that were proposed, and those of them that were right."""
+    engine: BatchingEngine[Any]
+    drafter: Drafter | None = None
+    draft_tokens: int = 0
+    proposed: int = 0
+    """Tokens that were proposed."""
+    accepted: int = 0
+    """Those of them that were right."""
 
     def propose(self, decoding: Iterable[_T], room: int) -> None:
         """Have tokens proposed that may come next, where they can be of use.
@@ -173,7 +173,7 @@ class Scheduler(Generic[_T]):
         requests = [
             DraftRequest(task.sequence, task.tokens, most)
             for task in tasks
-            if (most := min(self._draft_tokens, room, task.limit - len(task.tokens) - 1)) > 0
+            if (most := min(self.draft_tokens, room, task.limit - len(task.tokens) - 1)) > 0
         ]
         drafts = self.drafter.propose(requests) if requests else {}
         for task in tasks:
@@ -192,7 +192,7 @@ class Scheduler(Generic[_T]):
         The first tokens of all requests are chosen together, then the second ones. What is
         proposed and turns out wrong does not count as cached.
         """
-        batch: StepBatch[_T] = StepBatch(self._engine)
+        batch: StepBatch[_T] = StepBatch(self.engine)
         items: dict[_T, TokenStep | EngineRoomError] = {}
         places: list[tuple[BatchSlice[_T], int]] = []
         for part in slices:

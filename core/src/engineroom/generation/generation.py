@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, field
 
 from pydantic import ValidationError
 
@@ -14,37 +15,26 @@ from engineroom.schemas import FinishReason, InferenceRequest, InferenceResponse
 __all__ = ["Generation"]
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Generation:
     """The text, the counts and the clock of one request."""
 
-    __slots__ = (
-        "_first_at",
-        "_limit",
-        "_parts",
-        "_pipeline",
-        "_request",
-        "_started",
-        "cached_prompt_tokens",
-        "finish_reason",
-        "generated_tokens",
-        "handler",
-        "logprobs",
-        "prompt_tokens",
-    )
+    request: InferenceRequest
+    handler: str
+    finish_reason: FinishReason | None = None
+    generated_tokens: int = 0
+    prompt_tokens: int | None = None
+    cached_prompt_tokens: int | None = None
+    logprobs: list[TokenLogprob] | None = None
+    _pipeline: TextPipeline = field(init=False)
+    _limit: int | None = field(init=False)
+    _parts: list[str] = field(default_factory=list)
+    _started: float = field(default_factory=time.perf_counter)
+    _first_at: float | None = None
 
-    def __init__(self, request: InferenceRequest, handler: str) -> None:
-        self._request = request
-        self.handler = handler
-        self._pipeline = TextPipeline(request.stop_sequences)
-        self._limit = request.params.max_new_tokens
-        self._parts: list[str] = []
-        self._started = time.perf_counter()
-        self._first_at: float | None = None
-        self.finish_reason: FinishReason | None = None
-        self.generated_tokens = 0
-        self.prompt_tokens: int | None = None
-        self.cached_prompt_tokens: int | None = None
-        self.logprobs: list[TokenLogprob] | None = None
+    def __post_init__(self) -> None:
+        self._pipeline = TextPipeline(self.request.stop_sequences)
+        self._limit = self.request.params.max_new_tokens
 
     def take(self, step: TokenStep) -> str:
         """Take a step; return the text that may be shown. Sets ``finish_reason`` at the end."""
@@ -97,8 +87,8 @@ class Generation:
         first = self._first_at
         try:
             return InferenceResponse(
-                request_id=self._request.request_id,
-                model_id=self._request.model_id,
+                request_id=self.request.request_id,
+                model_id=self.request.model_id,
                 generated_text=self.text,
                 finish_reason=self.finish_reason,
                 stop_sequence=self._pipeline.matched,

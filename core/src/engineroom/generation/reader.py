@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import dataclass, field
 
 from engineroom.generation.generation import Generation
 from engineroom.generation.mailbox import Mailbox
@@ -12,6 +13,7 @@ from engineroom.schemas import InferenceResponse
 __all__ = ["StepReader"]
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class StepReader:
     """Makes a request's answer of its steps: whole, chunk by chunk, or pushed to a taker.
 
@@ -22,17 +24,15 @@ class StepReader:
     :param generation: what makes text and counts of them.
     """
 
-    __slots__ = ("_advance", "_mailbox", "_steps", "ended", "generation")
+    steps: AsyncGenerator[TokenStep | Mailbox, None]
+    generation: Generation
+    ended: bool = False
+    """The last text was handed out; nothing is left to read or to close."""
+    _mailbox: Mailbox | None = None
+    _advance: Callable[[], Awaitable[TokenStep | Mailbox]] = field(init=False)
 
-    def __init__(
-        self, steps: AsyncGenerator[TokenStep | Mailbox, None], generation: Generation
-    ) -> None:
-        self._steps = steps
-        self._advance: Callable[[], Awaitable[TokenStep | Mailbox]] = steps.__anext__
-        self._mailbox: Mailbox | None = None
-        self.generation = generation
-        self.ended = False
-        """The last text was handed out; nothing is left to read or to close."""
+    def __post_init__(self) -> None:
+        self._advance = self.steps.__anext__
 
     def response(self) -> InferenceResponse:
         """The response as far as it has come. :raises InferenceError: the steps make none."""
@@ -89,10 +89,10 @@ class StepReader:
 
     async def aclose(self) -> None:
         """Stop the work and give the slot back. May be called twice, and after the end."""
-        await self._steps.aclose()
+        await self.steps.aclose()
 
     async def _end(self) -> str:
-        await self._steps.aclose()
+        await self.steps.aclose()
         self.ended = True
         return self.generation.finish()
 

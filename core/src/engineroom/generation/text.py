@@ -21,6 +21,7 @@ from __future__ import annotations
 import codecs
 from collections import deque
 from collections.abc import Iterable, Sequence
+from dataclasses import InitVar, dataclass, field
 from functools import lru_cache
 from typing import Final
 
@@ -99,6 +100,7 @@ def _automaton(stops: frozenset[str]) -> _Automaton:
     return _Automaton(sorted(stops))
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class StopMatcher:
     """Find the first stop sequence in text that arrives in pieces.
 
@@ -106,28 +108,21 @@ class StopMatcher:
     :raises ValueError: where one is empty.
     """
 
-    __slots__ = (
-        "_automaton",
-        "_best_length",
-        "_best_start",
-        "_held",
-        "_position",
-        "_state",
-        "matched",
-    )
+    stops: InitVar[Iterable[str]]
+    matched: str | None = None
+    """The stop sequence that ended the text; ``None`` while there is none."""
+    _automaton: _Automaton = field(init=False)
+    _state: int = 0
+    _held: str = ""
+    _position: int = 0  # of the first held character, in the whole text
+    _best_start: int = -1
+    _best_length: int = 0
 
-    def __init__(self, stops: Iterable[str]) -> None:
+    def __post_init__(self, stops: Iterable[str]) -> None:
         sequences = frozenset(stops)
         if "" in sequences:
             raise ValueError("a stop sequence must not be empty")
         self._automaton = _automaton(sequences)
-        self._state = 0
-        self._held = ""
-        self._position = 0  # of the first held character, in the whole text
-        self._best_start = -1
-        self._best_length = 0
-        self.matched: str | None = None
-        """The stop sequence that ended the text; ``None`` while there is none."""
 
     def feed(self, text: str) -> str:
         """Take a piece of text and return what may be shown; nothing once one has matched."""

@@ -6,6 +6,7 @@ import asyncio
 import operator
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
 from engineroom.errors import InferenceError
@@ -22,16 +23,14 @@ _GAPS: Final = 256
 _now = time.perf_counter
 
 
+@dataclass(slots=True, eq=False)
 class ChunkReader:
     """Reads what a handler's own ``stream_infer`` yields, as :class:`StepReader` reads steps."""
 
-    __slots__ = ("_chunks", "_handler", "_response", "ended")
-
-    def __init__(self, handler: str, chunks: AsyncGenerator[str, None]) -> None:
-        self._handler = handler
-        self._chunks = chunks
-        self._response: InferenceResponse | None = None
-        self.ended = False
+    handler: str
+    chunks: AsyncGenerator[str, None]
+    ended: bool = False
+    _response: InferenceResponse | None = None
 
     def response(self) -> InferenceResponse | None:
         """What the stream's ``StreamEnd`` held; ``None``: it had none."""
@@ -40,7 +39,7 @@ class ChunkReader:
     async def next_chunk(self) -> str:
         """The next chunk, which may be empty."""
         try:
-            chunk = await self._chunks.__anext__()
+            chunk = await self.chunks.__anext__()
         except StopAsyncIteration:
             self.ended = True
             return ""
@@ -49,7 +48,7 @@ class ChunkReader:
             return ""
         if not isinstance(chunk, str):
             raise InferenceError(
-                f"handler {self._handler!r}: stream_infer yielded {type(chunk).__name__} instead "
+                f"handler {self.handler!r}: stream_infer yielded {type(chunk).__name__} instead "
                 "of str; mend the plugin"
             )
         return chunk
@@ -60,21 +59,19 @@ class ChunkReader:
 
     async def aclose(self) -> None:
         """Stop the work. May be called twice, and after the end."""
-        await self._chunks.aclose()
+        await self.chunks.aclose()
 
 
+@dataclass(slots=True, eq=False)
 class DeliveredChunks:
     """The chunks that a stream's reader was handed, and when."""
 
-    __slots__ = ("_texts", "_times", "first_at", "listener")
-
-    def __init__(self) -> None:
-        self._texts: list[str] = []
-        self.first_at: float | None = None
-        """When the first one was handed over, by :func:`time.perf_counter`."""
-        self.listener: Callable[[tuple[float, ...]], None] | None = None
-        """Is told the gaps between them, in seconds, some at a time."""
-        self._times: list[float] = []  # of those whose gaps were not told yet
+    first_at: float | None = None
+    """When the first one was handed over, by :func:`time.perf_counter`."""
+    listener: Callable[[tuple[float, ...]], None] | None = None
+    """Is told the gaps between them, in seconds, some at a time."""
+    _texts: list[str] = field(default_factory=list)
+    _times: list[float] = field(default_factory=list)  # of those whose gaps were not told yet
 
     @property
     def text(self) -> str:
@@ -102,18 +99,16 @@ class DeliveredChunks:
             del times[:-1]
 
 
+@dataclass(slots=True, eq=False)
 class Sink:
     """A reader that takes chunks without being asked for each, and may ask to be waited for.
 
     :param put: takes a chunk.
     """
 
-    __slots__ = ("held", "put")
-
-    def __init__(self, put: Put) -> None:
-        self.put = put
-        self.held: Awaitable[None] | BaseException | None = None
-        """What to wait for before the next chunk, or what ``put`` raised."""
+    put: Put
+    held: Awaitable[None] | BaseException | None = None
+    """What to wait for before the next chunk, or what ``put`` raised."""
 
     async def fill(self, reader: StepReader | ChunkReader, delivered: DeliveredChunks) -> str:
         """Put each chunk as it comes, to the last one or until the reader has to be waited for.

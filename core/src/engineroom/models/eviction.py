@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 from engineroom.errors import ResourceNotAvailableError
 from engineroom.memory.account import MemoryAccount, choose_victims
@@ -21,6 +22,7 @@ from engineroom.units import format_size
 __all__ = ["Evictor"]
 
 
+@dataclass(slots=True, eq=False)
 class Evictor:
     """Says who would have to go; somebody else unloads them.
 
@@ -29,15 +31,9 @@ class Evictor:
     :param clock: what ``ready_at`` and ``last_used`` are measured with.
     """
 
-    def __init__(
-        self,
-        account: MemoryAccount,
-        models: Iterable[ModelEntry],
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.account = account
-        self.models = models
-        self.clock = clock
+    account: MemoryAccount
+    models: Iterable[ModelEntry]
+    clock: Callable[[], float] = time.monotonic
 
     def can_ever_fit(self, model: ModelEntry, need: Mapping[str, int]) -> bool:
         """Whether it would fit if everything went that can go."""

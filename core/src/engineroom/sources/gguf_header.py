@@ -12,7 +12,7 @@ import mmap
 import struct
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -125,20 +125,20 @@ def refuse_gguf(path: Path, why: str) -> NoReturn:
     )
 
 
+@dataclass(slots=True, eq=False)
 class _Reader:
     """A cursor over the file that never reads past its end."""
 
-    def __init__(self, path: Path, view: mmap.mmap, size: int, keep: Collection[str]) -> None:
-        self._path = path
-        self._view = view
-        self._size = size
-        self._keep = keep
-        self._at = 0
+    path: Path
+    view: mmap.mmap
+    size: int
+    keep: Collection[str]
+    at: int = 0
 
     def header(self) -> GgufHeader:
-        if self._view[:4] != MAGIC:
-            self._refuse(f"it begins with {self._view[:4]!r} instead of b'GGUF'")
-        self._at = 4
+        if self.view[:4] != MAGIC:
+            self._refuse(f"it begins with {self.view[:4]!r} instead of b'GGUF'")
+        self.at = 4
         version = self._scalar(4)
         if version not in _VERSIONS:
             swapped = int.from_bytes(struct.pack("<I", version), "big")
@@ -155,18 +155,18 @@ class _Reader:
             if key in metadata:
                 self._refuse(f"the metadata key {key[:80]!r} is there twice")
             kinds[key] = self._scalar(4)
-            metadata[key] = self._value(kinds[key], key in self._keep)
+            metadata[key] = self._value(kinds[key], key in self.keep)
         self._enough(tensors, 32, "tensors", _MAX_ENTRIES)
         declared = self._tensors(tensors)
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
             self._refuse(f"general.alignment is {alignment!r}, not a power of two")
-        start = -(-self._at // alignment) * alignment
+        start = -(-self.at // alignment) * alignment
         if declared and start % _MAPPED:
             self._refuse(f"its data begin at byte {start}, no multiple of {_MAPPED}")
         placed = self._placed(declared, start, alignment)
         total = sum(tensor.size for tensor in placed)
-        return GgufHeader(version, metadata, tensors, total, self._size, placed, kinds, self._path)
+        return GgufHeader(version, metadata, tensors, total, self.size, placed, kinds, self.path)
 
     def _placed(
         self, declared: list[GgufTensor], start: int, alignment: int
@@ -178,10 +178,10 @@ class _Reader:
                 self._refuse(f"tensor {tensor.name[:80]!r} is not aligned")
             tensor = replace(tensor, offset=start + tensor.offset)  # noqa: PLW2901
             end = tensor.offset + tensor.size
-            if end > self._size:
+            if end > self.size:
                 self._refuse(
                     f"tensor {tensor.name[:80]!r} ends at byte {end}, but the file has "
-                    f"{self._size}: it was cut short",
+                    f"{self.size}: it was cut short",
                 )
             placed.append(tensor)
         ordered = sorted(placed, key=lambda tensor: tensor.offset)
@@ -221,11 +221,11 @@ class _Reader:
         inner, count = self._scalar(4), self._scalar(10)
         values: tuple[Any, ...] | None = None
         if inner in _SCALARS:
-            at, code = self._at, _SCALARS[inner]
+            at, code = self.at, _SCALARS[inner]
             self._skip(count * code.size)
             if count <= _MAX_VALUES:
                 numbers = struct.Struct(f"<{count}{code.format[1:]}")
-                values = numbers.unpack_from(self._view, at)
+                values = numbers.unpack_from(self.view, at)
         elif inner == _STRING:
             self._enough(count, 8, "strings of an array", _MAX_STRINGS if keep else math.inf)
             if keep:
@@ -242,34 +242,34 @@ class _Reader:
         return GgufArray(count, values, inner)
 
     def _refuse(self, why: str) -> NoReturn:
-        refuse_gguf(self._path, why)
+        refuse_gguf(self.path, why)
 
     def _scalar(self, kind: int) -> Any:
         code = _SCALARS.get(kind)
         if code is None:
             self._refuse(f"its metadata has a value of the unknown type {kind}")
-        at = self._at
+        at = self.at
         self._skip(code.size)
-        return code.unpack_from(self._view, at)[0]
+        return code.unpack_from(self.view, at)[0]
 
     def _string(self) -> str:
         return self._bytes().decode("utf-8", "replace")
 
     def _bytes(self) -> bytes:
         length = self._scalar(10)
-        at = self._at
+        at = self.at
         self._skip(length)
-        return self._view[at : self._at]
+        return self.view[at : self.at]
 
     def _skip(self, length: int) -> None:
-        self._at += length
-        if self._at > self._size:
-            self._refuse(f"its header goes on past its {self._size} bytes: it was cut short")
-        if self._at > _MAX_HEADER:
+        self.at += length
+        if self.at > self.size:
+            self._refuse(f"its header goes on past its {self.size} bytes: it was cut short")
+        if self.at > _MAX_HEADER:
             self._refuse(f"its header goes on past {_MAX_HEADER} bytes, as no model's does")
 
     def _enough(self, count: int, least: int, what: str, most: float = math.inf) -> None:
-        if count * least > self._size - self._at:
+        if count * least > self.size - self.at:
             self._refuse(f"it declares {count} {what}, for which it is too small")
         if count > most:
             self._refuse(f"it declares {count} {what}, and no model has more than {most}")
