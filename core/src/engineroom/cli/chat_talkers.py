@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
 from collections.abc import Generator, Sequence
-from contextlib import ExitStack, closing
-from typing import Any, Protocol
+from contextlib import AbstractContextManager, ExitStack, closing
+from typing import Any
 
 from engineroom.cli.output import CommandError
 from engineroom.cli.resolve import Target
@@ -17,16 +18,14 @@ from engineroom.service import LLMInferenceService
 __all__ = ["LocalTalker", "ServerTalker", "Talker"]
 
 
-class Talker(Protocol):
+class Talker(AbstractContextManager["Talker"]):
     """Answers conversations. A context manager: leaving it gives everything back."""
 
-    def __enter__(self) -> Talker: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
+    @abstractmethod
     def models(self) -> list[str]:
         """Names that ``/model`` takes."""
 
+    @abstractmethod
     def answer(
         self, model: str, messages: Sequence[ChatMessage], params: GenerationParams
     ) -> Generator[str, None, None]:
@@ -36,7 +35,7 @@ class Talker(Protocol):
         """
 
 
-class LocalTalker:
+class LocalTalker(Talker):
     """A service of one's own.
 
     :param target: the model, and the deployment that has it.
@@ -45,9 +44,6 @@ class LocalTalker:
     def __init__(self, target: Target) -> None:
         self._target = target
         self._service = LLMInferenceService(target.manager())
-
-    def __enter__(self) -> LocalTalker:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._service.close_sync(drain_timeout_s=0)
@@ -69,7 +65,7 @@ class LocalTalker:
                 yield chunk
 
 
-class ServerTalker:
+class ServerTalker(Talker):
     """A server that has OpenAI's API.
 
     :param url: where it is, with or without ``/v1``.
@@ -92,9 +88,6 @@ class ServerTalker:
             headers={"authorization": f"Bearer {key}"} if key else {},
             timeout=httpx.Timeout(600.0, connect=10.0),
         )
-
-    def __enter__(self) -> ServerTalker:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._client.close()

@@ -216,35 +216,27 @@ def _missing_requirements(distribution: str) -> list[Problem]:
         requirements = metadata.requires(distribution) or []
     except metadata.PackageNotFoundError:
         return []
-    missing: list[str] = []
     required: list[str] = []
-    choices: list[str] = []
+    builds: list[str] = []
     for requirement in requirements:
         if (match := _REQUIREMENT.fullmatch(requirement)) is None:
             continue
         name, marker = _normal(match[1]), match[2] or ""
         if not marker:
             required.append(name)
-            if _version(name) is None:
-                missing.append(name)
         elif "extra" in marker and name in _RUNTIMES:
-            choices.append(name)
+            builds.append(name)
     problems = [
-        Problem(
-            f"{distribution} needs {name}, which is not installed",
-            f"pip install {name}",
-        )
-        for name in missing
+        Problem(f"{distribution} needs {name}, which is not installed", f"pip install {name}")
+        for name in required
+        if _version(name) is None
     ]
-    builds = [name for name in choices if name not in required]
+    # A build that is required anyway is among _RUNTIMES: then there is nothing to choose.
     if builds and not set(required) & set(_RUNTIMES) and not any(map(_version, builds)):
-        problems.append(
-            Problem(
-                f"{distribution} needs {' or '.join(dict.fromkeys(builds))}, and neither is "
-                "installed",
-                f"install {distribution} with one of its extras; its README says which",
-            )
-        )
+        names = " or ".join(dict.fromkeys(builds))
+        what = f"{distribution} needs {names}, and neither is installed"
+        remedy = f"install {distribution} with one of its extras; its README says which"
+        problems.append(Problem(what, remedy))
     return problems
 
 

@@ -24,7 +24,7 @@ import engineroom
 from engineroom.cli import EXIT_FAILED
 from engineroom.cli.flags import flag
 from engineroom.cli.output import CommandError, warning_line, write
-from engineroom.handlers.discovery import HANDLER_GROUP, PluginRecord, installed_plugins
+from engineroom.handlers.discovery import HANDLER_GROUP, installed_plugins
 
 __all__ = ["NEW_PLUGIN_EPILOG", "PluginNames", "new_plugin", "plugin_names", "render"]
 
@@ -112,7 +112,11 @@ def new_plugin(
             "MIT OR Apache-2.0, or LicenseRef-Proprietary for one that has no SPDX name"
         )
     for record in installed_plugins():
-        _warn_of(record, names)
+        if record.group == HANDLER_GROUP and record.name == names.name:
+            warning_line(
+                f"a handler {record.name!r} is installed already, by {record.distribution} "
+                f"{record.version}; only one of that name can be used at a time"
+            )
     target = _new_folder(directory, names, license_)
     write(_next_steps(names, target))
 
@@ -152,12 +156,12 @@ def render(names: PluginNames, license_: str = "Apache-2.0") -> Iterator[tuple[P
         "requirement": _requirement(),
         "source": f"package:{names.package}/toy.txt",
     }
-    for path, text in _templates(files("engineroom.cli") / "templates" / "plugin"):
+    folder = files("engineroom.cli") / "templates" / "plugin"
+    for path, text in _templates(folder):
         if path.name.startswith(_LICENCE_TEXT):
             continue
         parts = [p.replace("PACKAGE", names.package).replace("dot_", ".", 1) for p in path.parts]
         yield PurePosixPath(*parts), _Template(text).substitute(fields)
-    folder = files("engineroom.cli") / "templates" / "plugin"
     licence = folder / f"{_LICENCE_TEXT}{license_}{_SUFFIX}"
     if not licence.is_file():
         licence = folder / f"{_LICENCE_TEXT}placeholder{_SUFFIX}"
@@ -220,14 +224,6 @@ def _refuse(who: str, *rules: tuple[bool, str]) -> None:
     for broken, why in rules:
         if broken:
             raise CommandError(who + why)
-
-
-def _warn_of(record: PluginRecord, names: PluginNames) -> None:
-    if record.group == HANDLER_GROUP and record.name == names.name:
-        warning_line(
-            f"a handler {record.name!r} is installed already, by {record.distribution} "
-            f"{record.version}; only one of that name can be used at a time"
-        )
 
 
 def _requirement() -> str:
