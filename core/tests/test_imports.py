@@ -94,3 +94,11 @@ def test_every_name_that_a_module_gives_out_is_there(path):
     module = __import__(dotted.removesuffix(".__init__"), fromlist=["*"])
     for name in getattr(module, "__all__", ()):
         assert hasattr(module, name), name
+
+
+@pytest.mark.parametrize("stub", sorted(PACKAGE.rglob("__init__.pyi")), ids=str)
+def test_no_public_name_is_that_of_a_module_beside_it(stub):
+    """Else it would depend on what was imported before whether the name is the module."""
+    tree = ast.parse(stub.read_text(encoding="utf-8"))
+    names = {a.asname for n in tree.body if isinstance(n, ast.ImportFrom) for a in n.names}
+    assert names & {path.stem for path in stub.parent.iterdir()} == set()

@@ -22,8 +22,8 @@ from .special_tokens import (
 )
 from .token_bytes import (
     byte_alphabet as byte_alphabet,
+    bytes_of_token as bytes_of_token,
     decoder_kinds as decoder_kinds,
-    token_bytes as token_bytes,
 )
 from .tokenizer_codec import (
     TokenizerCodec as TokenizerCodec,

@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any, Final
 
-__all__ = ["byte_alphabet", "decoder_kinds", "token_bytes"]
+__all__ = ["byte_alphabet", "bytes_of_token", "decoder_kinds"]
 
 _BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -43,7 +43,7 @@ def decoder_kinds(tokenizer: Any) -> frozenset[str]:
     return frozenset(kinds)
 
 
-def token_bytes(text: str, kinds: Collection[str]) -> bytes | None:
+def bytes_of_token(text: str, kinds: Collection[str]) -> bytes | None:
     """The bytes of a token by its text in the vocabulary; ``None``: only its decoder can tell.
 
     :param kinds: the decoder's steps: ``ByteLevel`` tells the bytes of every token,

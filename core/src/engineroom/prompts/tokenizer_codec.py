@@ -8,7 +8,7 @@ from typing import Any, Final
 from engineroom.prompts.chat_template import ModelTemplates
 from engineroom.prompts.codec import PromptCodec
 from engineroom.prompts.special_tokens import ControlTokens
-from engineroom.prompts.token_bytes import decoder_kinds, token_bytes
+from engineroom.prompts.token_bytes import bytes_of_token, decoder_kinds
 
 __all__ = ["TokenizerCodec", "encoding_of", "surroundings"]
 
@@ -85,7 +85,7 @@ class TokenizerCodec(PromptCodec):
             return self._pieces[token]
         except KeyError:
             text = self._tokenizer.id_to_token(token) or ""
-            known = token_bytes(text, self.kinds)
+            known = bytes_of_token(text, self.kinds)
             piece = text.replace("▁", " ").encode() if known is None else known
             self._pieces[token] = piece
             return piece

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, Final, Protocol
 
 from engineroom import Utf8Decoder
-from engineroom.prompts import decoder_kinds, token_bytes
+from engineroom.prompts import bytes_of_token, decoder_kinds
 
 __all__ = ["WINDOW", "Decoder", "PieceDecoder", "Pieces", "WindowDecoder"]
 
@@ -77,7 +77,7 @@ class Pieces(dict[int, bytes]):
         text: str | None = self._backend.id_to_token(token)
         if text is None:
             return b""
-        if (known := token_bytes(text, self._kinds)) is not None:
+        if (known := bytes_of_token(text, self._kinds)) is not None:
             return known
         whole: str = self._backend.decode([self._anchor, self._anchor, token])
         return whole.removeprefix(self._before).encode()
@@ -96,7 +96,7 @@ class Pieces(dict[int, bytes]):
 
     def _is_byte(self, token: int) -> bool:
         byte_tokens = self._kinds & {"ByteFallback"}
-        return token_bytes(self._backend.id_to_token(token) or "", byte_tokens) is not None
+        return bytes_of_token(self._backend.id_to_token(token) or "", byte_tokens) is not None
 
 
 class PieceDecoder:
