@@ -123,7 +123,7 @@ def plan(
         manager = LLMModelManager(config=_deployment(said_before(ctx, "config", config)))
         facts = asdict(asyncio.run(manager.plan()))
         warn_of_quarantined(manager.registry)
-    show(as_json, facts, _plan_text(facts.get("models", []), facts.get("devices", [])))
+    show(as_json, facts, lambda: _plan_text(facts.get("models", []), facts.get("devices", [])))
 
 
 @models_app.command("show", short_help="Show a model and what it would take.", epilog=_SHOW_EPILOG)
@@ -190,8 +190,8 @@ def reload(
     Running requests end on the models that they have. A file with mistakes changes nothing.
     """
     report = RemoteManager(url).reload()
-    lines = [f"{key}: {', '.join(map(str, names))}\n" for key, names in report.items() if names]
-    show(as_json, report, "".join(lines) or "nothing changed\n")
+    lines = (f"{key}: {', '.join(map(str, names))}\n" for key, names in report.items() if names)
+    show(as_json, report, lambda: "".join(lines) or "nothing changed\n")
 
 
 def _deployment(config: Path | None) -> DeploymentConfig:

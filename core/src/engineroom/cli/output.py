@@ -9,7 +9,7 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, TextIO
 
 from engineroom.errors import (
@@ -89,12 +89,12 @@ def write_json(value: Any) -> None:
     write(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
-def show(as_json: bool, facts: Any, text: str) -> None:
-    """Write the facts as JSON, or the text for people."""
+def show(as_json: bool, facts: Any, text: str | Callable[[], str]) -> None:
+    """Write the facts as JSON, or the text for people; a function makes it only then."""
     if as_json:
         write_json(facts)
     else:
-        write(text)
+        write(text if isinstance(text, str) else text())
 
 
 def warning_line(message: str) -> None:
