@@ -10,7 +10,7 @@ and ``close`` stop the work without harming the task that asked for it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, Protocol, runtime_checkable
+from typing import Any, Final
 
 from pydantic import ValidationError
 
@@ -38,16 +38,6 @@ from engineroom.schemas import (
 __all__ = ["LLMInferenceService"]
 
 DEFAULT_MAX_REQUESTS: Final = 1024
-
-
-@runtime_checkable
-class _Closing(Protocol):
-    async def close(self) -> None: ...
-
-
-@runtime_checkable
-class _Explaining(Protocol):
-    def explain(self, model_id: str) -> DispatchReport: ...
 
 
 class LLMInferenceService:
@@ -151,9 +141,7 @@ class LLMInferenceService:
                 )
             embeddings = made
             return InferenceResponse(
-                request_id=request.request_id,
-                model_id=model_id,
-                prompt_tokens=made.prompt_tokens,
+                request_id=request.request_id, model_id=model_id, prompt_tokens=made.prompt_tokens
             )
 
         await self._execution(scope).run(work)
@@ -192,12 +180,14 @@ class LLMInferenceService:
         :raises ModelNotFoundError: there is no such model.
         :raises ConfigurationError: the model source cannot tell.
         """
-        if not isinstance(self._source, _Explaining):
+        ask = getattr(self._source, "explain", None)
+        if ask is None:
             raise ConfigurationError(
                 f"{type(self._source).__name__} has no explain(); lease the model and ask "
                 "service.registry.explain(loaded_model)"
             )
-        return self._source.explain(model_id)
+        report: DispatchReport = ask(model_id)
+        return report
 
     def capabilities_of(self, handler: InferenceHandler) -> Capabilities:
         """What a handler of the service can do; it is asked once."""
@@ -240,8 +230,8 @@ class LLMInferenceService:
         self._running.interrupt("the service was closed; send it again")
         await self._running.wait_idle()
         try:
-            if isinstance(self._source, _Closing):
-                await self._source.close()
+            if (close := getattr(self._source, "close", None)) is not None:
+                await close()
         finally:
             self._portal.stop()
 

@@ -23,24 +23,21 @@ def compare(old: DeploymentConfig, new: DeploymentConfig) -> ReloadReport:
     before = {model.model_id: model for model in old.models}
     after = {model.model_id: model for model in new.models}
     both = [(before[name], model) for name, model in after.items() if name in before]
-    soft = (old.keep_alive, old.load_timeout_s, old.fallback) != (
-        new.keep_alive,
-        new.load_timeout_s,
-        new.fallback,
-    )
+    changed = tuple(b.model_id for a, b in both if _substance(a) != _substance(b))
+    soft = _differing(old, new, "keep_alive", "load_timeout_s", "fallback")
     return ReloadReport(
         added=tuple(name for name in after if name not in before),
         removed=tuple(name for name in before if name not in after),
-        changed=tuple(b.model_id for a, b in both if _substance(a) != _substance(b)),
+        changed=changed,
         adjusted=tuple(
-            b.model_id for a, b in both if _substance(a) == _substance(b) and (a != b or soft)
+            b.model_id for a, b in both if b.model_id not in changed and (a != b or soft)
         ),
-        needs_restart=tuple(
-            key
-            for key in ("handlers", "disabled_handlers", "on_unsupported")
-            if getattr(old, key) != getattr(new, key)
-        ),
+        needs_restart=_differing(old, new, "handlers", "disabled_handlers", "on_unsupported"),
     )
+
+
+def _differing(old: DeploymentConfig, new: DeploymentConfig, *keys: str) -> tuple[str, ...]:
+    return tuple(key for key in keys if getattr(old, key) != getattr(new, key))
 
 
 def _substance(model: ModelConfig) -> object:

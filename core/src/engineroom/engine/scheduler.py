@@ -22,15 +22,7 @@ from engineroom.errors import EngineRoomError
 from engineroom.generation.steps import TokenStep
 from engineroom.schemas import TokenLogprob
 
-__all__ = [
-    "BatchSlice",
-    "Choice",
-    "Chosen",
-    "Scheduler",
-    "StepBatch",
-    "StepOutputs",
-    "TextTask",
-]
+__all__ = ["BatchSlice", "Choice", "Chosen", "Scheduler", "StepBatch", "StepOutputs", "TextTask"]
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -112,6 +104,7 @@ class StepOutputs(Protocol[_T]):
         """The text that was held back, when a request ends."""
 
 
+@dataclass(slots=True, eq=False)
 class StepBatch(Generic[_T]):
     """What a step gives its requests, all at once.
 
@@ -120,11 +113,10 @@ class StepBatch(Generic[_T]):
     :param engine: whose requests they are.
     """
 
-    def __init__(self, engine: BatchingEngine[Any]) -> None:
-        self._engine = engine
-        self._items: list[tuple[EngineTask, TokenStep | EngineRoomError]] = []
-        self.without_numbers: list[_T] = []
-        """Requests for which no token can be chosen."""
+    engine: BatchingEngine[Any]
+    without_numbers: list[_T] = field(default_factory=list)
+    """Requests for which no token can be chosen."""
+    _items: list[tuple[EngineTask, TokenStep | EngineRoomError]] = field(default_factory=list)
 
     def add(self, task: EngineTask, item: TokenStep | EngineRoomError) -> None:
         """Give a request its step, or the error that ends it; each request once."""
@@ -140,8 +132,8 @@ class StepBatch(Generic[_T]):
                     item.cached_prompt_tokens = min(task.reused or 0, task.prompt_tokens)
                 if item.finish is None:
                     continue
-            self._engine.leave(task)
-        self._engine.hand_over((task.mailbox, item) for task, item in self._items)
+            self.engine.leave(task)
+        self.engine.hand_over((task.mailbox, item) for task, item in self._items)
 
 
 @dataclass(slots=True, eq=False)

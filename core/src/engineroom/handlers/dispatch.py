@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from engineroom.config.model import LoadedModel, ModelConfig
@@ -56,10 +56,6 @@ class DispatchReport:
         if not self.verdicts:
             return f"none is installed; {install_hint()}"
         return "; ".join(f"{v.handler}: {v.verdict}, {v.reason}" for v in self.verdicts)
-
-    def with_notes(self, notes: tuple[str, ...]) -> DispatchReport:
-        """The same report with these lines at its end."""
-        return replace(self, notes=notes)
 
     def __str__(self) -> str:
         lines = [f"{self.model_id}: {self.question} → {self.chosen or 'no handler'}"]

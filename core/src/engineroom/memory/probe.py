@@ -110,8 +110,13 @@ def _gpu(device: str) -> tuple[int, int] | None:
     kind, _, number = device.partition(":")
     if kind != "cuda" or not number.isdecimal():
         return None
-    visible = _visible()
-    name = number if visible is None else visible[int(number)] if int(number) < len(visible) else ""
+    name, shown = (
+        number,
+        os.environ.get("CUDA_VISIBLE_DEVICES"),
+    )  # by any of CUDA's names; unset: all
+    if shown is not None:
+        visible = [part.strip() for part in shown.split(",") if part.strip()]
+        name = visible[int(number)] if int(number) < len(visible) else ""
     if not name:
         return None
     with _nvml() as nvml:
@@ -122,12 +127,6 @@ def _gpu(device: str) -> tuple[int, int] | None:
         if gpu.name == f"cuda:{name}" and total is not None and free is not None:
             return free, total - free
     return None
-
-
-def _visible() -> list[str] | None:
-    """The GPUs that CUDA shows to this process, as it names them; ``None``: all."""
-    text = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
 
 
 @contextmanager

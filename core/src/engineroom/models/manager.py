@@ -18,6 +18,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, TypeAlias
 
@@ -167,7 +168,7 @@ class LLMModelManager:
                 + (f" ({o.reason})" if o.reason else "")
                 for number, o in enumerate(entry.outcomes, 1)
             )
-            report = report.with_notes(notes)
+            report = replace(report, notes=notes)
         return report
 
     async def plan(self) -> Plan:

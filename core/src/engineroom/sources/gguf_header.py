@@ -18,14 +18,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from engineroom.errors import ConfigurationError
-from engineroom.sources.gguf import (
-    MAGIC,
-    GgufArray,
-    GgufHeader,
-    GgufTensor,
-    gguf_part_paths,
-    whole,
-)
+from engineroom.sources.gguf import MAGIC, GgufArray, GgufHeader, GgufTensor, gguf_part_paths, whole
 
 __all__ = ["read_gguf_header", "refuse_gguf"]
 
@@ -181,14 +174,14 @@ class _Reader:
             if end > self.size:
                 self._refuse(
                     f"tensor {tensor.name[:80]!r} ends at byte {end}, but the file has "
-                    f"{self.size}: it was cut short",
+                    f"{self.size}: it was cut short"
                 )
             placed.append(tensor)
         ordered = sorted(placed, key=lambda tensor: tensor.offset)
         for before, after in pairwise(ordered):
             if before.offset + before.size > after.offset:
                 self._refuse(
-                    f"tensors {before.name[:80]!r} and {after.name[:80]!r} lie over each other",
+                    f"tensors {before.name[:80]!r} and {after.name[:80]!r} lie over each other"
                 )
         return tuple(placed)
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from engineroom.errors import ConfigurationError
 from engineroom.sources.json_file import read_json
@@ -86,7 +86,14 @@ def _settings(folder: Path, name: str) -> Path:
 
 
 def _mode(file: Path, modes: Mapping[str, str], runtime: str) -> str:
-    asked = _asked(read_json(file, dict))
+    settings = read_json(file, dict)
+    asked = [
+        key.removeprefix(_PREFIX)
+        for key, value in settings.items()
+        if key.startswith(_PREFIX) and value is True
+    ]
+    if not asked and isinstance(mode := settings.get("pooling_mode"), str):
+        asked = [mode]
     mode = _TOKENS.sub("", asked[0]) if len(asked) == 1 else ""
     if mode not in modes:
         raise ConfigurationError(
@@ -94,14 +101,3 @@ def _mode(file: Path, modes: Mapping[str, str], runtime: str) -> str:
             f"one of {', '.join(modes)}"
         )
     return modes[mode]
-
-
-def _asked(settings: Mapping[str, Any]) -> list[str]:
-    """The names of the poolings that are asked for."""
-    modes = [
-        key.removeprefix(_PREFIX)
-        for key, value in settings.items()
-        if key.startswith(_PREFIX) and value is True
-    ]
-    mode = settings.get("pooling_mode")
-    return modes or ([mode] if isinstance(mode, str) else [])
