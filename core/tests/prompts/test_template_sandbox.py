@@ -75,6 +75,7 @@ def test_what_would_take_too_much_is_refused(
     monkeypatch: pytest.MonkeyPatch, source: str, why: str
 ) -> None:
     monkeypatch.setattr(template_sandbox, "MOST_STEPS", 200_000)
+    monkeypatch.setattr(template_sandbox, "MOST_SECONDS", 60)  # steps end it first, on any machine
     template = ChatTemplate(source, {})  # where it is tried, in the same bounds
     for _ in range(2):
         with pytest.raises(ConfigurationError, match=f"OverflowError: it .*{why}"):
