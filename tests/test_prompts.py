@@ -129,7 +129,7 @@ async def test_a_hostile_template_ends_as_a_typed_error_beside_the_event_loop(
     with pytest.raises(ConfigurationError, match=r"fails on these messages \(roles: user\): "):
         await asyncio.wait_for(tokens_of(opened, request), 20)
     beating.cancel()
-    assert beats >= 10 * (loop.time() - began) - 1
+    assert beats >= 10 * (loop.time() - began) - 5  # a tenth of what there may be
 
 
 @pytest.mark.parametrize("words", [2, 50])

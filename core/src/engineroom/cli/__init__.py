@@ -2,7 +2,8 @@
 
 :func:`main` is the border to the shell: whatever happens inside ends as an exit status and, if
 it went wrong, as ``error: …`` on standard error. The commands themselves are in
-:mod:`engineroom.cli.app`, which is imported when a command runs, not when this package is.
+:mod:`engineroom.cli.app`, which is imported when a command runs, not when this package is. How
+requests and models are treated is not decided here: the command only calls the library.
 """
 
 from __future__ import annotations

@@ -2,5 +2,5 @@
 
 The base classes of a handler, the hooks of observers, and the registry with its parts: discovery
 through entry points, checks, observers, dispatch. Loading models with a handler is in
-:mod:`engineroom.models`, running requests in :mod:`engineroom.service`.
+:mod:`engineroom.models`, working on requests in :mod:`engineroom.inference`.
 """

@@ -1,7 +1,8 @@
 """The HTTP server: OpenAI's, Anthropic's and engineroom's own API in front of one service.
 
-Start reading in :mod:`engineroom.server.app`. Needs the extra: ``pip install
-'engineroom[server]'``; importing this package alone loads nothing of it::
+Start reading in :mod:`engineroom.server.app`. What HTTP asks for is put into the service's
+words here, and its answers into each API's; what becomes of a request is the service's matter.
+Needs the extra: ``pip install 'engineroom[server]'``; importing this package loads nothing of it::
 
     from engineroom.server import ServerSettings, create_app
 

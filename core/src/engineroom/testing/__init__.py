@@ -1,7 +1,8 @@
 """For tests of handlers, and of applications that use engineroom.
 
 Only :class:`HandlerConformance` needs pytest (``pip install "engineroom[testing]"``), and only
-when it is first used.
+when it is first used. Here are the kit, a handler that echoes, and cycles of loading; tests of
+engineroom itself are beside the package, not in it.
 """
 
 from __future__ import annotations

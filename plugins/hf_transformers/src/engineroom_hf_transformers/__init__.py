@@ -4,6 +4,7 @@ Start reading in :mod:`engineroom_hf_transformers.handler`; the scheduler is
 :mod:`engineroom_hf_transformers.engine`, and what makes batching possible
 :mod:`engineroom_hf_transformers.attention`. Importing this package loads neither torch nor
 transformers.
+Chat templates and headers of files are engineroom's; what is here knows torch.
 """
 
 from __future__ import annotations

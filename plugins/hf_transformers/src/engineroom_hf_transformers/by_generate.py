@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from engineroom_hf_transformers.loading import Parts
     from engineroom_hf_transformers.tasks import Task
 
-__all__ = ["Generation", "neutral"]
+__all__ = ["GenerateCall", "neutral"]
 
 
 def neutral(model: Any) -> None:
@@ -47,7 +47,7 @@ def neutral(model: Any) -> None:
         )
 
 
-class Generation:
+class GenerateCall:
     """One request's run of ``generate()``, in a thread of its own.
 
     :param ends: whether a token ends the generation.

@@ -32,7 +32,7 @@ from engineroom import (
 from engineroom.engine import SamplerState, Scheduler, StepBatch, logprob_maker
 from engineroom.sources import PoolingRecipe
 from engineroom_hf_transformers.attention import StepStoppedError
-from engineroom_hf_transformers.by_generate import Generation, neutral
+from engineroom_hf_transformers.by_generate import GenerateCall, neutral
 from engineroom_hf_transformers.cache import Slots
 from engineroom_hf_transformers.chunking import ReadingCost
 from engineroom_hf_transformers.drafting import make_drafter
@@ -93,7 +93,7 @@ class HfEngine(BatchingEngine[Job]):
         self.logprob = logprob_maker(self.codec.token_text)
         """Makes a log probability as responses give it."""
         self._interrupted = False
-        self._generations: set[Generation] = set()
+        self._generations: set[GenerateCall] = set()
         neutral(parts.model)
         self.recipe: PoolingRecipe | None = recipe_of(parts.folder, parts)
         """How to make embeddings; ``None``: the model is not made for it."""
@@ -171,7 +171,7 @@ class HfEngine(BatchingEngine[Job]):
         if not isinstance(task, Task):
             return
         if self._slots is None or (task.request.params.num_beams or 1) > 1:
-            work = Generation(self.parts, task, self.codec.ends, self._is_interrupted)
+            work = GenerateCall(self.parts, task, self.codec.ends, self._is_interrupted)
             self._generations.add(work)
             task.work = work
             return
@@ -187,7 +187,7 @@ class HfEngine(BatchingEngine[Job]):
         """Its slot is free; what was computed stays until the slot is given away."""
         if task.work is not None:
             task.work.close()
-            if isinstance(task.work, Generation):
+            if isinstance(task.work, GenerateCall):
                 self._generations.discard(task.work)
             task.work = None
         if not isinstance(task, Task):

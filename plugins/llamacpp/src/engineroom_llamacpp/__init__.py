@@ -2,6 +2,7 @@
 
 Start reading in :mod:`engineroom_llamacpp.handler`; the scheduler is
 :mod:`engineroom_llamacpp.engine`. Importing this package does not load llama.cpp.
+Chat templates and headers of files are engineroom's; what is here knows llama.cpp.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 Start reading in :mod:`engineroom_vllm.handler`; what differs between versions of vLLM is in
 :mod:`engineroom_vllm.library`. Importing this package does not load vLLM.
+Chat templates and headers of files are engineroom's; what is here knows vLLM.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The conformance kit: what every handler has to do, as tests that a plugin derives from.
 
 ``RULES`` can be read without pytest; :class:`HandlerConformance` needs the extra
-``engineroom[testing]``.
+``engineroom[testing]``. What is checked is what the service relies on, not how good or how
+quick a runtime is: that is what benchmarks are for.
 """
 
 from __future__ import annotations

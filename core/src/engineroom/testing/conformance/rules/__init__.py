@@ -1,7 +1,7 @@
 """The rules that a handler keeps: one for each check. Needs no pytest.
 
 ``test_some_rule`` checks the rule ``some-rule``, whose paragraph is
-``docs/plugin-rules.md#rule-some-rule``.
+``docs/plugin-rules.md#rule-some-rule``. Here is what each rule says, not how it is checked.
 """
 
 from __future__ import annotations
