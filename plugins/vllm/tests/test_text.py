@@ -73,13 +73,6 @@ def test_a_prompt_begins_once_as_the_model_wants() -> None:
     assert codec().prompt("", None) == []
 
 
-@pytest.mark.parametrize("written", [0, 1, 2])
-def test_a_conversation_begins_as_its_template_says(written: int) -> None:
-    template = "<s>" * written + "{% for m in messages %}{{ m.content }}{% endfor %}"
-    tokens = codec(template, begin=True).prompt(None, [ChatMessage(role="user", content="a")])
-    assert tokens == [1] * min(written, 1) + codec().prompt("a", None)
-
-
 def test_a_text_for_embeddings_begins_and_ends_once_as_the_model_wants() -> None:
     found = codec(begin=True)
     body = found.prompt("hi", None)[1:]

@@ -78,7 +78,7 @@ class PromptCodec(ABC):
         """
         if prompt is not None:
             return self.begun(self.read(prompt))
-        return self.opened(self.conversation(messages or (), tools, **template_args))
+        return self.begun(self.conversation(messages or (), tools, **template_args))
 
     def conversation(
         self,
@@ -123,10 +123,6 @@ class PromptCodec(ABC):
     def begun(self, tokens: list[int]) -> list[int]:
         """The tokens after what the model wants before them, unless that stands there already."""
         return tokens if tokens[: len(self._begin)] == self._begin else self._begin + tokens
-
-    def opened(self, tokens: list[int]) -> list[int]:
-        """A conversation's tokens with the beginning that it is to have."""
-        return self.begun(tokens)
 
     def _read_segments(self, segments: Sequence[str]) -> list[int]:
         """Token ids of texts, those at odd places read as plain.

@@ -76,12 +76,6 @@ class TokenizerCodec(PromptCodec):
         encoding = encoding_of(self._tokenizer, text)
         return encoding.ids, encoding.offsets
 
-    def opened(self, tokens: list[int]) -> list[int]:
-        """As transformers has it: the template writes the beginning, if any; one is enough."""
-        while self._begin and tokens[: 2 * len(self._begin)] == self._begin * 2:
-            del tokens[: len(self._begin)]
-        return tokens
-
     def piece(self, token: int) -> bytes:
         """The bytes that a token adds to the text; special tokens add none.
 
