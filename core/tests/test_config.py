@@ -228,8 +228,8 @@ def test_no_mistake_hides_another() -> None:
     ] == [
         "deploy.yaml:1: fallback: Input should be a valid boolean, unable to interpret input",
         (
-            "deploy.yaml:5: models.1.model_id: the name 'a' of model 'a' is taken by model 'a'; "
-            "ids and aliases must be unique"
+            "deploy.yaml:5: models.1.model_id: 'a' is the id of model 'a', and the id of model 'a' "
+            "(models.0) already; ids and aliases must be unique"
         ),
         (
             "deploy.yaml:7: models.1.preload: Input should be a valid boolean, "
@@ -242,8 +242,8 @@ def test_no_mistake_hides_another() -> None:
         ),
         "deploy.yaml:10: models.3: give either variants",
         (
-            "deploy.yaml:11: models.3.aliases.1: the name 'a' of model 'c' is taken by model 'a'; "
-            "ids and aliases must be unique"
+            "deploy.yaml:11: models.3.aliases.1: 'a' is an alias of model 'c', and the id of model "
+            "'a' (models.0) already; ids and aliases must be unique"
         ),
         (
             "deploy.yaml:13: models.3.pinned: Input should be a valid boolean, "
@@ -252,8 +252,8 @@ def test_no_mistake_hides_another() -> None:
         "deploy.yaml:17: models.4.sauce: unknown key; did you mean 'source'?",
         "deploy.yaml:18: models.5.model_id: this key is missing",
         (
-            "deploy.yaml:19: models.5.aliases.0: the name 'c' of model None is taken by model 'c'; "
-            "ids and aliases must be unique"
+            "deploy.yaml:19: models.5.aliases.0: 'c' is an alias of model None, and the id of "
+            "model 'c' (models.3) already; ids and aliases must be unique"
         ),
         "deploy.yaml:19: models.5.aliases.1: Input should be a valid string",
     ]
@@ -286,25 +286,60 @@ def test_a_model_without_a_source_is_told_where_it_stands() -> None:
 
 
 @pytest.mark.parametrize(
-    ("second", "place", "name"),
+    ("second", "place", "said"),
     [
-        ("{source: s, model_id: a}", "4: models.1.model_id", "a"),
-        ("{source: s, model_id: b, aliases: [c, other]}", "4: models.1.aliases.1", "other"),
-        ("{source: s, model_id: b, aliases: [a]}", "4: models.1.aliases.0", "a"),
-        ("{source: s, model_id: other}", "4: models.1.model_id", "other"),
+        (
+            "{source: s, model_id: a}",
+            "4: models.1.model_id",
+            "'a' is the id of model 'a', and the id of model 'a' (models.0) already",
+        ),
+        (
+            "{source: s, model_id: b, aliases: [c, other]}",
+            "4: models.1.aliases.1",
+            "'other' is an alias of model 'b', and an alias of model 'a' (models.0) already",
+        ),
+        (
+            "{source: s, model_id: b, aliases: [a]}",
+            "4: models.1.aliases.0",
+            "'a' is an alias of model 'b', and the id of model 'a' (models.0) already",
+        ),
+        (
+            "{source: s, model_id: other}",
+            "4: models.1.model_id",
+            "'other' is the id of model 'other', and an alias of model 'a' (models.0) already",
+        ),
     ],
 )
-def test_a_name_that_is_taken_is_told_where_it_stands(second: str, place: str, name: str) -> None:
+def test_a_name_that_is_taken_is_told_where_it_stands(second: str, place: str, said: str) -> None:
     (mistake,) = mistakes(
         f"models:\n- {{source: s, model_id: a,\n   aliases: [other]}}\n- {second}\n"
     )
-    assert mistake.startswith(f"deploy.yaml:{place}: the name {name!r} of model ")
-    assert "is taken by model 'a'" in mistake
+    assert mistake == f"deploy.yaml:{place}: {said}; ids and aliases must be unique"
 
 
-def test_a_model_may_not_repeat_its_own_name() -> None:
-    (mistake,) = mistakes("models: [{model_id: a, source: s, aliases: [a]}]")
-    assert "the name 'a' of model 'a' is taken by model 'a'" in mistake
+def test_a_model_may_not_repeat_its_own_names() -> None:
+    assert mistakes("models: [{model_id: a, source: s, aliases: [a, b, b]}]") == [
+        (
+            "deploy.yaml:1: models.0.aliases.0: the alias 'a' is the id of the model itself, which "
+            "requests may use anyway; leave it out"
+        ),
+        "deploy.yaml:1: models.0.aliases.2: the alias 'b' is listed twice; leave one out",
+    ]
+
+
+@pytest.mark.parametrize("name", sorted(set(DeploymentConfig.model_fields)))
+def test_a_key_of_the_deployment_that_says_nothing_means_its_default(name: str) -> None:
+    assert parse_deployment(f"{name}:") == DeploymentConfig()
+
+
+@pytest.mark.parametrize("name", sorted(set(ModelConfig.model_fields) - {"model_id", "source"}))
+def test_a_key_of_a_model_that_says_nothing_means_its_default(name: str) -> None:
+    (model,) = parse_deployment(f"models:\n- model_id: m\n  source: s\n  {name}:\n").models
+    assert (
+        model
+        == ModelConfig(model_id="m", source="s")
+        == ModelConfig(model_id="m", source="s", **{name: None})
+    )
 
 
 def test_names_are_unique_without_a_file_too() -> None:

@@ -235,7 +235,7 @@ def test_a_deployment_is_given_once_and_right(tmp_path):
         LLMModelManager()
     with pytest.raises(ConfigurationError, match=r"models\.0\.source"):
         LLMModelManager(config={"models": [{"model_id": "m", "source": 3}]})
-    with pytest.raises(ConfigurationError, match="is taken by model"):
+    with pytest.raises(ConfigurationError, match="the id of model .m., and the id of model .m."):
         LLMModelManager(config=[echo_config("m"), echo_config("m")])
     config = DeploymentConfig(models=[echo_config("m")])
     assert LLMModelManager(config=config).config is config

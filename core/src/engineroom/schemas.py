@@ -21,6 +21,7 @@ from pydantic import (
     PrivateAttr,
     model_validator,
 )
+from pydantic_core import PydanticUseDefault
 
 from engineroom.errors import EngineRoomError, error_class
 
@@ -89,6 +90,16 @@ Identifier = Annotated[
 Text = Annotated[str, AfterValidator(_can_be_encoded)]
 _Int = Annotated[int, BeforeValidator(no_booleans)]
 _Float = Annotated[float, BeforeValidator(no_booleans), Field(allow_inf_nan=False)]
+
+
+def _default_for_none(value: Any) -> Any:
+    if value is None:
+        raise PydanticUseDefault
+    return value
+
+
+OrDefault: Final = BeforeValidator(_default_for_none)
+"""Of a field that has no ``None``: it takes it, and means its default."""
 
 
 class FrozenSchema(BaseModel):
@@ -231,20 +242,20 @@ class InferenceRequest(FrozenSchema):
     no token of the beginning either."""
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
     """A conversation, rendered with the model's own chat template."""
-    params: GenerationParams = GenerationParams()
-    stream: bool = False
-    request_id: Identifier = Field(default_factory=lambda: str(uuid.uuid4()))
+    params: Annotated[GenerationParams, OrDefault] = GenerationParams()
+    stream: Annotated[bool, OrDefault] = False
+    request_id: Annotated[Identifier, OrDefault] = Field(default_factory=lambda: str(uuid.uuid4()))
     stop_sequences: list[Annotated[str, Field(min_length=1)]] | None = None
     """Texts that end the generation; they are not part of the generated text."""
     timeout_s: Annotated[_Float, Field(gt=0)] | None = None
     """Seconds from the call to the last token, waiting and loading included."""
-    priority: Annotated[_Int, Field(ge=-100, le=100)] = 0
+    priority: Annotated[_Int, Field(ge=-100, le=100), OrDefault] = 0
     """Waiting requests of a higher priority go first."""
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     adapter: Identifier | None = None
     """Name of an adapter (LoRA) that was loaded with the model; ``None``: the model as it is."""
-    metadata: dict[str, Any] = Field(default_factory=dict)
+    metadata: Annotated[dict[str, Any], OrDefault] = Field(default_factory=dict)
     """The caller's own; handed to observers, never to the model."""
     on_unsupported: OnUnsupported | None = None
     """What to do about parameters that the runtime does not honour; ``None``: as the service."""
@@ -269,7 +280,7 @@ class EmbeddingRequest(InferenceRequest):
     """
 
     kind: ClassVar[RequestKind] = "embed"
-    prompt: Text | None = ""
+    prompt: Annotated[Text | None, OrDefault] = ""
     texts: Annotated[list[Annotated[Text, Field(min_length=1)]], Field(min_length=1)]
 
 

@@ -29,7 +29,7 @@ from engineroom.config.model import ModelConfig, ModelVariant, source_mistake
 from engineroom.config.suggestions import did_you_mean, known_keys
 from engineroom.config.yaml_file import MAX_BYTES, line_of, plain_values, read_document
 from engineroom.errors import ConfigurationError
-from engineroom.schemas import OnUnsupported, no_booleans
+from engineroom.schemas import OnUnsupported, OrDefault, no_booleans
 from engineroom.sources.source import expand_user, has_scheme
 from engineroom.units import DeviceBudgets, Duration
 
@@ -51,20 +51,20 @@ class DeploymentConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
-    models: list[ModelConfig] = Field(default_factory=list)
+    models: Annotated[list[ModelConfig], OrDefault] = Field(default_factory=list)
     handlers: list[str] | None = None
     """Installed handlers to use, in this order; ``None``: all, by name."""
-    disabled_handlers: list[str] = Field(default_factory=list)
-    on_unsupported: OnUnsupported = "error"
+    disabled_handlers: Annotated[list[str], OrDefault] = Field(default_factory=list)
+    on_unsupported: Annotated[OnUnsupported, OrDefault] = "error"
     """What to do about parameters that a runtime does not honour."""
-    memory: DeviceBudgets = Field(default_factory=dict)
+    memory: Annotated[DeviceBudgets, OrDefault] = Field(default_factory=dict)
     """What models may take of each device together, ``{"cpu": "16GiB", "cuda:0": "20GiB"}``; of a
     device that is not named, what is free on it when it is first needed."""
     keep_alive: Duration | None = None
     """Seconds that a model stays loaded without a request; ``None``: forever."""
-    load_timeout_s: Annotated[float, BeforeValidator(no_booleans), Field(ge=0)] = 120.0
+    load_timeout_s: Annotated[float, BeforeValidator(no_booleans), Field(ge=0), OrDefault] = 120.0
     """Seconds that requests wait for room to load their model."""
-    fallback: bool = True
+    fallback: Annotated[bool, OrDefault] = True
     """Try a model's next variant where one fails to load."""
 
     @model_validator(mode="after")
@@ -167,19 +167,37 @@ def _problem(root: Any, error: Any) -> tuple[int, str]:
 
 def _taken(models: Iterable[tuple[Any, Any]]) -> Iterator[_NameTakenError]:
     """The names, ids and aliases of models, that another one has already."""
-    owners: dict[str, str] = {}
+    owners: dict[str, tuple[int, str, str]] = {}  # name → place and id of its model, and what it is
     for place, (model_id, aliases) in enumerate(models):
         for nth, name in enumerate((model_id, *(aliases if isinstance(aliases, list) else ()))):
             if not isinstance(name, str):  # a mistake by itself
                 continue
+            kind = "an alias" if nth else "the id"
             if name in owners:
-                yield _NameTakenError(
-                    f"the name {name!r} of model {model_id!r} is taken by model "
-                    f"{owners[name]!r}; ids and aliases must be unique",
-                    *("models", place, *(("aliases", nth - 1) if nth else ("model_id",))),
+                message = _taken_by(
+                    name, kind, model_id, *owners[name], own=owners[name][0] == place
                 )
+                key: tuple[str | int, ...] = ("aliases", nth - 1) if nth else ("model_id",)
+                yield _NameTakenError(message, "models", place, *key)
             else:
-                owners[name] = model_id
+                owners[name] = (place, model_id, kind)
+
+
+def _taken_by(
+    name: str, kind: str, model_id: object, place: int, owner: object, taken_as: str, *, own: bool
+) -> str:
+    """What is wrong about a name that a model has, given what has it already."""
+    if own and taken_as == "the id":
+        return (
+            f"the alias {name!r} is the id of the model itself, which requests may use anyway; "
+            "leave it out"
+        )
+    if own:
+        return f"the alias {name!r} is listed twice; leave one out"
+    return (
+        f"{name!r} is {kind} of model {model_id!r}, and {taken_as} of model {owner!r} "
+        f"(models.{place}) already; ids and aliases must be unique"
+    )
 
 
 def _hidden(plain: Any, reported: Sequence[Any]) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from engineroom.schemas import FrozenSchema, Identifier, no_booleans
+from engineroom.schemas import FrozenSchema, Identifier, OrDefault, no_booleans
 from engineroom.units import DeviceSizes, Duration
 
 __all__ = ["LoadedModel", "ModelConfig", "ModelVariant", "source_mistake"]
@@ -18,7 +18,7 @@ class ModelVariant(FrozenSchema):
 
     source: Annotated[str, Field(min_length=1)]
     runtime: Identifier | None = None
-    options: dict[str, Any] = Field(default_factory=dict)
+    options: Annotated[dict[str, Any], OrDefault] = Field(default_factory=dict)
     memory: DeviceSizes | None = None
     """What it takes of each device; ``None``: as its runtime estimates."""
 
@@ -42,19 +42,19 @@ class ModelConfig(FrozenSchema):
     """A path, ``hf:owner/name[:file]``, or ``package:module/file``; see ``docs/usage.md``."""
     runtime: Identifier | None = None
     """Name of the handler that loads it; ``None``: the first whose ``can_load`` says yes."""
-    options: dict[str, Any] = Field(default_factory=dict)
+    options: Annotated[dict[str, Any], OrDefault] = Field(default_factory=dict)
     """The runtime's own options, checked by the runtime."""
-    aliases: list[Identifier] = Field(default_factory=list)
+    aliases: Annotated[list[Identifier], OrDefault] = Field(default_factory=list)
     """Other names that requests may use."""
-    variants: list[ModelVariant] = Field(default_factory=list)
+    variants: Annotated[list[ModelVariant], OrDefault] = Field(default_factory=list)
     """Several ways to run it, in order of preference, instead of ``source`` and ``runtime``."""
     memory: DeviceSizes | None = None
     """What it takes of each device, ``{"cpu": "2GiB"}``; ``None``: as its runtime estimates."""
-    preload: bool = True
+    preload: Annotated[bool, OrDefault] = True
     """Load it in ``load_configured_models()`` rather than with its first request."""
-    pinned: bool = False
+    pinned: Annotated[bool, OrDefault] = False
     """Never unload it to make room for another."""
-    priority: Annotated[int, BeforeValidator(no_booleans), Field(ge=-100, le=100)] = 0
+    priority: Annotated[int, BeforeValidator(no_booleans), Field(ge=-100, le=100), OrDefault] = 0
     """Of the models that could go to make room, those of a lower priority go first."""
     keep_alive: Duration | None = None
     """Seconds that it stays loaded without a request (``5m``, ``forever``, ``0``: it goes at
