@@ -388,3 +388,11 @@ def test_a_request_logger_keeps_the_callers_extra(caplog):
     log.warning("slow", extra={"slot": 3})
     (record,) = caplog.records
     assert (record.request_id, record.model_id, record.slot) == ("r", "echo", 3)
+    assert record.key_name == "-"
+
+
+@pytest.mark.parametrize(("metadata", "name"), [({"api_key": "ann"}, "ann"), ({"api_key": 3}, "-")])
+def test_a_request_logger_names_the_key_that_the_request_came_with(caplog, metadata, name):
+    request = echo_bench().request(request_id="r", metadata=metadata)
+    request_logger(logging.getLogger("engineroom.mine"), request).warning("slow")
+    assert [record.key_name for record in caplog.records] == [name]

@@ -260,6 +260,18 @@ class InferenceRequest(FrozenSchema):
     on_unsupported: OnUnsupported | None = None
     """What to do about parameters that the runtime does not honour; ``None``: as the service."""
 
+    @property
+    def key_name(self) -> str | None:
+        """Name of the key that the request came with; ``None``: it came without a server.
+
+        Never the key itself. It is ``metadata["api_key"]``, which the server writes whatever the
+        client says there; an application that knows its users may write it as well. Requests of
+        one name belong together: in logs and metrics, in the order of who waits, and in what they
+        may find of each other in a cache.
+        """
+        name = self.metadata.get("api_key")
+        return name if isinstance(name, str) else None
+
     @model_validator(mode="after")
     def _one_input(self) -> InferenceRequest:
         present = [name for name in INPUTS if getattr(self, name) is not None]

@@ -17,19 +17,29 @@ LOGGER_NAME: Final = "engineroom"
 
 
 class RequestLogger(logging.LoggerAdapter[logging.Logger]):
-    """A logger whose records carry ``request_id`` and ``model_id``."""
+    """A logger whose records carry ``request_id``, ``model_id`` and ``key_name``."""
 
     def process(
         self, msg: Any, kwargs: MutableMapping[str, Any]
     ) -> tuple[Any, MutableMapping[str, Any]]:
-        """Add the two to what the call itself gave as ``extra``."""
+        """Add the three to what the call itself gave as ``extra``."""
         kwargs["extra"] = {**(self.extra or {}), **(kwargs.get("extra") or {})}
         return msg, kwargs
 
 
 def request_logger(logger: logging.Logger, request: InferenceRequest) -> RequestLogger:
-    """A logger for what happens to one request; handlers use it too."""
-    return RequestLogger(logger, {"request_id": request.request_id, "model_id": request.model_id})
+    """A logger for what happens to one request; handlers use it too.
+
+    ``key_name`` of a record is ``-`` where the request came without a key.
+    """
+    return RequestLogger(
+        logger,
+        {
+            "request_id": request.request_id,
+            "model_id": request.model_id,
+            "key_name": request.key_name or "-",
+        },
+    )
 
 
 class LoggingObserver:

@@ -128,6 +128,7 @@ def test_a_client_cannot_say_whose_key_it_has(client, shared):
     said = {"api_key": "boss", "who": "ann"}
     client.chat.completions.create(model="m", messages=CHAT, metadata=said)
     assert shared.handler.seen[-1].metadata == {"api_key": own, "who": "ann"}
+    assert shared.handler.seen[-1].key_name == own
 
 
 def test_an_adapter_arrives_by_its_name(client, shared):
