@@ -46,6 +46,7 @@ class Endpoint:
         call: Call = scope[_CALL]
         call.path_params = scope.get("path_params", {})
         route = self.route
+        call.route = route.path
         if route.access == "admin":
             check_admin(call)
         if route.work and call.context.draining:
@@ -76,12 +77,17 @@ class Front:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            await _lifespan(receive, send)
+            with self.context.loop_meter.running():
+                await _lifespan(receive, send)
         if scope["type"] != "http":
             return
         call = Call(scope, receive, send, self.context, self._error_body(scope["path"]))
         scope[_CALL] = call
         scope["app"] = self  # so that the router raises what it does not find
+        task = asyncio.current_task()
+        assert task is not None
+        at_work = self.context.loop_meter.at_work
+        at_work[call] = task
         try:
             check_front(call)
             if scope["path"] not in self._open:
@@ -108,6 +114,8 @@ class Front:
                     headers={"connection": "close"},
                 ),
             )
+        finally:
+            del at_work[call]
 
     def _error_body(self, path: str) -> type[ErrorBody]:
         bodies = (body for prefix, body in self._error_bodies if path.startswith(prefix))

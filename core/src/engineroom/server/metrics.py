@@ -12,7 +12,7 @@ from functools import partial
 from itertools import accumulate
 from typing import Any, Final, get_args
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.metrics_core import GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.utils import floatToGoString
@@ -21,6 +21,7 @@ from engineroom.config.model import LoadedModel
 from engineroom.handlers.markers import hookimpl
 from engineroom.schemas import InferenceRequest, InferenceResponse
 from engineroom.server.directory import ModelDirectory
+from engineroom.server.loop_meter import LoopMeter
 from engineroom.status import ModelState
 
 __all__ = ["CONTENT_TYPE", "PrometheusObserver"]
@@ -34,6 +35,7 @@ _SECONDS: Final = (
     20.0, 40.0, 80.0, 160.0, 640.0,
 )  # fmt: skip
 _TOKENS: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 50_000, 200_000)
+_LAGS: Final = (0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _STATES: Final = get_args(ModelState)
 
 
@@ -42,9 +44,12 @@ class PrometheusObserver:
 
     :param directory: names of models, and engines' health.
     :param queued: how many requests wait for the server's limits.
+    :param loop_meter: measures the event loop.
     """
 
-    def __init__(self, directory: ModelDirectory, queued: Callable[[], int]) -> None:
+    def __init__(
+        self, directory: ModelDirectory, queued: Callable[[], int], loop_meter: LoopMeter
+    ) -> None:
         self._directory = directory
         self.registry = CollectorRegistry(auto_describe=False)
         counter = partial(Counter, namespace=NAMESPACE, registry=self.registry)
@@ -85,6 +90,16 @@ class PrometheusObserver:
         self._sizes = tokens("request_generation_tokens", "Tokens written", _LABELS)
         self._loading = seconds("model_load_duration_seconds", "Loading", _LABELS)
         self.registry.register(_State(directory, queued))
+        lag = histogram(
+            "event_loop_lag_seconds", "How late the event loop came to its beat", buckets=_LAGS
+        )
+        loop_meter.observers.append(lag.observe)
+        Gauge(
+            "event_loop_lag_largest_seconds",
+            "The largest lag of the last minute or two",
+            namespace=NAMESPACE,
+            registry=self.registry,
+        ).set_function(loop_meter.largest_of_late)
 
     def _model(self, name: str) -> str:
         """A label of bounded number: what is no model has none."""

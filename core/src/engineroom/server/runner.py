@@ -77,16 +77,17 @@ class EngineRoomServer(Server):
         self._loop = asyncio.get_running_loop()
         self.listening = started
         self.context.starting = preload and self.context.directory.manager is not None
-        async with self._reloading(watch):
-            loading = asyncio.create_task(self._preload(progress))
-            try:
-                await self.serve(sockets)
-            finally:
-                loading.cancel()
-                await self._stop()
-                await asyncio.wait([loading])
-            if not loading.cancelled():
-                loading.result()
+        with self.context.loop_meter.running():
+            async with self._reloading(watch):
+                loading = asyncio.create_task(self._preload(progress))
+                try:
+                    await self.serve(sockets)
+                finally:
+                    loading.cancel()
+                    await self._stop()
+                    await asyncio.wait([loading])
+                if not loading.cancelled():
+                    loading.result()
 
     def stop(self) -> None:
         """Begin to stop, as a signal does. On the loop only; may be called again."""

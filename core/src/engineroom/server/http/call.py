@@ -57,6 +57,8 @@ class Call:
     headers: dict[bytes, bytes] = field(init=False)
     identity: Identity = ANONYMOUS
     path_params: MutableMapping[str, Any] = field(default_factory=dict)
+    route: str = ""
+    """The path of its route; empty until the route is known."""
     started: bool = False
     _id: str = ""
 
@@ -71,6 +73,12 @@ class Call:
             known = _REQUEST_ID.fullmatch(asked)
             self._id = f"{asked}-{secrets.token_hex(4)}" if known else secrets.token_hex(12)
         return self._id
+
+    @property
+    def described(self) -> str:
+        """Route, id and key, for the log."""
+        route = self.route or "a request"
+        return f"{self.scope['method']} {route} (request {self.id!r}, key {self.identity.name!r})"
 
     def header(self, name: bytes) -> str:
         """A header's value; empty where there is none."""

@@ -10,6 +10,7 @@ from engineroom.schemas import InferenceRequest
 from engineroom.server.directory import ModelDirectory
 from engineroom.server.http.errors import ApiError, api_error_of
 from engineroom.server.http.limits import Limiter
+from engineroom.server.loop_meter import LoopMeter
 from engineroom.server.metrics import PrometheusObserver
 from engineroom.server.settings import ServerSettings
 from engineroom.service import LLMInferenceService
@@ -32,7 +33,10 @@ class ServerContext:
         self.settings = settings
         self.limiter = Limiter(settings)
         self.directory = ModelDirectory(service)
-        self.metrics = PrometheusObserver(self.directory, lambda: self.limiter.queued)
+        self.loop_meter = LoopMeter()
+        self.metrics = PrometheusObserver(
+            self.directory, lambda: self.limiter.queued, self.loop_meter
+        )
         service.registry.register_plugin(self.metrics, name=f"server-metrics-{id(self):x}")
         self.starting = False
         """A preload runs."""
