@@ -18,9 +18,12 @@ from engineroom import ConfigurationError
 from engineroom.sources import (
     GgufArray,
     GgufHeader,
+    find_gguf,
     gguf_header as reader,
     gguf_part_paths,
     is_gguf,
+    missing_parts,
+    part_names,
     read_gguf_header as read_header,
 )
 
@@ -483,6 +486,82 @@ def test_a_part_that_is_missing_or_damaged_is_named(several: Path) -> None:
     assert "name the first" in refusal(second)
     other = several.rename(several.with_name("other.gguf"))
     assert "it is one of 3 files" in refusal(other)
+
+
+def touched(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+def test_a_folder_stands_for_its_only_model(several: Path, tmp_path: Path) -> None:
+    folder = several.parent
+    assert find_gguf(folder) == find_gguf(several) == several
+    assert read_header(find_gguf(folder)).tensor_count == 3
+    touched(folder, "notes.txt", "config.json")
+    assert find_gguf(folder) == several
+    assert find_gguf(folder / "absent.gguf") == folder / "absent.gguf"
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ((), "0 GGUF files (none); name one file"),
+        (("a.gguf", "b.gguf"), "2 GGUF files (a.gguf, b.gguf); name one file"),
+        (
+            ("a-00001-of-00002.gguf", "a-00002-of-00002.gguf", "b-00002-of-00002.gguf"),
+            "3 GGUF files of 2 models (a-00001-of-00002.gguf, b-00001-of-00002.gguf); name one",
+        ),
+        (
+            ("Q4/m-00001-of-00002.gguf", "Q4/m-00002-of-00002.gguf", "Q8/m.gguf"),
+            "0 GGUF files (none), and further in Q4/m-00001-of-00002.gguf, Q8/m.gguf; name one",
+        ),
+        (
+            ("m-00001-of-00003.gguf", "m-00003-of-00003.gguf"),
+            "a model in 3 files, of which m-00002-of-00003.gguf is not there",
+        ),
+        (("m-00002-of-00002.gguf",), "in 2 files, of which m-00001-of-00002.gguf is not there"),
+        (
+            ("m-00001-of-00999.gguf",),
+            "m-00013-of-00999.gguf and 986 more is not there",
+        ),
+        (
+            ("m-00001-of-00002.gguf", "m-00001-of-00003.gguf"),
+            "2 GGUF files (m-00001-of-00002.gguf, m-00001-of-00003.gguf); name one",
+        ),
+    ],
+)
+def test_a_folder_that_is_not_one_model_says_what_is_there(
+    tmp_path: Path, names: tuple[str, ...], said: str
+) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        find_gguf(touched(tmp_path, *names))
+    assert said in caught.value.message
+
+
+@given(
+    stem=st.text(min_size=1),
+    count=st.integers(2, 999),
+    place=st.integers(1, 999),
+    suffix=st.sampled_from([".gguf", ".safetensors", ".bin"]),
+)
+def test_any_part_names_all_of_them(stem: str, count: int, place: int, suffix: str) -> None:
+    names = [f"{stem}-{number:05}-of-{count:05}{suffix}" for number in range(1, count + 1)]
+    part = names[place % count]
+    assert part_names(part) == names
+    assert missing_parts(names) == []
+    assert missing_parts([part]) == sorted({*names} - {part})
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["m.gguf", "m-00001-of-00001.gguf", "m-00003-of-00002.gguf", "m-00000-of-00002.gguf",
+     "m-00001-of-01000.gguf", "m-1-of-2.gguf", "-00001-of-00002.gguf"],
+)  # fmt: skip
+def test_what_is_no_part_is_a_model_by_itself(name: str) -> None:
+    assert part_names(name) == [name]
+    assert missing_parts([name]) == []
 
 
 # ── any damage at all ───────────────────────────────────────────────────────────────────────────

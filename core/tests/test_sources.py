@@ -286,6 +286,13 @@ def test_a_file_or_a_whole_repository_is_downloaded(hub: Hub) -> None:
     assert hub.calls == [("a/b", "c.gguf", {"revision": "v1"}), ("a/b", {"revision": None})]
 
 
+def test_the_first_file_of_several_stands_for_all(hub: Hub) -> None:
+    resolve_source("hf:a/b@v1:Q4/m-00001-of-00003.gguf")
+    names = [f"Q4/m-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+    assert hub.calls == [("a/b", name, {"revision": "v1"}) for name in names]
+    assert HubSource("a/b", None, names[1]).files == [names[1]]  # refused when it is read
+
+
 def test_a_hub_that_cannot_be_reached_says_what_to_do(hub: Hub) -> None:
     hub.error = NotCachedError("long text")
     with pytest.raises(ModelNotFoundError, match="unset HF_HUB_OFFLINE") as caught:

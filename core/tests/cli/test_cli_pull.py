@@ -195,6 +195,24 @@ def test_a_file_is_fetched_checked_and_its_path_printed(hub, engineroom):
     assert len(hub.gets) == 1
 
 
+def test_the_first_file_of_several_stands_for_all(hub, engineroom):
+    names = [f"q4/m-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+    hub.files |= {name: name.encode() * 99 for name in names}
+    done = engineroom("models", "pull", f"hf:owner/name:{names[0]}")
+    assert done.returncode == 0, done.stderr
+    assert [Path(line).read_bytes() for line in done.stdout.splitlines()] == [
+        hub.files[name] for name in names
+    ]
+    show = f"from engineroom import find_source\nprint(find_source('hf:owner/name:{names[0]}'))"
+    shown = engineroom("--version", before=show).stdout.splitlines()[0]
+    assert shown == done.stdout.splitlines()[0]
+    Path(done.stdout.splitlines()[1]).unlink()
+    assert engineroom("--version", before=show).stdout.splitlines()[0] == "None"
+    del hub.files[names[1]]
+    done = engineroom("models", "pull", f"hf:owner/name:{names[0]}")
+    assert done.returncode == 1 and f"there is no file {names[1]}; the repository" in done.stderr
+
+
 def test_a_whole_repository_from_the_deployment(hub, engineroom, tmp_path):
     file = tmp_path / "deployment.yaml"
     file.write_text(

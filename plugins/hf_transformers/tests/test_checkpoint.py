@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -194,6 +195,29 @@ def sharded(folder: Path, weight_map: Any) -> Path:
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": weight_map}))
     return folder
+
+
+def test_files_without_their_index_are_told(copied: Tiny) -> None:
+    folder = sharded(copied("llama"), {})
+    (folder / "model.safetensors.index.json").unlink()
+    (folder / "model-00001-of-00001.safetensors").rename(
+        folder / "model-00001-of-00002.safetensors"
+    )
+    with pytest.raises(ConfigurationError, match="00001-of-00002.safetensors, but not their index"):
+        find_checkpoint(str(folder), PLAIN)
+
+
+def test_a_gguf_model_in_several_files_is_refused(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(str(tmp_path / "m.gguf"), "llama", split_max_tensors=1)
+    for name in "ab":
+        writer.add_tensor(name, np.ones(32, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ConfigurationError, match="in 2 files, of which Transformers would read"):
+        find_checkpoint(str(tmp_path / "m-00001-of-00002.gguf"), PLAIN)
 
 
 def test_the_files_of_an_index_are_found(copied: Tiny, tiny: Tiny) -> None:

@@ -66,15 +66,17 @@ def write_tiny_model(
     template: bool = True,
     words: tuple[str, ...] = WORDS,
     spoilt: str = "",
+    split: int = 0,
 ) -> Path:
     """A model with random weights, whose vocabulary has every byte: it can write anything.
 
     :param kind: what its layers remember: ``attention`` (a llama), ``window`` (a Gemma 3, whose
         every other layer looks back on 16 tokens) or ``state`` (a Mamba).
     :param spoilt: the embedding of this token is NaN.
+    :param split: this many tensors a file, whose names are ``path``'s with numbers.
     """
     architecture = {"attention": "llama", "window": "gemma3", "state": "mamba"}[kind]
-    writer = gguf.GGUFWriter(str(path), architecture)
+    writer = gguf.GGUFWriter(str(path), architecture, split_max_tensors=split)
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
     types = [2, 3, 3, *[6] * 256, *[1] * len(words)]
     writer.add_context_length(context)

@@ -152,6 +152,26 @@ async def test_a_folder_stands_for_its_only_gguf_file(tiny_model: Path, tmp_path
         await handler.load_model(config(tmp_path))
 
 
+async def test_a_folder_stands_for_its_only_model_in_several_files(
+    make: Make, tiny_model: Path, tmp_path: Path, write_model: Callable[..., Path]
+) -> None:
+    write_model(tmp_path / "m.gguf", split=8)
+    files = sorted(file.name for file in tmp_path.iterdir())
+    assert files == [f"m-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+    assert LlamaCppHandler().can_load(config(tmp_path)) is True
+    whole, parts = await make(tiny_model), await make(tmp_path)
+    request = ask("hello", max_new_tokens=8, temperature=0)
+    answers = [await bench.service.infer(request) for bench in (whole, parts)]
+    assert answers[0].generated_text == answers[1].generated_text
+    assert answers[1].error_message is None
+    # What other runtimes load as well is theirs, unless the deployment names this one.
+    (tmp_path / "config.json").write_text("{}")
+    assert LlamaCppHandler().can_load(config(tmp_path)) is False
+    (tmp_path / files[1]).unlink()
+    with pytest.raises(ConfigurationError, match="in 3 files, of which m-00002-of-00003.gguf is"):
+        await LlamaCppHandler().load_model(config(tmp_path))
+
+
 async def test_unknown_options_are_refused_with_the_nearest_name(tiny_model: Path) -> None:
     with pytest.raises(ConfigurationError, match="did you mean 'n_parallel'"):
         await LlamaCppHandler().load_model(config(tiny_model, n_paralel=2))

@@ -142,6 +142,14 @@ def test_a_configuration_that_is_far_too_large_is_not_read(tmp_path: Path) -> No
     assert "16 MiB" in refusal(path)
 
 
+def test_a_file_of_several_that_is_missing_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "m")
+    (path / "model.safetensors").rename(path / "model-00001-of-00003.safetensors")
+    said = "lacks model-00002-of-00003.safetensors, model-00003-of-00003.safetensors of its weights"
+    with pytest.raises(ConfigurationError, match=said):
+        read_folder(path)
+
+
 def test_wrong_places_are_told_apart(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "no config.json" in refusal(tmp_path / "empty")

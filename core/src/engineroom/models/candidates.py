@@ -16,6 +16,7 @@ from engineroom.config.model import ModelConfig
 from engineroom.errors import EngineRoomError
 from engineroom.handlers.base import InferenceHandler
 from engineroom.handlers.registry import HandlerRegistry
+from engineroom.sources.gguf import gguf_part_paths
 from engineroom.sources.source import PathSource, parse_source
 from engineroom.status import VariantOutcome, VariantResult
 
@@ -133,7 +134,7 @@ def file_stamp(source: str | None) -> object:
             return None
         path = parsed.path
         if not path.is_dir():
-            return _facts(path)
+            return tuple(_facts(part) for part in gguf_part_paths(path))
         with os.scandir(path) as entries:
             files = sorted(entry.name for entry in entries if entry.is_file())[:_MOST_FILES]
         return tuple((name, _facts(path / name)) for name in files)

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-__all__ = ["MAGIC", "GgufArray", "GgufHeader", "GgufTensor", "gguf_part_paths", "is_gguf", "whole"]
+from engineroom.errors import ConfigurationError
+from engineroom.sources.parts import missing_parts, part_names
+
+__all__ = [
+    "MAGIC",
+    "GgufArray",
+    "GgufHeader",
+    "GgufTensor",
+    "find_gguf",
+    "gguf_part_paths",
+    "is_gguf",
+    "whole",
+]
 
 MAGIC: Final = b"GGUF"
-_MAX_PARTS: Final = 999
-_PART: Final = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+_MAX_LISTED: Final = 12
 _CONFIG_NAMES: Final = {
     "block_count": "num_hidden_layers",
     "embedding_length": "hidden_size",
@@ -138,11 +148,47 @@ def is_gguf(path: Path) -> bool:
 
 def gguf_part_paths(path: Path) -> list[Path]:
     """The files of a model in several, by the name of the first; of any other file, itself."""
-    name = _PART.fullmatch(path.name)
-    if name is None or int(name[2]) != 1 or not 1 < int(name[3]) <= _MAX_PARTS:
-        return [path]
-    numbers = range(1, int(name[3]) + 1)
-    return [path.with_name(f"{name[1]}-{n:05}-of-{name[3]}.gguf") for n in numbers]
+    names = part_names(path.name)
+    return [path.with_name(name) for name in names] if path.name == names[0] else [path]
+
+
+def find_gguf(path: Path) -> Path:
+    """The GGUF file that a path stands for. Blocks.
+
+    :param path: a file, which stands for itself; or a folder with one model in it.
+    :returns: of a model in several files the first one.
+    :raises ConfigurationError: the folder has no model, or more than one, or lacks a file of it.
+    """
+    if not path.is_dir():
+        return path
+    files = sorted(file.name for file in path.glob("*.gguf"))
+    models = sorted({part_names(name)[0] for name in files})
+    if len(models) != 1:
+        inside = "" if files else _in_folders(path)
+        of = "" if len(models) == len(files) else f" of {len(models)} models"
+        raise ConfigurationError(
+            f"{str(path)!r} is a folder with {len(files)} GGUF files{of} "
+            f"({_listed(models)}){inside}; name one file"
+        )
+    if missing := missing_parts(files):
+        raise ConfigurationError(
+            f"{str(path)!r} has a model in {len(part_names(models[0]))} files, of which "
+            f"{_listed(missing)} is not there; download or copy all of them"
+        )
+    return path / models[0]
+
+
+def _in_folders(path: Path) -> str:
+    """Where GGUF files are, should they be one folder further in."""
+    further = sorted(
+        {part_names(file.relative_to(path).as_posix())[0] for file in path.glob("*/*.gguf")}
+    )
+    return f", and further in {_listed(further)}" if further else ""
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    return (", ".join(names[:_MAX_LISTED]) or "none") + more
 
 
 def whole(value: Any) -> int | None:

@@ -85,10 +85,13 @@ def pull(
     with _typed(name):
         info = hub.HfApi().model_info(source.repo, revision=source.revision, files_metadata=True)
         files = [_file(sibling) for sibling in info.siblings or ()]
-        chosen = [file for file in files if source.file in (None, file.name)]
-        if not chosen:
-            known = ", ".join(file.name for file in files) or "none"
-            raise ModelNotFoundError(f"{name}: there is no such file; the repository has {known}")
+        there = {file.name: file for file in files}
+        if absent := [name for name in source.files if name not in there]:
+            lacks = "no such file" if len(source.files) == 1 else f"no file {', '.join(absent)}"
+            more = f" and {len(there) - 40} more" if len(there) > 40 else ""
+            known = (", ".join(list(there)[:40]) or "none") + more
+            raise ModelNotFoundError(f"{name}: there is {lacks}; the repository has {known}")
+        chosen = [there[name] for name in source.files] or files
         _look_for_room(hub, source.repo, info.sha, chosen)
         # By the name of the revision, not by its commit: only then is it found by that name later,
         # without the hub.

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Final, TypeAlias
 
 from engineroom.errors import ConfigurationError, ModelNotFoundError
+from engineroom.sources.parts import part_names
 
 __all__ = [
     "HubSource",
@@ -45,11 +46,22 @@ class PackageSource:
 
 @dataclass(frozen=True, slots=True)
 class HubSource:
-    """A repository on the hub, or one file of it: ``hf:owner/name[@revision][:file]``."""
+    """A repository on the hub, or one file of it: ``hf:owner/name[@revision][:file]``.
+
+    The first file of several stands for all of them.
+    """
 
     repo: str
     revision: str | None
     file: str | None
+
+    @property
+    def files(self) -> list[str]:
+        """The files that are needed, the named one first; empty: the whole repository."""
+        if self.file is None:
+            return []
+        names = part_names(self.file)
+        return names if names[0] == self.file else [self.file]
 
 
 Source: TypeAlias = PathSource | PackageSource | HubSource
@@ -115,10 +127,17 @@ def find_source(source: str | Source) -> Path | None:
     except ImportError:  # then nothing can have been downloaded, either
         return None
     if parsed.file is not None:
-        cached = huggingface_hub.try_to_load_from_cache(
-            parsed.repo, parsed.file, revision=parsed.revision
-        )
-        return Path(cached) if isinstance(cached, str) else None
+        there = [
+            path
+            for file in parsed.files
+            if isinstance(
+                path := huggingface_hub.try_to_load_from_cache(
+                    parsed.repo, file, revision=parsed.revision
+                ),
+                str,
+            )
+        ]
+        return Path(there[0]) if len(there) == len(parsed.files) else None
     try:
         return Path(
             huggingface_hub.snapshot_download(
@@ -211,9 +230,11 @@ def _from_hub(source: HubSource) -> Path:
     name = f"hf:{source.repo}" + (f":{source.file}" if source.file else "")
     try:
         if source.file is not None:
-            return Path(
-                huggingface_hub.hf_hub_download(source.repo, source.file, revision=source.revision)
-            )
+            fetched = [
+                huggingface_hub.hf_hub_download(source.repo, file, revision=source.revision)
+                for file in source.files
+            ]
+            return Path(fetched[0])
         return Path(huggingface_hub.snapshot_download(source.repo, revision=source.revision))
     except LocalEntryNotFoundError as error:
         raise ModelNotFoundError(

@@ -18,8 +18,10 @@ from engineroom.sources import (
     HubSource,
     PathSource,
     Source,
+    gguf_part_paths,
     is_gguf,
     parse_source,
+    part_names,
     read_gguf_header,
     read_json,
     read_safetensors_header,
@@ -96,6 +98,11 @@ def find_checkpoint(source: str, options: HfTransformersOptions) -> Checkpoint:
             path = path.parent
         elif is_gguf(path):
             header = read_gguf_header(path)
+            if (files := len(gguf_part_paths(path))) > 1:
+                raise ConfigurationError(
+                    f"{str(path)!r} is a model in {files} files, of which Transformers would read "
+                    "the first one only; merge them (llama-gguf-split --merge), or use llamacpp"
+                )
             count = sum(math.prod(tensor.shape) for tensor in header.tensors)
             return Checkpoint(path, "gguf", header.config(), (path,), {"F32": count})
         else:
@@ -148,7 +155,13 @@ def _folder(folder: Path, options: HfTransformersOptions) -> Checkpoint:
         )
     stored = _weights_of(folder)
     if stored is None:
-        files = ", ".join(sorted(f.name for f in folder.iterdir() if f.is_file())[:12])
+        names = sorted(f.name for f in folder.iterdir() if f.is_file())
+        if parts := [n for n in names if n.endswith(".safetensors") and len(part_names(n)) > 1]:
+            raise ConfigurationError(
+                f"{str(folder)!r} has {', '.join(parts[:12])}, but not their index, "
+                "model.safetensors.index.json; download or copy that, too"
+            )
+        files = ", ".join(names[:12])
         raise ConfigurationError(
             f"{str(folder)!r} has no weights: neither model.safetensors nor an index of several "
             f"(it has {files}); download it again"

@@ -17,7 +17,7 @@ from engineroom import (
     parse_options,
 )
 from engineroom.prompts import check_adapter
-from engineroom.sources import is_gguf
+from engineroom.sources import find_gguf, is_gguf
 from engineroom_llamacpp.loading import estimate_bytes, load_engine, unload_engine
 from engineroom_llamacpp.options import LlamaCppOptions
 
@@ -51,7 +51,16 @@ class LlamaCppHandler(EngineHandler):
         )
 
     def is_native(self, path: Path) -> bool:
-        """True for GGUF files, by their first bytes."""
+        """True for GGUF files, by their first bytes; and for a folder with one GGUF model and no
+        ``config.json``, which would make it other runtimes' as well.
+        """
+        if path.is_dir():
+            if (path / "config.json").exists():
+                return False
+            try:
+                path = find_gguf(path)
+            except ConfigurationError:
+                return False
         return path.is_file() and is_gguf(path)
 
     def is_native_name(self, source: str) -> bool:

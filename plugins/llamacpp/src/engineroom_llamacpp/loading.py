@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engineroom import (
@@ -13,7 +12,7 @@ from engineroom import (
     give_back_memory,
     resolve_source,
 )
-from engineroom.sources import GgufHeader
+from engineroom.sources import GgufHeader, find_gguf
 from engineroom_llamacpp.metadata import read_header
 from engineroom_llamacpp.options import DEFAULT_CONTEXT, LlamaCppOptions
 from engineroom_llamacpp.requantizing import cached_copy, hint, requantized, size_in
@@ -28,19 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["estimate_bytes", "load_engine", "unload_engine"]
 
 
-def _file(path: Path) -> Path:
-    """The GGUF file that a source stands for."""
-    if not path.is_dir():
-        return path
-    files = sorted(path.glob("*.gguf"))
-    if len(files) == 1:
-        return files[0]
-    names = ", ".join(file.name for file in files) or "none"
-    raise ConfigurationError(
-        f"{str(path)!r} is a folder with {len(files)} GGUF files ({names}); name one file"
-    )
-
-
 def estimate_bytes(source: str, options: LlamaCppOptions) -> dict[str, int] | None:
     """Weights and cache by device, from the headers of the model and of its draft model alone;
     ``None``: a file is not here yet.
@@ -48,7 +34,7 @@ def estimate_bytes(source: str, options: LlamaCppOptions) -> dict[str, int] | No
     path = find_source(source)
     if path is None:
         return None
-    path = _file(path)
+    path = find_gguf(path)
     header = read_header(path)
     if options.draft_model is not None:
         draft = estimate_bytes(options.draft_model, _draft_options(header, options))
@@ -64,7 +50,7 @@ def estimate_bytes(source: str, options: LlamaCppOptions) -> dict[str, int] | No
 
 def load_engine(config: ModelConfig, options: LlamaCppOptions) -> LlamaEngine | EmbeddingEngine:
     """An engine with its model. Encoders get one for embeddings alone."""
-    path = _file(resolve_source(config.source or ""))
+    path = find_gguf(resolve_source(config.source or ""))
     header = read_header(path)
     from engineroom_llamacpp.embedding import EmbeddingEngine
     from engineroom_llamacpp.engine import LlamaEngine
@@ -130,7 +116,7 @@ def _load_draft(
     """
     from engineroom_llamacpp.model import LlamaModel
 
-    path = _file(resolve_source(source))
+    path = find_gguf(resolve_source(source))
     header = read_header(path)
     if options.trial:
         stand_trial(path)

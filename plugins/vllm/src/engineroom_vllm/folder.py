@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from engineroom import ConfigurationError
 from engineroom.memory import kv_values_per_token
-from engineroom.sources import read_json, read_safetensors_header
+from engineroom.sources import missing_parts, read_json, read_safetensors_header
 
 __all__ = ["ModelFolder", "is_model_folder", "read_folder", "tensors_of"]
 
@@ -105,6 +105,10 @@ def read_folder(path: Path) -> ModelFolder:
         raise ConfigurationError(
             f"{where} has a config.json but no weights ({', '.join(_WEIGHTS)}); download or copy "
             "them, too"
+        )
+    if missing := missing_parts(file.name for file in files):
+        raise ConfigurationError(
+            f"{where} lacks {', '.join(missing[:12])} of its weights; download or copy all of them"
         )
     text = config.get("text_config")
     inner = {**config, **text} if isinstance(text, Mapping) else config
