@@ -7,10 +7,12 @@ import logging
 import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
+import engineroom.engine.batching as batching
 from engineroom import (
     BatchingEngine,
     DecodeLoop,
@@ -307,3 +309,20 @@ def test_whatever_comes_and_goes_every_slot_is_given_back(
             await asyncio.to_thread(engine.close)
 
     asyncio.run(scenario())
+
+
+async def test_who_waited_long_goes_before_a_higher_priority(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await hold(engine)
+    now = [0.0]
+    monkeypatch.setattr(batching, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    old = engine.task(1, -3)
+    now[0] = 16.1  # eight steps of priority are worth 16 s
+    late = engine.task(1, 5)
+    engine.held = False
+    engine.gate.release()
+    await read(late)
+    assert old.done
+    order = [next(i for i, s in enumerate(engine.together) if t.order in s) for t in (old, late)]
+    assert order == sorted(order)

@@ -129,6 +129,9 @@ from .telemetry import (
     RequestLogger as RequestLogger,
     request_logger as request_logger,
 )
+from .turns import (
+    turn_of as turn_of,
+)
 
 __all__: list[str]
 __version__: str

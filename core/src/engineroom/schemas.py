@@ -250,7 +250,8 @@ class InferenceRequest(FrozenSchema):
     timeout_s: Annotated[_Float, Field(gt=0)] | None = None
     """Seconds from the call to the last token, waiting and loading included."""
     priority: Annotated[_Int, Field(ge=-100, le=100), OrDefault] = 0
-    """Waiting requests of a higher priority go first."""
+    """Waiting requests of a higher priority go first; two seconds of waiting are worth one step of
+    it, so that nobody waits for ever."""
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     adapter: Identifier | None = None

@@ -7,7 +7,7 @@ and what they get goes back through their :class:`~engineroom.Mailbox`, once a s
 them.
 
 * The queue is bounded; what does not fit is refused at once.
-* Waiting requests go by priority, then by arrival.
+* Waiting requests go by priority, into which their waiting grows (:func:`~engineroom.turn_of`).
 * Cancelling takes effect before the next step, wherever the request is.
 * An exception that a step lets out ends the engine: its requests fail with ``EngineDeadError``,
   and so does whatever is sent afterwards.
@@ -17,10 +17,13 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from abc import abstractmethod
+from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from operator import attrgetter
+from typing import Final, Generic, TypeVar
 
 from engineroom.engine.base import Engine
 from engineroom.engine.decode_loop import DecodeLoop
@@ -34,12 +37,14 @@ from engineroom.generation.mailbox import Mailbox, deliver
 from engineroom.generation.steps import TokenStep
 from engineroom.handlers.base import HandlerHealth
 from engineroom.telemetry import RequestLogger
+from engineroom.turns import turn_of
 
 __all__ = ["BatchingEngine", "EngineTask"]
 
 logger = logging.getLogger("engineroom.batching")
 
 _Item = tuple[Mailbox, TokenStep | EngineRoomError]
+_rank: Final = attrgetter("rank")
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -49,7 +54,8 @@ class EngineTask:
     Made on the request's event loop, where its steps are taken from ``mailbox``.
 
     :param log: where the request's records go.
-    :param priority: waiting requests of a higher one go first.
+    :param priority: waiting requests of a higher one go first, unless they came so much later
+        that the others' waiting weighs more; see :func:`~engineroom.turn_of`.
     """
 
     log: RequestLogger
@@ -57,15 +63,13 @@ class EngineTask:
     mailbox: Mailbox = field(default_factory=Mailbox)
     order: int = 0
     """When it came, among the engine's requests; set by :meth:`BatchingEngine.submit`."""
+    rank: tuple[float, int] = (0.0, 0)
+    """Who goes first: the smallest, by turn and then by order. It never changes, so that a request
+    that gave way comes again before all that came long after it. Set with ``order``."""
     cancelled: bool = False
     """Nobody waits for it any more."""
     done: bool = False
     """It has left the engine."""
-
-    @property
-    def rank(self) -> tuple[int, int]:
-        """Who goes first: the higher priority, then the one that came first."""
-        return (-self.priority, self.order)
 
 
 _T = TypeVar("_T", bound=EngineTask)
@@ -94,7 +98,8 @@ class BatchingEngine(Engine, Generic[_T]):
         self._dead: EngineDeadError | None = None
         self._orders = itertools.count()
         self.waiting: list[_T] = []
-        """Requests that wait, on the thread; to be changed by :meth:`wait_again` only."""
+        """Requests that wait, on the thread, by their rank; to be changed by :meth:`wait_again`
+        only."""
         self.running: list[_T] = []
         """Requests that hold a slot, in the order in which they got it."""
 
@@ -165,6 +170,7 @@ class BatchingEngine(Engine, Generic[_T]):
                     f"bound (option max_queue={self._max_queue}); send it again later"
                 )
             task.order = next(self._orders)
+            task.rank = (turn_of(task.priority, time.monotonic()), task.order)
             self._incoming.append(task)
             self._loop.condition.notify_all()
         return task
@@ -238,7 +244,7 @@ class BatchingEngine(Engine, Generic[_T]):
         """The request gives its slot back, and goes on when there is room again."""
         self._release(task)
         with self._loop.condition:
-            self.waiting.append(task)
+            insort(self.waiting, task, key=_rank)
 
     def fail(self, tasks: Iterable[_T], error: EngineRoomError) -> None:
         """End requests with an error; the engine goes on. Each gets an error of its own."""
@@ -284,7 +290,8 @@ class BatchingEngine(Engine, Generic[_T]):
             if self._closing:
                 return False
             self.interrupt(False)
-            self.waiting += self._incoming
+            for task in self._incoming:
+                insort(self.waiting, task, key=_rank)
             self._incoming.clear()
             if self._cancelling:
                 self._cancelling = False
@@ -298,9 +305,6 @@ class BatchingEngine(Engine, Generic[_T]):
         return True
 
     def _admit(self) -> None:
-        if not self.waiting:
-            return
-        self.waiting.sort(key=lambda task: task.rank)
         while self.waiting and len(self.running) < self._max_running:
             task = self.waiting[0]
             if self.running and not self.may_start(task):

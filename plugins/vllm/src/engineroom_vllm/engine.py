@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
+import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from engineroom import (
@@ -18,6 +19,7 @@ from engineroom import (
     InferenceRequest,
     QueueFullError,
     TokenStep,
+    turn_of,
 )
 from engineroom.engine import Engine, Likeliest
 from engineroom.prompts import check_adapter, check_prompt, check_texts, check_token_ids
@@ -39,10 +41,16 @@ _T = TypeVar("_T")
 
 @dataclass(slots=True)
 class _Running:
-    """A request inside of the engine, and how many tokens it has."""
+    """A request inside of the engine.
+
+    :param tokens: how many it has.
+    :param ids: what vLLM calls the parts of it that it works on.
+    :param turn: when its turn comes, in milliseconds, whole ones as vLLM has priorities.
+    """
 
     tokens: int
-    ids: list[str]
+    ids: list[str] = field(default_factory=list)
+    turn: int = 0
 
 
 class VLLMEngine(Engine):
@@ -118,7 +126,8 @@ class VLLMEngine(Engine):
         self._check(request, tokens)
         self._admit()
         order = next(self._orders)
-        running = self._running[order] = _Running(len(tokens), [])
+        turn = int(1000 * turn_of(request.priority, time.monotonic()))
+        running = self._running[order] = _Running(len(tokens), turn=turn)
         steps = self._beams if beam_search(request.params) else self._tokens
         try:
             with self._typed_errors():
@@ -138,7 +147,7 @@ class VLLMEngine(Engine):
         check_texts(texts, self.n_ctx)
         self._admit()
         order = next(self._orders)
-        running = self._running[order] = _Running(0, [])
+        running = self._running[order] = _Running(0)
         vectors: list[list[float]] = [[] for _ in texts]
         todo = iter(enumerate(texts))
 
@@ -256,7 +265,7 @@ class VLLMEngine(Engine):
             tokens,
             sampling,
             request_id,
-            priority=request.priority,
+            turn=running.turn,
             lora=self._adapters.get(request.adapter or request.model_id),
         )
 

@@ -263,15 +263,16 @@ class Library:
         sampling: Any,
         request_id: str,
         *,
-        priority: int = 0,
+        turn: int = 0,
         lora: Any = None,
     ) -> AsyncGenerator[Any, None]:
         """Outputs of a request, for token ids. Closing the generator aborts the request.
 
-        :param priority: higher goes first, as everywhere in engineroom; vLLM counts downwards.
+        :param turn: what vLLM calls a priority: the smallest goes first. It never gets another one,
+            and whoever waits is overtaken only by those whose turn is earlier.
         """
         found: AsyncGenerator[Any, None] = llm.generate(
-            self._tokens(tokens), sampling, request_id, priority=-priority, lora_request=lora
+            self._tokens(tokens), sampling, request_id, priority=turn, lora_request=lora
         )
         return found
 

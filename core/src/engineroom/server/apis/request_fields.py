@@ -101,7 +101,7 @@ class Sampling(ApiRequest):
     timeout_s: Annotated[Number, Field(gt=0)] | None = None
     """Seconds for the request; the server may allow less."""
     priority: Annotated[int, Field(ge=-100, le=100)] | None = None
-    """Waiting requests of a higher priority go first."""
+    """Waiting requests of a higher priority go first; two seconds of waiting are worth one step."""
     adapter: Annotated[str, Field(min_length=1, max_length=200)] | None = None
     """Name of an adapter (LoRA) that was loaded with the model."""
     model: ModelName
