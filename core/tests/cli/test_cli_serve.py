@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 
 import pytest
@@ -149,6 +150,41 @@ def test_a_new_key_opens_what_its_line_locks(command, tmp_path):
     ring = KeyRing.read(tmp_path / "keys", None, {})
     assert ring.find(key).name == "ann"
     assert command("new-key", "a b").status == 1
+    (tmp_path / "keys").write_text(command("new-key", "bob", "--priority", "-5", "--metrics").out)
+    bob = KeyRing.read(tmp_path / "keys", None, {}).owners["bob"]
+    assert (bob.max_priority, bob.all_metrics) == (-5, True)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="the system has no SIGHUP")
+def test_sighup_has_the_keys_read_anew(site, spawn, tmp_path, environment):
+    needs_server()
+    site.echo()
+    ann, bob, extra = (f"{name}-key-0123456789" for name in ("ann", "bob", "extra"))
+    (tmp_path / "keys").write_text(f"ann {ann}\n")
+    environment["ENGINEROOM_API_KEYS"] = extra
+    keys = str(tmp_path / "keys")
+    process = spawn(
+        "--log-level", "info", "serve", "-m", "echo:", "--port", "0", "--keys", keys
+    )  # fmt: skip
+    url = re.search(r" on (http://\S+) \(", read_until(process, "(Ctrl-C stops it)")[-1])[1]
+
+    def opens(key: str) -> bool:
+        header = {"authorization": f"Bearer {key}"}
+        try:
+            with urllib.request.urlopen(urllib.request.Request(f"{url}/v1/models", headers=header)):
+                return True
+        except urllib.error.HTTPError as error:
+            return error.code != 401
+
+    assert [opens(key) for key in (ann, bob, extra)] == [True, False, True]
+    (tmp_path / "keys").write_text(f"bob {bob}\n")
+    process.send_signal(signal.SIGHUP)
+    assert "added: bob; removed: ann" in read_until(process, "the keys were read anew")[-1]
+    assert [opens(key) for key in (ann, bob, extra)] == [False, True, True]
+    (tmp_path / "keys").write_text("bob short\n")
+    process.send_signal(signal.SIGHUP)
+    read_until(process, "the old ones go on")
+    assert [opens(key) for key in (ann, bob, extra)] == [False, True, True]
 
 
 @pytest.mark.parametrize("missing", ["uvicorn", "starlette", "msgspec", "prometheus_client"])
@@ -279,7 +315,7 @@ def test_each_setting_is_a_flag_that_says_its_text_and_default(command, site):
     shown = " ".join(command("serve", "--help").out.split())
     parameters = {parameter.name: parameter for parameter in serve_command().params}
     settings = [f for f in dataclasses.fields(ServerSettings) if f.metadata.get("flag")]
-    assert len(settings) == 18
+    assert len(settings) == 19
     for setting in settings:
         parameter = parameters[setting.name]
         name = parameter.opts[0].removeprefix("--").replace("-", "_")

@@ -69,7 +69,7 @@ def running(
         config={"models": models or [{"model_id": "m", "source": "talk:", "aliases": ["default"]}]}
     )
     service = LLMInferenceService(manager, handlers=[handler], max_requests=max_requests)
-    told = ServerSettings(port=0, **{"drain_timeout_s": 0, **settings})
+    told = ServerSettings(port=0, **{"drain_timeout_s": 0, "max_priority": 100, **settings})
     bound = bind(told)
     port = bound.getsockname()[1]
     server = EngineRoomServer(service, told)

@@ -49,12 +49,13 @@ Environment:
   ENGINEROOM_ADMIN_KEYS  the same for --admin-keys
 
 SIGTERM and Ctrl-C drain the server; a second one ends it at once. SIGHUP has it read the
-deployment file anew.
+deployment file and the key files anew.
 """
 
 NEW_KEY_EPILOG: Final = """\b
 Example:
   engineroom new-key ann >> keys.txt
+  engineroom new-key batch --priority -10 >> keys.txt
 """
 
 
@@ -77,7 +78,8 @@ def serve(  # one parameter a flag: that is how typer is told of them
     runtime: Annotated[str | None, RUNTIME_FLAG] = None,
     option: Annotated[list[str] | None, OPTION_FLAG] = None,
     keys: Annotated[
-        Path | None, flag("API keys, a NAME and a KEY a line.", "--keys", metavar="FILE")
+        Path | None,
+        flag("API keys, a NAME and a KEY a line; read anew at SIGHUP.", "--keys", metavar="FILE"),
     ] = None,
     admin_keys: Annotated[
         Path | None, flag("The same for the admin routes.", "--admin-keys", metavar="FILE")
@@ -136,6 +138,19 @@ def new_key(
     name: Annotated[
         str, typer.Argument(metavar="NAME", help="Whose key it is: letters, digits, . _ @ -")
     ],
+    priority: Annotated[
+        int | None,
+        typer.Option(
+            "--priority",
+            help="Let its requests ask for so much, whatever --max-priority of the server says.",
+            min=-100,
+            max=100,
+            show_default=False,
+        ),
+    ] = None,
+    metrics: Annotated[
+        bool, typer.Option("--metrics", help="Let it read the metrics of all keys.")
+    ] = False,
 ) -> None:
     """Make a key. Its line for the key file goes to standard output, the key to standard error.
 
@@ -146,7 +161,8 @@ def new_key(
     key, hashed = make()
     KeyRing([(name, hashed)])  # is it a name?
     say(f"key of {name}: {key}")
-    write(f"{name} {hashed}\n")
+    more = "" if priority is None else f" priority={priority}"
+    write(f"{name} {hashed}{more}{' metrics=all' if metrics else ''}\n")
 
 
 def _observer() -> Any:

@@ -12,7 +12,7 @@ from engineroom.config.model import ModelConfig
 from engineroom.errors import ConfigurationError
 from engineroom.status import ReloadReport
 
-__all__ = ["compare", "load_settled"]
+__all__ = ["compare", "load_settled", "read_settled"]
 
 _SETTLE_S: Final = 0.05
 _ATTEMPTS: Final = 40
@@ -48,28 +48,38 @@ def _substance(model: ModelConfig) -> object:
 def load_settled(path: str | os.PathLike[str] | None) -> DeploymentConfig:
     """Read a deployment file that somebody may be writing just now. Blocks.
 
-    It is read until it is the same twice, a moment apart, so that half of a file does not count.
-
     :raises ConfigurationError: it has mistakes, or does not come to rest.
     """
     file = deployment_path(path)
+    data = read_settled(file, "the deployment file")
+    return parse_deployment(data, os.fspath(file), base=file.parent)
+
+
+def read_settled(file: Path, what: str) -> bytes:
+    """Read a file that somebody may be writing just now. Blocks.
+
+    It is read until it is the same twice, a moment apart, so that half of a file does not count.
+
+    :param what: what messages call it.
+    :raises ConfigurationError: it cannot be read, or does not come to rest.
+    """
     for _ in range(_ATTEMPTS):
-        before = _read(file)
+        before = _read(file, what)
         time.sleep(_SETTLE_S)
-        if before == _read(file):
-            return parse_deployment(before[0], os.fspath(file), base=file.parent)
+        if before == _read(file, what):
+            return before[0]
     raise ConfigurationError(
-        f"the deployment file {os.fspath(file)!r} is being written all the time; write it to "
+        f"{what} {os.fspath(file)!r} is being written all the time; write it to "
         "another name first and rename it"
     )
 
 
-def _read(file: Path) -> tuple[bytes, int, int]:
+def _read(file: Path, what: str) -> tuple[bytes, int, int]:
     try:
         data = file.read_bytes()
         status = file.stat()
     except OSError as error:
         raise ConfigurationError(
-            f"the deployment file {os.fspath(file)!r} cannot be read: {error.strerror or error}"
+            f"{what} {os.fspath(file)!r} cannot be read: {error.strerror or error}"
         ) from error
     return data, status.st_mtime_ns, status.st_ino

@@ -124,6 +124,7 @@ class Execution:
         scope, registry = self.scope, self.admission.registry
         if not registry.discovered:  # observers, too, are to see the first request
             await asyncio.to_thread(registry.discover)
+        scope.check()
         self.admission.admit(scope)
         lease = self.source.lease(scope.request.model_id)
         loaded_model = await lease.__aenter__()

@@ -45,6 +45,7 @@ class RequestScope:
         self.response: InferenceResponse | None = None
         self.error: EngineRoomError | None = None  # what the response tells of
         self.stopped = False
+        self._begun = False
         self._task: asyncio.Task[Any] | None = None
         self._baseline = 0
         self._cancelled = False
@@ -71,6 +72,7 @@ class RequestScope:
         task = asyncio.current_task()
         assert task is not None
         self._task = task
+        self._begun = True
         self._baseline = task.cancelling()
 
     def end(self) -> None:
@@ -93,6 +95,8 @@ class RequestScope:
         if self._task is not None:
             self._cancelled = True
             self._task.cancel()
+        elif not self._begun:
+            return  # its first step raises the cause
         elif self._chunks is not None and (chunks := self._chunks()) is not None:
             self.closer = asyncio.get_running_loop().create_task(_close(chunks))
 

@@ -113,6 +113,13 @@ class InferenceStream(AsyncGenerator[str, None]):
             sink.held = put(chunk)
             await sink.wait()
 
+    def interrupt(self, error: EngineRoomError) -> None:
+        """Stop the work from outside of the reader, which gets ``error`` as its last chunk.
+
+        On the event loop. Does nothing to a stream that has ended or is being stopped.
+        """
+        self._scope.interrupt(error)
+
     async def asend(self, value: None) -> str:
         """As ``__anext__``; a stream takes no values."""
         return await self.__anext__()

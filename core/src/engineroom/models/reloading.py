@@ -15,15 +15,15 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from typing import Any
 
 from engineroom.config.deployment import deployment_path
 from engineroom.errors import ConfigurationError, EngineRoomError
 from engineroom.models.manager import LLMModelManager
 
-__all__ = ["reloading"]
+__all__ = ["at_hangup", "reloading"]
 
 logger = logging.getLogger("engineroom.triggers")
 
@@ -43,29 +43,35 @@ async def reloading(
     """
     reload_now = asyncio.Event()
     tasks = {asyncio.create_task(_reload_when(reload_now, manager), name="engineroom-reload")}
-    listening = on_signal and _listen(reload_now)
     try:
-        if watch:
-            changes = _changes(manager)
-            tasks.add(asyncio.create_task(_watch(changes, reload_now), name="engineroom-watch"))
-        yield reload_now
+        with at_hangup(reload_now.set) if on_signal else nullcontext():
+            if watch:
+                changes = _changes(manager)
+                tasks.add(asyncio.create_task(_watch(changes, reload_now), name="engineroom-watch"))
+            yield reload_now
     finally:
-        if listening:
-            asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
 
 
-def _listen(reload_now: asyncio.Event) -> bool:
+@contextmanager
+def at_hangup(reload: Callable[[], object]) -> Iterator[None]:
+    """Call ``reload`` on the running loop at each SIGHUP, where that can be, inside the block."""
     if not hasattr(signal, "SIGHUP"):  # Windows
-        return False
+        yield
+        return
+    loop = asyncio.get_running_loop()
     try:
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload_now.set)
+        loop.add_signal_handler(signal.SIGHUP, reload)
     except (NotImplementedError, RuntimeError, ValueError) as error:
-        logger.info("SIGHUP does not reload the deployment here: %s", error)
-        return False
-    return True
+        logger.info("SIGHUP does not reload anything here: %s", error)
+        yield
+        return
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGHUP)
 
 
 async def _reload_when(reload_now: asyncio.Event, manager: LLMModelManager) -> None:

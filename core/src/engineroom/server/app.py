@@ -92,13 +92,14 @@ class Front:
             check_front(call)
             if scope["path"] not in self._open:
                 call.identity = identify(call)
+                self.context.callers.enter(call)
             await self.router(scope, receive, send)
         except ClientGoneError:
             return
         except ApiError as error:
             await self._refuse(call, error)
         except EngineRoomError as error:
-            await self._refuse(call, self.context.api_error_of(error))
+            await self._refuse(call, call.api_error_of(error))
         except HTTPException as error:
             await self._refuse(call, _from_router(call, error))
         except asyncio.CancelledError:
@@ -116,6 +117,7 @@ class Front:
             )
         finally:
             del at_work[call]
+            self.context.callers.leave(call)
 
     def _error_body(self, path: str) -> type[ErrorBody]:
         bodies = (body for prefix, body in self._error_bodies if path.startswith(prefix))
@@ -154,7 +156,13 @@ def with_cors(front: Front, settings: ServerSettings) -> ASGIApp:
         allow_origins=list(settings.cors_origins),
         allow_methods=["GET", "POST"],
         allow_headers=["*"],
-        expose_headers=["x-request-id", "request-id", "retry-after", "traceresponse"],
+        expose_headers=[
+            "x-request-id",
+            "request-id",
+            "retry-after",
+            "traceresponse",
+            "x-engineroom-warning",
+        ],
     )
 
 

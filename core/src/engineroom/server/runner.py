@@ -12,11 +12,12 @@ import contextlib
 import logging
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any, Final
 
 from engineroom.errors import ConfigurationError, EngineRoomError
-from engineroom.models.reloading import reloading
+from engineroom.models.manager import LLMModelManager
+from engineroom.models.reloading import at_hangup, reloading
 from engineroom.server.app import Front, with_cors
 from engineroom.server.http.compat_uvicorn import Server, connection_class
 from engineroom.server.http.context import ServerContext
@@ -46,6 +47,7 @@ class EngineRoomServer(Server):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping: asyncio.Task[None] | None = None
         self._signals = 0
+        self._rereading: set[asyncio.Task[None]] = set()
         super().__init__(
             with_cors(Front(self.context), settings),
             connection_class(GuardedConnection, limits=settings),
@@ -64,7 +66,7 @@ class EngineRoomServer(Server):
     ) -> None:
         """Serve until a signal, or :meth:`stop`, ends it.
 
-        SIGHUP has the manager read its deployment file anew, where it has one.
+        SIGHUP has the deployment file and the key files read anew, where there are any.
 
         :param sockets: where to listen; they are closed in the end.
         :param preload: load the configured models, while ``/readyz`` says that it is not ready.
@@ -109,16 +111,28 @@ class EngineRoomServer(Server):
         except EngineRoomError as error:
             logger.error("closing failed: %s", error.describe())
 
-    def _reloading(self, watch: bool) -> contextlib.AbstractAsyncContextManager[object]:
-        manager = self.context.directory.manager
-        if manager is None:
-            return contextlib.nullcontext()
-        try:
-            manager.config_path  # noqa: B018 - it raises where there is none
-        except ConfigurationError:
-            if not watch:
-                return contextlib.nullcontext()
-        return reloading(manager, watch=watch)
+    @contextlib.asynccontextmanager
+    async def _reloading(self, watch: bool) -> AsyncIterator[None]:
+        manager, keys = self.context.directory.manager, self.context.settings.keys
+        async with contextlib.AsyncExitStack() as stack:
+            now: list[Callable[[], object]] = [self._reread_keys] if keys.from_files else []
+            if manager is not None and (watch or _has_file(manager)):
+                event = await stack.enter_async_context(
+                    reloading(manager, on_signal=False, watch=watch)
+                )
+                now.append(event.set)
+            if now:
+                stack.enter_context(at_hangup(lambda: [reload() for reload in now]))
+            yield
+
+    def _reread_keys(self) -> None:
+        async def reread() -> None:
+            with contextlib.suppress(EngineRoomError):  # the log says why
+                await self.context.callers.reload_keys()
+
+        task = asyncio.get_running_loop().create_task(reread())
+        self._rereading.add(task)
+        task.add_done_callback(self._rereading.discard)
 
     async def _preload(self, progress: Callable[[PreloadProgress], None] | None) -> None:
         """Load the models; without a single one the server ends."""
@@ -145,6 +159,14 @@ class EngineRoomServer(Server):
             raise KeyboardInterrupt
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self.stop)
+
+
+def _has_file(manager: LLMModelManager) -> bool:
+    try:
+        manager.config_path  # noqa: B018 - it raises where there is none
+    except ConfigurationError:
+        return False
+    return True
 
 
 def bind(settings: ServerSettings) -> socket.socket:

@@ -50,6 +50,10 @@ class ServerSettings:
     tokens_per_minute: int | None = _setting(None, "Tokens, read and written, a minute.")
     """Of all requests together."""
     key_tokens_per_minute: int | None = _setting(None, "The same for each key.")
+    max_priority: int = _setting(
+        0, "Highest priority that a request may ask for.", from_zero=True, most=100
+    )
+    """What asks for more goes as this much, with a warning. A key's own line may say otherwise."""
     max_body_bytes: int = _setting(4 << 20, "Largest body of a request, in bytes.")
     """413 is what a larger one is told."""
     max_messages: int = _setting(2048, "Messages of a conversation.", flag=False)

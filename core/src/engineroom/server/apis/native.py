@@ -30,9 +30,9 @@ async def inference(call: Call) -> None:
     if request.messages is not None:
         check_count(call, request.messages)
     common = common_fields(call, request)
-    own = {name: common[name] for name in ("timeout_s", "metadata")}
+    own = {name: common[name] for name in ("timeout_s", "priority", "metadata")}
     request = request.model_copy(update={"request_id": call.id, **own})
-    await respond(call, [request], InferenceWriter())
+    await respond(call, [request], InferenceWriter(call))
 
 
 def _texts_to_ids(raw: dict[str, Any]) -> dict[str, Any]:
@@ -51,15 +51,24 @@ class InferenceWriter(Writer):
     Log probabilities are in the final response.
     """
 
+    def __init__(self, call: Call) -> None:
+        self._warnings = call.warnings
+
     def whole(self, responses: Sequence[InferenceResponse]) -> bytes:
-        return responses[0].model_dump_json().encode()
+        return self._with_warnings(responses[0]).model_dump_json().encode()
+
+    def _with_warnings(self, response: InferenceResponse) -> InferenceResponse:
+        if not self._warnings:
+            return response
+        warnings = [*self._warnings, *response.warnings]
+        return response.model_copy(update={"warnings": warnings})
 
     def framer(self, index: int) -> Framer:
         return Framer(lambda text: {"text": text})
 
     def finish(self, index: int, response: InferenceResponse) -> bytes:
         """The final response."""
-        return named_event("response", response.model_dump(mode="json"))
+        return named_event("response", self._with_warnings(response).model_dump(mode="json"))
 
     def fail(self, error: ApiError, responses: Sequence[InferenceResponse]) -> bytes:
         """The error, then the final response, whose message says no more than the error."""

@@ -177,6 +177,23 @@ def build(
         raise invalid_fields(error, request.RENAMED) from error
 
 
+def _priority(call: Call, request: Any) -> int:
+    """What a request asks for, or the most that its key may have."""
+    most = call.identity.max_priority
+    if most is None:
+        most = call.context.settings.max_priority
+    asked: int | None = getattr(request, "priority", None)
+    if asked is None or "priority" not in request.model_fields_set:
+        return min(0, most)
+    if asked <= most:
+        return asked
+    warning = f"priority {asked} is more than this key may ask for; it goes as {most}"
+    if warning not in call.warnings:  # of several answers, once
+        call.warnings.append(warning)
+        call.log(logger).info("priority %d was lowered to %d", asked, most)
+    return most
+
+
 def common_fields(call: Call, request: Any) -> dict[str, Any]:
     """Deadline, priority and metadata."""
     timeouts = (call.context.settings.request_timeout_s, getattr(request, "timeout_s", None))
@@ -192,7 +209,7 @@ def common_fields(call: Call, request: Any) -> dict[str, Any]:
     metadata["api_key"] = call.identity.name
     return {
         "timeout_s": min((limit for limit in timeouts if limit is not None), default=None),
-        "priority": getattr(request, "priority", None) or 0,
+        "priority": _priority(call, request),
         "adapter": getattr(request, "adapter", None),
         "metadata": metadata,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
@@ -12,11 +13,13 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import msgspec
 
+from engineroom.errors import EngineRoomError
 from engineroom.server.http.compat_uvicorn import WRITE, TextWriter
 from engineroom.server.http.context import ServerContext
 from engineroom.server.http.errors import ApiError, ErrorBody, OpenAIError
 from engineroom.server.http.frames import dumps
 from engineroom.server.keys import ANONYMOUS, Identity
+from engineroom.telemetry import RequestLogger
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
@@ -30,6 +33,7 @@ SSE_HEADERS: Final = (
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # proxies would hold frames back
 )
+WARNING_HEADER: Final = b"x-engineroom-warning"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _decode = msgspec.json.Decoder().decode
 _MAX_DISCARDED: Final = 512 << 20
@@ -60,6 +64,12 @@ class Call:
     route: str = ""
     """The path of its route; empty until the route is known."""
     started: bool = False
+    refused: ApiError | None = None
+    """Why it is answered no more, though its key was let in."""
+    on_refused: Callable[[], object] | None = None
+    """Stops what is being done for it."""
+    warnings: list[str] = field(default_factory=list)
+    """What the client is told beside its answer."""
     _id: str = ""
 
     def __post_init__(self) -> None:
@@ -79,6 +89,11 @@ class Call:
         """Route, id and key, for the log."""
         route = self.route or "a request"
         return f"{self.scope['method']} {route} (request {self.id!r}, key {self.identity.name!r})"
+
+    def log(self, logger: logging.Logger) -> RequestLogger:
+        """A logger for what happens to it outside of the service."""
+        extra = {"request_id": self.id, "model_id": "-", "key_name": self.identity.name}
+        return RequestLogger(logger, extra)
 
     def header(self, name: bytes) -> str:
         """A header's value; empty where there is none."""
@@ -148,6 +163,19 @@ class Call:
             why = "it is nested too deeply" if isinstance(error, RecursionError) else error
             raise ApiError(400, f"the body is no valid JSON: {why}", "invalid_json") from error
 
+    # ── what is refused ──────────────────────────────────────────────────────────────────────
+
+    def revoke(self, error: ApiError) -> None:
+        """End it, with this error for an answer; in a stream that has begun, for its end."""
+        if self.refused is None:
+            self.refused = error
+            if self.on_refused is not None:
+                self.on_refused()
+
+    def api_error_of(self, error: EngineRoomError) -> ApiError:
+        """What the client is told of an error."""
+        return self.refused or self.context.api_error_of(error)
+
     # ── what is answered ─────────────────────────────────────────────────────────────────────
 
     async def start(self, status: int, headers: Headers) -> None:
@@ -155,6 +183,8 @@ class Call:
         self.started = True
         name = self.id.encode("latin-1")
         sent = [*((header, name) for header in self.error_body.ID_HEADERS), *headers]
+        if self.warnings:
+            sent.append((WARNING_HEADER, "; ".join(self.warnings).encode("latin-1", "replace")))
         if (trace := self.context.traceparent_of(self.id)) is not None:
             sent.append((b"traceresponse", trace.encode("latin-1")))
         await self.send({"type": "http.response.start", "status": status, "headers": sent})
@@ -211,32 +241,49 @@ class Call:
 
     @asynccontextmanager
     async def attended(self) -> AsyncIterator[None]:
-        """Stop what is done inside the ``async with`` as soon as the client goes away.
+        """Stop what is done inside the ``async with`` as soon as the client goes away, or its key
+        is taken away.
 
-        The cancellation is taken back at the end of the block and becomes ``ClientGoneError``, as
-        :func:`asyncio.timeout` does with its own.
+        The cancellation is taken back at the end of the block and becomes ``ClientGoneError`` or
+        the refusal, as :func:`asyncio.timeout` does with its own.
+
+        :raises ClientGoneError: nobody waits for the answer.
+        :raises ApiError: it is refused.
         """
+        if self.refused is not None:
+            raise self.refused
         task = asyncio.current_task()
         assert task is not None
         baseline = task.cancelling()
-        gone = False
+        gone = struck = False
+
+        def strike() -> None:
+            nonlocal struck
+            if not struck:
+                struck = True
+                task.cancel()
+
+        def why() -> Exception:
+            return ClientGoneError() if gone or self.refused is None else self.refused
 
         async def watch() -> None:
             nonlocal gone
             while (await self._receive())["type"] != "http.disconnect":
                 pass
             gone = True
-            task.cancel()
+            strike()
 
+        self.on_refused = strike
         watcher = asyncio.create_task(watch())
         try:
             yield
-            if gone:
+            if struck:
                 await asyncio.sleep(0)  # the cancellation is on its way and strikes here
                 raise asyncio.CancelledError
         except BaseException as error:
-            if gone and task.uncancel() <= baseline and isinstance(error, asyncio.CancelledError):
-                raise ClientGoneError from error
+            if struck and task.uncancel() <= baseline and isinstance(error, asyncio.CancelledError):
+                raise why() from error
             raise
         finally:
             watcher.cancel()
+            self.on_refused = None

@@ -8,6 +8,7 @@ from typing import Any
 from engineroom.errors import EngineRoomError
 from engineroom.schemas import InferenceRequest
 from engineroom.server.directory import ModelDirectory
+from engineroom.server.http.callers import Callers
 from engineroom.server.http.errors import ApiError, api_error_of
 from engineroom.server.http.limits import Limiter
 from engineroom.server.loop_meter import LoopMeter
@@ -32,6 +33,7 @@ class ServerContext:
         self.service = service
         self.settings = settings
         self.limiter = Limiter(settings)
+        self.callers = Callers(settings.keys)
         self.directory = ModelDirectory(service)
         self.loop_meter = LoopMeter()
         self.metrics = PrometheusObserver(

@@ -26,12 +26,14 @@ from engineroom.errors import (
 from engineroom.server.http.frames import Answer
 
 __all__ = [
+    "CHALLENGE",
     "RETRY_AFTER_S",
     "ApiError",
     "ErrorBody",
     "OpenAIError",
     "api_error_of",
     "invalid_fields",
+    "key_revoked",
     "stopping",
     "unknown_model",
     "unsupported",
@@ -42,6 +44,8 @@ _PATH: Final = re.compile(
     r"(?<![\w/.:<])(?:~?/[\w.@+-]+(?:/[\w.@+~-]*)+|[A-Za-z]:[\\/][^\s'\",;]+|\\\\[^\s'\",;]+)"
 )
 _MAX_SHOWN: Final = 80
+CHALLENGE: Final = {"www-authenticate": "Bearer"}
+"""The header of a 401."""
 RETRY_AFTER_S: Final = 1
 """For what is over as soon as others end: places, connections, memory."""
 
@@ -155,6 +159,16 @@ def stopping() -> ApiError:
         "draining",
         retry_after_s=5,
         headers={"connection": "close"},
+    )
+
+
+def key_revoked() -> ApiError:
+    """What a client is told whose key was taken away while it waited or was answered."""
+    return ApiError(
+        401,
+        "the key holds no more; it was taken away while the request was worked on",
+        "api_key_revoked",
+        headers=CHALLENGE,
     )
 
 

@@ -11,8 +11,10 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import ClassVar
 
+from engineroom.errors import ResourceNotAvailableError
 from engineroom.inference.streams import InferenceStream, StreamError
 from engineroom.schemas import InferenceRequest, InferenceResponse, TokenLogprob
 from engineroom.server.http.call import SSE_HEADERS, Call
@@ -108,6 +110,7 @@ async def stream_all(call: Call, requests: Sequence[InferenceRequest], writer: W
     """
     async with call.attended(), admission(call, requests) as slot:
         streams = [call.context.service.stream(_after(slot, request)) for request in requests]
+        call.on_refused = partial(_interrupt, streams)  # so that they end as streams do
         heartbeat = Heartbeat(call, writer.HEADERS, writer.PING)
         try:
             if len(streams) == 1:
@@ -151,7 +154,7 @@ async def _stream_one(
     heartbeat.spoke = True
     if not call.started:
         if isinstance(chunk, StreamError):
-            raise call.context.api_error_of(chunk.error)
+            raise call.api_error_of(chunk.error)
         await call.start(200, writer.HEADERS)
     send = call.send
     head = writer.begin([stream])
@@ -189,7 +192,7 @@ async def _stream_one(
     response = stream.response
     assert response is not None
     if isinstance(chunk, StreamError):
-        tail = writer.fail(call.context.api_error_of(chunk.error), [response])
+        tail = writer.fail(call.api_error_of(chunk.error), [response])
     else:
         tail = writer.finish(0, response) + writer.end([response])
     await heartbeat.stop()
@@ -217,7 +220,7 @@ async def _stream_many(
             index, chunk = await queue.get()
             heartbeat.spoke = True
             if isinstance(chunk, StreamError):
-                error = call.context.api_error_of(chunk.error)
+                error = call.api_error_of(chunk.error)
                 if not call.started:
                     raise error
                 for stream in streams:  # their counts are wanted before the end
@@ -253,6 +256,11 @@ async def _stream_many(
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
+
+
+def _interrupt(streams: Sequence[InferenceStream]) -> None:
+    for stream in streams:
+        stream.interrupt(ResourceNotAvailableError("its key was taken away while it ran"))
 
 
 def _after(slot: Slot, request: InferenceRequest) -> InferenceRequest:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 from engineroom.server.http.call import Call
-from engineroom.server.http.errors import ApiError
+from engineroom.server.http.errors import CHALLENGE, ApiError
 from engineroom.server.keys import ANONYMOUS, Identity
 from engineroom.server.settings import is_loopback
 
 __all__ = ["check_admin", "check_front", "identify"]
-
-_CHALLENGE: Final = {"www-authenticate": "Bearer"}
 
 
 def check_front(call: Call) -> None:
@@ -70,11 +66,11 @@ def identify(call: Call) -> Identity:
             401,
             "this server needs a key; send it as 'Authorization: Bearer …'",
             "missing_api_key",
-            headers=_CHALLENGE,
+            headers=CHALLENGE,
         )
     identity = keys.find(key)
     if identity is None:
-        raise ApiError(401, "the key is not known here", "invalid_api_key", headers=_CHALLENGE)
+        raise ApiError(401, "the key is not known here", "invalid_api_key", headers=CHALLENGE)
     return identity
 
 
