@@ -591,7 +591,10 @@ def test_no_loader_says_how_to_name_one():
         (HandlerHealth(), "can_handle is True"),
         (HandlerHealth(detail="one at a time"), "can_handle is True; one at a time"),
         (HandlerHealth(ok=False, detail="gone"), "can_handle is True; it is not well: gone"),
-        (ValueError("boom"), "can_handle is True; health failed; see the log"),
+        (
+            ValueError("boom"),
+            "can_handle is True; it is not well: health raised ValueError; see the log",
+        ),
     ],
 )
 def test_what_a_handler_has_to_say_of_its_model_is_explained(health, reason, caplog):

@@ -709,16 +709,17 @@ async def test_a_task_that_cancels_itself_on_the_way_in_is_cancelled(stream):
     assert task.cancelled() and bench.at_rest()
 
 
-async def test_nothing_is_swallowed_that_is_no_exception():
+async def test_what_is_no_exception_fails_its_request_like_any_other(caplog):
     class Stop(BaseException):
         pass
 
     async def infer(request):
-        raise Stop
+        raise Stop("halt")
 
     bench = plain_bench(infer)
-    with pytest.raises(Stop):
-        await bench.service.infer(bench.request())
+    response = await bench.service.infer(bench.request())
+    assert response.error_type == "InferenceError" and "Stop: halt" in response.error_message
+    assert "raise Stop" in caplog.text
     assert bench.at_rest()
 
 

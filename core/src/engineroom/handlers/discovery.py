@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import re
-import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from typing import Final, Literal, TypeAlias
 
+from engineroom.border import formatted, log_failure, words
 from engineroom.errors import ConfigurationError, EngineRoomError
 from engineroom.handlers.base import InferenceHandler
 from engineroom.handlers.validation import validate_handler
@@ -64,17 +64,18 @@ class PluginRecord:
     def quarantine(self, error: BaseException, remedy: str) -> None:
         """Note and log what went wrong and what to do; the plugin is not used."""
         self.status = "quarantined"
-        self.reason = f"{type(error).__name__}: {error}"
+        self.reason = words(error)
         self.remedy = remedy
-        self.traceback = "".join(traceback.format_exception(error))
-        logger.error(
+        self.traceback = formatted(error)
+        log_failure(
+            logger,
+            error,
             "plugin %r of %s %s was quarantined: %s; to use it, %s; the rest goes on without it",
             self.name,
             self.distribution,
             self.version,
             self.reason,
             remedy,
-            exc_info=error,
         )
 
 
@@ -100,12 +101,12 @@ def load_plugin(record: PluginRecord, use: Callable[[PluginRecord, object], None
     assert record.entry_point is not None
     try:
         plugin = record.entry_point.load()
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - foreign; quarantine logs it
+    except BaseException as error:  # noqa: BLE001 - foreign code
         record.quarantine(error, f"reinstall or upgrade it: pip install -U {record.distribution}")
         return
     try:
         use(record, plugin)
-    except Exception as error:  # noqa: BLE001 - foreign code; quarantine logs it
+    except BaseException as error:  # noqa: BLE001 - foreign code
         remedy = "mend the plugin" if isinstance(error, EngineRoomError) else "report it"
         record.quarantine(error, f"{remedy} ({record.distribution} {record.version})")
         return

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from engineroom.border import log_failure, words
 from engineroom.config.model import LoadedModel, ModelConfig
-from engineroom.handlers.base import InferenceHandler
+from engineroom.handlers.base import HandlerHealth, InferenceHandler
 from engineroom.handlers.discovery import HANDLER_GROUP, PluginRecord, install_hint
 
-__all__ = ["DispatchReport", "HandlerVerdict", "ask", "explain"]
+__all__ = ["DispatchReport", "HandlerVerdict", "ask", "explain", "health_of"]
 
 logger = logging.getLogger("engineroom.registry")
 
@@ -116,9 +117,9 @@ def ask(
         return handler.name == runtime, f"the model names runtime {runtime!r}"
     try:
         answer = getattr(handler, question)(model)
-    except Exception as error:
-        logger.exception("handler %r: %s raised; it counts as no", handler.name, question)
-        return None, f"{question} raised {type(error).__name__}: {error}; mend the plugin"
+    except BaseException as error:  # noqa: BLE001 - foreign code
+        log_failure(logger, error, "handler %r: %s raised; it counts as no", handler.name, question)
+        return None, f"{question} raised {words(error)}; mend the plugin"
     if isinstance(answer, bool):
         return answer, f"{question} is {answer}"
     kind = type(answer).__name__
@@ -131,11 +132,20 @@ def ask(
     return None, f"{question} returned {kind} instead of a bool; mend the plugin"
 
 
+def health_of(handler: InferenceHandler, model: LoadedModel) -> HandlerHealth:
+    """How the model's engine is doing; one that cannot tell is not well."""
+    try:
+        health: object = handler.health(model)
+    except BaseException as error:  # noqa: BLE001 - foreign code
+        log_failure(logger, error, "handler %r: health failed for %r", handler.name, model.model_id)
+        return HandlerHealth(ok=False, detail=f"health raised {type(error).__name__}; see the log")
+    if isinstance(health, HandlerHealth):
+        return health
+    kind = type(health).__name__
+    return HandlerHealth(ok=False, detail=f"health returned {kind} instead of HandlerHealth")
+
+
 def _health_note(handler: InferenceHandler, model: LoadedModel) -> str:
     """What the handler has to say of a model that is well."""
-    try:
-        health = handler.health(model)
-    except Exception:
-        logger.exception("handler %r: health failed", handler.name)
-        return "health failed; see the log"
+    health = health_of(handler, model)
     return health.detail if health.ok else f"it is not well: {health.detail}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import logging
 from collections.abc import Callable, Iterable
@@ -11,6 +10,7 @@ from typing import Any
 
 import pluggy
 
+from engineroom.border import log_failure
 from engineroom.config.suggestions import did_you_mean
 from engineroom.errors import ConfigurationError
 from engineroom.handlers.base import InferenceHandler
@@ -131,8 +131,10 @@ class HookManager(pluggy.PluginManager):
         for implementation in getattr(self.hook, hook).get_hookimpls():
             try:
                 _call(implementation, arguments)
-            except (Exception, asyncio.CancelledError):
-                logger.exception(
+            except BaseException as error:  # noqa: BLE001 - foreign code
+                log_failure(
+                    logger,
+                    error,
                     "observer %r failed in %s; the request is not affected",
                     implementation.plugin_name,
                     hook,

@@ -9,11 +9,13 @@ every runtime.
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Literal, TypeGuard
 
+from engineroom.border import Border
 from engineroom.config.model import LoadedModel
 from engineroom.errors import InferenceError
 from engineroom.generation.generation import Generation
@@ -25,13 +27,16 @@ from engineroom.schemas import InferenceRequest, InferenceResponse
 
 __all__ = ["TokenHandler", "answers_by_steps", "effective_capabilities", "read_steps"]
 
+logger = logging.getLogger("engineroom.registry")
+
 
 def effective_capabilities(handler: InferenceHandler) -> Capabilities:
     """What a handler can do, with what :class:`TokenHandler` does for it.
 
-    :raises InferenceError: ``capabilities`` does not return :class:`Capabilities`.
+    :raises InferenceError: ``capabilities`` fails, or does not return :class:`Capabilities`.
     """
-    capabilities = handler.capabilities()
+    with Border(logger, f"handler {handler.name!r}: capabilities"):
+        capabilities = handler.capabilities()
     if not isinstance(capabilities, Capabilities):
         raise InferenceError(
             f"handler {handler.name!r}: capabilities returned {type(capabilities).__name__} "

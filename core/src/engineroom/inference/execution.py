@@ -7,7 +7,6 @@ and an end that makes one response of whatever happened.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
@@ -16,6 +15,7 @@ from functools import partial
 from types import TracebackType
 from typing import TypeAlias
 
+from engineroom.border import in_thread, passes
 from engineroom.config.model import LoadedModel
 from engineroom.errors import InferenceError
 from engineroom.generation.reader import StepReader
@@ -62,6 +62,7 @@ class Execution:
     _entered: float = field(default=0.0, init=False)
     _response: InferenceResponse | None = field(default=None, init=False)
     _delivered: DeliveredChunks | None = field(default=None, init=False)
+    _thrown: BaseException | None = field(default=None, init=False)  # in, by who reads the stream
 
     async def run(self, work: Work) -> InferenceResponse:
         """Answer in whole, in the caller's task.
@@ -83,7 +84,6 @@ class Execution:
         """Answer piece by piece. Runs in whichever task reads; ends with a ``StreamError``."""
         scope = self.scope
         delivered = self._delivered = DeliveredChunks()
-        closing = False  # nothing may be yielded any more
         async with self:
             handler, loaded_model = await self._open()
             registry, hook = self.admission.registry, "engineroom_request_gaps"
@@ -105,8 +105,8 @@ class Execution:
                         continue
                     try:
                         yield chunk
-                    except GeneratorExit:
-                        closing = True
+                    except BaseException as error:
+                        self._thrown = error
                         raise
             finally:
                 await reader.aclose()
@@ -114,7 +114,7 @@ class Execution:
             scope.check()
             self._complete(reader.response())
         if scope.error is not None and not scope.quiet:
-            if closing:
+            if isinstance(self._thrown, GeneratorExit):  # nothing may be yielded any more
                 scope.unread = StreamError(scope.error)
             else:
                 yield StreamError(scope.error)
@@ -123,7 +123,7 @@ class Execution:
         """Let the request in, lease its model, choose its handler."""
         scope, registry = self.scope, self.admission.registry
         if not registry.discovered:  # observers, too, are to see the first request
-            await asyncio.to_thread(registry.discover)
+            await in_thread(registry.discover)
         scope.check()
         self.admission.admit(scope)
         lease = self.source.lease(scope.request.model_id)
@@ -157,7 +157,8 @@ class Execution:
             assert self._response is not None
             self.admission.finish(self.scope, self._response)
             return False
-        response, ended_by = failed(self.scope, raised, self._delivered)
+        own = raised is self._thrown or passes(raised)
+        response, ended_by = failed(self.scope, raised, self._delivered, own=own)
         self.admission.finish(self.scope, response)
         if isinstance(ended_by, Exception):
             return True

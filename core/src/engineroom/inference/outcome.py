@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
+from engineroom.border import MOST_CHARACTERS, failure, log_failure, words
 from engineroom.errors import EngineRoomError, InferenceError, RequestTimeoutError
 from engineroom.inference.delivery import DeliveredChunks
 from engineroom.inference.scope import RequestScope
@@ -50,15 +51,20 @@ def completed(
 
 
 def failed(
-    scope: RequestScope, error: BaseException, delivered: DeliveredChunks | None = None
+    scope: RequestScope,
+    error: BaseException,
+    delivered: DeliveredChunks | None = None,
+    *,
+    own: bool = False,
 ) -> tuple[InferenceResponse, BaseException]:
     """The response of a request that did not end well, and what ended it.
 
+    :param own: the error is none of the handler's: an interrupt, or raised by who reads the stream.
     :returns: the second is an ``Exception`` where the response says all, and
         ``scope.error`` that error typed; what is none must be raised: the caller's own
         cancellation, an interrupt.
     """
-    error = _what_ended(scope, error)
+    error = _what_ended(scope, error, own)
     response = _partial(scope, delivered)
     if isinstance(error, Exception):
         typed = scope.error = _as_typed(error, scope.request)
@@ -77,21 +83,38 @@ def failed(
     return response, error
 
 
-def _what_ended(scope: RequestScope, error: BaseException) -> BaseException:
-    """The scope's own reason, where that is why the error came; logs what is a defect."""
+def _what_ended(scope: RequestScope, error: BaseException, own: bool) -> BaseException:
+    """The scope's own reason, where that is why the error came; a typed one for what is a defect.
+
+    A defect is logged. A request that somebody else cancels ends so, whatever its handler raises.
+    """
     if isinstance(error, asyncio.CancelledError):
         if scope.uncancel_if_ours():
             assert scope.cause is not None
-            error = scope.cause
-        elif not scope.cancelled:  # a future of the runtime's own was cancelled
-            error = InferenceError("the work was cancelled inside the runtime")
-    if isinstance(error, Exception) and not isinstance(error, EngineRoomError):
-        request_logger(logger, scope.request).error(
-            "request failed: %s", _as_typed(error, scope.request).describe(), exc_info=error
-        )
-    if scope.cause is not None and isinstance(error, Exception | GeneratorExit):
-        return scope.cause  # whatever the handler made of being stopped
-    return error
+            return scope.cause
+        if scope.cancelled:
+            return error
+    elif isinstance(error, GeneratorExit) and own:
+        return scope.cause or error
+    elif own and not isinstance(error, Exception):
+        return error
+    if not isinstance(error, EngineRoomError):
+        error = _defect(scope.request, error)
+    if scope.overruled:
+        return asyncio.CancelledError()
+    return scope.cause or error  # whatever the handler made of being stopped
+
+
+def _defect(request: InferenceRequest, error: BaseException) -> EngineRoomError:
+    """A typed error for what a handler must not raise, which is logged."""
+    what = ""
+    if isinstance(error, asyncio.CancelledError):  # a future of the runtime's own was cancelled
+        what = "the work was cancelled inside the runtime"
+    said = InferenceError(what or words(error)).with_context(
+        request_id=request.request_id, model_id=request.model_id
+    )
+    log_failure(request_logger(logger, request), error, "request failed: %s", said.describe())
+    return failure(error, what)
 
 
 def _partial(scope: RequestScope, delivered: DeliveredChunks | None) -> InferenceResponse:
@@ -114,14 +137,16 @@ def _partial(scope: RequestScope, delivered: DeliveredChunks | None) -> Inferenc
 
 
 def _as_typed(error: Exception, request: InferenceRequest) -> EngineRoomError:
-    if isinstance(error, EngineRoomError):
-        # Requests may share an error, that of one load for instance; each names itself in it.
+    """The error, for this request alone: one of a load may be that of many."""
+    assert isinstance(error, EngineRoomError)
+    try:
         typed = error.__class__.__new__(error.__class__, *error.args)
         typed.__dict__.update(error.__dict__)
         typed.__cause__, typed.__context__ = error.__cause__, error.__context__
         typed.__suppress_context__ = error.__suppress_context__
         typed.__traceback__ = error.__traceback__
-    else:
-        typed = InferenceError(f"{type(error).__name__}: {error}" if str(error) else repr(error))
-        typed.__cause__ = error
-    return typed.with_context(request_id=request.request_id, model_id=request.model_id)
+        typed.message = typed.message[:MOST_CHARACTERS]
+        typed.with_context(request_id=request.request_id, model_id=request.model_id).describe()
+    except Exception:  # noqa: BLE001 - a class of the handler's own, which may do anything
+        return failure(error).with_context(request_id=request.request_id, model_id=request.model_id)
+    return typed

@@ -108,8 +108,7 @@ class RequestScope:
 
     def check(self) -> None:
         """Raise what stopped the request, should its handler have swallowed it."""
-        task = self._task
-        if task is not None and task.cancelling() > self._baseline + self._cancelled:
+        if self.overruled:
             raise asyncio.CancelledError
         if self.cause is not None:
             raise self.cause
@@ -126,8 +125,15 @@ class RequestScope:
 
     @property
     def cancelled(self) -> bool:
-        """Whether somebody cancels the task that runs the request's code."""
-        return self._task is None or self._task.cancelling() > 0
+        """Whether somebody cancels the task that runs the request's code, or that closes it."""
+        task = self._task or asyncio.current_task()
+        return task is not None and task.cancelling() > 0
+
+    @property
+    def overruled(self) -> bool:
+        """Whether somebody else has cancelled that task since the request's code was entered."""
+        task = self._task
+        return task is not None and task.cancelling() > self._baseline + self._cancelled
 
     async def closed(self) -> None:
         """Wait until what closes the stream, the scope's own task or another, has done so."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
+from engineroom.border import log_failure
 from engineroom.config.model import ModelConfig
 from engineroom.errors import EngineRoomError
 from engineroom.handlers.base import InferenceHandler
@@ -101,8 +102,10 @@ def _estimate(handler: InferenceHandler, config: ModelConfig) -> dict[str, int] 
         estimate: object = handler.estimate_memory(config)
     except EngineRoomError:
         raise  # no such file, a wrong option: the load would say the same
-    except Exception:
-        logger.exception(
+    except BaseException as error:  # noqa: BLE001 - foreign code
+        log_failure(
+            logger,
+            error,
             "handler %r: estimate_memory failed for model %r; its memory is not known",
             handler.name,
             config.model_id,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from engineroom.border import Border, in_thread, log_failure
 from engineroom.config.model import LoadedModel, ModelConfig
 from engineroom.errors import (
     ConfigurationError,
@@ -43,7 +43,7 @@ class Loader:
     """
 
     def __init__(self, queue: MemoryQueue, probe: MemoryProbe) -> None:
-        self.in_thread = asyncio.to_thread
+        self.in_thread = in_thread
         """Runs what blocks."""
         self._queue = queue
         self._evictor = queue.evictor
@@ -268,8 +268,10 @@ class Loader:
         for handler in self._handlers:
             try:
                 without.update(handler.runtime_processes())
-            except Exception:
-                logger.exception(
+            except BaseException as error:  # noqa: BLE001 - foreign code
+                log_failure(
+                    logger,
+                    error,
                     "handler %r: runtime_processes failed; what they take counts for the model",
                     handler.name,
                 )
@@ -280,19 +282,8 @@ async def typed(
     handler: InferenceHandler, method: str, model_id: str, call: Callable[[], Awaitable[Any]]
 ) -> Any:
     """Call foreign code; whatever it raises comes out typed, with its traceback in the log."""
-    try:
+    with Border(logger, f"handler {handler.name!r}: {method}", model_id):
         return await call()
-    except EngineRoomError:
-        raise
-    except (Exception, asyncio.CancelledError) as error:
-        task = asyncio.current_task()
-        if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
-            raise  # not the handler's own doing
-        logger.exception("handler %r: %s failed for model %r", handler.name, method, model_id)
-        raise InferenceError(
-            f"handler {handler.name!r}: {method} failed: {type(error).__name__}: {error}",
-            model_id=model_id,
-        ) from error
 
 
 async def _give_back(handler: InferenceHandler, loaded: LoadedModel) -> None:

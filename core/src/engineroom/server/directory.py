@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-
 from engineroom.config.model import LoadedModel
 from engineroom.errors import EngineRoomError, ModelNotFoundError
 from engineroom.handlers.base import HandlerHealth, InferenceHandler
+from engineroom.handlers.dispatch import health_of
 from engineroom.models.manager import LLMModelManager
 from engineroom.service import LLMInferenceService
 from engineroom.status import ModelStatus
 
 __all__ = ["ModelDirectory"]
-
-logger = logging.getLogger("engineroom.server.context")
 
 
 class ModelDirectory:
@@ -64,12 +61,7 @@ class ModelDirectory:
                 handler = self.service.registry.select(model)
             except EngineRoomError:
                 continue
-            try:
-                health = handler.health(model)
-            except Exception as error:
-                logger.exception("handler %r: health failed for %r", handler.name, model.model_id)
-                health = HandlerHealth(ok=False, detail=f"health raised {type(error).__name__}")
-            engines.append((model, handler, health))
+            engines.append((model, handler, health_of(handler, model)))
         return engines
 
     def honoured_params(self, model_id: str) -> frozenset[str] | None:
