@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Generic, TypeVar
 
+from engineroom.border import failure, log_failure
 from engineroom.engine.decode_loop import run_in_new_thread
-from engineroom.errors import EngineRoomError, InferenceError, ResourceNotAvailableError
+from engineroom.errors import ResourceNotAvailableError
 
 __all__ = ["BackgroundLoad"]
+
+logger = logging.getLogger("engineroom.loading")
 
 _T = TypeVar("_T")
 _NOTHING: Final = object()
@@ -64,7 +68,7 @@ class BackgroundLoad(Generic[_T]):
             abandoned = self._abandoned
             self._made = _NOTHING if abandoned else made
         if abandoned:
-            self.free(made)
+            self.free(made)  # what it raises is dropped with the load: see `result`
         return made
 
     def abandon(self) -> None:
@@ -79,13 +83,17 @@ class BackgroundLoad(Generic[_T]):
             self._in_thread(stop)
 
     def _in_thread(self, call: Callable[[], object]) -> None:
-        threading.Thread(target=call, name=f"{self.name}-unload", daemon=True).start()
+        def called() -> None:
+            try:
+                call()
+            except BaseException as error:  # noqa: BLE001 - nobody waits for it
+                log_failure(logger, error, "%s: a load could not be given back", self.name)
+
+        threading.Thread(target=called, name=f"{self.name}-unload", daemon=True).start()
 
     def _typed(self) -> _T:
         try:
             return self.run()
-        except EngineRoomError:
-            raise
         except MemoryError as error:
             raise ResourceNotAvailableError(
                 "there was not enough memory to load the model; unload another one, or take a "
@@ -94,4 +102,5 @@ class BackgroundLoad(Generic[_T]):
         except Exception:
             raise  # whoever called the handler makes it typed, with its name
         except BaseException as error:
-            raise InferenceError(f"the load failed: {type(error).__name__}: {error}") from error
+            log_failure(logger, error, "%s: a load failed", self.name)
+            raise failure(error, "the load failed") from error

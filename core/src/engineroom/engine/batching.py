@@ -9,8 +9,8 @@ them.
 * The queue is bounded; what does not fit is refused at once.
 * Waiting requests go by priority, into which their waiting grows (:func:`~engineroom.turn_of`).
 * Cancelling takes effect before the next step, wherever the request is.
-* An exception that a step lets out ends the engine: its requests fail with ``EngineDeadError``,
-  and so does whatever is sent afterwards.
+* Whatever a step lets out ends the engine, and no other one on its thread: its requests fail
+  with ``EngineDeadError``, and so does whatever is sent afterwards.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Final, Generic, TypeVar
 
+from engineroom.border import log_failure, without_frames, words
 from engineroom.engine.base import Engine
 from engineroom.engine.decode_loop import DecodeLoop
 from engineroom.errors import (
@@ -159,7 +160,7 @@ class BatchingEngine(Engine, Generic[_T]):
         """
         with self._loop.condition:
             if self._dead is not None:
-                raise EngineDeadError(self._dead.message)
+                raise _copy(self._dead)
             if self._closing:
                 raise ResourceNotAvailableError("the model is being unloaded; send it again")
             waiting = len(self.waiting) + len(self._incoming)
@@ -186,7 +187,7 @@ class BatchingEngine(Engine, Generic[_T]):
             if not task.done:
                 self._cancelling = True
                 if self._alone is task:
-                    self.interrupt(True)
+                    self._interrupt(True)
                 self._loop.condition.notify_all()
 
     async def run(self, task: _T) -> TokenStep:
@@ -220,7 +221,7 @@ class BatchingEngine(Engine, Generic[_T]):
         with self._loop.condition:
             self._closing = True
             if not self._ended:
-                self.interrupt(True)
+                self._interrupt(True)
             self._loop.condition.notify_all()
         self._loop.wait_for_end(self)
 
@@ -262,7 +263,10 @@ class BatchingEngine(Engine, Generic[_T]):
             return True
         if self.waiting and len(self.running) < self._max_running:
             return True
-        return bool(self.running) and self.can_step()
+        try:
+            return bool(self.running) and self.can_step()
+        except BaseException:  # noqa: BLE001 - the turn asks again, and ends the engine
+            return True
 
     def turn(self) -> bool:
         """One step, or the end; see :class:`~engineroom.engine.decode_loop.Worker`."""
@@ -275,21 +279,35 @@ class BatchingEngine(Engine, Generic[_T]):
             failure = ResourceNotAvailableError(
                 f"model {self.name!r} was unloaded while the request ran; send it again"
             )
-        except Exception as error:
-            logger.exception("the engine of model %r has died", self.name)
-            failure = EngineDeadError(
-                f"the engine of model {self.name!r} has died: {type(error).__name__}: {error}; "
-                "unload the model and load it again"
-            )
+        except BaseException as error:  # noqa: BLE001 - other models take turns on this thread
+            log_failure(logger, error, "the engine of model %r has died", self.name)
+            failure = self._death(words(error), error)
         self._end(failure)
         return False
+
+    def lost(self, why: str) -> None:
+        """The thread has ended under it: tell its requests, and free nothing. See ``Worker``."""
+        self._end(self._death(why), free=False)
+
+    def _death(self, why: str, cause: BaseException | None = None) -> EngineDeadError:
+        dead = EngineDeadError(
+            f"the engine of model {self.name!r} has died: {why}; unload the model and load it again"
+        )
+        dead.__cause__ = None if cause is None else without_frames(cause)
+        return dead
+
+    def _interrupt(self, on: bool) -> None:
+        try:
+            self.interrupt(on)
+        except BaseException as error:  # noqa: BLE001 - then the step is waited for
+            log_failure(logger, error, "a step of model %r could not be aborted", self.name)
 
     def _take_in(self) -> bool:
         """Drop what was cancelled, start what can start. False: the engine is to end."""
         with self._loop.condition:
             if self._closing:
                 return False
-            self.interrupt(False)
+            self._interrupt(False)
             for task in self._incoming:
                 insort(self.waiting, task, key=_rank)
             self._incoming.clear()
@@ -317,9 +335,11 @@ class BatchingEngine(Engine, Generic[_T]):
         self.running.remove(task)
         self.released(task)
 
-    def _end(self, failure: EngineRoomError) -> None:
+    def _end(self, failure: EngineRoomError, *, free: bool = True) -> None:
         """Free everything, and tell the requests that are left."""
         with self._loop.condition:
+            if self._ended:
+                return
             if isinstance(failure, EngineDeadError):
                 self._dead = failure
             self._closing = self._ended = True
@@ -329,9 +349,12 @@ class BatchingEngine(Engine, Generic[_T]):
             for task in left:
                 task.done = True
         try:
-            self.shut()
-        except Exception:  # a runtime that has died may fail at anything
-            logger.exception("the engine of model %r could not free what it had", self.name)
+            if free:
+                self.shut()
+        except BaseException as error:  # noqa: BLE001 - what has died may fail at anything
+            log_failure(
+                logger, error, "the engine of model %r could not free what it had", self.name
+            )
         deliver((task.mailbox, _copy(failure)) for task in left if not task.cancelled)
 
 

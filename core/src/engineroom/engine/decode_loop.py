@@ -11,26 +11,37 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import logging
+import os
 import threading
 from collections.abc import Callable
 from typing import Final, Protocol, TypeVar
 
+from engineroom.border import log_failure, tame, words
 from engineroom.memory.machine import Limits, cpu
 
 __all__ = ["CPU_LOOP", "DecodeLoop", "Worker", "default_threads", "run_in_new_thread"]
 
+logger = logging.getLogger("engineroom.batching")
+
 _T = TypeVar("_T")
+_LOOK_S: Final = 1.0
+"""Seconds after which it is noticed that a thread was ended from outside of Python."""
 
 
 class Worker(Protocol):
-    """What takes turns on a loop."""
+    """What takes turns on a loop.
+
+    It may have a method ``lost(why)``, which is called where the thread has ended under its turn:
+    from another thread, which must not touch what that turn was computing with.
+    """
 
     @property
     def has_work(self) -> bool:
         """Whether :meth:`turn` would do anything. Asked under the loop's ``condition``."""
 
     def turn(self) -> bool:
-        """Do one step. Must not raise.
+        """Do one step. Must not raise: the worker would be lost.
 
         :returns: ``False`` when the worker has ended, and cleaned up.
         """
@@ -38,6 +49,9 @@ class Worker(Protocol):
 
 class DecodeLoop:
     """A thread that lives as long as it has workers.
+
+    Should it end in the midst of a turn, however that comes, the worker whose turn it was is lost,
+    and the others go on in a new thread.
 
     :param name: the thread's name.
     """
@@ -48,14 +62,15 @@ class DecodeLoop:
         self._name = name
         self._workers: list[Worker] = []
         self._thread: threading.Thread | None = None
+        self._retired = threading.Event()
+        self._turn: Worker | None = None  # whose it is
 
     def add(self, worker: Worker) -> None:
         """Let a worker take its turns."""
         with self.condition:
             self._workers.append(worker)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-                self._thread.start()
+                self._start()
             self.condition.notify_all()
 
     def wait_for_end(self, worker: Worker) -> None:
@@ -64,17 +79,46 @@ class DecodeLoop:
             thread = self._thread
             self.condition.wait_for(lambda: worker not in self._workers)
             retired = thread is not self._thread
-        if retired and thread is not None:
-            thread.join()
+        while retired and thread is not None and _runs(thread):
+            thread.join(_LOOK_S)
+
+    def _start(self) -> None:
+        self._retired = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+        self._thread.start()
+        threading.Thread(
+            target=self._watch,
+            args=(self._thread, self._retired),
+            name=f"{self._name}-watch",
+            daemon=True,
+        ).start()
 
     def _run(self) -> None:
-        while True:
-            with self.condition:
-                while not (ready := [worker for worker in self._workers if worker.has_work]):
-                    self.condition.wait()
-            for worker in ready:
-                if not worker.turn() and self._remove(worker):
-                    return
+        try:
+            while self._take_turns():
+                pass
+        except BaseException as error:  # noqa: BLE001 - a defect of a worker, or raised from outside
+            log_failure(logger, error, "the thread %s has ended in a turn", self._name)
+            self._renew(threading.current_thread(), words(error))
+
+    def _take_turns(self) -> bool:
+        """One turn of each worker that has work. False: the last worker has ended."""
+        with self.condition:
+            while not (ready := [worker for worker in self._workers if self._has_work(worker)]):
+                self.condition.wait()
+        for worker in ready:
+            self._turn = worker
+            goes_on = worker.turn()
+            self._turn = None
+            if not goes_on and self._remove(worker):
+                return False
+        return True
+
+    def _has_work(self, worker: Worker) -> bool:
+        self._turn = worker
+        has_work = worker.has_work
+        self._turn = None
+        return has_work
 
     def _remove(self, worker: Worker) -> bool:
         """Let a worker go.
@@ -85,8 +129,41 @@ class DecodeLoop:
             self._workers.remove(worker)
             if not self._workers:
                 self._thread = None
+                self._retired.set()
             self.condition.notify_all()
             return not self._workers
+
+    def _watch(self, thread: threading.Thread, retired: threading.Event) -> None:
+        """A library may end the thread behind Python's back: nobody is told then."""
+        while not retired.wait(_LOOK_S):
+            if not _runs(thread):
+                why = "the thread that computed it has ended"
+                logger.error("the thread %s has ended without a word", self._name)
+                self._renew(thread, why)
+                return
+
+    def _renew(self, thread: threading.Thread, why: str) -> None:
+        """The thread has ended: without the worker whose turn it was, the others go on."""
+        with self.condition:
+            if self._thread is not thread:
+                return
+            lost, self._turn, self._thread = self._turn, None, None
+            self._retired.set()
+            if lost in self._workers:
+                self._workers.remove(lost)
+            if self._workers:
+                self._start()
+            self.condition.notify_all()
+        if (tell := getattr(lost, "lost", None)) is not None:
+            tell(why)
+
+
+def _runs(thread: threading.Thread) -> bool:
+    """Whether a thread lives. Python believes so of one that the system has ended."""
+    if not thread.is_alive():
+        return False
+    tasks = "/proc/self/task"
+    return not os.path.isdir(tasks) or os.path.exists(f"{tasks}/{thread.native_id}")  # noqa: PTH110, PTH112 - once a second
 
 
 CPU_LOOP: Final = DecodeLoop("engineroom-cpu")
@@ -103,17 +180,19 @@ async def run_in_new_thread(call: Callable[[], _T], name: str) -> _T:
     A cancelled caller does not stop the call; what it returns or raises is then dropped.
 
     :param name: the thread's name.
+    :raises Exception: what the call raised; ``InferenceError`` where that was none, such as a panic
+        of Rust's.
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[_T] = loop.create_future()
     context = contextvars.copy_context()
 
     def run(future: asyncio.Future[_T]) -> None:
-        error: BaseException | None = None
+        error: Exception | None = None
         value: _T | None = None
         try:
-            value = context.run(call)
-        except BaseException as raised:  # noqa: BLE001 - raised again where it is awaited
+            value = context.run(tame(call))
+        except Exception as raised:  # noqa: BLE001 - raised again where it is awaited
             error = raised
         try:
             loop.call_soon_threadsafe(_settle, future, error, value)
@@ -130,7 +209,7 @@ async def run_in_new_thread(call: Callable[[], _T], name: str) -> _T:
         del future
 
 
-def _settle(future: asyncio.Future[_T], error: BaseException | None, value: _T | None) -> None:
+def _settle(future: asyncio.Future[_T], error: Exception | None, value: _T | None) -> None:
     if future.done():
         return
     if error is not None:
