@@ -991,6 +991,24 @@ def requests_do_not_mix():
 
 
 @defect
+def cache_scopes_apart():
+    class Broken(ToyHandler):
+        def scope(self, request):
+            return ""
+
+    return Broken
+
+
+@defect
+def cache_scopes_apart__of_those_without():
+    class Broken(ToyHandler):
+        def scope(self, request):
+            return request.cache_salt or "conformance-1"
+
+    return Broken
+
+
+@defect
 def short_overtakes_long():
     class Broken(ToyHandler):
         """One request at a time, and says nothing of those that wait."""

@@ -102,6 +102,7 @@ def test_a_deployment_of_nothing_has_the_defaults() -> None:
         "keep_alive": None,
         "load_timeout_s": 120.0,
         "fallback": True,
+        "prefix_cache_scope": "key",
     }
 
 

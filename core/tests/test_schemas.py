@@ -326,6 +326,7 @@ def test_the_defaults_of_a_request() -> None:
         "tools": None,
         "tool_choice": None,
         "adapter": None,
+        "cache_salt": None,
         "metadata": {},
         "on_unsupported": None,
     }
@@ -563,6 +564,7 @@ def test_the_defaults_of_a_model() -> None:
         "keep_alive": None,
         "load_timeout_s": None,
         "fallback": None,
+        "prefix_cache_scope": None,
     }
 
 

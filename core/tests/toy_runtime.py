@@ -11,7 +11,7 @@ import asyncio
 import math
 import random
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -37,6 +37,7 @@ from engineroom import (
     TokenStep,
     parse_options,
 )
+from engineroom.engine import common_prefix
 
 EOS = 256
 FLOOR = -60.0
@@ -276,6 +277,17 @@ class ToyHandler(TokenHandler):
         for _ in range(0, len(prompt), 32):
             await asyncio.sleep(0)
 
+    def scope(self, request: InferenceRequest) -> str:
+        return request.cache_scope
+
+    def known(self, model: ToyModel, prompt: list[int], request: InferenceRequest) -> int:
+        """How many of the prompt's tokens an earlier one of its cache scope had."""
+        kept = model.notes.setdefault("kept", deque(maxlen=32))
+        scope, needed = self.scope(request), prompt[:-1]
+        lengths = [common_prefix(needed, other) for owner, other in kept if owner == scope]
+        kept.append((scope, prompt))
+        return max(lengths, default=0)
+
     async def decode(self, model: ToyModel, request: InferenceRequest) -> None:
         await asyncio.sleep(0)
         if model.unloaded:
@@ -295,7 +307,8 @@ class ToyHandler(TokenHandler):
         async with self.slot(model, request):
             await self.prefill(model, prompt, request)
             new: list[int] = []
-            yield TokenStep(prompt_tokens=len(prompt))
+            cached = self.known(model, prompt, request)
+            yield TokenStep(prompt_tokens=len(prompt), cached_prompt_tokens=cached)
             while True:
                 await self.decode(model, request)
                 logits = toy_logits(tuple([*prompt[-3:], *new][-3:]))

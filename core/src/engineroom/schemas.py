@@ -7,10 +7,11 @@ model's files.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import uuid
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias, get_args
+from typing import Annotated, Any, ClassVar, Final, Literal, Self, TypeAlias, get_args
 
 from pydantic import (
     AfterValidator,
@@ -36,6 +37,7 @@ __all__ = [
     "InferenceRequest",
     "InferenceResponse",
     "OnUnsupported",
+    "PrefixCacheScope",
     "RequestKind",
     "StructuredOutput",
     "TokenLogprob",
@@ -48,6 +50,9 @@ FINISH_REASONS: Final = frozenset(get_args(FinishReason))
 """Why a generation ended; see ``docs/usage.md`` for what each means."""
 
 OnUnsupported: TypeAlias = Literal["error", "warn"]
+
+PrefixCacheScope: TypeAlias = Literal["key", "shared"]
+"""Who finds again what an engine has computed of a prompt: requests of the same key, or all."""
 
 MAX_STOP_CHARS: Final = 16_384
 """Most characters that all stop sequences of a request may have together: the automaton that
@@ -256,10 +261,16 @@ class InferenceRequest(FrozenSchema):
     tool_choice: str | dict[str, Any] | None = None
     adapter: Identifier | None = None
     """Name of an adapter (LoRA) that was loaded with the model; ``None``: the model as it is."""
+    cache_salt: Annotated[Text, Field(min_length=1, max_length=128)] | None = None
+    """What was computed of a prompt is found again only by requests with the same salt; ``None``:
+    by those without one. Where requests come with keys, also by those of the same key alone,
+    unless the deployment says ``prefix_cache_scope: shared``."""
     metadata: Annotated[dict[str, Any], OrDefault] = Field(default_factory=dict)
     """The caller's own; handed to observers, never to the model."""
     on_unsupported: OnUnsupported | None = None
     """What to do about parameters that the runtime does not honour; ``None``: as the service."""
+
+    _over_all_keys: bool = PrivateAttr(default=False)
 
     @property
     def key_name(self) -> str | None:
@@ -272,6 +283,26 @@ class InferenceRequest(FrozenSchema):
         """
         name = self.metadata.get("api_key")
         return name if isinstance(name, str) else None
+
+    @property
+    def cache_scope(self) -> str:
+        """Within what handlers may use work again: opaque, to be compared with other requests'.
+
+        It stands for ``key_name`` and ``cache_salt``; empty: neither counts. Nothing of what was
+        computed in one scope may be of use in another, or tell of itself by counts or by time.
+        """
+        owner = "" if self._over_all_keys else self.key_name or ""
+        if not owner and self.cache_salt is None:
+            return ""
+        parts = (owner, self.cache_salt or "")
+        text = "".join(f"{len(part)}:{part}" for part in parts)
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+    def over_all_keys(self) -> Self:
+        """The same request, in a cache scope that does not depend on its key."""
+        request = self.model_copy()
+        request._over_all_keys = True  # noqa: SLF001 - its own
+        return request
 
     @model_validator(mode="after")
     def _one_input(self) -> InferenceRequest:

@@ -10,13 +10,14 @@ and ``close`` stop the work without harming the task that asked for it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 from pydantic import ValidationError
 
 from engineroom.config.model import LoadedModel
 from engineroom.config.options import problems
-from engineroom.errors import ConfigurationError, InferenceError
+from engineroom.errors import ConfigurationError, InferenceError, ModelNotFoundError
 from engineroom.handlers.base import Capabilities, Embeddings, InferenceHandler
 from engineroom.handlers.dispatch import DispatchReport
 from engineroom.handlers.registry import HandlerRegistry
@@ -95,11 +96,11 @@ class LLMInferenceService:
 
     async def infer(self, request: InferenceRequest) -> InferenceResponse:
         """Answer in whole, whatever the request's ``stream`` says."""
-        return await self._execution(RequestScope(request)).run(answer_whole)
+        return await self._execution(self._scope(request)).run(answer_whole)
 
     def stream(self, request: InferenceRequest) -> InferenceStream:
         """Answer piece by piece, whatever the request's ``stream`` says."""
-        scope = RequestScope(request)
+        scope = self._scope(request)
         return InferenceStream(request, scope, self._execution(scope).chunks())
 
     async def embed(
@@ -243,6 +244,15 @@ class LLMInferenceService:
             self._portal.join()
 
     # ── dispatch ─────────────────────────────────────────────────────────────────────────────
+
+    def _scope(self, request: InferenceRequest) -> RequestScope:
+        """The request's life; where the deployment says so, its key does not count for caches."""
+        scope_of = getattr(self._source, "prefix_cache_scope", None)
+        if scope_of is not None and request.key_name is not None:
+            with suppress(ModelNotFoundError):  # told when it is leased
+                if scope_of(request.model_id) == "shared":
+                    request = request.over_all_keys()
+        return RequestScope(request)
 
     def _execution(self, scope: RequestScope) -> Execution:
         return Execution(scope, self._running, self._source, self._choose)

@@ -71,6 +71,8 @@ def test_a_model_is_shown(echo, deployment):
     assert "6.0 GiB on cpu" in result.out and "deployment" in result.out
     found = json.loads(echo("models", "show", "code", "--config", deployment, "--json").out)
     assert [v["verdict"] for v in found["plan"]["variants"]] == ["refused", "chosen"]
+    assert found["config"]["prefix_cache_scope"] == "key"
+    assert "prefix_cache_scope" in result.out
     source = echo("models", "show", "echo:")
     assert source.status == 0 and "unknown memory" in source.out
     wrong = echo("models", "show", "cat", "--config", deployment)

@@ -167,6 +167,18 @@ def test_the_longest_unused_slot_is_given_away() -> None:
     assert [slots.take([7, 7])[0].index for _ in range(3)] == [1, 2, 0]
 
 
+def test_nothing_of_another_cache_scope_is_used() -> None:
+    store = cache(slots=4)
+    slots = Slots(store, reuse=True)
+    text = list(range(40))
+    idle, _ = slots.take(text, scope="one")
+    slots.give_back(idle, text)
+    busy, known = slots.take(text, scope="two")
+    assert known == 0
+    running = [(busy, text)]
+    assert [slots.take(text, running, scope)[1] for scope in ("three", "two", "one")] == [0, 39, 39]
+
+
 @pytest.mark.parametrize("reuse", [True, False])
 def test_what_may_be_no_numbers_is_wiped_before_a_slot_is_given(reuse: bool) -> None:
     store = cache(slots=1)
@@ -192,6 +204,7 @@ def test_what_may_be_no_numbers_is_wiped_before_a_slot_is_given(reuse: bool) -> 
             st.lists(st.integers(1, 2), min_size=1, max_size=40),  # a prompt
             st.integers(0, 40),  # how much of it gets computed
             st.integers(0, 3),  # which of the running ones ends, when there is no slot
+            st.sampled_from(["", "one", "two"]),  # its cache scope
         ),
         max_size=25,
     ),
@@ -202,10 +215,12 @@ def test_whatever_is_taken_and_given_back_what_is_reused_is_the_prompts_own(
     store = cache(slots)
     owner = Slots(store, reuse=reuse)
     running: list[tuple[Slot, list[int]]] = []
-    for prompt, computed, ends in plan:
+    had: set[tuple[str, tuple[int, ...]]] = set()  # beginnings that were computed in a scope
+    for prompt, computed, ends, scope in plan:
         if not owner.free:
             owner.give_back(*running.pop(ends % len(running)))
-        slot, common = owner.take(prompt, running)
+        slot, common = owner.take(prompt, running, scope)
+        assert not common or (scope, tuple(prompt[:common])) in had
         assert common < len(prompt)
         assert all(slot is not other for other, _ in running)
         assert content(store, slot.index, common) == prompt[:common]
@@ -213,6 +228,7 @@ def test_whatever_is_taken_and_given_back_what_is_reused_is_the_prompts_own(
             assert common == 0
         done = prompt[: max(common, min(computed, len(prompt)))]
         fill(store, slot.index, done)
+        had |= {(scope, tuple(done[:length])) for length in range(1, len(done) + 1)}
         running.append((slot, done))
         for other, tokens in running:
             assert content(store, other.index, len(tokens)) == tokens

@@ -91,7 +91,7 @@ async def test_a_draft_that_is_wrong_costs_nothing_but_work(models: Tiny) -> Non
             """A fake drafter that proposes what is never right."""
 
             def propose(self, wishes: Sequence[Any]) -> dict[int, list[int]]:
-                return {slot: [3] * count for slot, _, count in wishes}
+                return {slot: [3] * count for slot, _, count, _ in wishes}
 
             def forget(self, slot: int) -> None: ...
 
@@ -153,6 +153,9 @@ async def test_the_next_request_of_a_slot_reuses_what_the_draft_has_read(models:
         answer = await rig.answer(other, max_new_tokens=20)
         assert answer.tokens == models.reference("llama").greedy(other, 20)
         assert max(read) < 20
+        read.clear()
+        await rig.answer(other, max_new_tokens=20, cache_salt="another's")
+        assert max(read) > len(other), "what another cache scope has is of no use"
 
 
 async def test_a_draft_that_fails_is_not_believed_to_have_read_anything(models: Tiny) -> None:

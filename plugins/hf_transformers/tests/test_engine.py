@@ -360,6 +360,22 @@ async def test_what_was_generated_is_reused_as_a_conversation_goes_on(models: Ti
         assert answer.tokens == models.reference("llama").greedy(following, 24)
 
 
+async def test_what_another_cache_scope_has_is_computed_anew(models: Tiny) -> None:
+    with Rig(models.parts("llama")) as rig:
+        text = rig.tokens(TEXT)[:60]
+        assert (await rig.answer(text, cache_salt="one")).cached == 0
+        assert (await rig.answer(text, cache_salt="one")).cached == 59
+        for salt in ("two", None):
+            other = await rig.answer(text, cache_salt=salt)
+            assert other.cached == 0
+            assert other.tokens == models.reference("llama").greedy(text, 24)
+        running = rig.send(text, ask(max_new_tokens=None, logit_bias=None, cache_salt="three"))
+        await running.mailbox.get()
+        assert (await rig.answer(text, cache_salt="four")).cached == 0
+        rig.engine.cancel(running)
+        await rig.idle()
+
+
 async def test_without_the_prefix_cache_everything_is_computed(models: Tiny) -> None:
     with Rig(models.parts("llama"), prefix_cache=False) as rig:
         assert [(await rig.answer("hello" * 20)).cached for _ in range(2)] == [0, 0]

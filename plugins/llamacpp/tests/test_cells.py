@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from engineroom_llamacpp.cells import Cells, Chain
-from engineroom_llamacpp.sequences import CellSequence, Sequences
+from engineroom_llamacpp.sequences import CellSequence, Origin, Sequences
 
 # ── the account ──────────────────────────────────────────────────────────────────────────────
 
@@ -245,6 +245,20 @@ def test_what_says_nothing_new_is_not_kept_twice() -> None:
     assert sequences.cells.used == 96
 
 
+ORIGINS = (Origin(), Origin("one"), Origin("two"), Origin("one", "adapter"))
+
+
+def test_nothing_of_another_origin_is_shared_kept_for_it_or_given_up_for_it() -> None:
+    sequences, memory = make(count=6)
+    for origin in ORIGINS:
+        sequence, known = sequences.take(TEXT, origin=origin)
+        assert known == 0
+        memory.write(sequences, sequence, TEXT)
+        sequences.give_back(sequence, TEXT)
+    assert sequences.idle == len(ORIGINS)
+    assert [sequences.take([*TEXT, 1], origin=origin)[1] for origin in ORIGINS] == [96] * 4
+
+
 class SequencesMachine(RuleBasedStateMachine):
     """Requests come, read, fork and go: each has its own tokens, and the account is true."""
 
@@ -256,10 +270,13 @@ class SequencesMachine(RuleBasedStateMachine):
         self.sequences, self.memory = make(count=5, cells=self.TOKENS)
         self.busy: dict[CellSequence, list[int]] = {}
 
+    def of(self, origin: Origin) -> list[tuple[CellSequence, list[int]]]:
+        return [entry for entry in self.busy.items() if entry[0].origin == origin]
+
     @precondition(lambda self: len(self.busy) < 4)
-    @rule(tokens=tokens)
-    def take(self, tokens: list[int]) -> None:
-        sequence, known = self.sequences.take(tokens, list(self.busy.items()))
+    @rule(tokens=tokens, origin=st.sampled_from(ORIGINS[:3]))
+    def take(self, tokens: list[int], origin: Origin) -> None:
+        sequence, known = self.sequences.take(tokens, self.of(origin), origin)
         assert known < len(tokens)
         self.busy[sequence] = tokens[:known]
         if self.sequences.make_room(len(tokens) - known):
@@ -278,7 +295,7 @@ class SequencesMachine(RuleBasedStateMachine):
         sequence = data.draw(st.sampled_from(list(self.busy)))
         tokens = self.busy[sequence] + tokens
         known = self.sequences.longer(
-            sequence, tokens, len(self.busy[sequence]), list(self.busy.items())
+            sequence, tokens, len(self.busy[sequence]), self.of(sequence.origin)
         )
         self.busy[sequence] = tokens[:known]
 
@@ -302,6 +319,11 @@ class SequencesMachine(RuleBasedStateMachine):
             assert self.memory.read(sequence) == sequence.tokens
         for index in self.sequences._free:
             assert not self.memory.owned[index]
+        owners: dict[Any, set[Origin]] = {}
+        for sequence in (*self.busy, *self.sequences._idle):
+            for cell in self.memory.owned[sequence.index]:
+                owners.setdefault(cell, set()).add(sequence.origin)
+        assert all(len(origins) == 1 for origins in owners.values())
         assert len(self.busy) + self.sequences.unused == 5
         cells = {cell for owned in self.memory.owned for cell in owned}
         assert self.sequences.cells.used == len(cells) <= self.TOKENS

@@ -123,6 +123,48 @@ async def test_those_that_come_together_read_a_common_beginning_once(
     await bench.idle()
 
 
+async def test_what_another_cache_scope_has_is_computed_anew(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Idle, running, or read just now: neither counts nor work tell of it."""
+    bench = await make(n_ctx=1024, n_parallel=4)
+    sizes = counted(monkeypatch)
+    first = await bench.service.infer(ask(TEXT, cache_salt="one"))
+    sizes.clear()
+    for salt in ("two", None):
+        other = await bench.service.infer(ask(TEXT, cache_salt=salt))
+        assert (other.cached_prompt_tokens, max(sizes)) == (0, first.prompt_tokens)
+        assert other.generated_text == first.generated_text
+        sizes.clear()
+    running = bench.service.stream(ask(TEXT, cache_salt="three", max_new_tokens=100))
+    await anext(running)
+    beside = await bench.service.infer(ask(TEXT, cache_salt="four"))
+    assert beside.cached_prompt_tokens == 0
+    await running.aclose()
+    again = await bench.service.infer(ask(TEXT, cache_salt="one"))
+    assert again.cached_prompt_tokens == (first.prompt_tokens - 1) // 16 * 16
+    sizes.clear()
+    salts = [f"{i}" for i in range(4)]
+    found = await together(bench, [ask(TEXT, cache_salt=salt) for salt in salts])
+    assert [r.cached_prompt_tokens for r in found] == [0] * 4
+    assert sum(sizes) >= 4 * first.prompt_tokens
+    await bench.idle()
+
+
+async def test_there_is_no_room_made_by_what_another_cache_scope_has(make: Make) -> None:
+    """When a request is let in does not tell of it either; see the test of what is shared below."""
+    bench = await make(n_ctx=256, n_parallel=3)
+    held = bench.service.stream(ask(TEXT, cache_salt="one", max_new_tokens=60))
+    await anext(held)
+    waits = asyncio.create_task(
+        bench.service.infer(ask(TEXT + "x", cache_salt="two", max_new_tokens=4))
+    )
+    await bench.until(lambda: bench.engine.health().num_requests_waiting == 1)
+    await held.aclose()
+    assert (await waits).cached_prompt_tokens == 0
+    await bench.idle()
+
+
 async def test_without_it_everything_is_computed_each_time(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

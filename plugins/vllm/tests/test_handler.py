@@ -289,6 +289,8 @@ def test_an_engine_is_told_what_its_model_is_for(folder: Path) -> None:
     assert arguments(folder, runner="generate")["runner"] == "generate"
     mean = {"pooling_type": "MEAN", "use_activation": False}
     assert arguments(folder, runner="pooling")["pooler_config"] == mean
+    # Texts have no cache scope: no time may tell that another began alike.
+    assert arguments(folder, runner="pooling")["enable_prefix_caching"] is False
     own = {"pooling_type": "LAST"}
     given = arguments(folder, runner="pooling", engine_args={"pooler_config": own})
     assert given["pooler_config"] == own

@@ -141,10 +141,12 @@ def show_model(
     planned = next(
         m for m in asyncio.run(manager.plan()).models if m.model_id == configured.model_id
     )
-    facts = {"config": configured.model_dump(mode="json"), "plan": asdict(planned)}
+    shown = configured.model_dump(mode="json")
+    shown["prefix_cache_scope"] = manager.prefix_cache_scope(configured.model_id)
+    facts = {"config": shown, "plan": asdict(planned)}
     rows = [
         (key, str(value))
-        for key, value in facts["config"].items()
+        for key, value in shown.items()
         if value not in (None, []) and key != "variants"
     ]
     variants = [

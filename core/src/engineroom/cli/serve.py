@@ -25,6 +25,7 @@ from engineroom.cli.settings import Settings
 from engineroom.errors import ConfigurationError
 from engineroom.handlers.markers import hookimpl
 from engineroom.models.manager import LLMModelManager
+from engineroom.schemas import PrefixCacheScope
 from engineroom.service import LLMInferenceService
 from engineroom.status import PreloadProgress, ReloadReport
 from engineroom.telemetry import LOGGER_NAME, LoggingObserver
@@ -60,7 +61,10 @@ Example:
 
 
 @with_server_flags(
-    {"insecure": ("keys", "admin_keys"), "allowed_hosts": ("preload", "watch", "otel")}
+    {
+        "insecure": ("keys", "admin_keys", "prefix_cache_scope"),
+        "allowed_hosts": ("preload", "watch", "otel"),
+    }
 )
 def serve(  # one parameter a flag: that is how typer is told of them
     ctx: typer.Context,
@@ -83,6 +87,14 @@ def serve(  # one parameter a flag: that is how typer is told of them
     ] = None,
     admin_keys: Annotated[
         Path | None, flag("The same for the admin routes.", "--admin-keys", metavar="FILE")
+    ] = None,
+    prefix_cache_scope: Annotated[
+        PrefixCacheScope | None,
+        flag(
+            "Who finds again what was computed of a prompt: requests of the same key, or all; of "
+            "models that do not say so themselves.  [default: as the deployment says, else key]",
+            "--prefix-cache-scope",
+        ),
     ] = None,
     preload: Annotated[
         bool,
@@ -109,7 +121,7 @@ def serve(  # one parameter a flag: that is how typer is told of them
     from engineroom.server import KeyRing, ServerSettings, serve as run
 
     settings = ServerSettings(keys=KeyRing.read(keys, admin_keys), **settings_of(flags))
-    manager = _manager(model, config, runtime, parse_options(option or []))
+    manager = _manager(model, config, runtime, parse_options(option or []), prefix_cache_scope)
     service = LLMInferenceService(manager)
     options: Settings = ctx.obj
     if options.logging:
@@ -177,7 +189,11 @@ def _observer() -> Any:
 
 
 def _manager(
-    model: str | None, config: Path | None, runtime: str | None, options: dict[str, Any]
+    model: str | None,
+    config: Path | None,
+    runtime: str | None,
+    options: dict[str, Any],
+    prefix_cache_scope: PrefixCacheScope | None,
 ) -> LLMModelManager:
     if model is None:
         deployment = deployment_or_none(config)
@@ -186,7 +202,9 @@ def _manager(
         registry = registry_for(deployment)
         warn_of_quarantined(registry)
         # From the file, and not from what was read: so it can be read anew.
-        return LLMModelManager(config_path=config, registry=registry)
+        return LLMModelManager(
+            config_path=config, registry=registry, prefix_cache_scope=prefix_cache_scope
+        )
     target = resolve(model, config, runtime, options)
     warn_of_quarantined(target.registry)
     (entry,) = [
@@ -199,7 +217,9 @@ def _manager(
         entry = entry.model_copy(update={"aliases": [*entry.aliases, "default"]})
     if not entry.preload:
         entry = entry.model_copy(update={"preload": True})
-    deployment = target.deployment.model_copy(update={"models": [entry]})
+    scope = prefix_cache_scope or target.deployment.prefix_cache_scope
+    update = {"models": [entry], "prefix_cache_scope": scope}
+    deployment = target.deployment.model_copy(update=update)
     return dataclasses.replace(target, deployment=deployment).manager()
 
 

@@ -24,7 +24,7 @@ def compare(old: DeploymentConfig, new: DeploymentConfig) -> ReloadReport:
     after = {model.model_id: model for model in new.models}
     both = [(before[name], model) for name, model in after.items() if name in before]
     changed = tuple(b.model_id for a, b in both if _substance(a) != _substance(b))
-    soft = _differing(old, new, "keep_alive", "load_timeout_s", "fallback")
+    soft = _differing(old, new, "keep_alive", "load_timeout_s", "fallback", "prefix_cache_scope")
     return ReloadReport(
         added=tuple(name for name in after if name not in before),
         removed=tuple(name for name in before if name not in after),

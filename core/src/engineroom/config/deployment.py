@@ -29,7 +29,7 @@ from engineroom.config.model import ModelConfig, ModelVariant, source_mistake
 from engineroom.config.suggestions import did_you_mean, known_keys
 from engineroom.config.yaml_file import MAX_BYTES, line_of, plain_values, read_document
 from engineroom.errors import ConfigurationError
-from engineroom.schemas import OnUnsupported, OrDefault, no_booleans
+from engineroom.schemas import OnUnsupported, OrDefault, PrefixCacheScope, no_booleans
 from engineroom.sources.source import expand_user, has_scheme
 from engineroom.units import DeviceBudgets, Duration
 
@@ -66,6 +66,9 @@ class DeploymentConfig(BaseModel):
     """Seconds that requests wait for room to load their model."""
     fallback: Annotated[bool, OrDefault] = True
     """Try a model's next variant where one fails to load."""
+    prefix_cache_scope: Annotated[PrefixCacheScope, OrDefault] = "key"
+    """Who finds again what was computed of a prompt: requests of the same ``key``, where there are
+    keys, or all (``shared``)."""
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> DeploymentConfig:

@@ -7,7 +7,13 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from engineroom.schemas import FrozenSchema, Identifier, OrDefault, no_booleans
+from engineroom.schemas import (
+    FrozenSchema,
+    Identifier,
+    OrDefault,
+    PrefixCacheScope,
+    no_booleans,
+)
 from engineroom.units import DeviceSizes, Duration
 
 __all__ = ["LoadedModel", "ModelConfig", "ModelVariant", "source_mistake"]
@@ -63,6 +69,9 @@ class ModelConfig(FrozenSchema):
     """Seconds that its requests wait for room to load it; ``None``: as the deployment."""
     fallback: bool | None = None
     """Try the next variant where one fails to load; ``None``: as the deployment."""
+    prefix_cache_scope: PrefixCacheScope | None = None
+    """Who finds again what was computed of a prompt: requests of the same ``key``, or all
+    (``shared``); ``None``: as the deployment."""
 
     @model_validator(mode="after")
     def _has_a_source(self) -> ModelConfig:

@@ -23,15 +23,20 @@ class DraftRequest(NamedTuple):
     :param sequence: where the request's tokens lie in the runtime's cache.
     :param tokens: the request's tokens, the prompt's first.
     :param most: how many tokens to propose at most; at least 1.
+    :param scope: the request's ``cache_scope``; what was read in another one is of no use to it.
     """
 
     sequence: int
     tokens: Sequence[int]
     most: int
+    scope: str = ""
 
 
 class Drafter(ABC):
-    """Proposes what may come next. Called on the engine's thread, but for :meth:`interrupt`."""
+    """Proposes what may come next, out of a request's own tokens and of nobody else's.
+
+    Called on the engine's thread, but for :meth:`interrupt`.
+    """
 
     @property
     def nbytes(self) -> int:
@@ -62,7 +67,8 @@ class PromptLookup(Drafter):
     def propose(self, requests: Sequence[DraftRequest]) -> dict[int, list[int]]:
         """See :class:`Drafter`. A text is indexed once, as it grows."""
         return {
-            sequence: self._look_up(sequence, tokens, most) for sequence, tokens, most in requests
+            sequence: self._look_up(sequence, tokens, most)
+            for sequence, tokens, most, *_ in requests
         }
 
     def _look_up(self, sequence: int, tokens: Sequence[int], count: int) -> list[int]:

@@ -32,6 +32,7 @@ class TextTask(EngineTask):
     :param tokens: the prompt's tokens, then the generated ones.
     :param limit: length of ``tokens`` at which it ends with ``length``.
     :param logprobs: how many likeliest tokens to tell with each; ``None``: no log probabilities.
+    :param cache_scope: the request's; what is computed in another one is of no use to it.
     :param cached: how many of ``tokens`` are in the cache; the rest is still to be computed.
     :param reused: how many of the prompt's another request had computed; ``None``: it has not
         begun.
@@ -44,6 +45,7 @@ class TextTask(EngineTask):
     prompt_tokens: int
     limit: int
     logprobs: int | None = None
+    cache_scope: str = ""
     cached: int = 0
     reused: int | None = None
     draft: list[int] = field(default_factory=list)
@@ -163,7 +165,7 @@ class Scheduler(Generic[_T]):
             return
         tasks = list(decoding)
         requests = [
-            DraftRequest(task.sequence, task.tokens, most)
+            DraftRequest(task.sequence, task.tokens, most, task.cache_scope)
             for task in tasks
             if (most := min(self.draft_tokens, room, task.limit - len(task.tokens) - 1)) > 0
         ]

@@ -36,6 +36,7 @@ from engineroom.memory.probe import MachineProbe, MemoryProbe
 from engineroom.models.entry import EntryTable, ModelEntry
 from engineroom.models.lifecycle import Lifecycle
 from engineroom.models.plan import Plan, make_plan
+from engineroom.schemas import PrefixCacheScope
 from engineroom.status import ModelState, ModelStatus, PreloadProgress, ReloadReport
 
 __all__ = ["LLMModelManager", "ModelSource", "ModelState", "ModelStatus"]
@@ -65,6 +66,8 @@ class LLMModelManager:
     :param registry: the handlers that load models; ``None``: those that are installed, as the
         deployment's ``handlers`` says.
     :param probe: how memory is measured; ``None``: on this machine.
+    :param prefix_cache_scope: who finds again what was computed of a prompt, of all models that do
+        not say so themselves; ``None``: as the deployment says.
     :raises ConfigurationError: both or neither were given, or the deployment has mistakes.
     """
 
@@ -75,6 +78,7 @@ class LLMModelManager:
         *,
         registry: HandlerRegistry | None = None,
         probe: MemoryProbe | None = None,
+        prefix_cache_scope: PrefixCacheScope | None = None,
     ) -> None:
         if config_path is not None and config is not None:
             raise ConfigurationError("give config_path or config, not both")
@@ -82,6 +86,7 @@ class LLMModelManager:
         self._from_file = config is None
         self.config = load_deployment(config_path) if config is None else _as_deployment(config)
         self._registry = registry
+        self._prefix_cache_scope = prefix_cache_scope
         self._account = MemoryAccount(self.config.memory)
         self._table = EntryTable(self.config)
         self._lifecycle = Lifecycle(
@@ -141,6 +146,14 @@ class LLMModelManager:
         """The model's configuration. :raises ModelNotFoundError: there is no such model."""
         return self._table.find(model_id).config
 
+    def prefix_cache_scope(self, model_id: str) -> PrefixCacheScope:
+        """Who finds again what was computed of a prompt: requests of the same key, or all.
+
+        :raises ModelNotFoundError: there is no such model.
+        """
+        own = self.get_config(model_id).prefix_cache_scope
+        return own or self._prefix_cache_scope or self.config.prefix_cache_scope
+
     def get_loaded_model(self, model_id: str) -> LoadedModel | None:
         """The model if it is in memory, without a lease: it may be unloaded any time.
 
@@ -151,25 +164,28 @@ class LLMModelManager:
     def explain(self, model_id: str) -> DispatchReport:
         """Which handler runs the model (or would load it), and why no other.
 
-        Of a model with variants that was loaded, or failed to, it also tells what became of each.
+        Of a model with variants that was loaded, or failed to, it also tells what became of each;
+        and whether all keys share what is computed of prompts.
         Blocks as long as the handlers look at the source: call it in a thread where that counts.
 
         :raises ModelNotFoundError: there is no such model.
         """
         entry = self._table.find(model_id)
+        notes: list[str] = []
         if entry.loaded is not None:
             report = self.registry.explain(entry.loaded)
         else:
             reports = [self.registry.explain(choice) for choice in entry.config.choices()]
             report = next((report for report in reports if report.chosen is not None), reports[0])
         if len(entry.outcomes) > 1:
-            notes = tuple(
+            notes += (
                 f"variant {number}, {o.runtime or 'auto'} from {o.source}: {o.outcome}"
                 + (f" ({o.reason})" if o.reason else "")
                 for number, o in enumerate(entry.outcomes, 1)
             )
-            report = replace(report, notes=notes)
-        return report
+        if self.prefix_cache_scope(model_id) == "shared":
+            notes.append("prompts: all keys find what was computed (prefix_cache_scope: shared)")
+        return replace(report, notes=tuple(notes))
 
     async def plan(self) -> Plan:
         """What would be loaded, where, with what memory, and what would have to go for it.

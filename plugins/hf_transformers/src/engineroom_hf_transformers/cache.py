@@ -42,12 +42,14 @@ class LayerShape:
 class Slot:
     """A place in the cache.
 
+    :param scope: in which cache scope that was computed: it is of use in no other.
     :param tokens: those whose keys and values lie in it, while it is free.
     :param used: when it was given back, as a count; the smallest is the longest unused.
     :param unsound: in front of this position there may be NaN or infinity.
     """
 
     index: int
+    scope: str = ""
     tokens: list[int] = field(default_factory=list)
     used: int = 0
     unsound: int = 0
@@ -147,11 +149,15 @@ class Slots:
         return len(self._free)
 
     def take(
-        self, tokens: Sequence[int], busy: Sequence[tuple[Slot, Sequence[int]]] = ()
+        self,
+        tokens: Sequence[int],
+        busy: Sequence[tuple[Slot, Sequence[int]]] = (),
+        scope: str = "",
     ) -> tuple[Slot, int]:
         """A slot for a prompt.
 
         :param busy: slots in use, with the tokens that are computed in them.
+        :param scope: the cache scope of the prompt: beginnings are looked for in no other.
         :returns: the slot, and how many of the tokens are in it already: not all, because the
             last one's logits are needed.
         """
@@ -160,28 +166,28 @@ class Slots:
         if self._reuse:
             needed = tokens[:-1]
             for slot, content in (*((s, s.tokens) for s in self._free), *busy):
-                if (length := common_prefix(needed, content)) > common:
+                if slot.scope == scope and (length := common_prefix(needed, content)) > common:
                     best, common = slot, length
         # Where nothing but the common part would be lost, or nothing else is free, in place.
         if best is not None and best in self._free:
             alone = len(self._free) == 1
             if alone or 2 * common >= len(best.tokens):
-                return self._give(best, common), common
+                return self._give(best, common, scope), common
         others = [slot for slot in self._free if slot is not best]
         # Low places first: those of a batch then lie side by side.
         slot = min(others or self._free, key=lambda s: (s.used if s.tokens else -1, s.index))
         if best is not None and slot is not best and common >= _WORTH_A_COPY:
             self._cache.copy(best.index, slot.index, common)
-            return self._give(slot, common), common
-        return self._give(slot, 0), 0
+            return self._give(slot, common, scope), common
+        return self._give(slot, 0, scope), 0
 
-    def _give(self, slot: Slot, kept: int) -> Slot:
+    def _give(self, slot: Slot, kept: int, scope: str) -> Slot:
         self._free.remove(slot)
         if slot.unsound > kept:
             # Requests are computed together over the longest one's stretch. What is masked there
             # has no weight, but no weight times NaN is NaN.
             self._cache.clear(slot.index, slice(kept, slot.unsound))
-        slot.tokens, slot.unsound = [], 0
+        slot.scope, slot.tokens, slot.unsound = scope, [], 0
         return slot
 
     def give_back(self, slot: Slot, tokens: Sequence[int], *, unsound: int = 0) -> None:

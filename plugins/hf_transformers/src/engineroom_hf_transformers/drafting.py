@@ -45,6 +45,8 @@ class DraftModel(Drafter):
         self._most = most
         self._content: dict[int, list[int]] = {}
         """Slot → tokens in the draft's own cache."""
+        self._scopes: dict[int, str] = {}
+        """Slot → the cache scope in which they were read."""
 
     @property
     def nbytes(self) -> int:
@@ -56,7 +58,7 @@ class DraftModel(Drafter):
         room = self._forward.cache.length
         requests = [request for request in requests if len(request.tokens) + request.most <= room]
         proposals = {slot: [first] for slot, first in self._read(requests).items()}
-        counts = {slot: count for slot, _, count in requests}
+        counts = {request.sequence: request.most for request in requests}
         while going := sorted(s for s, tokens in proposals.items() if len(tokens) < counts[s]):
             spans = [Span(row, slot, len(self._content[slot]), 1) for row, slot in enumerate(going)]
             last = [proposals[slot][-1] for slot in going]
@@ -74,7 +76,10 @@ class DraftModel(Drafter):
         packed: list[int] = []
         through: list[tuple[int, int]] = []
         read: dict[int, list[int]] = {}
-        for slot, tokens, _ in requests:
+        for slot, tokens, _, scope in requests:
+            if self._scopes.get(slot) != scope:
+                self._scopes[slot] = scope
+                self._content.pop(slot, None)
             content = self._content.get(slot, [])
             start = min(common_prefix(content, tokens), len(tokens) - 1)
             count = min(len(tokens) - start, self._most - len(packed))
@@ -94,7 +99,7 @@ class DraftModel(Drafter):
         chosen = logits.argmax(dim=-1).tolist() if through else []
         return {slot: token for (slot, _), token in zip(through, chosen, strict=True)}
 
-    # Nothing is forgotten: what a slot has stays, another request may begin alike.
+    # Nothing is forgotten: what a slot has stays, another request of the scope may begin alike.
 
     def close(self) -> None:
         """See :class:`Drafter`."""

@@ -142,6 +142,7 @@ class HfEngine(BatchingEngine[Job]):
             decoder=self.codec.decoder(tokens),
             limit=min(len(tokens) + new, self.n_ctx),
             logprobs=params.logprobs,
+            cache_scope=request.cache_scope,
             log=request_logger(logger, request),
             priority=request.priority,
         )
@@ -180,7 +181,7 @@ class HfEngine(BatchingEngine[Job]):
             for other in self.running
             if isinstance(other, Task) and other.slot is not None
         ]
-        task.slot, task.cached = self._slots.take(task.tokens, busy)
+        task.slot, task.cached = self._slots.take(task.tokens, busy, task.cache_scope)
         task.reused = task.cached
 
     def released(self, task: Job) -> None:

@@ -43,7 +43,7 @@ class DraftModel(Drafter):
         """See :class:`Drafter`. Beyond what it was trained for it proposes nothing."""
         requests = self._that_fit(requests)
         proposals = self._read(requests)
-        counts = {sequence: count for sequence, _, count in requests}
+        counts = {request.sequence: request.most for request in requests}
         context = self._context
         while going := [s for s, tokens in proposals.items() if len(tokens) < counts[s]]:
             context.begin()
@@ -83,7 +83,7 @@ class DraftModel(Drafter):
         budget = context.n_batch
         through: list[tuple[int, int]] = []
         read: dict[int, list[int]] = {}
-        for sequence, tokens, _ in requests:
+        for sequence, tokens, *_ in requests:
             content = self._content.get(sequence, [])
             start = min(common_prefix(content, tokens), len(tokens) - 1)
             count = min(len(tokens) - start, budget)

@@ -44,7 +44,7 @@ from engineroom_llamacpp.model import LlamaModel
 from engineroom_llamacpp.options import LlamaCppOptions
 from engineroom_llamacpp.outcomes import Outcomes, nonsense, not_chosen
 from engineroom_llamacpp.pace import PromptPace
-from engineroom_llamacpp.sequences import CellSequence, Sequences
+from engineroom_llamacpp.sequences import CellSequence, Origin, Sequences
 from engineroom_llamacpp.tasks import Task, compose, contents
 
 if TYPE_CHECKING:
@@ -147,6 +147,7 @@ class LlamaEngine(BatchingEngine[Task]):
                 sampler=Sampler(params, tokens),
                 limit=len(tokens) + new,
                 logprobs=params.logprobs,
+                cache_scope=request.cache_scope,
                 adapter=request.adapter,
                 beams=search,
                 log=request_logger(logger, request),
@@ -178,18 +179,18 @@ class LlamaEngine(BatchingEngine[Task]):
         room = self.n_ctx - promised - len(task.tokens) - task.width
         if room >= 0 or task.beams is not None:
             return room >= 0
-        return room + self.sequences.common(task.tokens, self._contents(task.adapter)) >= 0
+        return room + self.sequences.common(task.tokens, self._contents(task.origin)) >= 0
 
     def started(self, task: Task) -> None:
         """Give it a sequence, with as much of its prompt as is in the cache already."""
         if task.beams is None:
             sequence, task.cached = self.sequences.take(
-                task.tokens, self._contents(task.adapter), task.adapter
+                task.tokens, self._contents(task.origin), task.origin
             )
         else:
             # Reuse changes the last digits, and beams weigh what is nearly as likely: the same
             # request would find another text the second time.
-            sequence = self.sequences.begin(task.adapter)
+            sequence = self.sequences.begin(task.origin)
         task.sequences = [sequence]
         if task.saved is not None:
             self._bring_back(task, task.saved)
@@ -232,9 +233,9 @@ class LlamaEngine(BatchingEngine[Task]):
         """Share of the cells that running requests have."""
         return self.sequences.cells.busy / self.n_ctx
 
-    def _contents(self, adapter: str | None) -> Iterator[tuple[CellSequence, list[int]]]:
-        """What running requests with this adapter have in the cache."""
-        return contents(task for task in self.running if task.adapter == adapter)
+    def _contents(self, origin: Origin) -> Iterator[tuple[CellSequence, list[int]]]:
+        """What running requests of this origin have in the cache."""
+        return contents(task for task in self.running if task.origin == origin)
 
     def _preempt(self) -> None:
         """Let the youngest running request wait until there is room to read it again."""

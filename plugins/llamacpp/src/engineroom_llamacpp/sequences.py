@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from engineroom.engine import common_prefix
 from engineroom_llamacpp.cells import Cells, Chain
 
-__all__ = ["CellMemory", "CellSequence", "Sequences"]
+__all__ = ["CellMemory", "CellSequence", "Origin", "Sequences"]
 
 _TRIMMED: Final = 64
 """Cells that are taken from an idle sequence at a time, at least: looking through the cache for
@@ -24,6 +24,20 @@ _BLOCK: Final = 16
 the tokens of a batch four and more at a time, and what is left over in another way, with other last
 digits: what is left over is then the same, whether the beginning was computed or shared. It makes
 answers that come out otherwise the second time rarer; attention still adds up in another order."""
+
+
+class Origin(NamedTuple):
+    """What cells were computed in and with: they are of use to requests of the same origin alone.
+
+    :param scope: the cache scope of the request.
+    :param adapter: the named adapter.
+    """
+
+    scope: str = ""
+    adapter: str | None = None
+
+
+_PLAIN: Final = Origin()
 
 
 class CellMemory(Protocol):
@@ -41,13 +55,13 @@ class CellSequence:
     """One sequence of the context.
 
     :param index: llama.cpp's number for it.
-    :param adapter: what it was computed with: nothing of it is of use with another.
+    :param origin: what it is computed in and with.
     :param tokens: those whose cells it has, while nobody has it.
     """
 
     index: int
     chain: Chain
-    adapter: str | None = None
+    origin: Origin = _PLAIN
     tokens: list[int] = field(default_factory=list)
 
 
@@ -86,11 +100,11 @@ class Sequences:
         self,
         tokens: Sequence[int],
         busy: Iterable[tuple[CellSequence, Sequence[int]]] = (),
-        adapter: str | None = None,
+        origin: Origin = _PLAIN,
     ) -> tuple[CellSequence, int]:
         """A sequence for a prompt. One must be unused.
 
-        :param busy: sequences in use with the same adapter, with the tokens whose cells they have.
+        :param busy: sequences in use of the same origin, with the tokens whose cells they have.
         :returns: the sequence, and how many of the tokens it has already: not all, because the
             last one's logits are needed.
         """
@@ -98,12 +112,12 @@ class Sequences:
         common = 0
         if self.reuse:
             needed = tokens[:-1]
-            idle = ((s, s.tokens) for s in self._idle if s.adapter == adapter)
+            idle = ((s, s.tokens) for s in self._idle if s.origin == origin)
             for sequence, content in (*idle, *busy):
                 if (length := _whole(common_prefix(needed, content))) > common:
                     best, common = sequence, length
         if best is None:
-            return self._fresh(None, adapter), 0
+            return self._fresh(None, origin), 0
         is_idle = not best.chain.busy
         alone = is_idle and not self._free and len(self._idle) == 1
         if alone or (is_idle and len(best.tokens) - common < _BLOCK):
@@ -114,9 +128,9 @@ class Sequences:
             return best, common
         return self._fork(best, common), common
 
-    def begin(self, adapter: str | None = None) -> CellSequence:
+    def begin(self, origin: Origin = _PLAIN) -> CellSequence:
         """An empty sequence. One must be unused."""
-        return self._fresh(None, adapter)
+        return self._fresh(None, origin)
 
     def common(
         self, tokens: Sequence[int], busy: Iterable[tuple[CellSequence, Sequence[int]]]
@@ -170,7 +184,7 @@ class Sequences:
 
         :param tokens: those at its beginning whose cells are right, to be kept.
         """
-        kept = [s for s in self._idle if s.adapter == sequence.adapter]
+        kept = [s for s in self._idle if s.origin == sequence.origin]
         if not self.reuse or len(tokens) < _BLOCK or self._is_known(tokens, kept):
             self._drop(sequence)
             return
@@ -213,16 +227,16 @@ class Sequences:
                 return True
         return False
 
-    def _fresh(self, keep: CellSequence | None, adapter: str | None) -> CellSequence:
+    def _fresh(self, keep: CellSequence | None, origin: Origin) -> CellSequence:
         """An empty sequence; where none is free, another than ``keep`` is emptied."""
         if not self._free:
             victim = next(sequence for sequence in self._idle if sequence is not keep)
             self._idle.remove(victim)
             self._drop(victim)
-        return CellSequence(self._free.pop(), self.cells.begin(), adapter)
+        return CellSequence(self._free.pop(), self.cells.begin(), origin)
 
     def _fork(self, source: CellSequence, length: int) -> CellSequence:
-        sequence = self._fresh(source, source.adapter)
+        sequence = self._fresh(source, source.origin)
         self._memory.share(source.index, sequence.index, length)
         sequence.chain = self.cells.share(source.chain, length)
         return sequence

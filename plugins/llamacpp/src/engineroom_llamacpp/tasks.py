@@ -9,7 +9,7 @@ from typing import Final
 from engineroom.engine import BatchSlice, BeamSearch, Sampler, TextTask, common_prefix
 from engineroom_llamacpp.context import LlamaContext, SavedSequence
 from engineroom_llamacpp.pace import PromptPace
-from engineroom_llamacpp.sequences import CellSequence, Sequences
+from engineroom_llamacpp.sequences import CellSequence, Origin, Sequences
 
 __all__ = ["Task", "compose", "contents"]
 
@@ -34,6 +34,11 @@ class Task(TextTask):
     saved: SavedSequence | None = None
     adapter: str | None = None
     sequences: list[CellSequence] = field(default_factory=list)
+    origin: Origin = field(init=False)
+    """What its cells are computed in and with."""
+
+    def __post_init__(self) -> None:
+        self.origin = Origin(self.cache_scope, self.adapter)
 
     @property
     def sequence(self) -> int:
@@ -127,7 +132,8 @@ def _add_prompts(
     now: list[Task] = []
     for task in reading:
         if sequences.reuse and len(tasks) > 1 and task.beams is None:
-            busy = contents(other for other in tasks if other is not task)
+            others = (other for other in tasks if other is not task)
+            busy = contents(other for other in others if other.origin == task.origin)
             known = sequences.longer(task.sequences[0], task.tokens, task.cached, busy)
             if known > task.cached:
                 task.cached = task.reused = known
@@ -151,6 +157,8 @@ def _add_prompts(
 
 
 def _same(task: Task, other: Task) -> bool:
-    """Whether much of what a request has to read is being read by another."""
+    """Whether much of what a request has to read is being read by another, and of use to it."""
+    if task.origin != other.origin:
+        return False
     common = common_prefix(task.tokens[:-1], other.tokens)
     return common - max(task.cached, other.cached) >= _WORTH_WAITING

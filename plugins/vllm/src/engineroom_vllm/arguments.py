@@ -89,6 +89,8 @@ def pooling_arguments(folder: ModelFolder) -> dict[str, Any]:
     recipe = recipe_of(folder)
     return {
         "runner": "pooling",
+        # A text comes without a cache scope, and the time that it takes would tell of another's.
+        "enable_prefix_caching": None if folder.encoder else False,
         "pooler_config": {"pooling_type": recipe.pooling, "use_activation": recipe.normalise},
     }
 

@@ -266,6 +266,7 @@ class VLLMEngine(Engine):
             sampling,
             request_id,
             turn=running.turn,
+            cache_salt=request.cache_scope or None,
             lora=self._adapters.get(request.adapter or request.model_id),
         )
 

@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, Final
@@ -264,22 +264,25 @@ class Library:
         request_id: str,
         *,
         turn: int = 0,
+        cache_salt: str | None = None,
         lora: Any = None,
     ) -> AsyncGenerator[Any, None]:
         """Outputs of a request, for token ids. Closing the generator aborts the request.
 
         :param turn: what vLLM calls a priority: the smallest goes first. It never gets another one,
             and whoever waits is overtaken only by those whose turn is earlier.
+        :param cache_salt: what becomes part of the hash of the first block, and so of all that
+            follow: blocks are found again with the same salt only.
         """
         found: AsyncGenerator[Any, None] = llm.generate(
-            self._tokens(tokens), sampling, request_id, priority=turn, lora_request=lora
+            self._tokens(tokens, cache_salt), sampling, request_id, priority=turn, lora_request=lora
         )
         return found
 
     def encode(self, llm: Any, tokens: list[int], request_id: str) -> AsyncGenerator[Any, None]:
         """Outputs of a text, of which there is one. Cancelling the task aborts the request."""
         found: AsyncGenerator[Any, None] = llm.encode(
-            self._tokens(tokens), self._pooling_params(task="embed"), request_id
+            self._tokens(tokens, None), self._pooling_params(task="embed"), request_id
         )
         return found
 
@@ -327,14 +330,14 @@ def _request_errors() -> tuple[type[Exception], ...]:
     return (ValueError, *(getattr(exceptions, n) for n in names if hasattr(exceptions, n)))
 
 
-def _tokens_input() -> Any:
-    try:
-        from vllm.inputs import tokens_input
-    except ImportError:
-        from vllm.inputs import TokensPrompt
+def _tokens_input() -> Callable[[list[int], str | None], Any]:
+    """What makes an input of token ids and a salt for the cache."""
+    from vllm import inputs
 
-        return lambda tokens: TokensPrompt(prompt_token_ids=tokens)
-    return tokens_input
+    make = getattr(inputs, "tokens_input", None) or inputs.TokensPrompt
+    return lambda tokens, salt: make(
+        prompt_token_ids=tokens, **({} if salt is None else {"cache_salt": salt})
+    )
 
 
 class _Forward(logging.Handler):

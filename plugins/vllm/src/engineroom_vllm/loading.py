@@ -184,7 +184,9 @@ class EngineStart:
             configuration = library.configure(arguments)
             if arguments["runner"] == "auto" and library.pools(configuration):
                 # Else vLLM would choose how, and each architecture has another default.
-                arguments = pooling_arguments(folder) | arguments | {"runner": "pooling"}
+                pooling = pooling_arguments(folder)
+                fixed = {name: pooling[name] for name in ("runner", "enable_prefix_caching")}
+                arguments = pooling | arguments | fixed
                 configuration = library.configure(arguments)
             library.check(configuration)
         except EngineRoomError:

@@ -104,6 +104,8 @@ class Sampling(ApiRequest):
     """Waiting requests of a higher priority go first; two seconds of waiting are worth one step."""
     adapter: Annotated[str, Field(min_length=1, max_length=200)] | None = None
     """Name of an adapter (LoRA) that was loaded with the model."""
+    cache_salt: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    """What was computed of the prompt is found again only by requests with the same salt."""
     model: ModelName
     stream: bool | None = None
 
@@ -195,7 +197,7 @@ def _priority(call: Call, request: Any) -> int:
 
 
 def common_fields(call: Call, request: Any) -> dict[str, Any]:
-    """Deadline, priority and metadata."""
+    """Deadline, priority, metadata, and what else is not of the text."""
     timeouts = (call.context.settings.request_timeout_s, getattr(request, "timeout_s", None))
     metadata: dict[str, Any] = {}
     for name in (b"traceparent", b"tracestate"):
@@ -211,6 +213,7 @@ def common_fields(call: Call, request: Any) -> dict[str, Any]:
         "timeout_s": min((limit for limit in timeouts if limit is not None), default=None),
         "priority": _priority(call, request),
         "adapter": getattr(request, "adapter", None),
+        "cache_salt": getattr(request, "cache_salt", None),
         "metadata": metadata,
     }
 

@@ -21,6 +21,7 @@ from engineroom.server.http.call import SSE_HEADERS, Call
 from engineroom.server.http.errors import ApiError
 from engineroom.server.http.heartbeat import PING, Heartbeat
 from engineroom.server.http.limits import Slot
+from engineroom.server.keys import ANONYMOUS
 
 __all__ = ["Writer", "admission", "respond", "stream_all"]
 
@@ -74,6 +75,8 @@ async def respond(call: Call, requests: Sequence[InferenceRequest], writer: Writ
     """Answer in the form of one API: in a stream where one was asked for, or whole."""
     for request in requests[:: len(requests) // writer.prompts]:
         call.context.log_prompt(request)
+    if call.identity is ANONYMOUS:  # it has no key by which to be kept apart from others
+        requests = [request.over_all_keys() for request in requests]
     if requests[0].stream:
         await stream_all(call, requests, writer)
     else:

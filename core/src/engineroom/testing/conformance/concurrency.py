@@ -41,6 +41,22 @@ class ConcurrencyChecks(Checks):
             same(did, "the text that it has alone", one, other)
 
     @check()
+    async def test_cache_scopes_apart(self, kit: Kit) -> None:
+        prompt = f"Unlike the others: {await kit.long_prompt(share=0.4, most=150)}"
+        request = kit.likely(prompt, 4, cache_salt="conformance-1")
+        await kit.bench.answer(request)
+        reused = (await kit.bench.answer(again(request))).cached_prompt_tokens
+        if not reused:
+            skip("a prompt that is sent again has no cached_prompt_tokens: nothing is used again")
+        await _computed_anew(kit, again(request, cache_salt="conformance-2"), "after")
+        # Of other checks' prompts without a salt it may have a beginning, as a token of the start.
+        await _computed_anew(kit, again(request, cache_salt=None), "after", most=reused // 2)
+        running = kit.bench.open(kit.likely(prompt, 64, cache_salt="conformance-3"))
+        await kit.within(anext(running, None), f"stream({said(request)})")
+        await _computed_anew(kit, again(request, cache_salt="conformance-4"), "beside")
+        await running.aclose()
+
+    @check()
     async def test_short_overtakes_long(self, kit: Kit) -> None:
         long = await kit.lengthy()
         short = kit.likely(kit.prompts[1], 2)
@@ -99,6 +115,18 @@ class ConcurrencyChecks(Checks):
                     saw=f"{_MANY - len(refused)} answered, {len(refused)} refused",
                 )
             await _usable(bench, request)
+
+
+async def _computed_anew(kit: Kit, request: InferenceRequest, when: str, most: int = 0) -> None:
+    """:raises BrokenRuleError: it has used what was computed in another cache scope."""
+    cached = (await kit.bench.answer(request)).cached_prompt_tokens
+    if cached and cached > most:
+        broken(
+            did=f"infer({said(request)}, cache_salt={request.cache_salt!r}) {when} others with the "
+            "same prompt in other cache scopes",
+            expected="no cached_prompt_tokens",
+            saw=f"{cached} of them",
+        )
 
 
 async def _usable(bench: Bench, request: InferenceRequest) -> None:

@@ -14,6 +14,11 @@ CONCURRENCY: Final = {
         "Eight requests with different prompts and parameters at once have the texts that each has "
         "alone.",
     ),
+    "cache-scopes-apart": Rule(
+        "What is computed in one cache scope is of no use in another",
+        "A prompt that an earlier or a running request had with another cache_salt, or with none, "
+        "is computed anew: the response tells of no cached prompt tokens.",
+    ),
     "short-overtakes-long": Rule(
         "A short request does not wait for a long one",
         "A short request that arrives while a long one is answered ends first, as long as a slot "
