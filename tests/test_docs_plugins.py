@@ -38,7 +38,10 @@ OWNERS: dict[str, type] = {
     "TokenHandler": TokenHandler,
     "Observers": ObserverSpec,
 }
-HELPERS = ("parse_options", "resolve_source", "find_source", "did_you_mean", "request_logger")
+HELPERS = (
+    *("parse_options", "resolve_source", "find_source", "did_you_mean", "request_logger"),
+    "turn_of",
+)
 
 
 def section(title: str, level: int = 2, text: str = TEXT) -> str:
