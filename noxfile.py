@@ -505,13 +505,15 @@ def tests_vllm(session: nox.Session) -> None:
             "has gigabytes. download.pytorch.org/whl/cpu has them"
         )
     install_vllm(session, torch)
-    extra = [*group("test", "vllm"), *group("engine", "vllm")]
+    extra = [*group("test", "vllm"), *group("engine", "vllm"), *extras("core", *SERVER)]
     # Beside the others: one set of requests goes through all three.
     install(session, "core", *IN_PROCESS, "vllm", extra=extra)
     install_smollm2(session)
     # Else the processes of each engine would compile what was written since, and forget it.
     session.env["PYTHONDONTWRITEBYTECODE"] = ""
     pytest(session, [*arguments, *(() if everything else ("-m", "one_engine"))])
+    if everything:
+        pytest(session, [os.fspath(ROOT / "tests" / "hostile"), "-k", "vllm"])
 
 
 @nox.session(python=LOWEST if LOWEST in PYTHONS else PYTHON)

@@ -148,6 +148,16 @@ def test_garbage_behind_a_request_does_not_harm_its_answer(start, caplog, stream
     assert not caplog.records
 
 
+def test_garbage_that_is_larger_than_headers_may_be_is_told_so_once(start):
+    broken: list[object] = []
+    with start() as run, run.connect() as connection:
+        run.call(lambda: run.loop.set_exception_handler(lambda _, context: broken.append(context)))
+        connection.sendall(b"\x00" * (run.server.context.settings.max_header_bytes * 2))
+        answer = read_all(connection)
+        assert answer.startswith(b"HTTP/1.1 400 ") and answer.count(b"HTTP/1.1") == 1
+    assert not broken
+
+
 def test_a_body_that_breaks_off_in_garbage_is_a_bad_request(start, caplog):
     head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     with start() as run, run.connect() as connection:

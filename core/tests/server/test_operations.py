@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from dataclasses import dataclass
 
@@ -280,6 +281,27 @@ def samples(run) -> dict[str, float]:
 
 def value(run, name, **labels) -> float:
     return samples(run).get(f"engineroom_{name}" + str(sorted(labels.items())), 0.0)
+
+
+def test_a_crowd_that_asks_for_metrics_is_answered_one_by_one(shared):
+    """Else all of them would be written before the loop gets to anybody else."""
+
+    async def between_them() -> list[int]:
+        rounds, ends = 0, []
+
+        async def ask() -> None:
+            await shared.server.context.metrics.render()
+            ends.append(rounds)
+
+        async with asyncio.TaskGroup() as group:
+            asking = [group.create_task(ask()) for _ in range(10)]
+            while not all(task.done() for task in asking):
+                rounds += 1
+                await asyncio.sleep(0)
+        return ends
+
+    ends = shared.call(between_them)
+    assert len(set(ends)) == len(ends) == 10
 
 
 def test_what_happens_is_counted(start):

@@ -6,6 +6,7 @@ for when it is scraped (engines' health, models' states); what happens is counte
 
 from __future__ import annotations
 
+import asyncio
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -51,6 +52,7 @@ class PrometheusObserver:
         self, directory: ModelDirectory, queued: Callable[[], int], loop_meter: LoopMeter
     ) -> None:
         self._directory = directory
+        self._turn = asyncio.Lock()
         self.registry = CollectorRegistry(auto_describe=False)
         counter = partial(Counter, namespace=NAMESPACE, registry=self.registry)
         self._prompt = counter("prompt_tokens", "Tokens read", _LABELS)
@@ -105,9 +107,13 @@ class PrometheusObserver:
         """A label of bounded number: what is no model has none."""
         return self._directory.canonical(name) or ""
 
-    def render(self) -> bytes:
-        """The text that Prometheus reads."""
-        return generate_latest(self.registry)
+    async def render(self) -> bytes:
+        """The text that Prometheus reads. A crowd that asks at once is answered one by one, so that
+        the event loop gets to others in between.
+        """
+        async with self._turn:
+            await asyncio.sleep(0)
+            return generate_latest(self.registry)
 
     # ── hooks ────────────────────────────────────────────────────────────────────────────────
 

@@ -82,7 +82,7 @@ async def readyz(call: Call) -> None:
 
 async def metrics(call: Call) -> None:
     """The metrics as text."""
-    await call.answer(200, call.context.metrics.render(), ((b"content-type", CONTENT_TYPE),))
+    await call.answer(200, await call.context.metrics.render(), ((b"content-type", CONTENT_TYPE),))
 
 
 async def models(call: Call) -> None:

@@ -60,6 +60,8 @@ class GuardedConnection(Connection):
             return
         early = self.answering and not self.lacks_body
         super().data_received(data)
+        if self._ended:  # it was unreadable, and told so
+            return
         if self._refused_body:
             if self.reading_body:
                 return  # nobody wants it

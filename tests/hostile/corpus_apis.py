@@ -1,0 +1,258 @@
+"""The routes that take a body, with a JSON text for each place where something hostile can be."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from corpus_base import CANARY, Api
+
+
+def _of(fields: str, name: str, members: str) -> str:
+    """A request with a list of one object. :param members: of the object."""
+    return f'{{{fields},"{name}":[{{{members}}}]}}'
+
+
+_M: Final = '"model":"m","max_tokens":4'
+_HI: Final = f'[{{"role":"user","content":"{CANARY}"}}]'
+
+
+_NUMBERS: Final = (
+    "temperature", "top_p", "top_k", "min_p", "seed", "n", "timeout_s", "priority", "num_beams",
+    "presence_penalty", "repetition_penalty", "logprobs", "whatever",
+)  # fmt: skip
+
+
+def _openai(start: str) -> dict[str, dict[str, str]]:
+    """What the routes with OpenAI's parameters have alike. :param start: a valid request's."""
+    return {
+        "texts": {
+            "adapter": start + ',"adapter":%s}',
+            "user": start + ',"user":%s}',
+            "unknown text": start + ',"whatever":%s}',
+        },
+        "lists": {"unknown list": start + ',"whatever":[%s]}'},
+        "objects": {
+            "unknown fields": start + ",%s}",
+            "unknown object": start + ',"whatever":{%s}}',
+            "stream_options": start + ',"stream_options":{%s}}',
+        },
+        "numbers": {
+            name: start + f',"{name}":%s}}'
+            for name in _NUMBERS
+        },
+    }  # fmt: skip
+
+
+def _with(start: str, **own: dict[str, str]) -> dict[str, dict[str, str]]:
+    alike = _openai(start)
+    return {kind: {**own.get(kind, {}), **alike[kind]} for kind in alike}
+
+
+_CHAT: Final = f'{{{_M},"messages":{_HI}'
+CHAT: Final = Api(
+    "chat",
+    "/v1/chat/completions",
+    **_with(
+        _CHAT,
+        texts={
+            "content": _of(_M, "messages", '"role":"user","content":%s'),
+            "part": _of(_M, "messages", '"role":"user","content":[{"type":"text","text":%s}]'),
+            "role": _of(_M, "messages", '"role":%s,"content":"x"'),
+            "name": _of(_M, "messages", '"role":"user","content":"x","name":%s'),
+            "part's type": _of(_M, "messages", '"role":"user","content":[{"type":%s}]'),
+            "model": f'{{"model":%s,"messages":{_HI}}}',
+            "stop": _CHAT + ',"stop":%s}',
+            "safety_identifier": _CHAT + ',"safety_identifier":%s}',
+        },
+        lists={
+            "messages": f'{{{_M},"messages":[%s]}}',
+            "content": _of(_M, "messages", '"role":"user","content":[%s]'),
+            "tool_calls": _of(_M, "messages", '"role":"assistant","tool_calls":[%s]'),
+            "stop": _CHAT + ',"stop":[%s]}',
+            "tools": _CHAT + ',"tools":[%s]}',
+            "functions": _CHAT + ',"functions":[%s]}',
+            "modalities": _CHAT + ',"modalities":[%s]}',
+            "metadata": _CHAT + ',"metadata":{"a":[%s]}}',
+        },
+        objects={
+            "message": _of(_M, "messages", '"role":"user","content":"x",%s'),
+            "part": _of(_M, "messages", '"role":"user","content":[{"type":"text","text":"x",%s}]'),
+            "metadata": _CHAT + ',"metadata":{%s}}',
+            "logit_bias": _CHAT + ',"logit_bias":{%s}}',
+            "response_format": _CHAT
+            + ',"response_format":{"type":"json_schema","json_schema":{%s}}}',
+        },
+        numbers={
+            "max_tokens": f'{{"model":"m","messages":{_HI},"max_tokens":%s}}',
+            "top_logprobs": _CHAT + ',"logprobs":true,"top_logprobs":%s}',
+            "logit_bias": _CHAT + ',"logit_bias":{"7":%s}}',
+        },
+    ),
+)
+
+_COMPLETIONS: Final = f'{{{_M},"prompt":"{CANARY}"'
+COMPLETIONS: Final = Api(
+    "completions",
+    "/v1/completions",
+    **_with(
+        _COMPLETIONS,
+        texts={
+            "prompt": f'{{{_M},"prompt":%s}}',
+            "one of several": f'{{{_M},"prompt":["x",%s]}}',
+            "echoed": f'{{{_M},"echo":true,"prompt":%s}}',
+            "model": f'{{"model":%s,"prompt":"{CANARY}"}}',
+            "stop": _COMPLETIONS + ',"stop":%s}',
+        },
+        lists={
+            "prompt": f'{{{_M},"prompt":[%s]}}',
+            "ids": f'{{{_M},"prompt":[1,%s]}}',
+            "lists of ids": f'{{{_M},"prompt":[[1],%s]}}',
+            "a list of ids": f'{{{_M},"prompt":[[1,%s]]}}',
+            "stop": _COMPLETIONS + ',"stop":[%s]}',
+        },
+        objects={"logit_bias": _COMPLETIONS + ',"logit_bias":{%s}}'},
+        numbers={
+            "max_tokens": f'{{"model":"m","prompt":"{CANARY}","max_tokens":%s}}',
+            "id": f'{{{_M},"prompt":[1,%s]}}',
+            "logit_bias": _COMPLETIONS + ',"logit_bias":{"7":%s}}',
+        },
+    ),
+)
+
+_R: Final = '"model":"m","max_output_tokens":4'
+_RESPONSES: Final = f'{{{_R},"input":"{CANARY}"'
+RESPONSES: Final = Api(
+    "responses",
+    "/v1/responses",
+    **_with(
+        _RESPONSES,
+        texts={
+            "input": f'{{{_R},"input":%s}}',
+            "instructions": _RESPONSES + ',"instructions":%s}',
+            "content": _of(_R, "input", '"role":"user","content":%s'),
+            "part": _of(_R, "input", '"role":"user","content":[{"type":"input_text","text":%s}]'),
+            "type": _of(_R, "input", '"type":%s,"role":"user","content":"x"'),
+            "model": f'{{"model":%s,"input":"{CANARY}"}}',
+        },
+        lists={
+            "input": f'{{{_R},"input":[%s]}}',
+            "content": _of(_R, "input", '"role":"user","content":[%s]'),
+            "include": _RESPONSES + ',"include":[%s]}',
+            "tools": _RESPONSES + ',"tools":[%s]}',
+            "metadata": _RESPONSES + ',"metadata":{"a":[%s]}}',
+        },
+        objects={
+            "item": _of(_R, "input", '"role":"user","content":"x",%s'),
+            "metadata": _RESPONSES + ',"metadata":{%s}}',
+            "text": _RESPONSES + ',"text":{%s}}',
+        },
+        numbers={"max_output_tokens": f'{{"model":"m","input":"{CANARY}","max_output_tokens":%s}}'},
+    ),
+)
+
+_MESSAGES: Final = f'{{{_M},"messages":{_HI}'
+MESSAGES: Final = Api(
+    "messages",
+    "/v1/messages",
+    **_with(
+        _MESSAGES,
+        texts={
+            "content": _of(_M, "messages", '"role":"user","content":%s'),
+            "system": _MESSAGES + ',"system":%s}',
+            "system's part": _MESSAGES + ',"system":[{"type":"text","text":%s}]}',
+            "model": f'{{"model":%s,"max_tokens":4,"messages":{_HI}}}',
+        },
+        lists={
+            "messages": f'{{{_M},"messages":[%s]}}',
+            "content": _of(_M, "messages", '"role":"user","content":[%s]'),
+            "system": _MESSAGES + ',"system":[%s]}',
+            "stop_sequences": _MESSAGES + ',"stop_sequences":[%s]}',
+            "tools": _MESSAGES + ',"tools":[%s]}',
+            "mcp_servers": _MESSAGES + ',"mcp_servers":[%s]}',
+        },
+        objects={
+            "message": _of(_M, "messages", '"role":"user","content":"x",%s'),
+            "metadata": _MESSAGES + ',"metadata":{%s}}',
+            "thinking": _MESSAGES + ',"thinking":{%s}}',
+        },
+        numbers={"max_tokens": f'{{"model":"m","messages":{_HI},"max_tokens":%s}}'},
+    ),
+)
+
+_E: Final = '"model":"e"'
+EMBEDDINGS: Final = Api(
+    "embeddings",
+    "/v1/embeddings",
+    texts={
+        "input": f'{{{_E},"input":%s}}',
+        "one of several": f'{{{_E},"input":["x",%s]}}',
+        "model": f'{{"model":%s,"input":"{CANARY}"}}',
+        "format": f'{{{_E},"input":"x","encoding_format":%s}}',
+        "user": f'{{{_E},"input":"x","user":%s}}',
+    },
+    lists={
+        "input": f'{{{_E},"input":[%s]}}',
+        "ids": f'{{{_E},"input":["x",%s]}}',
+        "unknown list": f'{{{_E},"input":"x","whatever":[%s]}}',
+    },
+    objects={"unknown fields": f'{{{_E},"input":"x",%s}}'},
+    numbers={name: f'{{{_E},"input":"x","{name}":%s}}' for name in ("dimensions", "whatever")},
+)
+
+_OWN_M: Final = '"model_id":"m","params":{"max_new_tokens":4}'
+_OWN: Final = f'{{{_OWN_M},"prompt":"{CANARY}"'
+INFERENCE: Final = Api(
+    "inference",
+    "/v1/inference",
+    texts={
+        "prompt": f'{{{_OWN_M},"prompt":%s}}',
+        "content": _of(_OWN_M, "messages", '"role":"user","content":%s'),
+        "name": _of(_OWN_M, "messages", '"role":"user","content":"x","name":%s'),
+        "model_id": f'{{"model_id":%s,"prompt":"{CANARY}"}}',
+        "request_id": _OWN + ',"request_id":%s}',
+        "adapter": _OWN + ',"adapter":%s}',
+        "tool_choice": _OWN + ',"tool_choice":%s}',
+        "regex": '{"model_id":"m","prompt":"x","params":{"structured_output":{"regex":%s}}}',
+    },
+    lists={
+        "messages": f'{{{_OWN_M},"messages":[%s]}}',
+        "tool_calls": _of(_OWN_M, "messages", '"role":"assistant","tool_calls":[%s]'),
+        "prompt_token_ids": f'{{{_OWN_M},"prompt_token_ids":[%s]}}',
+        "stop_sequences": _OWN + ',"stop_sequences":[%s]}',
+        "tools": _OWN + ',"tools":[%s]}',
+        "metadata": _OWN + ',"metadata":{"a":[%s]}}',
+        "unknown list": _OWN + ',"whatever":[%s]}',
+    },
+    objects={
+        "unknown fields": _OWN + ",%s}",
+        "message": _of(_OWN_M, "messages", '"role":"user","content":"x",%s'),
+        "params": f'{{"model_id":"m","prompt":"{CANARY}","params":{{%s}}}}',
+        "logit_bias": f'{{"model_id":"m","prompt":"{CANARY}","params":{{"logit_bias":{{%s}}}}}}',
+        "json_schema": '{"model_id":"m","prompt":"x",'
+        '"params":{"structured_output":{"json_schema":{%s}}}}',
+        "metadata": _OWN + ',"metadata":{%s}}',
+    },
+    numbers={
+        **{
+            name: f'{{"model_id":"m","prompt":"{CANARY}","params":{{"{name}":%s}}}}'
+            for name in ("max_new_tokens", "temperature", "seed", "top_k", "num_beams", "logprobs")
+        },
+        "priority": _OWN + ',"priority":%s}',
+        "timeout_s": _OWN + ',"timeout_s":%s}',
+        "id": f'{{{_OWN_M},"prompt_token_ids":[%s]}}',
+    },
+)
+
+UNLOAD: Final = Api(
+    "unload",
+    "/v1/admin/models/nobody/unload",
+    texts={"unknown text": '{"whatever":%s}'},
+    lists={"timeout_s": '{"timeout_s":[%s]}'},
+    objects={"unknown fields": "{%s}"},
+    numbers={"timeout_s": '{"timeout_s":%s}'},
+)
+"""Of a model that there is not: what is there stays."""
+
+TALKS: Final = (CHAT, COMPLETIONS, RESPONSES, MESSAGES, INFERENCE)
+CONVERSES: Final = (CHAT, RESPONSES, MESSAGES, INFERENCE)
+EVERY: Final = (*TALKS, EMBEDDINGS, UNLOAD)

@@ -1,0 +1,203 @@
+"""The server of the corpus as its tests see it: what it is asked and tells, and who is there."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from corpus_apis import COMPLETIONS
+from corpus_base import CANARY, Visit, as_json
+from hostile_wire import LONG_S, Answer, connection, head
+
+HERE: Final = Path(__file__).parent
+TOKENS: Final = 120
+"""Of a neighbour's answer."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What came of a visit.
+
+    :param told: what the server told after it.
+    :param late_s: the longest that a process which does nothing was woken late meanwhile.
+    :param left: what was still held long after.
+    """
+
+    told: dict[str, Any]
+    late_s: float
+    answers: list[Answer]
+    left: dict[str, int]
+
+    @property
+    def gap_s(self) -> float:
+        """The longest time for which the loop did nothing else, and not for the machine's sake."""
+        longest: float = self.told["longest"]
+        return max(0.0, longest - self.late_s)
+
+    def __str__(self) -> str:
+        told = self.told
+        statuses = Counter(answer.status for answer in self.answers)
+        return (
+            f"{self.gap_s * 1000:.0f} ms ({told['longest'] * 1000:.0f} in all, "
+            f"{told['collected'] * 1000:.0f} of collecting); {dict(statuses)}; {told['where']}"
+        )
+
+
+class Room:
+    """A server with models on one runtime, in a process of its own."""
+
+    def __init__(self, server: Any, metronome: Any, port: int, log: Path) -> None:
+        self._server = server
+        self._metronome = metronome
+        self.port = port
+        self.log = log
+
+    async def _ask(self, process: Any, line: str) -> Any:
+        process.stdin.write(line.encode() + b"\n")
+        async with asyncio.timeout(3 * LONG_S):
+            told = await process.stdout.readline()
+        assert told, f"the server has ended:\n{self.log.read_text(errors='replace')[-4000:]}"
+        return json.loads(told)
+
+    def tell(self, line: str) -> None:
+        """Have the server do something; nothing is answered."""
+        self._server.stdin.write(line.encode() + b"\n")
+
+    async def settled(self, most: int = 0) -> dict[str, Any]:
+        """What it tells once at most so many requests are there."""
+        told: dict[str, Any] = await self._ask(self._server, f"settle {most}")
+        return told
+
+    async def measure(self, visit: Visit, neighbours: int) -> Measured:
+        """What a visit does to the loop.
+
+        :param neighbours: how many requests are there beside it.
+        """
+        self.tell("mark")
+        await self._ask(self._metronome, "")
+        answers = await visit(self.port)
+        told = await self.settled(neighbours)
+        late = await self._ask(self._metronome, "")
+        held = {what: count for what, count in told["held"].items() if count > neighbours}
+        return Measured(told, late, answers, held)
+
+
+@contextlib.asynccontextmanager
+async def opened(deployment: Path, folder: Path) -> AsyncIterator[Room]:
+    """Start a server; end it in the end, in order."""
+    log = folder / "log"
+    pipes = {"stdin": asyncio.subprocess.PIPE, "stdout": asyncio.subprocess.PIPE}
+    with log.open("wb") as written:
+        server = await asyncio.create_subprocess_exec(
+            sys.executable,
+            str(HERE / "hostile_server.py"),
+            str(deployment),
+            stderr=written,
+            **pipes,
+        )
+    metronome = await asyncio.create_subprocess_exec(
+        sys.executable, "-S", "-E", str(HERE / "metronome.py"), **pipes
+    )
+    try:
+        assert server.stdout is not None
+        port = await server.stdout.readline()
+        assert port, log.read_text(errors="replace")[-4000:]
+        yield Room(server, metronome, int(port), log)
+        for process in (metronome, server):
+            assert process.stdin is not None
+            process.stdin.close()
+        async with asyncio.timeout(LONG_S):
+            assert await server.wait() == 0, log.read_text(errors="replace")[-4000:]
+            await metronome.wait()
+    finally:
+        for process in (server, metronome):
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+
+
+# ── neighbours ───────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Neighbours:
+    """Clients that mind their own business: streams, one after another, whose text is known.
+
+    :param texts: of each prompt, what it is answered when nobody else is there.
+    """
+
+    port: int
+    texts: dict[str, str]
+    done: int = 0
+    wrong: list[str] = field(default_factory=list)
+
+    async def one(self, number: int) -> None:
+        """Ask and compare, for ever."""
+        prompts = list(self.texts)
+        while True:
+            prompt = prompts[number % len(prompts)]
+            number += 1
+            try:
+                text = await streamed(self.port, prompt)
+            except Exception as error:  # told to the test, with what it was
+                self.wrong.append(f"{prompt!r}: {error!r}"[:500])
+                await asyncio.sleep(0.1)
+                continue
+            self.done += 1
+            if text != self.texts[prompt]:
+                self.wrong.append(f"{prompt!r}: {text!r} instead of {self.texts[prompt]!r}")
+
+    @contextlib.asynccontextmanager
+    async def about(self, count: int) -> AsyncIterator[None]:
+        """So many of them, as long as the block lasts."""
+        tasks = [asyncio.create_task(self.one(number)) for number in range(count)]
+        try:
+            yield
+            before, end = self.done, asyncio.get_running_loop().time() + LONG_S
+            while self.done < before + count and asyncio.get_running_loop().time() < end:
+                await asyncio.sleep(0.02)  # what was there to the end is compared, too
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+
+
+async def neighbours_of(port: int, prompts: int) -> Neighbours:
+    """Ask for the texts while nobody else is there."""
+    asked = [f"{CANARY} {number}, one of the neighbours" for number in range(prompts)]
+    return Neighbours(port, {prompt: await streamed(port, prompt) for prompt in asked})
+
+
+async def streamed(port: int, prompt: str) -> str:
+    """The text of a streamed answer."""
+    data = as_json(
+        {"model": "m", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "stream": True}
+    )
+    async with connection(port) as (reader, writer):
+        writer.write(head("POST", COMPLETIONS.path, len(data)) + data)
+        async with asyncio.timeout(2 * LONG_S):
+            raw = await reader.read(-1)
+    return text_of(raw)
+
+
+def text_of(raw: bytes) -> str:
+    """The text out of a stream's HTTP chunks."""
+    first, _, rest = raw.partition(b"\r\n\r\n")
+    assert first.startswith(b"HTTP/1.1 200 "), raw[:300]
+    whole = b""
+    while rest:
+        size, _, rest = rest.partition(b"\r\n")
+        count = int(size, 16)
+        whole, rest = whole + rest[:count], rest[count + 2 :]
+    assert whole.endswith(b"data: [DONE]\n\n"), whole[-300:]
+    events = [json.loads(event[6:]) for event in whole.split(b"\n\n")[:-2] if event[:1] != b":"]
+    assert not any("error" in event for event in events), events
+    assert len({event["id"] for event in events}) == 1
+    return "".join(choice["text"] for event in events for choice in event["choices"])

@@ -1,0 +1,176 @@
+"""A server of the tests as a process of its own, which tells how long its loop stood still.
+
+    python hostile_server.py DEPLOYMENT
+
+It prints its port once its models are loaded. Then it reads lines. ``mark``: it forgets what it has
+measured. ``settle N``: it waits until at most ``N`` requests are there, and prints what it has
+measured and what is held. ``hold S``: it holds its loop for so many seconds. It ends when its
+standard input does. Its log is its standard error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import logging
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any, Final
+
+import psutil
+
+from engineroom import LLMInferenceService, LLMModelManager
+from engineroom.server.runner import EngineRoomServer, bind, loop_factory
+from engineroom.server.settings import ServerSettings
+
+logger = logging.getLogger("hostile_server")
+
+CALM_S: Final = 60.0
+LATE_S: Final = 0.03
+"""So late, and a thread looks what the loop is at."""
+
+
+class Beat:
+    """The longest time for which the loop did nothing else, and where it was then."""
+
+    TICK_S: Final = 0.005
+
+    def __init__(self, loop_thread: int) -> None:
+        self._loop_thread = loop_thread
+        self._last = time.perf_counter()
+        self._seen: tuple[float, str] = (0.0, "")
+        self._collecting = 0.0
+        self.forget()
+        gc.callbacks.append(self._on_collection)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def forget(self) -> None:
+        self.longest, self.where, self.collected = 0.0, "", 0.0
+        self._seen = (0.0, "")
+
+    async def run(self) -> None:
+        while True:
+            self._last = began = time.perf_counter()
+            await asyncio.sleep(self.TICK_S)
+            late = time.perf_counter() - began - self.TICK_S
+            if late > self.longest:
+                self.longest = late
+                self.where = self._seen[1] if self._seen[0] == began else ""
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(0.01)
+            last = self._last
+            if time.perf_counter() - last > LATE_S and self._seen[0] != last:
+                self._seen = (last, self._stacks())
+
+    def _stacks(self) -> str:
+        frames = sys._current_frames()
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        shown = []
+        for ident, frame in frames.items():
+            if ident == threading.get_ident():
+                continue
+            calls = traceback.extract_stack(frame)
+            if ident == self._loop_thread:
+                line = " < ".join(
+                    f"{Path(c.filename).stem}:{c.lineno} {c.name}" for c in calls[:-9:-1]
+                )
+                shown.insert(0, line)
+            elif calls[-1].name not in ("wait", "_worker", "get", "main", "accept", "select"):
+                last = calls[-1]
+                shown.append(f"{names.get(ident)}: {Path(last.filename).stem}:{last.lineno}")
+        return " | ".join(shown)
+
+    def _on_collection(self, phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            self._collecting = time.perf_counter()
+        else:
+            self.collected = max(self.collected, time.perf_counter() - self._collecting)
+
+
+def held(server: EngineRoomServer) -> dict[str, int]:
+    """What requests and connections hold."""
+    directory = server.context.directory
+    engines = [health for _, _, health in directory.health()]
+    return {
+        "connections": len(server.server_state.connections),
+        "tasks": len(server.server_state.tasks),
+        "running": server.context.limiter.running,
+        "queued": server.context.limiter.queued,
+        "in_service": server.context.service.num_requests,
+        "leases": sum(status.leases for status in directory.models()),
+        "in_engines": sum(health.num_requests_running or 0 for health in engines),
+        "waiting": sum(health.num_requests_waiting or 0 for health in engines),
+    }
+
+
+async def settled(server: EngineRoomServer, beat: Beat, most: int) -> dict[str, Any]:
+    end = time.monotonic() + CALM_S
+    while max(held(server).values()) > most and time.monotonic() < end:
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.02)
+    return {
+        "longest": beat.longest,
+        "by_the_meter": server.context.loop_meter.largest_since_reset(),
+        "where": beat.where,
+        "collected": beat.collected,
+        "held": {what: count for what, count in held(server).items() if count},
+        "rss": psutil.Process().memory_info().rss,
+        "healthy": all(health.ok for _, _, health in server.context.directory.health()),
+    }
+
+
+async def serve(deployment: str) -> None:
+    settings = ServerSettings(
+        port=0, header_timeout_s=2, body_timeout_s=3, write_timeout_s=3, drain_timeout_s=0
+    )
+    bound = bind(settings)
+    manager = LLMModelManager(deployment)
+    server = EngineRoomServer(LLMInferenceService(manager), settings)
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(
+        lambda _, context: logger.error(
+            "in the loop: %s", context["message"], exc_info=context.get("exception")
+        )
+    )
+    beat = Beat(threading.get_ident())
+
+    def obey() -> None:
+        for line in sys.stdin:
+            match line.split():
+                case ["mark"]:
+                    loop.call_soon_threadsafe(beat.forget)
+                    server.context.loop_meter.reset()
+                case ["hold", seconds]:
+                    loop.call_soon_threadsafe(time.sleep, float(seconds))
+                case ["settle", most]:
+                    told = asyncio.run_coroutine_threadsafe(
+                        settled(server, beat, int(most)), loop
+                    ).result()
+                    print(json.dumps(told), flush=True)
+        loop.call_soon_threadsafe(server.stop)
+
+    async def announce() -> None:
+        while server.context.starting:
+            await asyncio.sleep(0.02)
+        print(bound.getsockname()[1], flush=True)
+        threading.Thread(target=obey, daemon=True).start()
+
+    tasks = [asyncio.create_task(work) for work in (beat.run(), announce())]
+    try:
+        await server.run_until_stopped([bound])
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s %(message)s")
+    logging.getLogger("engineroom").setLevel(logging.DEBUG)
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        runner.run(serve(sys.argv[1]))
