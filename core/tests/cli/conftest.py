@@ -164,7 +164,8 @@ def seen(command: Command, site: Site) -> Callable[[], Any]:
 def environment(site: Site) -> dict[str, str]:
     """The environment of a process that has the site's plugins and uses ``echo`` only."""
     keep = {k: v for k, v in os.environ.items() if not k.startswith("ENGINEROOM_")}
-    return {**keep, "PYTHONPATH": str(site.path), "ENGINEROOM_HANDLERS": "echo"}
+    path = os.pathsep.join(filter(None, (str(site.path), keep.get("PYTHONPATH"))))
+    return {**keep, "PYTHONPATH": path, "ENGINEROOM_HANDLERS": "echo"}
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ CYCLE = {
     "response_complete", "response_started", "scope", "send", "transport",
 }  # fmt: skip
 FLOW = {"resume_reading", "write_paused"}
-SERVER = {"force_exit", "handle_exit", "server_state", "should_exit", "startup"}
+SERVER = {"handle_exit", "server_state", "should_exit", "startup"}
 
 
 class Wire(asyncio.Transport):
@@ -92,11 +92,9 @@ async def test_the_names_are_there_once_a_request_has_come(each_parser):
 
 
 def test_the_servers_names_are_there():
-    server = Server(None, asyncio.Protocol, ServerSettings(keep_alive_s=0.5), 1)
+    server = Server(None, asyncio.Protocol, ServerSettings(keep_alive_s=0.5))
     assert {name for name in SERVER if not hasattr(uvicorn.Server, name)
             and not hasattr(server, name)} == set()  # fmt: skip
     assert server.config.timeout_keep_alive == 0.5
-    server.end()
-    assert server.should_exit and not server.force_exit
-    server.end(at_once=True)
-    assert server.force_exit
+    server.end(3)
+    assert server.should_exit and server.config.timeout_graceful_shutdown == 3

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from engineroom.cli.flags import CONFIG_OPTION, OPTION_FLAG, RUNTIME_FLAG, flag
+from engineroom.cli.interrupt import sigterm_noted
 from engineroom.cli.output import CommandError, say, write
 from engineroom.cli.parameters import parse_options
 from engineroom.cli.resolve import (
@@ -49,8 +50,8 @@ Environment:
   ENGINEROOM_API_KEYS    keys, separated by commas, beside those of --keys
   ENGINEROOM_ADMIN_KEYS  the same for --admin-keys
 
-SIGTERM and Ctrl-C drain the server; a second one ends it at once. SIGHUP has it read the
-deployment file and the key files anew.
+SIGTERM and Ctrl-C drain the server; with a second one, requests that run are told at once that
+it ends. SIGHUP has it read the deployment file and the key files anew.
 """
 
 NEW_KEY_EPILOG: Final = """\b
@@ -118,10 +119,13 @@ def serve(  # one parameter a flag: that is how typer is told of them
         raise CommandError("--runtime and --option say how to load --model; give that, too")
     if model is not None and watch:
         raise CommandError("--watch is for a whole deployment; leave --model out")
-    from engineroom.server import KeyRing, ServerSettings, serve as run
+    with sigterm_noted() as asked_to_end:
+        from engineroom.server import KeyRing, ServerSettings, serve as run
 
-    settings = ServerSettings(keys=KeyRing.read(keys, admin_keys), **settings_of(flags))
-    manager = _manager(model, config, runtime, parse_options(option or []), prefix_cache_scope)
+        settings = ServerSettings(keys=KeyRing.read(keys, admin_keys), **settings_of(flags))
+        manager = _manager(model, config, runtime, parse_options(option or []), prefix_cache_scope)
+    if asked_to_end():
+        return
     service = LLMInferenceService(manager)
     options: Settings = ctx.obj
     if options.logging:

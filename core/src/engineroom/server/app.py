@@ -34,6 +34,8 @@ __all__ = ["Front", "ServerContext", "create_app"]
 logger = logging.getLogger("engineroom.server.app")
 
 _CALL: Final = "engineroom.call"
+_LAST_WORD_S: Final = 1.0
+"""Seconds that a request gets to be told that the server has stopped."""
 
 
 class Endpoint:
@@ -103,6 +105,10 @@ class Front:
         except HTTPException as error:
             await self._refuse(call, _from_router(call, error))
         except asyncio.CancelledError:
+            if self.context.draining and not call.started:  # say, its body had not come yet
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_LAST_WORD_S):
+                        await self._refuse(call, stopping())
             raise
         except Exception:
             logger.exception("%s %s failed (request %s)", scope["method"], scope["path"], call.id)

@@ -2,7 +2,8 @@
 
 SIGTERM and Ctrl-C: the server is not ready any more and takes no request; what runs gets the
 drain's time; what is left is stopped, and its streams end properly; models are unloaded; the
-exit status is 0. A second signal ends it at once.
+exit status is 0. A second signal cuts the drain short: what runs is stopped at once, and told so
+like the rest. A third ends the process where it stands.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Final
 
 from engineroom.errors import ConfigurationError, EngineRoomError
@@ -31,8 +34,13 @@ __all__ = ["EngineRoomServer", "bind", "loop_factory", "serve"]
 
 logger = logging.getLogger("engineroom.server.runner")
 
+_INTERRUPTED: Final = 130
 CLOSE_S: Final = 5
 """Seconds that connections get to take the last bytes, once all work has ended."""
+HURRIED_CLOSE_S: Final = 1
+"""As ``CLOSE_S``, after a second signal."""
+PATIENCE_S: Final = 10.0
+"""Seconds from a second signal to the process's end, whatever unloads or blocks a thread then."""
 
 
 class EngineRoomServer(Server):
@@ -46,13 +54,16 @@ class EngineRoomServer(Server):
         self.context = ServerContext(service, settings)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping: asyncio.Task[None] | None = None
+        self._hurrying: asyncio.Task[None] | None = None
+        self._closing: asyncio.Task[None] | None = None
         self._signals = 0
         self._rereading: set[asyncio.Task[None]] = set()
+        self._guard = threading.Timer(PATIENCE_S, _leave)
+        self._guard.daemon = True
         super().__init__(
             with_cors(Front(self.context), settings),
             connection_class(GuardedConnection, limits=settings),
             settings,
-            CLOSE_S,
         )
 
     async def run_until_stopped(
@@ -77,6 +88,11 @@ class EngineRoomServer(Server):
         :raises EngineRoomError: no model at all could be preloaded.
         """
         self._loop = asyncio.get_running_loop()
+        if self._signals:  # it came while the loop was made
+            for unused in sockets:
+                unused.close()
+            await self._stop()
+            return
         self.listening = started
         self.context.starting = preload and self.context.directory.manager is not None
         with self.context.loop_meter.running():
@@ -96,18 +112,34 @@ class EngineRoomServer(Server):
         if self._stopping is None:
             self._stopping = asyncio.create_task(self._stop_all())
 
+    def stop_at_once(self) -> None:
+        """Stop what runs without draining, as a second signal does. As :meth:`stop` else."""
+        self.stop()
+        if self._hurrying is None:
+            self._hurrying = asyncio.create_task(self._close(0))
+
+    @property
+    def hurried(self) -> bool:
+        """Whether it was stopped at once."""
+        return self._hurrying is not None
+
     async def _stop_all(self) -> None:
         try:
             await self._stop()
         finally:
-            self.end()
+            self.end(HURRIED_CLOSE_S if self.hurried else CLOSE_S)
 
     async def _stop(self) -> None:
         context = self.context
         context.draining = True
         context.limiter.refuse_waiting(stopping())
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close(context.settings.drain_timeout_s))
+        await asyncio.wait([self._closing])
+
+    async def _close(self, drain_timeout_s: float) -> None:
         try:
-            await context.service.close(drain_timeout_s=context.settings.drain_timeout_s)
+            await self.context.service.close(drain_timeout_s=drain_timeout_s)
         except EngineRoomError as error:
             logger.error("closing failed: %s", error.describe())
 
@@ -151,14 +183,32 @@ class EngineRoomServer(Server):
         finally:
             self.context.starting = False
 
-    def signalled(self) -> None:
-        """Stop; at the second signal, at once."""
+    def signalled(self, number: int) -> None:
+        """Stop; at the second signal, at once; at the third, whatever goes on."""
         self._signals += 1
-        if self._signals > 1:
-            self.end(at_once=True)
-            raise KeyboardInterrupt
+        if self._signals > 2:
+            os._exit(128 + number)
+        if self._signals == 2:
+            self._guard.start()
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(self.stop)
+            stop = self.stop if self._signals == 1 else self.stop_at_once
+            with contextlib.suppress(RuntimeError):  # the loop is closed: it has ended
+                self._loop.call_soon_threadsafe(stop)
+
+    @contextlib.contextmanager
+    def hearing(self) -> Iterator[None]:
+        """Be told of signals that ask the process to end. In the main thread only."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self.handle_exit) for number in numbers}
+        try:
+            yield
+        finally:
+            self._guard.cancel()
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _has_file(manager: LLMModelManager) -> bool:
@@ -225,6 +275,7 @@ def serve(
     :param progress: is told before and after each model that is preloaded.
     :raises ConfigurationError: it cannot listen there, or cannot watch.
     :raises EngineRoomError: no model at all could be preloaded.
+    :raises KeyboardInterrupt: a second signal came, and running requests were stopped.
     """
     settings = settings or ServerSettings()
     bound = bind(settings)
@@ -232,8 +283,16 @@ def serve(
     host = f"[{name[0]}]" if ":" in name[0] else name[0]
     url = f"http://{host}:{name[1]}"
     server = EngineRoomServer(service, settings)
-    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+    # From before the loop to behind it: a signal then neither kills nor is lost.
+    with server.hearing(), asyncio.Runner(loop_factory=loop_factory()) as runner:
         work = server.run_until_stopped(
             [bound], preload, started=lambda: started(url), watch=watch, progress=progress
         )
         runner.run(work)
+    if server.hurried:
+        raise KeyboardInterrupt
+
+
+def _leave() -> None:
+    logger.warning("something does not end; the process ends without it")
+    os._exit(_INTERRUPTED)  # sys.exit would wait for the thread that could not be waited for

@@ -257,16 +257,13 @@ class Connection(_Base):
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server for an application and a kind of connection.
-
-    :param close_s: seconds that connections get in the end.
-    """
+    """uvicorn's server for an application and a kind of connection."""
 
     listening: Callable[[], None] = staticmethod(lambda: None)
     """Called once it listens."""
 
     def __init__(
-        self, app: Any, protocol: type[asyncio.Protocol], settings: ServerSettings, close_s: int
+        self, app: Any, protocol: type[asyncio.Protocol], settings: ServerSettings
     ) -> None:
         super().__init__(
             uvicorn.Config(
@@ -282,12 +279,11 @@ class Server(uvicorn.Server):
                 server_header=False,
                 proxy_headers=False,  # nothing here asks who the client is
                 timeout_keep_alive=settings.keep_alive_s,  # type: ignore[arg-type]
-                timeout_graceful_shutdown=close_s,
                 backlog=2048,
             )
         )
 
-    def signalled(self) -> None:
+    def signalled(self, number: int) -> None:
         """A signal came that asks it to end."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -297,12 +293,12 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: object) -> None:
         """Say so. Uvicorn raises a signal again in the end that its own method saw."""
-        self.signalled()
+        self.signalled(sig)
 
-    def end(self, at_once: bool = False) -> None:
+    def end(self, within_s: int) -> None:
         """Close the connections and return from ``serve``.
 
-        :param at_once: without waiting for them.
+        :param within_s: seconds that connections get.
         """
+        self.config.timeout_graceful_shutdown = within_s
         self.should_exit = True
-        self.force_exit = self.force_exit or at_once
