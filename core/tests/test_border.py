@@ -12,9 +12,15 @@ import sys
 import threading
 
 import pytest
+from hypothesis import given, strategies as st
 from raisers import RAISERS, Endless, Mute, MuteByPanic, Odd, PanicException
 
-from engineroom import ConfigurationError, EngineRoomError, ResourceNotAvailableError
+from engineroom import (
+    ConfigurationError,
+    EngineRoomError,
+    QueueFullError,
+    ResourceNotAvailableError,
+)
 from engineroom.border import (
     MOST_CHARACTERS,
     Border,
@@ -23,6 +29,7 @@ from engineroom.border import (
     in_thread,
     is_interrupt,
     log_failure,
+    own_copy,
     passes,
     run_to_end,
     without_frames,
@@ -101,6 +108,69 @@ def test_an_error_that_is_kept_keeps_no_frames():
     typed = failure(error)
     assert sum(isinstance(o, Prompt) for o in gc.get_objects()) == before
     assert typed.__cause__ is error and error.exceptions[0].__traceback__ is None
+
+
+def _raised(link: str, before: Exception) -> Exception:
+    """Another error that came of the first one, raised through frames of its own."""
+    try:
+        try:
+            raise before
+        except Exception as error:
+            if link == "cause":
+                raise ValueError(link) from error
+            if link == "hidden":
+                raise ValueError(link) from None
+            if link == "group":
+                raise ExceptionGroup(link, [error, ValueError("another")]) from error.__cause__
+            raise ValueError(link)  # noqa: B904 - it is to be the context
+    except Exception as error:
+        return error
+
+
+@given(st.lists(st.sampled_from(["cause", "context", "hidden", "group"]), max_size=6))
+def test_an_error_that_is_kept_has_no_frames_however_it_came_to_be(links: list[str]) -> None:
+    error: Exception = ValueError("the first")
+    for link in links:
+        error = _raised(link, error)
+    assert without_frames(error) is error
+    left: list[BaseException] = [error]
+    seen: set[str] = set()
+    while left:
+        raised = left.pop()
+        seen.add(str(raised))
+        assert raised.__traceback__ is None
+        left += filter(None, (raised.__cause__, raised.__context__))
+        left += getattr(raised, "exceptions", ())
+    assert ("the first" in seen) is ("hidden" not in links), "nobody sees what was hidden"
+
+
+def test_errors_that_are_each_others_causes_are_forgotten_once() -> None:
+    first, second = ValueError("first"), ValueError("second")
+    first.__cause__, second.__cause__ = second, first
+    assert without_frames(first) is first
+    first.__cause__ = None
+
+
+class _Own(QueueFullError):
+    """A plugin's own, which is not made of a message alone."""
+
+    def __init__(self, queue: int, limit: int) -> None:
+        super().__init__(f"{queue} of {limit}")
+        self.queue = queue
+
+
+def test_a_copy_of_an_error_is_one_of_its_own_with_the_same_causes() -> None:
+    try:
+        try:
+            raise KeyError("why")
+        except KeyError as error:
+            raise _Own(3, 4) from error
+    except _Own as raised:
+        error = raised
+    copy = own_copy(error).with_context(request_id="mine")
+    assert (type(copy), str(copy), copy.queue) == (_Own, str(error), 3)
+    assert copy.__cause__ is error.__cause__ and copy.__traceback__ is None
+    assert (copy.request_id, error.request_id) == ("mine", None)
 
 
 # ── what gets through ────────────────────────────────────────────────────────────────────────────

@@ -6,7 +6,14 @@ engine that is put aside. ``except Exception`` does not do for that. A panic of 
 with any of them, and asyncio ends its loop with the last two, whichever task they come from.
 
 What gets through is said by :func:`is_interrupt` and :func:`passes`. An error is logged once, where
-it is caught (:func:`log_failure`), and is kept without its frames: they hold prompts, and more.
+it is caught (:func:`log_failure`).
+
+**An error that is kept has no frames.** A traceback holds every frame that the error came through,
+and a frame holds its local variables: a prompt of megabytes, a model that was half loaded. One of
+them mostly leads back to the error, and then all of it stays until the garbage collector comes by.
+So whoever makes something of an error that outlives its work (a response, the last chunk of a
+stream, the state of a model, an answer of HTTP) calls :func:`without_frames`; where many are told
+of one, each is told of an :func:`own_copy`; and nobody raises what a local variable still holds.
 """
 
 from __future__ import annotations
@@ -34,6 +41,7 @@ __all__ = [
     "in_thread",
     "is_interrupt",
     "log_failure",
+    "own_copy",
     "passes",
     "run_to_end",
     "tame",
@@ -135,13 +143,31 @@ def formatted(error: BaseException) -> str:
 
 
 def without_frames(error: _E) -> _E:
-    """The error, for keeping: it and its causes refer no more to the frames that they went through.
-
-    Frames hold prompts, answers and models for as long as somebody keeps the error.
+    """The error, for keeping: it and its causes refer no more to the frames that they went through,
+    nor to errors that are hidden behind them (``raise … from``).
     """
     for one in _related(error):
         BaseException.with_traceback(one, None)
+        if one.__suppress_context__:
+            one.__context__ = None
     return error
+
+
+def own_copy(error: EngineRoomError) -> EngineRoomError:
+    """The error once more, without frames, for one of several who are told of it.
+
+    Each can then name its own request in its copy. The causes are shared.
+    """
+    try:
+        copy = error.__class__.__new__(error.__class__, *error.args)
+        copy.__dict__.update(error.__dict__)
+        copy.__cause__, copy.__context__ = error.__cause__, error.__context__
+        copy.__suppress_context__ = error.__suppress_context__
+        copy.message = copy.message[:MOST_CHARACTERS]
+        copy.describe()
+    except Exception:  # noqa: BLE001 - a class of a handler's own, which may do anything
+        return failure(error)
+    return copy
 
 
 # ── what has to get through ──────────────────────────────────────────────────────────────────────

@@ -376,10 +376,9 @@ class InferenceResponse(BaseModel):
         """
         if self.error_message is None:
             return
-        error = error_class(self.error_type)(
+        raise error_class(self.error_type)(
             self.error_message, request_id=self.request_id, model_id=self.model_id
-        )
-        raise error from self._cause
+        ) from self._cause
 
     def record_error(self, error: EngineRoomError) -> None:
         """Make this the response of a request that failed with ``error``."""

@@ -146,8 +146,7 @@ class LLMInferenceService:
             )
 
         await self._execution(scope).run(work)
-        if scope.error is not None:
-            raise scope.error
+        scope.raise_error()
         assert embeddings is not None
         return embeddings
 
@@ -300,7 +299,8 @@ def _embedding_request(model_id: str, texts: object, **fields: Any) -> Embedding
     try:
         return EmbeddingRequest(model_id=model_id, texts=listed, **stated)
     except ValidationError as error:
-        raise ConfigurationError(f"embed: {problems(error)}") from None
+        mistakes = problems(error)
+    raise ConfigurationError(f"embed: {mistakes}")  # the other one has the texts in it
 
 
 def _registry_for(

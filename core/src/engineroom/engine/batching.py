@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Final, Generic, TypeVar
 
-from engineroom.border import log_failure, without_frames, words
+from engineroom.border import log_failure, own_copy, without_frames, words
 from engineroom.engine.base import Engine
 from engineroom.engine.decode_loop import DecodeLoop
 from engineroom.errors import (
@@ -160,7 +160,7 @@ class BatchingEngine(Engine, Generic[_T]):
         """
         with self._loop.condition:
             if self._dead is not None:
-                raise _copy(self._dead)
+                raise own_copy(self._dead)
             if self._closing:
                 raise ResourceNotAvailableError("the model is being unloaded; send it again")
             waiting = len(self.waiting) + len(self._incoming)
@@ -248,11 +248,15 @@ class BatchingEngine(Engine, Generic[_T]):
             insort(self.waiting, task, key=_rank)
 
     def fail(self, tasks: Iterable[_T], error: EngineRoomError) -> None:
-        """End requests with an error; the engine goes on. Each gets an error of its own."""
+        """End requests with an error; the engine goes on. Each gets an error of its own.
+
+        Log it before, with its causes: it loses its frames here.
+        """
+        without_frames(error)
         failed = list(tasks)
         for task in failed:
             self.leave(task)
-        deliver((task.mailbox, _copy(error)) for task in failed if not task.cancelled)
+        deliver((task.mailbox, own_copy(error)) for task in failed if not task.cancelled)
 
     # ── turns ────────────────────────────────────────────────────────────────────────────────
 
@@ -355,11 +359,4 @@ class BatchingEngine(Engine, Generic[_T]):
             log_failure(
                 logger, error, "the engine of model %r could not free what it had", self.name
             )
-        deliver((task.mailbox, _copy(failure)) for task in left if not task.cancelled)
-
-
-def _copy(error: EngineRoomError) -> EngineRoomError:
-    """Each request gets an error of its own, to which its names can be added."""
-    copied = type(error)(error.message)
-    copied.__cause__ = error.__cause__
-    return copied
+        deliver((task.mailbox, own_copy(failure)) for task in left if not task.cancelled)

@@ -58,6 +58,7 @@ class BlockingPortal:
             future.cancel()
             raise
         finally:
+            del future  # with what it raised, whose frames hold this one
             if self._stopped:  # the loop was made only to say so
                 self.stop()
                 self.join()

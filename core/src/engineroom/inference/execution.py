@@ -164,7 +164,10 @@ class Execution:
             return True
         if ended_by is error:
             return False
-        raise ended_by
+        try:
+            raise ended_by
+        finally:
+            del raised, ended_by
 
 
 async def answer_whole(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from engineroom.border import MOST_CHARACTERS, failure, log_failure, words
+from engineroom.border import failure, log_failure, own_copy, without_frames, words
 from engineroom.errors import EngineRoomError, InferenceError, RequestTimeoutError
 from engineroom.inference.delivery import DeliveredChunks
 from engineroom.inference.scope import RequestScope
@@ -64,10 +64,19 @@ def failed(
         ``scope.error`` that error typed; what is none must be raised: the caller's own
         cancellation, an interrupt.
     """
-    error = _what_ended(scope, error, own)
+    raised, error = error, _what_ended(scope, error, own)
     response = _partial(scope, delivered)
     if isinstance(error, Exception):
-        typed = scope.error = _as_typed(error, scope.request)
+        assert isinstance(error, EngineRoomError)
+        if isinstance(raised, EngineRoomError) and raised.__cause__ is not None:
+            # Nothing tells later where it came from.
+            log = request_logger(logger, scope.request)
+            log.debug("request failed: %s", raised.message, exc_info=raised)
+        without_frames(raised)
+        # One of a load may be that of many requests: each names itself in its own.
+        typed = scope.error = own_copy(without_frames(error)).with_context(
+            request_id=scope.request.request_id, model_id=scope.request.model_id
+        )
         response.record_error(typed)
         response.finish_reason = (
             "timeout"
@@ -134,19 +143,3 @@ def _partial(scope: RequestScope, delivered: DeliveredChunks | None) -> Inferenc
     response.stop_sequence = None
     response.handler = scope.handler
     return response
-
-
-def _as_typed(error: Exception, request: InferenceRequest) -> EngineRoomError:
-    """The error, for this request alone: one of a load may be that of many."""
-    assert isinstance(error, EngineRoomError)
-    try:
-        typed = error.__class__.__new__(error.__class__, *error.args)
-        typed.__dict__.update(error.__dict__)
-        typed.__cause__, typed.__context__ = error.__cause__, error.__context__
-        typed.__suppress_context__ = error.__suppress_context__
-        typed.__traceback__ = error.__traceback__
-        typed.message = typed.message[:MOST_CHARACTERS]
-        typed.with_context(request_id=request.request_id, model_id=request.model_id).describe()
-    except Exception:  # noqa: BLE001 - a class of the handler's own, which may do anything
-        return failure(error).with_context(request_id=request.request_id, model_id=request.model_id)
-    return typed

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import AsyncGenerator
 from typing import Any
 
+from engineroom.border import own_copy
 from engineroom.errors import EngineRoomError, InferenceError
 from engineroom.generation.generation import Generation
 from engineroom.inference.delivery import Sink
@@ -74,6 +75,11 @@ class RequestScope:
         self._task = task
         self._begun = True
         self._baseline = task.cancelling()
+
+    def raise_error(self) -> None:
+        """Raise what the response tells of, if it tells of any. The kept error gets no frames."""
+        if self.error is not None:
+            raise own_copy(self.error)
 
     def end(self) -> None:
         """The request's code is left."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
-from engineroom.border import log_failure
+from engineroom.border import log_failure, without_frames
 from engineroom.config.model import ModelConfig
 from engineroom.errors import EngineRoomError
 from engineroom.handlers.base import InferenceHandler
@@ -90,7 +90,7 @@ def _candidate(
             return Candidate(place, config, handler, dict(known), "measured")
         estimate = _estimate(handler, config)
     except EngineRoomError as error:
-        return Candidate(place, config, error=error)
+        return Candidate(place, config, error=without_frames(error))
     if estimate is None:
         return Candidate(place, config, handler)
     return Candidate(place, config, handler, estimate, "estimate")

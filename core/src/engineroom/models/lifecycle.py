@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from engineroom.border import own_copy, without_frames
 from engineroom.config.model import LoadedModel
 from engineroom.errors import EngineDeadError, EngineRoomError, ResourceNotAvailableError
 from engineroom.handlers.registry import HandlerRegistry
@@ -143,9 +144,10 @@ class Lifecycle:
         unloading = entry.state == "draining"
         try:
             await asyncio.shield(task)
-        except EngineRoomError:
+        except EngineRoomError as error:
+            without_frames(error)
             if not unloading:
-                raise
+                raise own_copy(error) from error.__cause__  # it is the entry's, and others'
         except asyncio.CancelledError:
             current = asyncio.current_task()
             if not task.cancelled() or (current is not None and current.cancelling()):
@@ -159,8 +161,7 @@ class Lifecycle:
             self._change_state(entry, "unloaded", "nobody waits for it any more")
             return
         except EngineRoomError as error:
-            entry.error = error.with_context(model_id=entry.config.model_id)
-            self._change_state(entry, "failed", error.message)
+            self._note_failure(entry, error.with_context(model_id=entry.config.model_id))
             raise
         except BaseException as error:
             self._change_state(entry, "unloaded", "its load was stopped")
@@ -228,9 +229,9 @@ class Lifecycle:
                 await self.unload(entry)
             except EngineRoomError as error:
                 logger.error("unloading %r failed: %s", entry.config.model_id, error)
-                failed = failed or error
+                failed = failed or without_frames(error)
         if failed is not None:
-            raise failed
+            raise own_copy(failed)
 
     def _evict(self, entry: ModelEntry, reason: str) -> None:
         entry.eviction = asyncio.get_running_loop().create_future()
@@ -256,8 +257,7 @@ class Lifecycle:
         try:
             not_returned = await self.loader.unload(entry)
         except EngineRoomError as error:
-            entry.error = error
-            self._change_state(entry, "failed", error.message)
+            self._note_failure(entry, error)
             raise
         except BaseException:
             self._change_state(entry, "unloaded", "its unload was stopped")
@@ -300,6 +300,11 @@ class Lifecycle:
             reason=reason,
         )
 
+    def _note_failure(self, entry: ModelEntry, error: EngineRoomError) -> None:
+        """Keep what a load or an unload failed with; its frames hold what was half loaded."""
+        entry.error = own_copy(without_frames(error))
+        self._change_state(entry, "failed", error.message)
+
     def _start(self, entry: ModelEntry, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run ``work`` to its end whatever becomes of the caller."""
         task = asyncio.get_running_loop().create_task(work)
@@ -309,13 +314,15 @@ class Lifecycle:
 
     def _ended(self, entry: ModelEntry, task: asyncio.Task[None]) -> None:
         if not task.cancelled():
-            task.exception()  # all who waited may have gone; the entry keeps it for the next one
+            if (error := task.exception()) is not None:  # all who waited may have gone
+                without_frames(error)
         elif entry.task is task and entry.state == "loading":  # it had not even begun
             self._change_state(entry, "unloaded", "its load was stopped")
-        if entry.task is task and entry.retired:
-            if entry.usable:
+        if entry.task is task:
+            entry.task = None
+            if entry.retired and entry.usable:
                 self._begin_unload(entry, "the deployment has replaced or removed it")
-            else:
+            elif entry.retired:
                 self._table.retired.discard(entry)
         self.queue.wake()
 

@@ -24,6 +24,7 @@ from typing import Any, Protocol, TypeAlias
 
 from pydantic import ValidationError
 
+from engineroom.border import own_copy, without_frames
 from engineroom.config.changes import compare, load_settled
 from engineroom.config.deployment import DeploymentConfig, load_deployment
 from engineroom.config.model import LoadedModel, ModelConfig
@@ -235,9 +236,9 @@ class LLMModelManager:
                 await self._preload(entry, step, progress or (lambda _: None))
             except EngineRoomError as error:
                 logger.error("preload of %r failed: %s", entry.config.model_id, error)
-                failed = failed or error
+                failed = failed or without_frames(error)
         if failed is not None:
-            raise failed
+            raise own_copy(failed)
 
     async def unload(self, model_id: str, timeout_s: float | None = None) -> None:
         """Unload a model as soon as nobody holds it. One that is not loaded stays so.

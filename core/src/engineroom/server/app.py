@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 from starlette import routing
 from starlette.exceptions import HTTPException
 
+from engineroom.border import without_frames
 from engineroom.errors import EngineRoomError
 from engineroom.server import routes
 from engineroom.server.apis.routing import Route
@@ -91,39 +92,49 @@ class Front:
         at_work = self.context.loop_meter.at_work
         at_work[call] = task
         try:
+            refusal = await self._answer(call)
+            del scope[_CALL]  # the two would keep each other alive
+            if refusal is not None:
+                await self._refuse(call, refusal)
+        finally:
+            del at_work[call]
+            self.context.callers.leave(call)
+
+    async def _answer(self, call: Call) -> ApiError | None:
+        """Answer, or tell what is answered instead, by when all that came with it is let go."""
+        scope = call.scope
+        try:
             check_front(call)
             if scope["path"] not in self._open:
                 call.identity = identify(call)
                 self.context.callers.enter(call)
-            await self.router(scope, receive, send)
-        except ClientGoneError:
-            return
+            await self.router(scope, call.receive, call.send)
+        except ClientGoneError as error:
+            without_frames(error)
         except ApiError as error:
-            await self._refuse(call, error)
+            return without_frames(error)
         except EngineRoomError as error:
-            await self._refuse(call, call.api_error_of(error))
+            refusal = call.api_error_of(error)
+            without_frames(error)
+            return refusal
         except HTTPException as error:
-            await self._refuse(call, _from_router(call, error))
+            return _from_router(call, error)
         except asyncio.CancelledError:
             if self.context.draining and not call.started:  # say, its body had not come yet
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_LAST_WORD_S):
                         await self._refuse(call, stopping())
             raise
-        except Exception:
+        except Exception as error:
             logger.exception("%s %s failed (request %s)", scope["method"], scope["path"], call.id)
-            await self._refuse(
-                call,
-                ApiError(
-                    500,
-                    f"the server failed; its log says why (request {call.id!r})",
-                    "internal_error",
-                    headers={"connection": "close"},
-                ),
+            without_frames(error)
+            return ApiError(
+                500,
+                f"the server failed; its log says why (request {call.id!r})",
+                "internal_error",
+                headers={"connection": "close"},
             )
-        finally:
-            del at_work[call]
-            self.context.callers.leave(call)
+        return None
 
     def _error_body(self, path: str) -> type[ErrorBody]:
         bodies = (body for prefix, body in self._error_bodies if path.startswith(prefix))

@@ -1,8 +1,8 @@
 """For tests of handlers, and of applications that use engineroom.
 
 Only :class:`HandlerConformance` needs pytest (``pip install "engineroom[testing]"``), and only
-when it is first used. Here are the kit, a handler that echoes, and cycles of loading; tests of
-engineroom itself are beside the package, not in it.
+when it is first used. Here are the kit, a handler that echoes, cycles of loading, and what
+waits for the garbage collector; tests of engineroom itself are beside the package, not in it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from engineroom.testing.conformance.overriding import overrides
 from engineroom.testing.cycles import LoadCycles, load_cycles
 from engineroom.testing.echo import EchoHandler, EchoModel, EchoOptions
+from engineroom.testing.garbage import uncollected
 
 if TYPE_CHECKING:
     from engineroom.testing.conformance.suite import HandlerConformance
@@ -24,6 +25,7 @@ __all__ = [
     "LoadCycles",
     "load_cycles",
     "overrides",
+    "uncollected",
 ]
 
 

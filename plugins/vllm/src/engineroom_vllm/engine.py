@@ -356,5 +356,6 @@ async def _together(work: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(coroutine) for coroutine in work]
     except BaseExceptionGroup as group_of_errors:
-        raise group_of_errors.exceptions[0] from group_of_errors
+        # From its own cause: from the group, which it is in, the two would keep each other alive.
+        raise group_of_errors.exceptions[0] from group_of_errors.exceptions[0].__cause__
     return [task.result() for task in tasks]

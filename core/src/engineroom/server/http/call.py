@@ -54,7 +54,7 @@ class Call:
     """
 
     scope: Scope
-    _receive: Receive
+    receive: Receive
     send: Send
     context: ServerContext
     error_body: type[ErrorBody] = OpenAIError
@@ -108,27 +108,21 @@ class Call:
         """
         settings = self.context.settings
         limit = settings.max_body_bytes
-        too_large = ApiError(
-            413,
-            f"the body is larger than {limit} bytes; send less",
-            "body_too_large",
-            headers={"connection": "close"},
-        )
         announced = self.header(b"content-length")
         if announced.isdigit() and int(announced) > limit:
-            raise too_large
+            raise _too_large(limit)
         parts: list[bytes] = []
         size = 0
         try:
             async with asyncio.timeout(settings.body_timeout_s):
                 while True:
-                    message = await self._receive()
+                    message = await self.receive()
                     if message["type"] == "http.disconnect":
                         raise ClientGoneError
                     part: bytes = message.get("body", b"")
                     size += len(part)
                     if size > limit:
-                        raise too_large
+                        raise _too_large(limit)
                     parts.append(part)
                     if not message.get("more_body", False):
                         return parts[0] if len(parts) == 1 else b"".join(parts)
@@ -160,7 +154,7 @@ class Call:
         try:
             return _decode(data)
         except (RecursionError, msgspec.MsgspecError, UnicodeDecodeError) as error:
-            why = "it is nested too deeply" if isinstance(error, RecursionError) else error
+            why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
             raise ApiError(400, f"the body is no valid JSON: {why}", "invalid_json") from error
 
     # ── what is refused ──────────────────────────────────────────────────────────────────────
@@ -232,7 +226,7 @@ class Call:
         try:
             async with asyncio.timeout(_DISCARD_S):
                 while left > 0:
-                    message = await self._receive()
+                    message = await self.receive()
                     left -= len(message.get("body", b""))
                     if not message.get("more_body", False):
                         return
@@ -268,7 +262,7 @@ class Call:
 
         async def watch() -> None:
             nonlocal gone
-            while (await self._receive())["type"] != "http.disconnect":
+            while (await self.receive())["type"] != "http.disconnect":
                 pass
             gone = True
             strike()
@@ -287,3 +281,12 @@ class Call:
         finally:
             watcher.cancel()
             self.on_refused = None
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(
+        413,
+        f"the body is larger than {limit} bytes; send less",
+        "body_too_large",
+        headers={"connection": "close"},
+    )

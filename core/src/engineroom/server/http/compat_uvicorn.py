@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
+import weakref
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
@@ -75,9 +76,17 @@ def connection_class(kind: type[Connection], **attributes: Any) -> type[asyncio.
     return type(kind.__name__, (kind, base), attributes)
 
 
-def _writer(cycle: Any, frame_of: Callable[[str], bytes]) -> TextWriter | None:
-    """How a text's frame gets on the wire of a request that is answered in chunks."""
-    if not (cycle.response_started and cycle.chunked_encoding) or cycle.response_complete:
+def _writer(reference: weakref.ref[Any], frame_of: Callable[[str], bytes]) -> TextWriter | None:
+    """How a text's frame gets on the wire of a request that is answered in chunks.
+
+    :param reference: to the cycle, which has this in its scope.
+    """
+    cycle = reference()
+    if (
+        cycle is None
+        or not (cycle.response_started and cycle.chunked_encoding)
+        or cycle.response_complete
+    ):
         return None
     flow, write, chunk_of = cycle.flow, cycle.transport.write, chunker(frame_of)
 
@@ -218,7 +227,7 @@ class Connection(_Base):
         if not waits:
             self._started = self.cycle
         if self.cycle is not None:
-            self.cycle.scope["extensions"] = {WRITE: partial(_writer, self.cycle)}
+            self.cycle.scope["extensions"] = {WRITE: partial(_writer, weakref.ref(self.cycle))}
 
     def on_message_complete(self) -> None:
         self._part = None
@@ -226,6 +235,7 @@ class Connection(_Base):
 
     def on_response_complete(self) -> None:
         self.before_answer_ends()
+        self._current.body = b""  # what nobody has read of it
         if waiting := self.waiting:
             self._started = waiting[-1][0]
         super().on_response_complete()
