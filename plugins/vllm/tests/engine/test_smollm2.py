@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -227,7 +228,29 @@ def test_the_beginning_of_an_earlier_prompt_is_not_computed_again(smol: Any) -> 
     assert 100 < second.cached_prompt_tokens < second.prompt_tokens
 
 
-def test_a_higher_priority_goes_first(smol: Any) -> None:
+def test_what_another_cache_scope_has_is_computed_anew(smol: Any) -> None:
+    prompt = "A short story about a lighthouse in the middle of the land. " * 20
+
+    def cached(salt: str | None, **params: Any) -> int:
+        answer = smol.answer(prompt, max_new_tokens=2, cache_salt=salt, **params)
+        answer.raise_for_error()
+        count: int = answer.cached_prompt_tokens
+        return count
+
+    assert cached("one") == 0
+    assert cached("one") > 100
+    assert [cached("two"), cached(None), cached("three", num_beams=2)] == [0, 0, 0]
+    assert cached("three") > 100
+
+
+@pytest.mark.parametrize("waited", [0.0, 1000.0])
+def test_a_higher_priority_goes_first_unless_the_other_has_waited_long(
+    smol: Any, waited: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr("engineroom_vllm.engine.time", clock)
+
     async def race() -> list[str]:
         ended: list[str] = []
 
@@ -240,13 +263,15 @@ def test_a_higher_priority_goes_first(smol: Any) -> None:
         running = [asyncio.create_task(ask(f"first {i}", 0, 24)) for i in range(parallel)]
         await smol.until(lambda: smol.handler.health(smol.loaded).num_requests_running == parallel)
         low = asyncio.create_task(ask("low", -5, 2))
-        await asyncio.sleep(0)
+        waiting = smol.handler.health
+        await smol.until(lambda: waiting(smol.loaded).num_requests_waiting == 1)
+        now[0] += waited
         high = asyncio.create_task(ask("high", 5, 2))
         await asyncio.gather(*running, low, high)
         return ended
 
     ended = smol.run(race())
-    assert ended.index("high") < ended.index("low")
+    assert (ended.index("low") < ended.index("high")) is (waited > 0)
 
 
 # ── what is refused ──────────────────────────────────────────────────────────────────────────────
