@@ -25,12 +25,24 @@ from typing import Any
 
 import lazy_loader
 
+from engineroom.printable import printable_record
+
 # Each name of the stub is imported when it is first used: pydantic's schemas cost more than all
 # else, and whoever only asks for a version or `--help` should not pay for them.
 _load, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
-# A library leaves it to the application whether its logs are written.
-logging.getLogger("engineroom").addHandler(logging.NullHandler())
+
+class _Printable(logging.NullHandler):
+    """Writes nothing: a library leaves that to the application. What it writes then is safe: this
+    is the first handler of all loggers of the project that sees a record.
+    """
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        printable_record(record)
+        return True
+
+
+logging.getLogger("engineroom").addHandler(_Printable())
 
 
 def __getattr__(name: str) -> Any:

@@ -14,7 +14,8 @@
             ├── RequestTimeoutError                          ``timeout_s`` ran out
             └── QueueFullError                               refused at once instead of queued
 
-A message says what was asked, what was found and what to do next. The service adds the
+A message says what was asked, what was found and what to do next; whatever it quotes, it is safe to
+show (:mod:`engineroom.printable`). The service adds the
 request and the model to errors that were raised without them, so that
 :meth:`EngineRoomError.describe` always names both.
 """
@@ -22,6 +23,8 @@ request and the model to errors that were raised without them, so that
 from __future__ import annotations
 
 from typing import ClassVar, TypeVar
+
+from engineroom.printable import printable_lines
 
 __all__ = [
     "ConfigurationError",
@@ -53,6 +56,7 @@ class EngineRoomError(Exception):
     def __init__(
         self, message: str = "", *, request_id: str | None = None, model_id: str | None = None
     ) -> None:
+        message = printable_lines(message)
         super().__init__(message)
         self.message = message
         self.request_id = request_id

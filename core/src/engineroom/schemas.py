@@ -8,7 +8,6 @@ model's files.
 from __future__ import annotations
 
 import hashlib
-import re
 import uuid
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Final, Literal, Self, TypeAlias, get_args
@@ -25,6 +24,7 @@ from pydantic import (
 from pydantic_core import PydanticUseDefault
 
 from engineroom.errors import EngineRoomError, error_class
+from engineroom.printable import CONTROLS
 
 __all__ = [
     "FINISH_REASONS",
@@ -58,11 +58,9 @@ MAX_STOP_CHARS: Final = 16_384
 """Most characters that all stop sequences of a request may have together: the automaton that
 looks for them costs some hundred bytes a character, and a request may come from anyone."""
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-
 
 def _no_control_characters(value: str) -> str:
-    if _CONTROL.search(value):
+    if CONTROLS.search(value):
         raise ValueError(
             "must not contain control characters or line breaks (it is written to logs and headers)"
         )

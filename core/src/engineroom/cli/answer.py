@@ -10,6 +10,7 @@ from engineroom.cli.resolve import Target
 from engineroom.errors import EngineRoomError
 from engineroom.handlers.markers import hookimpl
 from engineroom.inference.streams import StreamError
+from engineroom.printable import printable
 from engineroom.schemas import InferenceRequest, InferenceResponse
 from engineroom.service import LLMInferenceService
 
@@ -77,14 +78,14 @@ class _Progress:
     """A spinner on standard error until the first text comes, if that is a terminal."""
 
     def __init__(self, model_id: str, shown: bool) -> None:
-        self._model_id = model_id
+        self._model_id = printable(model_id)
         self._status: Any = None
         if shown and sys.stderr.isatty():
             from rich.console import Console
             from rich.text import Text
 
             self._words = Text
-            self._status = Console(stderr=True).status(Text(f"loading {model_id}"))
+            self._status = Console(stderr=True).status(Text(f"loading {self._model_id}"))
 
     def __enter__(self) -> _Progress:
         if self._status is not None:

@@ -24,6 +24,7 @@ from engineroom.config.suggestions import did_you_mean
 from engineroom.handlers.base import InferenceHandler
 from engineroom.handlers.discovery import HANDLER_GROUP, PluginRecord, installed_plugins
 from engineroom.handlers.token_handler import effective_capabilities
+from engineroom.printable import printable, printable_lines
 
 __all__ = ["CONFORMANCE_EPILOG", "conformance"]
 
@@ -265,7 +266,11 @@ def _show_in_colour(rows: list[tuple[str, str, str]]) -> bool:
     for header in ("check", "result", "reason"):
         shown.add_column(header.upper(), no_wrap=header != "reason")
     for name, outcome, reason in rows:
-        shown.add_row(Text(name), Text(outcome, style=_STYLES[outcome]), Text(reason))
+        shown.add_row(
+            Text(printable(name)),
+            Text(outcome, style=_STYLES[outcome]),
+            Text(printable_lines(reason)),
+        )
     Console().print(shown)
     return True
 

@@ -18,6 +18,7 @@ from engineroom.errors import (
     ModelNotFoundError,
     NoSuitableHandlerError,
 )
+from engineroom.printable import UNSAFE, printable, printable_lines, terminal_text
 
 __all__ = [
     "CommandError",
@@ -32,11 +33,6 @@ __all__ = [
     "write_json",
     "write_text",
 ]
-
-# Escape sequences can rewrite the screen or the clipboard; a model's text must not.
-_HARMLESS: Final = dict.fromkeys(
-    [*range(9), 11, 12, *range(14, 32), *range(0x7F, 0xA0)], "\N{REPLACEMENT CHARACTER}"
-)
 
 _SELF_EXPLAINING: Final = (ConfigurationError, ModelNotFoundError, NoSuitableHandlerError)
 
@@ -64,10 +60,25 @@ def prepare_streams() -> None:
 
 
 def write(text: str) -> None:
-    """Write to standard output and flush.
+    """Write to standard output and flush; names in it are shown, and rewrite no screen.
 
     :raises OutputClosedError: its reader has gone.
     """
+    _put(printable_lines(text))
+
+
+def write_text(text: str) -> None:
+    """Write a model's text; on a terminal without control sequences, elsewhere as it is."""
+    _put(terminal_text(text) if sys.stdout.isatty() else text)
+
+
+def write_json(value: Any, indent: int | None = 2) -> None:
+    """Write one JSON document."""
+    document = json.dumps(value, indent=indent, ensure_ascii=False, default=str)
+    _put(UNSAFE.sub(lambda unsafe: json.dumps(unsafe[0])[1:-1], document) + "\n")
+
+
+def _put(text: str) -> None:
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -77,16 +88,6 @@ def write(text: str) -> None:
             raise
         _discard(sys.stdout)
         raise OutputClosedError from error
-
-
-def write_text(text: str) -> None:
-    """Write a model's text; on a terminal without control sequences, elsewhere as it is."""
-    write(text.translate(_HARMLESS) if sys.stdout.isatty() else text)
-
-
-def write_json(value: Any) -> None:
-    """Write one JSON document, indented."""
-    write(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
 def show(as_json: bool, facts: Any, text: str | Callable[[], str]) -> None:
@@ -115,7 +116,8 @@ def error_line(error: EngineRoomError | str) -> None:
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Rows in aligned columns, two spaces apart, however wide they get."""
-    lines = [[header.upper() for header in headers], *rows]
+    lines = [[header.upper() for header in headers]]
+    lines += [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(headers))]
     return "".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
@@ -127,7 +129,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def say(text: str) -> None:
     """A line on standard error."""
     try:
-        sys.stderr.write(text + "\n")
+        sys.stderr.write(printable_lines(text) + "\n")
         sys.stderr.flush()
     except OSError:  # there is nobody left to tell
         _discard(sys.stderr)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -12,7 +11,7 @@ import typer
 
 from engineroom.cli.flags import CONFIG_OPTION, OPTION_FLAG, RUNTIME_FLAG, flag
 from engineroom.cli.interrupt import sigterm_noted
-from engineroom.cli.output import CommandError, say, write
+from engineroom.cli.output import CommandError, error_line, say, write
 from engineroom.cli.parameters import parse_options
 from engineroom.cli.resolve import (
     NO_DEPLOYMENT,
@@ -259,4 +258,4 @@ class _Errors(logging.Handler):
         if record.exc_info and record.exc_info[1] is not None:
             error = record.exc_info[1]
             message = f"{message} ({type(error).__name__}: {error})"
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        error_line(message)

@@ -9,6 +9,7 @@ import traceback
 from enum import StrEnum
 from typing import Final
 
+from engineroom.cli.output import say
 from engineroom.telemetry import LOGGER_NAME
 
 __all__ = ["LogLevel", "Settings"]
@@ -66,7 +67,7 @@ class Settings:
     def show_traceback(self) -> bool:
         """Print the traceback of the exception being handled, if ``--debug`` asks for it."""
         if self.debug:
-            traceback.print_exc()
+            say(traceback.format_exc().rstrip("\n"))
         return self.debug
 
 

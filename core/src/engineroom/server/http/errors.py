@@ -23,6 +23,7 @@ from engineroom.errors import (
     RequestTimeoutError,
     ResourceNotAvailableError,
 )
+from engineroom.printable import printable
 from engineroom.server.http.frames import Answer
 
 __all__ = [
@@ -78,6 +79,10 @@ class ApiError(Exception):
     param: str | None = None
     retry_after_s: int | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.message = printable(self.message)  # it quotes what a client has sent
+        self.param = None if self.param is None else printable(self.param)
 
     def all_headers(self) -> list[tuple[bytes, bytes]]:
         """The headers, the one that says when to try again among them."""
