@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     :param argv: the arguments after the program's name; ``None``: the process's own.
     """
+    from engineroom.border import words
     from engineroom.cli.output import OutputClosedError, error_line, prepare_streams
     from engineroom.cli.settings import Settings
     from engineroom.errors import EngineRoomError
@@ -48,10 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EngineRoomError as error:
         settings.show_traceback()
         error_line(error)
-    except Exception as error:  # noqa: BLE001 - the last border; --debug shows all of it
+    except SystemExit:
+        raise  # the parser's own, after it has completed a word for a shell
+    except BaseException as error:  # noqa: BLE001 - the last border; --debug shows all of it
         if not settings.show_traceback():
             error_line(
-                f"{type(error).__name__}: {error}; this is a defect of engineroom or of a plugin: "
+                f"{words(error)}; this is a defect of engineroom or of a plugin: "
                 "run it again with `engineroom --debug …` and report what it prints"
             )
     finally:

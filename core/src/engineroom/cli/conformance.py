@@ -15,6 +15,7 @@ from typing import Annotated, Any, Final
 import typer
 from pydantic import ValidationError
 
+from engineroom.border import is_interrupt, words
 from engineroom.cli import EXIT_FAILED
 from engineroom.cli.flags import flag
 from engineroom.cli.output import CommandError, table, write, write_json
@@ -181,10 +182,10 @@ def _find(name: str) -> _Subject:
 def _imported(name: str, load: Any) -> Any:
     try:
         target = load()
-    except (Exception, SystemExit) as error:
-        raise CommandError(
-            f"handler {name!r} cannot be imported: {type(error).__name__}: {error}"
-        ) from error
+    except BaseException as error:
+        if is_interrupt(error):
+            raise
+        raise CommandError(f"handler {name!r} cannot be imported: {words(error)}") from error
     if not callable(target) and not isinstance(target, InferenceHandler):
         raise CommandError(f"{name!r} is {type(target).__name__}, not a handler's class")
     return target
@@ -233,8 +234,10 @@ def _report(
 def _capabilities(subject: _Subject) -> dict[str, Any] | None:
     try:
         capabilities = asdict(effective_capabilities(subject.make()))
-    except Exception:  # noqa: BLE001 - the checks have told why
-        return None
+    except BaseException as error:
+        if is_interrupt(error):
+            raise
+        return None  # the checks have told why
     return {
         name: sorted(value) if isinstance(value, frozenset) else value
         for name, value in capabilities.items()

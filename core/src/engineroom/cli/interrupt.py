@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, TypeVar
 
+from engineroom.border import run_to_end
 from engineroom.cli import EXIT_INTERRUPTED
 
 __all__ = ["run_interruptible", "sigterm_noted"]
@@ -45,7 +46,8 @@ def run_interruptible(work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
         # Ctrl-C is heard even where a handler blocks the loop.
         signal.signal(signal.SIGINT, interruption)
     try:
-        result = asyncio.run(followed())
+        with asyncio.Runner() as runner:
+            result = run_to_end(runner, followed())
     except BaseException as error:
         if interruption.count:
             raise KeyboardInterrupt from error

@@ -7,7 +7,6 @@ requests. The runtime says how its models are made, and what it can do.
 
 from __future__ import annotations
 
-import asyncio
 from abc import abstractmethod
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel
 
+from engineroom.border import in_thread
 from engineroom.config.model import LoadedModel, ModelConfig
 from engineroom.config.options import parse_options
 from engineroom.engine.background_load import BackgroundLoad
@@ -130,7 +130,7 @@ class EngineHandler(TokenHandler):
 
     async def unload_model(self, loaded_model: LoadedModel) -> None:
         """End the engine and give everything back, in a thread."""
-        await asyncio.to_thread(self.free_engine, loaded_model.model_object)
+        await in_thread(lambda: self.free_engine(loaded_model.model_object))
 
     def count_tokens(self, loaded_model: LoadedModel, text: str) -> int:
         """Tokens of ``text``, read as plain text, without any that the model adds."""
@@ -149,7 +149,7 @@ class EngineHandler(TokenHandler):
         :raises QueueFullError: too many requests wait.
         """
         engine = self.embedder(loaded_model.model_object)
-        tokens = await asyncio.to_thread(lambda: [engine.codec.whole(text) for text in texts])
+        tokens = await in_thread(lambda: [engine.codec.whole(text) for text in texts])
         check_texts(tokens, engine.n_ctx)
         return Embeddings(await engine.embed(tokens), sum(map(len, tokens)))
 

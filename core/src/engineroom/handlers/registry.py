@@ -8,6 +8,7 @@ first and stops at ``False``, so :mod:`~engineroom.handlers.dispatch` is a plain
 
 from __future__ import annotations
 
+import inspect
 import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -237,7 +238,8 @@ class HandlerRegistry:
 
     def plugins_with(self, method: str) -> list[Any]:
         """The handlers and observers that have a method of this name."""
-        return [plugin for plugin in self._manager.get_plugins() if hasattr(plugin, method)]
+        plugins = self._manager.get_plugins()
+        return [p for p in plugins if inspect.getattr_static(p, method, None) is not None]
 
     def notify(self, hook: str, **arguments: Any) -> None:
         """Call an observer hook. An observer that raises is logged; the rest are called."""

@@ -7,15 +7,19 @@ other threads go there; otherwise the portal starts a thread with a loop, which 
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
+from engineroom.border import log_failure
 from engineroom.errors import ConfigurationError
 from engineroom.inference.streams import InferenceStream
 from engineroom.schemas import InferenceResponse
 
 __all__ = ["BlockingPortal", "BlockingStream"]
+
+logger = logging.getLogger("engineroom.service")
 
 _T = TypeVar("_T")
 
@@ -104,7 +108,13 @@ class BlockingPortal:
 def _serve(loop: asyncio.AbstractEventLoop) -> None:
     asyncio.set_event_loop(loop)
     try:
-        loop.run_forever()
+        while True:
+            try:
+                loop.run_forever()
+            except BaseException as error:  # noqa: BLE001 - of a library's own task or callback
+                log_failure(logger, error, "the event loop goes on after a library's failure")
+            else:
+                break
     finally:
         loop.run_until_complete(loop.shutdown_asyncgens())
         loop.run_until_complete(loop.shutdown_default_executor())

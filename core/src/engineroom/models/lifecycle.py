@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from engineroom.border import own_copy, without_frames
+from engineroom.border import failure, log_failure, own_copy, passes, without_frames
 from engineroom.config.model import LoadedModel
 from engineroom.errors import EngineDeadError, EngineRoomError, ResourceNotAvailableError
 from engineroom.handlers.registry import HandlerRegistry
@@ -160,17 +160,19 @@ class Lifecycle:
         except NobodyWaitsError:
             self._change_state(entry, "unloaded", "nobody waits for it any more")
             return
-        except EngineRoomError as error:
-            self._note_failure(entry, error.with_context(model_id=entry.config.model_id))
-            raise
         except BaseException as error:
-            self._change_state(entry, "unloaded", "its load was stopped")
-            if isinstance(error, asyncio.CancelledError):
-                if entry.retired:
-                    return  # it was us; who waits for it goes on to what replaces it
-                if self.closed:
-                    raise _closed(entry) from error
-            raise
+            if passes(error) or _is_stopped():
+                self._change_state(entry, "unloaded", "its load was stopped")
+                if _is_stopped():
+                    if entry.retired:
+                        return  # it was us; who waits for it goes on to what replaces it
+                    if self.closed:
+                        raise _closed(entry) from error
+                    raise asyncio.CancelledError from error  # whatever the handler made of it
+                raise
+            typed = _typed(entry, error)
+            self._note_failure(entry, typed)
+            raise typed from typed.__cause__
         entry.error = None
         entry.ready_at = time.monotonic()
         self._change_state(entry, "ready", "it was loaded")
@@ -256,12 +258,13 @@ class Lifecycle:
         started = time.perf_counter()
         try:
             not_returned = await self.loader.unload(entry)
-        except EngineRoomError as error:
-            self._note_failure(entry, error)
-            raise
-        except BaseException:
-            self._change_state(entry, "unloaded", "its unload was stopped")
-            raise
+        except BaseException as error:
+            if passes(error):
+                self._change_state(entry, "unloaded", "its unload was stopped")
+                raise
+            typed = _typed(entry, error)
+            self._note_failure(entry, typed)
+            raise typed from typed.__cause__
         duration = time.perf_counter() - started
         self._change_state(entry, "unloaded", "it was unloaded")
         logger.info("model %r was unloaded in %.1f s", entry.config.model_id, duration)
@@ -344,6 +347,21 @@ class _Lease(AbstractAsyncContextManager[LoadedModel]):
         entry, self.entry = self.entry, None
         if entry is not None:
             self.lifecycle.release(entry, dead=isinstance(error, EngineDeadError))
+
+
+def _is_stopped() -> bool:
+    """Whether somebody stops the load that the current task does."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _typed(entry: ModelEntry, error: BaseException) -> EngineRoomError:
+    """What a load or unload failed with, as its callers are told."""
+    model_id = entry.config.model_id
+    if isinstance(error, EngineRoomError):
+        return error.with_context(model_id=model_id)
+    log_failure(logger, error, "model %r: loading or unloading it failed", model_id)
+    return failure(error, model_id=model_id)
 
 
 def _closed(entry: ModelEntry) -> ResourceNotAvailableError:

@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from typing import Any
 
+from engineroom.border import log_failure, passes
 from engineroom.config.deployment import deployment_path
 from engineroom.errors import ConfigurationError, EngineRoomError
 from engineroom.models.manager import LLMModelManager
@@ -83,6 +84,10 @@ async def _reload_when(reload_now: asyncio.Event, manager: LLMModelManager) -> N
             report = await manager.reload()
         except EngineRoomError as error:
             logger.error("the deployment was not reloaded, the old one goes on: %s", error)
+        except BaseException as error:
+            if passes(error):
+                raise
+            log_failure(logger, error, "the deployment was not reloaded")
         else:
             logger.info("the deployment was reloaded: %s", report)
 
@@ -113,7 +118,11 @@ async def _watch(changes: AsyncIterator[set[tuple[Any, str]]], reload_now: async
     try:
         async for _ in changes:
             reload_now.set()
-    except (OSError, RuntimeError) as error:  # watchfiles' own is a RuntimeError
-        logger.error(
-            "the deployment file is not watched any more: %s; reload it by SIGHUP or by hand", error
+    except BaseException as error:  # it is written in Rust, and may panic
+        if passes(error):
+            raise
+        log_failure(
+            logger,
+            error,
+            "the deployment file is not watched any more; reload it by SIGHUP or by hand",
         )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Final
 
+from engineroom.border import in_thread
 from engineroom.prompts.chat_template import ModelTemplates
 from engineroom.prompts.special_tokens import ControlTokens
 from engineroom.schemas import ChatMessage, InferenceRequest
@@ -166,4 +166,4 @@ async def tokens_of(
         return list(request.prompt_token_ids)
     if request.prompt is not None and len(request.prompt) <= _INLINE_CHARS:
         return codec.prompt(request.prompt, None)
-    return await asyncio.to_thread(codec.prompt, request.prompt, request.messages, tools)
+    return await in_thread(lambda: codec.prompt(request.prompt, request.messages, tools))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 from starlette import routing
 from starlette.exceptions import HTTPException
 
-from engineroom.border import without_frames
+from engineroom.border import log_failure, passes, without_frames
 from engineroom.errors import EngineRoomError
 from engineroom.server import routes
 from engineroom.server.apis.routing import Route
@@ -119,14 +119,15 @@ class Front:
             return refusal
         except HTTPException as error:
             return _from_router(call, error)
-        except asyncio.CancelledError:
-            if self.context.draining and not call.started:  # say, its body had not come yet
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(_LAST_WORD_S):
-                        await self._refuse(call, stopping())
-            raise
-        except Exception as error:
-            logger.exception("%s %s failed (request %s)", scope["method"], scope["path"], call.id)
+        except BaseException as error:
+            if passes(error):
+                if self.context.draining and not call.started:  # say, its body had not come yet
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(_LAST_WORD_S):
+                            await self._refuse(call, stopping())
+                raise
+            method, path = scope["method"], scope["path"]
+            log_failure(logger, error, "%s %s failed (request %s)", method, path, call.id)
             without_frames(error)
             return ApiError(
                 500,

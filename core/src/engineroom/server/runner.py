@@ -18,6 +18,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Final
 
+from engineroom.border import run_to_end
 from engineroom.errors import ConfigurationError, EngineRoomError
 from engineroom.models.manager import LLMModelManager
 from engineroom.models.reloading import at_hangup, reloading
@@ -288,7 +289,7 @@ def serve(
         work = server.run_until_stopped(
             [bound], preload, started=lambda: started(url), watch=watch, progress=progress
         )
-        runner.run(work)
+        run_to_end(runner, work)
     if server.hurried:
         raise KeyboardInterrupt
 

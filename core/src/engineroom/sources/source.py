@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final, TypeAlias
 
+from engineroom.border import is_interrupt, words
 from engineroom.errors import ConfigurationError, ModelNotFoundError
 from engineroom.sources.parts import part_names
 
@@ -192,9 +193,12 @@ def _in_package(module: str, file: str) -> Path:
         spec = importlib.util.find_spec(module)
     except (ModuleNotFoundError, ValueError):
         spec = None
-    except Exception as error:  # finding a subpackage runs the code of those around it
+    except BaseException as error:  # finding a subpackage runs the code of those around it
+        if is_interrupt(error):
+            raise
         raise ModelNotFoundError(
-            f"the Python package {module!r} cannot be imported: {error!r}; mend or reinstall it"
+            f"the Python package {module!r} cannot be imported: {words(error)}; mend or "
+            "reinstall it"
         ) from error
     if spec is None:
         raise ModelNotFoundError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from engineroom.border import log_failure
 from engineroom.errors import EngineRoomError
 from engineroom.schemas import InferenceRequest
 from engineroom.server.directory import ModelDirectory
@@ -48,9 +49,13 @@ class ServerContext:
     def traceparent_of(self, request_id: str) -> str | None:
         """The W3C trace context of a request's span, where an observer traces."""
         for observer in self.service.registry.plugins_with("traceparent_of"):
-            trace: str | None = observer.traceparent_of(request_id)
-            if trace is not None:
-                return trace
+            try:
+                trace: object = observer.traceparent_of(request_id)
+            except BaseException as error:  # noqa: BLE001 - foreign code
+                log_failure(logger, error, "an observer failed in traceparent_of")
+            else:
+                if isinstance(trace, str) and trace.isascii() and trace.isprintable():
+                    return trace
         return None
 
     def api_error_of(self, error: EngineRoomError) -> ApiError:
