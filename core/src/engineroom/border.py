@@ -22,10 +22,11 @@ import asyncio
 import functools
 import logging
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from types import CodeType, TracebackType
@@ -38,6 +39,8 @@ __all__ = [
     "Border",
     "failure",
     "formatted",
+    "get_logger",
+    "guarded",
     "in_thread",
     "is_interrupt",
     "log_failure",
@@ -60,9 +63,6 @@ _MOST_RELATED: Final = 100
 
 _MOST_SHOWN: Final = 10
 """Of these, where they cannot be formatted as they are."""
-
-logger = logging.getLogger("engineroom.border")
-
 
 # ── what an error says ───────────────────────────────────────────────────────────────────────────
 
@@ -233,6 +233,43 @@ def _is_cancelled() -> bool:
     except RuntimeError:  # no event loop runs in this thread
         return False
     return task is not None and task.cancelling() > 0
+
+
+# ── the log ──────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Guarded(logging.Logger):
+    """A logger that whoever logs can rely on."""
+
+    def handle(self, record: logging.LogRecord) -> None:
+        try:
+            super().handle(record)
+        except BaseException as error:
+            if is_interrupt(error):
+                raise
+            if logging.raiseExceptions and sys.stderr is not None:
+                with suppress(Exception):
+                    sys.stderr.write(f"--- Logging error ---\n{formatted(error)}")
+
+
+def get_logger(name: str) -> logging.Logger:
+    """As :func:`logging.getLogger`; what a filter or handler of its raises is told on ``stderr``.
+
+    Else one that fails would end whatever writes to the log: an engine, or the loop.
+    """
+    return guarded(logging.getLogger(name))
+
+
+def guarded(log: logging.Logger) -> logging.Logger:
+    """The same logger, guarded as those of :func:`get_logger` are."""
+    kind = type(log)
+    if not issubclass(kind, _Guarded):
+        plain = kind is logging.Logger
+        log.__class__ = _Guarded if plain else type(kind.__name__, (_Guarded, kind), {})
+    return log
+
+
+logger = get_logger("engineroom.border")
 
 
 # ── typed errors ─────────────────────────────────────────────────────────────────────────────────

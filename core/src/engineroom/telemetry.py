@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any, Final
 
+from engineroom.border import get_logger, guarded
 from engineroom.config.model import LoadedModel
 from engineroom.handlers.markers import hookimpl
 from engineroom.schemas import InferenceRequest, InferenceResponse
@@ -17,7 +18,13 @@ LOGGER_NAME: Final = "engineroom"
 
 
 class RequestLogger(logging.LoggerAdapter[logging.Logger]):
-    """A logger whose records carry ``request_id``, ``model_id`` and ``key_name``."""
+    """A logger whose records carry ``request_id``, ``model_id`` and ``key_name``.
+
+    What an application's log handlers raise does not get to whoever writes to it.
+    """
+
+    def __init__(self, logger: logging.Logger, extra: Mapping[str, object] | None = None) -> None:
+        super().__init__(guarded(logger), extra)
 
     def process(
         self, msg: Any, kwargs: MutableMapping[str, Any]
@@ -49,7 +56,7 @@ class LoggingObserver:
     """
 
     def __init__(self, level: int = logging.INFO) -> None:
-        self._logger = logging.getLogger(f"{LOGGER_NAME}.requests")
+        self._logger = get_logger(f"{LOGGER_NAME}.requests")
         self._level = level
 
     @hookimpl

@@ -59,7 +59,7 @@ class Running:
 @contextmanager
 def running(
     models: list[dict[str, Any]] | None = None,
-    handler: InferenceHandler | None = None,
+    handler: InferenceHandler | list[InferenceHandler] | None = None,
     wait: bool = True,
     max_requests: int = 1024,
     **settings: Any,
@@ -68,7 +68,8 @@ def running(
     manager = LLMModelManager(
         config={"models": models or [{"model_id": "m", "source": "talk:", "aliases": ["default"]}]}
     )
-    service = LLMInferenceService(manager, handlers=[handler], max_requests=max_requests)
+    handlers = handler if isinstance(handler, list) else [handler]
+    service = LLMInferenceService(manager, handlers=handlers, max_requests=max_requests)
     told = ServerSettings(port=0, **{"drain_timeout_s": 0, "max_priority": 100, **settings})
     bound = bind(told)
     port = bound.getsockname()[1]

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Generic, TypeVar
 
-from engineroom.border import failure, log_failure
+from engineroom.border import failure, get_logger, log_failure
 from engineroom.engine.decode_loop import run_in_new_thread
 from engineroom.errors import ResourceNotAvailableError
 
 __all__ = ["BackgroundLoad"]
 
-logger = logging.getLogger("engineroom.loading")
+logger = get_logger("engineroom.loading")
 
 _T = TypeVar("_T")
 _NOTHING: Final = object()

@@ -16,7 +16,6 @@ them.
 from __future__ import annotations
 
 import itertools
-import logging
 import time
 from abc import abstractmethod
 from bisect import insort
@@ -25,7 +24,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Final, Generic, TypeVar
 
-from engineroom.border import log_failure, own_copy, without_frames, words
+from engineroom.border import get_logger, log_failure, own_copy, without_frames, words
 from engineroom.engine.base import Engine
 from engineroom.engine.decode_loop import DecodeLoop
 from engineroom.errors import (
@@ -42,7 +41,7 @@ from engineroom.turns import turn_of
 
 __all__ = ["BatchingEngine", "EngineTask"]
 
-logger = logging.getLogger("engineroom.batching")
+logger = get_logger("engineroom.batching")
 
 _Item = tuple[Mailbox, TokenStep | EngineRoomError]
 _rank: Final = attrgetter("rank")

@@ -11,18 +11,17 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import logging
 import os
 import threading
 from collections.abc import Callable
 from typing import Final, Protocol, TypeVar
 
-from engineroom.border import log_failure, tame, words
+from engineroom.border import get_logger, log_failure, tame, words
 from engineroom.memory.machine import Limits, cpu
 
 __all__ = ["CPU_LOOP", "DecodeLoop", "Worker", "default_threads", "run_in_new_thread"]
 
-logger = logging.getLogger("engineroom.batching")
+logger = get_logger("engineroom.batching")
 
 _T = TypeVar("_T")
 _LOOK_S: Final = 1.0

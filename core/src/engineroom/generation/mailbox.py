@@ -15,11 +15,11 @@ its event loop; after a step the thread hands over what all of them get with :fu
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, TypeAlias
 
+from engineroom.border import get_logger
 from engineroom.errors import EngineRoomError
 from engineroom.generation.waker import LoopWaker
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Mailbox", "StepBatch", "deliver"]
 
-logger = logging.getLogger("engineroom.mailbox")
+logger = get_logger("engineroom.mailbox")
 
 
 class Mailbox:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from typing import Final, Literal, TypeAlias
 
-from engineroom.border import formatted, log_failure, words
+from engineroom.border import formatted, get_logger, log_failure, words
 from engineroom.errors import ConfigurationError, EngineRoomError
 from engineroom.handlers.base import InferenceHandler
 from engineroom.handlers.validation import validate_handler
@@ -26,7 +25,7 @@ __all__ = [
     "load_plugin",
 ]
 
-logger = logging.getLogger("engineroom.registry")
+logger = get_logger("engineroom.registry")
 
 HANDLER_GROUP: Final = "engineroom.handlers"
 """Entry points of handlers; the entry's name is the handler's name."""
@@ -169,6 +168,6 @@ def _owner(entry: EntryPoint) -> tuple[str, str]:
         if entry.dist is not None:
             return entry.dist.name or "?", entry.dist.version or "?"
     except Exception:
-        log = logging.getLogger("engineroom.plugins")
+        log = get_logger("engineroom.plugins")
         log.debug("the metadata of plugin %r cannot be read", entry.name, exc_info=True)
     return "?", "?"

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from engineroom.border import log_failure, words
+from engineroom.border import get_logger, log_failure, words
 from engineroom.config.model import LoadedModel, ModelConfig
 from engineroom.handlers.base import HandlerHealth, InferenceHandler
 from engineroom.handlers.discovery import HANDLER_GROUP, PluginRecord, install_hint
 
 __all__ = ["DispatchReport", "HandlerVerdict", "ask", "explain", "health_of"]
 
-logger = logging.getLogger("engineroom.registry")
+logger = get_logger("engineroom.registry")
 
 Question: TypeAlias = Literal["can_handle", "can_load"]
 Verdict: TypeAlias = Literal[

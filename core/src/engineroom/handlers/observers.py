@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import pluggy
 
-from engineroom.border import log_failure
+from engineroom.border import get_logger, log_failure
 from engineroom.config.suggestions import did_you_mean
 from engineroom.errors import ConfigurationError
 from engineroom.handlers.base import InferenceHandler
@@ -20,7 +19,7 @@ from engineroom.handlers.validation import HANDLER_METHODS
 
 __all__ = ["HookManager"]
 
-logger = logging.getLogger("engineroom.registry")
+logger = get_logger("engineroom.registry")
 
 
 class HookManager(pluggy.PluginManager):

@@ -9,13 +9,12 @@ every runtime.
 
 from __future__ import annotations
 
-import logging
 from abc import abstractmethod
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Literal, TypeGuard
 
-from engineroom.border import Border
+from engineroom.border import Border, get_logger
 from engineroom.config.model import LoadedModel
 from engineroom.errors import InferenceError
 from engineroom.generation.generation import Generation
@@ -27,7 +26,7 @@ from engineroom.schemas import InferenceRequest, InferenceResponse
 
 __all__ = ["TokenHandler", "answers_by_steps", "effective_capabilities", "read_steps"]
 
-logger = logging.getLogger("engineroom.registry")
+logger = get_logger("engineroom.registry")
 
 
 def effective_capabilities(handler: InferenceHandler) -> Capabilities:

@@ -7,19 +7,18 @@ other threads go there; otherwise the portal starts a thread with a loop, which 
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
-from engineroom.border import log_failure
+from engineroom.border import get_logger, log_failure
 from engineroom.errors import ConfigurationError
 from engineroom.inference.streams import InferenceStream
 from engineroom.schemas import InferenceResponse
 
 __all__ = ["BlockingPortal", "BlockingStream"]
 
-logger = logging.getLogger("engineroom.service")
+logger = get_logger("engineroom.service")
 
 _T = TypeVar("_T")
 

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 
-from engineroom.border import failure, log_failure, own_copy, without_frames, words
+from engineroom.border import (
+    failure,
+    get_logger,
+    log_failure,
+    own_copy,
+    without_frames,
+    words,
+)
 from engineroom.errors import EngineRoomError, InferenceError, RequestTimeoutError
 from engineroom.inference.delivery import DeliveredChunks
 from engineroom.inference.scope import RequestScope
@@ -14,7 +20,7 @@ from engineroom.telemetry import request_logger
 
 __all__ = ["completed", "failed"]
 
-logger = logging.getLogger("engineroom.service")
+logger = get_logger("engineroom.service")
 
 
 def completed(

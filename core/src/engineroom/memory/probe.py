@@ -8,7 +8,6 @@ What cannot be found out is left out: a device that is not known has no bound.
 from __future__ import annotations
 
 import ctypes
-import logging
 import os
 import sys
 from collections.abc import Collection, Iterable, Iterator
@@ -16,11 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+from engineroom.border import get_logger
 from engineroom.memory.machine import cgroup_limits, cgroup_used, devices
 
 __all__ = ["MachineProbe", "MemoryProbe", "give_back_memory"]
 
-logger = logging.getLogger("engineroom.meter")
+logger = get_logger("engineroom.meter")
 
 KEPT_SHARE: Final = 0.05
 """Of what is free, the part that a detected budget leaves to everything else."""

@@ -5,14 +5,13 @@ Everything here may read files and import plugins, so the manager calls it in a 
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
-from engineroom.border import log_failure, without_frames
+from engineroom.border import get_logger, log_failure, without_frames
 from engineroom.config.model import ModelConfig
 from engineroom.errors import EngineRoomError
 from engineroom.handlers.base import InferenceHandler
@@ -23,7 +22,7 @@ from engineroom.status import VariantOutcome, VariantResult
 
 __all__ = ["Candidate", "file_stamp", "find_candidates"]
 
-logger = logging.getLogger("engineroom.survey")
+logger = get_logger("engineroom.survey")
 
 _MOST_FILES: Final = 1000
 

@@ -13,7 +13,6 @@ for the same model.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from engineroom.border import failure, log_failure, own_copy, passes, without_frames
+from engineroom.border import failure, get_logger, log_failure, own_copy, passes, without_frames
 from engineroom.config.model import LoadedModel
 from engineroom.errors import EngineDeadError, EngineRoomError, ResourceNotAvailableError
 from engineroom.handlers.registry import HandlerRegistry
@@ -36,7 +35,7 @@ from engineroom.status import ModelState
 
 __all__ = ["Lifecycle"]
 
-logger = logging.getLogger("engineroom.manager")
+logger = get_logger("engineroom.manager")
 
 
 class Lifecycle:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from engineroom.border import Border, in_thread, log_failure
+from engineroom.border import Border, get_logger, in_thread, log_failure
 from engineroom.config.model import LoadedModel, ModelConfig
 from engineroom.errors import (
     ConfigurationError,
@@ -29,7 +28,7 @@ from engineroom.units import format_size
 
 __all__ = ["Loader"]
 
-logger = logging.getLogger("engineroom.loading")
+logger = get_logger("engineroom.loading")
 
 _CHANGED_ATTEMPTS = 2
 """How often a model is loaded whose files are written meanwhile."""

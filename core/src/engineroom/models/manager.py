@@ -13,7 +13,6 @@ blocks (plugins, files, measurements) is done in threads.
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +23,7 @@ from typing import Any, Protocol, TypeAlias
 
 from pydantic import ValidationError
 
-from engineroom.border import own_copy, without_frames
+from engineroom.border import get_logger, own_copy, without_frames
 from engineroom.config.changes import compare, load_settled
 from engineroom.config.deployment import DeploymentConfig, load_deployment
 from engineroom.config.model import LoadedModel, ModelConfig
@@ -42,7 +41,7 @@ from engineroom.status import ModelState, ModelStatus, PreloadProgress, ReloadRe
 
 __all__ = ["LLMModelManager", "ModelSource", "ModelState", "ModelStatus"]
 
-logger = logging.getLogger("engineroom.manager")
+logger = get_logger("engineroom.manager")
 
 _File: TypeAlias = str | os.PathLike[str]
 _Deployment: TypeAlias = DeploymentConfig | Mapping[str, Any] | Sequence[ModelConfig]

@@ -12,21 +12,20 @@ Watching needs ``pip install "engineroom[watch]"``.
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from typing import Any
 
-from engineroom.border import log_failure, passes
+from engineroom.border import get_logger, log_failure, passes
 from engineroom.config.deployment import deployment_path
 from engineroom.errors import ConfigurationError, EngineRoomError
 from engineroom.models.manager import LLMModelManager
 
 __all__ = ["at_hangup", "reloading"]
 
-logger = logging.getLogger("engineroom.triggers")
+logger = get_logger("engineroom.triggers")
 
 
 @asynccontextmanager

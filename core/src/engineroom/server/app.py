@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from typing import TYPE_CHECKING, Final
 
 from starlette import routing
 from starlette.exceptions import HTTPException
 
-from engineroom.border import log_failure, passes, without_frames
+from engineroom.border import get_logger, log_failure, passes, without_frames
 from engineroom.errors import EngineRoomError
 from engineroom.server import routes
 from engineroom.server.apis.routing import Route
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Front", "ServerContext", "create_app"]
 
-logger = logging.getLogger("engineroom.server.app")
+logger = get_logger("engineroom.server.app")
 
 _CALL: Final = "engineroom.call"
 _LAST_WORD_S: Final = 1.0

@@ -8,7 +8,6 @@ the log names the place in the code and the request.
 from __future__ import annotations
 
 import asyncio
-import logging
 import sys
 import threading
 import time
@@ -18,9 +17,11 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Final, Protocol
 
+from engineroom.border import get_logger
+
 __all__ = ["BEAT_S", "WARN_S", "LoopMeter", "Work"]
 
-logger = logging.getLogger("engineroom.server.loop")
+logger = get_logger("engineroom.server.loop")
 
 BEAT_S: Final = 0.02
 """Seconds between two beats. What stands still for a time may be seen as so much less."""

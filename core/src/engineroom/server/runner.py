@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import signal
 import socket
@@ -18,7 +17,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Final
 
-from engineroom.border import run_to_end
+from engineroom.border import get_logger, run_to_end
 from engineroom.errors import ConfigurationError, EngineRoomError
 from engineroom.models.manager import LLMModelManager
 from engineroom.models.reloading import at_hangup, reloading
@@ -33,7 +32,7 @@ from engineroom.status import PreloadProgress
 
 __all__ = ["EngineRoomServer", "bind", "loop_factory", "serve"]
 
-logger = logging.getLogger("engineroom.server.runner")
+logger = get_logger("engineroom.server.runner")
 
 _INTERRUPTED: Final = 130
 CLOSE_S: Final = 5

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Final, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from engineroom.border import get_logger
 from engineroom.schemas import ChatMessage, GenerationParams, InferenceRequest
 from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ApiError, invalid_fields, unsupported
@@ -30,7 +30,7 @@ __all__ = [
     "text_of",
 ]
 
-logger = logging.getLogger("engineroom.server.fields")
+logger = get_logger("engineroom.server.fields")
 
 
 def _no_control(value: Any) -> Any:

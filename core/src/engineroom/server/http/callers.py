@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from typing import Protocol
 
+from engineroom.border import get_logger
 from engineroom.errors import EngineRoomError
 from engineroom.server.http.errors import ApiError, key_revoked
 from engineroom.server.keys import Identity, KeyChanges, KeyRing
 
 __all__ = ["Caller", "Callers"]
 
-logger = logging.getLogger("engineroom.server.keys")
+logger = get_logger("engineroom.server.keys")
 
 
 class Caller(Protocol):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
-from engineroom.border import log_failure
+from engineroom.border import get_logger, log_failure
 from engineroom.errors import EngineRoomError
 from engineroom.schemas import InferenceRequest
 from engineroom.server.directory import ModelDirectory
@@ -20,7 +19,7 @@ from engineroom.telemetry import request_logger
 
 __all__ = ["ServerContext"]
 
-logger = logging.getLogger("engineroom.server.context")
+logger = get_logger("engineroom.server.context")
 
 
 class ServerContext:
