@@ -133,8 +133,10 @@ def hostile(shared_hostile: Hostile) -> Iterator[Hostile]:
     def stream() -> None:
         body = {"model": "m", "messages": [{"role": "user", "content": PROMPT}], "stream": True}
         with httpx.Client(base_url=run.url, timeout=20) as client:
-            while not done.is_set():
+            while True:
                 streamed.append(text_of(client.post(CHAT, json={**body, "max_tokens": 150})))
+                if done.is_set():
+                    return
 
     neighbour = threading.Thread(target=stream)
     neighbour.start()
