@@ -261,3 +261,12 @@ def test_a_template_that_fails_keeps_nothing_of_its_callers() -> None:
         assert load()() is None
     finally:
         gc.enable()
+
+
+def test_a_refusal_of_a_long_conversation_names_the_first_roles() -> None:
+    template = ChatTemplate("{{ raise_exception('no') }}", {})
+    many = [ChatMessage(role="user", content="x")] * 100_000
+    with pytest.raises(ConfigurationError) as caught:
+        template.render(many)
+    assert "user → … 99980 more" in str(caught.value)
+    assert len(str(caught.value)) < 1000

@@ -11,7 +11,16 @@ from typing import Any
 import pytest
 
 from engineroom import ChatMessage, ConfigurationError, InferenceRequest
-from engineroom.prompts import ControlTokens, ModelTemplates, PromptCodec, tokens_of
+from engineroom.prompts import (
+    ControlTokens,
+    ModelTemplates,
+    PromptCodec,
+    expect_tokens,
+    tokens_of,
+    tokens_of_texts,
+    work,
+)
+from engineroom.prompts.work import ReadingStoppedError
 
 SPECIAL = {1: "<s>", 2: "</s>", 3: "<|im_start|>", 4: "<|im_end|>", 5: '<|"|>', 6: "<|im_start"}
 ADDED = {7: "<|turn|>", 8: "<think>", 9: "<start_of_turn>"}
@@ -167,3 +176,60 @@ async def test_where_inputs_are_read() -> None:
     assert ids == [7, 7]
     assert threads["short"] is here
     assert here not in (threads["long "], threads["chat "])
+
+
+async def test_a_cancelled_request_stops_its_template_and_the_next_is_read() -> None:
+    codec = await asyncio.to_thread(Characters, "{% if loops %}" + LOOPING + "{% endif %}a")
+    stopped = threading.Event()
+
+    def read() -> None:
+        try:
+            codec.prompt(None, [ChatMessage(role="user", content="a")], loops=True)
+        except ReadingStoppedError:
+            stopped.set()
+
+    reading = asyncio.create_task(codec.lane.run(read))
+    await asyncio.sleep(0.05)
+    reading.cancel()
+    assert await asyncio.to_thread(stopped.wait, 20)
+    request = InferenceRequest(model_id="m", messages=[ChatMessage(role="user", content="a")])
+    assert await tokens_of(codec, request) == [197]
+
+
+class Long(Characters):
+    """Lists what it reads only where it may."""
+
+    listed = 0
+
+    def read(self, text: str) -> list[int]:
+        expect_tokens(len(text))
+        self.listed += 1
+        return super().read(text)
+
+    def read_located(self, text: str) -> None:
+        return None
+
+
+@pytest.mark.parametrize("content", ["x" * 5000, "</s>" * 5000])
+async def test_what_is_far_too_long_is_refused_before_it_is_listed(
+    content: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work, "_LISTED", 100)
+    codec = Long()
+    for request in (
+        InferenceRequest(model_id="m", messages=[ChatMessage(role="user", content=content)]),
+        InferenceRequest(model_id="m", prompt=content.replace("<", "x")),
+    ):
+        with pytest.raises(ConfigurationError, match="has at least .* the context has 100") as told:
+            await tokens_of(codec, request, n_ctx=100, advice="take a larger one")
+        assert "take a larger one" in str(told.value)
+        assert told.value.__context__ is None and told.value.__cause__ is None
+    assert codec.listed < 600
+    ids = InferenceRequest(model_id="m", prompt_token_ids=[7] * 100)
+    with pytest.raises(ConfigurationError, match="has 100 tokens, the context has 100"):
+        await tokens_of(codec, ids, n_ctx=100)
+    with pytest.raises(ConfigurationError, match="text 1 has at least 5.* reads 100 at most"):
+        await tokens_of_texts(codec, ["a", "x" * 5000], 100)
+    with pytest.raises(ConfigurationError, match="text 1 has 150 tokens, and .* 100 at most"):
+        await tokens_of_texts(codec, ["a", "x" * 150], 100)
+    assert await tokens_of_texts(codec, ["a", "b"], 100) == [[197], [198]]

@@ -9,6 +9,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from engineroom import ChatMessage, ConfigurationError
 from engineroom.prompts import ChatTemplate, template_sandbox
+from engineroom.prompts.work import Reading, ReadingStoppedError
 
 LONG = "{% set long = 'a' * 99999 %}"
 TWICE = (
@@ -159,3 +160,18 @@ def test_other_templates_give_what_plain_jinja_gives(source: str) -> None:
     messages = [message.model_dump(exclude_none=True) for message in HELLO]
     expected = plain.from_string(source).render(messages=messages)
     assert ChatTemplate(source, {}).render(HELLO) == expected
+
+
+def test_a_rendering_for_which_nobody_waits_stops() -> None:
+    loops = "{% for i in range(99999) %}{% for j in range(99999) %}{{ i }}{% endfor %}{% endfor %}"
+    template = ChatTemplate(loops, {})
+    asked = 0
+
+    def stopped() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked > 9
+
+    with Reading(stopped), pytest.raises(ReadingStoppedError):
+        template.render(HELLO)
+    assert asked == 10

@@ -24,7 +24,7 @@ from engineroom import (
     LoadedModel,
     ModelConfig,
 )
-from engineroom.prompts.codec import _INLINE_CHARS
+from engineroom.prompts.reading import _INLINE_CHARS
 from engineroom.testing import EchoHandler
 from engineroom_hf_transformers import HuggingFaceTransformersHandler
 

@@ -477,6 +477,31 @@ def test_an_added_word_that_controls_nothing_is_left_alone() -> None:
     assert written(known, [START], [token]) == "<think>"
 
 
+def without(encoding: Any, places: list[int]) -> list[int] | None:
+    """What ``read_without`` gives, looked at token by token."""
+    own = {(place, place + 1) for place in places}
+    kept = []
+    for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+        if (start, end) in own:
+            continue
+        if any(start <= place < end for place in places):
+            return None
+        kept.append(token)
+    return kept if own.issubset(encoding.offsets) else None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@SLOW
+@given(
+    parts=st.lists(st.sampled_from(["the", " ", "é", "🙂", "<", "|", "\n", "", "  "]), min_size=2)
+)
+def test_single_characters_are_taken_out_by_their_places(kind: str, parts: list[str]) -> None:
+    text = "\ue000".join(parts)
+    places = [at for at, character in enumerate(text) if character == "\ue000"]
+    expected = without(trained(kind).encode(text, add_special_tokens=False), places)
+    assert vocabulary(kind).read_without(text, places) == expected
+
+
 def test_many_special_tokens_in_a_message_take_linear_time() -> None:
     known = vocabulary("byte-level")
     content = "</s>" * 20_000

@@ -189,7 +189,9 @@ async def test_a_template_that_loops_ends_and_holds_up_nobody() -> None:
     tokenizer.add_special_tokens(["</s>"])
     looping = "{% for i in range(99999) %}{% for j in range(9999) %}{{ i }}{% endfor %}{% endfor %}"
     wrapper = SimpleNamespace(backend_tokenizer=tokenizer, chat_template=looping, eos_token_id=1)
-    engine = SimpleNamespace(codec=TextCodec(wrapper), embeds=False)
+    engine = SimpleNamespace(
+        codec=TextCodec(wrapper), embeds=False, n_ctx=64, longer_context="take a longer one"
+    )
     model = ModelConfig(model_id="m", source="x")
     loaded = LoadedModel(model_id="m", model_object=engine, config=model)
     request = InferenceRequest(model_id="m", messages=[{"role": "user", "content": "a"}])

@@ -18,6 +18,7 @@ from typing import Final, Protocol, TypeVar
 
 from engineroom.border import get_logger, log_failure, tame, words
 from engineroom.memory.machine import Limits, cpu
+from engineroom.prompts.threads import settle
 
 __all__ = ["CPU_LOOP", "DecodeLoop", "Worker", "default_threads", "run_in_new_thread"]
 
@@ -194,7 +195,7 @@ async def run_in_new_thread(call: Callable[[], _T], name: str) -> _T:
         except Exception as raised:  # noqa: BLE001 - raised again where it is awaited
             error = raised
         try:
-            loop.call_soon_threadsafe(_settle, future, error, value)
+            loop.call_soon_threadsafe(settle, future, error, value)
         except RuntimeError:  # the loop is closed: nobody waits any more
             pass
         finally:
@@ -206,15 +207,6 @@ async def run_in_new_thread(call: Callable[[], _T], name: str) -> _T:
         return await future
     finally:
         del future
-
-
-def _settle(future: asyncio.Future[_T], error: Exception | None, value: _T | None) -> None:
-    if future.done():
-        return
-    if error is not None:
-        future.set_exception(error)
-    else:
-        future.set_result(value)  # type: ignore[arg-type]
 
 
 def default_threads() -> int:

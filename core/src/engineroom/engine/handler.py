@@ -24,8 +24,8 @@ from engineroom.generation.mailbox import Mailbox
 from engineroom.generation.steps import TokenStep
 from engineroom.handlers.base import Embeddings, HandlerHealth
 from engineroom.handlers.token_handler import TokenHandler
-from engineroom.prompts.codec import tokens_of
-from engineroom.prompts.limits import check_prompt, check_texts, check_token_ids
+from engineroom.prompts.limits import check_prompt, check_token_ids
+from engineroom.prompts.reading import stop_reading, tokens_of, tokens_of_texts
 from engineroom.schemas import InferenceRequest
 from engineroom.sources.source import find_source
 
@@ -129,8 +129,14 @@ class EngineHandler(TokenHandler):
         )
 
     async def unload_model(self, loaded_model: LoadedModel) -> None:
-        """End the engine and give everything back, in a thread."""
-        await in_thread(lambda: self.free_engine(loaded_model.model_object))
+        """End the engine and give everything back, in a thread, once no prompt is read any more."""
+        engine = loaded_model.model_object
+
+        def free() -> None:
+            stop_reading(getattr(engine, "codec", None))
+            self.free_engine(engine)
+
+        await in_thread(free)
 
     def count_tokens(self, loaded_model: LoadedModel, text: str) -> int:
         """Tokens of ``text``, read as plain text, without any that the model adds."""
@@ -149,8 +155,7 @@ class EngineHandler(TokenHandler):
         :raises QueueFullError: too many requests wait.
         """
         engine = self.embedder(loaded_model.model_object)
-        tokens = await in_thread(lambda: [engine.codec.whole(text) for text in texts])
-        check_texts(tokens, engine.n_ctx)
+        tokens = await tokens_of_texts(engine.codec, texts, engine.n_ctx)
         return Embeddings(await engine.embed(tokens), sum(map(len, tokens)))
 
     async def generate_tokens(
@@ -164,7 +169,9 @@ class EngineHandler(TokenHandler):
         """
         engine = self.generator(loaded_model.model_object)
         tools = None if request.tool_choice == "none" else request.tools
-        tokens = await tokens_of(engine.codec, request, tools)
+        tokens = await tokens_of(
+            engine.codec, request, tools, n_ctx=engine.n_ctx, advice=engine.longer_context
+        )
         self.check(engine, request, tokens)
         task = engine.request(request, tokens)
         try:

@@ -6,7 +6,6 @@ from .chat_template import (
 )
 from .codec import (
     PromptCodec as PromptCodec,
-    tokens_of as tokens_of,
 )
 from .limits import (
     check_adapter as check_adapter,
@@ -17,8 +16,16 @@ from .limits import (
 from .messages import (
     for_template as for_template,
 )
+from .reading import (
+    stop_reading as stop_reading,
+    tokens_of as tokens_of,
+    tokens_of_texts as tokens_of_texts,
+)
 from .special_tokens import (
     ControlTokens as ControlTokens,
+)
+from .threads import (
+    PromptLane as PromptLane,
 )
 from .token_bytes import (
     byte_alphabet as byte_alphabet,
@@ -28,7 +35,13 @@ from .token_bytes import (
 from .tokenizer_codec import (
     TokenizerCodec as TokenizerCodec,
     encoding_of as encoding_of,
+    ids_of as ids_of,
+    ids_without as ids_without,
     surroundings as surroundings,
+)
+from .work import (
+    check_stopped as check_stopped,
+    expect_tokens as expect_tokens,
 )
 
 __all__: list[str]

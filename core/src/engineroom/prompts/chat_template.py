@@ -2,7 +2,8 @@
 
 A template comes with a model, so from anyone: it is Jinja in the immutable sandbox, with the names
 and filters that it may use in transformers, and with bounds (:mod:`.template_sandbox`). What shape
-of messages it walks is tried when it is loaded. Never render on the event loop.
+of messages it walks is tried when it is loaded. Never render on the event loop; a rendering for
+which nobody waits any more stops (:func:`.work.check_stopped`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from engineroom.errors import ConfigurationError
 from engineroom.prompts.messages import for_template
+from engineroom.prompts.work import ReadingStoppedError
 from engineroom.schemas import ChatMessage
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ __all__ = ["ChatTemplate", "ModelTemplates"]
 _PROBE: Final = "90817263545362718"
 """Digits: filters leave them alone."""
 _ARGUMENTS: Final = {"probe": _PROBE}
+_SHOWN_ROLES: Final = 20
+"""Of a conversation that is refused."""
 
 
 class _RefusedError(Exception):
@@ -106,8 +110,10 @@ class ChatTemplate:
         try:
             prompt = self._template.render(names)
             prompt.encode()  # a template may write what UTF-8 has no bytes for
+        except ReadingStoppedError:
+            raise
         except Exception as error:  # it is foreign code, and may fail in any way
-            roles = " → ".join(str(message["role"]) for message in conversation)
+            roles = _roles(conversation)
             if isinstance(error, _RefusedError):
                 raise ConfigurationError(
                     f"the model's chat template refuses these messages: {error} (roles: {roles}); "
@@ -197,6 +203,13 @@ class ModelTemplates:
                 "chat_template"
             )
         return template
+
+
+def _roles(conversation: Sequence[Mapping[str, Any]]) -> str:
+    """The roles of a conversation, in order; of a long one those of its beginning."""
+    roles = [str(message["role"]) for message in conversation[:_SHOWN_ROLES]]
+    more = len(conversation) - len(roles)
+    return " → ".join(roles) + (f" → … {more} more" if more else "")
 
 
 def _refuse(message: str) -> NoReturn:

@@ -6,17 +6,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Final
 
-from engineroom.border import in_thread
 from engineroom.prompts.chat_template import ModelTemplates
 from engineroom.prompts.special_tokens import ControlTokens
-from engineroom.schemas import ChatMessage, InferenceRequest
+from engineroom.prompts.threads import PromptLane
+from engineroom.prompts.work import check_stopped, expect_tokens
+from engineroom.schemas import ChatMessage
 
-__all__ = ["PromptCodec", "tokens_of"]
+__all__ = ["PromptCodec"]
 
 _BREAK: Final = "\ue000"
 """A private character, put into a special token's text so that it is not read as one."""
-_INLINE_CHARS: Final = 8192
-"""Longer prompts are tokenised in a thread, so that the event loop is not held up."""
 
 
 class PromptCodec(ABC):
@@ -45,6 +44,8 @@ class PromptCodec(ABC):
         self._begin = list(begin)
         self._end = list(end)
         self._unknown = unknown
+        self.lane: Final = PromptLane()
+        """Where this model's prompts are read. Closed before what reads them is freed."""
 
     @abstractmethod
     def read(self, text: str) -> list[int]:
@@ -53,6 +54,28 @@ class PromptCodec(ABC):
     def read_located(self, text: str) -> tuple[list[int], list[tuple[int, int]]] | None:
         """The same, and from where to where in the text each token stands; ``None``: not told."""
         return None
+
+    def read_without(self, text: str, places: Sequence[int]) -> list[int] | None:
+        """Token ids of a text but for those of the characters at ``places``, which ascend.
+
+        ``None`` where that cannot be told: one of them has no token to itself.
+        """
+        if (located := self.read_located(text)) is None:
+            return None
+        tokens, spans = located
+        breaks = set(places)
+        own = {(start, start + 1) for start in breaks}
+        melted = any(
+            at in breaks for start, end in spans if end - start > 1 for at in range(start, end)
+        )
+        if melted or not own.issubset(spans):
+            return None
+        pairs = zip(tokens, spans, strict=True)
+        return [token for token, span in pairs if span not in own]
+
+    def count_read(self, text: str) -> int:
+        """How many tokens :meth:`read` gives; cheaper where they need not be listed."""
+        return len(self.read(text))
 
     def read_literal(self, text: str) -> list[int]:
         """Token ids of a special token's text, read as the characters that it consists of."""
@@ -118,7 +141,10 @@ class PromptCodec(ABC):
 
     def count(self, text: str) -> int:
         """Tokens of ``text``, read as plain text, without any that the model adds."""
-        return len(self.plain(text))
+        segments = self._control.split(text)
+        if len(segments) == 1:
+            return self.count_read(text)
+        return len(self._read_segments(segments))
 
     def begun(self, tokens: list[int]) -> list[int]:
         """The tokens after what the model wants before them, unless that stands there already."""
@@ -132,38 +158,17 @@ class PromptCodec(ABC):
         """
         if len(segments) == 1:
             return self.read(segments[0])
-        text, breaks = segments[0], set()
+        parts, breaks, length = [segments[0]], [], len(segments[0])
         for literal, part in zip(segments[1::2], segments[2::2], strict=True):
-            breaks.add(len(text) + 1)
-            text += literal[:1] + _BREAK + literal[1:] + part
-        if (located := self.read_located(text)) is not None:
-            tokens, places = located
-            own = {(start, start + 1) for start in breaks}
-            melted = any(
-                at in breaks for start, end in places if end - start > 1 for at in range(start, end)
-            )
-            if own.issubset(places) and not melted:
-                pairs = zip(tokens, places, strict=True)
-                return [token for token, place in pairs if place not in own]
+            breaks.append(length + 1)
+            parts += literal[:1], _BREAK, literal[1:], part
+            length += len(literal) + 1 + len(part)
+        if (tokens := self.read_without("".join(parts), breaks)) is not None:
+            return tokens
         # No offsets to go by, or the character has melted into its neighbours.
         joined = self.read(segments[0])
         for literal, part in zip(segments[1::2], segments[2::2], strict=True):
+            check_stopped()
+            expect_tokens(len(joined))
             joined += self.read_literal(literal) + self.read(part)
         return joined
-
-
-async def tokens_of(
-    codec: PromptCodec, request: InferenceRequest, tools: list[dict[str, Any]] | None = None
-) -> list[int]:
-    """Token ids of a request's input, made where it holds up nobody.
-
-    A chat template is foreign code and never runs on the event loop; nor is a long text read
-    there.
-
-    :raises ConfigurationError: there is no chat template, or it refuses the messages.
-    """
-    if request.prompt_token_ids is not None:
-        return list(request.prompt_token_ids)
-    if request.prompt is not None and len(request.prompt) <= _INLINE_CHARS:
-        return codec.prompt(request.prompt, None)
-    return await in_thread(lambda: codec.prompt(request.prompt, request.messages, tools))

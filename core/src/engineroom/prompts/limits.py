@@ -6,7 +6,14 @@ from collections.abc import Collection, Sequence
 
 from engineroom.errors import ConfigurationError
 
-__all__ = ["check_adapter", "check_prompt", "check_texts", "check_token_ids"]
+__all__ = [
+    "check_adapter",
+    "check_prompt",
+    "check_texts",
+    "check_token_ids",
+    "prompt_too_long",
+    "text_too_long",
+]
 
 
 def check_prompt(tokens: Sequence[int], n_ctx: int, advice: str) -> None:
@@ -19,10 +26,18 @@ def check_prompt(tokens: Sequence[int], n_ctx: int, advice: str) -> None:
     if not tokens:
         raise ConfigurationError("the prompt has no tokens; send at least one character")
     if len(tokens) >= n_ctx:
-        raise ConfigurationError(
-            f"the prompt has {len(tokens)} tokens, the context has {n_ctx}, and at least one must "
-            f"be left to generate; shorten the prompt, or {advice}"
-        )
+        raise prompt_too_long(f"{len(tokens)}", n_ctx, advice)
+
+
+def prompt_too_long(count: str, n_ctx: int, advice: str) -> ConfigurationError:
+    """The refusal of a prompt that leaves no room for an answer.
+
+    :param count: how many tokens it has, in words.
+    """
+    return ConfigurationError(
+        f"the prompt has {count} tokens, the context has {n_ctx}, and at least one must be left to "
+        f"generate; shorten the prompt, or {advice}"
+    )
 
 
 def check_token_ids(
@@ -63,9 +78,16 @@ def check_texts(texts: Sequence[Sequence[int]], n_ctx: int) -> None:
     """
     for number, tokens in enumerate(texts):
         if len(tokens) > n_ctx:
-            raise ConfigurationError(
-                f"text {number} has {len(tokens)} tokens, and the model reads {n_ctx} at most; "
-                "cut it into parts"
-            )
+            raise text_too_long(number, f"{len(tokens)}", n_ctx)
         if not tokens:
             raise ConfigurationError(f"text {number} has no tokens")
+
+
+def text_too_long(number: int, count: str, n_ctx: int) -> ConfigurationError:
+    """The refusal of a text that the model cannot read at once.
+
+    :param count: how many tokens it has, in words.
+    """
+    return ConfigurationError(
+        f"text {number} has {count} tokens, and the model reads {n_ctx} at most; cut it into parts"
+    )

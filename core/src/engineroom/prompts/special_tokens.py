@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from itertools import takewhile
 from typing import Any, Final
 
 from engineroom.prompts.messages import map_strings, strings
+from engineroom.prompts.work import check_stopped
 
 __all__ = ["ControlTokens"]
 
 _CONTROL_LIKE: Final = re.compile(r"<\|[^|<>]+\|>|<(?:start|end)_of_turn>|</?s>|\[/?INST\]")
 """Tokens that structure a conversation in known templates. Some conversions forget to mark them
 as special, and a tokenizer reads them all the same."""
+
+_WINDOW: Final = 2**16
+"""Characters that are searched at a time: a millisecond where each nearly begins a token."""
 
 
 class ControlTokens:
@@ -35,8 +40,8 @@ class ControlTokens:
         # The longest first: one may begin with another.
         self._names = sorted({*self._texts.values()} - {""}, key=len, reverse=True)
         self._numbers = {text: number for number, text in enumerate(self._names)}
-        pattern = "|".join(map(re.escape, self._names))
-        self._pattern = re.compile(f"({pattern})") if pattern else None
+        self._pattern = re.compile(_any_of(self._names)) if self._names else None
+        self._longest = len(self._names[0]) if self._names else 0
 
     def __contains__(self, token: int) -> bool:
         return token in self._texts
@@ -53,19 +58,80 @@ class ControlTokens:
         :returns: texts in which control tokens are meant and, at odd places between them, texts of
             control tokens that stood in the value.
         """
-        if self._pattern is None or not any(map(self._pattern.search, strings(value))):
+        pattern, longest = self._pattern, self._longest
+        if pattern is None or not any(_occurs(pattern, text, longest) for text in strings(value)):
             return [write(value)]
         # Digits of one length: filters of templates leave them alone, and neighbours do not matter.
         nonce, numbers = f"{secrets.randbits(64):020d}", self._numbers
 
         def shield(text: str) -> str:
-            assert self._pattern is not None
-            return self._pattern.sub(lambda match: f"{nonce}{numbers[match[0]]:06d}", text)
+            pieces = _split(pattern, text, longest)
+            pieces[1::2] = [f"{nonce}{numbers[name]:06d}" for name in pieces[1::2]]
+            return "".join(pieces)
 
-        segments = re.split(rf"{nonce}(\d{{6}})", write(map_strings(value, shield)))
-        segments[1::2] = [self._names[int(number)] for number in segments[1::2]]
+        stand_in = re.compile(rf"{nonce}\d{{6}}")
+        segments = _split(stand_in, write(map_strings(value, shield)), len(nonce) + 6)
+        segments[1::2] = [self._names[int(number[-6:])] for number in segments[1::2]]
         return segments
 
     def split(self, text: str) -> list[str]:
         """A plain text, cut up in the same way."""
-        return [text] if self._pattern is None else self._pattern.split(text)
+        return [text] if self._pattern is None else _split(self._pattern, text, self._longest)
+
+
+def _any_of(texts: Collection[str]) -> str:
+    """An expression for the longest of the texts that there is at a place.
+
+    Beginnings that they share are looked for once: of models with hundreds of reserved tokens else
+    each is compared at every place that begins like one.
+    """
+    tails: dict[str, list[str]] = {}
+    for text in texts:
+        tails.setdefault(text[0], []).append(text[1:])
+    branches = []
+    for first, rest in tails.items():
+        # As far as the first and the last in order go, all the others do.
+        ends = zip(min(rest), max(rest), strict=False)
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], ends))
+        longer = [text[shared:] for text in rest if len(text) > shared]
+        branch = re.escape(first + rest[0][:shared])
+        if longer:
+            branch += f"(?:{_any_of(longer)})" + ("?" if len(longer) < len(rest) else "")
+        branches.append(branch)
+    return "|".join(branches)
+
+
+def _matches(pattern: re.Pattern[str], text: str, longest: int) -> Iterator[tuple[int, int]]:
+    """Where the pattern matches, as :meth:`re.Pattern.finditer` has it.
+
+    Looked for in a window at a time: a search keeps the interpreter until it has found something.
+
+    :param longest: characters of a match, at most.
+    """
+    at, window = 0, 0
+    while at < len(text):
+        window = max(window, at)
+        end = window + _WINDOW
+        # Beyond the window's end only as far as a match that begins in it may go.
+        match = pattern.search(text, at, end + longest)
+        if match is not None and match.start() < end:
+            at = match.end()
+            yield match.span()
+        else:
+            at = window = end
+            check_stopped()
+
+
+def _occurs(pattern: re.Pattern[str], text: str, longest: int) -> bool:
+    return next(_matches(pattern, text, longest), None) is not None
+
+
+def _split(pattern: re.Pattern[str], text: str, longest: int) -> list[str]:
+    """The text cut up at matches, which stand at odd places."""
+    pieces: list[str] = []
+    at = 0
+    for start, end in _matches(pattern, text, longest):
+        pieces += text[at:start], text[start:end]
+        at = end
+    pieces.append(text[at:])
+    return pieces

@@ -24,6 +24,8 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 from jinja2.visitor import NodeTransformer
 
+from engineroom.prompts.work import check_stopped
+
 __all__ = ["MOST_CHARACTERS", "MOST_SECONDS", "MOST_STEPS", "BoundedEnvironment"]
 
 MOST_STEPS: Final = 5_000_000
@@ -219,8 +221,10 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             return
         if spent.steps > MOST_STEPS:
             raise OverflowError(f"it takes more than {MOST_STEPS} steps")
-        if time.thread_time() > spent.deadline:
+        now = time.thread_time()
+        if now > spent.deadline:
             raise OverflowError(f"it takes more than {MOST_SECONDS:g} seconds of the CPU")
+        check_stopped()
         spent.next_look = min(spent.steps + _LOOK, MOST_STEPS + 1)
 
     # ── what Jinja asks ──────────────────────────────────────────────────────────────────────

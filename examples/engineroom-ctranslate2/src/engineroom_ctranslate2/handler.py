@@ -120,7 +120,7 @@ class CTranslate2Handler(EngineHandler):
         :raises QueueFullError: too many requests wait.
         """
         model: _Model = loaded_model.model_object
-        ids = await tokens_of(model.codec, request)
+        ids = await tokens_of(model.codec, request, n_ctx=model.n_ctx, advice=model.longer_context)
         self.check(model, request, ids)
         room = model.n_ctx - len(ids)
         params = request.params

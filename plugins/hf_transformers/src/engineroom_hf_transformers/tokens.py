@@ -12,6 +12,8 @@ from engineroom.prompts import (
     ModelTemplates,
     PromptCodec,
     encoding_of,
+    ids_of,
+    ids_without,
     surroundings,
 )
 from engineroom_hf_transformers.decoding import (
@@ -117,15 +119,17 @@ class Vocabulary(PromptCodec):
         """Token ids of a text, special tokens read as such, and nothing added."""
         if self._backend is None:
             return list(self._tokenizer.encode(text, add_special_tokens=False))
-        tokens: list[int] = encoding_of(self._backend, text).ids
-        return tokens
+        return ids_of(self._backend, text)
 
-    def read_located(self, text: str) -> tuple[list[int], list[tuple[int, int]]] | None:
-        """The same, and from where to where in the text each token stands."""
+    def read_without(self, text: str, places: Sequence[int]) -> list[int] | None:
+        """Token ids of a text but for those of single characters; ``None``: that is not told."""
+        return None if self._backend is None else ids_without(self._backend, text, places)
+
+    def count_read(self, text: str) -> int:
+        """How many tokens a text has, special tokens read as such."""
         if self._backend is None:
-            return None
-        encoding = encoding_of(self._backend, text)
-        return encoding.ids, encoding.offsets
+            return len(self.read(text))
+        return len(encoding_of(self._backend, text))
 
     def _surroundings(self) -> tuple[list[int], list[int]]:
         if self._backend is not None:

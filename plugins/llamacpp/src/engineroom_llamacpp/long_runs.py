@@ -27,8 +27,9 @@ _BYTES: Final = 512
 _BASE: Final = 2**20
 _PAGE: Final = 2**16
 """A stack is a whole number of pages; none of today's are larger."""
-# Begun at a run's beginning only: else each place of a long one is a beginning, too.
-_RUN: Final = re.compile(rf"(?<!\s)\s{{{_FEW},}}|(?<!\S)\S{{{_FEW},}}")
+_PART: Final = MOST_CHARACTERS // 2
+_END_OF_RUN: Final = {False: re.compile(r"\s"), True: re.compile(r"\S")}
+"""What ends a run that begins with a space, or with none."""
 _lock: Final = threading.Lock()
 _T = TypeVar("_T")
 
@@ -41,8 +42,7 @@ def with_stack_for(text: str, call: Callable[[], _T]) -> _T:
     """
     if len(text) < _FEW:
         return call()
-    longest = max((match.end() - match.start() for match in _RUN.finditer(text)), default=0)
-    if longest > MOST_CHARACTERS:
+    if (longest := _longest_run(text)) > MOST_CHARACTERS:
         raise ConfigurationError(
             f"the text has {longest} characters without a space between them, or as many spaces; "
             f"this model's tokenizer reads at most {MOST_CHARACTERS}; break them up"
@@ -60,3 +60,27 @@ def with_stack_for(text: str, call: Callable[[], _T]) -> _T:
             finally:
                 threading.stack_size(before)
         return future.result()
+
+
+def _longest_run(text: str) -> int:
+    """Length of the longest run, if it is more than :data:`MOST_CHARACTERS`.
+
+    Such a run has all of some part, of those that the text is cut into; most parts end theirs with
+    their first word. A search keeps the interpreter, and so none is for more than a part.
+    """
+    longest = begin_of_next = 0
+    for start in range(0, len(text) - _PART + 1, _PART):
+        if start < begin_of_next:
+            continue
+        end_of_run = _END_OF_RUN[text[start].isspace()]
+        end, match = start, None
+        while match is None and end < len(text):
+            match = end_of_run.search(text, end, end + _PART)
+            end = min(end + _PART, len(text)) if match is None else match.start()
+        if end - start < _PART:
+            continue
+        before = text[max(0, start - _PART) : start][::-1]
+        match = end_of_run.search(before)
+        longest = max(longest, end - start + (len(before) if match is None else match.start()))
+        begin_of_next = end
+    return longest

@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+from numpy.typing import NDArray
+
 from engineroom import ConfigurationError, ResourceNotAvailableError
-from engineroom.prompts import ControlTokens, ModelTemplates, PromptCodec
+from engineroom.prompts import ControlTokens, ModelTemplates, PromptCodec, expect_tokens
 from engineroom_llamacpp.adapters import load_adapters
 from engineroom_llamacpp.library import last_error, load
 from engineroom_llamacpp.long_runs import with_stack_for
@@ -20,6 +22,7 @@ __all__ = ["END", "LlamaModel"]
 
 logger = logging.getLogger("engineroom.llamacpp")
 
+_INTEGERS: Final = ctypes.POINTER(ctypes.c_int32)
 END: Final = None
 """What :meth:`LlamaModel.piece` gives for a token that ends the generation."""
 
@@ -93,7 +96,11 @@ class LlamaModel(PromptCodec):
             raise
 
     def close(self) -> None:
-        """Free the weights. Called once, after everything that uses them has ended."""
+        """Free the weights. Called once, after everything else that uses them has ended; prompts
+        that are read are waited for.
+        """
+        if (lane := getattr(self, "lane", None)) is not None:  # it was made to its end
+            lane.close()
         handle, self.handle = self.handle, None
         if handle:
             self.library.llama_model_free(handle)  # its adapters go with it
@@ -151,7 +158,7 @@ class LlamaModel(PromptCodec):
         """
         tokens, data, at = self._tokens(text), text.encode(), 0
         # The character that each byte belongs to.
-        characters = [*accumulate((byte & 0xC0 != 0x80 for byte in data), initial=-1)][1:]
+        characters = np.cumsum(np.frombuffer(data, np.uint8) & 0xC0 != 0x80) - 1
         places = []
         for token in tokens:
             piece = self._render(token, special=True)
@@ -159,8 +166,9 @@ class LlamaModel(PromptCodec):
                 piece = piece.removeprefix(b" ")
                 if not data.startswith(piece, at):
                     return None
-            first = characters[at] if at < len(data) else len(text)
-            places.append((first, characters[at + len(piece) - 1] + 1 if piece else first))
+            first = int(characters[at]) if at < len(data) else len(text)
+            last = int(characters[at + len(piece) - 1]) + 1 if piece else first
+            places.append((first, last))
             at += len(piece)
         return (tokens, places) if at == len(data) else None
 
@@ -184,15 +192,23 @@ class LlamaModel(PromptCodec):
         return self._llama_tokenize(text, special, add)
 
     def _llama_tokenize(self, text: str, special: bool, add: bool) -> list[int]:
+        tokens = self._array(text, special, add)
+        expect_tokens(len(tokens))
+        ids: list[int] = tokens.tolist()
+        return ids
+
+    def _array(self, text: str, special: bool, add: bool) -> NDArray[np.int32]:
         data = text.encode()
-        tokenize = self.library.llama_tokenize
         room = len(data) + 8
         while True:
-            tokens = (ctypes.c_int32 * room)()
-            count = tokenize(self._vocab, data, len(data), tokens, room, add, special)
+            # No array of ctypes' own, all of which is written before it is used.
+            tokens = np.empty(room, np.int32)
+            place = tokens.ctypes.data_as(_INTEGERS)
+            count = self.library.llama_tokenize(
+                self._vocab, data, len(data), place, room, add, special
+            )
             if count >= 0:
-                ids: list[int] = tokens[:count]
-                return ids
+                return tokens[:count]
             if -count <= room:
                 raise ResourceNotAvailableError("the text is too long to be tokenised")
             room = -count

@@ -62,6 +62,8 @@ class VLLMEngine(Engine):
     :param when_closed: called once the engine is closed.
     """
 
+    longer_context = "set the option max_model_len higher"
+
     def __init__(
         self,
         library: Library,
@@ -205,7 +207,7 @@ class VLLMEngine(Engine):
             ) from error
 
     def _check(self, request: InferenceRequest, tokens: Sequence[int]) -> None:
-        check_prompt(tokens, self.n_ctx, "set the option max_model_len higher")
+        check_prompt(tokens, self.n_ctx, self.longer_context)
         check_token_ids(self.n_vocab, prompt=request.prompt_token_ids)
         check_adapter(request.adapter, self._adapters, "lora_modules")
         speculative = self.options.speculative_config is not None

@@ -167,7 +167,9 @@ class VLLMHandler(EngineHandler):
                 "this model makes embeddings and generates no text; ask for embeddings, or load a "
                 "model that generates text, or set the option runner: generate"
             )
-        tokens = await tokens_of(engine.codec, request)
+        tokens = await tokens_of(
+            engine.codec, request, n_ctx=engine.n_ctx, advice=engine.longer_context
+        )
         async with aclosing(engine.generate(request, tokens)) as steps:
             async for step in steps:
                 yield step

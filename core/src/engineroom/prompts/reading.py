@@ -1,0 +1,115 @@
+"""Where prompts and texts are read: short ones at once, everything else in the model's threads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import islice
+from typing import Any, Final
+
+from engineroom.prompts.codec import PromptCodec
+from engineroom.prompts.limits import (
+    check_prompt,
+    check_texts,
+    prompt_too_long,
+    text_too_long,
+)
+from engineroom.prompts.threads import PromptLane
+from engineroom.prompts.work import TooManyTokensError, check_stopped
+from engineroom.schemas import InferenceRequest
+
+__all__ = ["stop_reading", "tokens_of", "tokens_of_texts"]
+
+_INLINE_CHARS: Final = 1000
+"""As many, or more, are read in a thread. They take up to 0.8 ms, the way there and back 0.05; and
+one call may bring the same prompt a hundred times."""
+_CHARS_OF_MESSAGE: Final = 100
+_COUNTED: Final = 1000
+"""What a message counts beside its content, and in how many the content is looked at."""
+_OTHERS: Final = PromptLane()
+"""The lane of codecs that have none."""
+
+
+async def tokens_of(
+    codec: PromptCodec,
+    request: InferenceRequest,
+    tools: list[dict[str, Any]] | None = None,
+    *,
+    n_ctx: int | None = None,
+    advice: str = "load the model with a longer context",
+) -> list[int]:
+    """Token ids of a request's input, made where it holds up nobody.
+
+    A chat template is foreign code and never runs on the event loop; nor is a long text read
+    there. Cancelling stops the template, or what waits.
+
+    :param n_ctx: tokens of the context. What has far more is refused before they are listed, and
+        before it is read where the vocabulary tells; the rest is for ``check_prompt``.
+    :param advice: as for ``check_prompt``.
+    :raises ConfigurationError: there is no chat template, or it refuses the messages, or the input
+        is too long.
+    :raises QueueFullError: too many prompts wait to be read.
+    :raises ResourceNotAvailableError: the model is being unloaded.
+    """
+    if (ids := request.prompt_token_ids) is not None:
+        if n_ctx is not None:
+            check_prompt(ids, n_ctx, advice)
+        return list(ids)
+    if request.prompt is not None and len(request.prompt) < _INLINE_CHARS:
+        return codec.prompt(request.prompt, None)
+    read = partial(codec.prompt, request.prompt, request.messages, tools)
+    try:
+        return await _lane_of(codec).run(
+            read, key=request.key_name, size=_size(request), most=n_ctx
+        )
+    except TooManyTokensError as error:
+        least = error.least
+    # Outside of the handler: the refusal is not to keep the frames that have the prompt.
+    raise prompt_too_long(f"at least {least}", n_ctx or 0, advice)
+
+
+async def tokens_of_texts(codec: PromptCodec, texts: Sequence[str], n_ctx: int) -> list[list[int]]:
+    """Token ids of texts that are to be embedded, made where it holds up nobody.
+
+    :param n_ctx: tokens that the model reads at once.
+    :raises ConfigurationError: a text has none, or more.
+    :raises QueueFullError: too many prompts wait to be read.
+    :raises ResourceNotAvailableError: the model is being unloaded.
+    """
+    tokens: list[list[int]] = []
+
+    def read() -> None:
+        for text in texts:
+            check_stopped()
+            tokens.append(codec.whole(text))
+
+    try:
+        await _lane_of(codec).run(read, size=sum(map(len, texts)), most=n_ctx)
+    except TooManyTokensError as error:
+        least = error.least
+    else:
+        check_texts(tokens, n_ctx)
+        return tokens
+    raise text_too_long(len(tokens), f"at least {least}", n_ctx)
+
+
+def stop_reading(codec: Any) -> None:
+    """Read no prompt any more, and wait for the end of those that are read. Blocks.
+
+    To be called before what a codec reads with is freed.
+    """
+    if (lane := _lane_of(codec)) is not _OTHERS:
+        lane.close()
+
+
+def _lane_of(codec: Any) -> PromptLane:
+    """A codec that is no ``PromptCodec`` may have none."""
+    lane: PromptLane = getattr(codec, "lane", _OTHERS)
+    return lane
+
+
+def _size(request: InferenceRequest) -> int:
+    """How much there is to read, about; not all of it is looked at."""
+    messages = request.messages or ()
+    written = sum(len(message.content or "") for message in islice(messages, _COUNTED))
+    return len(request.prompt or "") + written + _CHARS_OF_MESSAGE * len(messages)

@@ -1,0 +1,87 @@
+"""What one prompt may take while a thread reads it, and the way to stop that from outside.
+
+A thread cannot be interrupted. So what reads a prompt asks on its way whether anybody still waits
+(:func:`check_stopped`), and tells how many tokens there are before it lists them
+(:func:`expect_tokens`): nobody else runs while a list of millions is made.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Final
+
+__all__ = [
+    "Reading",
+    "ReadingStoppedError",
+    "TooManyTokensError",
+    "check_stopped",
+    "expect_tokens",
+]
+
+_LISTED: Final = 100_000
+"""So many tokens more than there may be are listed all the same, which takes milliseconds, and the
+refusal tells the exact number."""
+
+
+class ReadingStoppedError(Exception):
+    """Nobody waits for the prompt any more."""
+
+
+class TooManyTokensError(Exception):
+    """A text has far more tokens than it may have.
+
+    :param least: so many at least.
+    """
+
+    def __init__(self, least: int) -> None:
+        super().__init__(f"at least {least} tokens")
+        self.least = least
+
+
+class _Current(threading.local):
+    stopped: Callable[[], bool] | None = None
+    most: int | None = None
+
+
+_current: Final = _Current()
+
+
+class Reading:
+    """What this thread reads, while it is in the ``with`` block.
+
+    :param stopped: whether nobody waits for it any more.
+    :param most: tokens that a text may have; ``None``: any number.
+    """
+
+    __slots__ = ("_before", "_most", "_stopped")
+
+    def __init__(self, stopped: Callable[[], bool], most: int | None = None) -> None:
+        self._stopped = stopped
+        self._most = most
+
+    def __enter__(self) -> None:
+        self._before = _current.stopped, _current.most
+        _current.stopped, _current.most = self._stopped, self._most
+
+    def __exit__(self, *_: object) -> None:
+        _current.stopped, _current.most = self._before
+
+
+def check_stopped() -> None:
+    """To be called now and then by what may take long.
+
+    :raises ReadingStoppedError: nobody waits for what this thread reads.
+    """
+    if (stopped := _current.stopped) is not None and stopped():
+        raise ReadingStoppedError
+
+
+def expect_tokens(least: int) -> None:
+    """To be called before tokens are listed.
+
+    :param least: how many the text has at least.
+    :raises TooManyTokensError: they are far more than it may have.
+    """
+    if (most := _current.most) is not None and least > most + _LISTED:
+        raise TooManyTokensError(least)
