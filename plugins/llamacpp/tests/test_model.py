@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -14,9 +15,13 @@ from typing import Any
 import gguf
 import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies as st
+from llama_bert import write_bert
+from test_long_runs import write_bpe
 
 from engineroom import ChatMessage, ConfigurationError, resolve_source
+from engineroom.prompts.work import Reading, TooManyTokensError
 from engineroom_llamacpp.library import load
+from engineroom_llamacpp.longest_token import longest_token
 from engineroom_llamacpp.metadata import read_header
 from engineroom_llamacpp.model import END, LlamaModel
 from engineroom_llamacpp.options import LlamaCppOptions
@@ -45,6 +50,10 @@ def smollm2() -> Iterator[LlamaModel]:
     model = opened(resolve_source(SMOLLM2))
     yield model
     model.close()
+
+
+def vocabulary(model: LlamaModel) -> Any:
+    return model.library.llama_model_get_vocab(model.handle)
 
 
 def written(model: LlamaModel, tokens: list[int]) -> bytes:
@@ -235,6 +244,40 @@ def test_any_text_comes_back_from_its_tokens(model: LlamaModel, text: str) -> No
     # With special tokens read as such, plain text is the same text after the first of them.
     if "<" not in text and text:
         assert model.tokenize(text) == [BOS, *tokens]
+
+
+# ── what cannot fit ─────────────────────────────────────────────────────────────────────────────
+
+
+@on_one_model
+@example(text="    ")
+@given(text=TEXT)
+def test_no_token_stands_for_more_than_the_longest(model: LlamaModel, text: str) -> None:
+    longest = longest_token(model.library, vocabulary(model))
+    assert longest == len("<0x00>")
+    assert len(model.read(text * 5)) * longest >= len((text * 5).encode())
+
+
+def test_letters_of_byte_level_vocabularies_are_bytes_and_of_words_nothing_is_told(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    with contextlib.closing(
+        opened(write_bpe(tiny_model, tmp_path / "bpe.gguf", b"gpt-2"))
+    ) as model:
+        assert longest_token(model.library, vocabulary(model)) == len("<unk>")
+    with contextlib.closing(opened(write_bert(tmp_path / "bert.gguf"))) as model:
+        assert longest_token(model.library, vocabulary(model)) is None
+
+
+def test_what_cannot_fit_is_refused_unread(
+    model: LlamaModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "the cat " * 50_000
+    assert len(model.read(text)) > 100_000
+    monkeypatch.setattr(model.library, "llama_tokenize", None)
+    with Reading(lambda: False, 512), pytest.raises(TooManyTokensError) as caught:
+        model.read(text)
+    assert caught.value.least == len(text) // len("<0x00>")
 
 
 @pytest.mark.parametrize(

@@ -34,9 +34,10 @@ from .token_bytes import (
 )
 from .tokenizer_codec import (
     TokenizerCodec as TokenizerCodec,
+)
+from .tokenizer_reader import (
+    TokenizerReader as TokenizerReader,
     encoding_of as encoding_of,
-    ids_of as ids_of,
-    ids_without as ids_without,
     surroundings as surroundings,
 )
 from .work import (

@@ -77,11 +77,13 @@ def check_stopped() -> None:
         raise ReadingStoppedError
 
 
-def expect_tokens(least: int) -> None:
+def expect_tokens(least: int, *, unread: bool = False) -> None:
     """To be called before tokens are listed.
 
     :param least: how many the text has at least.
-    :raises TooManyTokensError: they are far more than it may have.
+    :param unread: they have still to be read; they are refused where they are too many, else
+        where they are far too many.
+    :raises TooManyTokensError: there are more than the text may have.
     """
-    if (most := _current.most) is not None and least > most + _LISTED:
+    if (most := _current.most) is not None and least > most + (0 if unread else _LISTED):
         raise TooManyTokensError(least)

@@ -11,9 +11,7 @@ from engineroom.prompts import (
     ControlTokens,
     ModelTemplates,
     PromptCodec,
-    encoding_of,
-    ids_of,
-    ids_without,
+    TokenizerReader,
     surroundings,
 )
 from engineroom_hf_transformers.decoding import (
@@ -61,6 +59,7 @@ class Vocabulary(PromptCodec):
         self._backend: Any = (
             self._tokenizer.backend_tokenizer if getattr(tokenizer, "is_fast", False) else None
         )
+        self._reader = None if self._backend is None else TokenizerReader(self._backend)
         if self._backend is not None:
             if self._backend.truncation is not None:
                 self._backend.no_truncation()
@@ -117,19 +116,17 @@ class Vocabulary(PromptCodec):
 
     def read(self, text: str) -> list[int]:
         """Token ids of a text, special tokens read as such, and nothing added."""
-        if self._backend is None:
+        if self._reader is None:
             return list(self._tokenizer.encode(text, add_special_tokens=False))
-        return ids_of(self._backend, text)
+        return self._reader.read(text)
 
     def read_without(self, text: str, places: Sequence[int]) -> list[int] | None:
         """Token ids of a text but for those of single characters; ``None``: that is not told."""
-        return None if self._backend is None else ids_without(self._backend, text, places)
+        return None if self._reader is None else self._reader.read_without(text, places)
 
     def count_read(self, text: str) -> int:
         """How many tokens a text has, special tokens read as such."""
-        if self._backend is None:
-            return len(self.read(text))
-        return len(encoding_of(self._backend, text))
+        return len(self.read(text)) if self._reader is None else self._reader.count(text)
 
     def _surroundings(self) -> tuple[list[int], list[int]]:
         if self._backend is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,12 +17,15 @@ from engineroom.prompts import ControlTokens, ModelTemplates, PromptCodec, expec
 from engineroom_llamacpp.adapters import load_adapters
 from engineroom_llamacpp.library import last_error, load
 from engineroom_llamacpp.long_runs import with_stack_for
+from engineroom_llamacpp.longest_token import longest_token
 from engineroom_llamacpp.options import LlamaCppOptions
 
 __all__ = ["END", "LlamaModel"]
 
 logger = logging.getLogger("engineroom.llamacpp")
 
+_LONG: Final = 2**16
+"""Characters for which it is worth to look first whether they can fit."""
 _INTEGERS: Final = ctypes.POINTER(ctypes.c_int32)
 END: Final = None
 """What :meth:`LlamaModel.piece` gives for a token that ends the generation."""
@@ -192,10 +196,16 @@ class LlamaModel(PromptCodec):
         return self._llama_tokenize(text, special, add)
 
     def _llama_tokenize(self, text: str, special: bool, add: bool) -> list[int]:
+        if len(text) > _LONG and (most := self._longest_token) is not None:
+            expect_tokens(len(text.encode()) // most, unread=True)
         tokens = self._array(text, special, add)
         expect_tokens(len(tokens))
         ids: list[int] = tokens.tolist()
         return ids
+
+    @cached_property
+    def _longest_token(self) -> int | None:
+        return longest_token(self.library, self._vocab)
 
     def _array(self, text: str, special: bool, add: bool) -> NDArray[np.int32]:
         data = text.encode()
