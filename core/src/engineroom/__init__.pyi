@@ -1,6 +1,9 @@
 # The public face, said once: what is imported here is what ``engineroom`` exports, each name loaded
 # when it is first used. Type checkers read this file, and so does ``__init__.py``.
 
+from .border import (
+    Border as Border,
+)
 from .config.deployment import (
     DeploymentConfig as DeploymentConfig,
     load_deployment as load_deployment,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from engineroom import TokenStep
 from engineroom.engine import MakeLogprob, NoNumbersError, SamplerState
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from engineroom_hf_transformers.tasks import Task
 
 __all__ = ["GenerateCall", "neutral"]
+
+_LOOK_S: Final = 1.0
+"""Seconds after which it is looked whether the thread that is waited for lives."""
 
 
 def neutral(model: Any) -> None:
@@ -80,7 +83,8 @@ class GenerateCall:
         """Let it go on for a token.
 
         :returns: what came of it; ``None`` where nothing can be shown yet.
-        :raises Exception: what ``generate()`` raised.
+        :raises BaseException: what ``generate()`` raised.
+        :raises RuntimeError: its thread has ended without a word.
         """
         self._make_logprob = make_logprob
         if self._thread is None:
@@ -90,7 +94,9 @@ class GenerateCall:
             self._thread.start()
         self._step = None
         self._go.release()
-        self._done.acquire()
+        while not self._done.acquire(timeout=_LOOK_S):
+            if not self._thread.is_alive():
+                raise RuntimeError("the thread of generate() has ended")
         if self._error is not None:
             raise self._error
         return self._step
@@ -105,16 +111,16 @@ class GenerateCall:
     # ── its own thread ───────────────────────────────────────────────────────────────────────
 
     def _run(self) -> None:
-        import torch
-
         self._go.acquire()
         try:
             if not self._closing:
+                import torch
+
                 with torch.inference_mode(), stopping(self._stopped):
                     self._generate()
         except StepStoppedError:
             pass
-        except Exception as error:  # noqa: BLE001 - raised again in advance()
+        except BaseException as error:  # noqa: BLE001 - raised again in advance()
             self._error = error
         finally:
             self._done.release()

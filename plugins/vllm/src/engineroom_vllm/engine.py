@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import math
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from engineroom import (
+    Border,
     ConfigurationError,
     EngineRoomError,
     HandlerHealth,
@@ -35,6 +37,8 @@ from engineroom_vllm.sampling import beam_search, check_params, sampling_argumen
 from engineroom_vllm.text import TextCodec
 
 __all__ = ["VLLMEngine"]
+
+logger = logging.getLogger("engineroom.vllm")
 
 _T = TypeVar("_T")
 
@@ -106,10 +110,11 @@ class VLLMEngine(Engine):
         :raises EngineDeadError: it has ended already.
         :raises ConfigurationError: it can neither generate text nor make embeddings.
         """
-        try:
-            tasks = await self._library.wake(self.lifecycle.llm)
-        except self._library.dead_error as error:
-            raise self.lifecycle.gone() from error.with_traceback(None)
+        with Border(logger, f"model {self.name!r}: listening to vLLM's engine"):
+            try:
+                tasks = await self._library.wake(self.lifecycle.llm)
+            except self._library.dead_error as error:
+                raise self.lifecycle.gone() from error.with_traceback(None)
         if self.embeds and "embed" not in tasks:
             raise ConfigurationError(
                 f"vLLM runs model {self.name!r} for {', '.join(tasks)}, not for embeddings; save "
@@ -158,9 +163,8 @@ class VLLMEngine(Engine):
                 vectors[number] = await self._vector(ids, f"{order}-{number}", running)
 
         try:
-            with self._typed_errors():
-                # As many as the engine computes in a step, and as many that wait for the next.
-                await _together([work() for _ in range(min(len(texts), 2 * self.parallel))])
+            # As many as the engine computes in a step, and as many that wait for the next.
+            await self._together([work() for _ in range(min(len(texts), 2 * self.parallel))])
         finally:
             del self._running[order]
         return vectors
@@ -201,10 +205,32 @@ class VLLMEngine(Engine):
             raise ConfigurationError(f"vLLM refuses the request: {error}") from error
         except Exception as error:
             if self.lifecycle.ended:
-                raise self.lifecycle.gone() from error
+                cause = error.__cause__
+                why = cause.message if isinstance(cause, EngineRoomError) else ""
+                raise self.lifecycle.gone(why) from error
             raise InferenceError(
                 f"vLLM failed on the request: {type(error).__name__}: {error.__cause__ or error}"
             ) from error
+
+    async def _together(self, work: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
+        """What all of them return. If one fails the others are cancelled, and its error is raised.
+
+        It is typed within its task: what vLLM raises there may be what ends an event loop.
+        """
+
+        async def typed(one: Coroutine[Any, Any, _T]) -> _T:
+            with Border(logger, "vLLM: the request"), self._typed_errors():
+                return await one
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(typed(one)) for one in work]
+        except BaseExceptionGroup as group_of_errors:
+            raise group_of_errors.exceptions[0] from group_of_errors
+        finally:
+            for one in work:  # whose task was cancelled before it began
+                one.close()
+        return [task.result() for task in tasks]
 
     def _check(self, request: InferenceRequest, tokens: Sequence[int]) -> None:
         check_prompt(tokens, self.n_ctx, self.longer_context)
@@ -304,7 +330,7 @@ class VLLMEngine(Engine):
             return choices
 
         async def expand(sequences: list[tuple[int, ...]], count: int) -> list[Likeliest]:
-            return await _together([likeliest(generated, count) for generated in sequences])
+            return await self._together([likeliest(g, count) for g in sequences])
 
         best = await search(
             expand,
@@ -350,14 +376,3 @@ class VLLMEngine(Engine):
     def close(self) -> None:
         """End the processes; see :meth:`.Lifecycle.close`. Blocks for some seconds."""
         self.lifecycle.close()
-
-
-async def _together(work: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
-    """What all of them return. If one fails the others are cancelled, and its error is raised."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(coroutine) for coroutine in work]
-    except BaseExceptionGroup as group_of_errors:
-        # From its own cause: from the group, which it is in, the two would keep each other alive.
-        raise group_of_errors.exceptions[0] from group_of_errors.exceptions[0].__cause__
-    return [task.result() for task in tasks]

@@ -72,7 +72,7 @@ def _import(modules: Sequence[str]) -> str:
     try:
         for name in modules:
             importlib.import_module(name)
-    except Exception as error:  # noqa: BLE001 - an import may raise anything, and is told
+    except BaseException as error:  # noqa: BLE001 - an import may raise anything, and is told
         return f"it cannot import {name}: {type(error).__name__}: {error}"
     if (threads := len(list(Path("/proc/self/task").iterdir()))) != 1:
         return f"imports have started threads ({threads - 1}), which no fork survives"

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, Final
 
-from engineroom import ConfigurationError, StructuredOutput, did_you_mean
+from engineroom import Border, ConfigurationError, StructuredOutput, did_you_mean
 
 __all__ = [
     "CONTEXT_FUNCTION",
@@ -221,6 +221,16 @@ class Library:
 
         :returns: what it can do: ``generate``, ``embed``, ``classify``, …
         """
+        # vLLM's task that hands outputs to requests tells them of an Exception alone: of anything
+        # else it would end, and they would wait for ever.
+        processor = llm.output_processor
+        process = processor.process_outputs
+
+        def contained(*arguments: Any, **options: Any) -> Any:
+            with Border(logger, "vLLM: handing outputs over"):
+                return process(*arguments, **options)
+
+        processor.process_outputs = contained
         return tuple(map(str, await llm.get_supported_tasks()))
 
     @staticmethod

@@ -67,14 +67,19 @@ class Lifecycle:
             return self.gone().message
         return self._dead or ""
 
-    def gone(self) -> EngineRoomError:
-        """What a request is told whose engine is no more."""
+    def gone(self, why: str = "") -> EngineRoomError:
+        """What a request is told whose engine is no more.
+
+        :param why: where that is known on this side; else the log of the engine's processes tells.
+        """
         if self.closing:
             return ResourceNotAvailableError(
                 f"model {self._name!r} was unloaded while the request ran; send it again"
             )
         if self._dead is None:
-            cause = self._log.cause() or "its processes ended without a word (killed, perhaps)"
+            cause = (
+                why or self._log.cause() or "its processes ended without a word (killed, perhaps)"
+            )
             self._dead = (
                 f"the engine of model {self._name!r} has died: {cause}; unload the model and load "
                 "it again"

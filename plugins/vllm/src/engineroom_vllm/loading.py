@@ -191,7 +191,7 @@ class EngineStart:
             library.check(configuration)
         except EngineRoomError:
             raise
-        except Exception as error:  # vLLM's checks raise whatever they like
+        except BaseException as error:  # vLLM's checks raise whatever they like
             raise explain(error, "", name) from error
         timer = threading.Timer(limit, self._give_up)
         timer.name, timer.daemon = "vllm-timeout", True
@@ -211,7 +211,7 @@ class EngineStart:
             log.follow(lambda: self._look(footprint))
             with self._starting():
                 llm = library.start(configuration)
-        except Exception as error:
+        except BaseException as error:  # in the load's thread, which nobody interrupts
             log.rest()
             self._kill()
             if self._cancelled.is_set():
