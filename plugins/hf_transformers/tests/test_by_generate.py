@@ -11,7 +11,7 @@ import pytest
 import torch
 from hf_benches import END, NO_END, TEXT, Rig, Tiny, ask, generate_threads, until
 
-from engineroom import InferenceError
+from engineroom import EngineDeadError, InferenceError
 
 
 @pytest.fixture(scope="module")
@@ -229,3 +229,27 @@ async def test_beams_over_nonsense_fail_and_name_the_remedy(
         answer = await rig.answer("hello", num_beams=2)
         assert type(answer.error) is InferenceError
         assert "dtype: float32 or bfloat16" in str(answer.error)
+
+
+class PanicException(BaseException):
+    """Stands for pyo3's: a panic in Rust."""
+
+
+@pytest.mark.parametrize(
+    "raised", [PanicException("a Rust panic"), SystemExit(3), KeyboardInterrupt(), GeneratorExit()]
+)
+async def test_what_is_no_exception_ends_the_engine_and_holds_up_nobody(
+    models: Tiny, monkeypatch: pytest.MonkeyPatch, raised: BaseException
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise raised
+
+    with Rig(models.parts("mamba")) as bad, Rig(models.parts("llama")) as neighbour:
+        beside = neighbour.send(neighbour.tokens("hello"))
+        monkeypatch.setattr(bad.engine.parts.model, "generate", fail)
+        answer = await bad.answer("hello")
+        assert isinstance(answer.error, EngineDeadError)
+        assert type(raised).__name__ in answer.error.message
+        assert not bad.engine.health().ok and not generate_threads()
+        expected = models.reference("llama").greedy(neighbour.tokens("hello"), 24)
+        assert (await neighbour.read(beside)).tokens == expected
