@@ -46,6 +46,7 @@ __all__ = [
     "log_failure",
     "own_copy",
     "passes",
+    "related",
     "run_to_end",
     "tame",
     "without_frames",
@@ -88,7 +89,7 @@ def _text(error: BaseException) -> str:
     return shown.encode("utf-8", "backslashreplace").decode()
 
 
-def _related(error: BaseException) -> Iterator[BaseException]:
+def related(error: BaseException) -> Iterator[BaseException]:
     """The error, its causes and the members of groups, as a traceback shows them."""
     todo: list[BaseException | None] = [error]
     seen: set[int] = set()
@@ -106,8 +107,8 @@ def _related(error: BaseException) -> Iterator[BaseException]:
 def _is_plain(error: BaseException) -> bool:
     """Whether it can be formatted as it is."""
     try:
-        related = list(_related(error))
-        for one in related:
+        shown = list(related(error))
+        for one in shown:
             notes = getattr(one, "__notes__", ())
             if len(_text(one)) > MOST_CHARACTERS or len("".join(notes)) > MOST_CHARACTERS:
                 return False
@@ -115,7 +116,7 @@ def _is_plain(error: BaseException) -> bool:
         if is_interrupt(worse):
             raise
         return False
-    return len(related) < _MOST_RELATED
+    return len(shown) < _MOST_RELATED
 
 
 def log_failure(log: _Log, error: BaseException, message: str, *args: object) -> None:
@@ -136,7 +137,7 @@ def formatted(error: BaseException) -> str:
     if _is_plain(error):
         return "".join(traceback.format_exception(error))
     parts: list[str] = []
-    for one in islice(_related(error), _MOST_SHOWN):
+    for one in islice(related(error), _MOST_SHOWN):
         trace = "".join(traceback.format_tb(one.__traceback__))
         parts.append(f"Traceback (most recent call last):\n{trace}{words(one)}\n")
     return "\n".join(reversed(parts))
@@ -146,7 +147,7 @@ def without_frames(error: _E) -> _E:
     """The error, for keeping: it and its causes refer no more to the frames that they went through,
     nor to errors that are hidden behind them (``raise … from``).
     """
-    for one in _related(error):
+    for one in related(error):
         BaseException.with_traceback(one, None)
         if one.__suppress_context__:
             one.__context__ = None

@@ -9,12 +9,14 @@ and ``close`` stop the work without harming the task that asked for it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
 from pydantic import ValidationError
 
+from engineroom.border import get_logger
 from engineroom.config.model import LoadedModel
 from engineroom.config.options import problems
 from engineroom.errors import ConfigurationError, InferenceError, ModelNotFoundError
@@ -35,8 +37,11 @@ from engineroom.schemas import (
     InferenceResponse,
     OnUnsupported,
 )
+from engineroom.telemetry import request_logger
 
 __all__ = ["LLMInferenceService"]
+
+logger = get_logger("engineroom.service")
 
 DEFAULT_MAX_REQUESTS: Final = 1024
 
@@ -201,6 +206,13 @@ class LLMInferenceService:
         """Where models come from: what was given as ``model_manager``."""
         return self._source
 
+    def turn_away(self, request: InferenceRequest, reason: str) -> None:
+        """Tell log and observers of a request that a limit ahead of the service turned away.
+
+        :param reason: of few words, fit to be counted by; see ``engineroom_request_rejected``.
+        """
+        self._running.turn_away(request, reason)
+
     @property
     def num_requests(self) -> int:
         """Requests that are being answered or wait for it."""
@@ -262,7 +274,13 @@ class LLMInferenceService:
         """The model's handler, and warnings about what that does not honour; or a refusal."""
         handler = self.registry.select(loaded_model)
         scope.handler = handler.name
+        scope.handler_module = type(handler).__module__
         request, capabilities = scope.request, self.capabilities_of(handler)
+        if logger.isEnabledFor(logging.DEBUG):
+            request_logger(logger, request).debug(
+                "request %s for %s goes to handler %s: %s",
+                request.request_id, request.model_id, handler.name, self.registry.why(loaded_model),
+            )  # fmt: skip
         if request.kind == "embed":
             if not capabilities.embeddings:
                 raise ConfigurationError(

@@ -9,7 +9,7 @@ from typing import Any, Final
 from engineroom.border import get_logger, guarded
 from engineroom.config.model import LoadedModel
 from engineroom.handlers.markers import hookimpl
-from engineroom.schemas import InferenceRequest, InferenceResponse
+from engineroom.schemas import InferenceRequest
 
 __all__ = ["LOGGER_NAME", "LoggingObserver", "RequestLogger", "request_logger"]
 
@@ -50,43 +50,17 @@ def request_logger(logger: logging.Logger, request: InferenceRequest) -> Request
 
 
 class LoggingObserver:
-    """Writes a line to ``engineroom.requests`` for each request and each model.
+    """Writes a line to ``engineroom.requests`` for each model, and says at which level the service
+    writes there of requests, which it does without any observer.
 
-    Give it to ``HandlerRegistry.register_plugin``. Prompts and texts are never written.
+    Give it to ``HandlerRegistry.register_plugin``.
+
+    :param level: of what went well; failures are warnings or errors at any.
     """
 
     def __init__(self, level: int = logging.INFO) -> None:
         self._logger = get_logger(f"{LOGGER_NAME}.requests")
-        self._level = level
-
-    @hookimpl
-    def engineroom_request_started(self, request: InferenceRequest) -> None:
-        """Log the beginning at DEBUG."""
-        request_logger(self._logger, request).debug(
-            "request %s for %s started (%s)",
-            request.request_id,
-            request.model_id,
-            f"stream={request.stream}" if request.kind == "generate" else request.kind,
-        )
-
-    @hookimpl
-    def engineroom_request_finished(
-        self, request: InferenceRequest, response: InferenceResponse
-    ) -> None:
-        """Log the end: reason, counts and times; failures at WARNING."""
-        generates = request.kind == "generate"
-        request_logger(self._logger, request).log(
-            self._level if response.error_message is None else logging.WARNING,
-            "request %s for %s finished: %s, %s prompt %s in %.0f ms (handler %s)%s",
-            request.request_id,
-            request.model_id,
-            response.finish_reason if generates else f"{request.kind}, {response.finish_reason}",
-            response.prompt_tokens,
-            f"and {response.generated_tokens} generated tokens" if generates else "tokens",
-            response.inference_time_ms or 0.0,
-            response.handler,
-            f": {response.error_message}" if response.error_message else "",
-        )
+        self._level = self.request_log_level = level
 
     @hookimpl
     def engineroom_model_loaded(self, loaded_model: LoadedModel, duration_s: float) -> None:

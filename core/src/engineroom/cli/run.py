@@ -26,7 +26,6 @@ from engineroom.cli.settings import Settings
 from engineroom.cli.stats import stats_line
 from engineroom.errors import EngineRoomError
 from engineroom.schemas import InferenceResponse
-from engineroom.telemetry import LoggingObserver
 
 __all__ = ["RUN_EPILOG", "run"]
 
@@ -195,8 +194,6 @@ def run(  # one parameter a flag: that is how typer is told of them
         target = resolve(model, config, runtime, options)
         warn_of_quarantined(target.registry)
         request = build(target.model_id, read_prompt(prompt, file, raw=raw))
-        if settings.logging:
-            target.registry.register_plugin(LoggingObserver(), name="cli-log")
         response = run_interruptible(
             lambda: answer(target, request, show_progress=not settings.logging)
         )

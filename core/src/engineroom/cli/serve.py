@@ -28,7 +28,7 @@ from engineroom.models.manager import LLMModelManager
 from engineroom.schemas import PrefixCacheScope
 from engineroom.service import LLMInferenceService
 from engineroom.status import PreloadProgress, ReloadReport
-from engineroom.telemetry import LOGGER_NAME, LoggingObserver
+from engineroom.telemetry import LOGGER_NAME
 
 __all__ = ["NEW_KEY_EPILOG", "SERVE_EPILOG", "new_key", "serve"]
 
@@ -127,8 +127,6 @@ def serve(  # one parameter a flag: that is how typer is told of them
         return
     service = LLMInferenceService(manager)
     options: Settings = ctx.obj
-    if options.logging:
-        service.registry.register_plugin(LoggingObserver(), name="cli-log")
     if otel:
         service.registry.register_plugin(_observer(), name="opentelemetry")
     service.registry.register_plugin(_Reloads(), name="cli-reloads")

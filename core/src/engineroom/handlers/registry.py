@@ -12,9 +12,11 @@ import inspect
 import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from logging import INFO
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from engineroom.border import get_logger
 from engineroom.config.environment import DISABLED_VARIABLE, HANDLERS_VARIABLE
 from engineroom.config.model import LoadedModel, ModelConfig
 from engineroom.config.suggestions import did_you_mean
@@ -33,6 +35,8 @@ from engineroom.handlers.observers import HookManager
 from engineroom.handlers.validation import validate_handler
 
 __all__ = ["HandlerRegistry"]
+
+logger = get_logger("engineroom.registry")
 
 
 class HandlerRegistry:
@@ -68,6 +72,10 @@ class HandlerRegistry:
         self._pending = discover
         self._discovered = not discover
         self._choices: WeakKeyDictionary[LoadedModel, InferenceHandler] = WeakKeyDictionary()
+        self._reasons: WeakKeyDictionary[LoadedModel, str] = WeakKeyDictionary()
+        self.request_log_level = INFO
+        """Level of the line that the log has of a request that ended well; an observer that has
+        ``request_log_level`` sets it."""
 
     # ── what there is ────────────────────────────────────────────────────────────────────────
 
@@ -203,6 +211,7 @@ class HandlerRegistry:
         """
         with self._lock:
             self._manager.add_observer(plugin, name, self._add_published)
+            self.request_log_level = getattr(plugin, "request_log_level", self.request_log_level)
 
     def _add_published(self, origin: str, handler: InferenceHandler) -> None:
         """Add a handler that an observer publishes, if the lists allow it."""
@@ -254,15 +263,23 @@ class HandlerRegistry:
         """
         if (known := self._choices.get(loaded_model)) is not None:
             return known
+        reasons: list[str] = []
         for handler in self.handlers:
-            if ask(handler, "can_handle", loaded_model)[0]:
+            answer, reason = ask(handler, "can_handle", loaded_model)
+            reasons.append(f"{handler.name}: {reason}")
+            if answer:
                 self._choices[loaded_model] = handler
+                self._reasons[loaded_model] = "; ".join(reasons)
                 return handler
         raise NoSuitableHandlerError(
             f"no handler takes model {loaded_model.model_id!r}: "
             f"{self.explain(loaded_model).reasons}",
             model_id=loaded_model.model_id,
         )
+
+    def why(self, loaded_model: LoadedModel) -> str:
+        """Who was asked before :meth:`select` chose, and what each said; empty before it did."""
+        return self._reasons.get(loaded_model, "")
 
     def select_loader(self, config: ModelConfig) -> InferenceHandler:
         """The handler that loads the model: the one it names, or the first that can.
@@ -278,6 +295,7 @@ class HandlerRegistry:
                     f"model {config.model_id!r}: {error.message}", model_id=config.model_id
                 ) from error
         report = self.explain(config)
+        logger.debug("who loads model %s: %s", config.model_id, report.reasons)
         if report.chosen is not None:
             return self.get(report.chosen)
         raise NoSuitableHandlerError(

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 
 from engineroom.errors import QueueFullError, RequestTimeoutError, ResourceNotAvailableError
 from engineroom.handlers.registry import HandlerRegistry
+from engineroom.inference import request_log
 from engineroom.inference.blocking import BlockingPortal
 from engineroom.inference.scope import RequestScope
-from engineroom.schemas import InferenceResponse
+from engineroom.schemas import InferenceRequest, InferenceResponse
 
 __all__ = ["Admission"]
 
@@ -62,23 +63,33 @@ class Admission:
         scope.arm(
             RequestTimeoutError(f"it was not done after timeout_s={request.timeout_s} seconds")
         )
+        request_log.started(request)
         self.registry.notify("engineroom_request_started", request=request)
         if scope.deadline is not None and asyncio.get_running_loop().time() >= scope.deadline:
             raise RequestTimeoutError(
                 f"timeout_s={request.timeout_s} seconds were over before it began"
             )
 
+    def turn_away(self, request: InferenceRequest, reason: str) -> None:
+        """Tell that a limit turned a request away, and count it nowhere."""
+        request_log.rejected(request, reason)
+        self.registry.notify("engineroom_request_rejected", request=request, reason=reason)
+
     def _reject(self, scope: RequestScope, reason: str) -> None:
-        self.registry.notify("engineroom_request_rejected", request=scope.request, reason=reason)
+        scope.turned_away = True
+        self.turn_away(scope.request, reason)
 
     def finish(self, scope: RequestScope, response: InferenceResponse) -> None:
         """End the request with this response: count it out and tell the observers, if it was in."""
         if scope not in self._running:
+            if not scope.turned_away:
+                request_log.finished(scope, response, self.registry.request_log_level)
             scope.stop(response)
             return
         response.inference_time_ms = (time.perf_counter() - scope.started) * 1000
         scope.stop(response)
         self._running.discard(scope)
+        request_log.finished(scope, response, self.registry.request_log_level)
         self.registry.notify(
             "engineroom_request_finished", request=scope.request, response=response
         )

@@ -17,13 +17,14 @@ from typing import TypeAlias
 
 from engineroom.border import in_thread, passes
 from engineroom.config.model import LoadedModel
-from engineroom.errors import InferenceError
+from engineroom.errors import InferenceError, ModelNotFoundError
 from engineroom.generation.reader import StepReader
 from engineroom.handlers.base import InferenceHandler
 from engineroom.handlers.token_handler import answers_by_steps, read_steps
 from engineroom.inference.admission import Admission
 from engineroom.inference.delivery import ChunkReader, DeliveredChunks
 from engineroom.inference.outcome import completed, failed
+from engineroom.inference.request_log import whose_mistake
 from engineroom.inference.scope import RequestScope
 from engineroom.inference.streams import StreamError
 from engineroom.models.manager import ModelSource
@@ -131,12 +132,21 @@ class Execution:
         self._lease = lease
         handler, self._warnings = self.choose(scope, loaded_model)
         self._entered = time.perf_counter()
+        scope.queued_s += self._entered - scope.started
         return handler, loaded_model
 
     def _complete(self, response: InferenceResponse | None) -> None:
         self._response = completed(
             self.scope, response, self._warnings, self._entered, self._delivered
         )
+
+    def _is_known(self) -> bool:
+        """Whether its model is one of the source's, as far as that can tell."""
+        try:
+            getattr(self.source, "get_config", id)(self.scope.request.model_id)
+        except ModelNotFoundError:
+            return False
+        return True
 
     async def __aenter__(self) -> None:
         pass
@@ -157,8 +167,11 @@ class Execution:
             assert self._response is not None
             self.admission.finish(self.scope, self._response)
             return False
+        # Before its frames are let go of, which tell where it was raised.
+        whose = whose_mistake(self.scope, raised, self._is_known())
         own = raised is self._thrown or passes(raised)
         response, ended_by = failed(self.scope, raised, self._delivered, own=own)
+        self.scope.whose = "nobody" if ended_by is self.scope.cause else whose
         self.admission.finish(self.scope, response)
         if isinstance(ended_by, Exception):
             return True

@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
-from engineroom.border import (
-    failure,
-    get_logger,
-    log_failure,
-    own_copy,
-    without_frames,
-    words,
-)
+from engineroom.border import failure, get_logger, own_copy, without_frames, words
 from engineroom.errors import EngineRoomError, InferenceError, RequestTimeoutError
 from engineroom.inference.delivery import DeliveredChunks
+from engineroom.inference.request_log import defect, origin
 from engineroom.inference.scope import RequestScope
 from engineroom.schemas import InferenceRequest, InferenceResponse
 from engineroom.telemetry import request_logger
@@ -75,9 +69,7 @@ def failed(
     if isinstance(error, Exception):
         assert isinstance(error, EngineRoomError)
         if isinstance(raised, EngineRoomError) and raised.__cause__ is not None:
-            # Nothing tells later where it came from.
-            log = request_logger(logger, scope.request)
-            log.debug("request failed: %s", raised.message, exc_info=raised)
+            origin(scope.request, raised)
         without_frames(raised)
         # One of a load may be that of many requests: each names itself in its own.
         typed = scope.error = own_copy(without_frames(error)).with_context(
@@ -128,7 +120,7 @@ def _defect(request: InferenceRequest, error: BaseException) -> EngineRoomError:
     said = InferenceError(what or words(error)).with_context(
         request_id=request.request_id, model_id=request.model_id
     )
-    log_failure(request_logger(logger, request), error, "request failed: %s", said.describe())
+    defect(request, error, said.describe())
     return failure(error, what)
 
 

@@ -6,6 +6,7 @@ import asyncio
 import time
 import weakref
 from collections.abc import AsyncGenerator
+from contextvars import ContextVar
 from typing import Any
 
 from engineroom.border import own_copy
@@ -14,7 +15,10 @@ from engineroom.generation.generation import Generation
 from engineroom.inference.delivery import Sink
 from engineroom.schemas import InferenceRequest, InferenceResponse
 
-__all__ = ["RequestScope"]
+__all__ = ["WAITED_S", "RequestScope"]
+
+WAITED_S: ContextVar[float] = ContextVar("engineroom_waited_s", default=0.0)
+"""Seconds that requests of this context waited before they came to the service."""
 
 
 class RequestScope:
@@ -37,6 +41,10 @@ class RequestScope:
         )
         self.generation: Generation | None = None  # how far it has come, where that is known
         self.handler: str | None = None  # its name, once one is chosen
+        self.handler_module = ""  # where its class is written
+        self.queued_s = WAITED_S.get()  # until the handler was asked
+        self.whose: str = "nobody"  # who has to mend what made it fail
+        self.turned_away = False  # by a limit; it never began
         self.cause: EngineRoomError | None = None
         self.quiet = False  # nobody waits for the error: the reader asked for the end
         self.leaving = False  # a task closes the stream

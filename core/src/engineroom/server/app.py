@@ -93,12 +93,10 @@ class Front:
         try:
             refusal = await self._answer(call)
             del scope[_CALL]  # the two would keep each other alive
-            call.release_body()
             if refusal is not None:
                 await self._refuse(call, refusal)
         finally:
             del at_work[call]
-            call.release_body()
             self.context.callers.leave(call)
 
     async def _answer(self, call: Call) -> ApiError | None:
@@ -112,6 +110,8 @@ class Front:
             await self.router(scope, call.receive, call.send)
         except ClientGoneError as error:
             without_frames(error)
+            if not call.told:
+                call.log(logger).info("%s: the client went away before its turn", call.described)
         except ApiError as error:
             return without_frames(error)
         except EngineRoomError as error:
@@ -127,8 +127,8 @@ class Front:
                         async with asyncio.timeout(_LAST_WORD_S):
                             await self._refuse(call, stopping())
                 raise
-            method, path = scope["method"], scope["path"]
-            log_failure(logger, error, "%s %s failed (request %s)", method, path, call.id)
+            log_failure(call.log(logger), error, "%s failed", call.described)
+            call.told = True
             without_frames(error)
             return ApiError(
                 500,
@@ -143,12 +143,31 @@ class Front:
         return next(bodies, OpenAIError)
 
     async def _refuse(self, call: Call, error: ApiError) -> None:
+        _tell(call, error)
         if call.started:
             raise ConnectionAbortedError("the answer had begun; the connection is closed")
         if call.scope["method"] == "HEAD":
             await call.answer(error.status, b"", error.all_headers())
             return
         await call.refuse(error)
+
+
+def _tell(call: Call, error: ApiError) -> None:
+    """Say in the log why a request was refused that never came to the service, and by whose
+    mistake; nothing of what its body says.
+    """
+    if call.told:
+        return
+    call.told = True
+    about = error.param or ""
+    call.log(logger).warning(
+        "%s was refused: %d %s%s, the %s's mistake",
+        call.described,
+        error.status,
+        error.code,
+        f" ({about})" if about.isidentifier() and len(about) <= 40 else "",
+        "client" if error.status < 500 else "server",
+    )
 
 
 def create_app(service: LLMInferenceService, settings: ServerSettings | None = None) -> ASGIApp:

@@ -44,18 +44,12 @@ class PrometheusObserver:
     """Counts what the hooks tell.
 
     :param directory: names of models, and engines' health.
-    :param loop_meter: measures the event loop.
     :param queued: how many requests wait for the server's limits.
-    :param body_bytes: how many bytes of bodies count against theirs.
+    :param loop_meter: measures the event loop.
     """
 
     def __init__(
-        self,
-        directory: ModelDirectory,
-        loop_meter: LoopMeter,
-        *,
-        queued: Callable[[], int],
-        body_bytes: Callable[[], int],
+        self, directory: ModelDirectory, queued: Callable[[], int], loop_meter: LoopMeter
     ) -> None:
         self._directory = directory
         self._turn = asyncio.Lock()
@@ -97,7 +91,7 @@ class PrometheusObserver:
         self._prompt_sizes = tokens("request_prompt_tokens", "Tokens read", _LABELS)
         self._sizes = tokens("request_generation_tokens", "Tokens written", _LABELS)
         self._loading = seconds("model_load_duration_seconds", "Loading", _LABELS)
-        self.registry.register(_State(directory, queued, body_bytes))
+        self.registry.register(_State(directory, queued))
         lag = histogram(
             "event_loop_lag_seconds", "How late the event loop came to its beat", buckets=_LAGS
         )
@@ -215,15 +209,9 @@ class _Gaps:
 class _State:
     """What is asked for when it is scraped."""
 
-    def __init__(
-        self,
-        directory: ModelDirectory,
-        queued: Callable[[], int],
-        body_bytes: Callable[[], int],
-    ) -> None:
+    def __init__(self, directory: ModelDirectory, queued: Callable[[], int]) -> None:
         self._directory = directory
         self._queued = queued
-        self._body_bytes = body_bytes
 
     def collect(self) -> Iterator[Metric]:
         """The gauges."""
@@ -246,25 +234,13 @@ class _State:
                 state.add_metric((status.model_id, name), float(status.state == name))
         queued = _gauge("server_requests_queued", "Requests that wait for the server's limits", ())
         queued.add_metric((), self._queued())
-        bodies = _gauge("server_body_bytes", "Bytes of bodies in flight, as they are limited", ())
-        bodies.add_metric((), self._body_bytes())
         failures = Metric(f"{NAMESPACE}_plugin_load_failures", "Plugins in quarantine", "counter")
         for record in directory.service.registry.plugins:
             if record.status == "quarantined":
                 failures.add_sample(
                     f"{NAMESPACE}_plugin_load_failures_total", {"plugin": record.name}, 1
                 )
-        yield from (
-            running,
-            waiting,
-            cache,
-            memory,
-            self._devices(),
-            state,
-            queued,
-            bodies,
-            failures,
-        )
+        yield from (running, waiting, cache, memory, self._devices(), state, queued, failures)
 
     def _devices(self) -> Any:
         """The account of each device."""

@@ -56,11 +56,6 @@ class ServerSettings:
     """What asks for more goes as this much, with a warning. A key's own line may say otherwise."""
     max_body_bytes: int = _setting(4 << 20, "Largest body of a request, in bytes.")
     """413 is what a larger one is told."""
-    max_body_total_bytes: int = _setting(
-        256 << 20, "Bodies of all requests that are being answered, together, in bytes."
-    )
-    """Those that would make more are told to come again (503); each caller has a fair share. At
-    least twice ``max_body_bytes``."""
     max_messages: int = _setting(2048, "Messages of a conversation.", flag=False)
     max_choices: int = _setting(32, "Answers to one HTTP request: prompts times `n`.", flag=False)
     max_header_bytes: int = _setting(32 << 10, "Size of a request's headers (431).", flag=False)
@@ -122,11 +117,6 @@ class ServerSettings:
         if self.unknown_fields not in ("ignore", "refuse"):
             raise ConfigurationError(
                 f"unknown_fields must be 'ignore' or 'refuse', not {self.unknown_fields!r}"
-            )
-        if self.max_body_total_bytes < 2 * self.max_body_bytes:
-            raise ConfigurationError(
-                f"max_body_total_bytes ({self.max_body_total_bytes}) must be at least twice "
-                f"max_body_bytes ({self.max_body_bytes}); set it higher (--max-body-total)"
             )
         if not (self.local or self.keys.needed or self.insecure):
             raise ConfigurationError(

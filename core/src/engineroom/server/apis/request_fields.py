@@ -138,7 +138,10 @@ def parse(call: Call, schema: type[_Request], raw: Any) -> _Request:
         shown = ", ".join(repr(name[:64]) for name in unknown[:8])
         if call.context.settings.unknown_fields == "refuse":
             raise ApiError(400, f"unknown fields: {shown}", "unknown_field", unknown[0][:64])
-        logger.debug("unknown fields were ignored: %s", shown)
+        names = [name for name in unknown[:8] if name.isidentifier() and len(name) <= 40]
+        call.log(logger).debug(
+            "%d unknown fields were ignored: %s", len(unknown), ", ".join(names) or "…"
+        )
     return request
 
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import msgspec
 
 from engineroom.errors import EngineRoomError
-from engineroom.server.http.bodies import BodyShare
 from engineroom.server.http.compat_uvicorn import WRITE, TextWriter
 from engineroom.server.http.context import ServerContext
 from engineroom.server.http.errors import ApiError, ErrorBody, OpenAIError
@@ -45,7 +44,7 @@ class ClientGoneError(Exception):
     """Nobody waits for the answer any more."""
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, repr=False)
 class Call:
     """One HTTP request.
 
@@ -69,14 +68,17 @@ class Call:
     """Why it is answered no more, though its key was let in."""
     on_refused: Callable[[], object] | None = None
     """Stops what is being done for it."""
+    told: bool = False
+    """The service tells the log how it ends."""
     warnings: list[str] = field(default_factory=list)
     """What the client is told beside its answer."""
-    body_share: BodyShare | None = None
-    """What its body takes of the server's memory."""
     _id: str = ""
 
     def __post_init__(self) -> None:
         self.headers = dict(reversed(list(self.scope["headers"])))  # of several, the first
+
+    def __repr__(self) -> str:
+        return f"<{self.described}>"  # its headers have the key
 
     @property
     def id(self) -> str:
@@ -95,8 +97,12 @@ class Call:
 
     def log(self, logger: logging.Logger) -> RequestLogger:
         """A logger for what happens to it outside of the service."""
-        extra = {"request_id": self.id, "model_id": "-", "key_name": self.identity.name}
-        return RequestLogger(logger, extra)
+        return RequestLogger(logger, self.log_facts)
+
+    @property
+    def log_facts(self) -> dict[str, str]:
+        """What each log record about it has, as ``extra``."""
+        return {"request_id": self.id, "model_id": "-", "key_name": self.identity.name}
 
     def header(self, name: bytes) -> str:
         """A header's value; empty where there is none."""
@@ -107,18 +113,15 @@ class Call:
     async def body(self) -> bytes:
         """The whole body.
 
-        :raises ApiError: it is too large (413), does not come in time (408), or there are too many
-            others (503).
+        :raises ApiError: it is too large (413) or does not come in time (408).
         """
         settings = self.context.settings
         limit = settings.max_body_bytes
-        share = self.body_share = self.context.bodies.share(self._body_owner())
         announced = self.header(b"content-length")
-        if announced.isdigit():
-            if int(announced) > limit:
-                raise _too_large(limit)
-            share.announce(int(announced))
+        if announced.isdigit() and int(announced) > limit:
+            raise _too_large(limit)
         parts: list[bytes] = []
+        size = 0
         try:
             async with asyncio.timeout(settings.body_timeout_s):
                 while True:
@@ -126,9 +129,9 @@ class Call:
                     if message["type"] == "http.disconnect":
                         raise ClientGoneError
                     part: bytes = message.get("body", b"")
-                    if share.size + len(part) > limit:
+                    size += len(part)
+                    if size > limit:
                         raise _too_large(limit)
-                    share.add(len(part))
                     parts.append(part)
                     if not message.get("more_body", False):
                         return parts[0] if len(parts) == 1 else b"".join(parts)
@@ -139,18 +142,6 @@ class Call:
                 "body_timeout",
                 headers={"connection": "close"},
             ) from error
-
-    def _body_owner(self) -> str:
-        """Among whom the server's memory for bodies is shared: keys, or else addresses."""
-        if self.context.settings.keys.needed:
-            return self.identity.name
-        host, _ = self.scope.get("client") or ("", 0)
-        return str(host)
-
-    def release_body(self) -> None:
-        """The body, and all that was made of it, is let go."""
-        if self.body_share is not None:
-            self.body_share.release()
 
     async def json(self) -> Any:
         """The body, read as JSON.
@@ -186,7 +177,7 @@ class Call:
 
     def api_error_of(self, error: EngineRoomError) -> ApiError:
         """What the client is told of an error."""
-        return self.refused or self.context.api_error_of(error)
+        return self.refused or self.context.api_error_of(error, told=self.told)
 
     # ── what is answered ─────────────────────────────────────────────────────────────────────
 

@@ -8,7 +8,6 @@ from engineroom.border import get_logger, log_failure
 from engineroom.errors import EngineRoomError
 from engineroom.schemas import InferenceRequest
 from engineroom.server.directory import ModelDirectory
-from engineroom.server.http.bodies import BodyBudget
 from engineroom.server.http.callers import Callers
 from engineroom.server.http.errors import ApiError, api_error_of
 from engineroom.server.http.limits import Limiter
@@ -37,15 +36,8 @@ class ServerContext:
         self.callers = Callers(settings.keys)
         self.directory = ModelDirectory(service)
         self.loop_meter = LoopMeter()
-        self.bodies = BodyBudget(
-            settings.max_body_total_bytes,
-            lambda: self.metrics.engineroom_request_rejected("body_bytes"),
-        )
         self.metrics = PrometheusObserver(
-            self.directory,
-            self.loop_meter,
-            queued=lambda: self.limiter.queued,
-            body_bytes=lambda: self.bodies.held,
+            self.directory, lambda: self.limiter.queued, self.loop_meter
         )
         service.registry.register_plugin(self.metrics, name=f"server-metrics-{id(self):x}")
         self.starting = False
@@ -65,10 +57,13 @@ class ServerContext:
                     return trace
         return None
 
-    def api_error_of(self, error: EngineRoomError) -> ApiError:
-        """What the client is told of an error; what it is not told goes to the log."""
+    def api_error_of(self, error: EngineRoomError, *, told: bool = False) -> ApiError:
+        """What the client is told of an error; what it is not told goes to the log.
+
+        :param told: it is there already.
+        """
         answer = api_error_of(error, load_failed=self.directory.load_failed(error.model_id))
-        if answer.status >= 500 and not _logged(error):
+        if answer.status >= 500 and not told and not _logged(error):
             logger.error("%s", error.describe())
         return answer
 

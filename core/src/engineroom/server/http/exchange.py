@@ -15,6 +15,7 @@ from functools import partial
 from typing import ClassVar
 
 from engineroom.errors import ResourceNotAvailableError
+from engineroom.inference.scope import WAITED_S
 from engineroom.inference.streams import InferenceStream, StreamError
 from engineroom.schemas import InferenceRequest, InferenceResponse, TokenLogprob
 from engineroom.server.http.call import SSE_HEADERS, Call
@@ -133,7 +134,7 @@ async def admission(call: Call, requests: Sequence[InferenceRequest]) -> AsyncIt
 
     :raises ApiError: 429: there is none; 408: none became free within the requests' ``timeout_s``.
     """
-    first, notify = requests[0], call.context.service.registry.notify
+    first, service = requests[0], call.context.service
     tokens = sum(r.params.max_new_tokens or _UNKNOWN_LIMIT for r in requests)
     waiting = True
     try:
@@ -141,12 +142,16 @@ async def admission(call: Call, requests: Sequence[InferenceRequest]) -> AsyncIt
             call.identity.name, len(requests), tokens, first.timeout_s
         ) as slot:
             waiting = False
-            notify("engineroom_request_waited", request=first, waited_s=slot.waited_s)
+            call.told = True  # by the service, from here on
+            WAITED_S.set(slot.waited_s)
+            service.registry.notify(
+                "engineroom_request_waited", request=first, waited_s=slot.waited_s
+            )
             yield slot
     except ApiError as error:
         if waiting and error.status in (408, 429):
-            reason = error.code or "limit"
-            notify("engineroom_request_rejected", request=first, reason=reason)
+            call.told = True
+            service.turn_away(first, error.code or "limit")
         raise
 
 
