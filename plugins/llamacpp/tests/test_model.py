@@ -19,9 +19,10 @@ from llama_bert import write_bert
 from test_long_runs import write_bpe
 
 from engineroom import ChatMessage, ConfigurationError, resolve_source
+from engineroom.prompts import LeastTokens
 from engineroom.prompts.work import Reading, TooManyTokensError
+from engineroom_llamacpp.least_tokens import least_tokens_of
 from engineroom_llamacpp.library import load
-from engineroom_llamacpp.longest_token import longest_token
 from engineroom_llamacpp.metadata import read_header
 from engineroom_llamacpp.model import END, LlamaModel
 from engineroom_llamacpp.options import LlamaCppOptions
@@ -252,10 +253,10 @@ def test_any_text_comes_back_from_its_tokens(model: LlamaModel, text: str) -> No
 @on_one_model
 @example(text="    ")
 @given(text=TEXT)
-def test_no_token_stands_for_more_than_the_longest(model: LlamaModel, text: str) -> None:
-    longest = longest_token(model.library, vocabulary(model))
-    assert longest == len("<0x00>")
-    assert len(model.read(text * 5)) * longest >= len((text * 5).encode())
+def test_a_text_has_no_fewer_tokens(model: LlamaModel, text: str) -> None:
+    least = least_tokens_of(model.library, vocabulary(model))
+    assert least == LeastTokens(len("<0x00>"))
+    assert len(model.read(text * 5)) >= least(text * 5)
 
 
 def test_letters_of_byte_level_vocabularies_are_bytes_and_of_words_nothing_is_told(
@@ -264,9 +265,17 @@ def test_letters_of_byte_level_vocabularies_are_bytes_and_of_words_nothing_is_to
     with contextlib.closing(
         opened(write_bpe(tiny_model, tmp_path / "bpe.gguf", b"gpt-2"))
     ) as model:
-        assert longest_token(model.library, vocabulary(model)) == len("<unk>")
+        assert least_tokens_of(model.library, vocabulary(model)) == LeastTokens(len("<unk>"))
     with contextlib.closing(opened(write_bert(tmp_path / "bert.gguf"))) as model:
-        assert longest_token(model.library, vocabulary(model)) is None
+        assert least_tokens_of(model.library, vocabulary(model)) is None
+
+
+@pytest.mark.real_model
+def test_bytes_that_a_real_model_has_no_token_for_do_not_count(smollm2: LlamaModel) -> None:
+    least = least_tokens_of(smollm2.library, vocabulary(smollm2))
+    assert least is not None and {0x04, 0xF1} < set(least.silent)
+    for text in ("\x04" * 9999, "\U00040000" * 9999, " " * 9999, "the cat" * 9999, "=" * 9999):
+        assert 0 <= least(text) <= len(smollm2.read(text))
 
 
 def test_what_cannot_fit_is_refused_unread(

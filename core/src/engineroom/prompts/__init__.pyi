@@ -7,6 +7,9 @@ from .chat_template import (
 from .codec import (
     PromptCodec as PromptCodec,
 )
+from .least_tokens import (
+    LeastTokens as LeastTokens,
+)
 from .limits import (
     check_adapter as check_adapter,
     check_prompt as check_prompt,

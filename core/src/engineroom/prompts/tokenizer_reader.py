@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, Final
 
-from engineroom.prompts.longest_token import longest_token
+from engineroom.prompts.least_tokens import LeastTokens, least_tokens_of
 from engineroom.prompts.work import expect_tokens
 
 __all__ = ["TokenizerReader", "encoding_of", "surroundings"]
@@ -89,12 +89,12 @@ class TokenizerReader:
         return [token for first, last in kept for token in ids[first:last]]
 
     def _expect(self, text: str) -> None:
-        if len(text) > _LONG and (most := self._longest_token) is not None:
-            expect_tokens(len(text.encode()) // most, unread=True)
+        if len(text) > _LONG and (least := self._least_tokens) is not None:
+            expect_tokens(least(text), unread=True)
 
     @cached_property
-    def _longest_token(self) -> int | None:
-        return longest_token(self._tokenizer)
+    def _least_tokens(self) -> LeastTokens | None:
+        return least_tokens_of(self._tokenizer)
 
 
 def _first_beyond(

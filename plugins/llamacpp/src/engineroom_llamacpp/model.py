@@ -13,11 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engineroom import ConfigurationError, ResourceNotAvailableError
-from engineroom.prompts import ControlTokens, ModelTemplates, PromptCodec, expect_tokens
+from engineroom.prompts import (
+    ControlTokens,
+    LeastTokens,
+    ModelTemplates,
+    PromptCodec,
+    expect_tokens,
+)
 from engineroom_llamacpp.adapters import load_adapters
+from engineroom_llamacpp.least_tokens import least_tokens_of
 from engineroom_llamacpp.library import last_error, load
 from engineroom_llamacpp.long_runs import with_stack_for
-from engineroom_llamacpp.longest_token import longest_token
 from engineroom_llamacpp.options import LlamaCppOptions
 
 __all__ = ["END", "LlamaModel"]
@@ -196,16 +202,16 @@ class LlamaModel(PromptCodec):
         return self._llama_tokenize(text, special, add)
 
     def _llama_tokenize(self, text: str, special: bool, add: bool) -> list[int]:
-        if len(text) > _LONG and (most := self._longest_token) is not None:
-            expect_tokens(len(text.encode()) // most, unread=True)
+        if len(text) > _LONG and (least := self._least_tokens) is not None:
+            expect_tokens(least(text), unread=True)
         tokens = self._array(text, special, add)
         expect_tokens(len(tokens))
         ids: list[int] = tokens.tolist()
         return ids
 
     @cached_property
-    def _longest_token(self) -> int | None:
-        return longest_token(self.library, self._vocab)
+    def _least_tokens(self) -> LeastTokens | None:
+        return least_tokens_of(self.library, self._vocab)
 
     def _array(self, text: str, special: bool, add: bool) -> NDArray[np.int32]:
         data = text.encode()

@@ -1,4 +1,4 @@
-"""How much one token stands for at most: never less than is seen, and not told without a bound."""
+"""How many tokens a text has at least: never more than it has, and not told where nothing says."""
 
 from __future__ import annotations
 
@@ -11,18 +11,24 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from engineroom.prompts import byte_alphabet
-from engineroom.prompts.longest_token import longest_token
+from engineroom.prompts.least_tokens import LeastTokens, least_tokens_of
 
 SLOW = settings(deadline=None, suppress_health_check=list(HealthCheck))
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 ALPHABET = [*byte_alphabet().values()]
 TEXTS = st.text(
-    st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(" abé각ᾂ🙂<|"))
+    st.one_of(
+        st.characters(exclude_categories=["Cs"]), st.sampled_from(" \x04\U000c0000abé각ᾂ🙂<|")
+    )
 ).map(lambda text: text * 5)
 
 
 def byte_level(**parts: Any) -> Tokenizer:
-    words = [*ALPHABET, "Ġ" * 7, "ĠĠ"]
+    return over_letters(ALPHABET, **parts)
+
+
+def over_letters(letters: list[str], **parts: Any) -> Tokenizer:
+    words = [*letters, "Ġ" * 7, "ĠĠ"]
     tokenizer = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, [("Ġ", "Ġ")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.add_special_tokens(["<|im_start|>"])
@@ -47,6 +53,9 @@ def changed(tokenizer: Tokenizer, **parts: Any) -> Tokenizer:
 BOUNDED = {
     "byte level": byte_level(),
     "byte level, composed": byte_level(normalizer=normalizers.NFC()),
+    "byte level, without some": over_letters(
+        [letter for byte, letter in byte_alphabet().items() if byte not in (0x04, 0xF3)]
+    ),
     "byte level, split": byte_level(
         pre_tokenizer=pre_tokenizers.Sequence(
             [
@@ -64,18 +73,23 @@ BOUNDED = {
 @pytest.mark.parametrize("name", BOUNDED)
 @SLOW
 @given(TEXTS)
-def test_no_token_stands_for_more(name: str, text: str) -> None:
+def test_a_text_has_no_fewer_tokens(name: str, text: str) -> None:
     tokenizer = BOUNDED[name]
-    longest = longest_token(tokenizer)
-    assert longest is not None
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
-    assert len(ids) * longest >= len(text.encode())
+    least = least_tokens_of(tokenizer)
+    assert least is not None
+    assert len(tokenizer.encode(text, add_special_tokens=False).ids) >= least(text)
 
 
-def test_the_bound_is_that_of_the_longest_token() -> None:
-    assert longest_token(byte_level()) == len("<|im_start|>")
-    assert longest_token(BOUNDED["byte level, composed"]) == 4 * len("<|im_start|>")
-    assert longest_token(with_fallback()) == len("<0x00>")
+def test_the_longest_token_bounds_them() -> None:
+    assert least_tokens_of(byte_level()) == LeastTokens(len("<|im_start|>"))
+    assert least_tokens_of(BOUNDED["byte level, composed"]) == LeastTokens(4 * len("<|im_start|>"))
+    assert least_tokens_of(with_fallback()) == LeastTokens(len("<0x00>"))
+
+
+def test_bytes_that_no_token_stands_for_do_not_count() -> None:
+    least = least_tokens_of(BOUNDED["byte level, without some"])
+    assert least == LeastTokens(len("<|im_start|>"), b"\x04\xf3")
+    assert least("\x04" * 1200) == 0 and least("a\x04" * 1200) == 100
 
 
 def test_composing_makes_at_most_four_bytes_one() -> None:
@@ -137,4 +151,4 @@ UNBOUNDED = {
 
 @pytest.mark.parametrize("name", UNBOUNDED)
 def test_where_text_is_left_out_nothing_is_told(name: str) -> None:
-    assert longest_token(UNBOUNDED[name]) is None
+    assert least_tokens_of(UNBOUNDED[name]) is None

@@ -1,28 +1,44 @@
-"""How many bytes of a text one token stands for at most: what cannot fit is refused unread.
+"""How many tokens a text has at least, by its length: what cannot fit is refused unread.
 
-That is so where a tokenizer leaves out nothing of a text: byte-level vocabularies and those that
-spell in bytes what they do not know. Some strip spaces, or read a word that they do not know as one
-token, however long; over those no such bound is told.
+That can be said where a tokenizer leaves out nothing of a text: byte-level vocabularies and those
+that spell in bytes what they do not know. Others strip spaces, or read a word that they do not know
+as one token, however long.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, Final
 
 from engineroom.prompts.token_bytes import byte_alphabet
 
-__all__ = ["longest_token"]
+__all__ = ["LeastTokens", "least_tokens_of"]
 
 _COMPOSED: Final = 4
 """NFC makes one byte of four at most; of three letters of Hangul, nine bytes, it makes three."""
 
 
-def longest_token(tokenizer: Any) -> int | None:
-    """Bytes of a text that one token of a ``tokenizers.Tokenizer`` stands for at most.
+@dataclass(frozen=True, slots=True)
+class LeastTokens:
+    """Tells how many tokens a text has at least.
 
-    ``None`` where a token may stand for any number. Goes through the vocabulary.
+    :param longest: bytes of a text that one token stands for at most.
+    :param silent: bytes that no token stands for, and of which nothing is left.
+    """
+
+    longest: int
+    silent: bytes = b""
+
+    def __call__(self, text: str) -> int:
+        data = text.encode()
+        return len(data.translate(None, self.silent) if self.silent else data) // self.longest
+
+
+def least_tokens_of(tokenizer: Any) -> LeastTokens | None:
+    """What tells it for a ``tokenizers.Tokenizer``; ``None``: a token may stand for any number of
+    bytes. Goes through the vocabulary.
     """
     normaliser, splitter = _state(tokenizer.normalizer), _state(tokenizer.pre_tokenizer)
     shrinks = 1
@@ -30,17 +46,16 @@ def longest_token(tokenizer: Any) -> int | None:
         if not _keeps(step):
             return None
         shrinks *= _COMPOSED if step["type"] == "NFC" else 1
-    if not all(map(_splits, splitter)):
-        return None
     in_bytes = any(step["type"] == "ByteLevel" for step in splitter)
-    if not _spells_all(tokenizer, in_bytes):
+    if not all(map(_splits, splitter)) or (silent := _silent(tokenizer, in_bytes)) is None:
         return None
     added = tokenizer.get_added_tokens_decoder().values()
     if any(token.lstrip or token.rstrip for token in added):
         return None
     own = (tokenizer.id_to_token(i) or "" for i in range(tokenizer.get_vocab_size()))
     lengths: Iterable[int] = map(len, own) if in_bytes else map(_bytes, own)
-    return shrinks * max(1, *lengths, *(_bytes(token.content) for token in added))
+    longest = max(1, *lengths, *(_bytes(token.content) for token in added))
+    return LeastTokens(shrinks * longest, silent)
 
 
 def _bytes(text: str) -> int:
@@ -79,14 +94,14 @@ def _splits(step: dict[str, Any]) -> bool:
     return step["type"] in known and step.get("behavior") != "Removed"
 
 
-def _spells_all(tokenizer: Any, in_bytes: bool) -> bool:
-    """Whether each byte of a text is in some token."""
+def _silent(tokenizer: Any, in_bytes: bool) -> bytes | None:
+    """Bytes that are in no token; ``None``: what is not known becomes one, however much it is."""
     model = tokenizer.model
-    has: Callable[[str], bool] = lambda token: tokenizer.token_to_id(token) is not None  # noqa: E731
     affixes = ("continuing_subword_prefix", "end_of_word_suffix")
     if any(getattr(model, name, None) for name in affixes):
-        return False
-    if in_bytes:
-        return type(model).__name__ == "BPE" and all(map(has, byte_alphabet().values()))
-    falls_back = bool(getattr(model, "byte_fallback", False))
-    return falls_back and all(has(f"<0x{byte:02X}>") for byte in range(256))
+        return None
+    if in_bytes and type(model).__name__ == "BPE":
+        letters = byte_alphabet().items()
+        return bytes(byte for byte, letter in letters if tokenizer.token_to_id(letter) is None)
+    spelt = (tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+    return b"" if getattr(model, "byte_fallback", False) and None not in spelt else None
