@@ -317,7 +317,7 @@ def _embedding_request(model_id: str, texts: object, **fields: Any) -> Embedding
     try:
         return EmbeddingRequest(model_id=model_id, texts=listed, **stated)
     except ValidationError as error:
-        mistakes = problems(error)
+        mistakes = problems(error, {"model_id": model_id, "texts": listed, **stated})
     raise ConfigurationError(f"embed: {mistakes}")  # the other one has the texts in it
 
 

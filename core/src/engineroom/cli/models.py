@@ -16,6 +16,7 @@ from engineroom.cli.pull import PULL_EPILOG, RM_CACHE_EPILOG, pull_command, rm_c
 from engineroom.cli.remote import KEY_VARIABLE, URL_VARIABLE, RemoteManager
 from engineroom.cli.resolve import NO_DEPLOYMENT, deployment_or_none, resolve, warn_of_quarantined
 from engineroom.config.deployment import DeploymentConfig
+from engineroom.config.interpolation import as_written
 from engineroom.models.manager import LLMModelManager
 from engineroom.models.plan import sizes
 from engineroom.units import format_size
@@ -141,7 +142,10 @@ def show_model(
     planned = next(
         m for m in asyncio.run(manager.plan()).models if m.model_id == configured.model_id
     )
-    shown = configured.model_dump(mode="json")
+    shown = configured.model_dump(mode="json") | {
+        name: as_written(value)  # what came from the environment may be a secret
+        for name, value in configured.model_dump(include={"options", "variants"}).items()
+    }
     shown["prefix_cache_scope"] = manager.prefix_cache_scope(configured.model_id)
     facts = {"config": shown, "plan": asdict(planned)}
     rows = [

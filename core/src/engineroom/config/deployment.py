@@ -10,9 +10,10 @@
         options: {n_ctx: 4096}
         aliases: [default]
 
-Every mistake of a file is reported at once, with file, line and key. The environment overrides
-it: ``ENGINEROOM_CONFIG`` names the file, ``ENGINEROOM_HANDLERS`` replaces ``handlers:``, and
-``ENGINEROOM_DISABLED_HANDLERS`` adds to ``disabled_handlers:``.
+Every mistake of a file is reported at once, with file, line and key. Its values may refer to the
+environment (``${NAME}``, ``${NAME:-default}``), and keys that begin with ``x-`` are its own. The
+environment overrides it: ``ENGINEROOM_CONFIG`` names the file, ``ENGINEROOM_HANDLERS`` replaces
+``handlers:``, and ``ENGINEROOM_DISABLED_HANDLERS`` adds to ``disabled_handlers:``.
 """
 
 from __future__ import annotations
@@ -25,9 +26,16 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from engineroom.config.environment import CONFIG_VARIABLE, HANDLERS_VARIABLE
+from engineroom.config.mistakes import Mistake, mistakes
 from engineroom.config.model import ModelConfig, ModelVariant, source_mistake
 from engineroom.config.suggestions import did_you_mean, known_keys
-from engineroom.config.yaml_file import MAX_BYTES, line_of, plain_values, read_document
+from engineroom.config.yaml_file import (
+    MAX_BYTES,
+    Location,
+    PlainReader,
+    line_of,
+    read_document,
+)
 from engineroom.errors import ConfigurationError
 from engineroom.schemas import OnUnsupported, OrDefault, PrefixCacheScope, no_booleans
 from engineroom.sources.source import expand_user, has_scheme
@@ -111,19 +119,24 @@ def deployment_path(path: str | os.PathLike[str] | None = None) -> Path:
 
 
 def parse_deployment(
-    data: str | bytes, name: str = "<string>", base: Path | None = None
+    data: str | bytes,
+    name: str = "<string>",
+    base: Path | None = None,
+    environ: Mapping[str, str] | None = None,
 ) -> DeploymentConfig:
     """Read the text of a deployment file.
 
     :param name: what messages call it.
     :param base: folder that relative paths of ``source:`` start from.
+    :param environ: what ``${NAME}`` in values refers to; ``None``: the process's environment.
     :raises ConfigurationError: see :func:`load_deployment`.
     """
     if len(data) > MAX_BYTES:
         raise ConfigurationError(f"{name}: larger than {MAX_BYTES} bytes; it is no deployment file")
     try:
         root = read_document(data, name)
-        plain = plain_values(root, 1, [0], name)
+        reader = PlainReader(name, os.environ if environ is None else environ, _is_schema)
+        plain = reader.plain(root)
     except RecursionError as error:
         raise ConfigurationError(f"{name}: nested too deeply") from error
     if not isinstance(root, Mapping):
@@ -131,41 +144,66 @@ def parse_deployment(
         raise ConfigurationError(
             f"{name}:1: must be a mapping with the key 'models', but it is {kind}"
         )
-    try:
-        config = DeploymentConfig.model_validate(plain)
-    except ValidationError as error:
-        reported = error.errors(include_url=False)
-        problems = sorted({_problem(root, e) for e in (*reported, *_hidden(plain, reported))})
+    config, found, cause = _validated(plain)
+    problems = {(line, _said(at, message)) for line, at, message in reader.problems}
+    unread = [at for _, at, _ in reader.problems]
+    for mistake in found:
+        if not any(mistake.loc[: len(at)] == at for at in unread):
+            problems.add(_problem(root, mistake))
+    if config is None or problems:
         raise ConfigurationError(
-            "\n".join(f"{name}:{line}: {problem}" for line, problem in problems)
-        ) from error
+            "\n".join(f"{name}:{line}: {problem}" for line, problem in sorted(problems))
+        ) from cause
     if names := os.environ.get(HANDLERS_VARIABLE, "").strip(", "):
         listed = [n for part in names.split(",") if (n := part.strip())]
         config = config.model_copy(update={"handlers": listed})
     return config if base is None else _anchored(config, base)
 
 
-def _problem(root: Any, error: Any) -> tuple[int, str]:
+def _is_schema(at: Location) -> bool:
+    """Whether a place is that of the deployment, a model, or a variant: not of a runtime's own."""
+    return (
+        not at
+        or (len(at) == 2 and at[0] == "models")
+        or (len(at) == 4 and (at[0], at[2]) == ("models", "variants"))
+    )
+
+
+def _validated(
+    plain: Any,
+) -> tuple[DeploymentConfig | None, list[Mistake], ValidationError | None]:
+    """The deployment, or what is wrong with it and who says so."""
+    try:
+        return DeploymentConfig.model_validate(plain), [], None
+    except ValidationError as error:
+        reported = mistakes(error, plain)
+        return None, [*reported, *_hidden(plain, reported)], error
+
+
+def _problem(root: Any, mistake: Mistake) -> tuple[int, str]:
     """The line, and ``key: what is wrong`` with the nearest known key for an unknown one."""
     line = 1
     node: Any = root
-    cause = error.get("ctx", {}).get("error")
-    loc = cause.loc if isinstance(cause, _NameTakenError) else error["loc"]
+    loc = mistake.cause.loc if isinstance(mistake.cause, _NameTakenError) else mistake.loc
     for key in loc:
         line = line_of(node, key, line)
         try:
             node = node[key]
         except (KeyError, IndexError, TypeError):
             break
-    where = ".".join(str(part) for part in loc)
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "extra_forbidden":
+    message = mistake.message
+    if mistake.kind == "extra_forbidden":
         key = str(loc[-1])
-        known = known_keys(DeploymentConfig, error["loc"])
+        known = known_keys(DeploymentConfig, mistake.raw)
         message = f"unknown key{did_you_mean(key, known) or '; known keys: ' + ', '.join(known)}"
-    elif error["type"] == "missing":
+    elif mistake.kind == "missing":
         message = "this key is missing"
-    return line, f"{where}: {message}" if where else message
+    return line, _said(loc, message)
+
+
+def _said(loc: Sequence[Any], message: str) -> str:
+    where = ".".join(str(part) for part in loc)
+    return f"{where}: {message}" if where else message
 
 
 def _taken(models: Iterable[tuple[Any, Any]]) -> Iterator[_NameTakenError]:
@@ -203,21 +241,21 @@ def _taken_by(
     )
 
 
-def _hidden(plain: Any, reported: Sequence[Any]) -> list[dict[str, Any]]:
+def _hidden(plain: Any, reported: Sequence[Mistake]) -> list[Mistake]:
     """Mistakes that the schema does not come to, because others are ``reported`` before."""
     models = plain.get("models")
     if not isinstance(models, list):
         return []
     read = [model if isinstance(model, dict) else {} for model in models]
-    hidden: list[dict[str, Any]] = [
-        {"type": "value_error", "loc": taken.loc, "msg": str(taken)}
+    hidden = [
+        Mistake(taken.loc, "value_error", str(taken))
         for taken in _taken((model.get("model_id"), model.get("aliases")) for model in read)
     ]
     for place, model in enumerate(read):
-        within = [e["type"] for e in reported if e["loc"][:2] == ("models", place)]
+        within = [e.kind for e in reported if e.loc[:2] == ("models", place)]
         guess = "extra_forbidden" in within and not model.get("variants")  # of a misspelt source
         if model and within and not guess and (mistake := source_mistake(model)):
-            hidden.append({"type": "value_error", "loc": ("models", place), "msg": mistake})
+            hidden.append(Mistake(("models", place), "value_error", mistake))
     return hidden
 
 

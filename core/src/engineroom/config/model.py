@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from engineroom.config.interpolation import without_secrets
+from engineroom.errors import EngineRoomError
 from engineroom.schemas import (
     FrozenSchema,
     Identifier,
@@ -17,6 +19,8 @@ from engineroom.schemas import (
 from engineroom.units import DeviceSizes, Duration
 
 __all__ = ["LoadedModel", "ModelConfig", "ModelVariant", "source_mistake"]
+
+_E = TypeVar("_E", bound=EngineRoomError)
 
 
 class ModelVariant(FrozenSchema):
@@ -78,6 +82,15 @@ class ModelConfig(FrozenSchema):
         if mistake := source_mistake(vars(self)):
             raise ValueError(mistake)
         return self
+
+    def without_secrets(self, error: _E) -> _E:
+        """Take out of an error what the environment says in the options.
+
+        :returns: the error itself.
+        """
+        error.message = without_secrets(error.message, self.options)
+        error.args = (error.message, *error.args[1:])
+        return error
 
     def choices(self) -> list[ModelConfig]:
         """This model once per variant, each with a source of its own, in order of preference."""

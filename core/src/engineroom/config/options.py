@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from engineroom.config.mistakes import mistakes
 from engineroom.config.model import ModelConfig
 from engineroom.config.suggestions import did_you_mean, known_keys
 from engineroom.errors import ConfigurationError
@@ -26,25 +27,26 @@ def parse_options(schema: type[_M], config: ModelConfig) -> _M:
         return schema.model_validate(config.options)
     except ValidationError as error:
         raise ConfigurationError(
-            f"options of model {config.model_id!r}: {problems(error, schema)}",
+            f"options of model {config.model_id!r}: {problems(error, config.options, schema)}",
             model_id=config.model_id,
         ) from error
 
 
-def problems(error: ValidationError, schema: type[BaseModel] | None = None) -> str:
+def problems(error: ValidationError, value: object, schema: type[BaseModel] | None = None) -> str:
     """A pydantic error on one line: ``key: what is wrong; key: what is wrong``.
 
+    :param value: what was validated.
     :param schema: where the nearest known key is looked for.
     """
     lines = []
-    for item in error.errors(include_url=False, include_input=False):
-        key = ".".join(str(part) for part in item["loc"])
-        message = " ".join(item["msg"].removeprefix("Value error, ").split())
-        if item["type"] == "extra_forbidden":
+    for mistake in mistakes(error, value):
+        key = ".".join(str(part) for part in mistake.loc)
+        message = " ".join(mistake.message.split())
+        if mistake.kind == "extra_forbidden":
             message = "there is no such key"
-            known = known_keys(schema, item["loc"]) if schema is not None else []
+            known = known_keys(schema, mistake.raw) if schema is not None else []
             if known:
-                message += did_you_mean(str(item["loc"][-1]), known) or (
+                message += did_you_mean(str(mistake.loc[-1]), known) or (
                     f"; there are {', '.join(known)}"
                 )
         lines.append(f"{key}: {message}" if key else message)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeAlias
 
+from engineroom.config.interpolation import FromEnvironment, WrongReferenceError, interpolated
 from engineroom.errors import ConfigurationError
 
-__all__ = ["MAX_BYTES", "line_of", "plain_values", "read_document"]
+__all__ = ["MAX_BYTES", "Location", "PlainReader", "line_of", "read_document"]
 
 MAX_BYTES: Final = 1 << 20
 _MAX_NODES: Final = 100_000
+_MAX_EXCHANGED: Final = 4 << 20
+Location: TypeAlias = tuple[Any, ...]
+"""Where a value stands: keys and places, from the outermost."""
 
 
 def read_document(data: str | bytes, name: str) -> Any:
@@ -18,6 +23,7 @@ def read_document(data: str | bytes, name: str) -> Any:
     from ruamel.yaml.error import MarkedYAMLError
 
     yaml = YAML(typ="rt")  # executes no tags, and remembers where each value stood
+    yaml.preserve_quotes = True  # by their types
     try:
         return yaml.load(data)
     except MarkedYAMLError as error:
@@ -31,24 +37,76 @@ def read_document(data: str | bytes, name: str) -> Any:
         raise ConfigurationError(f"{name}: not valid YAML: {problem}") from error
 
 
-def plain_values(value: Any, line: int, count: list[int], name: str) -> Any:
-    """Plain dicts, lists and scalars; bounded, because aliases can make a small file enormous."""
-    count[0] += 1
-    if count[0] > _MAX_NODES:
-        raise ConfigurationError(f"{name}: expands to more than {_MAX_NODES} values")
-    if isinstance(value, Mapping):
-        _refuse_tag(value, line, name)
-        return {
-            _scalar(key, at := line_of(value, key, line), name): plain_values(item, at, count, name)
-            for key, item in value.items()
-        }
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        _refuse_tag(value, line, name)
-        return [
-            plain_values(item, line_of(value, place, line), count, name)
-            for place, item in enumerate(value)
-        ]
-    return _scalar(value, line, name)
+@dataclass(eq=False)
+class PlainReader:
+    """Makes plain dicts, lists and scalars of what was read, within bounds.
+
+    Aliases can make a small file enormous, and so can variables.
+
+    :param name: what messages call the file.
+    :param environ: the variables that values refer to.
+    :param free: whether a mapping at a place may have keys that begin with ``x-``, which are left
+        out: they are the file's own, to keep what anchors name.
+    """
+
+    name: str
+    environ: Mapping[str, str]
+    free: Callable[[Location], bool]
+    problems: list[tuple[int, Location, str]] = field(default_factory=list)
+    """References that cannot be followed, each with its line and its place."""
+    _count: int = 0
+    _exchanged: int = 0
+
+    def plain(self, value: Any, line: int = 1, at: Location = ()) -> Any:
+        """The value, in which references to the environment are followed.
+
+        :raises ConfigurationError: it has a tag, is not plain, or expands to too much.
+        """
+        self._count += 1
+        if self._count > _MAX_NODES:
+            raise ConfigurationError(f"{self.name}: expands to more than {_MAX_NODES} values")
+        if isinstance(value, Mapping):
+            _refuse_tag(value, line, self.name)
+            return dict(self._items(value, line, at))
+        if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+            _refuse_tag(value, line, self.name)
+            return [
+                self.plain(item, line_of(value, place, line), (*at, place))
+                for place, item in enumerate(value)
+            ]
+        scalar = _scalar(value, line, self.name)
+        if isinstance(scalar, str):
+            return self._exchange(scalar, line, at, plain=not _quoted(value))
+        return scalar
+
+    def _items(self, value: Mapping[Any, Any], line: int, at: Location) -> Iterator[Any]:
+        free = self.free(at)
+        for written, item in value.items():
+            here = line_of(value, written, line)
+            key = _scalar(written, here, self.name)
+            if not (free and isinstance(key, str) and key.startswith("x-")):
+                yield key, self.plain(item, here, (*at, key))
+
+    def _exchange(self, text: str, line: int, at: Location, *, plain: bool) -> Any:
+        try:
+            value = interpolated(text, self.environ, plain=plain)
+        except WrongReferenceError as error:
+            self.problems.append((line, at, str(error)))
+            return text
+        if isinstance(value, FromEnvironment):
+            self._exchanged += len(value)
+            if self._exchanged > _MAX_EXCHANGED:
+                raise ConfigurationError(
+                    f"{self.name}: what its variables hold has more than {_MAX_EXCHANGED} "
+                    "characters together"
+                )
+        return value
+
+
+def _quoted(value: Any) -> bool:
+    from ruamel.yaml.scalarstring import PlainScalarString, ScalarString
+
+    return isinstance(value, ScalarString) and not isinstance(value, PlainScalarString)
 
 
 def _scalar(value: Any, line: int, name: str) -> Any:

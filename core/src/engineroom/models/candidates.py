@@ -89,7 +89,7 @@ def _candidate(
             return Candidate(place, config, handler, dict(known), "measured")
         estimate = _estimate(handler, config)
     except EngineRoomError as error:
-        return Candidate(place, config, error=without_frames(error))
+        return Candidate(place, config, error=without_frames(config.without_secrets(error)))
     if estimate is None:
         return Candidate(place, config, handler)
     return Candidate(place, config, handler, estimate, "estimate")

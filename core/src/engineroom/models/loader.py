@@ -116,7 +116,7 @@ class Loader:
             try:
                 await self._load_one(entry, chosen, deadline)
             except EngineRoomError as error:
-                note(chosen, "failed", error)
+                note(chosen, "failed", chosen.config.without_secrets(error))
                 if not entry.fallback:
                     raise
                 if possible:

@@ -337,11 +337,10 @@ class LLMModelManager:
 def _as_deployment(config: _Deployment) -> DeploymentConfig:
     if isinstance(config, DeploymentConfig):
         return config
+    said = config if isinstance(config, Mapping) else {"models": list(config)}
     try:
-        if isinstance(config, Mapping):
-            return DeploymentConfig.model_validate(config)
-        return DeploymentConfig(models=list(config))
+        return DeploymentConfig.model_validate(said)
     except ValidationError as error:
         raise ConfigurationError(
-            f"the deployment has mistakes: {problems(error, DeploymentConfig)}"
+            f"the deployment has mistakes: {problems(error, said, DeploymentConfig)}"
         ) from error
