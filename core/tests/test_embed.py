@@ -17,6 +17,7 @@ from engineroom import (
     EmbeddingRequest,
     Embeddings,
     InferenceError,
+    InferenceRequest,
     LLMInferenceService,
     LLMModelManager,
     LoadedModel,
@@ -76,6 +77,35 @@ async def test_what_are_no_texts_is_refused_before_anything_is_loaded(texts: Any
         with pytest.raises(ConfigurationError, match="list of texts"):
             await service.embed("m", texts)
     assert handler.loads == 0
+
+
+@pytest.mark.parametrize("method", ["process_inference", "infer", "stream", "run", "stream_sync"])
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (EmbeddingRequest(model_id="m", texts=["a"]), "service.embed"),
+        ({"model_id": "m"}, "build one with"),
+    ],
+    ids=["embedding", "mapping"],
+)
+async def test_only_a_request_to_generate_is_answered(method: str, wrong: Any, said: str) -> None:
+    async def answer() -> None:
+        made = getattr(service, method)(wrong)
+        if asyncio.iscoroutine(made):
+            await made
+
+    handler = EchoHandler()
+    async with make(handler) as service:
+        with pytest.raises(ConfigurationError, match=f"{method} takes an .*{said}"):
+            await answer()
+    assert handler.loads == 0
+
+
+@pytest.mark.parametrize("wrong", [InferenceRequest(model_id="m", prompt="a"), None], ids=repr)
+async def test_a_request_is_no_id_of_a_model(wrong: Any) -> None:
+    async with make(EchoHandler()) as service:
+        with pytest.raises(ConfigurationError, match="id of a model and a list of texts"):
+            await service.embed(wrong, ["a"])
 
 
 async def test_a_handler_that_does_not_claim_it_is_not_asked() -> None:

@@ -92,19 +92,23 @@ class LLMInferenceService:
             last :class:`~engineroom.StreamError`. Nothing but cancellation is raised.
         :raises ConfigurationError: ``request`` is no request at all.
         """
-        if getattr(request, "kind", None) != "generate":
-            raise ConfigurationError(
-                f"process_inference takes an InferenceRequest, not {type(request).__name__}; "
-                "build one with InferenceRequest(model_id=…, prompt=…)"
-            )
+        _check_generates(request, "process_inference")
         return self.stream(request) if request.stream else await self.infer(request)
 
     async def infer(self, request: InferenceRequest) -> InferenceResponse:
-        """Answer in whole, whatever the request's ``stream`` says."""
+        """Answer in whole, whatever the request's ``stream`` says.
+
+        :raises ConfigurationError: ``request`` is no request to generate.
+        """
+        _check_generates(request, "infer")
         return await self._execution(self._scope(request)).run(answer_whole)
 
     def stream(self, request: InferenceRequest) -> InferenceStream:
-        """Answer piece by piece, whatever the request's ``stream`` says."""
+        """Answer piece by piece, whatever the request's ``stream`` says.
+
+        :raises ConfigurationError: ``request`` is no request to generate.
+        """
+        _check_generates(request, "stream")
         scope = self._scope(request)
         return InferenceStream(request, scope, self._execution(scope).chunks())
 
@@ -158,15 +162,19 @@ class LLMInferenceService:
     def run(self, request: InferenceRequest) -> InferenceResponse:
         """Answer in whole, for callers without an event loop. Blocks.
 
-        :raises ConfigurationError: called on the event loop that the service runs on.
+        :raises ConfigurationError: called on the event loop that the service runs on, or
+            ``request`` is no request to generate.
         """
+        _check_generates(request, "run")
         return self._portal.run(lambda: self.infer(request))
 
     def stream_sync(self, request: InferenceRequest) -> BlockingStream:
         """Answer piece by piece, for callers without an event loop.
 
         :returns: an iterator of chunks with ``response`` and ``close()``.
+        :raises ConfigurationError: ``request`` is no request to generate.
         """
+        _check_generates(request, "stream_sync")
         return BlockingStream(self._portal, lambda: self.stream(request))
 
     # ── the ways around ──────────────────────────────────────────────────────────────────────
@@ -307,7 +315,25 @@ class LLMInferenceService:
         return handler, [f"{name} {ignored}" for name in unsupported]
 
 
-def _embedding_request(model_id: str, texts: object, **fields: Any) -> EmbeddingRequest:
+def _check_generates(request: object, method: str) -> None:
+    kind = getattr(request, "kind", None)
+    if kind == "generate":
+        return
+    if kind == "embed":
+        instead = "service.embed(model_id, texts) turns texts into vectors"
+    else:
+        instead = "build one with InferenceRequest(model_id=…, prompt=…)"
+    raise ConfigurationError(
+        f"{method} takes an InferenceRequest, not {type(request).__name__}; {instead}"
+    )
+
+
+def _embedding_request(model_id: object, texts: object, **fields: Any) -> EmbeddingRequest:
+    if not isinstance(model_id, str):
+        raise ConfigurationError(
+            f"embed takes the id of a model and a list of texts, not {type(model_id).__name__}; "
+            "infer and stream answer requests"
+        )
     listed = list(texts) if isinstance(texts, Sequence) and not isinstance(texts, str) else []
     if not listed or not all(isinstance(text, str) and text for text in listed):
         raise ConfigurationError(

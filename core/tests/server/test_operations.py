@@ -256,10 +256,15 @@ def test_embeddings_are_counted_and_named_as_other_requests(start):
         assert value(run, "request_generation_tokens_count", **labels) == 0
         assert value(run, "e2e_request_latency_seconds_count", **labels) == 1
         assert value(run, "request_success_total", **labels, finished_reason="eos_token") == 1
+        assert value(run, "requests_total", **labels, kind="embed", reason="done") == 1
+        httpx.post(run.url + "/v1/completions", json={"model": "m", "prompt": "a"})
+        assert value(run, "requests_total", **labels, kind="generate", reason="eos_token") == 1
         bad = httpx.post(run.url + "/v1/embeddings", json={"model": "no-such", "input": "a"})
         assert bad.status_code == 404
         lost = {"model_name": "", "handler": "", "finished_reason": "error"}
         assert value(run, "request_success_total", **lost) == 1
+        lost = {"model_name": "", "handler": "", "kind": "embed", "reason": "error"}
+        assert value(run, "requests_total", **lost) == 1
     for request in seen[:2]:
         assert (request.kind, request.request_id) == ("embed", answer.headers["x-request-id"])
         assert (request.metadata["traceparent"], request.metadata["user"]) == (trace, "ann")

@@ -60,6 +60,9 @@ class PrometheusObserver:
         self._success = counter(
             "request_success", "Requests that ended, by why", (*_LABELS, "finished_reason")
         )
+        self._ended = counter(
+            "requests", "Requests that ended, by their kind and why", (*_LABELS, "kind", "reason")
+        )
         self._cancelled = counter(
             "requests_cancelled",
             "Requests whose client went away or that were stopped",
@@ -156,6 +159,9 @@ class PrometheusObserver:
             self._latency.labels(*labels).observe(response.inference_time_ms / 1000)
         reason = response.finish_reason or "error"
         self._success.labels(*labels, reason).inc()
+        # No end of a text is the reason why vectors are there.
+        why = "done" if (request.kind, reason) == ("embed", "eos_token") else reason
+        self._ended.labels(*labels, request.kind, why).inc()
         if reason == "cancelled":
             stage = "decoding" if generated else "waiting" if prompt is None else "prefill"
             self._cancelled.labels(*labels, stage).inc()
