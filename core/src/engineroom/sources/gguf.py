@@ -31,6 +31,7 @@ _CONFIG_NAMES: Final = {
     "attention.key_length": "head_dim",
     "attention.value_length": "v_head_dim",
     "context_length": "max_position_embeddings",
+    "full_attention_interval": "full_attention_interval",
 }
 
 
