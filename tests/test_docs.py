@@ -325,6 +325,8 @@ def test_every_room_says_what_is_in_it() -> None:
 
 LIMITS_WITHOUT_FLAG = {
     "max_messages": "messages of a conversation",
+    "max_json_values": "values in a body's JSON; a list or object counts as eight",
+    "max_parts": "parts of their contents",
     "max_choices": "answers to one request, prompts times `n`",
     "max_header_bytes": "headers, and what is sent ahead of an answer",
     "header_timeout_s": "headers, and what is sent ahead of an answer",

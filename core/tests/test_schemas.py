@@ -181,13 +181,42 @@ def test_a_bias_for_any_token_is_taken(bias: dict[int, float]) -> None:
     assert GenerationParams.model_validate_json(params.model_dump_json()) == params
 
 
-@pytest.mark.parametrize(
-    "bias",
-    [{-1: 1.0}, {0: 100.1}, {0: -100.1}, {0: math.nan}, {True: 1.0}, {0: True}, {"a": 1.0}, [1]],
-    ids=repr,
-)
+WRONG_BIASES: list[Any] = [
+    {-1: 1.0}, {0: 100.1}, {0: -100.1}, {0: math.nan}, {0: math.inf}, {True: 1.0}, {0: True},
+    {"a": 1.0}, {"": 1.0}, {"-1": 1.0}, {" 1": 1.0}, {"\u0661": 1.0}, {"1" * 19: 1.0}, {1.5: 1.0},
+    {0: "1"}, {0: None}, {0: [1]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("bias", [*WRONG_BIASES, [1]], ids=repr)
 def test_a_bias_out_of_range_is_refused(bias: object) -> None:
     assert "\nlogit_bias" in refused(GenerationParams, logit_bias=bias)
+
+
+@pytest.mark.parametrize("bias", WRONG_BIASES, ids=repr)
+@pytest.mark.parametrize("before", [0, 3000])
+def test_the_first_mistake_of_a_bias_is_told_alone(bias: dict[Any, Any], before: int) -> None:
+    right = {f"{token + 10}": 1.5 for token in range(before)}
+    with pytest.raises(ValidationError) as caught:
+        GenerationParams(logit_bias={**right, **bias, "x": "y", "z": None})
+    (error, *more) = caught.value.errors()
+    (key,) = bias
+    assert error["loc"][0] == "logit_bias" and not more
+    assert error["loc"][1] in (key, str(key))
+
+
+def test_a_bias_for_a_whole_vocabulary_is_taken() -> None:
+    whole = {str(token): -(token % 100) for token in range(200_000)}
+    params = GenerationParams(logit_bias=whole)
+    assert params.logit_bias == {token: -float(token % 100) for token in range(200_000)}
+    odd = whole | {"7": OddFloat(2.5)}
+    assert GenerationParams(logit_bias=odd).logit_bias == {**(params.logit_bias or {}), 7: 2.5}
+    many = dict.fromkeys(range(300_000), 1)
+    assert "may have 262144 tokens, not 300000" in refused(GenerationParams, logit_bias=many)
+
+
+class OddFloat(float):
+    """Of a class of its own, as numpy's are."""
 
 
 @pytest.mark.parametrize(

@@ -12,19 +12,21 @@ import uuid
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Final, Literal, Self, TypeAlias, get_args
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PrivateAttr,
-    model_validator,
-)
-from pydantic_core import PydanticUseDefault
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, Tag, model_validator
 
 from engineroom.errors import EngineRoomError, error_class
-from engineroom.printable import CONTROLS
+from engineroom.field_types import (
+    FewFields,
+    Float,
+    Identifier,
+    Int,
+    LogitBias,
+    NotEmpty,
+    OrDefault,
+    Text,
+    TokenId,
+    either,
+)
 
 __all__ = [
     "FINISH_REASONS",
@@ -59,64 +61,18 @@ MAX_STOP_CHARS: Final = 16_384
 looks for them costs some hundred bytes a character, and a request may come from anyone."""
 
 
-def _no_control_characters(value: str) -> str:
-    if CONTROLS.search(value):
-        raise ValueError(
-            "must not contain control characters or line breaks (it is written to logs and headers)"
-        )
-    return value
-
-
-def _can_be_encoded(value: str) -> str:
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"must be text, but character {error.start} is half of a surrogate pair"
-        ) from error
-    return value
-
-
-def no_booleans(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError(f"must be a number, not {value}")
-    return value
-
-
-MAX_TOKEN_ID: Final = 2**31 - 1
-"""Runtimes count tokens in 32 bits; which ids a model has, only its runtime knows."""
-
-TokenId = Annotated[int, Field(strict=True, ge=0, le=MAX_TOKEN_ID)]
-Identifier = Annotated[
-    str, Field(min_length=1, max_length=256), AfterValidator(_no_control_characters)
-]
-Text = Annotated[str, AfterValidator(_can_be_encoded)]
-_Int = Annotated[int, BeforeValidator(no_booleans)]
-_Float = Annotated[float, BeforeValidator(no_booleans), Field(allow_inf_nan=False)]
-
-
-def _default_for_none(value: Any) -> Any:
-    if value is None:
-        raise PydanticUseDefault
-    return value
-
-
-OrDefault: Final = BeforeValidator(_default_for_none)
-"""Of a field that has no ``None``: it takes it, and means its default."""
-
-
 class FrozenSchema(BaseModel):
     """A schema whose values do not change, and which refuses unknown fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-class StructuredOutput(FrozenSchema):
+class StructuredOutput(FewFields, FrozenSchema):
     """What the text must match: exactly one of a JSON schema, a regular expression, a grammar."""
 
     json_schema: dict[str, Any] | None = None
-    regex: Annotated[str, Field(min_length=1)] | None = None
-    grammar: Annotated[str, Field(min_length=1)] | None = None
+    regex: NotEmpty | None = None
+    grammar: NotEmpty | None = None
 
     @model_validator(mode="after")
     def _exactly_one(self) -> StructuredOutput:
@@ -129,44 +85,42 @@ class StructuredOutput(FrozenSchema):
         return self
 
 
-class GenerationParams(FrozenSchema):
+class GenerationParams(FewFields, FrozenSchema):
     """How to generate. A runtime honours each field, refuses it by name or warns about it.
 
     The order in which sampling applies them is the same everywhere: ``logit_bias``,
     penalties, ``temperature``, ``top_k``, ``top_p``, ``min_p``.
     """
 
-    max_new_tokens: Annotated[_Int, Field(ge=1)] | None = 256
+    max_new_tokens: Annotated[Int, Field(ge=1)] | None = 256
     """Most tokens to generate; ``None``: until the context is full."""
-    temperature: Annotated[_Float, Field(ge=0.0, le=2.0)] | None = 0.7
+    temperature: Annotated[Float, Field(ge=0.0, le=2.0)] | None = 0.7
     """0 is greedy; ``None`` is 1."""
-    top_p: Annotated[_Float, Field(ge=0.0, le=1.0)] | None = None
+    top_p: Annotated[Float, Field(ge=0.0, le=1.0)] | None = None
     """Keep the smallest set of most likely tokens that has at least this probability (the most
     likely one is always kept); ``None`` and 1 keep all."""
-    top_k: Annotated[_Int, Field(ge=0)] | None = None
+    top_k: Annotated[Int, Field(ge=0)] | None = None
     """Keep the k most likely tokens; ``None`` and 0 keep all."""
-    repetition_penalty: Annotated[_Float, Field(ge=1.0)] | None = None
+    repetition_penalty: Annotated[Float, Field(ge=1.0)] | None = None
     """Divide positive and multiply negative logits of tokens of the prompt and of the text so
     far by this (Keskar et al., 2019, arXiv:1909.05858); ``None`` and 1 change nothing."""
     do_sample: bool | None = True
     """``False`` is greedy (or plain beam search); ``None`` is ``True``."""
-    num_beams: Annotated[_Int, Field(ge=1)] | None = 1
+    num_beams: Annotated[Int, Field(ge=1)] | None = 1
     """Beams to search with; ``None`` and 1: no beam search."""
     early_stopping: bool | None = False
     """With beams: end as soon as ``num_beams`` complete candidates exist."""
-    min_p: Annotated[_Float, Field(ge=0.0, le=1.0)] | None = None
+    min_p: Annotated[Float, Field(ge=0.0, le=1.0)] | None = None
     """Keep tokens that are at least this fraction as likely as the likeliest one."""
-    seed: Annotated[_Int, Field(ge=0, le=2**63 - 1)] | None = None
+    seed: Annotated[Int, Field(ge=0, le=2**63 - 1)] | None = None
     """Seed of the request's own random generator; ``None``: a fresh one."""
-    presence_penalty: Annotated[_Float, Field(ge=-2.0, le=2.0)] | None = None
+    presence_penalty: Annotated[Float, Field(ge=-2.0, le=2.0)] | None = None
     """Subtracted from the logit of every token that the generated text has."""
-    frequency_penalty: Annotated[_Float, Field(ge=-2.0, le=2.0)] | None = None
+    frequency_penalty: Annotated[Float, Field(ge=-2.0, le=2.0)] | None = None
     """Subtracted, times its count, from the logit of every token of the generated text."""
-    logit_bias: (
-        dict[Annotated[_Int, Field(ge=0)], Annotated[_Float, Field(ge=-100.0, le=100.0)]] | None
-    ) = None
+    logit_bias: LogitBias | None = None
     """Added to the logits: token id → bias."""
-    logprobs: Annotated[_Int, Field(ge=0, le=20)] | None = None
+    logprobs: Annotated[Int, Field(ge=0, le=20)] | None = None
     """Report each token's log probability, and those of this many likeliest alternatives, as
     the model gave them (before bias, penalties and temperature)."""
     structured_output: StructuredOutput | None = None
@@ -209,13 +163,13 @@ _NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
 }
 
 
-class ChatMessage(FrozenSchema):
+class ChatMessage(FewFields, FrozenSchema):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | None = None
     name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
 
     @model_validator(mode="after")
@@ -233,30 +187,36 @@ RequestKind: TypeAlias = Literal["generate", "embed"]
 """What is asked of a model."""
 
 
-class InferenceRequest(FrozenSchema):
+class InferenceRequest(FewFields, FrozenSchema):
     """One request to one model: a ``prompt`` as it stands, its tokens, or chat ``messages``."""
 
     kind: ClassVar[RequestKind] = "generate"
     model_id: Identifier
     prompt: Text | None = None
     """Text to continue, taken as it is: no chat template is applied."""
-    prompt_token_ids: Annotated[list[TokenId], Field(min_length=1)] | None = None
+    prompt_token_ids: Annotated[list[TokenId], Field(fail_fast=True, min_length=1)] | None = None
     """A prompt as token ids of the model's own vocabulary, taken as they are: nothing is added,
     no token of the beginning either."""
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1)] | None = None
     """A conversation, rendered with the model's own chat template."""
     params: Annotated[GenerationParams, OrDefault] = GenerationParams()
     stream: Annotated[bool, OrDefault] = False
     request_id: Annotated[Identifier, OrDefault] = Field(default_factory=lambda: str(uuid.uuid4()))
-    stop_sequences: list[Annotated[str, Field(min_length=1)]] | None = None
+    stop_sequences: Annotated[list[NotEmpty], Field(fail_fast=True)] | None = None
     """Texts that end the generation; they are not part of the generated text."""
-    timeout_s: Annotated[_Float, Field(gt=0)] | None = None
+    timeout_s: Annotated[Float, Field(gt=0)] | None = None
     """Seconds from the call to the last token, waiting and loading included."""
-    priority: Annotated[_Int, Field(ge=-100, le=100), OrDefault] = 0
+    priority: Annotated[Int, Field(ge=-100, le=100), OrDefault] = 0
     """Waiting requests of a higher priority go first; two seconds of waiting are worth one step of
     it, so that nobody waits for ever."""
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
+    tool_choice: (
+        Annotated[
+            Annotated[str, Tag("(word)")] | Annotated[dict[str, Any], Tag("(tool)")],
+            either("a word or a tool", {str: "(word)", dict: "(tool)"}),
+        ]
+        | None
+    ) = None
     adapter: Identifier | None = None
     """Name of an adapter (LoRA) that was loaded with the model; ``None``: the model as it is."""
     cache_salt: Annotated[Text, Field(min_length=1, max_length=128)] | None = None
@@ -323,7 +283,9 @@ class EmbeddingRequest(InferenceRequest):
 
     kind: ClassVar[RequestKind] = "embed"
     prompt: Annotated[Text | None, OrDefault] = ""
-    texts: Annotated[list[Annotated[Text, Field(min_length=1)]], Field(min_length=1)]
+    texts: Annotated[
+        list[Annotated[Text, Field(min_length=1)]], Field(fail_fast=True, min_length=1)
+    ]
 
 
 class TokenLogprob(FrozenSchema):

@@ -37,7 +37,8 @@ from engineroom.config.yaml_file import (
     read_document,
 )
 from engineroom.errors import ConfigurationError
-from engineroom.schemas import OnUnsupported, OrDefault, PrefixCacheScope, no_booleans
+from engineroom.field_types import OrDefault, no_booleans
+from engineroom.schemas import OnUnsupported, PrefixCacheScope
 from engineroom.sources.source import expand_user, has_scheme
 from engineroom.units import DeviceBudgets, Duration
 

@@ -9,13 +9,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from engineroom.config.interpolation import without_secrets
 from engineroom.errors import EngineRoomError
-from engineroom.schemas import (
-    FrozenSchema,
-    Identifier,
-    OrDefault,
-    PrefixCacheScope,
-    no_booleans,
-)
+from engineroom.field_types import Identifier, OrDefault, no_booleans
+from engineroom.schemas import FrozenSchema, PrefixCacheScope
 from engineroom.units import DeviceSizes, Duration
 
 __all__ = ["LoadedModel", "ModelConfig", "ModelVariant", "source_mistake"]

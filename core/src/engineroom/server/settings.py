@@ -56,7 +56,12 @@ class ServerSettings:
     """What asks for more goes as this much, with a warning. A key's own line may say otherwise."""
     max_body_bytes: int = _setting(4 << 20, "Largest body of a request, in bytes.")
     """413 is what a larger one is told."""
+    max_json_values: int = _setting(
+        1 << 19, "Values in the JSON of a body; a list or object counts as eight.", flag=False
+    )
+    """An eighth as many texts and names may be among them. More would take long to read (400)."""
     max_messages: int = _setting(2048, "Messages of a conversation.", flag=False)
+    max_parts: int = _setting(8192, "Parts of the contents of its messages.", flag=False)
     max_choices: int = _setting(32, "Answers to one HTTP request: prompts times `n`.", flag=False)
     max_header_bytes: int = _setting(32 << 10, "Size of a request's headers (431).", flag=False)
     max_connections: int = _setting(2048, "Connections at one time.")

@@ -10,14 +10,15 @@ from pydantic import Field
 from engineroom.inference.streams import InferenceStream
 from engineroom.schemas import ChatMessage, InferenceRequest, InferenceResponse
 from engineroom.server.apis.request_fields import (
+    Content,
     Number,
     Sampling,
     StopList,
     SubSchema,
-    TextPart,
     build,
     chat_message,
     conversation,
+    params_of,
     parse,
     text_of,
 )
@@ -51,15 +52,15 @@ class AnthropicMessage(SubSchema):
     """A message of the conversation."""
 
     role: Literal["user", "assistant"]
-    content: str | list[TextPart]
+    content: Content
 
 
 class MessagesRequest(Sampling):
     """A conversation to be continued."""
 
     max_tokens: Annotated[int, Field(ge=1)]
-    messages: Annotated[list[AnthropicMessage], Field(min_length=1)]
-    system: str | list[TextPart] | None = None
+    messages: Annotated[list[AnthropicMessage], Field(fail_fast=True, min_length=1)]
+    system: Content | None = None
     temperature: Annotated[Number, Field(ge=0, le=1)] | None = None
     """0 is greedy; 1 unless said."""
     top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
@@ -67,6 +68,7 @@ class MessagesRequest(Sampling):
     metadata: dict[str, Any] | None = None
 
     RENAMED: ClassVar[Mapping[str, str]] = {"model_id": "model", "max_new_tokens": "max_tokens"}
+    COUNTED: ClassVar[Collection[str]] = ("messages", "system")
     REFUSED: ClassVar[Mapping[str, Collection[Any]]] = {
         "tools": ([],),
         "tool_choice": ({"type": "none"}, {"type": "auto"}),
@@ -155,12 +157,12 @@ def _request(call: Call, request: MessagesRequest) -> InferenceRequest:
     system: list[ChatMessage] = []
     if (text := text_of(request.system, "system")) is not None:
         system.append(chat_message("system", text, "system"))
+    params = {"max_new_tokens": request.max_tokens}
     return build(
         call,
         request,
-        params={"max_new_tokens": request.max_tokens},
-        absent={"temperature": None},
-        messages=[*system, *conversation(call, request.messages)],
+        params_of(call, request, params, absent={"temperature": None}),
+        messages=[*system, *conversation(request.messages)],
         stop_sequences=request.stop_sequences or None,
     )
 

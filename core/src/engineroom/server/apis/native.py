@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from pydantic import ValidationError
 
 from engineroom.schemas import InferenceRequest, InferenceResponse
-from engineroom.server.apis.request_fields import check_count, common_fields
+from engineroom.server.apis.request_fields import check_counts, common_fields
 from engineroom.server.apis.routing import SSE, work_route
 from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ApiError, OpenAIError, invalid_fields
@@ -23,26 +22,15 @@ async def inference(call: Call) -> None:
     raw = await call.json()
     if not isinstance(raw, dict):
         raise ApiError(400, "the body must be a JSON object", "invalid_json")
+    check_counts(call, raw)
     try:
-        request = InferenceRequest.model_validate(_texts_to_ids(raw))
+        request = InferenceRequest.model_validate(raw)
     except ValidationError as error:
         raise invalid_fields(error) from error
-    if request.messages is not None:
-        check_count(call, request.messages)
     common = common_fields(call, request)
     own = {name: common[name] for name in ("timeout_s", "priority", "metadata")}
     request = request.model_copy(update={"request_id": call.id, **own})
     await respond(call, [request], InferenceWriter(call))
-
-
-def _texts_to_ids(raw: dict[str, Any]) -> dict[str, Any]:
-    """JSON's keys are strings; those of ``logit_bias`` mean token ids."""
-    params = raw.get("params")
-    bias = params.get("logit_bias") if isinstance(params, dict) else None
-    if not isinstance(params, dict) or not isinstance(bias, dict):
-        return raw
-    ids = {int(k) if k.isascii() and k.isdigit() and len(k) < 12 else k: v for k, v in bias.items()}
-    return {**raw, "params": {**params, "logit_bias": ids}}
 
 
 class InferenceWriter(Writer):

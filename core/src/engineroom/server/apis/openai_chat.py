@@ -17,10 +17,9 @@ from engineroom.server.apis.openai_common import (
     requests_for,
 )
 from engineroom.server.apis.request_fields import (
+    Content,
     SubSchema,
-    TextPart,
     chat_message,
-    check_count,
     parse,
     text_of,
 )
@@ -37,7 +36,7 @@ class ChatInput(SubSchema):
     """A message of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: Content | None = None
     name: str | None = None
     tool_calls: list[Any] | None = None
     """Only none: what a model had called, no runtime here is told."""
@@ -48,7 +47,7 @@ class ChatInput(SubSchema):
 class ChatRequest(OpenAIRequest):
     """A conversation to be continued."""
 
-    messages: Annotated[list[ChatInput], Field(min_length=1)]
+    messages: Annotated[list[ChatInput], Field(fail_fast=True, min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     """The newer name; without either, until the context is full."""
@@ -57,6 +56,7 @@ class ChatRequest(OpenAIRequest):
     metadata: dict[str, Any] | None = None
     safety_identifier: str | None = None
 
+    COUNTED: ClassVar[Collection[str]] = ("messages",)
     REFUSED: ClassVar[Mapping[str, Collection[Any]]] = {
         "tools": ([],),
         "tool_choice": ("none", "auto"),
@@ -140,7 +140,6 @@ async def chat_completions(call: Call) -> None:
 
 
 def _requests(call: Call, request: ChatRequest) -> list[InferenceRequest]:
-    check_count(call, request.messages)
     if request.top_logprobs is not None and not request.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", "invalid_value", "top_logprobs")
     old, new = request.max_tokens, request.max_completion_tokens

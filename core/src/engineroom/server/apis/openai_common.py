@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias
 
 from msgspec import UNSET, UnsetType
-from pydantic import Field
+from pydantic import Field, SkipValidation, Tag
 
+from engineroom.field_types import LogitBias, either
 from engineroom.schemas import InferenceRequest, InferenceResponse, TokenLogprob
 from engineroom.server.apis.request_fields import (
     Number,
@@ -17,6 +18,8 @@ from engineroom.server.apis.request_fields import (
     StopList,
     StreamOptions,
     build,
+    params_of,
+    request_id,
 )
 from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ApiError, OpenAIError
@@ -31,6 +34,7 @@ __all__ = [
     "OpenAISampling",
     "OpenAIWriter",
     "Usage",
+    "check_choices",
     "requests_for",
 ]
 
@@ -53,11 +57,17 @@ class OpenAISampling(Sampling):
 class OpenAIRequest(OpenAISampling):
     """What both of OpenAI's older APIs have."""
 
-    stop: str | StopList | None = None
+    stop: (
+        Annotated[
+            Annotated[str, Tag("(text)")] | Annotated[StopList, Tag("(texts)")],
+            either("a text or a list of texts", {str: "(text)", list: "(texts)"}),
+        ]
+        | None
+    ) = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
-    logit_bias: dict[str, Annotated[Number, Field(ge=-100, le=100)]] | None = None
-    """Token id → bias."""
+    logit_bias: SkipValidation[LogitBias | None] = None
+    """Token id → bias. Checked with the service's parameters, once."""
     n: Annotated[int, Field(ge=1)] | None = None
     """How many answers. With ``seed`` each has its own, made from it."""
 
@@ -110,6 +120,13 @@ class Chunk(Answer, kw_only=True):
     usage: Usage | UnsetType | None = UNSET
 
 
+def check_choices(call: Call, count: int) -> None:
+    """Refuse more answers than the server gives to one request. :raises ApiError: 400."""
+    limit = call.context.settings.max_choices
+    if count > limit:
+        raise ApiError(400, f"{count} answers are more than {limit}", "too_many_choices", "n")
+
+
 def requests_for(
     call: Call,
     request: OpenAIRequest,
@@ -117,44 +134,37 @@ def requests_for(
     max_tokens: int | None,
     inputs: Sequence[Mapping[str, Any]],
 ) -> list[InferenceRequest]:
-    """A request for each input and each of its ``n`` answers.
+    """A request for each input and each of its ``n`` answers, which share all that is large.
 
-    :param params: as :func:`build` takes them.
+    :param params: as :func:`params_of` takes them.
     :param max_tokens: how many there are where the client does not say.
     :raises ApiError: 400.
     """
-    bias: dict[int, float] | None = None
-    if request.logit_bias:
-        try:
-            bias = {int(token): value for token, value in request.logit_bias.items()}
-        except ValueError as error:
-            raise ApiError(
-                400, "logit_bias: its keys must be token ids", "invalid_value", "logit_bias"
-            ) from error
     n = request.n or 1
-    limit = call.context.settings.max_choices
-    if n * len(inputs) > limit:
-        raise ApiError(
-            400, f"{n * len(inputs)} answers are more than {limit}", "too_many_choices", "n"
-        )
+    check_choices(call, n * len(inputs))
     seed, stop = request.seed, request.stop or None
-    return [
-        build(
+    first = params_of(call, request, params, {"temperature": None, "max_new_tokens": max_tokens})
+    choices = [first]
+    for choice in range(1, n):
+        own = None if seed is None else (seed + choice * _SEED_STEP) % (1 << 63)
+        choices.append(first.model_copy(update={"seed": own}))
+    requests: list[InferenceRequest] = []
+    for number, prompt in enumerate(inputs):
+        request_of = build(
             call,
             request,
-            params={
-                **params,
-                "logit_bias": bias,
-                "seed": None if seed is None else seed + choice * _SEED_STEP,
-            },
-            absent={"temperature": None, "max_new_tokens": max_tokens},
-            index=number * n + choice,
+            first,
+            number * n,
             stop_sequences=[stop] if isinstance(stop, str) else stop,
             **prompt,
         )
-        for number, prompt in enumerate(inputs)
-        for choice in range(n)
-    ]
+        requests += [
+            request_of.model_copy(
+                update={"request_id": request_id(call, number * n + choice), "params": own_params}
+            )
+            for choice, own_params in enumerate(choices)
+        ]
+    return requests
 
 
 class OpenAIWriter(Writer):

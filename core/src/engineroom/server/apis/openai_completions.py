@@ -8,13 +8,15 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag
 
+from engineroom.field_types import TokenId
 from engineroom.inference.streams import InferenceStream
-from engineroom.schemas import InferenceRequest, TokenId, TokenLogprob
+from engineroom.schemas import InferenceRequest, TokenLogprob
 from engineroom.server.apis.openai_common import (
     Completed,
     FinishReason,
     OpenAIRequest,
     OpenAIWriter,
+    check_choices,
     requests_for,
 )
 from engineroom.server.apis.request_fields import parse
@@ -29,25 +31,25 @@ __all__ = ["ROUTES", "CompletionRequest"]
 DEFAULT_MAX_TOKENS = 16
 """As OpenAI's."""
 
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
-_PROMPTS: Mapping[type, str] = {str: "texts", int: "ids", list: "lists of ids"}
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1)]
+_PROMPTS: Mapping[type, str] = {str: "(texts)", int: "(ids)", list: "(lists of ids)"}
 
 
 def _kind_of_prompt(value: Any) -> str | None:
     """Which of its forms a prompt has: mistakes are told of that one alone."""
     if not isinstance(value, list):
-        return "text" if isinstance(value, str) else None
-    return _PROMPTS.get(type(value[0])) if value else "texts"
+        return "(text)" if isinstance(value, str) else None
+    return _PROMPTS.get(type(value[0])) if value else "(texts)"
 
 
 class CompletionRequest(OpenAIRequest):
     """Prompts to be continued as they stand: no chat template is applied."""
 
     prompt: Annotated[
-        Annotated[str, Tag("text")]
-        | Annotated[list[str], Field(min_length=1), Tag("texts")]
-        | Annotated[TokenIds, Tag("ids")]
-        | Annotated[list[TokenIds], Field(min_length=1), Tag("lists of ids")],
+        Annotated[str, Tag("(text)")]
+        | Annotated[list[str], Field(fail_fast=True, min_length=1), Tag("(texts)")]
+        | Annotated[TokenIds, Tag("(ids)")]
+        | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1), Tag("(lists of ids)")],
         Discriminator(
             _kind_of_prompt,
             custom_error_type="prompt",
@@ -99,9 +101,13 @@ class Completion(Completed, kw_only=True):
 
 async def completions(call: Call) -> None:
     """Continue prompts."""
-    request = parse(call, CompletionRequest, await call.json())
+    raw = await call.json()
+    asked: Any = raw.get("prompt") if isinstance(raw, dict) else None
+    if _kind_of_prompt(asked) in ("(texts)", "(lists of ids)"):
+        check_choices(call, len(asked))
+    request = parse(call, CompletionRequest, raw)
     prompt: Any = request.prompt
-    prompts = [prompt] if _kind_of_prompt(prompt) in ("text", "ids") else list(prompt)
+    prompts = [prompt] if _kind_of_prompt(prompt) in ("(text)", "(ids)") else list(prompt)
     requests = _requests(call, request, prompts)
     await respond(call, requests, CompletionWriter(call, request, prompts))
 

@@ -7,8 +7,9 @@ import struct
 from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field, Tag, ValidationError
 
+from engineroom.field_types import either
 from engineroom.schemas import EmbeddingRequest, GenerationParams
 from engineroom.server.apis.request_fields import ApiRequest, ModelName, common_fields, parse
 from engineroom.server.apis.routing import work_route
@@ -33,7 +34,11 @@ class EmbeddingsRequest(ApiRequest):
 
     model: ModelName
     input: Annotated[
-        str | Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS)],
+        Annotated[str, Tag("(text)")]
+        | Annotated[
+            list[str], Field(fail_fast=True, min_length=1, max_length=MAX_INPUTS), Tag("(texts)")
+        ],
+        either("a text or a list of texts", {str: "(text)", list: "(texts)"}),
         BeforeValidator(_no_token_ids),
     ]
     encoding_format: Literal["float", "base64"] | None = None

@@ -7,17 +7,19 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias
 
 from msgspec import Meta
-from pydantic import Field
+from pydantic import Field, Tag
 
+from engineroom.field_types import either
 from engineroom.inference.streams import InferenceStream
 from engineroom.schemas import ChatMessage, InferenceRequest, InferenceResponse
 from engineroom.server.apis.openai_common import OpenAISampling
 from engineroom.server.apis.request_fields import (
+    Content,
     SubSchema,
-    TextPart,
     build,
     chat_message,
     conversation,
+    params_of,
     parse,
 )
 from engineroom.server.apis.routing import SSE, work_route
@@ -36,13 +38,17 @@ class InputMessage(SubSchema):
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Content
 
 
 class ResponsesRequest(OpenAISampling):
     """A text or a conversation to be answered."""
 
-    input: str | Annotated[list[InputMessage], Field(min_length=1)]
+    input: Annotated[
+        Annotated[str, Tag("(text)")]
+        | Annotated[list[InputMessage], Field(fail_fast=True, min_length=1), Tag("(messages)")],
+        either("a text or a list of messages", {str: "(text)", list: "(messages)"}),
+    ]
     instructions: str | None = None
     """A system message before the input."""
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -56,6 +62,7 @@ class ResponsesRequest(OpenAISampling):
         "model_id": "model",
         "max_new_tokens": "max_output_tokens",
     }
+    COUNTED: ClassVar[Collection[str]] = ("input",)
     REFUSED: ClassVar[Mapping[str, Collection[Any]]] = {
         "tools": ([],),
         "tool_choice": ("none", "auto"),
@@ -183,14 +190,10 @@ def _request(call: Call, request: ResponsesRequest) -> InferenceRequest:
     if isinstance(request.input, str):
         messages.append(chat_message("user", request.input, "input"))
     else:
-        messages += conversation(call, request.input, "input", _INPUT_KINDS)
-    return build(
-        call,
-        request,
-        params={"max_new_tokens": request.max_output_tokens},
-        absent={"temperature": None, "max_new_tokens": None},
-        messages=messages,
-    )
+        messages += conversation(request.input, "input", _INPUT_KINDS)
+    params = {"max_new_tokens": request.max_output_tokens}
+    absent = {"temperature": None, "max_new_tokens": None}
+    return build(call, request, params_of(call, request, params, absent), messages=messages)
 
 
 def _usage(answer: InferenceResponse) -> ResponseUsage:

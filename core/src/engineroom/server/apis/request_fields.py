@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Final, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Tag,
+    ValidationError,
+)
 
 from engineroom.border import get_logger
+from engineroom.field_types import FewFields, either
 from engineroom.schemas import ChatMessage, GenerationParams, InferenceRequest
 from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ApiError, invalid_fields, unsupported
 
 __all__ = [
     "ApiRequest",
+    "Content",
     "ModelName",
     "Number",
     "Sampling",
@@ -23,41 +34,49 @@ __all__ = [
     "TextPart",
     "build",
     "chat_message",
-    "check_count",
+    "check_counts",
     "common_fields",
     "conversation",
+    "params_of",
     "parse",
+    "request_id",
     "text_of",
 ]
 
 logger = get_logger("engineroom.server.fields")
 
 
-def _no_control(value: Any) -> Any:
-    if isinstance(value, str) and any(ord(c) < 32 or 0x7F <= ord(c) < 0xA0 for c in value):
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+
+def _no_control(value: str) -> str:
+    if _CONTROL.search(value):
         raise ValueError("must not contain control characters")
     return value
 
 
 ModelName = Annotated[
-    str, Field(min_length=1, max_length=256, examples=["default"]), BeforeValidator(_no_control)
+    str, Field(min_length=1, max_length=256, examples=["default"]), AfterValidator(_no_control)
 ]
 Number = Annotated[float, Field(allow_inf_nan=False)]
-StopList = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=64)]
+StopList = Annotated[
+    list[Annotated[str, Field(min_length=1)]], Field(fail_fast=True, max_length=64)
+]
 
 
 class SubSchema(BaseModel):
     """A part of a request. Fields that it does not know are let pass."""
 
-    model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=())
+    model_config = ConfigDict(extra="ignore", strict=True, protected_namespaces=())
 
 
-class ApiRequest(SubSchema):
+class ApiRequest(FewFields, SubSchema):
     """The body of a request.
 
     Every field that the API has is in the schema and honoured, or in one of these two.
     """
 
+    model_config = ConfigDict(extra="allow")
     REFUSED: ClassVar[Mapping[str, Collection[Any]]] = {}
     """Fields that this server does not honour → the values that ask for nothing. Any other value
     is refused by name."""
@@ -66,6 +85,8 @@ class ApiRequest(SubSchema):
     refused, or of the prices and lifetimes of a cache, which change no answer."""
     RENAMED: ClassVar[Mapping[str, str]] = {}
     """Fields of ``GenerationParams`` and ``InferenceRequest`` → what this API calls them."""
+    COUNTED: ClassVar[Collection[str]] = ()
+    """Fields with messages, or with parts of one, which are counted before they are looked at."""
 
 
 def _not_obfuscated(value: Any) -> Any:
@@ -79,6 +100,14 @@ class TextPart(SubSchema):
 
     type: str
     text: str | None = None
+
+
+Content = Annotated[
+    Annotated[str, Tag("(text)")]
+    | Annotated[list[TextPart], Field(fail_fast=True), Tag("(parts)")],
+    either("a text or a list of parts", {str: "(text)", list: "(parts)"}),
+]
+"""What a message says."""
 
 
 class StreamOptions(SubSchema):
@@ -110,7 +139,7 @@ class Sampling(ApiRequest):
     stream: bool | None = None
 
 
-_PARAMS: Final = frozenset(GenerationParams.model_fields) - {"logit_bias", "logprobs"}
+_PARAMS: Final = frozenset(GenerationParams.model_fields) - {"logprobs"}
 """Fields that mean the same in every request that has them."""
 
 _Request = TypeVar("_Request", bound=ApiRequest)
@@ -127,6 +156,7 @@ def parse(call: Call, schema: type[_Request], raw: Any) -> _Request:
         value = raw.get(name)
         if value is not None and not any(v == value and type(v) is type(value) for v in neutral):
             raise unsupported(name, name)
+    check_counts(call, raw, schema.COUNTED)
     try:
         request = schema.model_validate(raw)
     except ValidationError as error:
@@ -145,21 +175,14 @@ def parse(call: Call, schema: type[_Request], raw: Any) -> _Request:
     return request
 
 
-def build(
-    call: Call,
-    request: Sampling,
-    *,
-    params: Mapping[str, Any],
-    absent: Mapping[str, Any],
-    index: int = 0,
-    **fields: Any,
-) -> InferenceRequest:
-    """The service's request.
+def params_of(
+    call: Call, request: Sampling, params: Mapping[str, Any], absent: Mapping[str, Any]
+) -> GenerationParams:
+    """How to generate.
 
     :param params: fields of ``GenerationParams`` that are called otherwise in the API.
     :param absent: fields that the client did not give, as the API has them then; they are used
         where the runtime honours them, and are the service's own defaults where it does not.
-    :param index: which of several answers.
     :raises ApiError: 400.
     """
     same = {name: getattr(request, name) for name in _PARAMS & type(request).model_fields.keys()}
@@ -170,16 +193,35 @@ def build(
         honoured = call.context.directory.honoured_params(request.model)
         asked |= {n: v for n, v in missing.items() if honoured is None or n in honoured}
     try:
+        return GenerationParams(**asked)
+    except ValidationError as error:
+        raise invalid_fields(error, request.RENAMED) from error
+
+
+def build(
+    call: Call, request: Sampling, params: GenerationParams, index: int = 0, **fields: Any
+) -> InferenceRequest:
+    """The service's request.
+
+    :param index: which of several answers.
+    :raises ApiError: 400.
+    """
+    try:
         return InferenceRequest(
             model_id=request.model,
-            params=GenerationParams(**asked),
-            request_id=call.id if index == 0 else f"{call.id}-{index}",
+            params=params,
+            request_id=request_id(call, index),
             stream=bool(request.stream),
             **common_fields(call, request),
             **fields,
         )
     except ValidationError as error:
         raise invalid_fields(error, request.RENAMED) from error
+
+
+def request_id(call: Call, index: int) -> str:
+    """The id of one of several answers."""
+    return call.id if index == 0 else f"{call.id}-{index}"
 
 
 def _priority(call: Call, request: Any) -> int:
@@ -245,13 +287,27 @@ def text_of(content: Any, where: str, kinds: Collection[str] = ("text",)) -> str
     return "".join(texts)
 
 
-def check_count(call: Call, messages: Sequence[Any], name: str = "messages") -> None:
-    """Refuse more messages than the server takes. :raises ApiError: 400."""
-    limit = call.context.settings.max_messages
-    if len(messages) > limit:
-        raise ApiError(
-            400, f"{len(messages)} {name} are more than {limit}", "too_many_messages", name
-        )
+def check_counts(
+    call: Call, raw: Mapping[str, Any], names: Collection[str] = ("messages",)
+) -> None:
+    """Refuse more messages, or parts of them, than the server takes.
+
+    :param raw: the body, of which nothing is known.
+    :param names: fields with messages, or with parts of one.
+    :raises ApiError: 400.
+    """
+    settings = call.context.settings
+    for name in names:
+        if not isinstance(messages := raw.get(name), list):
+            continue
+        if len(messages) > settings.max_messages:
+            many = f"{len(messages)} {name} are more than {settings.max_messages}"
+            raise ApiError(400, many, "too_many_messages", name)
+        contents = (m.get("content") for m in messages if isinstance(m, dict))
+        parts = sum(len(content) for content in contents if isinstance(content, list))
+        if parts > settings.max_parts:
+            many = f"{name} with {parts} parts are more than {settings.max_parts}; join them"
+            raise ApiError(400, many, "too_many_parts", name)
 
 
 def chat_message(
@@ -266,10 +322,9 @@ def chat_message(
 
 
 def conversation(
-    call: Call, messages: Sequence[Any], name: str = "messages", kinds: Collection[str] = ("text",)
+    messages: Sequence[Any], name: str = "messages", kinds: Collection[str] = ("text",)
 ) -> list[ChatMessage]:
     """The messages of the field ``name``. :raises ApiError: 400."""
-    check_count(call, messages, name)
     return [
         chat_message(message.role, text_of(message.content, where, kinds), where)
         for where, message in ((f"{name}.{number}", m) for number, m in enumerate(messages))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import re
 import secrets
@@ -18,6 +19,7 @@ from engineroom.server.http.compat_uvicorn import WRITE, TextWriter
 from engineroom.server.http.context import ServerContext
 from engineroom.server.http.errors import ApiError, ErrorBody, OpenAIError
 from engineroom.server.http.frames import dumps
+from engineroom.server.http.json_shape import SMALL_BODY, excess
 from engineroom.server.keys import ANONYMOUS, Identity
 from engineroom.telemetry import RequestLogger
 
@@ -35,7 +37,7 @@ SSE_HEADERS: Final = (
 )
 WARNING_HEADER: Final = b"x-engineroom-warning"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
-_decode = msgspec.json.Decoder().decode
+_decoder: Final = msgspec.json.Decoder()
 _MAX_DISCARDED: Final = 512 << 20
 _DISCARD_S: Final = 10.0
 
@@ -146,7 +148,9 @@ class Call:
     async def json(self) -> Any:
         """The body, read as JSON.
 
-        :raises ApiError: it is something else (415) or no JSON (400).
+        What a large body is used for until the next ``await`` has a round of the loop of its own.
+
+        :raises ApiError: it is something else (415), no JSON, or too much of it (400).
         """
         kind = self.header(b"content-type").partition(";")[0].strip().lower()
         if kind != "application/json":
@@ -160,6 +164,10 @@ class Call:
                 415, "the body must not be compressed; send it as it is", "unsupported_encoding"
             )
         data = await self.body()
+        if len(data) > SMALL_BODY:
+            await self.context.rounds.next()
+            if (too_much := excess(data, self.context.settings.max_json_values)) is not None:
+                raise ApiError(400, f"the body's JSON is too much: {too_much}", "json_too_large")
         try:
             return _decode(data)
         except (RecursionError, msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -299,3 +307,14 @@ def _too_large(limit: int) -> ApiError:
         "body_too_large",
         headers={"connection": "close"},
     )
+
+
+def _decode(data: bytes) -> Any:
+    """The value, without a search for garbage among all that comes to be."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return _decoder.decode(data)
+    finally:
+        if collects:
+            gc.enable()

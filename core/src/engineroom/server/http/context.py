@@ -11,6 +11,7 @@ from engineroom.server.directory import ModelDirectory
 from engineroom.server.http.callers import Callers
 from engineroom.server.http.errors import ApiError, api_error_of
 from engineroom.server.http.limits import Limiter
+from engineroom.server.http.rounds import Rounds
 from engineroom.server.loop_meter import LoopMeter
 from engineroom.server.metrics import PrometheusObserver
 from engineroom.server.settings import ServerSettings
@@ -34,6 +35,7 @@ class ServerContext:
         self.settings = settings
         self.limiter = Limiter(settings)
         self.callers = Callers(settings.keys)
+        self.rounds = Rounds()
         self.directory = ModelDirectory(service)
         self.loop_meter = LoopMeter()
         self.metrics = PrometheusObserver(

@@ -45,6 +45,7 @@ _PATH: Final = re.compile(
     r"(?<![\w/.:<])(?:~?/[\w.@+-]+(?:/[\w.@+~-]*)+|[A-Za-z]:[\\/][^\s'\",;]+|\\\\[^\s'\",;]+)"
 )
 _MAX_SHOWN: Final = 80
+_MOST_PROBLEMS: Final = 1000
 CHALLENGE: Final = {"www-authenticate": "Bearer"}
 """The header of a 401."""
 RETRY_AFTER_S: Final = 1
@@ -200,6 +201,8 @@ def invalid_fields(error: ValidationError, names: Mapping[str, str] | None = Non
     """
     problems: list[str] = []
     first: str | None = None
+    if (count := error.error_count()) > _MOST_PROBLEMS:  # to format them would take seconds
+        return ApiError(400, f"{count} mistakes in {error.title}", "invalid_value")
     for problem in error.errors(include_url=False, include_context=False):
         loc = [str(part) for part in problem["loc"] if not _is_branch(part)]
         if loc and names:
@@ -219,6 +222,8 @@ def _is_branch(part: object) -> bool:
 
 def _shown(value: object) -> str:
     if not isinstance(value, str | int | float | bool):
+        return ""
+    if isinstance(value, str) and len(value) > _MAX_SHOWN:
         return ""
     text = repr(value)
     return f" (it is {text})" if len(text) <= _MAX_SHOWN else ""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from engineroom.schemas import MAX_TOKEN_ID, InferenceRequest, InferenceResponse
+from engineroom.field_types import MAX_TOKEN_ID
+from engineroom.schemas import InferenceRequest, InferenceResponse
 from engineroom.testing.conformance.base import Checks, check
 from engineroom.testing.conformance.bench import refused, said
 from engineroom.testing.conformance.kit import Kit

@@ -1,0 +1,192 @@
+"""Kinds of fields that schemas have: names, texts, numbers, token ids, and either of two things.
+
+Each says what is wrong once, and stops there: a list of a million mistakes is told by its first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import islice
+from math import isfinite
+from typing import Annotated, Any, ClassVar, Final
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
+from pydantic_core import PydanticUseDefault
+
+from engineroom.printable import CONTROLS
+
+__all__ = [
+    "MAX_LOGIT_BIAS",
+    "MAX_TOKEN_ID",
+    "FewFields",
+    "Float",
+    "Identifier",
+    "Int",
+    "LogitBias",
+    "NotEmpty",
+    "OrDefault",
+    "Text",
+    "TokenId",
+    "either",
+    "no_booleans",
+]
+
+
+def _no_control_characters(value: str) -> str:
+    if CONTROLS.search(value):
+        raise ValueError(
+            "must not contain control characters or line breaks (it is written to logs and headers)"
+        )
+    return value
+
+
+def _can_be_encoded(value: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"must be text, but character {error.start} is half of a surrogate pair"
+        ) from error
+    return value
+
+
+def no_booleans(value: Any) -> Any:
+    """Refuse ``True`` and ``False`` where a number is meant. :raises ValueError: it is one."""
+    if isinstance(value, bool):
+        raise ValueError(f"must be a number, not {value}")
+    return value
+
+
+MAX_TOKEN_ID: Final = 2**31 - 1
+"""Runtimes count tokens in 32 bits; which ids a model has, only its runtime knows."""
+
+TokenId = Annotated[int, Field(strict=True, ge=0, le=MAX_TOKEN_ID)]
+Identifier = Annotated[
+    str, Field(min_length=1, max_length=256), AfterValidator(_no_control_characters)
+]
+NotEmpty = Annotated[str, Field(min_length=1)]
+Text = Annotated[str, AfterValidator(_can_be_encoded)]
+Int = Annotated[int, BeforeValidator(no_booleans)]
+Float = Annotated[float, BeforeValidator(no_booleans), Field(allow_inf_nan=False)]
+
+
+def _default_for_none(value: Any) -> Any:
+    if value is None:
+        raise PydanticUseDefault
+    return value
+
+
+OrDefault: Final = BeforeValidator(_default_for_none)
+"""Of a field that has no ``None``: it takes it, and means its default."""
+
+
+# ── logit bias ───────────────────────────────────────────────────────────────────────────────
+
+MAX_LOGIT_BIAS: Final = 1 << 18
+"""Most tokens of a ``logit_bias``: about as many as the largest vocabularies have."""
+_MAX_BIAS: Final = 100.0
+_ID_SIZES: Final = frozenset(range(1, 19))
+_AT_A_TIME: Final = 512
+
+
+def _biases(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    """Check many entries at a time, and one by one where there is a mistake, up to the first."""
+    if not isinstance(value, dict):
+        return handler(value)
+    if len(value) > MAX_LOGIT_BIAS:
+        raise ValueError(f"may have {MAX_LOGIT_BIAS} tokens, not {len(value)}")
+    if (plain := _plain_biases(value)) is not None:
+        return plain
+    biases: dict[int, float] = {}
+    entries = iter(value.items())
+    while some := dict(islice(entries, _AT_A_TIME)):
+        if (plain := _plain_biases(some)) is None:
+            for key, amount in some.items():
+                biases |= handler({key: amount})
+        else:
+            biases |= plain
+    return biases
+
+
+def _plain_biases(value: dict[Any, Any]) -> dict[int, float] | None:
+    """Ids, or digits as in JSON, and numbers in their range; ``None``: it has something else.
+
+    A vocabulary has hundreds of thousands of entries: none is looked at in Python.
+    """
+    keys, amounts = set(map(type, value)), value.values()
+    if keys == {str}:
+        digits, sizes = "".join(value), set(map(len, value))
+        ids = digits.isascii() and digits.isdigit() and not sizes - _ID_SIZES
+    else:
+        ids = keys == {int} and min(value) >= 0
+    if not ids or set(map(type, amounts)) - {int, float}:
+        return None
+    if not (min(amounts) >= -_MAX_BIAS and max(amounts) <= _MAX_BIAS and isfinite(sum(amounts))):
+        return None
+    return dict(zip(map(int, value), map(float, amounts), strict=True))
+
+
+def _token_id(value: Any) -> Any:
+    digits = not isinstance(value, str) or (value.isascii() and value.isdigit())
+    if not digits or (isinstance(value, str) and len(value) not in _ID_SIZES):
+        raise ValueError("must be a token id")
+    return no_booleans(value)
+
+
+def _bias(value: Any) -> Any:
+    if isinstance(value, str):
+        raise ValueError("must be a number, not a text")
+    return no_booleans(value)
+
+
+LogitBias = Annotated[
+    dict[
+        Annotated[int, BeforeValidator(_token_id), Field(ge=0)],
+        Annotated[
+            float,
+            BeforeValidator(_bias),
+            Field(ge=-_MAX_BIAS, le=_MAX_BIAS, allow_inf_nan=False),
+        ],
+    ],
+    WrapValidator(_biases),
+]
+"""Token id → bias. Ids may be digits, as JSON has them."""
+
+
+# ── one of several things ────────────────────────────────────────────────────────────────────
+
+
+def either(what: str, kinds: Mapping[type, str]) -> Discriminator:
+    """Choose the member of a union by the value's type, so that mistakes are told of it alone.
+
+    :param what: what the value must be, in words.
+    :param kinds: a type of values → the ``Tag`` of the union's member. A tag in brackets is no part
+        of what the client is told.
+    """
+
+    def tag_of(value: Any) -> str | None:
+        return next((tag for kind, tag in kinds.items() if isinstance(value, kind)), None)
+
+    return Discriminator(tag_of, custom_error_type="kind", custom_error_message=f"must be {what}")
+
+
+class FewFields(BaseModel):
+    """A schema that refuses a mapping with far too many fields, rather than each of the fields."""
+
+    MOST_FIELDS: ClassVar = 256
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > cls.MOST_FIELDS:
+            raise ValueError(f"may have {cls.MOST_FIELDS} fields, not {len(value)}")
+        return value
