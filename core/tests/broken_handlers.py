@@ -45,10 +45,6 @@ ALSO: dict[str, tuple[set[str], str]] = {
         {"prompt-token-ids-refused"},
         "token ids that are too many are a prompt that is too long",
     ),
-    "can-handle__exits": (
-        {"questions-are-cheap", "questions-change-nothing"},
-        "they ask the same question, over and over",
-    ),
     "cancel-by-task__goes_on": (
         {"*"},
         "what cannot be stopped keeps its slot, and later checks wait for it or for the next",
@@ -170,28 +166,6 @@ def model_loads__raises():
             if config.source.startswith("toy:") and not set(config.options) - {"n_ctx"}:
                 raise RuntimeError("out of luck")
             return await super().load_model(config)
-
-    return Broken
-
-
-@defect
-def model_loads__exits():
-    class Broken(ToyHandler):
-        async def load_model(self, config):
-            if config.source.startswith("toy:") and not set(config.options) - {"n_ctx"}:
-                raise SystemExit(3)
-            return await super().load_model(config)
-
-    return Broken
-
-
-@defect
-def can_handle__exits():
-    class Broken(ToyHandler):
-        def can_handle(self, loaded_model):
-            if isinstance(loaded_model.model_object, ToyModel):
-                raise SystemExit(3)
-            return False
 
     return Broken
 

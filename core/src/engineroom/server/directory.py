@@ -51,11 +51,7 @@ class ModelDirectory:
         return any(s.model_id == name and s.state == "failed" for s in self.models())
 
     def health(self) -> list[tuple[LoadedModel, InferenceHandler, HandlerHealth]]:
-        """The models in memory, what runs them, and how their engines are.
-
-        One that has ended is unloaded afterwards: else a server that is not ready for its sake is
-        sent no request, without which nobody would load it anew.
-        """
+        """The models in memory, what runs them, and how their engines are."""
         engines: list[tuple[LoadedModel, InferenceHandler, HandlerHealth]] = []
         for status in self.models():
             assert self.manager is not None
@@ -65,10 +61,7 @@ class ModelDirectory:
                 handler = self.service.registry.select(model)
             except EngineRoomError:
                 continue
-            health = health_of(handler, model)
-            if health.dead:
-                self.manager.engine_ended(model)
-            engines.append((model, handler, health))
+            engines.append((model, handler, health_of(handler, model)))
         return engines
 
     def honoured_params(self, model_id: str) -> frozenset[str] | None:

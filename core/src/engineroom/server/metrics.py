@@ -18,6 +18,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.metrics_core import GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.utils import floatToGoString
 
+from engineroom.border import in_thread
 from engineroom.config.model import LoadedModel
 from engineroom.handlers.markers import hookimpl
 from engineroom.schemas import InferenceRequest, InferenceResponse
@@ -31,6 +32,11 @@ CONTENT_TYPE: Final = CONTENT_TYPE_LATEST.encode()
 
 NAMESPACE: Final = "engineroom"
 _LABELS: Final = ("model_name", "handler")
+KEY_LABEL: Final = "key_name"
+MOST_KEYS: Final = 200
+"""Keys whose requests are counted by their names; each is thousands of numbers."""
+OTHER_KEYS: Final = "(others)"
+"""What further ones are counted under; no key has such a name."""
 _SECONDS: Final = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
     20.0, 40.0, 80.0, 160.0, 640.0,
@@ -46,55 +52,65 @@ class PrometheusObserver:
     :param directory: names of models, and engines' health.
     :param queued: how many requests wait for the server's limits.
     :param loop_meter: measures the event loop.
+    :param by_key: what is counted of requests has the name of their key, too.
     """
 
     def __init__(
-        self, directory: ModelDirectory, queued: Callable[[], int], loop_meter: LoopMeter
+        self,
+        directory: ModelDirectory,
+        queued: Callable[[], int],
+        loop_meter: LoopMeter,
+        *,
+        by_key: bool = False,
     ) -> None:
         self._directory = directory
+        self._keys: set[str] | None = set() if by_key else None
+        key = (KEY_LABEL,) if by_key else ()
+        labels = (*_LABELS, *key)
         self._turn = asyncio.Lock()
         self.registry = CollectorRegistry(auto_describe=False)
         counter = partial(Counter, namespace=NAMESPACE, registry=self.registry)
-        self._prompt = counter("prompt_tokens", "Tokens read", _LABELS)
-        self._generated = counter("generation_tokens", "Tokens written", _LABELS)
+        self._prompt = counter("prompt_tokens", "Tokens read", labels)
+        self._generated = counter("generation_tokens", "Tokens written", labels)
         self._success = counter(
-            "request_success", "Requests that ended, by why", (*_LABELS, "finished_reason")
+            "request_success", "Requests that ended, by why", (*labels, "finished_reason")
         )
         self._ended = counter(
-            "requests", "Requests that ended, by their kind and why", (*_LABELS, "kind", "reason")
+            "requests", "Requests that ended, by their kind and why", (*labels, "kind", "reason")
         )
         self._cancelled = counter(
             "requests_cancelled",
             "Requests whose client went away or that were stopped",
-            (*_LABELS, "stage"),
+            (*labels, "stage"),
         )
         self._queries = counter(
-            "prefix_cache_queries", "Prompt tokens that were looked up in the prefix cache", _LABELS
+            "prefix_cache_queries", "Prompt tokens that were looked up in the prefix cache", labels
         )
         self._hits = counter(
-            "prefix_cache_hits", "Prompt tokens whose work was not done again", _LABELS
+            "prefix_cache_hits", "Prompt tokens whose work was not done again", labels
         )
         self._rejections = counter(
-            "admission_rejections", "Requests turned away by a limit", ["reason"]
+            "admission_rejections", "Requests turned away by a limit", (*key, "reason")
         )
         histogram = partial(Histogram, namespace=NAMESPACE, registry=self.registry)
         seconds = partial(histogram, buckets=_SECONDS)
         tokens = partial(histogram, buckets=_TOKENS)
         self._first = seconds(
-            "time_to_first_token_seconds", "From acceptance to the first token", _LABELS
+            "time_to_first_token_seconds", "From acceptance to the first token", labels
         )
-        self._gaps = _Gaps()
+        self._gaps = _Gaps(labels)
         self.registry.register(self._gaps)
-        self._latency = seconds(
-            "e2e_request_latency_seconds", "From acceptance to the end", _LABELS
-        )
+        self._latency = seconds("e2e_request_latency_seconds", "From acceptance to the end", labels)
         self._waited = seconds(
-            "request_queue_time_seconds", "Waited for the server's limits", ["model_name"]
+            "request_queue_time_seconds", "Waited for the server's limits", ("model_name", *key)
         )
-        self._prompt_sizes = tokens("request_prompt_tokens", "Tokens read", _LABELS)
-        self._sizes = tokens("request_generation_tokens", "Tokens written", _LABELS)
+        self._prompt_sizes = tokens("request_prompt_tokens", "Tokens read", labels)
+        self._sizes = tokens("request_generation_tokens", "Tokens written", labels)
         self._loading = seconds("model_load_duration_seconds", "Loading", _LABELS)
         self.registry.register(_State(directory, queued))
+        self._key_failures = counter(
+            "api_key_failures", "Requests without a key, or with an unknown one", ["reason"]
+        )
         lag = histogram(
             "event_loop_lag_seconds", "How late the event loop came to its beat", buckets=_LAGS
         )
@@ -106,17 +122,37 @@ class PrometheusObserver:
             registry=self.registry,
         ).set_function(loop_meter.largest_of_late)
 
-    def _model(self, name: str) -> str:
-        """A label of bounded number: what is no model has none."""
-        return self._directory.canonical(name) or ""
+    def _labels(self, request: InferenceRequest, *handler: str) -> tuple[str, ...]:
+        """Values of the labels that a request's metrics have."""
+        labels = (self._directory.canonical(request.model_id) or "", *handler)
+        if (keys := self._keys) is None:
+            return labels
+        name = request.key_name or "-"
+        if name not in keys:
+            if len(keys) < MOST_KEYS:
+                keys.add(name)
+            else:
+                name = OTHER_KEYS
+        return (*labels, name)
 
-    async def render(self) -> bytes:
-        """The text that Prometheus reads. A crowd that asks at once is answered one by one, so that
-        the event loop gets to others in between.
+    def count_key_failure(self, kind: str) -> None:
+        """Count a request without a key, or with a wrong one."""
+        self._key_failures.labels(kind).inc()
+
+    async def render(self, key_name: str | None = None) -> bytes:
+        """The text that Prometheus reads. A crowd that asks at once is answered one by one, and the
+        event loop gets to others in between.
+
+        :param key_name: only what is counted of this key's requests.
         """
         async with self._turn:
-            await asyncio.sleep(0)
-            return generate_latest(self.registry)
+            families: list[Metric] = []
+            for family in self.registry.collect():
+                families.append(family)
+                await asyncio.sleep(0)
+            if key_name is not None:
+                families = [f for f in map(partial(_of_key, key_name), families) if f.samples]
+            return await in_thread(lambda: generate_latest(_Collected(families)))
 
     # ── hooks ────────────────────────────────────────────────────────────────────────────────
 
@@ -125,24 +161,24 @@ class PrometheusObserver:
         self, request: InferenceRequest, handler: str, gaps_s: Sequence[float]
     ) -> None:
         """Count the gaps between chunks."""
-        self._gaps.add((self._model(request.model_id), handler), gaps_s)
+        self._gaps.add(self._labels(request, handler), gaps_s)
 
     @hookimpl
-    def engineroom_request_rejected(self, reason: str) -> None:
+    def engineroom_request_rejected(self, request: InferenceRequest, reason: str) -> None:
         """Count a request that a limit turned away."""
-        self._rejections.labels(reason).inc()
+        self._rejections.labels(*self._labels(request)[1:], reason).inc()
 
     @hookimpl
     def engineroom_request_waited(self, request: InferenceRequest, waited_s: float) -> None:
         """Observe how long it waited."""
-        self._waited.labels(self._model(request.model_id)).observe(waited_s)
+        self._waited.labels(*self._labels(request)).observe(waited_s)
 
     @hookimpl
     def engineroom_request_finished(
         self, request: InferenceRequest, response: InferenceResponse
     ) -> None:
         """Count a request by how it ended, with its tokens and times."""
-        labels = (self._model(request.model_id), response.handler or "")
+        labels = self._labels(request, response.handler or "")
         prompt, generated = response.prompt_tokens, response.generated_tokens
         if prompt is not None:
             self._prompt.labels(*labels).inc(prompt)
@@ -166,7 +202,7 @@ class PrometheusObserver:
             stage = "decoding" if generated else "waiting" if prompt is None else "prefill"
             self._cancelled.labels(*labels, stage).inc()
         if response.error_type == "QueueFullError":
-            self._rejections.labels("engine_queue_full").inc()
+            self._rejections.labels(*labels[2:], "engine_queue_full").inc()
 
     @hookimpl
     def engineroom_model_loaded(self, loaded_model: LoadedModel, duration_s: float) -> None:
@@ -175,14 +211,33 @@ class PrometheusObserver:
         self._loading.labels(loaded_model.model_id, handler).observe(duration_s)
 
 
+class _Collected(CollectorRegistry):
+    """Metrics that have been collected."""
+
+    def __init__(self, families: Sequence[Metric]) -> None:
+        super().__init__()
+        self._families = families
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._families
+
+
+def _of_key(key_name: str, family: Metric) -> Metric:
+    """What a family has of one key."""
+    part = Metric(family.name, family.documentation, family.type, family.unit)
+    part.samples = [s for s in family.samples if s.labels.get(KEY_LABEL) == key_name]
+    return part
+
+
 class _Gaps:
     """A histogram that takes many values at once: a stream has one for each token."""
 
-    def __init__(self) -> None:
-        self._counts: dict[tuple[str, str], list[int]] = {}
-        self._sums: dict[tuple[str, str], float] = {}
+    def __init__(self, labels: Sequence[str] = _LABELS) -> None:
+        self._labels = labels
+        self._counts: dict[tuple[str, ...], list[int]] = {}
+        self._sums: dict[tuple[str, ...], float] = {}
 
-    def add(self, labels: tuple[str, str], values: Sequence[float]) -> None:
+    def add(self, labels: tuple[str, ...], values: Sequence[float]) -> None:
         """Count the values."""
         if not values:
             return
@@ -203,7 +258,7 @@ class _Gaps:
         family = HistogramMetricFamily(
             f"{NAMESPACE}_inter_token_latency_seconds",
             "Between two chunks of a stream",
-            labels=_LABELS,
+            labels=self._labels,
         )
         for labels, counts in self._counts.items():
             bounds = [*map(floatToGoString, _SECONDS), "+Inf"]

@@ -11,6 +11,7 @@ from engineroom.server.apis.routing import Route
 from engineroom.server.http.call import Call
 from engineroom.server.http.errors import unknown_model
 from engineroom.server.http.frames import Answer
+from engineroom.server.http.guard import check_metrics
 from engineroom.server.metrics import CONTENT_TYPE
 
 __all__ = ["ROUTES"]
@@ -71,8 +72,9 @@ async def readyz(call: Call) -> None:
     reasons = ["draining"] if context.draining else []
     if context.starting:
         reasons.append("models are loading")
+    named = not context.settings.keys.needed  # what models there are is told to keys alone
     reasons += [
-        f"the engine of {model.model_id} is not well"
+        f"the engine of {model.model_id if named else 'a model'} is not well"
         for model, _, health in context.directory.health()
         if not health.ok
     ]
@@ -81,8 +83,9 @@ async def readyz(call: Call) -> None:
 
 
 async def metrics(call: Call) -> None:
-    """The metrics as text."""
-    await call.answer(200, await call.context.metrics.render(), ((b"content-type", CONTENT_TYPE),))
+    """The metrics as text: of the key that asks, or of all where it may read them."""
+    text = await call.context.metrics.render(check_metrics(call))
+    await call.answer(200, text, ((b"content-type", CONTENT_TYPE),))
 
 
 async def models(call: Call) -> None:

@@ -10,6 +10,7 @@ from engineroom.schemas import InferenceRequest
 from engineroom.server.directory import ModelDirectory
 from engineroom.server.http.callers import Callers
 from engineroom.server.http.errors import ApiError, api_error_of
+from engineroom.server.http.key_failures import KeyFailures
 from engineroom.server.http.limits import Limiter
 from engineroom.server.http.rounds import Rounds
 from engineroom.server.loop_meter import LoopMeter
@@ -39,8 +40,12 @@ class ServerContext:
         self.directory = ModelDirectory(service)
         self.loop_meter = LoopMeter()
         self.metrics = PrometheusObserver(
-            self.directory, lambda: self.limiter.queued, self.loop_meter
+            self.directory,
+            lambda: self.limiter.queued,
+            self.loop_meter,
+            by_key=settings.keys.needed,
         )
+        self.key_failures = KeyFailures(self.metrics.count_key_failure)
         service.registry.register_plugin(self.metrics, name=f"server-metrics-{id(self):x}")
         self.starting = False
         """A preload runs."""

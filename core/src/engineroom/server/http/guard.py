@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from engineroom.server.http.call import Call
 from engineroom.server.http.errors import CHALLENGE, ApiError
+from engineroom.server.http.key_failures import KeyFailure
 from engineroom.server.keys import ANONYMOUS, Identity
 from engineroom.server.settings import is_loopback
 
-__all__ = ["check_admin", "check_front", "identify"]
+__all__ = ["check_admin", "check_front", "check_metrics", "identify"]
 
 
 def check_front(call: Call) -> None:
@@ -62,6 +63,7 @@ def identify(call: Call) -> Identity:
     scheme, _, token = call.header(b"authorization").partition(" ")
     key = token.strip() if scheme.lower() == "bearer" else call.header(b"x-api-key").strip()
     if not key:
+        _failed(call, "missing")
         raise ApiError(
             401,
             "this server needs a key; send it as 'Authorization: Bearer …'",
@@ -70,8 +72,20 @@ def identify(call: Call) -> Identity:
         )
     identity = keys.find(key)
     if identity is None:
+        _failed(call, "unknown")
         raise ApiError(401, "the key is not known here", "invalid_api_key", headers=CHALLENGE)
     return identity
+
+
+def _failed(call: Call, kind: KeyFailure) -> None:
+    client = call.scope.get("client")
+    call.context.key_failures.add(kind, str(client[0]) if client else "an unknown place", call.id)
+    call.told = True
+
+
+def check_metrics(call: Call) -> str | None:
+    """Whose metrics may be read: those of one key, by its name, or everybody's (``None``)."""
+    return None if call.identity.all_metrics else call.identity.name
 
 
 def check_admin(call: Call) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-from engineroom.border import words
-
 __all__ = [
     "BrokenRuleError",
     "HungError",
@@ -58,7 +56,7 @@ def same(did: str, what: str, expected: object, actual: object) -> None:
 
 def told(error: BaseException) -> str:
     """An error by its class and its text."""
-    return words(error)
+    return f"{type(error).__name__}: {error}"
 
 
 def skip(reason: str) -> NoReturn:
