@@ -336,6 +336,9 @@ class BatchingEngine(Engine, Generic[_T]):
 
     def _release(self, task: _T) -> None:
         self.running.remove(task)
+        if self._alone is task:  # an engine at rest would keep it, and with it its prompt
+            with self._loop.condition:
+                self._alone = None
         self.released(task)
 
     def _end(self, failure: EngineRoomError, *, free: bool = True) -> None:

@@ -59,7 +59,10 @@ def with_stack_for(text: str, call: Callable[[], _T]) -> _T:
                 ) from error
             finally:
                 threading.stack_size(before)
-        return future.result()
+        try:
+            return future.result()
+        finally:
+            del future  # with what it raised, whose frames hold this one
 
 
 def _longest_run(text: str) -> int:
