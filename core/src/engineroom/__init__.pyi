@@ -135,6 +135,9 @@ from .telemetry import (
 from .turns import (
     turn_of as turn_of,
 )
+from .units import (
+    ByteSize as ByteSize,
+)
 
 __all__: list[str]
 __version__: str

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+import pytest
+
 from engineroom import GenerationParams, InferenceRequest
+from engineroom_llamacpp import moving
 from engineroom_llamacpp.engine import LlamaEngine
 
 EOS: Final = 2
@@ -28,6 +31,14 @@ def ask(prompt: str = "hello", stream: bool = False, **kw: Any) -> InferenceRequ
     return InferenceRequest(
         model_id="m", prompt=prompt, stream=stream, params=GenerationParams(**kw), **request
     )
+
+
+def move_eagerly(patch: pytest.MonkeyPatch) -> None:
+    """Everything idle leaves the cache at once, and comes back however long it takes."""
+    patch.setattr(moving, "_FEW", 0)
+    patch.setattr(moving, "_PATIENCE", 0)
+    patch.setattr(moving.Mover, "_worth_moving", lambda _: True)
+    patch.setattr(moving.Mover, "_worth_bringing", lambda *_: True)
 
 
 def no_leak(engine: LlamaEngine) -> None:

@@ -203,7 +203,8 @@ async def test_a_model_with_states_takes_no_proposals(
 
 
 async def test_memory_counts_the_draft_and_its_cache(make: Make, tiny_model: Path) -> None:
-    alone, both = await make(), await make(draft_model=str(tiny_model))
+    alone = await make(prompt_cache_memory=0)
+    both = await make(prompt_cache_memory=0, draft_model=str(tiny_model))
     taken = [bench.manager.get_loaded_model("m").memory_bytes for bench in (alone, both)]
     assert taken[1] == 2 * taken[0]
     handler = LlamaCppHandler()

@@ -19,6 +19,7 @@ DEFAULTS: dict[str, Any] = {
     "prefill_chunk": 128,
     "max_queue": 256,
     "prefix_cache": True,
+    "prompt_cache_memory": None,
     "draft_model": None,
     "prompt_lookup": False,
     "draft_tokens": 4,

@@ -242,9 +242,9 @@ async def test_what_is_saved_is_bounded(make: Make, monkeypatch: pytest.MonkeyPa
     saved: list[int] = []
     save = LlamaContext.save
 
-    def noted(context: LlamaContext, sequence: int, length: int) -> Any:
+    def noted(context: LlamaContext, sequence: int, length: int, start: int = 0) -> Any:
         saved.append(length)
-        return save(context, sequence, length)
+        return save(context, sequence, length, start)
 
     monkeypatch.setattr(LlamaContext, "save", noted)
     bench = await make(n_ctx=256, n_parallel=8)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
-from llama_benches import EXACT, NO_END, ask, no_leak
+from llama_benches import EXACT, NO_END, ask, move_eagerly, no_leak
 
 from engineroom import (
     InferenceRequest,
@@ -78,6 +78,8 @@ choices = st.fixed_dictionaries(
         "prompt_lookup": st.booleans(),
         "prefill_chunk": st.sampled_from([16, 128]),
         "n_batch": st.sampled_from([32, 64, 512]),
+        "prompt_cache_memory": st.sampled_from([0, "100KiB", "1GiB"]),
+        "eager": st.booleans(),
     }
 )
 
@@ -126,7 +128,10 @@ def test_each_greedy_answer_is_that_of_the_request_alone(
     tiny_model: Path, alone: Alone, plan: list[Arrival], options: dict[str, Any]
 ) -> None:
     expected = [alone(arrival) for arrival in plan]
-    found = asyncio.run(drive(tiny_model, plan, options))
+    with pytest.MonkeyPatch.context() as patch:
+        if options.pop("eager"):
+            move_eagerly(patch)
+        found = asyncio.run(drive(tiny_model, plan, options))
     for wanted, (text, whole) in zip(expected, found, strict=True):
         assert text == wanted if whole else wanted.startswith(text)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engineroom import ConfigurationError, ResourceNotAvailableError, default_threads
 from engineroom.engine import Logits
@@ -27,6 +28,7 @@ _SPARE: Final = 8
 vocabulary of 49,000."""
 _MOST_SEQUENCES: Final = 256
 """llama.cpp's own bound."""
+_BYTES: Final = ctypes.POINTER(ctypes.c_uint8)
 
 
 def context_params(library: Any, options: LlamaCppOptions, threads: int, abort: AbortFlag) -> Any:
@@ -45,14 +47,19 @@ def context_params(library: Any, options: LlamaCppOptions, threads: int, abort: 
 
 
 class SavedSequence:
-    """The cells of a sequence, outside of the cache. Its length is that in tokens."""
+    """Cells of a sequence, outside of the cache. Its length is that in tokens."""
 
-    def __init__(self, data: ctypes.Array[ctypes.c_uint8], length: int) -> None:
+    def __init__(self, data: NDArray[np.uint8], length: int) -> None:
         self.data = data
         self._length = length
 
     def __len__(self) -> int:
         return self._length
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.data.nbytes
 
 
 class LlamaContext:
@@ -75,10 +82,13 @@ class LlamaContext:
         params.n_ubatch = min(options.n_ubatch, params.n_batch)
         parallel = options.n_parallel
         spare = 0 if model.has_states else max(parallel, _SPARE)
-        self.sequences = params.n_seq_max = min(parallel + spare, _MOST_SEQUENCES)
+        self.sequences = min(parallel + spare, _MOST_SEQUENCES - 1 if spare else _MOST_SEQUENCES)
+        # One more, by way of which parts of others are copied out and in.
+        self._part = self.sequences
+        params.n_seq_max = self.sequences + (1 if spare else 0)
         # Rows of logits for sequences, not for each token of a batch. llama.cpp ends the process
         # where a batch asks for more.
-        self.n_outputs = params.n_outputs_max = max(self.sequences, parallel * outputs)
+        self.n_outputs = params.n_outputs_max = max(params.n_seq_max, parallel * outputs)
         params.type_k = CACHE_TYPES[options.cache_type_k]
         params.type_v = CACHE_TYPES[options.cache_type_v]
         self._handle: Any = library.llama_init_from_model(model.handle, params)
@@ -199,25 +209,36 @@ class LlamaContext:
         """Let ``target``, which is empty, have the first ``length`` cells of ``source``."""
         self._library.llama_memory_seq_cp(self._memory, source, target, 0, length)
 
-    def save(self, sequence: int, length: int) -> SavedSequence | None:
-        """Copy a sequence that has ``length`` cells; ``None``: llama.cpp cannot."""
-        library, handle = self._library, self._handle
-        size = int(library.llama_state_seq_get_size(handle, sequence))
-        data = (ctypes.c_uint8 * size)()
-        if not size or library.llama_state_seq_get_data(handle, data, size, sequence) != size:
-            return None
-        return SavedSequence(data, length)
+    def save(self, sequence: int, length: int, start: int = 0) -> SavedSequence | None:
+        """Copy ``length`` cells of a sequence from ``start`` on; ``None``: llama.cpp cannot."""
+        library, handle, part = self._library, self._handle, self._part
+        library.llama_memory_seq_cp(self._memory, sequence, part, start, start + length)
+        try:
+            size = int(library.llama_state_seq_get_size(handle, part))
+            data = np.empty(size, np.uint8)
+            address = data.ctypes.data_as(_BYTES)
+            if not size or library.llama_state_seq_get_data(handle, address, size, part) != size:
+                return None
+            return SavedSequence(data, length)
+        finally:
+            self.forget(part)
 
-    def restore(self, sequence: int, saved: SavedSequence) -> bool:
-        """Give a sequence that is empty what was saved.
+    def restore(
+        self, sequence: int, saved: SavedSequence, start: int = 0, end: int | None = None
+    ) -> bool:
+        """Append what was saved to a sequence that has ``start`` cells.
 
-        :returns: whether llama.cpp could; if not, the sequence is empty still.
+        :param end: leave it with so many cells; ``None``: with all that was saved.
+        :returns: whether llama.cpp could; if not, the sequence is as it was.
         """
-        size = len(saved.data)
-        if self._library.llama_state_seq_set_data(self._handle, saved.data, size, sequence):
-            return True
-        self.forget(sequence)
-        return False
+        library, part = self._library, self._part
+        address = saved.data.ctypes.data_as(_BYTES)
+        copied = library.llama_state_seq_set_data(self._handle, address, saved.size, part)
+        if copied:
+            stop = -1 if end is None else end
+            library.llama_memory_seq_cp(self._memory, part, sequence, start, stop)
+        self.forget(part)
+        return bool(copied)
 
     def clear(self) -> None:
         """Free all cells, and write zeros where keys and values were."""

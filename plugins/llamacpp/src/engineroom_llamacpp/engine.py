@@ -8,6 +8,7 @@ a chunk of every prompt that is still to be read into one batch (:mod:`.tasks`) 
   ``prefill_chunk`` of its tokens, and fewer where later ones take longer (:mod:`.pace`).
 * Beginnings that an earlier or another running request has are not computed again
   (:mod:`.sequences`).
+* What nobody computes with waits in host memory (:mod:`.moving`), so that it costs no step.
 * Cells of the unified cache are counted (:mod:`.cells`). When they run out, the youngest request
   gives its cells back and gets them again later; to its caller it only pauses. A request that is
   alone and fills the whole context ends with ``length``.
@@ -41,6 +42,7 @@ from engineroom_llamacpp.context import LlamaContext, SavedSequence
 from engineroom_llamacpp.drafting import make_drafter
 from engineroom_llamacpp.library import last_error
 from engineroom_llamacpp.model import LlamaModel
+from engineroom_llamacpp.moving import Mover
 from engineroom_llamacpp.options import LlamaCppOptions
 from engineroom_llamacpp.outcomes import Outcomes, nonsense, not_chosen
 from engineroom_llamacpp.pace import PromptPace
@@ -68,6 +70,7 @@ class LlamaEngine(BatchingEngine[Task]):
     The constructor loads the context; run it outside of the event loop.
 
     :param draft: the model that proposes tokens, if there is one; the engine closes it.
+    :param prompt_cache: bytes of host memory for prompts that wait to be used again.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class LlamaEngine(BatchingEngine[Task]):
         options: LlamaCppOptions,
         name: str,
         draft: LlamaModel | None = None,
+        prompt_cache: int = 0,
     ) -> None:
         self.codec = self.model = model
         self.n_vocab = model.n_vocab
@@ -105,6 +109,7 @@ class LlamaEngine(BatchingEngine[Task]):
             self.n_ctx,
             reuse=options.prefix_cache and self._keeps_all,
         )
+        self.mover = Mover(self._context, self.sequences, prompt_cache)
         try:
             drafter = make_drafter(draft, options, self.n_ctx)
         except BaseException:
@@ -195,8 +200,13 @@ class LlamaEngine(BatchingEngine[Task]):
         if task.saved is not None:
             self._bring_back(task, task.saved)
         task.cache_invalid = False
+        if task.beams is None:
+            self.mover.look_up(task)
         if task.reused is None:
             task.reused = task.cached
+            if task.coming:
+                piece, common = task.coming[0]
+                task.reused = piece.start + common
         if task.beams is not None:
             task.beams.restart()
 
@@ -209,6 +219,7 @@ class LlamaEngine(BatchingEngine[Task]):
         self.sequences.give_back(task.sequences[0], kept)
         task.sequences = []
         task.draft = []
+        task.coming = []
         task.cached = 0
 
     def interrupt(self, on: bool) -> None:
@@ -219,6 +230,7 @@ class LlamaEngine(BatchingEngine[Task]):
 
     def shut(self) -> None:
         """Free the context, and the drafter."""
+        self.mover.store.clear()
         self._context.close()
         if self.scheduler.drafter is not None:
             self.scheduler.drafter.close()
@@ -264,20 +276,27 @@ class LlamaEngine(BatchingEngine[Task]):
 
     def step(self) -> None:
         """Schedule a batch, run it, and hand over what came of it."""
+        self.mover.begin(self.running, self._context.n_batch)
         slices = self._schedule()
         if not slices:
             return
         decoding = slices[0].task.decodes
+        rows = sum(part.count * len(part.task.sequences) for part in slices)
+        read = sum(part.count for part in slices if not part.task.decodes)
         began = perf_counter()
         if status := self._context.decode():
             self._not_computed(slices, status)
         else:
+            seconds = perf_counter() - began
             self._postprocess(slices)
+            self.mover.computed(rows, read, seconds)
             self._pace.end(perf_counter() - began, decoding=decoding)
+            self.mover.store.dearer = self._pace.dearer
 
     def _schedule(self) -> list[BatchSlice[Task]]:
         """Fill the context's batch; where there is no room, the youngest give way."""
         tasks = self._whose_turn()
+        self.mover.bring(tasks)
         decoding = (task for task in tasks if task.decodes and task.beams is None)
         self.scheduler.propose(decoding, self._context.n_batch // max(1, len(tasks)) - 1)
         slices = self._compose(tasks)
@@ -382,6 +401,7 @@ class LlamaEngine(BatchingEngine[Task]):
             task.cache_invalid = True
             self.wait_again(task)
         self.sequences.forget_idle()
+        self.mover.store.clear()
         self._context.clear()
 
     def _fail(self, tasks: Sequence[Task], status: int) -> None:

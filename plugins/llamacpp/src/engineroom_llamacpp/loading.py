@@ -12,11 +12,18 @@ from engineroom import (
     give_back_memory,
     resolve_source,
 )
+from engineroom.memory import MachineProbe
 from engineroom.sources import GgufHeader, find_gguf
 from engineroom_llamacpp.metadata import read_header
 from engineroom_llamacpp.options import DEFAULT_CONTEXT, LlamaCppOptions
 from engineroom_llamacpp.requantizing import cached_copy, hint, requantized, size_in
-from engineroom_llamacpp.sizes import check_positions, estimate, is_encoder, pooling_of
+from engineroom_llamacpp.sizes import (
+    check_positions,
+    estimate,
+    is_encoder,
+    pooling_of,
+    prompt_cache,
+)
 from engineroom_llamacpp.trial import stand_trial
 
 if TYPE_CHECKING:
@@ -36,6 +43,10 @@ def estimate_bytes(source: str, options: LlamaCppOptions) -> dict[str, int] | No
         return None
     path = find_gguf(path)
     header = read_header(path)
+    if waiting := _prompt_cache(header, options):
+        without = options.model_copy(update={"prompt_cache_memory": 0})
+        others = estimate_bytes(source, without)
+        return None if others is None else dict(Counter(others) + Counter(cpu=waiting))
     if options.draft_model is not None:
         draft = estimate_bytes(options.draft_model, _draft_options(header, options))
         own = estimate_bytes(source, options.model_copy(update={"draft_model": None}))
@@ -77,7 +88,9 @@ def load_engine(config: ModelConfig, options: LlamaCppOptions) -> LlamaEngine | 
                     options.draft_model, model, _draft_options(header, options)
                 )
                 taken += Counter(more)
-            engine = LlamaEngine(model, options, config.model_id, draft)
+            waiting = _prompt_cache(header, options)
+            taken["cpu"] += waiting
+            engine = LlamaEngine(model, options, config.model_id, draft, waiting)
             if pooling is not None:
                 engine.embedder = EmbeddingEngine(model, options, pooling, config.model_id)
     except BaseException:
@@ -93,6 +106,11 @@ def load_engine(config: ModelConfig, options: LlamaCppOptions) -> LlamaEngine | 
     return engine
 
 
+def _prompt_cache(header: GgufHeader, options: LlamaCppOptions) -> int:
+    known = options.prompt_cache_memory is not None
+    return prompt_cache(header, options, None if known else MachineProbe().capacity("cpu"))
+
+
 def _draft_options(header: GgufHeader, options: LlamaCppOptions) -> LlamaCppOptions:
     """What holds for a draft model: its cache has as many cells as that of its model."""
     trained = header.number("context_length") or DEFAULT_CONTEXT
@@ -100,6 +118,7 @@ def _draft_options(header: GgufHeader, options: LlamaCppOptions) -> LlamaCppOpti
     update: dict[str, Any] = {
         "n_ctx": n_ctx,
         "draft_model": None,
+        "prompt_cache_memory": 0,
         "requantize": None,
         "lora": [],
         "chat_template": None,

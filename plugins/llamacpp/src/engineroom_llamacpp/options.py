@@ -6,6 +6,8 @@ from typing import Annotated, Any, Final, Literal, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from engineroom import ByteSize
+
 __all__ = ["DEFAULT_CONTEXT", "CacheType", "LlamaCppOptions", "LoraAdapter"]
 
 CacheType: TypeAlias = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"]
@@ -70,6 +72,10 @@ class LlamaCppOptions(BaseModel):
     """Most requests that wait for a sequence; more are refused at once."""
     prefix_cache: bool = True
     """Reuse the work on prompts whose beginning an earlier or a running request had, too."""
+    prompt_cache_memory: ByteSize | None = None
+    """Host memory for prompts that nobody computes with: they leave the cache, where they would
+    slow every step down, and come back when they are asked for again. ``None``: twice the
+    key/value cache's, at most an eighth of what is free. 0: they stay in the cache."""
     draft_model: str | None = None
     """Source of a smaller model with the same vocabulary that proposes tokens, several of which
     are then checked in one step. Answers stay the same."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from typing import Final
 
-__all__ = ["PromptPace"]
+__all__ = ["PromptPace", "Usual"]
 
 _LEAST: Final = 16
 """Fewer tokens are not worth a step: weights are read from memory once for all of them."""
@@ -28,6 +28,20 @@ _ENOUGH: Final = 4
 """Observations after which something is expected."""
 
 
+class Usual:
+    """A running average that one disturbed observation moves little."""
+
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value: float | None = None
+
+    def see(self, value: float) -> None:
+        """Count an observation."""
+        usual = value if self.value is None else self.value
+        self.value = usual + _NEW * (min(value, _MOST_OFF * usual) - usual)
+
+
 class PromptPace:
     """Deals the tokens of prompts out to steps.
 
@@ -40,8 +54,13 @@ class PromptPace:
         self._dearer = 0.0  # by what share a token is, for each that comes before it
         self._sums = [0.0] * 5  # of weights w, w·x, w·x², w·y, w·x·y
         self._seen = 0
-        self._decoding: float | None = None
+        self._decoding = Usual()
         self.begin()
+
+    @property
+    def dearer(self) -> float:
+        """By what share a token takes longer, for each that comes before it; 0: not known."""
+        return self._dearer
 
     def begin(self) -> None:
         """A new step."""
@@ -76,11 +95,10 @@ class PromptPace:
         if not decoding:  # no step of the kind that is to be planned
             return
         if not self._taken:
-            usual = self._decoding if self._decoding is not None else seconds
-            self._decoding = usual + _NEW * (min(seconds, _MOST_OFF * usual) - usual)
+            self._decoding.see(seconds)
             return
         place = self._places / self._taken
-        per_token = max(0.0, seconds - (self._decoding or 0.0)) / self._taken
+        per_token = max(0.0, seconds - (self._decoding.value or 0.0)) / self._taken
         if self._seen >= _ENOUGH and (expected := self._expected(place)) > 0:
             per_token = min(per_token, _MOST_OFF * expected)
         self._learn(place, per_token)

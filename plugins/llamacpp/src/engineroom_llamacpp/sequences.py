@@ -7,19 +7,19 @@ that its cells belong to another sequence, too: nothing is copied.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Protocol
 
 from engineroom.engine import common_prefix
 from engineroom_llamacpp.cells import Cells, Chain
 
-__all__ = ["CellMemory", "CellSequence", "Origin", "Sequences"]
+__all__ = ["BLOCK", "CellMemory", "CellSequence", "Origin", "Sequences"]
 
 _TRIMMED: Final = 64
 """Cells that are taken from an idle sequence at a time, at least: looking through the cache for
 them costs about as much for one."""
-_BLOCK: Final = 16
+BLOCK: Final = 16
 """Beginnings are shared in multiples of so many tokens; fewer are as soon read again. Kernels take
 the tokens of a batch four and more at a time, and what is left over in another way, with other last
 digits: what is left over is then the same, whether the beginning was computed or shared. It makes
@@ -57,12 +57,14 @@ class CellSequence:
     :param index: llama.cpp's number for it.
     :param origin: what it is computed in and with.
     :param tokens: those whose cells it has, while nobody has it.
+    :param since: the clock of :class:`Sequences` when it was last used.
     """
 
     index: int
     chain: Chain
     origin: Origin = _PLAIN
     tokens: list[int] = field(default_factory=list)
+    since: int = 0
 
 
 class Sequences:
@@ -80,6 +82,10 @@ class Sequences:
         self.cells = Cells(cells)
         self._free = list(range(count - 1, -1, -1))
         self._idle: list[CellSequence] = []  # the longest unused first
+        self.clock = 0
+        """Tokens that have been computed so far."""
+        self.leaving: Callable[[CellSequence], object] = lambda _: None
+        """Told of an idle sequence before it loses cells to others."""
 
     @property
     def room(self) -> int:
@@ -120,7 +126,7 @@ class Sequences:
             return self._fresh(None, origin), 0
         is_idle = not best.chain.busy
         alone = is_idle and not self._free and len(self._idle) == 1
-        if alone or (is_idle and len(best.tokens) - common < _BLOCK):
+        if alone or (is_idle and len(best.tokens) - common < BLOCK):
             self._idle.remove(best)
             self.cut(best, common)
             self.cells.wake(best.chain)
@@ -185,7 +191,7 @@ class Sequences:
         :param tokens: those at its beginning whose cells are right, to be kept.
         """
         kept = [s for s in self._idle if s.origin == sequence.origin]
-        if not self.reuse or len(tokens) < _BLOCK or self._is_known(tokens, kept):
+        if not self.reuse or len(tokens) < BLOCK or self._is_known(tokens, kept):
             self._drop(sequence)
             return
         for other in [s for s in kept if common_prefix(s.tokens, tokens) == len(s.tokens)]:
@@ -194,6 +200,7 @@ class Sequences:
         self.cut(sequence, len(tokens))
         self.cells.rest(sequence.chain)
         sequence.tokens = list(tokens)
+        sequence.since = self.clock
         self._idle.append(sequence)
 
     def make_room(self, count: int) -> bool:
@@ -203,15 +210,25 @@ class Sequences:
         """
         while (missing := count - self.cells.free) > 0 and self._idle:
             sequence = self._idle[0]
+            self.leaving(sequence)
             own = sequence.chain.own
             length = len(sequence.tokens) - min(own, max(missing, _TRIMMED))
             # What shares all of its cells frees none, and is in the sequence that it shares with.
-            if own and length >= _BLOCK:
+            if own and length >= BLOCK:
                 self.cut(sequence, length)
                 del sequence.tokens[length:]
             else:
                 self._drop(self._idle.pop(0))
         return self.cells.free >= count
+
+    def idle_since(self, age: int) -> list[CellSequence]:
+        """Sequences that nobody has used while so many tokens were computed."""
+        return [s for s in self._idle if self.clock - s.since >= age]
+
+    def drop_idle(self, sequence: CellSequence) -> None:
+        """Free a sequence that nobody has."""
+        self._idle.remove(sequence)
+        self._drop(sequence)
 
     def forget_idle(self) -> None:
         """Free all sequences that nobody has."""
@@ -224,6 +241,7 @@ class Sequences:
             if common_prefix(sequence.tokens, tokens) == len(tokens):
                 self._idle.remove(sequence)
                 self._idle.append(sequence)
+                sequence.since = self.clock
                 return True
         return False
 
@@ -231,8 +249,8 @@ class Sequences:
         """An empty sequence; where none is free, another than ``keep`` is emptied."""
         if not self._free:
             victim = next(sequence for sequence in self._idle if sequence is not keep)
-            self._idle.remove(victim)
-            self._drop(victim)
+            self.leaving(victim)
+            self.drop_idle(victim)
         return CellSequence(self._free.pop(), self.cells.begin(), origin)
 
     def _fork(self, source: CellSequence, length: int) -> CellSequence:
@@ -250,4 +268,4 @@ class Sequences:
 
 def _whole(length: int) -> int:
     """As many tokens as can be shared of so many."""
-    return length - length % _BLOCK
+    return length - length % BLOCK

@@ -23,10 +23,14 @@ from engineroom.sources import GgufHeader, GgufTensor
 from engineroom_llamacpp.library import gpu_devices
 from engineroom_llamacpp.options import DEFAULT_CONTEXT, LlamaCppOptions
 
-__all__ = ["check_positions", "estimate", "is_encoder", "pooling_of"]
+__all__ = ["check_positions", "estimate", "is_encoder", "pooling_of", "prompt_cache"]
 
 _CACHE_BYTES: Final = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32,
                        "q4_1": 20 / 32, "q5_0": 22 / 32, "q5_1": 24 / 32}  # fmt: skip
+_CACHES: Final = 2
+"""Prompts that wait take so many times the memory of the key/value cache, where no option says."""
+_SHARE_OF_FREE: Final = 8
+"""They take at most this fraction of what is free."""
 _MEAN: Final = 1
 _POOLINGS: Final = {0: "none", _MEAN: "mean", 2: "cls", 3: "last"}
 _RANK: Final = 4
@@ -107,6 +111,23 @@ def estimate(
     if not is_encoder(header):
         add(place(layers), 2 * 4 * _embedding_tokens(header, options) * _vocabulary(header))
     return taken
+
+
+def prompt_cache(header: GgufHeader, options: LlamaCppOptions, free: int | None) -> int:
+    """Bytes of host memory for prompts that wait to be used again.
+
+    :param free: bytes of it that are free; ``None``: not known.
+    """
+    # What cannot be cut is not used again.
+    cut = not header.number("attention.sliding_window") and not any(
+        key.startswith(f"{header.architecture}.ssm.") for key in header.metadata
+    )
+    if not options.prefix_cache or not cut or is_encoder(header):
+        return 0
+    if options.prompt_cache_memory is not None:
+        return options.prompt_cache_memory
+    most = _CACHES * sum(_cache(header, options))
+    return most if free is None else min(most, free // _SHARE_OF_FREE)
 
 
 def _places(layers: int, options: LlamaCppOptions) -> Callable[[int], str]:

@@ -9,6 +9,7 @@ from typing import Final
 from engineroom.engine import BatchSlice, BeamSearch, Sampler, TextTask, common_prefix
 from engineroom_llamacpp.context import LlamaContext, SavedSequence
 from engineroom_llamacpp.pace import PromptPace
+from engineroom_llamacpp.prompt_store import Piece
 from engineroom_llamacpp.sequences import CellSequence, Origin, Sequences
 
 __all__ = ["Task", "compose", "contents"]
@@ -24,6 +25,8 @@ class Task(TextTask):
     :param beams: its beam search, if it is one.
     :param run_alone: it may be what made others compute no numbers.
     :param saved: what it had in the cache when it gave way.
+    :param coming: pieces of its prompt that are still to be brought from host memory, and how many
+        tokens of each, the first ones last.
     :param adapter: the named LoRA adapter that it is computed with.
     :param sequences: its sequences in the context: one, or one a beam; none: it waits.
     """
@@ -32,6 +35,7 @@ class Task(TextTask):
     beams: BeamSearch | None = None
     run_alone: bool = False
     saved: SavedSequence | None = None
+    coming: list[tuple[Piece[SavedSequence], int]] = field(default_factory=list)
     adapter: str | None = None
     sequences: list[CellSequence] = field(default_factory=list)
     origin: Origin = field(init=False)
@@ -83,7 +87,7 @@ def compose(
     context.begin()
     pace.begin()
     decoding = [task for task in tasks if task.decodes]
-    reading = [task for task in tasks if not task.decodes]
+    reading = [task for task in tasks if not task.decodes and not task.coming]
     needed = sum(len(task.sequences) for task in decoding)
     drafts = sum(len(task.draft) for task in decoding)
     if not sequences.make_room(needed + drafts) and not sequences.make_room(needed):

@@ -1,0 +1,174 @@
+"""Idle prompts leave the cache for host memory, and come back when a request begins with them.
+
+Attention goes over every cell up to the last used one, also those of sequences that nobody computes
+with. So they stay only where that is cheap: when they are few, and for as many computed tokens as
+make moving them the smaller loss. Copies are made in pieces, a few in a step beside requests
+that decode, so that nobody waits long for them. What copying takes and what reading takes is
+measured on the way: pieces come back only where that is quicker.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from time import perf_counter
+from typing import Final
+
+from engineroom_llamacpp.context import LlamaContext, SavedSequence
+from engineroom_llamacpp.pace import Usual
+from engineroom_llamacpp.prompt_store import PIECE, Piece, PromptStore
+from engineroom_llamacpp.sequences import BLOCK, CellSequence, Sequences
+from engineroom_llamacpp.tasks import Task, contents
+
+__all__ = ["Mover"]
+
+_FEW: Final = 256
+"""So many idle cells stay: llama.cpp rounds what attention goes over up to as many."""
+_PATIENCE: Final = 256
+"""Computed tokens after which an idle sequence has cost about as much as to move it. Beside SmolLM2
+on two cores a cell costs a token some 0.06 µs, and is copied out and in again in some 20."""
+_SHARE: Final = 0.2
+"""Of what steps take, for copies beside requests that decode; but a piece a step at least."""
+
+
+class Mover:
+    """Moves what is idle in the cache out, and what requests begin with in.
+
+    :param budget: most bytes of host memory for it; 0: nothing moves.
+    """
+
+    def __init__(self, context: LlamaContext, sequences: Sequences, budget: int) -> None:
+        self._context = context
+        self._sequences = sequences
+        self.store: PromptStore[SavedSequence] = PromptStore(budget if sequences.reuse else 0)
+        self._out, self._into, self._reading = Usual(), Usual(), Usual()  # seconds a token
+        self._step = Usual()
+        self._left = math.inf  # seconds of copying that this step still may take
+        if self.store.budget:
+            sequences.leaving = self._keep
+
+    def begin(self, tasks: Sequence[Task], most: int) -> None:
+        """Before a step: move out what has been idle for long.
+
+        :param tasks: running requests.
+        :param most: tokens that a step has at most.
+        """
+        if not self.store.budget:
+            return
+        beside = any(task.decodes for task in tasks)
+        self._left = _SHARE * (self._step.value or 0.0) if beside else math.inf
+        cells = self._sequences.cells
+        if cells.used - cells.busy <= _FEW or not self._worth_moving():
+            return
+        rows = min(most, sum(max(1, len(task.tokens) - task.cached) for task in tasks))
+        for sequence in self._sequences.idle_since(_PATIENCE - rows):
+            if cells.used - cells.busy <= _FEW or not self._keep(sequence):
+                return
+            self._sequences.drop_idle(sequence)
+
+    def look_up(self, task: Task) -> None:
+        """See whether more of a prompt is in host memory than in the cache, for :meth:`bring`."""
+        if not self.store.budget:
+            return
+        path = self.store.find(task.origin, task.tokens[:-1])
+        if not path:
+            return
+        last, common = path[-1]
+        common -= (last.start + common) % BLOCK
+        path[-1] = last, common
+        gain = last.start + common - task.cached
+        pieces = [(piece, length) for piece, length in path if piece.end > task.cached]
+        copied = sum(len(piece.tokens) for piece, _ in pieces)
+        if gain < BLOCK or not self._worth_bringing(copied, gain):
+            return
+        self.store.touch([piece for piece, _ in path])
+        task.coming = pieces[::-1]
+
+    def bring(self, tasks: Sequence[Task]) -> None:
+        """Before a batch is composed: copy what its requests begin with into the cache.
+
+        At least one that can be computed is left; those that wait go on in the next step.
+        """
+        some = any(not task.coming for task in tasks)
+        for task in tasks:
+            while task.coming and (self._left > 0 or not some):
+                self._bring(task, tasks)
+            some = some or not task.coming
+
+    def computed(self, rows: int, read: int, seconds: float) -> None:
+        """A step took so long.
+
+        :param read: how many of its tokens were prompts'.
+        """
+        self._sequences.clock += rows
+        if read < rows:
+            self._step.see(seconds)
+        if 2 * read > rows and read >= BLOCK:
+            self._reading.see(seconds / read)
+
+    def _worth_moving(self) -> bool:
+        out, reading = self._out.value, self._reading.value
+        return not out or not reading or out + (self._into.value or out) < reading
+
+    def _worth_bringing(self, copied: int, spared: int) -> bool:
+        into, reading = self._into.value or self._out.value, self._reading.value
+        return not into or not reading or copied * into < spared * reading
+
+    def _bring(self, task: Task, tasks: Iterable[Task]) -> None:
+        """A piece, or what another request of the step has come to have of it."""
+        (sequence,) = task.sequences
+        same = contents(t for t in tasks if t is not task and t.origin == task.origin)
+        known = self._sequences.longer(sequence, task.tokens, task.cached, same)
+        if known > task.cached:
+            task.cached = known
+            task.reused = max(task.reused or 0, known)
+        piece, common = task.coming.pop()
+        end = piece.start + common
+        if end <= task.cached:
+            return
+        if piece.data is None or not self._copy_in(sequence, piece, task.cached, end):
+            task.coming.clear()
+            task.reused = min(task.reused or 0, task.cached)
+        else:
+            task.cached = end
+
+    def _copy_in(
+        self, sequence: CellSequence, piece: Piece[SavedSequence], start: int, end: int
+    ) -> bool:
+        if piece.data is None or not self._sequences.make_room(len(piece.tokens)):
+            return False
+        began = perf_counter()
+        copied = self._context.restore(sequence.index, piece.data, start, end)
+        self._spent(self._into, began, len(piece.tokens))
+        if copied:
+            self._sequences.cells.grow(sequence.chain, end - start)
+        return copied
+
+    def _keep(self, sequence: CellSequence) -> bool:
+        """Copy what an idle sequence has, as far as it is not there already.
+
+        :returns: whether that is all; else the step has no more time for it.
+        """
+        tokens, origin = sequence.tokens, sequence.origin
+        path = [p for p, common in self.store.find(origin, tokens) if common == len(p.tokens)]
+        start = sum(len(piece.tokens) for piece in path if len(piece.tokens) == PIECE)
+        if sum(len(piece.tokens) for piece in path) == len(tokens):
+            start = len(tokens)
+        if len(tokens) - start < BLOCK:
+            self.store.touch(path)
+        while len(tokens) - start >= BLOCK:
+            if self._left <= 0:
+                return False
+            end = min(start + PIECE, len(tokens))
+            began = perf_counter()
+            data = self._context.save(sequence.index, end - start, start)
+            self._spent(self._out, began, end - start)
+            if data is None or not self.store.add(origin, start, tokens[:end], data):
+                break
+            start = end
+        return True
+
+    def _spent(self, usual: Usual, began: float, tokens: int) -> None:
+        seconds = perf_counter() - began
+        self._left -= seconds
+        usual.see(seconds / tokens)
