@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -102,3 +103,46 @@ def test_no_public_name_is_that_of_a_module_beside_it(stub):
     tree = ast.parse(stub.read_text(encoding="utf-8"))
     names = {a.asname for n in tree.body if isinstance(n, ast.ImportFrom) for a in n.names}
     assert names & {path.stem for path in stub.parent.iterdir()} == set()
+
+
+# ── in a zip file ────────────────────────────────────────────────────────────────────────────
+
+
+def zipped(folder: Path, *, stubs: bool = True) -> Path:
+    path = folder / "engineroom.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in PACKAGE.rglob("*.py*"):
+            if file.suffix == ".py" or (stubs and file.suffix == ".pyi"):
+                archive.write(file, file.relative_to(PACKAGE.parent))
+    return path
+
+
+def test_it_is_imported_from_a_zip_file(tmp_path):
+    code = """
+import sys
+import zipfile
+sys.path.insert(0, sys.argv[1])
+import engineroom, engineroom.engine, engineroom.memory, engineroom.prompts, engineroom.sources
+assert engineroom.__file__.startswith(sys.argv[1]), engineroom.__file__
+assert engineroom.sources.is_gguf.__module__ == "engineroom.sources.gguf"
+from engineroom import InferenceRequest, LLMInferenceService, LLMModelManager
+from engineroom.testing import EchoHandler
+manager = LLMModelManager(config=[{"model_id": "m", "source": "echo:"}])
+with LLMInferenceService(manager, handlers=[EchoHandler()]) as service:
+    print(service.run(InferenceRequest(model_id="m", prompt="one two")).generated_text)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, zipped(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.stderr) == ("one two\n", "")
+
+
+def test_without_its_stubs_it_says_what_is_missing(tmp_path):
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import engineroom"
+    packed = zipped(tmp_path, stubs=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, packed], capture_output=True, text=True, check=False
+    )
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("ImportError: the file __init__.pyi of engineroom is missing")
+    assert "--collect-data engineroom" in last

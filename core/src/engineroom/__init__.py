@@ -23,13 +23,12 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import lazy_loader
-
+from engineroom.lazy_names import attach
 from engineroom.printable import printable_record
 
 # Each name of the stub is imported when it is first used: pydantic's schemas cost more than all
 # else, and whoever only asks for a version or `--help` should not pay for them.
-_load, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+_load, __dir__, __all__ = attach(__name__)
 
 
 class _Printable(logging.NullHandler):

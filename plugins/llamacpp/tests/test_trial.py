@@ -133,6 +133,9 @@ async def test_it_can_be_left_out(make: Make, tiny_model: Path, started: list[An
 def test_without_a_python_to_start_there_is_none(
     tiny_model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, started: list[Any]
 ) -> None:
+    monkeypatch.setattr(sys, "frozen", True, raising=False)  # as PyInstaller says it
+    stand_trial(tiny_model)
+    monkeypatch.delattr(sys, "frozen")
     monkeypatch.setattr(sys, "executable", "")
     stand_trial(tiny_model)
     assert started == []

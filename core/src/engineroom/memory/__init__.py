@@ -5,6 +5,6 @@ tells what the process may use. Which models live and die by it is in :mod:`engi
 Plugins may use the names that ``__init__.pyi`` says.
 """
 
-import lazy_loader
+from engineroom.lazy_names import attach
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = attach(__name__)

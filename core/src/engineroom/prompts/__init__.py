@@ -7,6 +7,6 @@ have no place here. Needs the extra ``engineroom[prompts]``.
 
 from __future__ import annotations
 
-import lazy_loader
+from engineroom.lazy_names import attach
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = attach(__name__)

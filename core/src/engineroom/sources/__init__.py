@@ -5,6 +5,6 @@ runtime sees it. Nothing here loads a model: that is a handler's work. Public fo
 the names that ``__init__.pyi`` says.
 """
 
-import lazy_loader
+from engineroom.lazy_names import attach
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = attach(__name__)

@@ -46,7 +46,7 @@ def stand_trial(path: Path) -> None:
 
     :raises ConfigurationError: the file ended the process.
     """
-    if not sys.executable:  # an interpreter inside of another program
+    if not sys.executable or getattr(sys, "frozen", False):  # inside of another program
         logger.debug("%s: no trial, since there is no Python to start", path)
         return
     note = cache_folder() / "trials" / fingerprint(path)
