@@ -171,6 +171,28 @@ def model_loads__raises():
 
 
 @defect
+def model_loads__exits():
+    class Broken(ToyHandler):
+        async def load_model(self, config):
+            if config.source.startswith("toy:") and not set(config.options) - {"n_ctx"}:
+                raise SystemExit(3)
+            return await super().load_model(config)
+
+    return Broken
+
+
+@defect
+def can_handle__exits():
+    class Broken(ToyHandler):
+        def can_handle(self, loaded_model):
+            if isinstance(loaded_model.model_object, ToyModel):
+                raise SystemExit(3)
+            return False
+
+    return Broken
+
+
+@defect
 def can_handle():
     class Broken(ToyHandler):
         def can_handle(self, loaded_model):

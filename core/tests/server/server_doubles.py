@@ -37,6 +37,7 @@ class TalkHandler(TokenHandler):
         self.begun = 0
         self.steps = 0
         self.ok = True
+        self.dead = False
         self.seen: list[InferenceRequest] = []
         self.load_gate: asyncio.Event | None = None
         self.fail_load = False
@@ -54,6 +55,7 @@ class TalkHandler(TokenHandler):
         return (config.source or "").startswith("talk:")
 
     async def load_model(self, config: ModelConfig) -> LoadedModel:
+        self.ok, self.dead = True, False
         if self.load_gate is not None:
             await self.load_gate.wait()
         if self.fail_load or "bad" in (config.source or ""):
@@ -67,7 +69,9 @@ class TalkHandler(TokenHandler):
         )
 
     def health(self, loaded_model: LoadedModel) -> HandlerHealth:
-        return HandlerHealth(ok=self.ok, num_requests_running=self.running, kv_cache_usage=0.25)
+        return HandlerHealth(
+            ok=self.ok, num_requests_running=self.running, kv_cache_usage=0.25, dead=self.dead
+        )
 
     async def generate_tokens(
         self, loaded_model: LoadedModel, request: InferenceRequest

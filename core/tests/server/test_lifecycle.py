@@ -144,6 +144,19 @@ def test_it_is_not_ready_when_an_engine_is_dead(start):
         assert answer.json()["reasons"] == ["the engine of m is not well"]
 
 
+@pytest.mark.parametrize("who", ["/readyz", "/metrics"])
+def test_an_engine_that_has_ended_while_nobody_used_it_is_unloaded_by_who_sees_it(start, who):
+    """Else nobody would send the request that loads it anew."""
+    with start() as run:
+        run.handler.ok, run.handler.dead = False, True
+        answer = httpx.get(run.url + who)
+        assert answer.status_code == (503 if who == "/readyz" else 200)
+        run.until(lambda: run.manager.list_models()[0].state == "unloaded")
+        assert httpx.get(run.url + "/readyz").status_code == 200
+        assert httpx.post(run.url + CHAT, json=talk("one")).status_code == 200
+        assert run.manager.list_models()[0].state == "ready"
+
+
 def test_a_server_none_of_whose_models_load_ends(start):
     bad = [{"model_id": "x", "source": "talk:bad"}]
     with pytest.raises(EngineRoomError, match="damaged"), start(bad):

@@ -206,6 +206,7 @@ class BatchingEngine(Engine, Generic[_T]):
             return HandlerHealth(
                 ok=self._dead is None and not self._closing,
                 detail=self._dead.message if self._dead else "",
+                dead=self._dead is not None,
                 num_requests_running=len(self.running),
                 num_requests_waiting=len(self.waiting) + len(self._incoming),
                 kv_cache_usage=None if self._ended else self.cache_usage(),

@@ -111,6 +111,8 @@ class HandlerHealth:
     :param num_requests_running: requests that hold a slot.
     :param num_requests_waiting: requests that wait for one.
     :param kv_cache_usage: used share of the key/value cache, 0 to 1; ``None`` if not known.
+    :param dead: it has ended for good, and nobody may have noticed: the model is unloaded where
+        that is seen, and the next request has it loaded anew.
     """
 
     ok: bool = True
@@ -118,6 +120,7 @@ class HandlerHealth:
     num_requests_running: int = 0
     num_requests_waiting: int = 0
     kv_cache_usage: float | None = None
+    dead: bool = False
 
 
 class StreamEnd(str):

@@ -97,11 +97,16 @@ class Lifecycle:
         """Give a lease back. ``dead``: the model's engine has ended under it."""
         entry.release()
         if dead and entry.usable:
-            self._begin_unload(entry, "its engine has ended; the next request loads it anew")
+            self.bury(entry)
         elif entry.leases == 0:
             self.start_idle_timer(entry, just_used=True)
             if self.queue.waiting:
                 self.queue.wake()
+
+    def bury(self, entry: ModelEntry) -> None:
+        """Its engine has ended: unload it, as soon as all who hold it have been told."""
+        if entry.usable:
+            self._begin_unload(entry, "its engine has ended; the next request loads it anew")
 
     def start_idle_timer(self, entry: ModelEntry, *, just_used: bool = False) -> None:
         """Begin to count where nobody holds the model and it does not stay forever."""

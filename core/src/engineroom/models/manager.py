@@ -247,6 +247,15 @@ class LLMModelManager:
         """
         await self._lifecycle.unload(self._table.find(model_id), timeout_s)
 
+    def engine_ended(self, loaded_model: LoadedModel) -> None:
+        """Unload a model whose engine was seen to have ended; the next request loads it anew.
+
+        A request that meets such an engine does so by itself. On the event loop; does not wait.
+        """
+        for entry in self._table:
+            if entry.loaded is loaded_model:
+                self._lifecycle.bury(entry)
+
     async def reload(self, deployment: _File | _Deployment | None = None) -> ReloadReport:
         """Put another deployment in the place of this one, without breaking a running request.
 

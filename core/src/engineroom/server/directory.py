@@ -51,7 +51,11 @@ class ModelDirectory:
         return any(s.model_id == name and s.state == "failed" for s in self.models())
 
     def health(self) -> list[tuple[LoadedModel, InferenceHandler, HandlerHealth]]:
-        """The models in memory, what runs them, and how their engines are."""
+        """The models in memory, what runs them, and how their engines are.
+
+        One that has ended is unloaded afterwards: else a server that is not ready for its sake is
+        sent no request, without which nobody would load it anew.
+        """
         engines: list[tuple[LoadedModel, InferenceHandler, HandlerHealth]] = []
         for status in self.models():
             assert self.manager is not None
@@ -61,7 +65,10 @@ class ModelDirectory:
                 handler = self.service.registry.select(model)
             except EngineRoomError:
                 continue
-            engines.append((model, handler, health_of(handler, model)))
+            health = health_of(handler, model)
+            if health.dead:
+                self.manager.engine_ended(model)
+            engines.append((model, handler, health))
         return engines
 
     def honoured_params(self, model_id: str) -> frozenset[str] | None:

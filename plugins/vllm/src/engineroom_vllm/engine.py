@@ -364,6 +364,7 @@ class VLLMEngine(Engine):
         return HandlerHealth(
             ok=not death and not self.lifecycle.closing,
             detail=death,
+            dead=bool(death),
             num_requests_running=min(count, self.parallel),
             num_requests_waiting=max(0, count - self.parallel),
             kv_cache_usage=usage,

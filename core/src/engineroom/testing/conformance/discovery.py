@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+from engineroom.border import is_interrupt
 from engineroom.config.model import LoadedModel, ModelConfig
 from engineroom.errors import (
     ConfigurationError,
@@ -52,7 +53,9 @@ class DiscoveryChecks(Checks):
             assert record.entry_point is not None
             try:
                 loaded = record.entry_point.load()
-            except (Exception, SystemExit) as error:  # noqa: BLE001 - foreign, told as the finding
+            except BaseException as error:
+                if is_interrupt(error):
+                    raise
                 broken(did=did, expected="the handler", saw=told(error))
             name = getattr(loaded, "name", None)
             same = loaded is type(handler) or isinstance(loaded, type(handler))
@@ -252,7 +255,9 @@ def _plain(kit: Kit, source: str, options: Mapping[str, Any]) -> ModelConfig:
 def _say_no(did: str, question: Callable[[Any], object], about: object) -> None:
     try:
         answer = question(about)
-    except Exception as error:  # noqa: BLE001 - foreign code, told as the finding
+    except BaseException as error:
+        if is_interrupt(error):
+            raise
         broken(did=did, expected="the bool False", saw=told(error))
     if answer is not False:
         broken(did=did, expected="the bool False", saw=repr(answer))

@@ -11,15 +11,16 @@ import asyncio
 import sys
 import threading
 import traceback
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Coroutine
 from contextlib import suppress
 from types import FrameType
 from typing import Any, Final, TypeVar
 
+from engineroom.border import is_interrupt, words
 from engineroom.testing.conformance.clock import Clock
 from engineroom.testing.conformance.outcomes import HungError, LoopLostError
 
-__all__ = ["LoopThread", "where"]
+__all__ = ["LoopThread", "contained", "where"]
 
 _T = TypeVar("_T")
 
@@ -88,7 +89,7 @@ class LoopThread:
         tasks: list[asyncio.Task[_T]] = []
 
         def start() -> None:
-            task = self._loop.create_task(work)
+            task = self._loop.create_task(contained(work))
             tasks.append(task)
             task.add_done_callback(lambda _: done.set())
 
@@ -138,6 +139,16 @@ class LoopThread:
                 self.run(_wind_up(), 2 * _PATIENCE_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=_PATIENCE_S)
+
+
+async def contained(work: Awaitable[_T]) -> _T:
+    """The same, where ``SystemExit`` and its like do not end the loop of all checks."""
+    try:
+        return await work
+    except BaseException as error:
+        if isinstance(error, Exception | asyncio.CancelledError) or is_interrupt(error):
+            raise
+        raise RuntimeError(f"it raised {words(error)}, which is no Exception") from error
 
 
 async def _wind_up() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NoReturn
 
+from engineroom.border import words
+
 __all__ = [
     "BrokenRuleError",
     "HungError",
@@ -56,7 +58,7 @@ def same(did: str, what: str, expected: object, actual: object) -> None:
 
 def told(error: BaseException) -> str:
     """An error by its class and its text."""
-    return f"{type(error).__name__}: {error}"
+    return words(error)
 
 
 def skip(reason: str) -> NoReturn:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any, Final, TypeVar
 
 from engineroom.testing.conformance.clock import Clock
-from engineroom.testing.conformance.loop import where
+from engineroom.testing.conformance.loop import contained, where
 from engineroom.testing.conformance.outcomes import HungError
 
 __all__ = ["Patience", "quietly"]
@@ -43,7 +43,9 @@ class Patience:
         :param progress: as for :meth:`ended`.
         :raises HungError: it did not end; it was cancelled, and left behind if that did nothing.
         """
-        task: asyncio.Future[_T] = asyncio.ensure_future(work)
+        task: asyncio.Future[_T] = asyncio.ensure_future(
+            work if asyncio.isfuture(work) else contained(work)
+        )
         if await self.ended(task, progress=progress):
             return task.result()
         place = where(task) if isinstance(task, asyncio.Task) else "in a future"
