@@ -45,6 +45,10 @@ ALSO: dict[str, tuple[set[str], str]] = {
         {"prompt-token-ids-refused"},
         "token ids that are too many are a prompt that is too long",
     ),
+    "can-handle__exits": (
+        {"questions-are-cheap", "questions-change-nothing"},
+        "they ask the same question, over and over",
+    ),
     "cancel-by-task__goes_on": (
         {"*"},
         "what cannot be stopped keeps its slot, and later checks wait for it or for the next",
