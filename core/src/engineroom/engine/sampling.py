@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Final, TypeAlias
 
 import numpy as np
@@ -34,6 +35,7 @@ __all__ = [
 
 Logits: TypeAlias = NDArray[np.float32]
 """A row of logits, one a token of the vocabulary."""
+TokenIds: TypeAlias = NDArray[np.int64]
 MakeLogprob: TypeAlias = Callable[[int, float, Sequence[tuple[int, float]]], TokenLogprob]
 """Makes an answer's entry of a token, its log probability, and the likeliest tokens with theirs."""
 
@@ -47,8 +49,36 @@ class NoNumbersError(Exception):
     """The model computed NaN or infinity for the next token."""
 
 
+class _TokenSet:
+    """Token ids, each once, as an array that grows."""
+
+    __slots__ = ("_count", "_ids", "_known")
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self._ids = np.unique(np.fromiter(tokens, np.int64, len(tokens)))
+        self._count = self._ids.size
+        self._known = set(self._ids.tolist())
+
+    @property
+    def ids(self) -> TokenIds:
+        """All of them, in any order."""
+        return self._ids[: self._count]
+
+    def add(self, token: int) -> None:
+        if token in self._known:
+            return
+        self._known.add(token)
+        if self._count == self._ids.size:
+            self._ids = np.resize(self._ids, 2 * self._count + _FIRST_GUESS)
+        self._ids[self._count] = token
+        self._count += 1
+
+
 class SamplerState:
     """The sampling state of one request: its parameters, its penalties and its random generator.
+
+    Made on the event loop; what takes as long as the prompt or the bias is long is made when it is
+    first needed, on the thread that samples.
 
     :param params: the request's parameters.
     :param prompt: token ids of the prompt, which ``repetition_penalty`` counts too.
@@ -65,7 +95,8 @@ class SamplerState:
         self.frequency = params.frequency_penalty or 0.0
         self.bias = params.logit_bias or {}
         self.counts: Counter[int] = Counter()
-        self.seen: set[int] = set(prompt) if self.repetition != 1.0 else set()
+        """How often each generated token came."""
+        self._prompt: Sequence[int] = prompt if self.repetition != 1.0 else ()
         self.touches = bool(self.bias or self.repetition != 1.0 or self.presence or self.frequency)
         """Whether bias or penalties change the logits."""
         self._random = None if self.greedy else np.random.Generator(np.random.PCG64(params.seed))
@@ -74,6 +105,34 @@ class SamplerState:
     def truncates(self) -> bool:
         """Whether not every token may be drawn."""
         return bool(self.top_k or self.top_p < 1.0 or self.min_p > 0.0)
+
+    @cached_property
+    def bias_arrays(self) -> tuple[TokenIds, Logits]:
+        """The tokens that ``logit_bias`` names, and what is added to theirs."""
+        count = len(self.bias)
+        return (
+            np.fromiter(self.bias.keys(), np.int64, count),
+            np.fromiter(self.bias.values(), np.float32, count),
+        )
+
+    @property
+    def seen(self) -> TokenIds:
+        """The tokens that ``repetition_penalty`` is for, each once."""
+        return self._seen.ids
+
+    @property
+    def count_arrays(self) -> tuple[TokenIds, Logits]:
+        """The tokens that were generated, and how often."""
+        size = len(self.counts)
+        return (
+            np.fromiter(self.counts.keys(), np.int64, size),
+            np.fromiter(self.counts.values(), np.float32, size),
+        )
+
+    @cached_property
+    def _seen(self) -> _TokenSet:
+        prompt, self._prompt = self._prompt, ()
+        return _TokenSet(prompt)
 
     def draw(self) -> float:
         """The request's next random number, from 0 to 1 (excluded)."""
@@ -84,25 +143,18 @@ class SamplerState:
         if self.touches:
             self.counts[token] += 1
             if self.repetition != 1.0:
-                self.seen.add(token)
+                self._seen.add(token)
 
 
 class Sampler(SamplerState):
     """Chooses the next tokens of one request, each from a row of logits in numpy."""
-
-    def __init__(self, params: GenerationParams, prompt: Sequence[int]) -> None:
-        super().__init__(params, prompt)
-        self._bias = (
-            np.fromiter(self.bias.keys(), np.int64, len(self.bias)),
-            np.fromiter(self.bias.values(), np.float32, len(self.bias)),
-        )
 
     def sample(self, logits: Logits) -> int:
         """The next token. ``logits`` is not changed, and not kept.
 
         :raises NoNumbersError: they have no finite maximum.
         """
-        row = self._adjusted(logits) if self.touches else logits
+        row = self._adjusted(logits, self.seen) if self.touches else logits
         if self.greedy:
             token = int(row.argmax())  # of NaN, if there is one
             if not math.isfinite(row[token]):
@@ -129,31 +181,25 @@ class Sampler(SamplerState):
         if not self.touches:
             return row
         self.counts = Counter(generated)
-        prompt = self.seen
-        if self.repetition != 1.0:
-            self.seen = prompt.union(generated)
-        try:
-            return self._adjusted(row)
-        finally:
-            self.seen = prompt
+        seen = self.seen
+        return self._adjusted(row, np.union1d(seen, np.array(generated, np.int64)))
 
-    def _adjusted(self, logits: Logits) -> Logits:
-        """A copy with bias and penalties."""
+    def _adjusted(self, logits: Logits, seen: TokenIds) -> Logits:
+        """A copy with bias and penalties, that for repetition on the tokens ``seen``."""
         row = logits.copy()
-        ids, values = self._bias
-        row[ids] += values
-        if self.seen:
-            ids = np.fromiter(self.seen, np.int64, len(self.seen))
-            values = row[ids]
+        if self.bias:
+            ids, values = self.bias_arrays
+            row[ids] += values
+        if self.repetition != 1.0:
+            values = row[seen]
             penalty = np.float32(self.repetition)
             with np.errstate(over="ignore"):
                 smaller = values * penalty
             # Not to minus infinity, unless it was there: a token must stay possible.
             smaller = np.maximum(smaller, np.minimum(values, np.float32(-_HUGE)))
-            row[ids] = np.where(values > 0, values / penalty, smaller)
+            row[seen] = np.where(values > 0, values / penalty, smaller)
         if self.counts and (self.presence or self.frequency):
-            ids = np.fromiter(self.counts.keys(), np.int64, len(self.counts))
-            counts = np.fromiter(self.counts.values(), np.float32, len(self.counts))
+            ids, counts = self.count_arrays
             row[ids] -= np.float32(self.presence) + np.float32(self.frequency) * counts
         return row
 

@@ -64,9 +64,14 @@ class ControlTokens:
         # Digits of one length: filters of templates leave them alone, and neighbours do not matter.
         nonce, numbers = f"{secrets.randbits(64):020d}", self._numbers
 
+        def stand_in_of(name: str) -> str:
+            return f"{nonce}{numbers[name]:06d}"
+
         def shield(text: str) -> str:
+            if len(text) < _WINDOW:
+                return pattern.sub(lambda match: stand_in_of(match[0]), text)
             pieces = _split(pattern, text, longest)
-            pieces[1::2] = [f"{nonce}{numbers[name]:06d}" for name in pieces[1::2]]
+            pieces[1::2] = map(stand_in_of, pieces[1::2])
             return "".join(pieces)
 
         stand_in = re.compile(rf"{nonce}\d{{6}}")
@@ -123,6 +128,8 @@ def _matches(pattern: re.Pattern[str], text: str, longest: int) -> Iterator[tupl
 
 
 def _occurs(pattern: re.Pattern[str], text: str, longest: int) -> bool:
+    if len(text) < _WINDOW:
+        return pattern.search(text) is not None
     return next(_matches(pattern, text, longest), None) is not None
 
 

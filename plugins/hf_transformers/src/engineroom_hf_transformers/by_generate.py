@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable
+from copy import copy
 from typing import TYPE_CHECKING, Any, Final
 
 from engineroom import TokenStep
@@ -77,6 +78,8 @@ class GenerateCall:
         params = task.request.params
         self._seeded = (params.num_beams or 1) > 1 and params.seed is not None
         self._outer: Any = None
+        # Of each beam; generate() has a repetition penalty of its own.
+        self._beam = SamplerState(params.model_copy(update={"repetition_penalty": None}), ())
         self._thread: threading.Thread | None = None
 
     def advance(self, make_logprob: MakeLogprob) -> TokenStep | None:
@@ -237,13 +240,11 @@ class GenerateCall:
         """What ``generate()`` has no name for, on every beam; then a pause."""
         import torch
 
-        # generate() has a repetition penalty of its own.
-        params = self._task.request.params.model_copy(update={"repetition_penalty": None})
         prompt = 1 if self._parts.kind == "encoder-decoder" else self._task.prompt_tokens
-        beams = [SamplerState(params, ()) for _ in ids]
-        if beams[0].touches:
-            for beam, tokens in zip(beams, ids.tolist(), strict=True):
-                beam.counts = Counter(tokens[prompt:])
+        if self._beam.touches:
+            beams = [copy(self._beam) for _ in ids]
+            for beam, tokens in zip(beams, ids[:, prompt:].tolist(), strict=True):
+                beam.counts = Counter(tokens)
             scores = adjusted(scores, beams)
         self._pause()
         if bool(torch.isnan(scores).any()):

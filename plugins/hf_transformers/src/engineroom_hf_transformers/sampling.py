@@ -7,15 +7,18 @@ turn out to need.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     import torch
 
     from engineroom.engine import SamplerState
+
+TokenIds = NDArray[np.int64]
 
 __all__ = ["adjusted", "choose", "logprobs_of"]
 
@@ -85,37 +88,37 @@ def adjusted(logits: torch.Tensor, rows: Sequence[SamplerState]) -> torch.Tensor
     flat = logits.view(-1)
     device = logits.device
 
-    def indices(values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.long, device=device)
+    def on_device(parts: Sequence[NDArray[Any]]) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(parts)).to(device)
 
-    def numbers(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=device)
+    def places(chosen: Iterable[tuple[int, TokenIds]]) -> torch.Tensor:
+        return on_device([ids + i * width for i, ids in chosen])
 
-    places: list[int] = []
-    amounts: list[float] = []
-    for i, row in enumerate(rows):
-        places += [i * width + token for token in row.bias]
-        amounts += row.bias.values()
-    if places:
-        flat[indices(places)] += numbers(amounts)
-    places, amounts = [], []
-    for i, row in enumerate(rows):
-        if row.repetition != 1.0:
-            places += [i * width + token for token in row.seen]
-            amounts += [row.repetition] * len(row.seen)
-    if places:
-        at, penalty = indices(places), numbers(amounts)
+    if biased := [(i, row.bias_arrays) for i, row in enumerate(rows) if row.bias]:
+        amounts = on_device([values for _, (_, values) in biased])
+        flat[places((i, ids) for i, (ids, _) in biased)] += amounts
+    if repeating := [(i, row) for i, row in enumerate(rows) if row.repetition != 1.0]:
+        at = places((i, row.seen) for i, row in repeating)
+        penalty = on_device(
+            [np.full(row.seen.size, row.repetition, np.float32) for _, row in repeating]
+        )
         values = flat[at]
         # Not to minus infinity, unless it was there: a token must stay possible.
         smaller = torch.maximum(values * penalty, values.clamp(max=-_HUGE))
         flat[at] = torch.where(values > 0, values / penalty, smaller)
-    places, amounts = [], []
-    for i, row in enumerate(rows):
-        if row.presence or row.frequency:
-            places += [i * width + token for token in row.counts]
-            amounts += [row.presence + row.frequency * count for count in row.counts.values()]
-    if places:
-        flat[indices(places)] -= numbers(amounts)
+    counted = [
+        (i, row, *row.count_arrays)
+        for i, row in enumerate(rows)
+        if row.counts and (row.presence or row.frequency)
+    ]
+    if counted:
+        amounts = on_device(
+            [
+                np.float32(row.presence) + np.float32(row.frequency) * counts
+                for _, row, _, counts in counted
+            ]
+        )
+        flat[places((i, ids) for i, _, ids, _ in counted)] -= amounts
     return logits
 
 
