@@ -99,7 +99,7 @@ class SamplerState:
         self._prompt: Sequence[int] = prompt if self.repetition != 1.0 else ()
         self.touches = bool(self.bias or self.repetition != 1.0 or self.presence or self.frequency)
         """Whether bias or penalties change the logits."""
-        self._random = None if self.greedy else np.random.Generator(np.random.PCG64(params.seed))
+        self._seed = params.seed
 
     @property
     def truncates(self) -> bool:
@@ -130,13 +130,17 @@ class SamplerState:
         )
 
     @cached_property
+    def _random(self) -> np.random.Generator:
+        return np.random.Generator(np.random.PCG64(self._seed))
+
+    @cached_property
     def _seen(self) -> _TokenSet:
         prompt, self._prompt = self._prompt, ()
         return _TokenSet(prompt)
 
     def draw(self) -> float:
         """The request's next random number, from 0 to 1 (excluded)."""
-        return 0.0 if self._random is None else float(self._random.random())
+        return 0.0 if self.greedy else float(self._random.random())
 
     def take(self, token: int) -> None:
         """The token was chosen."""

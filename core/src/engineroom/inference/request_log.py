@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any, Final, Literal, TypeAlias
 
 from engineroom.border import MOST_CHARACTERS, get_logger, log_failure, related, words
@@ -23,6 +24,7 @@ from engineroom.errors import (
     ResourceNotAvailableError,
 )
 from engineroom.inference.scope import RequestScope
+from engineroom.prompts.messages import strings
 from engineroom.schemas import InferenceRequest, InferenceResponse
 from engineroom.telemetry import request_logger
 
@@ -38,7 +40,9 @@ _CROWDED: Final = (QueueFullError, ResourceNotAvailableError)
 _QUOTED: Final = 16
 """So many characters of a request in a message are a quotation."""
 _LOOKED_AT: Final = 1 << 19
-"""Characters of a request in which quotations are looked for."""
+"""Characters of a request in which quotations are looked for: milliseconds, on the event loop."""
+_MOST_TEXTS: Final = 20_000
+"""Texts of a request that are looked at."""
 _WITHHELD: Final = "its message quotes the request, and is left out"
 
 
@@ -216,19 +220,25 @@ def _quotes(said: str, request: InferenceRequest) -> bool:
     """Whether a message has a piece of what the request's author wrote in it, as far as it is
     looked for: one of twice ``_QUOTED`` characters is seen wherever it begins.
     """
-    parts: list[Any] = [request.tools, request.tool_choice, request.metadata]
-    parts += [request.params.structured_output, *(m.tool_calls for m in request.messages or ())]
-    texts = [*_texts(request), *(request.stop_sequences or ())]
-    texts += [repr(part) for part in parts if part]
-    pieces = [said[at : at + _QUOTED] for at in range(0, len(said) - _QUOTED + 1, _QUOTED)]
-    left = _LOOKED_AT
-    for text in texts:
-        if _QUOTED // 2 <= len(text) < 2 * _QUOTED and text in said:
-            return True
-        if left > 0 and any(piece in text[:left] for piece in pieces):
-            return True
-        left -= len(text)
-    return False
+    texts = list(islice(_written(request), _MOST_TEXTS))
+    if any(_QUOTED // 2 <= len(text) < 2 * _QUOTED and text in said for text in texts):
+        return True
+    # Blocks of the request against each place of the message: as quick whatever they consist of.
+    looked_at = "\0".join(texts)[:_LOOKED_AT]
+    pieces = {said[at : at + _QUOTED] for at in range(len(said) - _QUOTED + 1)}
+    blocks = (looked_at[at : at + _QUOTED] for at in range(0, len(looked_at), _QUOTED))
+    return not pieces.isdisjoint(blocks)
+
+
+def _written(request: InferenceRequest) -> Iterator[str]:
+    """Each text that the request's author wrote, at whatever depth."""
+    yield from _texts(request)
+    yield from request.stop_sequences or ()
+    parts: tuple[Any, ...] = (request.tools, request.tool_choice, request.metadata)
+    for part in (*parts, *(message.tool_calls for message in request.messages or ())):
+        yield from strings(part)
+    if (structured := request.params.structured_output) is not None:
+        yield from strings(structured.model_dump())
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from engineroom import ChatMessage
@@ -110,9 +111,10 @@ class Vocabulary(PromptCodec):
         if prompt is not None:
             return self.whole(prompt) if self._encoder else self.begun(self.read(prompt))
         tokens = self.conversation(messages or (), tools, **template_args)
-        while self._bos is not None and tokens[:2] == [self._bos, self._bos]:
-            del tokens[0]
-        return tokens
+        if self._bos is None or tokens[:1] != [self._bos]:
+            return tokens
+        same = sum(1 for _ in takewhile(lambda token: token == self._bos, tokens))
+        return tokens[same - 1 :]
 
     def read(self, text: str) -> list[int]:
         """Token ids of a text, special tokens read as such, and nothing added."""
@@ -145,11 +147,19 @@ class Vocabulary(PromptCodec):
         What it gives, joined, is the text of the whole without that of the prompt: special
         tokens are left out, and the spaces that the model wrote stay as they are.
         """
+        # A prompt may be as many special tokens as fit the context: each is looked at once.
         if self._pieces is not None:
-            return PieceDecoder(self._pieces, first=not any(map(self._shows, prompt_ids)))
+            shown = any(map(self._shows, prompt_ids[:WINDOW]))
+            shown = shown or any(map(self._shows, set(prompt_ids)))
+            return PieceDecoder(self._pieces, first=not shown)
         seed: list[int] = []
+        silent: set[int] = set()
         for token in reversed(prompt_ids):
-            if self._shows(token):
+            if token in silent:
+                continue
+            if not self._shows(token):
+                silent.add(token)
+            else:
                 seed.insert(0, token)
                 if len(seed) == WINDOW:
                     break
