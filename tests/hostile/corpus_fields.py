@@ -71,6 +71,13 @@ GIANTS: Final[dict[str, Callable[[Sizes], str]]] = {
     "an exponent of all digits": lambda sizes: "1e" + "9" * sizes.body,
     "a digit after zeros": lambda sizes: "0." + "0" * sizes.body + "1",
     "more than 64 bits": lambda _: str(2**64 + 1),
+    "all of 63 bits": lambda _: str(2**63 - 1),
+    "1e300": lambda _: "1e300",
+    "1e-300": lambda _: "1e-300",
+    "zero": lambda _: "0",
+    "less than zero": lambda _: "-0.0",
+    "one and a half": lambda _: "1.5",
+    "no number": lambda _: "true",
     "-2^63": lambda _: str(-(2**63)),
 }
 
@@ -88,7 +95,7 @@ def _giant_numbers() -> Iterator[Row]:
             ) -> bytes:
                 return body(template, number(sizes))
 
-            small = what == "an integer of all digits" and place % 9 == 0
+            small = what in ("an integer of all digits", "1e300") and place % 9 == 0
             yield Row(f"number {field}: {what}", build, (api,), small=small)
 
 

@@ -31,8 +31,8 @@ from corpus_base import (
     repeated,
     rows,
 )
-from hostile_models import LETTERS, SLOWLY, SPECIAL, vocabulary
-from hostile_wire import post
+from hostile_models import LETTERS, REFUSE, SLOWLY, SPECIAL, vocabulary
+from hostile_wire import at_once, head
 
 
 @lru_cache(2)
@@ -219,10 +219,20 @@ def _inputs(text: Callable[[Sizes], str], count: int) -> Callable[[Api, Sizes], 
     return lambda api, sizes: body(api.lists["input"], joined([quoted(text(sizes))] * count))
 
 
-def _slow_template(api: Api, sizes: Sizes) -> Visit:
-    field = "model_id" if api is INFERENCE else "model"
-    text = body(api.texts["content"].replace(f'"{field}":"m"', f'"{field}":"slow"'), quoted(SLOWLY))
-    return post(api.path, text, patience_s=max(4.0, sizes.patience_s))
+def _by_template(text: Callable[[Sizes], str], count: int = 1) -> Callable[[Api, Sizes], Visit]:
+    """A message to the model whose template does what it is told, so often at one time."""
+
+    def build(api: Api, sizes: Sizes) -> Visit:
+        template = api.texts["content"].replace('":"m"', '":"slow"', 1)
+        data = body(template, quoted(text(sizes)))
+        request = head("POST", api.path, len(data)) + data
+        return at_once(*[request] * count, patience_s=max(4.0, sizes.patience_s))
+
+    return build
+
+
+def _in_time(seconds: str) -> Callable[[Api, Sizes], bytes]:
+    return lambda api, _: body(api.prompt[:-1] + f',"timeout_s":{seconds}}}', quoted(CANARY))
 
 
 ANSWERS: Final[dict[str, Callable[[Api, Sizes], bytes]]] = {
@@ -284,7 +294,19 @@ ROWS: Final = (
         },
         small={"one message in as many parts as fit"},
     ),
-    *rows((CHAT, INFERENCE, MESSAGES), {"a slow template": _slow_template}, small=True),
+    *rows((CHAT, INFERENCE, MESSAGES), {"a slow template": _by_template(lambda _: SLOWLY)}),
+    *rows((CHAT,), {"a crowd at a slow template": _by_template(lambda _: SLOWLY, 8)}, small=True),
+    *rows(
+        (CHAT, INFERENCE),
+        {
+            f"a template that says {what} back": _by_template(
+                lambda s, text=text: REFUSE + text * (s.body // len(text))
+            )
+            for what, text in {"paths": "/a", "half of paths": "~/", "dots": "C:\\."}.items()
+        },
+        small={"a template that says paths back"},
+    ),
+    *rows(TALKS, {"no time at all": _in_time("1e-9"), "all the time": _in_time("1e300")}),
     *rows(
         (CHAT, COMPLETIONS, INFERENCE),
         {f"logit_bias: {what}": _bias(of, **more) for what, (of, more) in BIASES.items()},

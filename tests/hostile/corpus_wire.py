@@ -197,6 +197,34 @@ def _deaf(_: Any, sizes: Sizes) -> Visit:
     return visit
 
 
+def _crowd_of_bodies(end: bytes) -> Callable[[Any, Sizes], Visit]:
+    """Prompts that are too long, all at one time. :param end: without it, the last byte lacks."""
+
+    def build(_: Any, sizes: Sizes) -> Visit:
+        data = _valid(COMPLETIONS)[:-2] + b" word" * (sizes.body // 5) + b'"}'
+        cut = data if end else data[:-1]
+        return at_once(
+            *[head("POST", COMPLETIONS.path, len(data)) + cut] * CROWD,
+            patience_s=4 + sizes.patience_s,
+        )
+
+    return build
+
+
+def _unread(_: Any, __: Sizes) -> Visit:
+    """Large answers, one after another, to a client that does not read them."""
+
+    async def visit(port: int) -> list[Answer]:
+        async with connection(port) as (_, writer):
+            writer.transport.pause_reading()  # type: ignore[attr-defined]
+            one = head("GET", "/openapi.json").replace(b"close", b"keep-alive")
+            writer.write(one * 300)
+            await asyncio.sleep(1)
+        return []
+
+    return visit
+
+
 def _pipelined(request: Callable[[], bytes]) -> Callable[[Any, Sizes], Visit]:
     def build(_: Any, sizes: Sizes) -> Visit:
         last = request()
@@ -266,6 +294,9 @@ OTHERS: Final[dict[str, Callable[[Any, Sizes], Visit]]] = {
 }
 CLIENTS: Final[dict[str, Callable[[Any, Sizes], Visit]]] = {
     "bytes at random": _raw(lambda sizes: bytes(i * i % 251 for i in range(sizes.body // 10))),
+    "a crowd that loads a model that is there": lambda _, __: at_once(
+        *[head("POST", "/v1/admin/models/m/load", 0)] * CROWD, patience_s=10
+    ),
     "a crowd that has the deployment read anew": lambda _, sizes: at_once(
         *[head("POST", "/v1/admin/reload", 0)] * (sizes.often // 3), patience_s=20
     ),
@@ -277,6 +308,9 @@ CLIENTS: Final[dict[str, Callable[[Any, Sizes], Visit]]] = {
     "bodies that end too soon": _often(_half_a_body),
     "texts for vectors whose clients go": _often(_embed_and_go),
     "a crowd of streams": _crowd_of_streams,
+    "a crowd of large bodies": _crowd_of_bodies(b"x"),
+    "a crowd of large bodies that do not end": _crowd_of_bodies(b""),
+    "answers that nobody reads": _unread,
     "a client that does not read": _deaf,
     "pipelined: the models": _pipelined(lambda: head("GET", "/v1/models")),
     "pipelined: answers": _pipelined(lambda: _request(COMPLETIONS)),

@@ -32,12 +32,16 @@ TEMPLATE: Final = (
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
 SLOWLY: Final = "slowly, please"
+REFUSE: Final = "refuse, please"
 SLOW_TEMPLATE: Final = (
-    "{% if messages[-1].content is string and '" + SLOWLY + "' in messages[-1].content %}"
+    "{% set last = messages[-1].content if messages[-1].content is string else '' %}"
+    "{% if '" + SLOWLY + "' in last %}"
     "{% for a in range(1000) %}{% for b in range(2000) %}{% set c = a * b %}{% endfor %}"
-    "{% endfor %}{% endif %}" + TEMPLATE
+    "{% endfor %}{% endif %}"
+    "{% if '" + REFUSE + "' in last %}{{ raise_exception(last) }}{% endif %}" + TEMPLATE
 )
-"""Bounded, and slow where a message asks for it: two million of the five million steps."""
+"""Bounded, and slow where a message asks for it: two million of the five million steps. Where one
+asks to be refused, the refusal says all of it back."""
 
 
 @cache
