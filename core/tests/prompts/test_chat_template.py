@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import traceback
 import weakref
 from datetime import datetime
 from typing import Any
@@ -155,6 +156,14 @@ def test_a_refusal_says_what_the_template_says_and_which_roles_there_were() -> N
     assert "Only system, user and assistant are known." in message
     assert "user → tool" in message
     assert "refuses" in message
+
+
+def test_a_refusal_does_not_say_all_of_a_conversation_back() -> None:
+    template = ChatTemplate("{{ raise_exception(messages[0].content) }}", {})
+    with pytest.raises(ConfigurationError) as caught:
+        template.render(chat(("user", "secret" * 1000)))
+    told = "".join(traceback.format_exception(caught.value))
+    assert told.count("secret") < 200
 
 
 @pytest.mark.parametrize(

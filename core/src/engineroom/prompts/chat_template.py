@@ -29,6 +29,8 @@ _PROBE: Final = "90817263545362718"
 _ARGUMENTS: Final = {"probe": _PROBE}
 _SHOWN_ROLES: Final = 20
 """Of a conversation that is refused."""
+_SHOWN: Final = 500
+"""Characters of what a template says when it refuses."""
 
 
 class _RefusedError(Exception):
@@ -114,14 +116,15 @@ class ChatTemplate:
             raise
         except Exception as error:  # it is foreign code, and may fail in any way
             roles = _roles(conversation)
+            why = _short(error)
             if isinstance(error, _RefusedError):
                 raise ConfigurationError(
-                    f"the model's chat template refuses these messages: {error} (roles: {roles}); "
+                    f"the model's chat template refuses these messages: {why} (roles: {roles}); "
                     "change their roles or their order"
                 ) from error
             raise ConfigurationError(
                 f"the model's chat template fails on these messages (roles: {roles}): "
-                f"{type(error).__name__}: {error}; send prompt= instead, or set the option "
+                f"{type(error).__name__}: {why}; send prompt= instead, or set the option "
                 "chat_template"
             ) from error
         return prompt
@@ -213,7 +216,13 @@ def _roles(conversation: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _refuse(message: str) -> NoReturn:
-    raise _RefusedError(message)
+    raise _RefusedError(_short(message))
+
+
+def _short(message: object) -> str:
+    """What a template says, which may be all of a conversation."""
+    text = str(message)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
 
 
 def _strftime_now(pattern: str) -> str:

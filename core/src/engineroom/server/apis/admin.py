@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 from msgspec import Meta
 from pydantic import Field, TypeAdapter
@@ -17,6 +17,8 @@ from engineroom.server.http.frames import Answer
 from engineroom.status import ModelStatus
 
 __all__ = ["ROUTES", "UnloadRequest"]
+
+_ANYTHING: Final[TypeAdapter[Any]] = TypeAdapter(Any)
 
 
 class UnloadRequest(ApiRequest):
@@ -94,7 +96,7 @@ async def reload(call: Call) -> None:
 
 def _plain(value: Any) -> Any:
     """What JSON can say of it, without paths of this machine."""
-    return _redacted(TypeAdapter(Any).dump_python(value, mode="json", fallback=str))
+    return _redacted(_ANYTHING.dump_python(value, mode="json", fallback=str))
 
 
 def _redacted(value: Any) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any, Final
 
 import msgspec
@@ -50,18 +49,16 @@ class Anything(Answer, forbid_unknown_fields=False):
 def described(routes: Sequence[Route]) -> tuple[Route, ...]:
     """The routes, and one more that describes them all, itself included."""
 
-    @cache
-    def body() -> bytes:
-        return dumps(document(every_route))
-
     async def openapi(call: Call) -> None:
         """The description of every route."""
-        await call.answer(200, body())
+        await call.answer(200, description)
 
     every_route = (
         *routes,
         Route("GET", "/openapi.json", openapi, "This description", "operations", response=Anything),
     )
+    # At once, for it takes a while: no request is to hold the event loop with it.
+    description = dumps(document(every_route))
     return every_route
 
 
