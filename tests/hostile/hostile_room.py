@@ -39,13 +39,13 @@ class Measured:
     def gap_s(self) -> float:
         """The longest time for which the loop did nothing else, and not for the machine's sake."""
         longest: float = self.told["longest"]
-        return max(0.0, longest - self.late_s)
+        return min(longest, max(self.told["worked"], self.told["in_all"] - self.late_s))
 
     def __str__(self) -> str:
         told = self.told
         statuses = Counter(answer.status for answer in self.answers)
         return (
-            f"{self.gap_s * 1000:.0f} ms ({told['longest'] * 1000:.0f} in all, "
+            f"{self.gap_s * 1000:.0f} ms ({told['in_all'] * 1000:.0f} in all, "
             f"{told['collected'] * 1000:.0f} of collecting); {dict(statuses)}; {told['where']}"
         )
 

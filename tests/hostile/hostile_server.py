@@ -19,7 +19,7 @@ import threading
 import time
 import traceback
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import psutil
 
@@ -32,6 +32,33 @@ logger = logging.getLogger("hostile_server")
 CALM_S: Final = 60.0
 LATE_S: Final = 0.03
 """So late, and a thread looks what the loop is at."""
+
+
+class Work(NamedTuple):
+    """What has been done so far, in seconds: by the machine, by us, by the thread of the loop."""
+
+    busy: float
+    idle: float
+    ours: float
+    loop: float
+
+    @classmethod
+    def so_far(cls) -> Work:
+        times = psutil.cpu_times()._asdict()
+        idle = times["idle"] + times.get("iowait", 0)
+        guests = times.get("guest", 0) + times.get("guest_nice", 0)  # they are in others, too
+        busy = sum(times.values()) - idle - guests
+        return cls(busy, idle, time.process_time(), time.thread_time())
+
+    def holds_out_of(self, late_s: float, since: Work) -> float:
+        """What of a time for which the loop came late we are to blame for.
+
+        Not what others took of the cores beyond what was free, for we may have waited for that; but
+        what the loop itself worked.
+        """
+        others = (self.busy - since.busy) - (self.ours - since.ours)
+        kept = max(0.0, others - (self.idle - since.idle))
+        return max(self.loop - since.loop, late_s - kept)
 
 
 class Beat:
@@ -49,16 +76,22 @@ class Beat:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def forget(self) -> None:
-        self.longest, self.where, self.collected = 0.0, "", 0.0
+        self.longest = self.in_all = self.worked = self.collected = 0.0
+        self.where = ""
         self._seen = (0.0, "")
 
     async def run(self) -> None:
+        work = Work.so_far()
         while True:
             self._last = began = time.perf_counter()
             await asyncio.sleep(self.TICK_S)
             late = time.perf_counter() - began - self.TICK_S
-            if late > self.longest:
-                self.longest = late
+            before, work = work, Work.so_far()
+            held = work.holds_out_of(late, before)
+            self.in_all = max(self.in_all, late)
+            self.worked = max(self.worked, work.loop - before.loop)
+            if held > self.longest:
+                self.longest = held
                 self.where = self._seen[1] if self._seen[0] == began else ""
 
     def _watch(self) -> None:
@@ -93,6 +126,12 @@ class Beat:
             self.collected = max(self.collected, time.perf_counter() - self._collecting)
 
 
+def hold(seconds: float) -> None:
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
+
+
 def held(server: EngineRoomServer) -> dict[str, int]:
     """What requests and connections hold."""
     directory = server.context.directory
@@ -116,6 +155,8 @@ async def settled(server: EngineRoomServer, beat: Beat, most: int) -> dict[str, 
     await asyncio.sleep(0.02)
     return {
         "longest": beat.longest,
+        "in_all": beat.in_all,
+        "worked": beat.worked,
         "by_the_meter": server.context.loop_meter.largest_since_reset(),
         "where": beat.where,
         "collected": beat.collected,
@@ -147,7 +188,7 @@ async def serve(deployment: str) -> None:
                     loop.call_soon_threadsafe(beat.forget)
                     server.context.loop_meter.reset()
                 case ["hold", seconds]:
-                    loop.call_soon_threadsafe(time.sleep, float(seconds))
+                    loop.call_soon_threadsafe(hold, float(seconds))
                 case ["settle", most]:
                     told = asyncio.run_coroutine_threadsafe(
                         settled(server, beat, int(most)), loop
