@@ -124,8 +124,8 @@ def _plain_biases(value: dict[Any, Any]) -> dict[int, float] | None:
     """
     keys, amounts = set(map(type, value)), value.values()
     if keys == {str}:
-        digits, sizes = "".join(value), set(map(len, value))
-        ids = digits.isascii() and digits.isdigit() and not sizes - _ID_SIZES
+        short = not set(map(len, value)) - _ID_SIZES  # a giant one takes a while to look at
+        ids = short and (digits := "".join(value)).isascii() and digits.isdigit()
     else:
         ids = keys == {int} and min(value) >= 0
     if not ids or set(map(type, amounts)) - {int, float}:
@@ -136,8 +136,8 @@ def _plain_biases(value: dict[Any, Any]) -> dict[int, float] | None:
 
 
 def _token_id(value: Any) -> Any:
-    digits = not isinstance(value, str) or (value.isascii() and value.isdigit())
-    if not digits or (isinstance(value, str) and len(value) not in _ID_SIZES):
+    short = not isinstance(value, str) or len(value) in _ID_SIZES
+    if not short or (isinstance(value, str) and not (value.isascii() and value.isdigit())):
         raise ValueError("must be a token id")
     return no_booleans(value)
 
