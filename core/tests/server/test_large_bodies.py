@@ -222,3 +222,11 @@ def test_several_large_bodies_have_rounds_of_the_loop_of_their_own(shared):
     places = [place for place, name in enumerate(order) if name != "between"]
     assert [order[place] for place in places] == [f"heavy {number}" for number in range(5)]
     assert all(b - a > 1 for a, b in itertools.pairwise(places)), order
+
+
+def test_a_refusal_does_not_say_a_giant_name_back(patient):
+    name = "k" * 1_000_000
+    for path, body in ((NATIVE, {name: 1}), (CHAT, {"logit_bias": {name: 1}})):
+        answer = httpx.post(patient.url + path, json={**LEAST[path], **body})
+        assert answer.status_code == 400 and "k" * 60 in answer.text
+        assert len(answer.content) < 1000

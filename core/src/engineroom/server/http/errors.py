@@ -44,7 +44,10 @@ __all__ = [
 _PATH: Final = re.compile(
     r"(?<![\w/.:<])(?:~?/[\w.@+-]+(?:/[\w.@+~-]*)+|[A-Za-z]:[\\/][^\s'\",;]+|\\\\[^\s'\",;]+)"
 )
+_BRANCH: Final = re.compile(r"[\[\](]|^(str|int|float|bool)$")
 _MAX_SHOWN: Final = 80
+_MAX_NAME: Final = 64
+"""Of a field, as it is shown: keys come from anyone."""
 _MOST_PROBLEMS: Final = 1000
 CHALLENGE: Final = {"www-authenticate": "Bearer"}
 """The header of a 401."""
@@ -204,7 +207,7 @@ def invalid_fields(error: ValidationError, names: Mapping[str, str] | None = Non
     if (count := error.error_count()) > _MOST_PROBLEMS:  # to format them would take seconds
         return ApiError(400, f"{count} mistakes in {error.title}", "invalid_value")
     for problem in error.errors(include_url=False, include_context=False):
-        loc = [str(part) for part in problem["loc"] if not _is_branch(part)]
+        loc = [str(part)[:_MAX_NAME] for part in problem["loc"] if not _is_branch(part)]
         if loc and names:
             loc[0] = names.get(loc[0], loc[0])
         where = ".".join(loc) or "the request"
@@ -217,7 +220,7 @@ def invalid_fields(error: ValidationError, names: Mapping[str, str] | None = Non
 
 def _is_branch(part: object) -> bool:
     """Whether a step of a location names a branch of a union rather than a field."""
-    return isinstance(part, str) and bool(re.search(r"[\[\](]|^(str|int|float|bool)$", part))
+    return isinstance(part, str) and bool(_BRANCH.search(part[:_MAX_SHOWN]))
 
 
 def _shown(value: object) -> str:
