@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -368,3 +369,22 @@ def test_ranges_are_those_of_the_fields(field, value, said):
 
     with pytest.raises(ConfigurationError, match=re.escape(said)):
         ServerSettings(**{field: value})
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_a_crash_of_native_code_says_where_it_was(site, spawn):
+    site.module(
+        "command_test_crash",
+        "import os, signal\n"
+        "from engineroom.testing import EchoHandler\n"
+        "class Crash(EchoHandler):\n"
+        "    name = 'echo'\n"
+        "    async def load_model(self, config):\n"
+        "        os.kill(os.getpid(), signal.SIGBUS)\n",
+    )
+    site.plugin("echo", "command_test_crash:Crash")
+    process = spawn("serve", "--model", "echo:", "--port", "0")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGBUS
+    assert b"Fatal Python error: Bus error" in err
+    assert b"in load_model" in err

@@ -53,10 +53,33 @@ class OutputClosedError(Exception):
 
 
 def prepare_streams() -> None:
-    """Let no character that the terminal lacks end the command."""
+    """Let neither a stream that is closed end the command, nor a character that a terminal lacks.
+
+    Of a stream that the shell has closed (``>&-``) Python has ``None``, and the next file or socket
+    gets its number: a library that complains on standard error would write into that. Here it is
+    open to nowhere, as ``/dev/null`` is, also for the processes of a runtime.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if not _is_open(number):
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+            os.set_inheritable(number, True)
+        if getattr(sys, name) is None:
+            stream = os.fdopen(number, mode, encoding="utf-8", closefd=False)
+            setattr(sys, name, stream)
     for stream in (sys.stdout, sys.stderr):
         if (reconfigure := getattr(stream, "reconfigure", None)) is not None:
             reconfigure(errors="replace")
+
+
+def _is_open(number: int) -> bool:
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
 
 
 def write(text: str) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import faulthandler
 import logging
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -118,6 +121,7 @@ def serve(  # one parameter a flag: that is how typer is told of them
         raise CommandError("--runtime and --option say how to load --model; give that, too")
     if model is not None and watch:
         raise CommandError("--watch is for a whole deployment; leave --model out")
+    _tell_crashes()
     with sigterm_noted() as asked_to_end:
         from engineroom.server import KeyRing, ServerSettings, serve as run
 
@@ -187,6 +191,13 @@ def _observer() -> Any:
         ) from error
     configure()
     return OpenTelemetryObserver()
+
+
+def _tell_crashes() -> None:
+    """Let a crash of native code say where it was: a mapped file that was truncated is one."""
+    if not faulthandler.is_enabled():
+        with contextlib.suppress(OSError, ValueError):  # standard error is no file
+            faulthandler.enable(sys.stderr)
 
 
 def _manager(
