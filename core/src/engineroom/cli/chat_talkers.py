@@ -8,7 +8,7 @@ from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
 from typing import Any
 
-from engineroom.cli.output import CommandError
+from engineroom.cli.remote import bearer, server_at
 from engineroom.cli.resolve import Target
 from engineroom.errors import ConfigurationError, EngineRoomError, InferenceError
 from engineroom.inference.streams import StreamError
@@ -80,12 +80,9 @@ class ServerTalker(Talker):
                 f"--url needs {error.name}, which is not installed; pip install 'engineroom[chat]'"
             ) from error
         self._httpx = httpx
-        base = url.rstrip("/").removesuffix("/v1")
-        if not base.startswith(("http://", "https://")):
-            raise CommandError(f"--url {url!r} is no http:// or https:// URL")
         self._client = httpx.Client(
-            base_url=base,
-            headers={"authorization": f"Bearer {key}"} if key else {},
+            base_url=server_at(url),
+            headers={"authorization": bearer(key, "the key of --key")} if key else {},
             timeout=httpx.Timeout(600.0, connect=10.0),
         )
 

@@ -33,6 +33,7 @@ def help_alone(error: Exception) -> str | None:
 def refusal(error: Exception) -> tuple[str, str, int]:
     """What the parser does not take, on one line; the command that was meant; the exit status."""
     text = " ".join(error.format_message().split()).rstrip(".")  # type: ignore[attr-defined]
+    text = text.replace(": Value error, ", ": ")  # pydantic's own words
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "engineroom"
     return text, path, getattr(error, "exit_code", 2)

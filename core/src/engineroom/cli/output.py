@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Final, TextIO
@@ -30,10 +31,12 @@ __all__ = [
     "table",
     "warning_line",
     "write",
+    "write_document",
     "write_json",
     "write_text",
 ]
 
+_NOT_ASCII: Final = re.compile("[^\0-\x7f]")
 _SELF_EXPLAINING: Final = (ConfigurationError, ModelNotFoundError, NoSuitableHandlerError)
 
 
@@ -95,10 +98,23 @@ def write_text(text: str) -> None:
     _put(terminal_text(text) if sys.stdout.isatty() else text)
 
 
-def write_json(value: Any, indent: int | None = 2) -> None:
-    """Write one JSON document."""
-    document = json.dumps(value, indent=indent, ensure_ascii=False, default=str)
-    _put(UNSAFE.sub(lambda unsafe: json.dumps(unsafe[0])[1:-1], document) + "\n")
+def write_json(value: Any) -> None:
+    """Write one JSON document, indented."""
+    write_document(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def write_document(document: str) -> None:
+    """Write a JSON document; with escapes for what is not seen, and for what the output lacks."""
+    document = UNSAFE.sub(_json_escape, document)
+    try:
+        document.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except (UnicodeEncodeError, LookupError):  # it would come out as question marks
+        document = _NOT_ASCII.sub(_json_escape, document)
+    _put(document + "\n")
+
+
+def _json_escape(match: re.Match[str]) -> str:
+    return json.dumps(match[0])[1:-1]
 
 
 def _put(text: str) -> None:

@@ -101,6 +101,8 @@ def resolve(
         return Target(model, deployment, registry)
     if not model:
         raise ModelNotFoundError("MODEL is empty; give a model id, a path or another source")
+    if runtime == "":
+        raise CommandError("--runtime is empty; give the name of a handler, or leave it out")
     try:
         entry = ModelConfig(
             model_id=_label(model), source=model, runtime=runtime, options=dict(options or {})

@@ -13,7 +13,7 @@ import typer
 from engineroom.cli.answer import answer
 from engineroom.cli.flags import CONFIG_OPTION, MODEL_ARGUMENT, TEMPERATURE_FLAG, flag
 from engineroom.cli.interrupt import run_interruptible
-from engineroom.cli.output import CommandError, say, warning_line, write_json
+from engineroom.cli.output import CommandError, say, warning_line, write_document
 from engineroom.cli.parameters import (
     make_params,
     make_request,
@@ -199,12 +199,12 @@ def run(  # one parameter a flag: that is how typer is told of them
         )
     except EngineRoomError as error:
         if as_json:
-            write_json(_failure(model, error).model_dump(mode="json"), indent=None)
+            write_document(_failure(model, error).model_dump_json())
         raise
     for warning in response.warnings:
         warning_line(warning)
     if as_json:
-        write_json(response.model_dump(mode="json"), indent=None)
+        write_document(response.model_dump_json())
     if (failure := _error_of(response)) is not None:
         raise failure
     if stats or (stats is None and not as_json and sys.stderr.isatty()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -113,6 +114,8 @@ class ServerSettings:
             value = getattr(self, setting.name)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
+            if not math.isfinite(value):
+                raise ConfigurationError(f"{setting.name} must be a finite number, not {value}")
             from_zero, most = setting.metadata["from_zero"], setting.metadata["most"]
             if value < 0 or (value == 0 and not from_zero):
                 least = "at least 0" if from_zero else "more than 0"

@@ -120,7 +120,7 @@ def remove_cached(repos: Iterable[str]) -> int:
     names = list(dict.fromkeys(repos))
     if missing := [name for name in names if name not in here]:
         raise ModelNotFoundError(
-            f"{', '.join(missing)}: nothing of it is in the cache (there is: "
+            f"{', '.join(map(repr, missing))}: nothing of it is in the cache (there is: "
             f"{', '.join(sorted(here)) or 'nothing'})"
         )
     freed = sum(_size(here[name]) for name in names)
