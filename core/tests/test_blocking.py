@@ -7,9 +7,16 @@ import gc
 import threading
 
 import pytest
-from core_doubles import echo_bench, gate_bench
+from core_doubles import echo_bench, gate_bench, plain_bench
+from raisers import RAISERS
 
-from engineroom import ConfigurationError, ModelNotFoundError, QueueFullError, StreamError
+from engineroom import (
+    ConfigurationError,
+    InferenceResponse,
+    ModelNotFoundError,
+    QueueFullError,
+    StreamError,
+)
 
 JOIN_S = 20
 
@@ -245,3 +252,30 @@ def test_an_interrupt_of_the_caller_stops_the_work(monkeypatch):
         service._portal.run(ended)
         assert bench.recorder.reasons == ["cancelled"]
         assert bench.handler.ended == [request.request_id]
+
+
+@pytest.mark.parametrize("name", ["leave", "interrupt", "panic"])
+@pytest.mark.parametrize("where", ["here", "task", "callback"])
+def test_the_loop_outlives_what_libraries_raise_on_it(where, name, caplog):
+    async def library():
+        RAISERS[name]()
+
+    async def infer(request):
+        if where == "here":
+            RAISERS[name]()
+        elif where == "task":
+            await asyncio.wait([asyncio.create_task(library())])
+        else:
+            asyncio.get_running_loop().call_soon(RAISERS[name])
+            await asyncio.sleep(0.001)
+        return InferenceResponse(request_id="r", model_id="plain", generated_text="done")
+
+    bench = plain_bench(infer)
+    with bench.service as service:
+        for _ in range(2):
+            response = InThread(lambda: service.run(bench.request())).result()
+            if where == "here":
+                assert response.error_type == "InferenceError"
+            else:
+                assert response.generated_text == "done"
+    assert f"in {name}" in caplog.text or where != "here"

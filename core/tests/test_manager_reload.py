@@ -19,6 +19,7 @@ from manager_doubles import (
     states,
     status,
 )
+from raisers import PanicException
 
 from engineroom import (
     ConfigurationError,
@@ -348,11 +349,12 @@ async def test_a_change_of_the_file_reloads(file):
     await manager.close()
 
 
-async def test_a_watch_that_ends_is_told_and_the_rest_goes_on(file, monkeypatch, caplog):
+@pytest.mark.parametrize("kind", [OSError, PanicException])
+async def test_a_watch_that_ends_is_told_and_the_rest_goes_on(kind, file, monkeypatch, caplog):
     watchfiles = pytest.importorskip("watchfiles", reason="watching needs engineroom[watch]")
 
     async def broken(*_, **__):
-        raise OSError("OS file watch limit reached")
+        raise kind("OS file watch limit reached")
         yield
 
     monkeypatch.setattr(watchfiles, "awatch", broken)

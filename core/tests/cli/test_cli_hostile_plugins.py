@@ -142,3 +142,37 @@ def test_the_doctor_and_the_kit_outlive_it(command, site, place, name):
     if place == "import":
         checked = command("conformance", "bad", "--model", "echo:")
         assert checked.status == 2 and "cannot be imported" in checked.error
+
+
+RUNTIME = """
+import raisers
+from engineroom.testing import EchoHandler
+
+
+class Handler(EchoHandler):
+    name = "bad"
+
+    def can_load(self, config):
+        return config.source == "bad:"
+
+    async def load_model(self, config):
+        if {place!r} == "load":
+            raisers.RAISERS[{name!r}]()
+        return await super().load_model(config)
+
+    async def generate_tokens(self, loaded_model, request):
+        async for step in super().generate_tokens(loaded_model, request):
+            if {place!r} == "generate":
+                raisers.RAISERS[{name!r}]()
+            yield step
+"""
+
+
+@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("place", ["load", "generate"])
+def test_a_model_whose_runtime_raises_is_one_line_of_error(command, site, place, name):
+    site.module("command_test_bad", RUNTIME.format(place=place, name=name))
+    site.plugin("bad", "command_test_bad:Handler")
+    for more in ((), ("--json",)):
+        answer = command("run", "bad:", "hello", *more)
+        assert answer.status == 1 and answer.error

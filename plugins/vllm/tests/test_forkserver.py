@@ -215,6 +215,15 @@ def test_what_it_cannot_import_is_told() -> None:
         server(("no_such_module",))
 
 
+def test_an_import_that_ends_the_process_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "that_leaves.py").write_text("raise SystemExit(3)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UnusableError, match=r"that_leaves.*SystemExit: 3"):
+        server(("that_leaves",))
+
+
 def test_threads_of_an_import_are_not_forked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -110,7 +110,7 @@ class Engine(BatchingEngine[Job]):
                 return True
             try:
                 step = job.decode(result)
-            except Exception as error:
+            except BaseException as error:
                 logger.exception("a token could not be read")
                 job.last = InferenceError(f"a token could not be read: {error!r}")
                 return True
@@ -122,7 +122,7 @@ class Engine(BatchingEngine[Job]):
 
         try:
             self._generator.generate_batch([job.tokens], callback=on_token, **job.options)
-        except Exception as error:
+        except BaseException as error:
             logger.exception("CTranslate2 failed")
             job.last = InferenceError(f"CTranslate2 failed: {type(error).__name__}: {error}")
         self._threads.discard(threading.current_thread())
