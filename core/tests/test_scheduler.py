@@ -100,7 +100,7 @@ class Says(Drafter):
 
     def propose(self, requests: Sequence[DraftRequest]) -> dict[int, list[int]]:
         self.requests += requests
-        return {s: self.proposals[s][:most] for s, _, most in requests if s in self.proposals}
+        return {s: self.proposals[s][:most] for s, _, most, _ in requests if s in self.proposals}
 
     def forget(self, sequence: int) -> None:
         self.forgotten.append(sequence)
@@ -183,7 +183,9 @@ def test_proposals_are_asked_for_where_they_can_be_of_use(engine: FakeEngine) ->
     drafter = Says({1: [7, 7, 7], 3: [7, 8, 9]})
     scheduler = Scheduler(engine, drafter, 4)
     tasks[3].draft = [5]
+    tasks[2].cache_scope = "one"
     scheduler.propose(tasks, 2)
+    assert [r.scope for r in drafter.requests] == ["", "one", ""]
     # Of a request that has room for one more token none after it is of use.
     assert [(r.sequence, r.most) for r in drafter.requests] == [(1, 1), (3, 2), (4, 2)]
     assert [task.draft for task in tasks] == [[7], [], [7, 8], []]
