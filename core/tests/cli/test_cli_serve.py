@@ -316,7 +316,7 @@ def test_each_setting_is_a_flag_that_says_its_text_and_default(command, site):
     shown = " ".join(command("serve", "--help").out.split())
     parameters = {parameter.name: parameter for parameter in serve_command().params}
     settings = [f for f in dataclasses.fields(ServerSettings) if f.metadata.get("flag")]
-    assert len(settings) == 19
+    assert len(settings) == 20
     for setting in settings:
         parameter = parameters[setting.name]
         name = parameter.opts[0].removeprefix("--").replace("-", "_")

@@ -93,10 +93,12 @@ class Front:
         try:
             refusal = await self._answer(call)
             del scope[_CALL]  # the two would keep each other alive
+            call.release_body()
             if refusal is not None:
                 await self._refuse(call, refusal)
         finally:
             del at_work[call]
+            call.release_body()
             self.context.callers.leave(call)
 
     async def _answer(self, call: Call) -> ApiError | None:

@@ -50,17 +50,19 @@ class PrometheusObserver:
     """Counts what the hooks tell.
 
     :param directory: names of models, and engines' health.
-    :param queued: how many requests wait for the server's limits.
     :param loop_meter: measures the event loop.
+    :param queued: how many requests wait for the server's limits.
+    :param body_bytes: how many bytes of bodies count against theirs.
     :param by_key: what is counted of requests has the name of their key, too.
     """
 
     def __init__(
         self,
         directory: ModelDirectory,
-        queued: Callable[[], int],
         loop_meter: LoopMeter,
         *,
+        queued: Callable[[], int],
+        body_bytes: Callable[[], int],
         by_key: bool = False,
     ) -> None:
         self._directory = directory
@@ -107,7 +109,7 @@ class PrometheusObserver:
         self._prompt_sizes = tokens("request_prompt_tokens", "Tokens read", labels)
         self._sizes = tokens("request_generation_tokens", "Tokens written", labels)
         self._loading = seconds("model_load_duration_seconds", "Loading", _LABELS)
-        self.registry.register(_State(directory, queued))
+        self.registry.register(_State(directory, queued, body_bytes))
         self._key_failures = counter(
             "api_key_failures", "Requests without a key, or with an unknown one", ["reason"]
         )
@@ -134,6 +136,11 @@ class PrometheusObserver:
             else:
                 name = OTHER_KEYS
         return (*labels, name)
+
+    def count_rejection(self, reason: str) -> None:
+        """Count what a limit turned away before it was a request."""
+        labels = (reason,) if self._keys is None else ("-", reason)
+        self._rejections.labels(*labels).inc()
 
     def count_key_failure(self, kind: str) -> None:
         """Count a request without a key, or with a wrong one."""
@@ -270,9 +277,15 @@ class _Gaps:
 class _State:
     """What is asked for when it is scraped."""
 
-    def __init__(self, directory: ModelDirectory, queued: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        directory: ModelDirectory,
+        queued: Callable[[], int],
+        body_bytes: Callable[[], int],
+    ) -> None:
         self._directory = directory
         self._queued = queued
+        self._body_bytes = body_bytes
 
     def collect(self) -> Iterator[Metric]:
         """The gauges."""
@@ -295,13 +308,25 @@ class _State:
                 state.add_metric((status.model_id, name), float(status.state == name))
         queued = _gauge("server_requests_queued", "Requests that wait for the server's limits", ())
         queued.add_metric((), self._queued())
+        bodies = _gauge("server_body_bytes", "Bytes of bodies in flight, as they are limited", ())
+        bodies.add_metric((), self._body_bytes())
         failures = Metric(f"{NAMESPACE}_plugin_load_failures", "Plugins in quarantine", "counter")
         for record in directory.service.registry.plugins:
             if record.status == "quarantined":
                 failures.add_sample(
                     f"{NAMESPACE}_plugin_load_failures_total", {"plugin": record.name}, 1
                 )
-        yield from (running, waiting, cache, memory, self._devices(), state, queued, failures)
+        yield from (
+            running,
+            waiting,
+            cache,
+            memory,
+            self._devices(),
+            state,
+            queued,
+            bodies,
+            failures,
+        )
 
     def _devices(self) -> Any:
         """The account of each device."""

@@ -61,6 +61,11 @@ class ServerSettings:
         1 << 19, "Values in the JSON of a body; a list or object counts as eight.", flag=False
     )
     """An eighth as many texts and names may be among them. More would take long to read (400)."""
+    max_body_total_bytes: int = _setting(
+        256 << 20, "Bodies of all requests that are being answered, together, in bytes."
+    )
+    """Those that would make more are told to come again (503); each caller has a fair share. At
+    least twice ``max_body_bytes``."""
     max_messages: int = _setting(2048, "Messages of a conversation.", flag=False)
     max_parts: int = _setting(8192, "Parts of the contents of its messages.", flag=False)
     max_choices: int = _setting(32, "Answers to one HTTP request: prompts times `n`.", flag=False)
@@ -125,6 +130,11 @@ class ServerSettings:
         if self.unknown_fields not in ("ignore", "refuse"):
             raise ConfigurationError(
                 f"unknown_fields must be 'ignore' or 'refuse', not {self.unknown_fields!r}"
+            )
+        if self.max_body_total_bytes < 2 * self.max_body_bytes:
+            raise ConfigurationError(
+                f"max_body_total_bytes ({self.max_body_total_bytes}) must be at least twice "
+                f"max_body_bytes ({self.max_body_bytes}); set it higher (--max-body-total)"
             )
         if not (self.local or self.keys.needed or self.insecure):
             raise ConfigurationError(

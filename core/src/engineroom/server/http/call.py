@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import msgspec
 
 from engineroom.errors import EngineRoomError
+from engineroom.server.http.bodies import BodyShare
 from engineroom.server.http.compat_uvicorn import WRITE, TextWriter
 from engineroom.server.http.context import ServerContext
 from engineroom.server.http.errors import ApiError, ErrorBody, OpenAIError
@@ -74,6 +75,8 @@ class Call:
     """The service tells the log how it ends."""
     warnings: list[str] = field(default_factory=list)
     """What the client is told beside its answer."""
+    body_share: BodyShare | None = None
+    """What its body takes of the server's memory."""
     _id: str = ""
 
     def __post_init__(self) -> None:
@@ -115,15 +118,18 @@ class Call:
     async def body(self) -> bytes:
         """The whole body.
 
-        :raises ApiError: it is too large (413) or does not come in time (408).
+        :raises ApiError: it is too large (413), does not come in time (408), or there are too many
+            others (503).
         """
         settings = self.context.settings
         limit = settings.max_body_bytes
+        share = self.body_share = self.context.bodies.share(self._body_owner())
         announced = self.header(b"content-length")
-        if announced.isdigit() and int(announced) > limit:
-            raise _too_large(limit)
+        if announced.isdigit():
+            if int(announced) > limit:
+                raise _too_large(limit)
+            share.announce(int(announced))
         parts: list[bytes] = []
-        size = 0
         try:
             async with asyncio.timeout(settings.body_timeout_s):
                 while True:
@@ -131,9 +137,9 @@ class Call:
                     if message["type"] == "http.disconnect":
                         raise ClientGoneError
                     part: bytes = message.get("body", b"")
-                    size += len(part)
-                    if size > limit:
+                    if share.size + len(part) > limit:
                         raise _too_large(limit)
+                    share.add(len(part))
                     parts.append(part)
                     if not message.get("more_body", False):
                         return parts[0] if len(parts) == 1 else b"".join(parts)
@@ -144,6 +150,18 @@ class Call:
                 "body_timeout",
                 headers={"connection": "close"},
             ) from error
+
+    def _body_owner(self) -> str:
+        """Among whom the server's memory for bodies is shared: keys, or else addresses."""
+        if self.context.settings.keys.needed:
+            return self.identity.name
+        host, _ = self.scope.get("client") or ("", 0)
+        return str(host)
+
+    def release_body(self) -> None:
+        """The body, and all that was made of it, is let go."""
+        if self.body_share is not None:
+            self.body_share.release()
 
     async def json(self) -> Any:
         """The body, read as JSON.

@@ -8,6 +8,7 @@ from engineroom.border import get_logger, log_failure
 from engineroom.errors import EngineRoomError
 from engineroom.schemas import InferenceRequest
 from engineroom.server.directory import ModelDirectory
+from engineroom.server.http.bodies import BodyBudget
 from engineroom.server.http.callers import Callers
 from engineroom.server.http.errors import ApiError, api_error_of
 from engineroom.server.http.key_failures import KeyFailures
@@ -39,10 +40,15 @@ class ServerContext:
         self.rounds = Rounds()
         self.directory = ModelDirectory(service)
         self.loop_meter = LoopMeter()
+        self.bodies = BodyBudget(
+            settings.max_body_total_bytes,
+            lambda: self.metrics.count_rejection("body_bytes"),
+        )
         self.metrics = PrometheusObserver(
             self.directory,
-            lambda: self.limiter.queued,
             self.loop_meter,
+            queued=lambda: self.limiter.queued,
+            body_bytes=lambda: self.bodies.held,
             by_key=settings.keys.needed,
         )
         self.key_failures = KeyFailures(self.metrics.count_key_failure)
