@@ -66,8 +66,8 @@ def printable_record(record: logging.LogRecord) -> None:
         if not record.getMessage().isprintable():
             _clean_message(record)
     if record.exc_info and record.exc_info[0] is not None and not record.exc_text:
-        told = "".join(traceback.format_exception(*record.exc_info)).rstrip("\n")
-        if (safe := printable_lines(told)) != told:
+        trace = "".join(traceback.format_exception(*record.exc_info)).rstrip("\n")
+        if (safe := printable_lines(trace)) != trace:
             record.exc_text = safe
 
 

@@ -145,10 +145,10 @@ def parse_deployment(
         raise ConfigurationError(
             f"{name}:1: must be a mapping with the key 'models', but it is {kind}"
         )
-    config, found, cause = _validated(plain)
+    config, reported, cause = _validated(plain)
     problems = {(line, _said(at, message)) for line, at, message in reader.problems}
     unread = [at for _, at, _ in reader.problems]
-    for mistake in found:
+    for mistake in reported:
         if not any(mistake.loc[: len(at)] == at for at in unread):
             problems.add(_problem(root, mistake))
     if config is None or problems:

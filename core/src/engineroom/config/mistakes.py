@@ -56,21 +56,21 @@ class _Item:
         that do not are kinds of a union.
     """
 
-    told: Any
+    details: Any
     led: tuple[bool, ...]
 
     @property
     def is_of_another_kind(self) -> bool:
         """Whether the value is not of this kind at all."""
-        return str(self.told["type"]).endswith(("_type", "_parsing", "literal_error"))
+        return str(self.details["type"]).endswith(("_type", "_parsing", "literal_error"))
 
     def mistake(self, loc: tuple[Any, ...], message: str | None = None) -> Mistake:
-        cause = self.told.get("ctx", {}).get("error")
+        cause = self.details.get("ctx", {}).get("error")
         return Mistake(
             loc,
-            self.told["type"],
-            message or _message(self.told),
-            self.told["loc"],
+            self.details["type"],
+            message or _message(self.details),
+            self.details["loc"],
             cause if isinstance(cause, Exception) else None,
         )
 
@@ -103,7 +103,7 @@ def _nearest(items: Sequence[_Item], depth: int, loc: tuple[Any, ...]) -> Iterat
             yield item.mistake(loc)
         else:
             steps = branches if item.led[depth] else kinds
-            steps.setdefault(item.told["loc"][depth], []).append(item)
+            steps.setdefault(item.details["loc"][depth], []).append(item)
     if len(kinds) == 1:  # no union: each of its kinds is wrong. A validator may have made it
         branches |= kinds
     for part, branch in branches.items():
@@ -127,10 +127,10 @@ def _nearest_kind(
         yield from _nearest(nearest[0], depth, loc)
     elif nearest:  # it may be any of them: each is told with its name
         for kind in nearest:
-            yield from _nearest(kind, depth, (*loc, kind[0].told["loc"][depth - 1]))
+            yield from _nearest(kind, depth, (*loc, kind[0].details["loc"][depth - 1]))
     else:
         firsts = [root[0] for root in roots]
-        messages = dict.fromkeys(_message(first.told) for first in firsts)
+        messages = dict.fromkeys(_message(first.details) for first in firsts)
         yield firsts[0].mistake(loc, _joined(list(messages)))
 
 
@@ -141,10 +141,10 @@ def _joined(messages: Sequence[str]) -> str:
     return "; or ".join(messages)
 
 
-def _message(told: Any) -> str:
-    message = str(told["msg"]).removeprefix("Value error, ")
-    value = told["input"]
-    if isinstance(value, FromEnvironment) and told["type"] in ("value_error", "assertion_error"):
+def _message(details: Any) -> str:
+    message = str(details["msg"]).removeprefix("Value error, ")
+    value = details["input"]
+    if isinstance(value, FromEnvironment) and details["type"] in ("value_error", "assertion_error"):
         quoted = [word for word in _WORD.findall(str(value)) if word in message]
         if any(word not in value.written for word in quoted):
             return f"what {value!r} stands for is not valid here"

@@ -112,7 +112,7 @@ class Front:
             await self.router(scope, call.receive, call.send)
         except ClientGoneError as error:
             without_frames(error)
-            if not call.told:
+            if not call.logged:
                 call.log(logger).info("%s: the client went away before its turn", call.described)
         except ApiError as error:
             return without_frames(error)
@@ -130,7 +130,7 @@ class Front:
                             await self._refuse(call, stopping())
                 raise
             log_failure(call.log(logger), error, "%s failed", call.described)
-            call.told = True
+            call.logged = True
             without_frames(error)
             return ApiError(
                 500,
@@ -158,9 +158,9 @@ def _tell(call: Call, error: ApiError) -> None:
     """Say in the log why a request was refused that never came to the service, and by whose
     mistake; nothing of what its body says.
     """
-    if call.told:
+    if call.logged:
         return
-    call.told = True
+    call.logged = True
     about = error.param or ""
     call.log(logger).warning(
         "%s was refused: %d %s%s, the %s's mistake",

@@ -21,6 +21,7 @@ from prometheus_client.utils import floatToGoString
 from engineroom.border import in_thread
 from engineroom.config.model import LoadedModel
 from engineroom.handlers.markers import hookimpl
+from engineroom.printable import printable
 from engineroom.schemas import InferenceRequest, InferenceResponse
 from engineroom.server.directory import ModelDirectory
 from engineroom.server.loop_meter import LoopMeter
@@ -314,7 +315,7 @@ class _State:
         for record in directory.service.registry.plugins:
             if record.status == "quarantined":
                 failures.add_sample(
-                    f"{NAMESPACE}_plugin_load_failures_total", {"plugin": record.name}, 1
+                    f"{NAMESPACE}_plugin_load_failures_total", {"plugin": printable(record.name)}, 1
                 )
         yield from (
             running,

@@ -37,10 +37,10 @@ class _Metadata:
         self._fields = fields
 
     def __getitem__(self, key: str) -> Any:
-        found = self.get(key)
-        if found is None:
+        value = self.get(key)
+        if value is None:
             raise ConfigurationError(f"the file's metadata has no {key}")
-        return found
+        return value
 
     def get(self, key: str) -> Any:
         field = self._fields.get(key)
@@ -68,23 +68,23 @@ def convert(source: str | Path, folder: Path, quantization: str | None = "int8")
     except (ValueError, IndexError, OSError) as error:
         raise ConfigurationError(f"{str(path)!r} cannot be read as GGUF: {error}") from error
     metadata = _Metadata(reader.fields)
-    if (found := metadata["general.architecture"]) != "llama":
+    if (architecture := metadata["general.architecture"]) != "llama":
         raise ConfigurationError(
-            f"{str(path)!r} is a {found}; only llama is converted here, see "
+            f"{str(path)!r} is a {architecture}; only llama is converted here, see "
             "ct2-transformers-converter for others"
         )
     tokenizer, tokens = _tokenizer(metadata)
 
     def tensor(name: str) -> npt.NDArray[np.float32]:
-        for each in reader.tensors:
-            if each.name == name:
+        for tensor in reader.tensors:
+            if tensor.name == name:
                 values: npt.NDArray[np.float32] = gguf.quants.dequantize(
-                    each.data, each.tensor_type
+                    tensor.data, tensor.tensor_type
                 )
                 return values
         raise ConfigurationError(f"{str(path)!r} has no tensor {name!r}")
 
-    names = {each.name for each in reader.tensors}
+    names = {tensor.name for tensor in reader.tensors}
     spec = _spec(metadata, tensor, "output.weight" in names)
     spec.config.eos_token = tokens[metadata["tokenizer.ggml.eos_token_id"]]
     spec.config.bos_token = tokens[metadata["tokenizer.ggml.bos_token_id"]]
@@ -144,9 +144,9 @@ def _spec(
 def _tokenizer(metadata: _Metadata) -> tuple[Tokenizer, list[str]]:
     from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 
-    if (found := metadata["tokenizer.ggml.model"]) != "gpt2":
+    if (kind := metadata["tokenizer.ggml.model"]) != "gpt2":
         raise ConfigurationError(
-            f"the vocabulary is of the kind {found!r}; only 'gpt2' (byte-level) is converted here"
+            f"the vocabulary is of the kind {kind!r}; only 'gpt2' (byte-level) is converted here"
         )
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
@@ -194,13 +194,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--quantization", default="int8", help="int8 (the default), float16, float32, …"
     )
-    given = parser.parse_args(arguments)
+    parsed = parser.parse_args(arguments)
     try:
-        convert(given.source, given.folder, given.quantization)
+        convert(parsed.source, parsed.folder, parsed.quantization)
     except EngineRoomError as error:
         print(f"error: {error.message}", file=sys.stderr)
         return 1
-    print(f"{given.folder}: engineroom run {given.folder} --runtime ctranslate2")
+    print(f"{parsed.folder}: engineroom run {parsed.folder} --runtime ctranslate2")
     return 0
 
 

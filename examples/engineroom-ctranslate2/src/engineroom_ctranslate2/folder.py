@@ -72,8 +72,8 @@ def read_files(path: Path) -> ModelFiles:
         raise ConfigurationError(
             f"{str(path / 'config.json')!r} names no eos_token; convert the model again"
         )
-    told = path / "tokenizer_config.json"
-    settings = _read(told, dict) if told.exists() else {}
+    tokenizer = path / "tokenizer_config.json"
+    settings = _read(tokenizer, dict) if tokenizer.exists() else {}
     return ModelFiles(
         path=path,
         vocabulary=vocabulary,

@@ -92,18 +92,18 @@ class Forward:
 
         step = Step(self.cache, decoding, spans)
         device = self._device
-        wanted = torch.tensor(outputs, dtype=torch.long, device=device)
-        keep = {"logits_to_keep": wanted} if self._keeps else {}
+        places = torch.tensor(outputs, dtype=torch.long, device=device)
+        keep = {"logits_to_keep": places} if self._keeps else {}
         with torch.inference_mode(), driving(step), stopping(stopped):
-            found: torch.Tensor = self._model(
+            logits: torch.Tensor = self._model(
                 input_ids=torch.tensor([tokens], device=device),
                 position_ids=torch.tensor([step.positions()], device=device),
                 use_cache=False,
                 **keep,
             ).logits[0]
             if not self._keeps:
-                found = found.index_select(0, wanted.to(found.device))
-            return found.float()
+                logits = logits.index_select(0, places.to(logits.device))
+            return logits.float()
 
     def close(self) -> None:
         """Give the cache up."""
@@ -166,15 +166,15 @@ def _try_out(parts: Parts, config: Any) -> str:
         return f"{len(recorder.calls)} of its {layers} layers have an attention over keys"
     window = getattr(config, "sliding_window", None)
     uses = "sliding_attention" in (getattr(config, "layer_types", None) or ("sliding_attention",))
-    told = any(call.window for call in recorder.calls.values())
-    if window and uses and window < parts.n_context and not told:
+    sees_windows = any(call.window for call in recorder.calls.values())
+    if window and uses and window < parts.n_context and not sees_windows:
         return f"it does not tell its attention about its sliding window of {window} tokens"
     close = _CLOSE.get(parts.dtype.itemsize, _CLOSE[2])
     spread = float(stock.std())
     if not spread > 0:
         return "it computed no numbers for a text that was tried"
-    for found, expected in _in_pieces(parts, recorder, tokens, stock):
-        far = float((found - expected).abs().max()) / spread
+    for logits, expected in _in_pieces(parts, recorder, tokens, stock):
+        far = float((logits - expected).abs().max()) / spread
         if not far <= close:
             return f"over the cache it computes something else (off by {far:.2g} of the spread)"
     return ""
@@ -228,10 +228,10 @@ def _logits(model: Any, tokens: list[int]) -> torch.Tensor:
     import torch
 
     with torch.inference_mode():
-        found: torch.Tensor = model(
+        logits: torch.Tensor = model(
             input_ids=torch.tensor([tokens], device=model.device), use_cache=False
         ).logits[0]
-        return found.float()
+        return logits.float()
 
 
 def _record(model: Any, tokens: list[int]) -> Recorder:

@@ -83,17 +83,17 @@ class HfTransformersOptions(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _other_names(cls, given: Any) -> Any:
+    def _other_names(cls, options: Any) -> Any:
         """``n_ctx`` and ``n_parallel``, so that a deployment changes its runtime in one line."""
-        if not isinstance(given, dict):
-            return given
-        given = dict(given)
+        if not isinstance(options, dict):
+            return options
+        options = dict(options)
         for other, own in (("n_ctx", "max_context"), ("n_parallel", "max_batch_size")):
-            if other in given:
-                if own in given:
+            if other in options:
+                if own in options:
                     raise ValueError(f"{own} and {other} are the same; give one of them")
-                given[own] = given.pop(other)
-        return given
+                options[own] = options.pop(other)
+        return options
 
     @model_validator(mode="after")
     def _fit_together(self) -> HfTransformersOptions:

@@ -105,16 +105,16 @@ def gpu_devices() -> list[tuple[str, int]]:
     base.ggml_backend_dev_name.argtypes = base.ggml_backend_dev_type.argtypes = [ctypes.c_void_p]
     size = ctypes.POINTER(ctypes.c_size_t)
     base.ggml_backend_dev_memory.argtypes = [ctypes.c_void_p, size, size]
-    found: dict[int, list[tuple[str, int]]] = {_GPU: [], _INTEGRATED: []}
+    by_kind: dict[int, list[tuple[str, int]]] = {_GPU: [], _INTEGRATED: []}
     for index in range(devices.ggml_backend_dev_count()):
         device = devices.ggml_backend_dev_get(index)
         kind = base.ggml_backend_dev_type(device)
-        if kind in found:
+        if kind in by_kind:
             free, whole = ctypes.c_size_t(), ctypes.c_size_t()
             base.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(whole))
             name = base.ggml_backend_dev_name(device).decode()
-            found[kind].append((device_name(name), free.value))
-    return found[_GPU] or found[_INTEGRATED]
+            by_kind[kind].append((device_name(name), free.value))
+    return by_kind[_GPU] or by_kind[_INTEGRATED]
 
 
 def device_name(name: str) -> str:

@@ -67,19 +67,19 @@ def load() -> Library:
     :raises ConfigurationError: it is not installed, or cannot be imported.
     """
     with _lock:
-        if (found := _state.get("library")) is None:
+        if (library := _state.get("library")) is None:
             if not installed():
                 raise ConfigurationError(f"vLLM is not installed; {INSTALL}")
             try:
                 with _imported_quietly():
-                    found = Library()
-                _state["library"] = found
+                    library = Library()
+                _state["library"] = library
             except (ImportError, OSError, RuntimeError, AttributeError) as error:
                 raise ConfigurationError(
                     f"vLLM cannot be imported: {type(error).__name__}: {error}; install it again: "
                     f"{INSTALL}"
                 ) from error
-        return found
+        return library
 
 
 class Library:
@@ -137,10 +137,10 @@ class Library:
 
         Arguments with a value of ``None`` are left to vLLM.
         """
-        given = {name: value for name, value in arguments.items() if value is not None}
-        if isinstance(pooler := given.get("pooler_config"), Mapping):
-            given["pooler_config"] = self._pooler(**pooler)
-        return self._arguments(**given).create_engine_config()
+        stated = {name: value for name, value in arguments.items() if value is not None}
+        if isinstance(pooler := stated.get("pooler_config"), Mapping):
+            stated["pooler_config"] = self._pooler(**pooler)
+        return self._arguments(**stated).create_engine_config()
 
     def can_fork(self, configuration: Any) -> bool:
         """Whether an engine's processes can be forked by :mod:`.forkserver`: one process that
@@ -253,13 +253,13 @@ class Library:
         detokenize: bool = False,
     ) -> Any:
         """``SamplingParams`` that give only what is new, and stop tokens with their text."""
-        given = dict(arguments)
+        params = dict(arguments)
         if structured is not None:
-            given["structured_outputs"] = self._structured(
+            params["structured_outputs"] = self._structured(
                 json=structured.json_schema, regex=structured.regex, grammar=structured.grammar
             )
         return self._sampling_params(
-            **given,
+            **params,
             output_kind=self._delta,
             detokenize=detokenize,
             include_stop_str_in_output=True,
@@ -284,23 +284,23 @@ class Library:
         :param cache_salt: what becomes part of the hash of the first block, and so of all that
             follow: blocks are found again with the same salt only.
         """
-        found: AsyncGenerator[Any, None] = llm.generate(
+        outputs: AsyncGenerator[Any, None] = llm.generate(
             self._tokens(tokens, cache_salt), sampling, request_id, priority=turn, lora_request=lora
         )
-        return found
+        return outputs
 
     def encode(self, llm: Any, tokens: list[int], request_id: str) -> AsyncGenerator[Any, None]:
         """Outputs of a text, of which there is one. Cancelling the task aborts the request."""
-        found: AsyncGenerator[Any, None] = llm.encode(
+        outputs: AsyncGenerator[Any, None] = llm.encode(
             self._tokens(tokens, None), self._pooling_params(task="embed"), request_id
         )
-        return found
+        return outputs
 
     @staticmethod
     def vector(output: Any) -> list[float]:
         """The numbers of an output of :meth:`encode`; of one that was aborted, none."""
-        found: list[float] = output.outputs.data.float().flatten().tolist()
-        return found
+        vector: list[float] = output.outputs.data.float().flatten().tolist()
+        return vector
 
     @staticmethod
     def lora(name: str, number: int, path: str) -> Any:

@@ -111,8 +111,8 @@ class EngineLog:
                 text = file.read().decode("utf-8", "replace")
         except OSError:
             return ""
-        found = [match for line in text.splitlines() if (match := _cause(line))]
-        return found[0] if found else ""
+        causes = [match for line in text.splitlines() if (match := _cause(line))]
+        return causes[0] if causes else ""
 
     def _follow(self, meanwhile: Callable[[], None]) -> None:
         while not self._done.wait(_LOOK_S):

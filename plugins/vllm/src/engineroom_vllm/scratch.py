@@ -71,15 +71,15 @@ class Scratch:
         self._owned.append(_Owned(base))
         return self._owned[-1].path
 
-    def _sockets(self, wanted: str | None, bases: Iterable[str]) -> Path:
-        if wanted is None and _short(self.temporary):
+    def _sockets(self, asked: str | None, bases: Iterable[str]) -> Path:
+        if asked is None and _short(self.temporary):
             return self.temporary
-        for base in (*([] if wanted is None else [wanted]), *bases):
+        for base in (*([] if asked is None else [asked]), *bases):
             if _short(Path(base, f"{_PREFIX}{'x' * 8}")) and os.access(base, os.W_OK | os.X_OK):
                 return self._own(base)
         raise ResourceNotAvailableError(
             f"the paths of an engine's sockets may have {_MOST_BYTES} bytes, and would have more "
-            f"in {wanted or tempfile.gettempdir()}; set {_SOCKETS} to a folder whose path has at "
+            f"in {asked or tempfile.gettempdir()}; set {_SOCKETS} to a folder whose path has at "
             f"most {_MOST_BYTES - _NAME_BYTES - len(_PREFIX) - 9} bytes"
         )
 
@@ -89,14 +89,14 @@ class Scratch:
         :param elsewhere: variables of vLLM's own go on to other machines, too, where no such
             folder is.
         """
-        found = {"TMPDIR": str(self.temporary), SEGMENTS: self.segments}
+        variables = {"TMPDIR": str(self.temporary), SEGMENTS: self.segments}
         if not elsewhere:
-            found[_SOCKETS] = str(self.sockets)
+            variables[_SOCKETS] = str(self.sockets)
         if _COMPILED not in os.environ:
             # Torch's own choice, which would else go with the engine.
             name = f"torchinductor_{_user()}"
-            found[_COMPILED] = str(Path(tempfile.gettempdir(), name))
-        return found
+            variables[_COMPILED] = str(Path(tempfile.gettempdir(), name))
+        return variables
 
     def close(self) -> None:
         """Remove them with all that is in them. Harmless when done twice."""

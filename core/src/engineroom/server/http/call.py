@@ -71,7 +71,7 @@ class Call:
     """Why it is answered no more, though its key was let in."""
     on_refused: Callable[[], object] | None = None
     """Stops what is being done for it."""
-    told: bool = False
+    logged: bool = False
     """The service tells the log how it ends."""
     warnings: list[str] = field(default_factory=list)
     """What the client is told beside its answer."""
@@ -203,7 +203,7 @@ class Call:
 
     def api_error_of(self, error: EngineRoomError) -> ApiError:
         """What the client is told of an error."""
-        return self.refused or self.context.api_error_of(error, told=self.told)
+        return self.refused or self.context.api_error_of(error, logged=self.logged)
 
     # ── what is answered ─────────────────────────────────────────────────────────────────────
 

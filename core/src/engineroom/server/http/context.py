@@ -70,13 +70,13 @@ class ServerContext:
                     return trace
         return None
 
-    def api_error_of(self, error: EngineRoomError, *, told: bool = False) -> ApiError:
+    def api_error_of(self, error: EngineRoomError, *, logged: bool = False) -> ApiError:
         """What the client is told of an error; what it is not told goes to the log.
 
-        :param told: it is there already.
+        :param logged: it is there already.
         """
         answer = api_error_of(error, load_failed=self.directory.load_failed(error.model_id))
-        if answer.status >= 500 and not told and not _logged(error):
+        if answer.status >= 500 and not logged and not _logged(error):
             logger.error("%s", error.describe())
         return answer
 

@@ -142,7 +142,7 @@ async def admission(call: Call, requests: Sequence[InferenceRequest]) -> AsyncIt
             call.identity.name, len(requests), tokens, first.timeout_s
         ) as slot:
             waiting = False
-            call.told = True  # by the service, from here on
+            call.logged = True  # by the service, from here on
             WAITED_S.set(slot.waited_s)
             service.registry.notify(
                 "engineroom_request_waited", request=first, waited_s=slot.waited_s
@@ -150,7 +150,7 @@ async def admission(call: Call, requests: Sequence[InferenceRequest]) -> AsyncIt
             yield slot
     except ApiError as error:
         if waiting and error.status in (408, 429):
-            call.told = True
+            call.logged = True
             service.turn_away(first, error.code or "limit")
         raise
 

@@ -80,7 +80,7 @@ def identify(call: Call) -> Identity:
 def _failed(call: Call, kind: KeyFailure) -> None:
     client = call.scope.get("client")
     call.context.key_failures.add(kind, str(client[0]) if client else "an unknown place", call.id)
-    call.told = True
+    call.logged = True
 
 
 def check_metrics(call: Call) -> str | None:
