@@ -19,6 +19,7 @@ of one, each is told of an :func:`own_copy`; and nobody raises what a local vari
 from __future__ import annotations
 
 import asyncio
+import copy as copying
 import functools
 import logging
 import signal
@@ -160,8 +161,7 @@ def own_copy(error: EngineRoomError) -> EngineRoomError:
     Each can then name its own request in its copy. The causes are shared.
     """
     try:
-        copy = error.__class__.__new__(error.__class__, *error.args)
-        copy.__dict__.update(error.__dict__)
+        copy = copying.copy(error)
         copy.__cause__, copy.__context__ = error.__cause__, error.__context__
         copy.__suppress_context__ = error.__suppress_context__
         copy.message = copy.message[:MOST_CHARACTERS]

@@ -22,7 +22,7 @@ request and the model to errors that were raised without them, so that
 
 from __future__ import annotations
 
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from engineroom.printable import printable_lines
 
@@ -61,6 +61,12 @@ class EngineRoomError(Exception):
         self.message = message
         self.request_id = request_id
         self.model_id = model_id
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copies and pickles. A subclass's own ``__init__``, which may want more than the
+        message, is not called; causes are left out, as of every exception.
+        """
+        return _made_again, (type(self), self.args), self.__dict__
 
     def with_context(self: _E, *, request_id: str | None = None, model_id: str | None = None) -> _E:
         """Name the request and the model, where the error does not name them already.
@@ -132,6 +138,11 @@ class QueueFullError(InferenceError):
     """The queue is at its bound; the request was refused at once and may be sent again."""
 
     label = "Queue full"
+
+
+def _made_again(kind: type[_E], args: tuple[Any, ...]) -> _E:
+    """An error as it was, but for its state."""
+    return kind.__new__(kind, *args)
 
 
 def error_class(name: str | None) -> type[EngineRoomError]:

@@ -138,6 +138,10 @@ class StreamEnd(str):
         self.response = response
         return self
 
+    def __getnewargs__(self) -> tuple[InferenceResponse]:  # type: ignore[override]
+        """For copies and pickles."""
+        return (self.response,)
+
 
 class InferenceHandler(ABC):
     """A runtime. Subclass it, set ``name``, and write the three abstract methods.

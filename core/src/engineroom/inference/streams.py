@@ -30,6 +30,10 @@ class StreamError(str):
         self.error = error
         return self
 
+    def __getnewargs__(self) -> tuple[EngineRoomError]:  # type: ignore[override]
+        """For copies and pickles."""
+        return (self.error,)
+
 
 class InferenceStream(AsyncGenerator[str, None]):
     """The chunks of one request, for one reader.
