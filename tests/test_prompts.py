@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 
 from engineroom import ChatMessage, ConfigurationError, InferenceRequest, resolve_source
-from engineroom.prompts import ChatTemplate, PromptCodec, byte_alphabet, tokens_of
+from engineroom.prompts import (
+    ChatTemplate,
+    PromptCodec,
+    byte_alphabet,
+    tokens_of,
+    tokens_of_texts,
+)
 
 tokenizers = pytest.importorskip("tokenizers", reason="two of the runtimes read texts with it")
 transformers = pytest.importorskip("transformers", reason="its prompts are compared with")
@@ -289,3 +295,21 @@ def test_prompts_are_byte_for_byte_what_transformers_makes_of_them(kind: str) ->
             assert ours.render([ChatMessage(**message) for message in plain], tools) == expected
             compared += 1
     assert compared >= 6
+
+
+HALF = "a\ud800"
+ASKED = {"function": {"name": HALF, "arguments": "{}"}}
+
+
+async def test_half_of_a_surrogate_pair_is_refused_wherever_it_stands(codec: Codec) -> None:
+    opened = await asyncio.to_thread(codec, EVERYTHING)
+    with pytest.raises(ConfigurationError, match="the text must be text, but character 1 is half"):
+        opened.count(HALF)
+    with pytest.raises(ConfigurationError, match="each text must be text"):
+        await tokens_of_texts(opened, ["a", HALF], 100)
+    called = ChatMessage(role="assistant", tool_calls=[{"id": "i", **ASKED}])
+    for messages, tools in (([user("a"), called], None), ([user("a")], [ASKED])):
+        request = InferenceRequest(model_id="m", messages=messages, tools=tools)
+        with pytest.raises(ConfigurationError, match="surrogate"):
+            await tokens_of(opened, request, tools)
+    assert opened.count("a🦜") > 1

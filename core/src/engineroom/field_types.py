@@ -20,7 +20,7 @@ from pydantic import (
     WrapValidator,
     model_validator,
 )
-from pydantic_core import PydanticUseDefault
+from pydantic_core import PydanticSerializationError, PydanticUseDefault, to_json
 
 from engineroom.printable import CONTROLS
 
@@ -31,12 +31,15 @@ __all__ = [
     "Float",
     "Identifier",
     "Int",
+    "JsonObject",
     "LogitBias",
     "NotEmpty",
     "OrDefault",
     "Text",
+    "Texts",
     "TokenId",
     "either",
+    "half_of_pair",
     "no_booleans",
 ]
 
@@ -49,14 +52,37 @@ def _no_control_characters(value: str) -> str:
     return value
 
 
+def half_of_pair(text: str) -> int | None:
+    """Where half of a surrogate pair stands, which no encoding takes; ``None``: nowhere."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            return error.start
+    return None
+
+
 def _can_be_encoded(value: str) -> str:
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"must be text, but character {error.start} is half of a surrogate pair"
-        ) from error
+    if (place := half_of_pair(value)) is not None:
+        raise ValueError(f"must be text, but character {place} is half of a surrogate pair")
     return value
+
+
+def _texts_can_be_encoded(value: dict[str, Any]) -> dict[str, Any]:
+    for text in (*value, *value.values()):
+        if isinstance(text, str):
+            _can_be_encoded(text)
+    return value
+
+
+def _json_can_be_encoded(value: dict[str, Any]) -> dict[str, Any]:
+    try:
+        to_json(value)
+    except PydanticSerializationError as error:
+        problem = str(error)
+    else:
+        return value
+    raise ValueError(f"must be a JSON object, but cannot be written as one ({problem:.200})")
 
 
 def no_booleans(value: Any) -> Any:
@@ -75,6 +101,9 @@ Identifier = Annotated[
 ]
 NotEmpty = Annotated[str, Field(min_length=1)]
 Text = Annotated[str, AfterValidator(_can_be_encoded)]
+Texts = Annotated[dict[str, Any], AfterValidator(_texts_can_be_encoded)]
+"""Of which keys and values that are strings are text; what else there is, is the caller's own."""
+JsonObject = Annotated[dict[str, Any], AfterValidator(_json_can_be_encoded)]
 Int = Annotated[int, BeforeValidator(no_booleans)]
 Float = Annotated[float, BeforeValidator(no_booleans), Field(allow_inf_nan=False)]
 

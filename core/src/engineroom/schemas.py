@@ -20,10 +20,12 @@ from engineroom.field_types import (
     Float,
     Identifier,
     Int,
+    JsonObject,
     LogitBias,
     NotEmpty,
     OrDefault,
     Text,
+    Texts,
     TokenId,
     either,
 )
@@ -70,7 +72,7 @@ class FrozenSchema(BaseModel):
 class StructuredOutput(FewFields, FrozenSchema):
     """What the text must match: exactly one of a JSON schema, a regular expression, a grammar."""
 
-    json_schema: dict[str, Any] | None = None
+    json_schema: JsonObject | None = None
     regex: NotEmpty | None = None
     grammar: NotEmpty | None = None
 
@@ -168,9 +170,9 @@ class ChatMessage(FewFields, FrozenSchema):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | None = None
-    name: str | None = None
+    name: Text | None = None
     tool_calls: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
-    tool_call_id: str | None = None
+    tool_call_id: Text | None = None
 
     @model_validator(mode="after")
     def _has_content(self) -> ChatMessage:
@@ -212,7 +214,7 @@ class InferenceRequest(FewFields, FrozenSchema):
     tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     tool_choice: (
         Annotated[
-            Annotated[str, Tag("(word)")] | Annotated[dict[str, Any], Tag("(tool)")],
+            Annotated[Text, Tag("(word)")] | Annotated[dict[str, Any], Tag("(tool)")],
             either("a word or a tool", {str: "(word)", dict: "(tool)"}),
         ]
         | None
@@ -223,7 +225,7 @@ class InferenceRequest(FewFields, FrozenSchema):
     """What was computed of a prompt is found again only by requests with the same salt; ``None``:
     by those without one. Where requests come with keys, also by those of the same key alone,
     unless the deployment says ``prefix_cache_scope: shared``."""
-    metadata: Annotated[dict[str, Any], OrDefault] = Field(default_factory=dict)
+    metadata: Annotated[Texts, OrDefault] = Field(default_factory=dict)
     """The caller's own; handed to observers, never to the model."""
     on_unsupported: OnUnsupported | None = None
     """What to do about parameters that the runtime does not honour; ``None``: as the service."""

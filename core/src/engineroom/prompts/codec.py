@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from engineroom.prompts.chat_template import ModelTemplates
+from engineroom.prompts.limits import check_text
 from engineroom.prompts.special_tokens import ControlTokens
 from engineroom.prompts.threads import PromptLane
 from engineroom.prompts.work import check_stopped, expect_tokens
@@ -140,7 +141,11 @@ class PromptCodec(ABC):
         return self._read_segments(self._control.split(text))
 
     def count(self, text: str) -> int:
-        """Tokens of ``text``, read as plain text, without any that the model adds."""
+        """Tokens of ``text``, read as plain text, without any that the model adds.
+
+        :raises ConfigurationError: there is half of a surrogate pair in it.
+        """
+        check_text("the text", text)
         segments = self._control.split(text)
         if len(segments) == 1:
             return self.count_read(text)

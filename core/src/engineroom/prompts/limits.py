@@ -5,15 +5,28 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from engineroom.errors import ConfigurationError
+from engineroom.field_types import half_of_pair
 
 __all__ = [
     "check_adapter",
     "check_prompt",
+    "check_text",
     "check_texts",
     "check_token_ids",
     "prompt_too_long",
     "text_too_long",
 ]
+
+
+def check_text(what: str, text: str) -> None:
+    """Refuse what looks like a text and is none; a tokenizer may do anything with it.
+
+    :raises ConfigurationError: there is half of a surrogate pair in it.
+    """
+    if (place := half_of_pair(text)) is not None:
+        raise ConfigurationError(
+            f"{what} must be text, but character {place} is half of a surrogate pair"
+        )
 
 
 def check_prompt(tokens: Sequence[int], n_ctx: int, advice: str) -> None:

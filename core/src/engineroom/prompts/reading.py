@@ -10,6 +10,7 @@ from typing import Any, Final
 from engineroom.prompts.codec import PromptCodec
 from engineroom.prompts.limits import (
     check_prompt,
+    check_text,
     check_texts,
     prompt_too_long,
     text_too_long,
@@ -81,6 +82,7 @@ async def tokens_of_texts(codec: PromptCodec, texts: Sequence[str], n_ctx: int) 
     def read() -> None:
         for text in texts:
             check_stopped()
+            check_text("each text", text)
             tokens.append(codec.whole(text))
 
     try:
