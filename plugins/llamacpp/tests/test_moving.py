@@ -239,3 +239,23 @@ async def test_no_more_waits_than_the_budget_and_the_account_has_it(
         assert store.used <= 256 * 1024
     assert store.used > 128 * 1024
     await bench.idle()
+
+
+@pytest.mark.usefixtures("eager")
+async def test_a_piece_that_goes_while_room_is_made_for_it_is_read(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = await make(n_ctx=2048)
+    first = await bench.service.infer(ask(TEXT))
+    await bench.service.infer(ask("other"))
+    sequences, store = bench.engine.sequences, bench.engine.mover.store
+    make_room = sequences.make_room
+
+    def made(count: int) -> bool:
+        store.clear()
+        return make_room(count)
+
+    monkeypatch.setattr(sequences, "make_room", made)
+    again = await bench.service.infer(ask(TEXT))
+    assert again.cached_prompt_tokens == 0
+    assert again.generated_text == first.generated_text

@@ -126,7 +126,7 @@ class Mover:
         end = piece.start + common
         if end <= task.cached:
             return
-        if piece.data is None or not self._copy_in(sequence, piece, task.cached, end):
+        if not self._copy_in(sequence, piece, task.cached, end):
             task.coming.clear()
             task.reused = min(task.reused or 0, task.cached)
         else:
@@ -135,10 +135,12 @@ class Mover:
     def _copy_in(
         self, sequence: CellSequence, piece: Piece[SavedSequence], start: int, end: int
     ) -> bool:
-        if piece.data is None or not self._sequences.make_room(len(piece.tokens)):
+        room = self._sequences.make_room(len(piece.tokens))
+        data = piece.data  # making room may have put others in its place
+        if not room or data is None:
             return False
         began = perf_counter()
-        copied = self._context.restore(sequence.index, piece.data, start, end)
+        copied = self._context.restore(sequence.index, data, start, end)
         self._spent(self._into, began, len(piece.tokens))
         if copied:
             self._sequences.cells.grow(sequence.chain, end - start)
