@@ -918,3 +918,50 @@ async def test_requests_that_come_while_plugins_are_found_wait_for_them(monkeypa
     found.set()
     assert [r.generated_text for r in await asyncio.gather(*tasks)] == ["a"] * 3
     assert len(bench.recorder.started) == 3
+
+
+# ── no key has all places ────────────────────────────────────────────────────────────────────────
+
+
+@BOTH
+async def test_a_service_full_of_one_keys_waiting_requests_makes_room_for_another(stream):
+    bench = gate_bench(GateHandler(gated=frozenset({"load"})), max_requests=3)
+
+    def send(key):
+        request = bench.request("a", metadata={"api_key": key})
+        bench.handler.permit(request.request_id)
+        return asyncio.create_task(ask(bench, request, stream))
+
+    greedy = [send("greedy") for _ in range(4)]
+    await until(lambda: bench.handler.gates["load"])
+    assert greedy[3].done(), "no more than three"
+    mine = [send("mine")]
+    await until(greedy[2].done)
+    refused = [task.result() for task in greedy[2:]]
+    assert [answer.error_type for answer in refused] == ["QueueFullError"] * 2
+    mine.append(send("mine"))  # two against one: it would have as many as the other is left with
+    await until(mine[1].done)
+    assert mine[1].result().error_type == "QueueFullError"
+    for gate in bench.handler.gates["load"]:
+        gate.set_result(None)
+    answers = await asyncio.gather(*greedy[:2], mine[0])
+    assert [answer.generated_text for answer in answers] == ["a"] * 3
+    await until(bench.at_rest)
+    assert not bench.service._running._by_key
+
+
+async def test_what_has_begun_is_not_pushed_out():
+    bench = gate_bench(max_requests=2)
+    requests = [bench.request("a b", metadata={"api_key": "greedy"}) for _ in range(2)]
+    tasks = [asyncio.create_task(bench.service.infer(request)) for request in requests]
+    await until(lambda: all(bench.handler.decoding(request) for request in requests))
+    for request in requests:
+        bench.handler.permit(request.request_id)
+    await until(lambda: all(bench.handler.decoding(request, 1) for request in requests))
+    for scope in bench.service._running:
+        scope.generation.prompt_tokens = 1  # as an engine tells with the first step
+    answer = await bench.service.infer(bench.request(metadata={"api_key": "mine"}))
+    assert answer.error_type == "QueueFullError"
+    for request in requests:
+        bench.handler.permit(request.request_id)
+    assert {task.finish_reason for task in await asyncio.gather(*tasks)} == {"eos_token"}

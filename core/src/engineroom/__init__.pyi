@@ -131,8 +131,10 @@ from .telemetry import (
     LoggingObserver as LoggingObserver,
     RequestLogger as RequestLogger,
     request_logger as request_logger,
+    work_logger as work_logger,
 )
 from .turns import (
+    WaitingLine as WaitingLine,
     turn_of as turn_of,
 )
 from .units import (

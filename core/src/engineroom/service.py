@@ -37,7 +37,7 @@ from engineroom.schemas import (
     InferenceResponse,
     OnUnsupported,
 )
-from engineroom.telemetry import request_logger
+from engineroom.telemetry import WORK, request_logger
 
 __all__ = ["LLMInferenceService"]
 
@@ -142,7 +142,11 @@ class LLMInferenceService:
             scope: RequestScope, handler: InferenceHandler, loaded_model: LoadedModel
         ) -> InferenceResponse:
             nonlocal embeddings
-            made: object = await handler.embed(loaded_model, request.texts)
+            token = WORK.set(request)
+            try:
+                made: object = await handler.embed(loaded_model, request.texts)
+            finally:
+                WORK.reset(token)
             scope.check()
             if not isinstance(made, Embeddings) or len(made.vectors) != len(request.texts):
                 raise InferenceError(

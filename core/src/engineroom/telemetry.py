@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, MutableMapping
+from contextvars import ContextVar
 from typing import Any, Final
 
 from engineroom.border import get_logger, guarded
@@ -11,7 +12,14 @@ from engineroom.config.model import LoadedModel
 from engineroom.handlers.markers import hookimpl
 from engineroom.schemas import InferenceRequest
 
-__all__ = ["LOGGER_NAME", "LoggingObserver", "RequestLogger", "request_logger"]
+__all__ = [
+    "LOGGER_NAME",
+    "WORK",
+    "LoggingObserver",
+    "RequestLogger",
+    "request_logger",
+    "work_logger",
+]
 
 LOGGER_NAME: Final = "engineroom"
 """Every logger of the project is this one or below it."""
@@ -25,6 +33,12 @@ class RequestLogger(logging.LoggerAdapter[logging.Logger]):
 
     def __init__(self, logger: logging.Logger, extra: Mapping[str, object] | None = None) -> None:
         super().__init__(guarded(logger), extra)
+
+    @property
+    def key_name(self) -> str:
+        """Name of the key that the request came with; empty: there is none."""
+        name = str((self.extra or {}).get("key_name", ""))
+        return "" if name == "-" else name
 
     def process(
         self, msg: Any, kwargs: MutableMapping[str, Any]
@@ -47,6 +61,23 @@ def request_logger(logger: logging.Logger, request: InferenceRequest) -> Request
             "key_name": request.key_name or "-",
         },
     )
+
+
+WORK: ContextVar[InferenceRequest | None] = ContextVar("engineroom_work", default=None)
+"""The request that a call is made for that does not get it, such as a handler's ``embed``."""
+
+
+def work_logger(logger: logging.Logger, model_id: str = "-") -> RequestLogger:
+    """As :func:`request_logger`, in a call that the service makes for a request without giving it
+    the request: a handler's ``embed``.
+
+    :param model_id: what records name as the model where there is no request.
+    """
+    request = WORK.get()
+    if request is None:
+        extra = {"request_id": "-", "model_id": model_id, "key_name": "-"}
+        return RequestLogger(logger, extra)
+    return request_logger(logger, request)
 
 
 class LoggingObserver:

@@ -27,8 +27,8 @@ async def turns(count: int = 8) -> None:
 class Guest:
     """A request at the limiter, in a task of its own."""
 
-    def __init__(self, limiter: Limiter, key: str, count: int = 1) -> None:
-        self.key, self.count = key, count
+    def __init__(self, limiter: Limiter, key: str, count: int = 1, priority: int = 0) -> None:
+        self.key, self.count, self.priority = key, count, priority
         self.inside = False
         self.refused: ApiError | None = None
         self._leave = asyncio.Event()
@@ -37,7 +37,7 @@ class Guest:
 
     async def _visit(self) -> None:
         try:
-            async with self._limiter.slot(self.key, self.count, 0):
+            async with self._limiter.slot(self.key, self.count, 0, priority=self.priority):
                 self.inside = True
                 await self._leave.wait()
         except ApiError as refused:
@@ -143,6 +143,61 @@ async def test_more_at_once_than_may_ever_run_is_a_bad_request() -> None:
         guest = Guest(limiter, "a", count)
         await turns()
         assert guest.refused is not None and guest.refused.status == 400
+    assert empty(limiter)
+
+
+async def test_keys_go_in_turn_however_many_requests_one_has_waiting() -> None:
+    limiter = Limiter(ServerSettings(max_running=1, max_queued=2000))
+    first = Guest(limiter, "greedy")
+    await turns()
+    greedy = [Guest(limiter, "greedy") for _ in range(1000)]
+    await turns()
+    mine, other = [Guest(limiter, "mine") for _ in range(2)], Guest(limiter, "other")
+    order = []
+    inside = first
+    for _ in range(6):
+        inside.leave()
+        await turns()
+        (inside,) = [guest for guest in (*greedy, *mine, other) if guest.inside]
+        order.append(inside.key)
+    assert sorted(order[:3]) == ["greedy", "mine", "other"] and order[:6].count("mine") == 2
+    inside.leave()
+    for guest in (*greedy, *mine, other):
+        guest.leave()
+    await asyncio.gather(*(guest.task for guest in (*greedy, *mine, other)))
+    assert empty(limiter)
+
+
+async def test_a_higher_priority_goes_first() -> None:
+    limiter = Limiter(ServerSettings(max_running=1))
+    guests = [Guest(limiter, "a")]
+    await turns()
+    guests += [Guest(limiter, "a"), Guest(limiter, "b"), Guest(limiter, "a", priority=5)]
+    await turns()
+    order = []
+    for _ in range(4):
+        (inside,) = [number for number, guest in enumerate(guests) if guest.inside]
+        order.append(inside)
+        guests[inside].leave()
+        await turns()
+    assert order == [0, 3, 2, 1] and empty(limiter)  # of two equals, the key that was served before
+
+
+async def test_a_queue_full_of_one_keys_requests_makes_room_for_another() -> None:
+    limiter = Limiter(ServerSettings(max_running=1, max_queued=4))
+    greedy = [Guest(limiter, "greedy") for _ in range(6)]
+    await turns()
+    assert greedy[5].refused is not None and limiter.queued == 4
+    mine = [Guest(limiter, "mine", count) for count in (1, 1, 1)]
+    await turns()
+    assert [g.refused is not None for g in greedy] == [False, False, False, True, True, True]
+    assert [g.refused is not None for g in mine] == [False, False, True]
+    for guest in greedy[3:]:
+        assert guest.refused is not None
+        assert (guest.refused.status, guest.refused.code) == (429, "queue_full")
+    for guest in (*greedy, *mine):
+        guest.leave()
+    await turns(30)
     assert empty(limiter)
 
 

@@ -6,8 +6,10 @@ takes its turns on a thread (:class:`~engineroom.DecodeLoop`); requests come in 
 and what they get goes back through their :class:`~engineroom.Mailbox`, once a step for all of
 them.
 
-* The queue is bounded; what does not fit is refused at once.
-* Waiting requests go by priority, into which their waiting grows (:func:`~engineroom.turn_of`).
+* The queue is bounded; what does not fit is refused at once. Where it is full of one key's
+  requests, that one's last makes room for another's.
+* Waiting requests go by priority, into which their waiting grows, and key by key
+  (:class:`~engineroom.WaitingLine`).
 * Cancelling takes effect before the next step, wherever the request is.
 * Whatever a step lets out ends the engine, and no other one on its thread: its requests fail
   with ``EngineDeadError``, and so does whatever is sent afterwards.
@@ -18,11 +20,9 @@ from __future__ import annotations
 import itertools
 import time
 from abc import abstractmethod
-from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from operator import attrgetter
-from typing import Final, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from engineroom.border import get_logger, log_failure, own_copy, without_frames, words
 from engineroom.engine.base import Engine
@@ -37,14 +37,13 @@ from engineroom.generation.mailbox import Mailbox, deliver
 from engineroom.generation.steps import TokenStep
 from engineroom.handlers.base import HandlerHealth
 from engineroom.telemetry import RequestLogger
-from engineroom.turns import turn_of
+from engineroom.turns import WaitingLine, turn_of
 
 __all__ = ["BatchingEngine", "EngineTask"]
 
 logger = get_logger("engineroom.batching")
 
 _Item = tuple[Mailbox, TokenStep | EngineRoomError]
-_rank: Final = attrgetter("rank")
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -70,6 +69,11 @@ class EngineTask:
     """Nobody waits for it any more."""
     done: bool = False
     """It has left the engine."""
+
+    @property
+    def owner(self) -> str:
+        """Name of the key that its request came with; those of one name wait behind each other."""
+        return self.log.key_name
 
 
 _T = TypeVar("_T", bound=EngineTask)
@@ -97,9 +101,8 @@ class BatchingEngine(Engine, Generic[_T]):
         self._ended = False
         self._dead: EngineDeadError | None = None
         self._orders = itertools.count()
-        self.waiting: list[_T] = []
-        """Requests that wait, on the thread, by their rank; to be changed by :meth:`wait_again`
-        only."""
+        self.waiting: WaitingLine[_T] = WaitingLine()
+        """Requests that wait, on the thread; to be changed by :meth:`wait_again` only."""
         self.running: list[_T] = []
         """Requests that hold a slot, in the order in which they got it."""
 
@@ -153,7 +156,8 @@ class BatchingEngine(Engine, Generic[_T]):
     def submit(self, task: _T) -> _T:
         """Queue a request; its steps come through ``task.mailbox``.
 
-        :raises QueueFullError: ``max_queue`` requests are waiting already.
+        :raises QueueFullError: ``max_queue`` requests are waiting already, and no other key has
+            more of them than this one's.
         :raises EngineDeadError: the engine has died.
         :raises ResourceNotAvailableError: the engine is being closed.
         """
@@ -164,25 +168,50 @@ class BatchingEngine(Engine, Generic[_T]):
                 raise ResourceNotAvailableError("the model is being unloaded; send it again")
             waiting = len(self.waiting) + len(self._incoming)
             free = self._max_running - len(self.running)
-            if waiting >= self._max_queue + max(0, free):
-                raise QueueFullError(
-                    f"{waiting} requests wait for model {self.name!r} already, which is the "
-                    f"bound (option max_queue={self._max_queue}); send it again later"
-                )
+            leaving = self._make_room(task, waiting + 1 - self._max_queue - max(0, free))
             task.order = next(self._orders)
             task.rank = (turn_of(task.priority, time.monotonic()), task.order)
             self._incoming.append(task)
             self._loop.condition.notify_all()
+        deliver((other.mailbox, self._full(waiting)) for other in leaving)
         return task
+
+    def _make_room(self, task: _T, missing: int) -> list[_T]:
+        """Take those out of a full queue who have to leave it for this one."""
+        if missing <= 0:
+            return []
+        self._sort_in()
+        leaving = self.waiting.yield_to(task, missing)
+        if leaving is None:
+            raise self._full(len(self.waiting))
+        for other in leaving:
+            self.waiting.remove(other)
+            other.done = True
+        return leaving
+
+    def _full(self, waiting: int) -> QueueFullError:
+        return QueueFullError(
+            f"{waiting} requests wait for model {self.name!r} already, which is the "
+            f"bound (option max_queue={self._max_queue}); send it again later"
+        )
+
+    def _sort_in(self) -> None:
+        for task in self._incoming:
+            self.waiting.add(task)
+        self._incoming.clear()
 
     def cancel(self, task: _T) -> None:
         """Stop a request's work and give its slot back. Harmless after its end."""
         with self._loop.condition:
             task.cancelled = True
-            for queue in (self._incoming, self.waiting):
-                if task in queue:  # its place in the queue is free at once
-                    queue.remove(task)
-                    task.done = True
+            if task.done:
+                return
+            if task in self._incoming:  # its place in the queue is free at once
+                self._incoming.remove(task)
+                task.done = True
+            elif task in self.waiting:
+                self.waiting.remove(task)
+                task.done = True
             if not task.done:
                 self._cancelling = True
                 if self._alone is task:
@@ -245,7 +274,7 @@ class BatchingEngine(Engine, Generic[_T]):
         """The request gives its slot back, and goes on when there is room again."""
         self._release(task)
         with self._loop.condition:
-            insort(self.waiting, task, key=_rank)
+            self.waiting.put_back(task)
 
     def fail(self, tasks: Iterable[_T], error: EngineRoomError) -> None:
         """End requests with an error; the engine goes on. Each gets an error of its own.
@@ -312,9 +341,7 @@ class BatchingEngine(Engine, Generic[_T]):
             if self._closing:
                 return False
             self._interrupt(False)
-            for task in self._incoming:
-                insort(self.waiting, task, key=_rank)
-            self._incoming.clear()
+            self._sort_in()
             if self._cancelling:
                 self._cancelling = False
                 for task in [t for t in self.waiting if t.cancelled]:
@@ -328,10 +355,10 @@ class BatchingEngine(Engine, Generic[_T]):
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self._max_running:
-            task = self.waiting[0]
+            task = self.waiting.heads()[0]
             if self.running and not self.may_start(task):
                 return
-            self.waiting.pop(0)
+            self.waiting.serve(task, time.monotonic())
             self.running.append(task)
             self.started(task)
 
@@ -351,7 +378,7 @@ class BatchingEngine(Engine, Generic[_T]):
                 self._dead = failure
             self._closing = self._ended = True
             left = [*self.running, *self.waiting, *self._incoming]
-            self.running, self.waiting, self._incoming = [], [], []
+            self.running, self.waiting, self._incoming = [], WaitingLine(), []
             self._alone = None
             for task in left:
                 task.done = True

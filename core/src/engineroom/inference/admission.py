@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Iterator
+from operator import attrgetter
 
 from engineroom.errors import QueueFullError, RequestTimeoutError, ResourceNotAvailableError
 from engineroom.handlers.registry import HandlerRegistry
@@ -33,6 +35,7 @@ class Admission:
         self._portal = portal
         self._max_requests = max_requests
         self._running: set[RequestScope] = set()
+        self._by_key: Counter[str | None] = Counter()  # those of them that were not pushed out
         self._idle: list[asyncio.Future[None]] = []
 
     def __len__(self) -> int:
@@ -45,14 +48,15 @@ class Admission:
         """Count the request in, or refuse it at once.
 
         :raises ResourceNotAvailableError: the service is closed.
-        :raises QueueFullError: there are ``max_requests`` already.
+        :raises QueueFullError: there are ``max_requests`` already, and no other key has more of
+            them than this one's.
         :raises RequestTimeoutError: its time is over before it began.
         """
         request = scope.request
         if self.closed:
             self._reject(scope, "closed")
             raise ResourceNotAvailableError("the service is closed; it takes no more requests")
-        if len(self._running) >= self._max_requests:
+        if len(self._running) >= self._max_requests and not self._make_room(request):
             self._reject(scope, "queue_full")
             raise QueueFullError(
                 f"{len(self._running)} requests are running or waiting, which is the bound "
@@ -60,6 +64,7 @@ class Admission:
             )
         self._portal.bind()
         self._running.add(scope)
+        self._by_key[request.key_name] += 1
         scope.arm(
             RequestTimeoutError(f"it was not done after timeout_s={request.timeout_s} seconds")
         )
@@ -69,6 +74,33 @@ class Admission:
             raise RequestTimeoutError(
                 f"timeout_s={request.timeout_s} seconds were over before it began"
             )
+
+    def _make_room(self, newcomer: InferenceRequest) -> bool:
+        """Where another key has most of what is here, stop its latest one that has not begun yet.
+
+        :returns: whether there was one. It leaves soon, and counts no more.
+        """
+        owner = max(self._by_key, key=self._by_key.__getitem__, default=None)
+        if self._by_key[owner] <= self._by_key[newcomer.key_name] + 1:
+            return False
+        theirs = (s for s in self._running if s.request.key_name == owner and s.waits)
+        latest = max(theirs, key=attrgetter("started"), default=None)
+        if latest is None:
+            return False
+        latest.pushed_out = True
+        self._count_out(owner)
+        latest.interrupt(
+            QueueFullError(
+                f"{self._max_requests} requests are running or waiting, which is the bound "
+                "(max_requests), and most of them are of this key; send it again later"
+            )
+        )
+        return True
+
+    def _count_out(self, owner: str | None) -> None:
+        self._by_key[owner] -= 1
+        if not self._by_key[owner]:
+            del self._by_key[owner]
 
     def turn_away(self, request: InferenceRequest, reason: str) -> None:
         """Tell that a limit turned a request away, and count it nowhere."""
@@ -86,13 +118,14 @@ class Admission:
                 request_log.finished(scope, response, self.registry.request_log_level)
             scope.stop(response)
             return
+        request = scope.request
         response.inference_time_ms = (time.perf_counter() - scope.started) * 1000
         scope.stop(response)
         self._running.discard(scope)
+        if not scope.pushed_out:
+            self._count_out(request.key_name)
         request_log.finished(scope, response, self.registry.request_log_level)
-        self.registry.notify(
-            "engineroom_request_finished", request=scope.request, response=response
-        )
+        self.registry.notify("engineroom_request_finished", request=request, response=response)
         if not self._running:
             for waiter in self._idle:
                 if not waiter.done():

@@ -45,6 +45,7 @@ class RequestScope:
         self.queued_s = WAITED_S.get()  # until the handler was asked
         self.whose: str = "nobody"  # who has to mend what made it fail
         self.turned_away = False  # by a limit; it never began
+        self.pushed_out = False  # it had to make room for another key's
         self.cause: EngineRoomError | None = None
         self.quiet = False  # nobody waits for the error: the reader asked for the end
         self.leaving = False  # a task closes the stream
@@ -61,6 +62,14 @@ class RequestScope:
         self._chunks: weakref.ref[AsyncGenerator[str, None]] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._waiters: list[asyncio.Future[None]] = []
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is known to wait still: for its model, or in its engine."""
+        if self.cause is not None:
+            return False
+        generation = self.generation
+        return self.handler is None if generation is None else generation.prompt_tokens is None
 
     @property
     def reading(self) -> bool:

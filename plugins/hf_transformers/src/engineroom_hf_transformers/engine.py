@@ -25,9 +25,9 @@ from engineroom import (
     DecodeLoop,
     HandlerHealth,
     InferenceRequest,
-    RequestLogger,
     ResourceNotAvailableError,
     request_logger,
+    work_logger,
 )
 from engineroom.engine import SamplerState, Scheduler, StepBatch, logprob_maker
 from engineroom.sources import PoolingRecipe
@@ -154,7 +154,7 @@ class HfEngine(BatchingEngine[Job]):
         assert self.recipe is not None
         most, stopped = self._max_batch_tokens, self._is_interrupted
         work = EmbeddingJob(self.parts, self.recipe, texts, most, stopped)
-        await self.run(EmbeddingTask(work=work, log=RequestLogger(logger, {"model_id": self.name})))
+        await self.run(EmbeddingTask(work=work, log=work_logger(logger, self.name)))
         return work.vectors
 
     def health(self) -> HandlerHealth:

@@ -22,10 +22,10 @@ from engineroom import (
     DecodeLoop,
     EngineTask,
     InferenceError,
-    RequestLogger,
     ResourceNotAvailableError,
     TokenStep,
     default_threads,
+    work_logger,
 )
 from engineroom_llamacpp.adapters import set_adapters
 from engineroom_llamacpp.context import context_params
@@ -91,7 +91,7 @@ class EmbeddingEngine(BatchingEngine[EmbeddingTask]):
             texts=texts,
             vectors=[[] for _ in texts],
             todo=list(range(len(texts) - 1, -1, -1)),
-            log=RequestLogger(logger, {"model_id": self.name}),
+            log=work_logger(logger, self.name),
         )
         await self.run(task)
         return task.vectors

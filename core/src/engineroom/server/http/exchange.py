@@ -139,7 +139,7 @@ async def admission(call: Call, requests: Sequence[InferenceRequest]) -> AsyncIt
     waiting = True
     try:
         async with call.context.limiter.slot(
-            call.identity.name, len(requests), tokens, first.timeout_s
+            call.identity.name, len(requests), tokens, first.timeout_s, first.priority
         ) as slot:
             waiting = False
             call.logged = True  # by the service, from here on

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import time
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Final
 
-from engineroom.server.http.errors import ApiError
+from engineroom.server.http.errors import RETRY_AFTER_S, ApiError
 from engineroom.server.settings import ServerSettings
+from engineroom.turns import WaitingLine, turn_of
 
 __all__ = ["Limiter", "Slot", "TokenBucket"]
 
@@ -73,7 +75,9 @@ class Slot:
 
 @dataclass(eq=False, slots=True)
 class _Waiter:
-    key: str
+    owner: str
+    priority: int
+    rank: tuple[float, int]
     count: int
     future: asyncio.Future[None]
 
@@ -88,7 +92,8 @@ class Limiter:
         self._clock = clock
         self.running = 0
         self._by_key: Counter[str] = Counter()
-        self._queue: OrderedDict[_Waiter, None] = OrderedDict()
+        self._queue: WaitingLine[_Waiter] = WaitingLine(attrgetter("count"))
+        self._orders = itertools.count()
         per_minute = settings.tokens_per_minute
         self._bucket = TokenBucket(per_minute, clock) if per_minute else None
         self._buckets: OrderedDict[str, TokenBucket] = OrderedDict()
@@ -100,12 +105,18 @@ class Limiter:
 
     @asynccontextmanager
     async def slot(
-        self, key: str, count: int, tokens: int, timeout_s: float | None = None
+        self,
+        key: str,
+        count: int,
+        tokens: int,
+        timeout_s: float | None = None,
+        priority: int = 0,
     ) -> AsyncIterator[Slot]:
         """A place for ``count`` requests at once, held inside the ``async with``.
 
         :param tokens: most that they will write, as far as that is known.
         :param timeout_s: seconds to wait for it.
+        :param priority: a higher one goes first; see :func:`~engineroom.turns.turn_of`.
         :raises ApiError: 429, with the seconds after which to try again; 408: it took too long.
         """
         buckets = self._take_tokens(key, tokens)
@@ -113,7 +124,7 @@ class Limiter:
         try:
             try:
                 async with asyncio.timeout(timeout_s):
-                    await self._enter(key, count, slot)
+                    await self._enter(key, count, priority, slot)
             except TimeoutError as error:
                 raise ApiError(
                     408,
@@ -155,11 +166,11 @@ class Limiter:
 
     def refuse_waiting(self, refused: ApiError) -> None:
         """Send everybody away who waits."""
-        for waiter in list(self._queue):
+        for waiter in self._queue:
             if not waiter.future.done():
                 waiter.future.set_exception(refused)
 
-    async def _enter(self, key: str, count: int, slot: Slot) -> None:
+    async def _enter(self, key: str, count: int, priority: int, slot: Slot) -> None:
         settings = self._settings
         for largest, whose in (
             (settings.max_running, "the server"),
@@ -174,36 +185,52 @@ class Limiter:
                 )
         # Through the queue, whoever it is: new requests do not overtake, or several answers at
         # once would wait for ever.
-        waiter = _Waiter(key, count, asyncio.get_running_loop().create_future())
-        self._queue[waiter] = None
-        self._admit()
-        if waiter.future.done():
-            return
-        mine = sum(w.count for w in self._queue if w.key == key)
-        for whose, waiting, most in (
-            ("the server", self.queued, settings.max_queued),
-            ("this key", mine, settings.key_max_queued),
-        ):
-            if most is not None and waiting > most:
-                del self._queue[waiter]
-                raise ApiError(
-                    429,
-                    f"the queue of {whose} is full ({most} requests wait); try again later",
-                    "queue_full",
-                    retry_after_s=1,
-                )
         began = self._clock()
+        rank = (turn_of(priority, began), next(self._orders))
+        future = asyncio.get_running_loop().create_future()
+        waiter = _Waiter(key, priority, rank, count, future)
+        self._queue.add(waiter)
+        self._admit()
+        if future.done():
+            return
+        self._keep_bounds(waiter)
         try:
-            await waiter.future
+            await future
         except BaseException:
-            future = waiter.future
             if future.done() and not future.cancelled() and future.exception() is None:
                 self._leave(key, count)  # let in and cancelled at the same time
             raise
         finally:
-            self._queue.pop(waiter, None)
+            self._drop(waiter)
             slot.waited_s = self._clock() - began
             self._admit()
+
+    def _keep_bounds(self, newest: _Waiter) -> None:
+        """Let no more wait than may. Where one key has most of what waits, its last ones go.
+
+        :raises ApiError: it is the newest that has to go.
+        """
+        settings = self._settings
+        mine = sum(w.count for w in self._queue if w.owner == newest.owner)
+        if settings.key_max_queued is not None and mine > settings.key_max_queued:
+            self._drop(newest)
+            raise _full("this key", settings.key_max_queued)
+        too_many = self.queued - settings.max_queued
+        if too_many <= 0:
+            return
+        self._drop(newest)
+        leaving = self._queue.yield_to(newest, too_many)
+        if leaving is None:
+            raise _full("the server", settings.max_queued)
+        self._queue.add(newest)
+        for waiter in leaving:
+            self._drop(waiter)
+            if not waiter.future.done():
+                waiter.future.set_exception(_full("the server", settings.max_queued))
+
+    def _drop(self, waiter: _Waiter) -> None:
+        if waiter in self._queue:
+            self._queue.remove(waiter)
 
     def _leave(self, key: str, count: int) -> None:
         self.running -= count
@@ -213,19 +240,40 @@ class Limiter:
         self._admit()
 
     def _admit(self) -> None:
-        """Let in whoever fits, in order; a key at its bound holds nobody else up."""
+        """Let in whoever fits, in the order of turns."""
+        while self._admit_one():
+            pass
+
+    def _admit_one(self) -> bool:
+        """Let the next one in, unless it has to wait.
+
+        A key at its bound holds nobody else up. One that needs more places than are free holds up
+        those that came after it, or it would wait for ever.
+        """
         most, key_most = self._settings.max_running, self._settings.key_max_running
-        blocked: set[str] = set()
-        for waiter in list(self._queue):
-            key, count = waiter.key, waiter.count
-            if waiter.future.done() or key in blocked:
+        latest = math.inf
+        for waiter in self._queue.heads():
+            key, count, order = waiter.owner, waiter.count, waiter.rank[1]
+            if waiter.future.done():
+                self._queue.remove(waiter)
+                return True
+            if order > latest or (key_most is not None and self._by_key[key] + count > key_most):
                 continue
-            if key_most is not None and self._by_key[key] + count > key_most:
-                blocked.add(key)
-            elif most is not None and self.running + count > most:
-                return
-            else:
-                self.running += count
-                self._by_key[key] += count
-                del self._queue[waiter]
-                waiter.future.set_result(None)
+            if most is not None and self.running + count > most:
+                latest = order
+                continue
+            self.running += count
+            self._by_key[key] += count
+            self._queue.serve(waiter, self._clock())
+            waiter.future.set_result(None)
+            return True
+        return False
+
+
+def _full(whose: str, most: int) -> ApiError:
+    return ApiError(
+        429,
+        f"the queue of {whose} is full ({most} requests wait); try again later",
+        "queue_full",
+        retry_after_s=RETRY_AFTER_S,
+    )
