@@ -247,7 +247,9 @@ class LLMInferenceService:
 
         :param drain_timeout_s: seconds that running requests get; then they are stopped, and
             their callers told so.
+        :raises ConfigurationError: it belongs to the process that this one was forked from.
         """
+        self._portal.home.check()
         self._running.closed = True
         if drain_timeout_s > 0:
             await self._running.wait_idle(drain_timeout_s)

@@ -33,6 +33,7 @@ from engineroom.errors import (
     QueueFullError,
     ResourceNotAvailableError,
 )
+from engineroom.forks import Home
 from engineroom.generation.mailbox import Mailbox, deliver
 from engineroom.generation.steps import TokenStep
 from engineroom.handlers.base import HandlerHealth
@@ -91,6 +92,7 @@ class BatchingEngine(Engine, Generic[_T]):
     def __init__(self, name: str, loop: DecodeLoop, *, max_running: int, max_queue: int) -> None:
         self.name = name
         self._loop = loop
+        self._home = Home(f"the engine of model {name!r}")
         self._max_running = max_running
         self._max_queue = max_queue
         # Guarded by the loop's condition; ``running`` is changed by the thread alone.
@@ -160,7 +162,9 @@ class BatchingEngine(Engine, Generic[_T]):
             more of them than this one's.
         :raises EngineDeadError: the engine has died.
         :raises ResourceNotAvailableError: the engine is being closed.
+        :raises ConfigurationError: it belongs to the process that this one was forked from.
         """
+        self._home.check()
         with self._loop.condition:
             if self._dead is not None:
                 raise own_copy(self._dead)
@@ -243,10 +247,15 @@ class BatchingEngine(Engine, Generic[_T]):
 
     def open(self) -> None:
         """Begin to take turns; to be called once, when the engine is ready."""
+        self._home.settle()
         self._loop.add(self)
 
     def close(self) -> None:
-        """End the engine and free what it has. Blocks; requests still running fail."""
+        """End the engine and free what it has. Blocks; requests still running fail.
+
+        :raises ConfigurationError: it belongs to the process that this one was forked from.
+        """
+        self._home.check()
         with self._loop.condition:
             self._closing = True
             if not self._ended:

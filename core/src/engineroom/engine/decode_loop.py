@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Final, Protocol, TypeVar
 
 from engineroom.border import get_logger, log_failure, tame, words
+from engineroom.forks import renew_in_child
 from engineroom.memory.machine import Limits, cpu
 from engineroom.prompts.threads import settle
 
@@ -57,9 +58,13 @@ class DecodeLoop:
     """
 
     def __init__(self, name: str) -> None:
-        self.condition: Final = threading.Condition()
-        """Guards what workers share with other threads; notify it when there is work."""
         self._name = name
+        self.begin()
+
+    def begin(self) -> None:
+        """Have no worker yet, or none any more: a process that is forked has not their thread."""
+        self.condition = threading.Condition()
+        """Guards what workers share with other threads; notify it when there is work."""
         self._workers: list[Worker] = []
         self._thread: threading.Thread | None = None
         self._retired = threading.Event()
@@ -168,6 +173,7 @@ def _runs(thread: threading.Thread) -> bool:
 
 CPU_LOOP: Final = DecodeLoop("engineroom-cpu")
 """Decodes every model, of whatever runtime, that runs on the CPU of this process."""
+renew_in_child(CPU_LOOP.begin)
 
 
 async def run_in_new_thread(call: Callable[[], _T], name: str) -> _T:

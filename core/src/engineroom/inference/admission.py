@@ -47,11 +47,13 @@ class Admission:
     def admit(self, scope: RequestScope) -> None:
         """Count the request in, or refuse it at once.
 
+        :raises ConfigurationError: the service belongs to another process.
         :raises ResourceNotAvailableError: the service is closed.
         :raises QueueFullError: there are ``max_requests`` already, and no other key has more of
             them than this one's.
         :raises RequestTimeoutError: its time is over before it began.
         """
+        self._portal.home.check()
         request = scope.request
         if self.closed:
             self._reject(scope, "closed")

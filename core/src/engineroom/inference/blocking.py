@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from engineroom.border import get_logger, log_failure
 from engineroom.errors import ConfigurationError
+from engineroom.forks import Home
 from engineroom.inference.streams import InferenceStream
 from engineroom.schemas import InferenceResponse
 
@@ -27,6 +28,7 @@ class BlockingPortal:
     """Runs coroutines on the service's event loop and waits for them."""
 
     def __init__(self) -> None:
+        self.home = Home("this service")
         self._lock = threading.Lock()
         self._bound: asyncio.AbstractEventLoop | None = None
         self._own: asyncio.AbstractEventLoop | None = None
@@ -36,8 +38,9 @@ class BlockingPortal:
     def bind(self) -> None:
         """Note that the service is used on the running loop.
 
-        :raises ConfigurationError: it is being used on another one.
+        :raises ConfigurationError: it is being used on another one, or in another process.
         """
+        self.home.settle()
         loop = asyncio.get_running_loop()
         if self._bound is loop:
             return
@@ -51,8 +54,9 @@ class BlockingPortal:
     def run(self, work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
         """Run ``work()`` on the loop and return its result; an interrupt cancels it.
 
-        :raises ConfigurationError: the caller is that loop.
+        :raises ConfigurationError: the caller is that loop, or in another process.
         """
+        self.home.settle()
         loop = self._loop()
         future = asyncio.run_coroutine_threadsafe(work(), loop)
         try:

@@ -23,6 +23,7 @@ from typing import Any
 from engineroom.border import failure, get_logger, log_failure, own_copy, passes, without_frames
 from engineroom.config.model import LoadedModel
 from engineroom.errors import EngineDeadError, EngineRoomError, ResourceNotAvailableError
+from engineroom.forks import Home
 from engineroom.handlers.registry import HandlerRegistry
 from engineroom.memory.account import MemoryAccount
 from engineroom.memory.probe import MemoryProbe
@@ -58,6 +59,7 @@ class Lifecycle:
         probe: MemoryProbe,
         registry: Callable[[], HandlerRegistry],
     ) -> None:
+        self.home = Home("this model manager")
         self.closed = False
         self.queue = MemoryQueue(Evictor(account, table), self._evict)
         self.loader = Loader(self.queue, probe)
@@ -74,6 +76,7 @@ class Lifecycle:
     async def ready(self, name: str) -> ModelEntry:
         """The entry of an id or alias, ready now: it may be unloaded after the next ``await``."""
         entry = self._table.find(name)
+        self.home.settle()
         if entry.usable:
             return entry
         self._arrivals += 1
@@ -194,6 +197,7 @@ class Lifecycle:
 
         :raises ResourceNotAvailableError: it was still held after ``timeout_s``; it goes on.
         """
+        self.home.check()
         while (task := entry.task) is not None and not task.done():
             unloading = entry.state == "draining"
             done, _ = await asyncio.wait([task], timeout=timeout_s if unloading else None)
@@ -223,6 +227,7 @@ class Lifecycle:
 
         :raises EngineRoomError: the first failure; the other models are unloaded nevertheless.
         """
+        self.home.check()
         self.closed = True
         self.queue.close(ResourceNotAvailableError("the model manager is closed"))
         failed: EngineRoomError | None = None

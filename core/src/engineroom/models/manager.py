@@ -265,6 +265,7 @@ class LLMModelManager:
         :param deployment: a file, or the deployment itself; ``None``: the manager's own file.
         :raises ConfigurationError: it has mistakes; then nothing changes.
         """
+        self._lifecycle.home.check()
         async with self._reloading:
             if self._lifecycle.closed:
                 raise ResourceNotAvailableError("the model manager is closed; nothing was reloaded")

@@ -7,6 +7,7 @@ from functools import partial
 from itertools import islice
 from typing import Any, Final
 
+from engineroom.forks import renew_in_child
 from engineroom.prompts.codec import PromptCodec
 from engineroom.prompts.limits import (
     check_prompt,
@@ -29,6 +30,7 @@ _COUNTED: Final = 1000
 """What a message counts beside its content, and in how many the content is looked at."""
 _OTHERS: Final = PromptLane()
 """The lane of codecs that have none."""
+renew_in_child(_OTHERS.begin)
 
 
 async def tokens_of(

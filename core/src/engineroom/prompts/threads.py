@@ -23,6 +23,7 @@ from typing import Any, Final, Generic, TypeVar
 
 from engineroom.border import tame
 from engineroom.errors import QueueFullError, ResourceNotAvailableError
+from engineroom.forks import renew_in_child
 from engineroom.prompts.work import Reading
 
 __all__ = ["MOST_THREADS", "PromptLane", "settle"]
@@ -137,6 +138,10 @@ class _Threads:
     """The threads of all lanes. ``lock`` guards everything here and in the lanes."""
 
     def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Have no thread yet, or none any more: a process that is forked has none of them."""
         self.lock = threading.Lock()
         self.ended = threading.Condition(self.lock)
         """Notified when something of a lane that is being closed has ended."""
@@ -199,12 +204,17 @@ class _Threads:
 
 
 _THREADS: Final = _Threads()
+renew_in_child(_THREADS.begin)
 
 
 class PromptLane:
     """One model's share of the threads, for any number of event loops."""
 
     def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Have no work."""
         self.running = 0
         """Its work that a thread has taken. Changed by the threads alone, with their lock."""
         self._closed = False

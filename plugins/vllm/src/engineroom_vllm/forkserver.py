@@ -181,6 +181,10 @@ class ForkServers:
     """Servers of this program: one, unless engines with different environments run."""
 
     def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Have no server yet, or none any more: those of the program that forked are its own."""
         self._lock = threading.Lock()
         self._engines: dict[ForkServer, int] = {}
         """How many engines each has; -1: it is being closed."""
@@ -253,3 +257,5 @@ class ForkServers:
 
 
 SERVERS: Final = ForkServers()
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=SERVERS.begin)
