@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import unicodedata
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import given, strategies as st
@@ -79,6 +80,11 @@ def test_no_error_carries_them(name: str) -> None:
     error = getattr(errors, name)(f"there is no {EVIL}\nnor that", model_id="m")
     assert harm(str(error) + error.message + error.describe(), "\n") == []
     assert "nor that" in error.message and name in public
+
+
+def test_an_error_may_be_made_of_another() -> None:
+    error: Any = ValueError("\x1bno")
+    assert ConfigurationError(error).describe() == "Configuration error: \\x1bno"
 
 
 @pytest.mark.parametrize("character", "\x1b\x9b\n\u2028\u202e\u2066\u200f")

@@ -56,7 +56,7 @@ class EngineRoomError(Exception):
     def __init__(
         self, message: str = "", *, request_id: str | None = None, model_id: str | None = None
     ) -> None:
-        message = printable_lines(message)
+        message = printable_lines(str(message))  # a plugin may give whatever it caught
         super().__init__(message)
         self.message = message
         self.request_id = request_id

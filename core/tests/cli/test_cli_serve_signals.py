@@ -154,20 +154,47 @@ def test_a_signal_while_models_load_tells_who_waits_for_them(site, serve, pool, 
         status, body = answer.result()
         assert status == 503 and json.loads(body)["error"]["message"], body
     assert process.wait(60) == (0 if len(signals) == 1 else 130)
+    assert b"preload" not in process.stderr.read()  # it was stopped, and did not fail
 
 
-def test_sigterm_before_it_listens_ends_it_well(site, spawn):
-    site.module(
-        "slow_to_come",
-        "import sys, time\nprint('importing', file=sys.stderr, flush=True)\ntime.sleep(0.5)\n"
-        "from engineroom.testing import EchoHandler\n",
-    )
-    site.plugin("echo", "slow_to_come:EchoHandler")
+OF_TYPER = """
+class Slow(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "typer":
+            print("importing", file=sys.stderr, flush=True)
+            time.sleep(0.5)
+
+
+sys.meta_path.insert(0, Slow())
+"""
+
+
+@pytest.mark.parametrize("what", ["command", "plugin"])
+def test_sigterm_before_it_listens_ends_it_well(site, spawn, what):
+    if what == "plugin":
+        site.module(
+            "slow_to_come",
+            "import sys, time\nprint('importing', file=sys.stderr, flush=True)\ntime.sleep(0.5)\n"
+            "from engineroom.testing import EchoHandler\n",
+        )
+        site.plugin("echo", "slow_to_come:EchoHandler")
+    else:
+        site.echo()
+        site.module("sitecustomize", f"import importlib.abc, sys, time\n{OF_TYPER}")
     process = spawn("serve", "--model", "echo:", "--port", "0")
     assert process.stderr.readline() == b"importing\n"
     process.send_signal(TERM)
     assert process.wait(60) == 0
     assert process.stderr.read() == b""
+
+
+def test_sigterm_means_what_it_meant_where_serve_is_only_a_word(site, spawn):
+    site.echo()
+    process = spawn("run", "echo:", "serve", "-n", "none", "-o", "repeat=1000000",
+                    "-o", "token_delay_s=0.01")  # fmt: skip
+    assert process.stdout.read(5) == b"serve"
+    process.send_signal(TERM)
+    assert process.wait(60) == -TERM
 
 
 STUCK = """

@@ -40,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     prepare_streams()
     settings = Settings()
+    if "serve" in (sys.argv[1:] if argv is None else argv):
+        settings.sigterm.note()
     try:
         return _run(argv, settings)
     except KeyboardInterrupt:
@@ -59,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
     finally:
         settings.stop_logging()
+        settings.sigterm.forget()
     return EXIT_FAILED
 
 

@@ -79,6 +79,8 @@ def options(
 ) -> None:
     """One LLM inference service in front of any runtime."""
     settings: Settings = ctx.obj
+    if ctx.invoked_subcommand != "serve":
+        settings.sigterm.forget()
     settings.debug = debug
     settings.log_level = log_level
     settings.start_logging()

@@ -1,4 +1,4 @@
-"""Ctrl-C: the first stops the work in good order, the second ends the process. And SIGTERM."""
+"""Ctrl-C: the first stops the work in good order, the second ends the process."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine
 from typing import Any, Final, TypeVar
 
 from engineroom.border import run_to_end
 from engineroom.cli import EXIT_INTERRUPTED
 
-__all__ = ["run_interruptible", "sigterm_noted"]
+__all__ = ["run_interruptible"]
 
 GRACE_S: Final = 10.0
 """Seconds that the work gets to stop. A runtime that is busy in C may not listen at all."""
@@ -59,33 +58,6 @@ def run_interruptible(work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
     if interruption.count:
         raise KeyboardInterrupt
     return result
-
-
-@contextmanager
-def sigterm_noted() -> Iterator[Callable[[], bool]]:
-    """Note SIGTERM instead of dying of it; a second one ends the process.
-
-    It would be lost before a server has a handler of its own where the process is the first of a
-    container: the kernel then ignores what it does not handle.
-
-    :returns: whether one came.
-    """
-    count = 0
-
-    def note(*_: object) -> None:
-        nonlocal count
-        count += 1
-        if count > 1:
-            _leave()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    before = signal.signal(signal.SIGTERM, note)
-    try:
-        yield lambda: count > 0
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class _Interruption:

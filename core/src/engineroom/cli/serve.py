@@ -13,7 +13,6 @@ from typing import Annotated, Any, Final
 import typer
 
 from engineroom.cli.flags import CONFIG_OPTION, OPTION_FLAG, RUNTIME_FLAG, flag
-from engineroom.cli.interrupt import sigterm_noted
 from engineroom.cli.output import CommandError, error_line, say, write
 from engineroom.cli.parameters import parse_options
 from engineroom.cli.resolve import (
@@ -122,13 +121,10 @@ def serve(  # one parameter a flag: that is how typer is told of them
     if model is not None and watch:
         raise CommandError("--watch is for a whole deployment; leave --model out")
     _tell_crashes()
-    with sigterm_noted() as asked_to_end:
-        from engineroom.server import KeyRing, ServerSettings, serve as run
+    from engineroom.server import KeyRing, ServerSettings, serve as run
 
-        settings = ServerSettings(keys=KeyRing.read(keys, admin_keys), **settings_of(flags))
-        manager = _manager(model, config, runtime, parse_options(option or []), prefix_cache_scope)
-    if asked_to_end():
-        return
+    settings = ServerSettings(keys=KeyRing.read(keys, admin_keys), **settings_of(flags))
+    manager = _manager(model, config, runtime, parse_options(option or []), prefix_cache_scope)
     service = LLMInferenceService(manager)
     options: Settings = ctx.obj
     if otel:
@@ -138,6 +134,9 @@ def serve(  # one parameter a flag: that is how typer is told of them
     if not options.logging:
         logging.getLogger(LOGGER_NAME).addHandler(errors)
     names = ", ".join(entry.model_id for entry in manager.config.models) or "no models"
+    options.sigterm.forget()  # from here on the server hears it
+    if options.sigterm.came:
+        return
     try:
         run(
             service,

@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import Final
 
 from engineroom.cli.output import say
+from engineroom.cli.sigterm import NotedSigterm
 from engineroom.telemetry import LOGGER_NAME
 
 __all__ = ["LogLevel", "Settings"]
@@ -34,6 +35,7 @@ class Settings:
     def __init__(self) -> None:
         self.debug = False
         self.log_level: LogLevel | None = None
+        self.sigterm = NotedSigterm()
         self._handler: logging.Handler | None = None
 
     @property

@@ -234,7 +234,8 @@ class LLMModelManager:
             try:
                 await self._preload(entry, step, progress or (lambda _: None))
             except EngineRoomError as error:
-                logger.error("preload of %r failed: %s", entry.config.model_id, error)
+                if not self._lifecycle.closed:  # else it was stopped
+                    logger.error("preload of %r failed: %s", entry.config.model_id, error)
                 failed = failed or without_frames(error)
         if failed is not None:
             raise own_copy(failed)

@@ -174,9 +174,11 @@ class EngineRoomServer(Server):
         try:
             await manager.load_configured_models(progress)
         except EngineRoomError as error:
+            if self.context.draining:
+                return
             preloaded = [m.model_id for m in manager.config.models if m.preload]
             nothing = all(manager.get_loaded_model(name) is None for name in preloaded)
-            if nothing and not self.context.draining:
+            if nothing:
                 self.stop()
                 raise
             logger.error("a model could not be preloaded: %s", error.describe())
