@@ -212,6 +212,11 @@ def test_after_a_stop_sequence_that_stands_alone_nothing_changes_the_result(
         assert ended.matched is not None
 
 
+def test_many_stop_sequences_take_no_longer_than_their_text() -> None:
+    many = [f"{i:04}" for i in range(4000)]
+    assert stops_alone([*many, "x0007y"]) == [*many[:7], *many[8:], "x0007y"]
+
+
 def test_a_stop_sequence_inside_of_another_waits() -> None:
     assert stops_alone(["\n", "a\nb"]) == ["a\nb"]
     assert stops_alone(["\n", "a\n"]) == ["\n", "a\n"]

@@ -3,6 +3,8 @@ of its own, and here a stand-in with the names that are used of it."""
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -111,6 +113,23 @@ def test_a_stop_sequence_that_is_one_token_may_end_the_engine() -> None:
     assert found.stop_tokens(["\n", "ab", "<|end|>", "é"]) == [newline]
     assert found.stop_tokens(["\n", "a\nb"]) == []
     assert found.stop_tokens([]) == []
+
+
+async def test_many_stop_sequences_are_read_beside_the_event_loop() -> None:
+    found, here = codec(), threading.get_ident()
+    newline = found.prompt("\n", None)[0]
+    threads: set[int] = set()
+
+    class Noting(str):
+        def encode(self, *_: Any) -> bytes:
+            threads.add(threading.get_ident())
+            return super().encode()
+
+    for count in (1, 1000):
+        stops = [Noting("\n"), *(f"w{i}" for i in range(count))]
+        assert await found.find_stop_tokens(stops) == [newline]
+    assert here in threads and len(threads) == 2
+    await asyncio.to_thread(found.lane.close)
 
 
 def test_bytes_of_other_vocabularies_are_known_too() -> None:

@@ -256,7 +256,7 @@ class VLLMEngine(Engine):
             request.params,
             room=self.n_ctx - len(tokens),
             n_vocab=self.n_vocab,
-            stop_token_ids=self.codec.stop_tokens(request.stop_sequences or ()),
+            stop_token_ids=await self.codec.find_stop_tokens(request.stop_sequences or ()),
         )
         sampling = self._library.sampling(
             arguments,

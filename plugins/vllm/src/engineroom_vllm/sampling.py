@@ -7,6 +7,7 @@ likeliest; ``top_p`` would count the rest anew, so the two together are refused.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -123,12 +124,7 @@ def stops_alone(stops: Sequence[str]) -> list[str]:
     Of two matches the one that starts first counts. A stop sequence in the middle of another
     therefore has to wait for what follows; one that is in the middle of none does not.
     """
-    return [
-        stop
-        for stop in dict.fromkeys(stops)
-        if not any(
-            other[:length].endswith(stop)
-            for other in stops
-            for length in range(len(stop) + 1, len(other))
-        )
-    ]
+    used = set().union(*stops)
+    between = next(letter for letter in map(chr, itertools.count()) if letter not in used)
+    middles = between.join(stop[1:-1] for stop in stops)
+    return [stop for stop in dict.fromkeys(stops) if stop not in middles]

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from engineroom import ConfigurationError
 from engineroom.prompts import ModelTemplates, TokenizerCodec
 from engineroom_vllm.sampling import stops_alone
 
 __all__ = ["TextCodec"]
+
+_INLINE_CHARS: Final = 1000
+"""Of stop sequences that are read at once, on the event loop."""
+_CHARS_OF_STOP: Final = 50
+"""What each counts beside its own."""
 
 logger = logging.getLogger("engineroom.vllm")
 
@@ -56,3 +61,10 @@ class TextCodec(TokenizerCodec):
             return []
         alone = [(stop, self.plain(stop)) for stop in stops_alone(stops)]
         return [i[0] for stop, i in alone if len(i) == 1 and self.piece(i[0]) == stop.encode()]
+
+    async def find_stop_tokens(self, stops: Sequence[str]) -> list[int]:
+        """The same on an event loop: many stop sequences are read where prompts are."""
+        size = sum(map(len, stops)) + _CHARS_OF_STOP * len(stops)
+        if size <= _INLINE_CHARS:
+            return self.stop_tokens(stops)
+        return await self.lane.run(lambda: self.stop_tokens(stops), size=size)
