@@ -51,7 +51,7 @@ async def lane() -> AsyncIterator[PromptLane]:
     lane = PromptLane()
     yield lane
     await asyncio.to_thread(lane.close)
-    assert not own_threads()
+    await until(lambda: not own_threads())  # one may have begun for what another one took
 
 
 async def test_a_call_is_made_in_a_thread_and_its_value_comes_back(lane: PromptLane) -> None:
