@@ -5,26 +5,20 @@ Everything here may read files and import plugins, so the manager calls it in a 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Final, Literal
+from typing import Literal
 
 from engineroom.border import get_logger, log_failure, without_frames
 from engineroom.config.model import ModelConfig
 from engineroom.errors import EngineRoomError
 from engineroom.handlers.base import InferenceHandler
 from engineroom.handlers.registry import HandlerRegistry
-from engineroom.sources.gguf import gguf_part_paths
-from engineroom.sources.source import PathSource, parse_source
 from engineroom.status import VariantOutcome, VariantResult
 
-__all__ = ["Candidate", "file_stamp", "find_candidates"]
+__all__ = ["Candidate", "find_candidates"]
 
 logger = get_logger("engineroom.survey")
-
-_MOST_FILES: Final = 1000
 
 NeedFrom = Literal["deployment", "measured", "estimate", "unknown"]
 
@@ -124,26 +118,3 @@ def _estimate(handler: InferenceHandler, config: ModelConfig) -> dict[str, int] 
         config.model_id,
     )
     return None
-
-
-def file_stamp(source: str | None) -> object:
-    """Equal as long as nobody writes to the files that a source on this machine stands for."""
-    if source is None:
-        return None
-    try:
-        parsed = parse_source(source)
-        if not isinstance(parsed, PathSource):
-            return None
-        path = parsed.path
-        if not path.is_dir():
-            return tuple(_facts(part) for part in gguf_part_paths(path))
-        with os.scandir(path) as entries:
-            files = sorted(entry.name for entry in entries if entry.is_file())[:_MOST_FILES]
-        return tuple((name, _facts(path / name)) for name in files)
-    except (EngineRoomError, OSError):  # a source of a runtime's own, or gone
-        return None
-
-
-def _facts(path: Path) -> tuple[int, int, int]:
-    facts = path.stat()
-    return facts.st_ino, facts.st_size, facts.st_mtime_ns

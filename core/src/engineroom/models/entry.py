@@ -14,6 +14,7 @@ from engineroom.config.suggestions import did_you_mean
 from engineroom.errors import EngineRoomError, ModelNotFoundError
 from engineroom.handlers.base import InferenceHandler
 from engineroom.memory.account import Footprint
+from engineroom.models.files import FileWatch
 from engineroom.status import ModelState, ModelStatus, VariantOutcome
 
 __all__ = ["EntryTable", "ModelEntry"]
@@ -54,6 +55,7 @@ class ModelEntry:
     variant: int | None = None
     ready_at: float = 0.0
     load_duration_s: float | None = None
+    files: FileWatch | None = None
 
     # Of its variants, by place.
     outcomes: list[VariantOutcome] = field(default_factory=list)

@@ -20,8 +20,9 @@ from engineroom.handlers.base import InferenceHandler
 from engineroom.handlers.registry import HandlerRegistry
 from engineroom.memory.account import Footprint, settled
 from engineroom.memory.probe import MemoryProbe
-from engineroom.models.candidates import Candidate, file_stamp, find_candidates
+from engineroom.models.candidates import Candidate, find_candidates
 from engineroom.models.entry import ModelEntry
+from engineroom.models.files import FileStamp, FileWatch, file_stamps
 from engineroom.models.memory_queue import MemoryQueue
 from engineroom.status import VariantResult
 from engineroom.units import format_size
@@ -185,6 +186,8 @@ class Loader:
             loaded.handler_name = handler.name
         entry.loaded, entry.handler = loaded, handler
         entry.load_duration_s = duration
+        entry.files = FileWatch(model_id, config.source, mark)
+        entry.files.start()
         self._settle(entry, candidate, loaded, growth)
 
     def _settle(
@@ -227,6 +230,8 @@ class Loader:
         loaded, handler = entry.loaded, entry.handler
         assert loaded is not None and handler is not None
         entry.loaded = entry.handler = None
+        if entry.files is not None:
+            entry.files.stop()
         held = self._account.holding(entry)
         devices = {"cpu", *held}
         lost: dict[str, int] = {}
@@ -258,8 +263,8 @@ class Loader:
 
     def _look(
         self, devices: Iterable[str], config: ModelConfig
-    ) -> tuple[Mapping[str, int], object]:
-        return self._used(devices), file_stamp(config.source)
+    ) -> tuple[Mapping[str, int], tuple[FileStamp, ...]]:
+        return self._used(devices), file_stamps(config.source)
 
     def _used(self, devices: Iterable[str]) -> Mapping[str, int]:
         """What is used beside processes that are no model's, whichever runtime they belong to."""
