@@ -7,9 +7,10 @@ import random
 from collections import Counter
 
 import pytest
+from core_doubles import gate_bench
 from manager_doubles import FakeSizedHandler, cpu, manager_of, model
 
-from engineroom import InferenceRequest, LLMInferenceService
+from engineroom import InferenceRequest, LLMInferenceService, ResourceNotAvailableError
 from engineroom.memory.probe import MachineProbe
 from engineroom.testing import EchoHandler, load_cycles
 
@@ -124,3 +125,15 @@ async def test_200_loads_and_unloads_leave_nothing_behind():
     cycles = await load_cycles(manager, "echo")
     assert cycles.growth < 4 << 20, cycles
     assert cpu(manager).free == 1 << 30
+
+
+async def test_a_system_that_opens_no_file_is_no_defect(monkeypatch):
+    bench = gate_bench()
+
+    def none_left(_):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(bench.service.registry, "select_loader", none_left)
+    with pytest.raises(ResourceNotAvailableError, match="Too many open files; send it again"):
+        await bench.manager.load("gate")
+    assert (await bench.service.infer(bench.request())).error_type == "ResourceNotAvailableError"

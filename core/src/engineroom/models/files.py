@@ -2,8 +2,8 @@
 
 Runtimes map files into memory, and a page of one is read when it is first used, or used again after
 a while. To put another file in the place of one (by renaming) leaves the model as it is. To write
-into the file changes the model under its requests, and to cut it short ends the process (SIGBUS): no
-code can catch that. So it is at least told in the log, before or after.
+into the file changes the model under its requests, and to cut it short ends the process (SIGBUS):
+no code can catch that. So it is at least told in the log, before or after.
 """
 
 from __future__ import annotations

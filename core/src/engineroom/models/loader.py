@@ -54,7 +54,10 @@ class Loader:
         self._running = self._started = 0  # loads and unloads
 
     async def candidates(self, entry: ModelEntry, registry: HandlerRegistry) -> list[Candidate]:
-        """The model's variants; devices that they need get a budget if they have none yet."""
+        """The model's variants; devices that they need get a budget if they have none yet.
+
+        :raises ResourceNotAvailableError: the system lets nobody look: no file can be opened.
+        """
         known, config = dict(entry.known), entry.config
 
         def look() -> tuple[list[Candidate], dict[str, int | None]]:
@@ -63,7 +66,14 @@ class Loader:
             new = [device for device in devices if not self._account.knows(device)]
             return candidates, {device: self._probe.capacity(device) for device in new}
 
-        candidates, budgets = await self.in_thread(look)
+        try:
+            candidates, budgets = await self.in_thread(look)
+        except OSError as error:
+            raise ResourceNotAvailableError(
+                f"what model {config.model_id!r} needs cannot be found out: {error}; send it again "
+                "later",
+                model_id=config.model_id,
+            ) from error
         for device, budget in budgets.items():
             if not self._account.knows(device):
                 # What models of ours hold there already is not free, but it is theirs to share.

@@ -22,6 +22,7 @@ from engineroom.errors import ConfigurationError, EngineRoomError
 from engineroom.models.manager import LLMModelManager
 from engineroom.models.reloading import at_hangup, reloading
 from engineroom.server.app import Front, with_cors
+from engineroom.server.descriptors import DescriptorWatch, raise_limit
 from engineroom.server.http.compat_uvicorn import Server, connection_class
 from engineroom.server.http.context import ServerContext
 from engineroom.server.http.errors import stopping
@@ -95,7 +96,7 @@ class EngineRoomServer(Server):
             return
         self.listening = started
         self.context.starting = preload and self.context.directory.manager is not None
-        with self.context.loop_meter.running():
+        with self.context.loop_meter.running(), DescriptorWatch():
             async with self._reloading(watch):
                 loading = asyncio.create_task(self._preload(progress))
                 try:
@@ -280,6 +281,7 @@ def serve(
     :raises KeyboardInterrupt: a second signal came, and running requests were stopped.
     """
     settings = settings or ServerSettings()
+    raise_limit(settings)
     bound = bind(settings)
     name = bound.getsockname()
     host = f"[{name[0]}]" if ":" in name[0] else name[0]
