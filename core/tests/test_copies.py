@@ -63,7 +63,7 @@ ALIVE = {
     "BatchingEngine", "Border", "DecodeLoop", "EngineHandler", "EngineTask", "HandlerRegistry",
     "InferenceHandler", "InferenceStream", "LLMInferenceService", "LLMModelManager",
     "LoggingObserver", "Mailbox", "ModelSource", "RequestLogger", "TextPipeline", "TokenHandler",
-    "Utf8Decoder",
+    "Utf8Decoder", "WaitingLine",
 }  # fmt: skip
 """Classes of what works or has a state, and is no value."""
 
