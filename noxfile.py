@@ -442,12 +442,11 @@ def install_all(session: nox.Session) -> None:
     install_smollm2(session)
 
 
-def run_folders(session: nox.Session, folders: Iterable[Path], *options: str) -> None:
-    """Each folder's tests, or what is selected of them; all are run, whatever fails."""
-    runs = [each for folder in folders if (each := selected(session, folder)) is not None]
-    failed = [each for each in runs if not passes(session, [*each, *options])]
-    if failed:
-        session.error(f"failed: {', '.join(arguments[-1] for arguments in failed)}")
+def run_folders(session: nox.Session, runs: Iterable[tuple[Path, Sequence[str]]]) -> None:
+    """Each folder's tests, or what is selected of them, with its options; all are run."""
+    chosen = [[*each, *options] for folder, options in runs if (each := selected(session, folder))]
+    if failed := [arguments for arguments in chosen if not passes(session, arguments)]:
+        session.error(f"failed: {', '.join(map(shlex.join, failed))}")
 
 
 def passes(session: nox.Session, arguments: Sequence[str]) -> bool:
@@ -458,6 +457,8 @@ def passes(session: nox.Session, arguments: Sequence[str]) -> bool:
     return True
 
 
+HOSTILE = ROOT / "tests" / "hostile"
+"""How long an event loop stands still is measured there: nothing else runs beside it."""
 TEST_FOLDERS = (CORE / "tests", *(folder_of(p) / "tests" for p in PLUGINS), ROOT / "tests")
 
 
@@ -465,7 +466,8 @@ TEST_FOLDERS = (CORE / "tests", *(folder_of(p) / "tests" for p in PLUGINS), ROOT
 def tests(session: nox.Session) -> None:
     """Every package's tests and the documents, in minutes; arguments go to pytest."""
     once(session, lambda: install_all(session))
-    run_folders(session, TEST_FOLDERS, "-m", FAST, *PARALLEL)
+    beside = ("-m", FAST, *PARALLEL, f"--ignore={HOSTILE}")
+    run_folders(session, [*((folder, beside) for folder in TEST_FOLDERS), (HOSTILE, ("-m", FAST))])
 
 
 @nox.session(python=PYTHON, reuse_venv=True)
@@ -513,7 +515,7 @@ def tests_vllm(session: nox.Session) -> None:
     session.env["PYTHONDONTWRITEBYTECODE"] = ""
     pytest(session, [*arguments, *(() if everything else ("-m", "one_engine"))])
     if everything:
-        pytest(session, [os.fspath(ROOT / "tests" / "hostile"), "-k", "vllm"])
+        pytest(session, [os.fspath(HOSTILE), "-k", "vllm"])
 
 
 @nox.session(python=LOWEST if LOWEST in PYTHONS else PYTHON)
@@ -577,7 +579,7 @@ def long(session: nox.Session) -> None:
     once(session, lambda: install_all(session))
     for name, value in LONG_SERIES.items():
         session.env[name] = os.environ.get(name, value)
-    run_folders(session, TEST_FOLDERS, "-m", "nightly or long")
+    run_folders(session, ((folder, ("-m", "nightly or long")) for folder in TEST_FOLDERS))
 
 
 @nox.session(venv_backend="none")

@@ -1,7 +1,8 @@
-"""The whole corpus of hostile requests."""
+"""The whole corpus of hostile requests, in parts that take minutes each."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
 import corpus_fields
@@ -9,4 +10,9 @@ import corpus_texts
 import corpus_wire
 from corpus_base import Row
 
-ROWS: Final[tuple[Row, ...]] = (*corpus_fields.ROWS, *corpus_texts.ROWS, *corpus_wire.ROWS)
+PARTS: Final[Mapping[str, tuple[Row, ...]]] = {
+    "lists": corpus_fields.LISTS,
+    "fields": corpus_fields.ROWS,
+    "texts": corpus_texts.ROWS,
+    "wire": corpus_wire.ROWS,
+}

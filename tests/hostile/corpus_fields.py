@@ -18,22 +18,37 @@ ITEMS: Final = (
 """Most are wrong in most lists; some are right in some."""
 
 
+TAKEN: Final = {"{}": 65_000, "[]": 65_000, '"x"': 65_000, "1": 520_000}
+"""About as many as a body may have: more are refused before anybody looks at them."""
+UNCOUNTED: Final = 65_000
+"""Bytes of a body that is taken as it is, whatever is in it."""
+
+
 def _in_lists() -> Iterator[Row]:
     """A body of one item over and over, in each list of each route."""
     for api in EVERY:
-        for field, template in api.lists.items():
+        for place, (field, template) in enumerate(sorted(api.lists.items())):
             for kind, item in enumerate(ITEMS):
-                yield _items(api, field, template, item, kind)
+                # The small corpus takes the worst one, and others in turn.
+                small = kind == 0 or kind == (place + 2) % len(ITEMS)
+                name = f"list {field}: {item}"
+                yield _items(f"{name} over and over", api, template, item, small=small)
+                if item in TAKEN:
+                    few, some = UNCOUNTED // (len(item) + 1), TAKEN[item]
+                    yield _items(
+                        f"{name}, {few} of them", api, template, item, few, small=kind == 0
+                    )
+                    yield _items(f"{name}, {some} of them", api, template, item, some)
 
 
-def _items(api: Api, field: str, template: str, item: str, kind: int) -> Row:
+def _items(
+    name: str, api: Api, template: str, item: str, count: int | None = None, *, small: bool = False
+) -> Row:
     def build(_: Api | None, sizes: Sizes) -> bytes:
-        return body(template, repeated(item, sizes.body))
+        size = sizes.body if count is None else count * (len(item) + 1)
+        return body(template, repeated(item, size))
 
-    # The small corpus takes the worst two, and others in turn.
-    common = sorted(api.lists).index(field) + 2
-    small = kind < 1 or kind == common % len(ITEMS)
-    return Row(f"list {field}: {item} over and over", build, (api,), small=small)
+    return Row(name, build, (api,), small=small)
 
 
 def _mixed(api: Api, sizes: Sizes) -> bytes:
@@ -64,6 +79,9 @@ def _nested(opening: str, closing: str, deep: int | None) -> Callable[[Api, Size
 GIANTS: Final[dict[str, Callable[[Sizes], str]]] = {
     "an integer of all digits": lambda sizes: "9" * sizes.body,
     "an integer of 4,000 digits": lambda _: "9" * 4000,
+    "an integer of 60,000 digits": lambda _: "9" * 60_000,
+    "a fraction of 60,000 digits": lambda _: "0." + "3" * 60_000,
+    "an integer of 100 digits": lambda _: "9" * 100,
     "10^400000": lambda _: "1" + "0" * 400_000,
     "a negative one": lambda sizes: "-" + "9" * sizes.body,
     "a fraction of all digits": lambda sizes: "0." + "3" * sizes.body,
@@ -149,6 +167,8 @@ MEMBERS: Final[dict[str, Callable[[Sizes], str]]] = {
     "names that hash alike": lambda sizes: joined(
         f'"{i * (2**61 - 1)}":1' for i in range(sizes.body // 26)
     ),
+    "64 kB of them": lambda _: joined(f'"k{i}":1' for i in range(UNCOUNTED // 11)),
+    "about as many as are taken": lambda _: joined(f'"k{i}":1' for i in range(60_000)),
     "nested objects": lambda sizes: joined(f'"k{i}":{{"a":{{}}}}' for i in range(sizes.body // 18)),
     "dunder names": lambda _: '"__class__":{},"__init__":1,"model_config":1,"model_fields":{}',
     "names in disguise": lambda _: '"a\\u202eb":1,"\\ud800":1,"\\u0000":1,"":1,"a\\r\\nb":1',
@@ -240,8 +260,8 @@ JSONS: Final[dict[str, Callable[[Api, Sizes], bytes | Visit]]] = {
         for deep in (None, 900, 20_000)
     },
 }  # fmt: skip
+LISTS: Final = tuple(_in_lists())
 ROWS: Final = (
-    *_in_lists(),
     *_giant_numbers(),
     *_strings(),
     *_members(),

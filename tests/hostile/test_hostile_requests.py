@@ -21,7 +21,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import filter as filter_names, fnmatchcase
 from itertools import islice
 from typing import Any, Final
@@ -34,7 +34,7 @@ pytest.importorskip("psutil", reason="needs psutil")
 pytest.importorskip("numpy", reason="the models are made with numpy")
 
 import corpus
-from corpus_base import CANARY, SMALL, WHOLE, Row, Sizes, Visit
+from corpus_base import CANARY, SMALL, WHOLE, Visit
 from hostile_models import deployment
 from hostile_room import Measured, Neighbours, Room, neighbours_of, opened
 from hostile_wire import LONG_S, Answer, at_once, head
@@ -52,9 +52,8 @@ MORE_BYTES: Final = 128 << 20
 MOST_REFUSED: Final = 8000
 """Bytes of a refusal."""
 CONTROLS: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-ROUNDS: Final = 3
-CROWD, SMALL_CROWD, VISITORS = 200, 50, 4
-SECONDS: Final = float(os.environ.get("ENGINEROOM_LOAD_SECONDS", "5"))
+CROWD, SMALL_CROWD, VISITORS = 200, 50, 8
+SECONDS: Final = float(os.environ.get("ENGINEROOM_LOAD_SECONDS", "2"))
 
 
 def _stages() -> Iterator[Any]:
@@ -67,26 +66,27 @@ def _stages() -> Iterator[Any]:
 
 @dataclass
 class Stage:
-    """A room, and which of the corpus goes there."""
+    """A room, and how much of the corpus goes there.
+
+    :param rss: bytes of memory after each crowd.
+    """
 
     runtime: str
-    sizes: Sizes
-    rows: list[Row]
+    whole: bool
     room: Room
     neighbours: Neighbours
+    rss: list[int] = field(default_factory=list)
 
-    def visits(self, seed: int | None = None) -> Iterator[tuple[str, Visit]]:
-        """Their names, and what they do; made one by one, since bodies are large.
-
-        :param seed: draws their order; ``None``: that of the corpus.
-        """
+    def visits(self, part: str, *, shuffled: bool = False) -> Iterator[tuple[str, Visit]]:
+        """Their names, and what they do; made one by one, since bodies are large."""
         makers = [
             (f"{self.runtime}/{route or 'all'}/{row.name}", make)
-            for row in self.rows
-            for route, make in row.visits(self.sizes)
+            for row in corpus.PARTS[part]
+            if self.whole or row.small
+            for route, make in row.visits(WHOLE if self.whole else SMALL)
         ]
-        if seed is not None:
-            random.Random(seed).shuffle(makers)
+        if shuffled:
+            random.Random(part).shuffle(makers)
         yield from ((name, make()) for name, make in makers)
 
 
@@ -101,11 +101,8 @@ async def stage(
     folder = tmp_path_factory.mktemp(runtime)
     file = folder / "deployment.json"
     file.write_text(json.dumps(deployment(folder, runtime, CONTEXT)), encoding="utf-8")
-    sizes, rows = (SMALL, [row for row in corpus.ROWS if row.small])
-    if which == "whole":
-        sizes, rows = WHOLE, list(corpus.ROWS)
     async with opened(file, folder) as room:
-        yield Stage(runtime, sizes, rows, room, await neighbours_of(room.port, 8))
+        yield Stage(runtime, which == "whole", room, await neighbours_of(room.port, 8))
 
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -123,11 +120,14 @@ async def test_a_loop_that_is_held_is_seen(stage: Stage) -> None:
     assert "obey" not in measured.told["where"]
 
 
-async def test_no_request_holds_the_loop(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("part", corpus.PARTS)
+async def test_no_request_holds_the_loop(
+    stage: Stage, part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     gaps: dict[str, Measured] = {}
     wrong: list[str] = []
     async with stage.neighbours.about(1):
-        for name, visit in stage.visits():
+        for name, visit in stage.visits(part):
             for _ in range(1 if known(name) else TRIES):
                 measured = await stage.room.measure(visit, 1)
                 broken = [a.body[:200] for a in measured.answers if is_broken(a)]
@@ -138,7 +138,7 @@ async def test_no_request_holds_the_loop(stage: Stage, capsys: pytest.CaptureFix
                 if measured.gap_s <= BOUND_S:
                     break
     with capsys.disabled():
-        print("\n" + table(stage.runtime, gaps))
+        print("\n" + table(f"{stage.runtime}, {part}", gaps))
     assert not wrong
     assert not stage.neighbours.wrong
     over = {name: str(measured) for name, measured in gaps.items() if measured.gap_s > BOUND_S}
@@ -160,7 +160,7 @@ def known(name: str) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in KNOWN)
 
 
-def table(runtime: str, gaps: dict[str, Measured]) -> str:
+def table(title: str, gaps: dict[str, Measured]) -> str:
     """The largest gap of each row, in milliseconds, and where it was."""
     rows: dict[str, list[tuple[float, str]]] = defaultdict(list)
     for name, measured in gaps.items():
@@ -170,32 +170,33 @@ def table(runtime: str, gaps: dict[str, Measured]) -> str:
         f"{max(of)[0]:7.1f} ms  {max(of)[1]:12} {row}"
         for row, of in sorted(rows.items(), key=lambda item: max(item[1]), reverse=True)
     ]
-    return "\n".join([f"Largest gaps of the loop on {runtime}, a line a row:", *lines])
+    return "\n".join([f"Largest gaps of the loop on {title}, a line a row:", *lines])
 
 
+@pytest.mark.parametrize("part", corpus.PARTS)
 async def test_a_crowd_of_streams_beside_the_corpus(
-    stage: Stage, capsys: pytest.CaptureFixture[str]
+    stage: Stage, part: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its rounds are long enough for all of the corpus, or for ``ENGINEROOM_LOAD_SECONDS``."""
-    whole = stage.sizes is WHOLE
-    neighbours, sizes = stage.neighbours, list[int]()
-    for round_ in range(ROUNDS):
-        names = stage.visits(seed=round_)
-        end = time.monotonic() + SECONDS
-        async with neighbours.about(CROWD if whole else SMALL_CROWD):
-            while time.monotonic() < end or whole:
-                if not (visits := list(islice(names, VISITORS))):
-                    break
-                await asyncio.gather(*(visit(stage.room.port) for _, visit in visits))
-            await asyncio.sleep(max(0.0, end - time.monotonic()))
-        told = await stage.room.settled()
-        sizes.append(told["rss"])
-        assert told["held"] == {} and told["healthy"]
-        assert not neighbours.wrong
+    """It lasts as long as the corpus does, and at least ``ENGINEROOM_LOAD_SECONDS``."""
+    neighbours, port = stage.neighbours, stage.room.port
+    visits = stage.visits(part, shuffled=True)
+    end = time.monotonic() + SECONDS
+    before = neighbours.done
+    async with neighbours.about(CROWD if stage.whole else SMALL_CROWD):
+        while some := list(islice(visits, VISITORS)):
+            await asyncio.gather(*(visit(port) for _, visit in some))
+            if not stage.whole and time.monotonic() > end:
+                break
+        await asyncio.sleep(max(0.0, end - time.monotonic()))
+    told = await stage.room.settled()
+    stage.rss.append(told["rss"])
     with capsys.disabled():
-        shown = ", ".join(f"{size >> 20}" for size in sizes)
-        print(f"\n{stage.runtime}: {neighbours.done} streams; MiB after each round: {shown}")
-    assert sizes[-1] < sizes[0] + MORE_BYTES
+        sizes = ", ".join(str(size >> 20) for size in stage.rss)
+        done = neighbours.done - before
+        print(f"\n{stage.runtime}, {part}: {done} streams; MiB after each part: {sizes}")
+    assert told["held"] == {} and told["healthy"]
+    assert not neighbours.wrong
+    assert stage.rss[-1] < stage.rss[0] + MORE_BYTES
 
 
 async def test_nothing_is_left(stage: Stage) -> None:
