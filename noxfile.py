@@ -442,6 +442,12 @@ def install_all(session: nox.Session) -> None:
     install_smollm2(session)
 
 
+def set_lengths(session: nox.Session) -> None:
+    """Make series as long as `nightly` has them."""
+    for name, value in LONG_SERIES.items():
+        session.env[name] = os.environ.get(name, value)
+
+
 def run_folders(session: nox.Session, runs: Iterable[tuple[Path, Sequence[str]]]) -> None:
     """Each folder's tests, or what is selected of them, with its options; all are run."""
     chosen = [[*each, *options] for folder, options in runs if (each := selected(session, folder))]
@@ -515,6 +521,7 @@ def tests_vllm(session: nox.Session) -> None:
     session.env["PYTHONDONTWRITEBYTECODE"] = ""
     pytest(session, [*arguments, *(() if everything else ("-m", "one_engine"))])
     if everything:
+        set_lengths(session)
         pytest(session, [os.fspath(HOSTILE), "-k", "vllm"])
 
 
@@ -577,8 +584,7 @@ def ci(session: nox.Session) -> None:
 def long(session: nox.Session) -> None:
     """Long series: soak, load, 200 cycles of loading, the kit's proof over all of its rules."""
     once(session, lambda: install_all(session))
-    for name, value in LONG_SERIES.items():
-        session.env[name] = os.environ.get(name, value)
+    set_lengths(session)
     run_folders(session, ((folder, ("-m", "nightly or long")) for folder in TEST_FOLDERS))
 
 
