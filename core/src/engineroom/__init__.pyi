@@ -99,6 +99,7 @@ from .models.reloading import (
     reloading as reloading,
 )
 from .schemas import (
+    STRUCTURED_KINDS as STRUCTURED_KINDS,
     ChatMessage as ChatMessage,
     EmbeddingRequest as EmbeddingRequest,
     FinishReason as FinishReason,

@@ -32,7 +32,9 @@ from engineroom.field_types import (
 
 __all__ = [
     "FINISH_REASONS",
+    "MAX_GRAMMAR_CHARS",
     "MAX_STOP_CHARS",
+    "STRUCTURED_KINDS",
     "ChatMessage",
     "EmbeddingRequest",
     "FinishReason",
@@ -62,6 +64,10 @@ MAX_STOP_CHARS: Final = 16_384
 """Most characters that all stop sequences of a request may have together: the automaton that
 looks for them costs some hundred bytes a character, and a request may come from anyone."""
 
+MAX_GRAMMAR_CHARS: Final = 1_000_000
+"""Most characters of a regular expression, a grammar, or all choices together."""
+MAX_CHOICES: Final = 10_000
+
 
 class FrozenSchema(BaseModel):
     """A schema whose values do not change, and which refuses unknown fields."""
@@ -69,22 +75,48 @@ class FrozenSchema(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-class StructuredOutput(FewFields, FrozenSchema):
-    """What the text must match: exactly one of a JSON schema, a regular expression, a grammar."""
+STRUCTURED_KINDS: Final = ("json_schema", "json_object", "regex", "choice", "grammar")
+"""What a text may be asked to match, of which a request has one."""
 
-    json_schema: JsonObject | None = None
-    regex: NotEmpty | None = None
-    grammar: NotEmpty | None = None
+_Grammar = Annotated[Text, Field(min_length=1, max_length=MAX_GRAMMAR_CHARS)]
+
+
+class StructuredOutput(FewFields, FrozenSchema):
+    """What the text must match: exactly one of these."""
+
+    json_schema: JsonObject | bool | None = None
+    """JSON that is valid by this schema; its keys come in the schema's order."""
+    json_object: Literal[True] | None = None
+    """Any JSON object."""
+    regex: _Grammar | None = None
+    """A regular expression that the whole text matches."""
+    choice: (
+        Annotated[
+            list[Annotated[Text, Field(min_length=1)]],
+            Field(fail_fast=True, min_length=1, max_length=MAX_CHOICES),
+        ]
+        | None
+    ) = None
+    """One of these texts."""
+    grammar: _Grammar | None = None
+    """A grammar in Lark, as llguidance reads it, or in GBNF (its rules have ``::=``)."""
 
     @model_validator(mode="after")
     def _exactly_one(self) -> StructuredOutput:
-        present = [n for n in ("json_schema", "regex", "grammar") if getattr(self, n) is not None]
+        present = [name for name in STRUCTURED_KINDS if getattr(self, name) is not None]
         if len(present) != 1:
             raise ValueError(
-                "give exactly one of json_schema, regex and grammar; "
+                f"give exactly one of {', '.join(STRUCTURED_KINDS)}; "
                 + (f"got {' and '.join(present)}" if present else "got none of them")
             )
+        if sum(map(len, self.choice or ())) > MAX_GRAMMAR_CHARS:
+            raise ValueError(f"choice may have {MAX_GRAMMAR_CHARS} characters together")
         return self
+
+    @property
+    def kind(self) -> str:
+        """Which of them it is."""
+        return next(name for name in STRUCTURED_KINDS if getattr(self, name) is not None)
 
 
 class GenerationParams(FewFields, FrozenSchema):

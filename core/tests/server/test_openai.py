@@ -304,7 +304,6 @@ def test_models_are_listed(client):
     ("field", "value"),
     [
         ("tools", [{"type": "function", "function": {"name": "f"}}]),
-        ("response_format", {"type": "json_object"}),
         ("reasoning_effort", "high"),
         ("store", True),
         ("modalities", ["text", "audio"]),

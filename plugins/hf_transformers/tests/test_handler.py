@@ -15,6 +15,7 @@ import pytest
 from hf_benches import EXACT, NO_END, TEXT, Bench, ask, generate_threads
 
 from engineroom import (
+    STRUCTURED_KINDS,
     ChatMessage,
     GenerationParams,
     HandlerRegistry,
@@ -88,9 +89,10 @@ print(sorted({{"torch", "transformers", "tokenizers", "jinja2"}} & set(sys.modul
     assert done.stdout.strip() == "[]"
 
 
-def test_it_honours_all_but_structured_output() -> None:
+def test_it_honours_every_parameter() -> None:
     capabilities = HuggingFaceTransformersHandler().capabilities()
-    assert set(GenerationParams.model_fields) - capabilities.params == {"structured_output"}
+    assert capabilities.params == set(GenerationParams.model_fields)
+    assert capabilities.structured_output == set(STRUCTURED_KINDS)
     assert capabilities.chat
     assert capabilities.tools
 
@@ -171,7 +173,7 @@ async def test_explain_says_who_runs_the_model(
 @pytest.mark.parametrize(
     ("params", "said"),
     [
-        ({"structured_output": {"regex": "a+"}}, "structured_output"),
+        ({"structured_output": {"regex": "("}}, "structured_output cannot be honoured"),
         ({"logit_bias": {300: 1.0}}, "token 300; the model's tokens are 0 to 299"),
         ({"num_beams": 2, "logprobs": 1}, "logprobs cannot be told with num_beams"),
         ({"tools": [{"type": "function"}], "tool_choice": "required"}, "tool_choice 'required'"),

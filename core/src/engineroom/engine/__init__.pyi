@@ -15,6 +15,11 @@ from .beam_search import (
     BeamSearch as BeamSearch,
     Likeliest as Likeliest,
 )
+from .constraints import (
+    Constraint as Constraint,
+    GrammarCompiler as GrammarCompiler,
+    grammar_of as grammar_of,
+)
 from .decode_loop import (
     CPU_LOOP as CPU_LOOP,
     DecodeLoop as DecodeLoop,

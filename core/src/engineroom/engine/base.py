@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
+from engineroom.engine.constraints import GrammarCompiler
 from engineroom.handlers.base import HandlerHealth
 
 __all__ = ["Engine"]
@@ -14,7 +15,9 @@ class Engine(ABC):
     """A loaded model that runs, as :class:`EngineHandler` sees it; the engine sets its fields.
 
     One that generates text has ``request(request, tokens)``, which queues a request and returns
-    its :class:`~engineroom.EngineTask`. One that makes embeddings has ``embed(texts)``, an
+    its :class:`~engineroom.EngineTask`. Where the handler says that it honours structured output,
+    it takes a third argument, the request's :class:`~engineroom.engine.Constraint`, for its
+    sampler. One that makes embeddings has ``embed(texts)``, an
     ``async def`` from the token ids of texts to their vectors.
     """
 
@@ -27,6 +30,8 @@ class Engine(ABC):
     """Tokens that the model has."""
     memory_bytes: int
     """What the model takes, on all devices together."""
+    grammars: GrammarCompiler | None = None
+    """Compiles what answers must match, once a request asks for it."""
     longer_context: str = "load the model with a longer context"
     """How to get one: advice, read after "shorten the prompt, or"."""
 

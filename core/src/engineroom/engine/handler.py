@@ -19,6 +19,7 @@ from engineroom.config.model import LoadedModel, ModelConfig
 from engineroom.config.options import parse_options
 from engineroom.engine.background_load import BackgroundLoad
 from engineroom.engine.base import Engine
+from engineroom.engine.constraints import Constraint, GrammarCompiler
 from engineroom.errors import ConfigurationError, ModelNotFoundError
 from engineroom.generation.mailbox import Mailbox
 from engineroom.generation.steps import TokenStep
@@ -26,7 +27,7 @@ from engineroom.handlers.base import Embeddings, HandlerHealth
 from engineroom.handlers.token_handler import TokenHandler
 from engineroom.prompts.limits import check_prompt, check_token_ids
 from engineroom.prompts.reading import stop_reading, tokens_of, tokens_of_texts
-from engineroom.schemas import InferenceRequest
+from engineroom.schemas import InferenceRequest, StructuredOutput
 from engineroom.sources.source import find_source
 
 __all__ = ["EngineHandler"]
@@ -173,8 +174,18 @@ class EngineHandler(TokenHandler):
             engine.codec, request, tools, n_ctx=engine.n_ctx, advice=engine.longer_context
         )
         self.check(engine, request, tokens)
-        task = engine.request(request, tokens)
+        if (output := request.params.structured_output) is None:
+            task = engine.request(request, tokens)
+        else:
+            constraint = await self._constraint(engine, output)
+            task = engine.request(request, tokens, constraint)
         try:
             yield task.mailbox
         finally:
             engine.cancel(task)
+
+    async def _constraint(self, engine: Any, output: StructuredOutput) -> Constraint:
+        if engine.grammars is None:
+            engine.grammars = GrammarCompiler(engine.codec.model_tokens)
+        compiler: GrammarCompiler = engine.grammars
+        return await compiler.compile(output)

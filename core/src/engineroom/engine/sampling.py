@@ -20,6 +20,7 @@ from typing import Final, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from engineroom.engine.constraints import Constraint
 from engineroom.schemas import GenerationParams, TokenLogprob
 
 __all__ = [
@@ -82,9 +83,17 @@ class SamplerState:
 
     :param params: the request's parameters.
     :param prompt: token ids of the prompt, which ``repetition_penalty`` counts too.
+    :param constraint: what the next token may be; ``None``: anything.
     """
 
-    def __init__(self, params: GenerationParams, prompt: Sequence[int]) -> None:
+    def __init__(
+        self,
+        params: GenerationParams,
+        prompt: Sequence[int],
+        constraint: Constraint | None = None,
+    ) -> None:
+        self.constraint = constraint
+        self._places: dict[tuple[int, ...], Constraint] = {}
         self.greedy = params.greedy
         self.temperature = max(1.0 if params.temperature is None else params.temperature, _TINY)
         self.top_k = params.top_k or 0
@@ -143,11 +152,29 @@ class SamplerState:
         return 0.0 if self.greedy else float(self._random.random())
 
     def take(self, token: int) -> None:
-        """The token was chosen."""
+        """The token was chosen. :raises InferenceError: it does not fit the grammar."""
+        if self.constraint is not None:
+            self.constraint.take(token)
         if self.touches:
             self.counts[token] += 1
             if self.repetition != 1.0:
                 self._seen.add(token)
+
+    def constraint_after(self, generated: tuple[int, ...]) -> Constraint:
+        """The constraint behind these tokens, for a beam; kept for those that go on from there.
+
+        :raises InferenceError: they do not fit the grammar.
+        """
+        assert self.constraint is not None
+        if (known := self._places.get(generated)) is None:
+            parent = generated[:-1]
+            known = (self._places.get(parent) or self.constraint).copy()
+            for token in generated[len(parent) if parent in self._places else 0 :]:
+                known.take(token)
+            for old in [tokens for tokens in self._places if len(tokens) < len(parent)]:
+                del self._places[old]
+            self._places[generated] = known
+        return known
 
 
 class Sampler(SamplerState):
@@ -156,21 +183,34 @@ class Sampler(SamplerState):
     def sample(self, logits: Logits) -> int:
         """The next token. ``logits`` is not changed, and not kept.
 
+        Under a constraint, a token is drawn first, and another one of those that are allowed only
+        where that is refused: which is as likely to give each token as masking the others first.
+        Truncation, though, has to see the masked row.
+
         :raises NoNumbersError: they have no finite maximum.
+        :raises InferenceError: the constraint allows nothing.
         """
         row = self._adjusted(logits, self.seen) if self.touches else logits
+        constraint = self.constraint
+        if constraint is not None and not self.greedy and self.truncates:
+            row = _masked(row, constraint)
+        token = self._choose(row)
+        if constraint is not None and not constraint.allows(token):
+            token = self._choose(_masked(row, constraint))
+        self.take(token)
+        return token
+
+    def _choose(self, row: Logits) -> int:
         if self.greedy:
             token = int(row.argmax())  # of NaN, if there is one
             if not math.isfinite(row[token]):
                 raise NoNumbersError
-        elif not self.truncates:
-            token = _draw_from_all(_weights(row, _peak(row), self.temperature), self.draw())
-        else:
-            ids, weights = self._candidates(row)
-            cumulative = np.cumsum(weights)
-            token = int(ids[_place(cumulative, self.draw() * cumulative[-1])])
-        self.take(token)
-        return token
+            return token
+        if not self.truncates:
+            return _draw_from_all(_weights(row, _peak(row), self.temperature), self.draw())
+        ids, weights = self._candidates(row)
+        cumulative = np.cumsum(weights)
+        return int(ids[_place(cumulative, self.draw() * cumulative[-1])])
 
     def log_probabilities(self, logits: Logits, generated: Sequence[int]) -> Logits:
         """Log probabilities of the next token, with bias and penalties on them, for beam search.
@@ -182,6 +222,8 @@ class Sampler(SamplerState):
         """
         row: Logits = logits - _peak(logits)
         row -= np.float32(math.log(np.exp(row).sum(dtype=np.float64)))
+        if self.constraint is not None:
+            row = _masked(row, self.constraint_after(tuple(generated)))
         if not self.touches:
             return row
         self.counts = Counter(generated)
@@ -229,6 +271,12 @@ class Sampler(SamplerState):
             keep = weights >= self.min_p * weights[0]
             ids, weights = ids[keep], weights[keep]
         return ids, weights
+
+
+def _masked(row: Logits, constraint: Constraint) -> Logits:
+    """A copy in which only what is allowed is possible."""
+    masked: Logits = np.where(constraint.allowed()[: row.size], row, np.float32(-np.inf))
+    return masked
 
 
 def _peak(row: Logits) -> np.float32:

@@ -44,8 +44,8 @@ class Capabilities:
     :param chat: takes ``messages``.
     :param stop_sequences: honours ``stop_sequences``; every ``TokenHandler`` does.
     :param tools: honours ``tools`` and ``tool_choice``.
-    :param structured_output: kinds of ``structured_output`` that it honours, of
-        ``json_schema``, ``regex`` and ``grammar``.
+    :param structured_output: kinds of ``structured_output`` that it honours, of ``json_schema``,
+        ``json_object``, ``regex``, ``choice`` and ``grammar``.
     :param embeddings: has :meth:`InferenceHandler.embed`, for models that are made for it.
     :param adapters: honours ``adapter``, and refuses names that it does not know.
     :param prompt_token_ids: takes ``prompt_token_ids``, and refuses ids that the model has not.
@@ -71,12 +71,12 @@ class Capabilities:
         """Names of what ``request`` asks for and this handler cannot do, in a fixed order."""
         names = sorted(request.params.requested() - self.params)
         structured = request.params.structured_output
-        if structured is not None and "structured_output" not in names:
-            names += [
-                f"structured_output.{kind}"
-                for kind in ("json_schema", "regex", "grammar")
-                if getattr(structured, kind) is not None and kind not in self.structured_output
-            ]
+        if (
+            structured is not None
+            and "structured_output" not in names
+            and structured.kind not in self.structured_output
+        ):
+            names.append(f"structured_output.{structured.kind}")
         if request.messages is not None and not self.chat:
             names.append("messages")
         if request.prompt_token_ids is not None and not self.prompt_token_ids:

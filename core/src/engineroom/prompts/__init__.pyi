@@ -19,6 +19,9 @@ from .limits import (
 from .messages import (
     for_template as for_template,
 )
+from .model_tokens import (
+    ModelTokens as ModelTokens,
+)
 from .reading import (
     stop_reading as stop_reading,
     tokens_of as tokens_of,

@@ -6,8 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Final
 
+from engineroom.errors import ConfigurationError
 from engineroom.prompts.chat_template import ModelTemplates
 from engineroom.prompts.limits import check_text
+from engineroom.prompts.model_tokens import ModelTokens
 from engineroom.prompts.special_tokens import ControlTokens
 from engineroom.prompts.threads import PromptLane
 from engineroom.prompts.work import check_stopped, expect_tokens
@@ -127,6 +129,16 @@ class PromptCodec(ABC):
         :raises ConfigurationError: there is no chat template, or it refuses the messages.
         """
         return self._templates.choose(tools).render(messages, tools, **template_args)
+
+    def model_tokens(self) -> ModelTokens:
+        """The vocabulary as grammars need it. Takes a while: called once, in a thread.
+
+        :raises ConfigurationError: the bytes of its tokens are not known.
+        """
+        raise ConfigurationError(
+            "this runtime does not tell the bytes of a model's tokens; without them no structured "
+            "output can be had"
+        )
 
     def whole(self, text: str) -> list[int]:
         """Token ids of a text that is not to be continued, with all that the tokenizer writes

@@ -7,6 +7,7 @@ from typing import Any
 
 from engineroom.prompts.chat_template import ModelTemplates
 from engineroom.prompts.codec import PromptCodec
+from engineroom.prompts.model_tokens import ModelTokens
 from engineroom.prompts.special_tokens import ControlTokens
 from engineroom.prompts.token_bytes import bytes_of_token, decoder_kinds
 from engineroom.prompts.tokenizer_reader import TokenizerReader, surroundings
@@ -32,6 +33,7 @@ class TokenizerCodec(PromptCodec):
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self._reader = TokenizerReader(tokenizer)
+        self._ends = frozenset(end_ids)
         self.kinds = decoder_kinds(tokenizer)
         tokens = tokenizer.get_added_tokens_decoder()
         added = {number: str(token.content) for number, token in tokens.items()}
@@ -76,6 +78,16 @@ class TokenizerCodec(PromptCodec):
             piece = text.replace("▁", " ").encode() if known is None else known
             self._pieces[token] = piece
             return piece
+
+    def model_tokens(self) -> ModelTokens:
+        """See :meth:`.PromptCodec.model_tokens`."""
+        if not self.knows_bytes:
+            return super().model_tokens()
+        texts = self._tokenizer.get_added_tokens_decoder()
+        special = {n: str(token.content).encode() for n, token in texts.items() if token.special}
+        count = max(self._tokenizer.get_vocab().values(), default=-1) + 1
+        pieces = [special.get(n) or self.piece(n) for n in range(count)]
+        return ModelTokens(pieces, frozenset(special), sorted(self._ends), self.plain)
 
     def token_text(self, token: int) -> str:
         """A token's own text, special ones included, for log probabilities."""

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from copy import copy
 from typing import TYPE_CHECKING, Any, Final
 
-from engineroom import TokenStep
+from engineroom import EngineRoomError, TokenStep
 from engineroom.engine import MakeLogprob, NoNumbersError, SamplerState
 from engineroom_hf_transformers.attention import StepStoppedError, stopping
 from engineroom_hf_transformers.sampling import adjusted, choose, logprobs_of
@@ -217,6 +217,8 @@ class GenerateCall:
         task = self._task
         logits = scores.float()
         (token,) = choose(logits, [task.sampling])
+        if isinstance(token, EngineRoomError):
+            raise token
         if token is None:
             raise NoNumbersError("NaN or infinity for the next token")
         forced = torch.full_like(scores, float("-inf"))
@@ -241,6 +243,8 @@ class GenerateCall:
         import torch
 
         prompt = 1 if self._parts.kind == "encoder-decoder" else self._task.prompt_tokens
+        if self._task.sampling.constraint is not None:
+            scores = self._only_allowed(ids[:, prompt:], scores)
         if self._beam.touches:
             beams = [copy(self._beam) for _ in ids]
             for beam, tokens in zip(beams, ids[:, prompt:].tolist(), strict=True):
@@ -249,6 +253,17 @@ class GenerateCall:
         self._pause()
         if bool(torch.isnan(scores).any()):
             raise NoNumbersError("NaN for the next token")
+        return scores
+
+    def _only_allowed(self, generated: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """The scores, in which each beam has only what its constraint allows behind its tokens."""
+        import torch
+
+        scores = scores.clone()
+        for beam, tokens in enumerate(generated.tolist()):
+            place = self._task.sampling.constraint_after(tuple(tokens))
+            allowed = torch.from_numpy(place.allowed()[: scores.shape[-1]]).to(scores.device)
+            scores[beam].masked_fill_(~allowed, -torch.inf)
         return scores
 
 

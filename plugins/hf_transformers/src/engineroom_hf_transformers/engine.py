@@ -29,7 +29,7 @@ from engineroom import (
     request_logger,
     work_logger,
 )
-from engineroom.engine import SamplerState, Scheduler, StepBatch, logprob_maker
+from engineroom.engine import Constraint, SamplerState, Scheduler, StepBatch, logprob_maker
 from engineroom.sources import PoolingRecipe
 from engineroom_hf_transformers.attention import StepStoppedError
 from engineroom_hf_transformers.by_generate import GenerateCall, neutral
@@ -130,7 +130,12 @@ class HfEngine(BatchingEngine[Job]):
             )
         self.open()
 
-    def request(self, request: InferenceRequest, tokens: list[int]) -> Task:
+    def request(
+        self,
+        request: InferenceRequest,
+        tokens: list[int],
+        constraint: Constraint | None = None,
+    ) -> Task:
         """Queue a request; see :meth:`~engineroom.BatchingEngine.submit`."""
         params = request.params
         new = self.n_ctx if params.max_new_tokens is None else params.max_new_tokens
@@ -138,7 +143,7 @@ class HfEngine(BatchingEngine[Job]):
             request=request,
             tokens=list(tokens),
             prompt_tokens=len(tokens),
-            sampling=SamplerState(params, tokens),
+            sampling=SamplerState(params, tokens, constraint),
             decoder=self.codec.decoder(tokens),
             limit=min(len(tokens) + new, self.n_ctx),
             logprobs=params.logprobs,

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from engineroom import (
+    STRUCTURED_KINDS,
     Capabilities,
     ConfigurationError,
     EngineHandler,
@@ -28,7 +29,7 @@ __all__ = ["HuggingFaceTransformersHandler"]
 
 logger = logging.getLogger("engineroom.hf_transformers")
 
-_HONOURED: Final = frozenset(GenerationParams.model_fields) - {"structured_output"}
+_HONOURED: Final = frozenset(GenerationParams.model_fields)
 
 
 class HuggingFaceTransformersHandler(EngineHandler):
@@ -42,9 +43,14 @@ class HuggingFaceTransformersHandler(EngineHandler):
     options_class = HfTransformersOptions
 
     def capabilities(self) -> Capabilities:
-        """Everything but structured output; embeddings from models that are made for them."""
+        """Everything; embeddings from models that are made for them."""
         return Capabilities(
-            params=_HONOURED, chat=True, tools=True, embeddings=True, prompt_token_ids=True
+            params=_HONOURED,
+            chat=True,
+            tools=True,
+            structured_output=frozenset(STRUCTURED_KINDS),
+            embeddings=True,
+            prompt_token_ids=True,
         )
 
     def can_load(self, config: ModelConfig) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from engineroom import TokenLogprob
+from engineroom import EngineRoomError, TokenLogprob
 from engineroom.engine import BatchSlice, Choice, Chosen, MakeLogprob
 from engineroom_hf_transformers.sampling import choose, logprobs_of
 from engineroom_hf_transformers.step_errors import nonsense
@@ -40,18 +40,25 @@ class Outcomes:
         tokens = choose(logits, [task.sampling for task in tasks])
         logprobs = self._logprobs(logits, tasks, tokens)
         return [
-            nonsense() if token is None else Choice(token, logprobs.get(place))
+            nonsense()
+            if token is None
+            else Choice(token, logprobs.get(place))
+            if isinstance(token, int)
+            else token
             for place, token in enumerate(tokens)
         ]
 
     def _logprobs(
-        self, logits: torch.Tensor, tasks: Sequence[Task], tokens: Sequence[int | None]
+        self,
+        logits: torch.Tensor,
+        tasks: Sequence[Task],
+        tokens: Sequence[int | EngineRoomError | None],
     ) -> dict[int, TokenLogprob]:
         """Place → log probability, where a request asks for it and has a token."""
         chosen = {
             place: (token, task.logprobs)
             for place, (task, token) in enumerate(zip(tasks, tokens, strict=True))
-            if task.logprobs is not None and token is not None
+            if task.logprobs is not None and isinstance(token, int)
         }
         if not chosen:
             return {}

@@ -7,16 +7,18 @@ turn out to need.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engineroom import EngineRoomError
+
 if TYPE_CHECKING:
     import torch
 
-    from engineroom.engine import SamplerState
+    from engineroom.engine import Constraint, SamplerState
 
 TokenIds = NDArray[np.int64]
 
@@ -29,16 +31,82 @@ _TIES: Final = 32
 _HUGE: Final = float(np.finfo(np.float32).max)
 
 
-def choose(logits: torch.Tensor, rows: Sequence[SamplerState]) -> list[int | None]:
-    """The next token of each row.
+def choose(
+    logits: torch.Tensor, rows: Sequence[SamplerState]
+) -> list[int | EngineRoomError | None]:
+    """The next token of each row; under a constraint as :meth:`~engineroom.engine.Sampler.sample`.
 
     :param logits: rows × vocabulary, float32; not changed.
-    :returns: ``None`` for a row that has no finite maximum: the model computed nonsense.
+    :returns: ``None`` for a row that has no finite maximum: the model computed nonsense; an error
+        for one whose constraint allows nothing.
     """
-    import torch
-
     if any(row.touches for row in rows):
         logits = adjusted(logits, rows)
+    constraints = {i: row.constraint for i, row in enumerate(rows) if row.constraint is not None}
+    if not constraints:
+        tokens: list[int | EngineRoomError | None] = [*_choose(logits, rows)]
+    else:
+        tokens = _choose_allowed(logits, rows, constraints)
+    for place, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+        if isinstance(token, int):
+            try:
+                row.take(token)
+            except EngineRoomError as error:
+                tokens[place] = error
+    return tokens
+
+
+def _choose_allowed(
+    logits: torch.Tensor, rows: Sequence[SamplerState], constraints: Mapping[int, Constraint]
+) -> list[int | EngineRoomError | None]:
+    """Mask first where truncation has to see it, else only what was refused."""
+    first = [i for i in constraints if rows[i].truncates and not rows[i].greedy]
+    logits, errors = _masked(logits, {i: constraints[i] for i in first})
+    tokens: list[int | EngineRoomError | None] = [*_choose(logits, rows)]
+    for i, error in errors.items():
+        tokens[i] = error
+    refused = []
+    for i, constraint in constraints.items():
+        token = tokens[i]
+        if isinstance(token, int) and not constraint.allows(token):
+            refused.append(i)
+    if refused:
+        part, errors = _masked(
+            _pick(logits, refused), {n: constraints[i] for n, i in enumerate(refused)}
+        )
+        again = _choose(part, [rows[i] for i in refused])
+        for n, (i, token) in enumerate(zip(refused, again, strict=True)):
+            tokens[i] = errors.get(n, token)
+    return tokens
+
+
+def _masked(
+    logits: torch.Tensor, constraints: Mapping[int, Constraint]
+) -> tuple[torch.Tensor, dict[int, EngineRoomError]]:
+    """A copy in whose rows only what is allowed is possible, and rows that allow nothing."""
+    import torch
+
+    errors: dict[int, EngineRoomError] = {}
+    if not constraints:
+        return logits, errors
+    logits = logits.clone()
+    for place, constraint in constraints.items():
+        try:
+            allowed = constraint.allowed()[: logits.shape[-1]]
+        except EngineRoomError as error:
+            errors[place] = error
+            continue
+        if logits.device.type == "cpu":  # 30 µs a row, where torch takes 200
+            np.copyto(logits[place].numpy(), -np.inf, where=~allowed)
+        else:
+            forbidden = torch.from_numpy(~allowed).to(logits.device)
+            logits[place].masked_fill_(forbidden, -torch.inf)
+    return logits, errors
+
+
+def _choose(logits: torch.Tensor, rows: Sequence[SamplerState]) -> list[int | None]:
+    import torch
+
     chosen: list[int | None] = [None] * len(rows)
     peaks = logits.amax(dim=-1)
     sound = torch.isfinite(peaks).tolist()
@@ -58,9 +126,6 @@ def choose(logits: torch.Tensor, rows: Sequence[SamplerState]) -> list[int | Non
             cut, _draw_cut(_pick(logits, cut), [rows[i] for i in cut]), strict=True
         ):
             chosen[i] = token
-    for row, choice in zip(rows, chosen, strict=True):
-        if choice is not None:
-            row.take(choice)
     return chosen
 
 

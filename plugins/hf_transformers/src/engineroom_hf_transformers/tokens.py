@@ -11,6 +11,7 @@ from engineroom import ChatMessage
 from engineroom.prompts import (
     ControlTokens,
     ModelTemplates,
+    ModelTokens,
     PromptCodec,
     TokenizerReader,
     surroundings,
@@ -89,6 +90,14 @@ class Vocabulary(PromptCodec):
         self._encoder = encoder
         self._texts: dict[int, str] = {}
         self._pieces = Pieces.of(self._backend, self._special)
+
+    def model_tokens(self) -> ModelTokens:
+        """See :meth:`~engineroom.prompts.PromptCodec.model_tokens`."""
+        if self._pieces is None:
+            return super().model_tokens()
+        special = {t: self._added.get(t, "").encode() for t in self._special}
+        pieces = [special.get(t) or self._pieces[t] for t in range(self.n_vocab)]
+        return ModelTokens(pieces, frozenset(self._special), sorted(self.end_ids), self.plain)
 
     def ends(self, token_id: int) -> bool:
         """Whether this token ends a generation."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from engineroom import TokenStep
@@ -44,7 +45,8 @@ class Beams:
             logits = self._context.logits(part.first + place)
             logprobs = task.sampler.log_probabilities(logits, beam.tokens)
             count = min(search.candidates, logprobs.size)
-            likeliest.append([(int(i), float(logprobs[i])) for i in largest(logprobs, count)])
+            choices = [(int(i), float(logprobs[i])) for i in largest(logprobs, count)]
+            likeliest.append([choice for choice in choices if choice[1] > -math.inf])
         if search.advance(likeliest):
             self._follow(task, [beam.parent for beam in search.running])
             return None

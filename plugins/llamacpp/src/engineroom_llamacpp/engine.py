@@ -31,12 +31,21 @@ from engineroom import (
     BatchingEngine,
     ConfigurationError,
     DecodeLoop,
+    EngineRoomError,
     HandlerHealth,
     InferenceError,
     InferenceRequest,
     request_logger,
 )
-from engineroom.engine import BatchSlice, BeamSearch, NoNumbersError, Sampler, Scheduler, StepBatch
+from engineroom.engine import (
+    BatchSlice,
+    BeamSearch,
+    Constraint,
+    NoNumbersError,
+    Sampler,
+    Scheduler,
+    StepBatch,
+)
 from engineroom_llamacpp.beams import Beams
 from engineroom_llamacpp.context import LlamaContext, SavedSequence
 from engineroom_llamacpp.drafting import make_drafter
@@ -128,7 +137,12 @@ class LlamaEngine(BatchingEngine[Task]):
         """How often a request gave its cells back to let another go on."""
         self.open()
 
-    def request(self, request: InferenceRequest, tokens: list[int]) -> Task:
+    def request(
+        self,
+        request: InferenceRequest,
+        tokens: list[int],
+        constraint: Constraint | None = None,
+    ) -> Task:
         """Queue a request; see :meth:`~engineroom.BatchingEngine.submit`."""
         params = request.params
         room = self.n_ctx - len(tokens)
@@ -142,14 +156,14 @@ class LlamaEngine(BatchingEngine[Task]):
                 beams,
                 new,
                 self._outcomes.ends,
-                self.model.end_tokens,
+                len(self.model.ends),
                 early_stopping=bool(params.early_stopping),
             )
         return self.submit(
             Task(
                 tokens=list(tokens),
                 prompt_tokens=len(tokens),
-                sampler=Sampler(params, tokens),
+                sampler=Sampler(params, tokens, constraint),
                 limit=len(tokens) + new,
                 logprobs=params.logprobs,
                 cache_scope=request.cache_scope,
@@ -348,6 +362,9 @@ class LlamaEngine(BatchingEngine[Task]):
             step = self._beams.advance(part)
         except NoNumbersError:
             results.without_numbers.append(task)
+        except EngineRoomError as error:
+            task.cache_invalid = True
+            results.add(task, error)
         except Exception as error:
             task.log.exception("a token could not be chosen")
             task.cache_invalid = True

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from engineroom import (
+    STRUCTURED_KINDS,
     Capabilities,
     ConfigurationError,
     EngineHandler,
@@ -29,7 +30,7 @@ __all__ = ["LlamaCppHandler"]
 
 logger = logging.getLogger("engineroom.llamacpp")
 
-_HONOURED: Final = frozenset(GenerationParams.model_fields) - {"structured_output"}
+_HONOURED: Final = frozenset(GenerationParams.model_fields)
 
 
 class LlamaCppHandler(EngineHandler):
@@ -43,11 +44,16 @@ class LlamaCppHandler(EngineHandler):
     options_class = LlamaCppOptions
 
     def capabilities(self) -> Capabilities:
-        """Everything but structured output and tools; embeddings from models that
-        are made for them, and adapters that the options give a name.
+        """Everything; embeddings from models that are made for them, and adapters that the options
+        give a name.
         """
         return Capabilities(
-            params=_HONOURED, chat=True, embeddings=True, adapters=True, prompt_token_ids=True
+            params=_HONOURED,
+            chat=True,
+            structured_output=frozenset(STRUCTURED_KINDS),
+            embeddings=True,
+            adapters=True,
+            prompt_token_ids=True,
         )
 
     def is_native(self, path: Path) -> bool:

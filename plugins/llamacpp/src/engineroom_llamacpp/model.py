@@ -17,6 +17,7 @@ from engineroom.prompts import (
     ControlTokens,
     LeastTokens,
     ModelTemplates,
+    ModelTokens,
     PromptCodec,
     expect_tokens,
 )
@@ -87,8 +88,8 @@ class LlamaModel(PromptCodec):
             """Tokens that the layers with a sliding window look back on; 0: there are none."""
             is_end = library.llama_vocab_is_eog
             ends = {token for token in range(self.n_vocab) if is_end(self._vocab, token)}
-            self.end_tokens = len(ends)
-            """How many tokens end the generation."""
+            self.ends = frozenset(ends)
+            """Tokens that end the generation."""
             kind = library.llama_vocab_type(self._vocab)
             self._has_expressions = kind == library.LLAMA_VOCAB_TYPE_BPE
             bos = int(library.llama_vocab_bos(self._vocab))
@@ -282,6 +283,12 @@ class LlamaModel(PromptCodec):
             ends = self.library.llama_vocab_is_eog(self._vocab, token)
             piece = self._pieces[token] = END if ends else self._render(token, special=False)
             return piece
+
+    def model_tokens(self) -> ModelTokens:
+        """See :meth:`~engineroom.prompts.PromptCodec.model_tokens`."""
+        pieces = [self._render(token, special=True) for token in range(self.n_vocab)]
+        special = frozenset(t for t in range(self.n_vocab) if t in self._control)
+        return ModelTokens(pieces, special | frozenset(self.ends), sorted(self.ends), self.plain)
 
     def token_text(self, token: int) -> str:
         """A token's own text, special ones included, for log probabilities."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engineroom import InferenceError
+from engineroom import EngineRoomError, InferenceError
 from engineroom.engine import (
     BatchSlice,
     Choice,
@@ -46,6 +46,8 @@ class Outcomes:
             return Choice(token, self._make_logprob(token, own, best))
         except NoNumbersError:
             return None
+        except EngineRoomError as error:
+            return error
         except Exception as error:
             task.log.exception("a token could not be chosen")
             return not_chosen(error)

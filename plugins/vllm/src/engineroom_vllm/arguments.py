@@ -58,6 +58,8 @@ def engine_arguments(
         "logprobs_mode": "raw_logprobs",
         "max_logprobs": _MOST_LOGPROBS,
         "scheduling_policy": "priority",
+        # The one that reads our grammars; left to itself, vLLM takes another one first.
+        "structured_outputs_config": {"backend": "guidance"},
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }

@@ -23,7 +23,7 @@ from engineroom import (
     TokenStep,
     turn_of,
 )
-from engineroom.engine import Engine, Likeliest
+from engineroom.engine import Engine, Likeliest, grammar_of
 from engineroom.prompts import check_adapter, check_prompt, check_texts, check_token_ids
 from engineroom_vllm.beams import search
 from engineroom_vllm.folder import ModelFolder
@@ -260,6 +260,7 @@ class VLLMEngine(Engine):
             # vLLM goes through it on the event loop: for one of them, then for other events.
             async with self._one_large_bias:
                 await asyncio.sleep(0)
+        output = request.params.structured_output
         arguments = sampling_arguments(
             request.params,
             room=self.n_ctx - len(tokens),
@@ -268,7 +269,7 @@ class VLLMEngine(Engine):
         )
         sampling = self._library.sampling(
             arguments,
-            request.params.structured_output,
+            None if output is None else await grammar_of(output),
             detokenize=not self.codec.knows_bytes,
         )
         first = True

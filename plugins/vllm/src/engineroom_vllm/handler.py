@@ -7,9 +7,10 @@ import logging
 from collections.abc import AsyncGenerator, Collection, Mapping
 from contextlib import aclosing
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar
 
 from engineroom import (
+    STRUCTURED_KINDS,
     Capabilities,
     ConfigurationError,
     EngineHandler,
@@ -34,8 +35,6 @@ __all__ = ["VLLMHandler"]
 
 logger = logging.getLogger("engineroom.vllm")
 
-_KINDS: Final = frozenset({"json_schema", "regex", "grammar"})
-
 
 class VLLMHandler(EngineHandler):
     """Runs Hugging Face models with vLLM, many requests at a time, in processes of its own.
@@ -54,7 +53,7 @@ class VLLMHandler(EngineHandler):
         return Capabilities(
             params=frozenset(GenerationParams.model_fields),
             chat=True,
-            structured_output=_KINDS,
+            structured_output=frozenset(STRUCTURED_KINDS),
             adapters=True,
             embeddings=True,
             prompt_token_ids=True,

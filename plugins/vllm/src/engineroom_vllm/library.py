@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, Final
 
-from engineroom import Border, ConfigurationError, StructuredOutput, did_you_mean
+from engineroom import Border, ConfigurationError, did_you_mean
 
 __all__ = [
     "CONTEXT_FUNCTION",
@@ -248,16 +248,17 @@ class Library:
     def sampling(
         self,
         arguments: Mapping[str, Any],
-        structured: StructuredOutput | None = None,
+        grammar: str | None = None,
         *,
         detokenize: bool = False,
     ) -> Any:
-        """``SamplingParams`` that give only what is new, and stop tokens with their text."""
+        """``SamplingParams`` that give only what is new, and stop tokens with their text.
+
+        :param grammar: what the text must match, in Lark.
+        """
         params = dict(arguments)
-        if structured is not None:
-            params["structured_outputs"] = self._structured(
-                json=structured.json_schema, regex=structured.regex, grammar=structured.grammar
-            )
+        if grammar is not None:
+            params["structured_outputs"] = self._structured(grammar=grammar)
         return self._sampling_params(
             **params,
             output_kind=self._delta,

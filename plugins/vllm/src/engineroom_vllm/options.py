@@ -168,6 +168,7 @@ OWN_ARGUMENTS: Final = {
     "logprobs_mode": "engineroom reports log probabilities as the model gave them",
     "logits_processors": "they would change what engineroom's parameters mean",
     "scheduling_policy": "requests have priorities",
+    "structured_outputs_config": "grammars are those of llguidance, as on every runtime",
     "skip_tokenizer_init": "a model without a tokenizer generates no text",
 }
 """Arguments of the engine that ``engine_args`` may not have, and what to do instead."""

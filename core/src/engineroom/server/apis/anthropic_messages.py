@@ -23,6 +23,11 @@ from engineroom.server.apis.request_fields import (
     text_of,
 )
 from engineroom.server.apis.routing import SSE, work_route
+from engineroom.server.apis.structured_fields import (
+    AnthropicOutputConfig,
+    check_neutral,
+    structured_output,
+)
 from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ApiError, ErrorBody
 from engineroom.server.http.exchange import Writer, respond
@@ -66,6 +71,7 @@ class MessagesRequest(Sampling):
     top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     stop_sequences: StopList | None = None
     metadata: dict[str, Any] | None = None
+    output_config: AnthropicOutputConfig | None = None
 
     RENAMED: ClassVar[Mapping[str, str]] = {"model_id": "model", "max_new_tokens": "max_tokens"}
     COUNTED: ClassVar[Collection[str]] = ("messages", "system")
@@ -73,7 +79,6 @@ class MessagesRequest(Sampling):
         "tools": ([],),
         "tool_choice": ({"type": "none"}, {"type": "auto"}),
         "thinking": ({"type": "disabled"},),
-        "output_config": ({},),
         "container": (),
         "mcp_servers": ([],),
         "service_tier": ("auto", "standard_only"),
@@ -157,7 +162,11 @@ def _request(call: Call, request: MessagesRequest) -> InferenceRequest:
     system: list[ChatMessage] = []
     if (text := text_of(request.system, "system")) is not None:
         system.append(chat_message("system", text, "system"))
-    params = {"max_new_tokens": request.max_tokens}
+    config = request.output_config or AnthropicOutputConfig()
+    check_neutral(config.effort, None, "output_config.effort")
+    schema = None if config.format is None else config.format.schema_
+    output = structured_output({"output_config": {"json_schema": schema}})
+    params = {"max_new_tokens": request.max_tokens, "structured_output": output}
     return build(
         call,
         request,

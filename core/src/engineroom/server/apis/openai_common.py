@@ -14,12 +14,16 @@ from engineroom.field_types import LogitBias, either
 from engineroom.schemas import InferenceRequest, InferenceResponse, TokenLogprob
 from engineroom.server.apis.request_fields import (
     Number,
-    Sampling,
     StopList,
     StreamOptions,
     build,
     params_of,
     request_id,
+)
+from engineroom.server.apis.structured_fields import (
+    ResponseFormat,
+    StructuredSampling,
+    structured_output,
 )
 from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ApiError, OpenAIError
@@ -43,7 +47,7 @@ _SEED_STEP: Final = 0x9E3779B97F4A7C15
 """Between the seeds of several answers; the first has the one that was asked for."""
 
 
-class OpenAISampling(Sampling):
+class OpenAISampling(StructuredSampling):
     """What all of OpenAI's APIs have."""
 
     stream_options: StreamOptions | None = None
@@ -57,6 +61,7 @@ class OpenAISampling(Sampling):
 class OpenAIRequest(OpenAISampling):
     """What both of OpenAI's older APIs have."""
 
+    response_format: ResponseFormat | None = None
     stop: (
         Annotated[
             Annotated[str, Tag("(text)")] | Annotated[StopList, Tag("(texts)")],
@@ -143,6 +148,9 @@ def requests_for(
     n = request.n or 1
     check_choices(call, n * len(inputs))
     seed, stop = request.seed, request.stop or None
+    form = request.response_format
+    asked = {"response_format": form.asked("response_format") if form else {}}
+    params = {**params, "structured_output": structured_output(asked | request.extensions())}
     first = params_of(call, request, params, {"temperature": None, "max_new_tokens": max_tokens})
     choices = [first]
     for choice in range(1, n):

@@ -23,6 +23,11 @@ from engineroom.server.apis.request_fields import (
     parse,
 )
 from engineroom.server.apis.routing import SSE, work_route
+from engineroom.server.apis.structured_fields import (
+    TextConfig,
+    check_neutral,
+    structured_output,
+)
 from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ApiError
 from engineroom.server.http.exchange import Writer, respond
@@ -55,6 +60,7 @@ class ResponsesRequest(OpenAISampling):
     """Without it, until the context is full."""
     metadata: dict[str, Any] | None = None
     safety_identifier: str | None = None
+    text: TextConfig | None = None
     parallel_tool_calls: bool | None = None
     """Said back; there are no tools."""
 
@@ -66,11 +72,6 @@ class ResponsesRequest(OpenAISampling):
     REFUSED: ClassVar[Mapping[str, Collection[Any]]] = {
         "tools": ([],),
         "tool_choice": ("none", "auto"),
-        "text": (
-            {},
-            {"format": {"type": "text"}},
-            {"format": {"type": "text"}, "verbosity": "medium"},
-        ),
         "reasoning": ({}, {"effort": "none"}),
         "previous_response_id": (),
         "conversation": (),
@@ -165,7 +166,7 @@ class Response(Answer, kw_only=True):
     service_tier: Literal["default"] = "default"
     store: Not = False
     temperature: float
-    text: dict[str, dict[str, str]]
+    text: dict[str, Any]
     tool_choice: Literal["auto"] = "auto"
     tools: tuple[Any, ...] = ()
     top_p: float
@@ -191,7 +192,11 @@ def _request(call: Call, request: ResponsesRequest) -> InferenceRequest:
         messages.append(chat_message("user", request.input, "input"))
     else:
         messages += conversation(request.input, "input", _INPUT_KINDS)
-    params = {"max_new_tokens": request.max_output_tokens}
+    text = request.text or TextConfig()
+    check_neutral(text.verbosity, "medium", "text.verbosity")
+    asked = {"text.format": text.format.asked("text.format") if text.format else {}}
+    output = structured_output(asked | request.extensions())
+    params = {"max_new_tokens": request.max_output_tokens, "structured_output": output}
     absent = {"temperature": None, "max_new_tokens": None}
     return build(call, request, params_of(call, request, params, absent), messages=messages)
 
@@ -215,6 +220,10 @@ class ResponsesWriter(Writer):
         self._item_id = f"msg_{call.id}"
         self._created = int(time.time())
         self._request = request
+        form = request.text.format if request.text else None
+        self._format = (
+            {"type": "text"} if form is None else form.model_dump(by_alias=True, exclude_unset=True)
+        )
         self._number = 0
         self._part = {"item_id": self._item_id, "output_index": 0, "content_index": 0}
         kind = "response.output_text.delta"
@@ -290,7 +299,7 @@ class ResponsesWriter(Writer):
             parallel_tool_calls=request.parallel_tool_calls is not False,
             reasoning={"effort": None, "summary": None},
             temperature=1.0 if request.temperature is None else request.temperature,
-            text={"format": {"type": "text"}},
+            text={"format": self._format},
             top_p=1.0 if request.top_p is None else request.top_p,
             usage=None if answer is None else _usage(answer),
             user=request.user,

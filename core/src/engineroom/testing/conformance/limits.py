@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final
 
+from engineroom.schemas import STRUCTURED_KINDS
 from engineroom.testing.conformance.base import Checks, check
 from engineroom.testing.conformance.bench import again, refused, said
 from engineroom.testing.conformance.kit import Kit
@@ -40,6 +41,8 @@ _SCHEMA: Final = {
     "required": ["ok"],
     "additionalProperties": False,
 }
+_JSON: Final = ("json_schema", "json_object")
+"""Kinds whose text may be cut, for a small model may write on for ever."""
 _GRAMMAR: Final = 'root ::= "yes" | "no"'
 _FILLED: Final = 1 << 14
 """Tokens of the largest context that is filled: with more, a slow model reads for minutes."""
@@ -205,10 +208,16 @@ class LimitChecks(Checks):
         if not kinds:
             broken(
                 did="capabilities()",
-                expected="the kinds of structured_output, of json_schema, regex and grammar",
+                expected=f"the kinds of structured_output, of {', '.join(STRUCTURED_KINDS)}",
                 saw="structured_output among params, and no kind",
             )
-        values = {"regex": _PATTERN, "json_schema": _SCHEMA, "grammar": _GRAMMAR}
+        values = {
+            "regex": _PATTERN,
+            "json_schema": _SCHEMA,
+            "grammar": _GRAMMAR,
+            "choice": ["yes", "no"],
+            "json_object": True,
+        }
         for kind in filter(kinds.__contains__, values):
             params = {"structured_output": {kind: values[kind]}}
             request = kit.likely("Is the sky blue? Answer: ", 96, params=params)
@@ -218,15 +227,17 @@ class LimitChecks(Checks):
             if cut:
                 expected = "the end of the text once it matches"
                 saw = f"{response.generated_tokens} tokens: {text!r}"
-            if (kind != "json_schema") if cut else not _matches(kind, text):
+            if (kind not in _JSON) if cut else not _matches(kind, text):
                 broken(did=f"infer({said(request)})", expected=expected, saw=saw)
 
 
 def _matches(kind: str, text: str) -> bool:
-    if kind != "json_schema":
+    if kind not in _JSON:
         return re.fullmatch(_PATTERN, text) is not None
     try:
         value = json.loads(text)
     except ValueError:
         return False
-    return isinstance(value, dict) and set(value) == {"ok"} and isinstance(value["ok"], bool)
+    if not isinstance(value, dict) or kind == "json_object":
+        return isinstance(value, dict)
+    return set(value) == {"ok"} and isinstance(value["ok"], bool)

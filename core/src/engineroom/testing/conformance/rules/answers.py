@@ -171,8 +171,8 @@ PARAMETERS: Final = {
     ),
     "structured-output": Rule(
         "structured_output is honoured",
-        "The text matches the regular expression, the JSON schema or the grammar that was given, "
-        "for each kind that capabilities() claims.",
+        "The text matches what was given, a JSON schema, any JSON object, a regular expression, "
+        "one of several texts or a grammar, for each kind that capabilities() claims.",
     ),
 }
 

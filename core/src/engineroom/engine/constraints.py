@@ -1,0 +1,227 @@
+"""What a request's next token may be: grammars compiled by llguidance, and where each request is.
+
+A :class:`GrammarCompiler` belongs to a model: it has the vocabulary in llguidance's form, made
+when the first request needs it, and keeps what it has compiled. A :class:`Constraint` belongs to a
+request. It is asked about one token, or for all that are possible, and told what was chosen.
+
+Most tokens that a model likes best are possible. So a sampler draws first, asks about that token
+alone (some microseconds), and masks the others only where it is refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any, Final, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engineroom.errors import ConfigurationError, InferenceError
+from engineroom.generation.grammars import grammar_text, missing_library
+from engineroom.prompts.model_tokens import ModelTokens
+from engineroom.schemas import StructuredOutput
+
+__all__ = ["Constraint", "GrammarCompiler", "grammar_of"]
+
+_T = TypeVar("_T")
+
+MAX_COMPILED_CHARS: Final = 4_000_000
+"""Characters of the grammars that a model's compiled ones are kept for; the oldest go first."""
+_COMPILE_FUEL: Final = 4_000_000
+"""Of llguidance's, some 50,000 a millisecond: bounds the compiling of one grammar."""
+_LARGEST_GRAMMAR: Final = 200_000
+"""Symbols of a compiled grammar."""
+
+
+class Constraint:
+    """Where one request is in its grammar. Used by one thread at a time."""
+
+    __slots__ = ("_ends", "_matcher", "_width")
+
+    def __init__(self, matcher: Any, width: int, ends: frozenset[int]) -> None:
+        self._matcher = matcher
+        self._width = width
+        self._ends = ends
+
+    @property
+    def complete(self) -> bool:
+        """Whether the text may end here."""
+        return bool(self._matcher.is_accepting())
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing may follow but the end."""
+        return bool(self._matcher.is_stopped())
+
+    def allows(self, token: int) -> bool:
+        """Whether a token may come next."""
+        if token in self._ends:
+            return self.complete
+        return not self.ended and self._matcher.validate_tokens([token]) == 1
+
+    def allowed(self) -> NDArray[np.bool_]:
+        """Which tokens may come next, one value a logit.
+
+        :raises InferenceError: the grammar is too complex to go on.
+        """
+        mask = np.zeros(self._width, np.bool_)
+        if not self.ended:
+            bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+            bits = np.unpackbits(bits, count=self._width, bitorder="little")
+            mask[: bits.size] = bits
+        self._check()
+        mask[list(self._ends)] = self.complete
+        if not mask.any():
+            raise InferenceError(
+                "the grammar lets nothing follow, and the text is not complete; change it"
+            )
+        return mask
+
+    def take(self, token: int) -> None:
+        """A token was chosen, one that is allowed.
+
+        :raises InferenceError: it is not.
+        """
+        if token not in self._ends and self._matcher.try_consume_tokens([token]) != 1:
+            self._check()
+            raise InferenceError(f"token {token} does not fit the grammar")
+
+    def undo(self, count: int) -> None:
+        """Take the last ``count`` tokens back, none of which ended the text."""
+        if count and not self._matcher.rollback(count):
+            self._check()
+            raise InferenceError("the grammar cannot be set back")
+
+    def copy(self) -> Constraint:
+        """Another one at the same place, for a beam; takes less than a tenth of a millisecond."""
+        return Constraint(self._matcher.deep_copy(), self._width, self._ends)
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise InferenceError(
+                f"the grammar became too complex at this place of the text: "
+                f"{_first_line(self._matcher.get_error())}; simplify it"
+            )
+
+
+class GrammarCompiler:
+    """Compiles a model's grammars, in a thread, and keeps them.
+
+    :param tokens: gives the model's vocabulary; called once, in the thread.
+    """
+
+    def __init__(self, tokens: Callable[[], ModelTokens]) -> None:
+        self._tokens = tokens
+        self._vocabulary: tuple[Any, int, frozenset[int]] | None = None
+        self._compiled: OrderedDict[str, Any] = OrderedDict()
+        self._kept = 0  # characters
+        self._lock = threading.Lock()
+
+    async def compile(self, output: StructuredOutput) -> Constraint:
+        """What a text must match, at its beginning. What is compiling goes on where nobody waits
+        any more: it is bounded, and the next request finds it.
+
+        :raises ConfigurationError: it is not valid, or too large; or llguidance is not installed.
+        """
+        known = await _in_thread(lambda: self._compile(grammar_text(output)))
+        assert self._vocabulary is not None
+        _, width, ends = self._vocabulary
+        return Constraint(known.deep_copy(), width, ends)
+
+    def _known(self, grammar: str) -> Any:
+        with self._lock:
+            if (matcher := self._compiled.get(grammar)) is not None:
+                self._compiled.move_to_end(grammar)
+            return matcher
+
+    def _compile(self, grammar: str) -> Any:
+        if (known := self._known(grammar)) is not None:
+            return known
+        try:
+            from llguidance import LLMatcher, LLParserLimits
+        except ImportError as error:
+            raise missing_library(error) from error
+        tokenizer, _, _ = self._table()
+        limits = LLParserLimits(
+            initial_lexer_fuel=_COMPILE_FUEL,
+            max_grammar_size=_LARGEST_GRAMMAR,
+            verbose_errors=False,
+        )
+        matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
+        if matcher.is_error():
+            raise ConfigurationError(
+                f"structured_output cannot be honoured: {_first_line(matcher.get_error())}"
+            )
+        matcher.compute_bitmask()  # the first one is the dearest, and is kept with the grammar
+        with self._lock:
+            if grammar not in self._compiled:
+                self._compiled[grammar] = matcher
+                self._kept += len(grammar)
+                while self._kept > MAX_COMPILED_CHARS and len(self._compiled) > 1:
+                    oldest, _ = self._compiled.popitem(last=False)
+                    self._kept -= len(oldest)
+        return matcher
+
+    def _table(self) -> tuple[Any, int, frozenset[int]]:
+        with self._lock:
+            if self._vocabulary is None:
+                self._vocabulary = _vocabulary(self._tokens())
+            return self._vocabulary
+
+
+def _vocabulary(tokens: ModelTokens) -> tuple[Any, int, frozenset[int]]:
+    """The vocabulary in llguidance's form, how many logits it has, and what ends a text."""
+    from llguidance import LLTokenizer, TokenizerWrapper
+
+    if not tokens.ends:
+        raise ConfigurationError("the model has no token that ends a text; a grammar needs one")
+    width = len(tokens.pieces)
+    table = LLTokenizer(
+        TokenizerWrapper(_Tokens(tokens)), n_vocab=width, eos_token=list(tokens.ends)
+    )
+    return table, width, frozenset(tokens.ends)
+
+
+class _Tokens:
+    """A vocabulary as llguidance asks for it."""
+
+    def __init__(self, tokens: ModelTokens) -> None:
+        self.eos_token_id = tokens.ends[0]
+        self.bos_token_id = None
+        self.tokens = list(tokens.pieces)
+        self.special_token_ids = sorted(tokens.special)
+        self._encode = tokens.encode
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        return self._encode(text if isinstance(text, str) else text.decode())
+
+
+def _first_line(message: str) -> str:
+    """What is wrong, without the grammar, which a message must not repeat at length."""
+    return (message.strip().splitlines() or ["?"])[0][:300]
+
+
+async def grammar_of(output: StructuredOutput) -> str:
+    """The grammar of what a request asks for, in Lark, for a runtime that compiles it itself.
+
+    :raises ConfigurationError: it cannot be one.
+    """
+    return await _in_thread(lambda: grammar_text(output))
+
+
+async def _in_thread(work: Callable[[], _T]) -> _T:
+    """Do what takes long for a large grammar where it does not hold the event loop."""
+    return await asyncio.get_running_loop().run_in_executor(_threads(), work)
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    """Two: a grammar that takes long does not keep all others waiting, and few take the CPU of
+    those that decode.
+    """
+    return ThreadPoolExecutor(2, thread_name_prefix="engineroom-grammars")

@@ -1,0 +1,131 @@
+"""What a text must match, as one grammar in Lark, which llguidance reads. Pure text.
+
+Everything that constrains a text becomes such a grammar: a JSON schema, a regular expression,
+choices, a grammar in Lark or GBNF. So there is one thing to compile, to keep and to hand to a
+runtime that compiles by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, Final
+
+from engineroom.errors import ConfigurationError
+from engineroom.schemas import MAX_GRAMMAR_CHARS, StructuredOutput
+
+__all__ = ["MAX_GRAMMAR_DEPTH", "grammar_text", "is_gbnf", "json_rule", "missing_library"]
+
+MAX_GRAMMAR_DEPTH: Final = 64
+"""Most levels of mappings and lists in a JSON schema."""
+_WHITESPACE: Final = r"[ \n]{0,2}"
+"""Between the tokens of JSON. Bounded: a small model writes blanks until it is stopped."""
+_GBNF_RULE: Final = re.compile(r"^\s*[A-Za-z][A-Za-z0-9_-]*\s*::=", re.MULTILINE)
+_ESCAPED: Final = re.compile(r"\\.|[/\n]", re.DOTALL)
+_HEAD: Final = "%llguidance {}\n"
+
+
+def grammar_text(output: StructuredOutput) -> str:
+    """The grammar of what a request asks for.
+
+    :raises ConfigurationError: it cannot be one; names what is wrong with it.
+    """
+    text = _text(output)
+    if len(text) > MAX_GRAMMAR_CHARS:
+        raise ConfigurationError(
+            f"structured_output has {len(text)} characters; {MAX_GRAMMAR_CHARS} are the most"
+        )
+    return text
+
+
+def _text(output: StructuredOutput) -> str:
+    if output.grammar is not None:
+        return _own(output.grammar)
+    if output.regex is not None:
+        return f"{_HEAD}start: /{_regex(output.regex)}/\n"
+    if output.choice is not None:
+        return f"{_HEAD}start: {' | '.join(map(_literal, output.choice))}\n"
+    schema = {"type": "object"} if output.json_object else output.json_schema
+    assert schema is not None
+    return f"{_HEAD}start: {json_rule(schema)}\n"
+
+
+def json_rule(schema: Mapping[str, Any] | bool) -> str:
+    """A rule for JSON that a schema describes, to stand inside of a grammar.
+
+    A client's own ``x-guidance``, which could switch checks off, counts for nothing.
+
+    :raises ConfigurationError: the schema allows nothing, is nested too deep, or is no JSON.
+    """
+    if schema is False:
+        raise ConfigurationError("the JSON schema false allows nothing; send another one")
+    fields = {} if schema is True else {k: v for k, v in schema.items() if k != "x-guidance"}
+    _check_depth(fields)
+    fields["x-guidance"] = {"lenient": False, "whitespace_pattern": _WHITESPACE}
+    try:
+        return f"%json {json.dumps(fields, ensure_ascii=False, allow_nan=False)}"
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"the JSON schema is no JSON: {error}") from error
+
+
+def is_gbnf(grammar: str) -> bool:
+    """Whether a grammar is in GBNF, as llama.cpp reads it: its rules have ``::=``."""
+    return _GBNF_RULE.search(grammar) is not None
+
+
+def _own(grammar: str) -> str:
+    if not is_gbnf(grammar):
+        return grammar
+    try:
+        from llguidance.gbnf_to_lark import gbnf_to_lark
+    except ImportError as error:
+        raise missing_library(error) from error
+    try:
+        return str(gbnf_to_lark(grammar))
+    except Exception as error:
+        raise ConfigurationError(
+            f"structured_output.grammar is not valid GBNF: {str(error)[:300]}"
+        ) from error
+
+
+def missing_library(error: ImportError) -> ConfigurationError:
+    """What to say where llguidance is not installed."""
+    return ConfigurationError(
+        f'structured output needs llguidance ({error}); pip install "engineroom[structured]"'
+    )
+
+
+def _regex(pattern: str) -> str:
+    """As it stands between slashes, on one line."""
+    special = {"/": "\\/", "\n": "\\n", "\\\n": "\\n"}
+    return _ESCAPED.sub(lambda match: special.get(match[0], match[0]), pattern)
+
+
+def _literal(text: str) -> str:
+    """As JSON writes it, and with escapes for whatever cannot be seen."""
+    characters = (
+        c if c.isprintable() else _escape(c) for c in json.dumps(text, ensure_ascii=False)
+    )
+    return "".join(characters)
+
+
+def _escape(character: str) -> str:
+    units = character.encode("utf-16-be")
+    return "".join(f"\\u{units[i : i + 2].hex()}" for i in range(0, len(units), 2))
+
+
+def _check_depth(schema: Any) -> None:
+    level, depth = [schema], 0
+    while level:
+        if (depth := depth + 1) > MAX_GRAMMAR_DEPTH:
+            raise ConfigurationError(
+                f"the JSON schema is nested deeper than {MAX_GRAMMAR_DEPTH} levels"
+            )
+        nested: list[Any] = []
+        for value in level:
+            if isinstance(value, Mapping):
+                nested += value.values()
+            elif isinstance(value, list | tuple):
+                nested += value
+        level = [value for value in nested if isinstance(value, Mapping | list | tuple)]

@@ -1,0 +1,164 @@
+"""What a text must match, by the names that each API has for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+
+from engineroom.schemas import StructuredOutput
+from engineroom.server.apis.request_fields import Sampling, SubSchema
+from engineroom.server.http.errors import ApiError, invalid_fields, unsupported
+
+__all__ = [
+    "AnthropicOutputConfig",
+    "ResponseFormat",
+    "StructuredSampling",
+    "TextConfig",
+    "check_neutral",
+    "structured_output",
+]
+
+_Schema = dict[str, Any] | bool
+
+
+class NamedSchema(SubSchema):
+    """A JSON schema with a name. It is always kept to, whatever ``strict`` says."""
+
+    name: str | None = None
+    description: str | None = None
+    schema_: Annotated[_Schema, Field(alias="schema")] = Field(default_factory=dict)
+    strict: bool | None = None
+
+
+class ResponseFormat(SubSchema):
+    """Text, any JSON object, or JSON by a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+
+    def asked(self, where: str) -> dict[str, Any]:
+        """Fields of ``StructuredOutput``."""
+        schema = None if self.json_schema is None else self.json_schema.schema_
+        return _format(self.type, schema, where)
+
+
+class TextFormat(SubSchema):
+    """The same, as the newer API writes it."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: str | None = None
+    schema_: Annotated[_Schema | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+    def asked(self, where: str) -> dict[str, Any]:
+        """Fields of ``StructuredOutput``."""
+        return _format(self.type, self.schema_, where)
+
+
+class TextConfig(SubSchema):
+    """How the text is to be."""
+
+    format: TextFormat | None = None
+    verbosity: str | None = None
+    """Only ``medium``, which is what there is."""
+
+
+class AnthropicFormat(SubSchema):
+    """JSON by a schema."""
+
+    type: Literal["json_schema"]
+    schema_: Annotated[_Schema, Field(alias="schema")]
+
+
+class AnthropicOutputConfig(SubSchema):
+    """How the answer is to be."""
+
+    format: AnthropicFormat | None = None
+    effort: str | None = None
+    """Only none: no model here is told."""
+
+
+class StructuredOutputs(SubSchema):
+    """As vLLM has it: one of these."""
+
+    json_: Annotated[_Schema | None, Field(alias="json")] = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+
+class StructuredSampling(Sampling):
+    """Extensions by which vLLM's clients, and llama-server's, ask for a form."""
+
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: _Schema | None = None
+    guided_regex: str | None = None
+    guided_choice: Annotated[list[str], Field(fail_fast=True)] | None = None
+    guided_grammar: str | None = None
+    grammar: str | None = None
+    """In Lark, or in GBNF."""
+
+    def extensions(self) -> dict[str, dict[str, Any]]:
+        """What they ask for, by the field's name."""
+        asked: dict[str, dict[str, Any]] = {
+            "guided_json": {"json_schema": self.guided_json},
+            "guided_regex": {"regex": self.guided_regex},
+            "guided_choice": {"choice": self.guided_choice},
+            "guided_grammar": {"grammar": self.guided_grammar},
+            "grammar": {"grammar": self.grammar or None},
+        }
+        if (of_vllm := self.structured_outputs) is not None:
+            asked["structured_outputs"] = {
+                "json_schema": of_vllm.json_,
+                "regex": of_vllm.regex,
+                "choice": of_vllm.choice,
+                "grammar": of_vllm.grammar,
+                "json_object": of_vllm.json_object or None,
+            }
+        return asked
+
+
+def structured_output(
+    asked: Mapping[str, Mapping[str, Any]],
+) -> StructuredOutput | None:
+    """What the request asks for.
+
+    :param asked: fields of the body → fields of ``StructuredOutput``, those that are none left out
+        or ``None``.
+    :raises ApiError: 400: two fields ask for something, or one is not as it should be.
+    """
+    given = {
+        name: fields
+        for name, values in asked.items()
+        if (fields := {kind: value for kind, value in values.items() if value is not None})
+    }
+    if not given:
+        return None
+    if len(given) > 1:
+        names = " and ".join(given)
+        raise ApiError(400, f"give one of {names}", "invalid_value", next(iter(given)))
+    ((name, fields),) = given.items()
+    try:
+        return StructuredOutput(**fields)
+    except ValidationError as error:
+        raise invalid_fields(error, dict.fromkeys(fields, name)) from error
+
+
+def _format(kind: str, schema: Any, where: str) -> dict[str, Any]:
+    if kind == "text":
+        return {}
+    if kind == "json_object":
+        return {"json_object": True}
+    if schema is None:
+        raise ApiError(400, f"{where}: json_schema has no schema", "invalid_value", where)
+    return {"json_schema": schema}
+
+
+def check_neutral(value: str | None, neutral: str | None, name: str) -> None:
+    """Refuse a field that no runtime is told. :raises ApiError: 400."""
+    if value not in (None, neutral):
+        raise unsupported(name, name.partition(".")[0])

@@ -1,0 +1,127 @@
+"""What a text must match: each API's names for it reach the runtime, as one thing."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("uvicorn", reason="needs the extra engineroom[server]")
+pytest.importorskip("msgspec", reason="needs the extra engineroom[server]")
+pytest.importorskip("httpx", reason="needs httpx")
+
+import httpx
+
+from engineroom import STRUCTURED_KINDS, Capabilities, GenerationParams
+from engineroom.testing import EchoHandler
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+TEXT = {"model": "m", "prompt": "hi"}
+CHAT_ROUTE, TEXT_ROUTE = "/v1/chat/completions", "/v1/completions"
+RESPONSES, MESSAGES, OWN = "/v1/responses", "/v1/messages", "/v1/inference"
+LEAST = {
+    CHAT_ROUTE: CHAT,
+    TEXT_ROUTE: TEXT,
+    RESPONSES: {"model": "m", "input": "hi"},
+    MESSAGES: CHAT | {"max_tokens": 5},
+    OWN: {"model_id": "m", "prompt": "hi"},
+}
+
+
+class StructuredEcho(EchoHandler):
+    """A fake runtime that says it honours every kind, and keeps what it was asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def capabilities(self):
+        params = frozenset(GenerationParams.model_fields)
+        return Capabilities(params=params, chat=True, structured_output=frozenset(STRUCTURED_KINDS))
+
+    def generate_tokens(self, loaded_model, request):
+        self.asked.append(request.params.structured_output)
+        return super().generate_tokens(loaded_model, request)
+
+
+@pytest.fixture
+def echo():
+    return StructuredEcho()
+
+
+@pytest.fixture
+def server(start, echo):
+    with start([{"model_id": "m", "source": "echo:"}], handler=echo) as run:
+        yield run
+
+
+def named(schema):
+    return {"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": True}}
+
+
+def flat(schema):
+    return {"format": {"type": "json_schema", "name": "n", "schema": schema}}
+
+
+ASKED = [
+    (CHAT_ROUTE, {"response_format": named(SCHEMA)}, {"json_schema": SCHEMA}),
+    (CHAT_ROUTE, {"response_format": {"type": "json_object"}}, {"json_object": True}),
+    (CHAT_ROUTE, {"response_format": {"type": "text"}}, None),
+    (TEXT_ROUTE, {"response_format": named(SCHEMA)}, {"json_schema": SCHEMA}),
+    (CHAT_ROUTE, {"guided_json": SCHEMA}, {"json_schema": SCHEMA}),
+    (CHAT_ROUTE, {"guided_regex": "a+"}, {"regex": "a+"}),
+    (TEXT_ROUTE, {"guided_choice": ["a", "b"]}, {"choice": ["a", "b"]}),
+    (TEXT_ROUTE, {"guided_grammar": 'start: "a"'}, {"grammar": 'start: "a"'}),
+    (CHAT_ROUTE, {"grammar": 'root ::= "a"'}, {"grammar": 'root ::= "a"'}),
+    (CHAT_ROUTE, {"grammar": ""}, None),
+    (CHAT_ROUTE, {"structured_outputs": {"json": SCHEMA}}, {"json_schema": SCHEMA}),
+    (TEXT_ROUTE, {"structured_outputs": {"choice": ["a"]}}, {"choice": ["a"]}),
+    (TEXT_ROUTE, {"structured_outputs": {"json_object": True}}, {"json_object": True}),
+    (TEXT_ROUTE, {"structured_outputs": {}}, None),
+    (RESPONSES, {"text": flat(SCHEMA)}, {"json_schema": SCHEMA}),
+    (RESPONSES, {"text": {"format": {"type": "json_object"}}}, {"json_object": True}),
+    (RESPONSES, {"text": {"format": {"type": "text"}, "verbosity": "medium"}}, None),
+    (RESPONSES, {"structured_outputs": {"regex": "a"}}, {"regex": "a"}),
+    (MESSAGES, {"output_config": flat(SCHEMA)}, {"json_schema": SCHEMA}),
+    (MESSAGES, {"output_config": {}}, None),
+    (OWN, {"params": {"structured_output": {"regex": "a"}}}, {"regex": "a"}),
+]
+
+
+@pytest.mark.parametrize(("route", "fields", "asked"), ASKED)
+@pytest.mark.parametrize("stream", [False, True])
+def test_every_name_for_it_reaches_the_runtime(server, echo, route, fields, asked, stream):
+    answer = httpx.post(server.url + route, json=LEAST[route] | fields | {"stream": stream})
+    assert answer.status_code == 200, answer.text
+    (output,) = echo.asked
+    assert (output and output.model_dump(exclude_none=True)) == asked
+
+
+@pytest.mark.parametrize(
+    ("route", "fields", "said"),
+    [
+        (CHAT_ROUTE, {"guided_regex": "a", "guided_choice": ["b"]}, "give one of guided_regex and"),
+        (CHAT_ROUTE, {"structured_outputs": {"regex": "a", "choice": ["b"]}}, "exactly one"),
+        (CHAT_ROUTE, {"response_format": {"type": "json_schema"}}, "json_schema has no schema"),
+        (CHAT_ROUTE, {"response_format": {"type": "xml"}}, "response_format.type"),
+        (TEXT_ROUTE, {"guided_choice": []}, "guided_choice"),
+        (RESPONSES, {"text": {"verbosity": "high"}}, "text.verbosity is not supported"),
+        (MESSAGES, {"output_config": {"effort": "high"}}, "output_config.effort is not supported"),
+    ],
+)
+def test_what_is_not_as_it_should_be_is_refused_by_name(server, echo, route, fields, said):
+    answer = httpx.post(server.url + route, json=LEAST[route] | fields)
+    assert answer.status_code == 400 and said in answer.json()["error"]["message"], answer.text
+    assert not echo.asked
+
+
+def test_a_response_says_what_form_it_has(server):
+    body = LEAST[RESPONSES] | {"text": flat(SCHEMA)}
+    answer = httpx.post(server.url + RESPONSES, json=body).json()
+    assert answer["text"] == flat(SCHEMA)
+
+
+def test_a_runtime_without_it_refuses(shared):
+    body = CHAT | {"response_format": {"type": "json_object"}}
+    answer = httpx.post(shared.url + CHAT_ROUTE, json=body)
+    assert answer.status_code == 400
+    assert "structured_output.json_object" in answer.json()["error"]["message"]
