@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 
 from engineroom.schemas import InferenceRequest
@@ -53,7 +54,11 @@ class ConcurrencyChecks(Checks):
         await _computed_anew(kit, again(request, cache_salt=None), "after", most=reused // 2)
         running = kit.bench.open(kit.likely(prompt, 64, cache_salt="conformance-3"))
         await kit.within(anext(running, None), f"stream({said(request)})")
+        # Read on: a runtime with one place gives it to the next when this one has ended.
+        reading = kit.spawn(_read_on(running))
         await _computed_anew(kit, again(request, cache_salt="conformance-4"), "beside")
+        reading.cancel()
+        await asyncio.wait([reading])
         await running.aclose()
 
     @check()
@@ -115,6 +120,11 @@ class ConcurrencyChecks(Checks):
                     saw=f"{_MANY - len(refused)} answered, {len(refused)} refused",
                 )
             await _usable(bench, request)
+
+
+async def _read_on(stream: AsyncIterator[str]) -> None:
+    async for _ in stream:
+        pass
 
 
 async def _computed_anew(kit: Kit, request: InferenceRequest, when: str, most: int = 0) -> None:
