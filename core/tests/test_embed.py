@@ -101,7 +101,9 @@ async def test_only_a_request_to_generate_is_answered(method: str, wrong: Any, s
     assert handler.loads == 0
 
 
-@pytest.mark.parametrize("wrong", [InferenceRequest(model_id="m", prompt="a"), None], ids=repr)
+@pytest.mark.parametrize(
+    "wrong", [InferenceRequest(model_id="m", prompt="a"), None], ids=["a request", "None"]
+)
 async def test_a_request_is_no_id_of_a_model(wrong: Any) -> None:
     async with make(EchoHandler()) as service:
         with pytest.raises(ConfigurationError, match="id of a model and a list of texts"):

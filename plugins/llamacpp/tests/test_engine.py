@@ -131,7 +131,6 @@ async def test_logprobs_are_one_a_token_and_sorted(make: Make) -> None:
 @pytest.mark.parametrize(
     ("params", "name"),
     [
-        ({"structured_output": {"regex": "a+"}}, "structured_output"),
         ({"tools": [{"type": "function"}]}, "tools"),
     ],
 )

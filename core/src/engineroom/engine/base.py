@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from engineroom.engine.constraints import GrammarCompiler
 from engineroom.handlers.base import HandlerHealth
+
+if TYPE_CHECKING:
+    from engineroom.engine.constraints import GrammarCompiler
 
 __all__ = ["Engine"]
 

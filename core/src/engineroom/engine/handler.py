@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel
 
@@ -19,7 +19,6 @@ from engineroom.config.model import LoadedModel, ModelConfig
 from engineroom.config.options import parse_options
 from engineroom.engine.background_load import BackgroundLoad
 from engineroom.engine.base import Engine
-from engineroom.engine.constraints import Constraint, GrammarCompiler
 from engineroom.errors import ConfigurationError, ModelNotFoundError
 from engineroom.generation.mailbox import Mailbox
 from engineroom.generation.steps import TokenStep
@@ -29,6 +28,9 @@ from engineroom.prompts.limits import check_prompt, check_token_ids
 from engineroom.prompts.reading import stop_reading, tokens_of, tokens_of_texts
 from engineroom.schemas import InferenceRequest, StructuredOutput
 from engineroom.sources.source import find_source
+
+if TYPE_CHECKING:
+    from engineroom.engine.constraints import Constraint, GrammarCompiler
 
 __all__ = ["EngineHandler"]
 
@@ -185,6 +187,8 @@ class EngineHandler(TokenHandler):
             engine.cancel(task)
 
     async def _constraint(self, engine: Any, output: StructuredOutput) -> Constraint:
+        from engineroom.engine.constraints import GrammarCompiler  # it needs numpy
+
         if engine.grammars is None:
             engine.grammars = GrammarCompiler(engine.codec.model_tokens)
         compiler: GrammarCompiler = engine.grammars
