@@ -153,6 +153,8 @@ def raised_from_outside() -> None:
     )
 
 
+# It may strike in a callback of the garbage collector's, which hypothesis has, and end nothing.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 async def test_a_thread_that_is_ended_between_two_turns_is_renewed(pair):
     bad, good = pair
     tasks = bad.task(2000), good.task(2000)

@@ -99,7 +99,7 @@ def test_a_stream_that_fails_midway_says_so(client):
         ("previous_response_id", "resp_1"),
         ("background", True),
         ("reasoning", {"effort": "high"}),
-        ("text", {"format": {"type": "json_object"}}),
+        ("text", {"verbosity": "high"}),
         ("truncation", "auto"),
         ("include", ["message.output_text.logprobs"]),
     ],

@@ -57,9 +57,7 @@ class ConcurrencyChecks(Checks):
         # Read on: a runtime with one place gives it to the next when this one has ended.
         reading = kit.spawn(_read_on(running))
         await _computed_anew(kit, again(request, cache_salt="conformance-4"), "beside")
-        reading.cancel()
-        await asyncio.wait([reading])
-        await running.aclose()
+        await kit.within(reading, f"the end of stream({said(request)})")
 
     @check()
     async def test_short_overtakes_long(self, kit: Kit) -> None:
