@@ -91,13 +91,18 @@ async def answer_all(call: Call, requests: Sequence[InferenceRequest]) -> list[I
     :raises ClientGoneError: nobody waits for them any more.
     """
     service = call.context.service
+
+    async def infer(request: InferenceRequest) -> InferenceResponse:
+        await call.context.rounds.next()  # each is checked, and together they may be heavy
+        return await service.infer(request)
+
     async with call.attended(), admission(call, requests) as slot:
         requests = [_after(slot, request) for request in requests]
         if len(requests) == 1:
             responses = [await service.infer(requests[0])]
         else:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(service.infer(request)) for request in requests]
+                tasks = [group.create_task(infer(request)) for request in requests]
             responses = [task.result() for task in tasks]
         slot.used = _used(responses)
     for response in responses:
@@ -214,6 +219,7 @@ async def _stream_many(
     queue: asyncio.Queue[tuple[int, str | None]] = asyncio.Queue(_QUEUED_CHUNKS)
 
     async def read(index: int, stream: InferenceStream) -> None:
+        await call.context.rounds.next()  # each is checked, and together they may be heavy
         async for chunk in stream:
             await queue.put((index, chunk))
         await queue.put((index, None))
