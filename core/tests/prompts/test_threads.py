@@ -13,9 +13,9 @@ from functools import partial
 import pytest
 
 from engineroom import InferenceError, QueueFullError, ResourceNotAvailableError
-from engineroom.prompts import PromptLane, check_stopped, expect_tokens, threads as module
+from engineroom.prompts import PromptLane, check_stopped, expect_tokens, threads as module, work
 from engineroom.prompts.threads import MOST_THREADS
-from engineroom.prompts.work import ReadingStoppedError, TooManyTokensError
+from engineroom.prompts.work import ReadingStoppedError, TooManyTokensError, taking_turns
 
 NAME = "engineroom-prompts"
 
@@ -250,3 +250,46 @@ async def test_several_event_loops_share_the_threads(lane: PromptLane) -> None:
 
     values = await asyncio.gather(*(asyncio.to_thread(other_loop) for _ in range(4)))
     assert values == [7] * 4
+
+
+async def test_of_those_that_render_one_does_at_a_time_and_each_goes_on(
+    lane: PromptLane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work, "_SLICE_S", 0.0005)
+    at_once = most = 0
+    order: list[str] = []
+
+    def render(name: str) -> None:
+        nonlocal at_once, most
+        with taking_turns(), taking_turns():
+            for _ in range(20):
+                at_once += 1
+                most = max(most, at_once)
+                order.append(name)
+                time.sleep(0.0002)
+                at_once -= 1
+                check_stopped()
+
+    await asyncio.gather(*(lane.run(partial(render, name), key=name) for name in "abc"))
+    assert most == 1 and len(order) == 60
+    assert order != sorted(order)  # nobody waited for another's end
+
+
+async def test_a_turn_is_given_back_whatever_ends_it(lane: PromptLane) -> None:
+    def stopped() -> None:
+        with taking_turns():
+            while True:
+                check_stopped()
+
+    def fails() -> None:
+        with taking_turns():
+            raise ZeroDivisionError
+
+    for _ in range(2):
+        task = asyncio.create_task(lane.run(stopped))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(ZeroDivisionError):
+            await lane.run(fails)
+    with taking_turns():  # nor does anybody take one elsewhere
+        assert await lane.run(lambda: 1) == 1

@@ -12,7 +12,7 @@ from engineroom.prompts.limits import check_text
 from engineroom.prompts.model_tokens import ModelTokens
 from engineroom.prompts.special_tokens import ControlTokens
 from engineroom.prompts.threads import PromptLane
-from engineroom.prompts.work import check_stopped, expect_tokens
+from engineroom.prompts.work import check_stopped, expect_tokens, taking_turns
 from engineroom.schemas import ChatMessage
 
 __all__ = ["PromptCodec"]
@@ -114,8 +114,9 @@ class PromptCodec(ABC):
     ) -> list[int]:
         """Token ids of what the chat template writes, and nothing added."""
         template = self._templates.choose(tools)
-        value = (template.conversation(messages), tools, template_args)
-        segments = self._control.segments(lambda shielded: template.write(*shielded), value)
+        with taking_turns():
+            value = (template.conversation(messages), tools, template_args)
+            segments = self._control.segments(lambda shielded: template.write(*shielded), value)
         return self._read_segments(segments)
 
     def render(
@@ -176,10 +177,12 @@ class PromptCodec(ABC):
         if len(segments) == 1:
             return self.read(segments[0])
         parts, breaks, length = [segments[0]], [], len(segments[0])
-        for literal, part in zip(segments[1::2], segments[2::2], strict=True):
-            breaks.append(length + 1)
-            parts += literal[:1], _BREAK, literal[1:], part
-            length += len(literal) + 1 + len(part)
+        with taking_turns():
+            for literal, part in zip(segments[1::2], segments[2::2], strict=True):
+                check_stopped()
+                breaks.append(length + 1)
+                parts += literal[:1], _BREAK, literal[1:], part
+                length += len(literal) + 1 + len(part)
         if (tokens := self.read_without("".join(parts), breaks)) is not None:
             return tokens
         # No offsets to go by, or the character has melted into its neighbours.

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from engineroom.prompts.work import check_stopped
 from engineroom.schemas import ChatMessage
 
 __all__ = ["for_template", "map_strings", "strings"]
@@ -22,8 +23,11 @@ def for_template(
     :param parts: ``content`` is a list of parts, ``[{"type": "text", "text": …}]``.
     :param text_arguments: leave the arguments of tool calls as JSON in a string.
     """
-    conversation = [message.model_dump(exclude_none=True) for message in messages]
-    for message in conversation:
+    conversation = []
+    for sent in messages:
+        check_stopped()
+        message = sent.model_dump(exclude_none=True)
+        conversation.append(message)
         if parts and "content" in message:
             message["content"] = [{"type": "text", "text": message["content"]}]
         for call in message.get("tool_calls", ()):

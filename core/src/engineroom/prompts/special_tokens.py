@@ -68,6 +68,7 @@ class ControlTokens:
             return f"{nonce}{numbers[name]:06d}"
 
         def shield(text: str) -> str:
+            check_stopped()
             if len(text) < _WINDOW:
                 return pattern.sub(lambda match: stand_in_of(match[0]), text)
             pieces = _split(pattern, text, longest)
@@ -128,6 +129,7 @@ def _matches(pattern: re.Pattern[str], text: str, longest: int) -> Iterator[tupl
 
 
 def _occurs(pattern: re.Pattern[str], text: str, longest: int) -> bool:
+    check_stopped()
     if len(text) < _WINDOW:
         return pattern.search(text) is not None
     return next(_matches(pattern, text, longest), None) is not None

@@ -5,12 +5,14 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from engineroom.prompts.least_tokens import LeastTokens, least_tokens_of
-from engineroom.prompts.work import expect_tokens
+from engineroom.prompts.work import check_stopped, expect_tokens, taking_turns
 
 __all__ = ["TokenizerReader", "encoding_of", "surroundings"]
+
+_Span: TypeAlias = Callable[[int], tuple[int, int]]
 
 _SHORT: Final = 1024
 """Characters that are read with the interpreter kept: it would be given away and waited for."""
@@ -72,19 +74,10 @@ class TokenizerReader:
             self._expect(text)
             expect_tokens(self.count(text) - _PIECES * len(places))
         encoding = self._tokenizer.encode_batch([text], add_special_tokens=False)[0]
-        span, count = encoding.token_to_chars, len(encoding)
-        kept: list[tuple[int, int]] = []
-        begin = 0
-        for place in places:
-            first = _first_beyond(span, begin, count, place)
-            last = first
-            while last < count and span(last) == (place, place + 1):
-                last += 1
-            if first == last or (last < count and span(last)[0] <= place):
-                return None
-            kept.append((begin, first))
-            begin = last
-        kept.append((begin, count))
+        with taking_turns():
+            kept = _between(places, encoding.token_to_chars, len(encoding))
+        if kept is None:
+            return None
         ids: list[int] = encoding.ids
         return [token for first, last in kept for token in ids[first:last]]
 
@@ -97,9 +90,28 @@ class TokenizerReader:
         return least_tokens_of(self._tokenizer)
 
 
-def _first_beyond(
-    span: Callable[[int], tuple[int, int]], begin: int, count: int, place: int
-) -> int:
+def _between(places: Sequence[int], span: _Span, count: int) -> list[tuple[int, int]] | None:
+    """Ranges of the tokens between those that are of single characters, and of these alone.
+
+    :param span: from where to where in the text a token stands.
+    :param count: how many tokens there are.
+    """
+    kept: list[tuple[int, int]] = []
+    begin = 0
+    for place in places:
+        check_stopped()
+        first = last = _first_beyond(span, begin, count, place)
+        while last < count and span(last) == (place, place + 1):
+            last += 1
+        if first == last or (last < count and span(last)[0] <= place):
+            return None
+        kept.append((begin, first))
+        begin = last
+    kept.append((begin, count))
+    return kept
+
+
+def _first_beyond(span: _Span, begin: int, count: int, place: int) -> int:
     """The first token from ``begin`` on that ends behind a place: near ones are found soon."""
     step = 1
     low, high = begin, begin

@@ -3,12 +3,18 @@
 A thread cannot be interrupted. So what reads a prompt asks on its way whether anybody still waits
 (:func:`check_stopped`), and tells how many tokens there are before it lists them
 (:func:`expect_tokens`): nobody else runs while a list of millions is made.
+
+Threads that run Python's code take turns of five milliseconds with all others, the event loop
+among them. So of those that render (:func:`taking_turns`) one does at a time, for a slice after
+which it rests; beside four looping templates the event loop then waits a third as long.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import perf_counter, sleep
 from typing import Final
 
 __all__ = [
@@ -17,8 +23,11 @@ __all__ = [
     "TooManyTokensError",
     "check_stopped",
     "expect_tokens",
+    "taking_turns",
 ]
 
+_SLICE_S: Final = 0.002
+_REST_S: Final = 0.0002
 _LISTED: Final = 100_000
 """So many tokens more than there may be are listed all the same, which takes milliseconds, and the
 refusal tells the exact number."""
@@ -42,9 +51,11 @@ class TooManyTokensError(Exception):
 class _Current(threading.local):
     stopped: Callable[[], bool] | None = None
     most: int | None = None
+    turn_began: float | None = None
 
 
 _current: Final = _Current()
+_turn: Final = threading.Lock()
 
 
 class Reading:
@@ -73,8 +84,36 @@ def check_stopped() -> None:
 
     :raises ReadingStoppedError: nobody waits for what this thread reads.
     """
-    if (stopped := _current.stopped) is not None and stopped():
+    if (stopped := _current.stopped) is None:
+        return
+    if stopped():
         raise ReadingStoppedError
+    began = _current.turn_began
+    if began is not None and perf_counter() - began > _SLICE_S:
+        _turn.release()
+        try:
+            sleep(_REST_S)  # whoever waits has the turn meanwhile, or the interpreter
+        finally:
+            _turn.acquire()
+            _current.turn_began = perf_counter()
+
+
+@contextmanager
+def taking_turns() -> Iterator[None]:
+    """What runs Python's code for long, while it is in the ``with`` block.
+
+    It has to call :func:`check_stopped` now and then. Elsewhere than in a thread for prompts, and
+    inside of another such block, it changes nothing.
+    """
+    if _current.stopped is None or _current.turn_began is not None:
+        yield
+        return
+    with _turn:
+        _current.turn_began = perf_counter()
+        try:
+            yield
+        finally:
+            _current.turn_began = None
 
 
 def expect_tokens(least: int, *, unread: bool = False) -> None:
