@@ -5,6 +5,7 @@ import json
 import re
 import string
 from functools import cache
+from importlib.metadata import version
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -130,6 +131,10 @@ def test_no_client_switches_the_checks_off():
     assert json.loads(json_rule(sneaky).removeprefix("%json "))["x-guidance"]["lenient"] is False
 
 
+@pytest.mark.skipif(
+    version("llguidance").split(".")[:2] == ["1", "7"],
+    reason="llguidance bounds white space from 1.8 on",
+)
 def test_white_space_in_json_is_bounded():
     assert matches('{ "name" :\n"a", "age": 3 }', json_schema=PERSON)
     assert not matches('{     "name": "a", "age": 3}', json_schema=PERSON)
