@@ -23,10 +23,17 @@ PIECES += [*WORDS, b""]
 """A fake vocabulary: every byte, an end, some longer pieces, and a token that is none."""
 
 
+class FakeCodec:
+    """A codec that knows a vocabulary and no more."""
+
+    def __init__(self, tokens):
+        self.model_tokens = lambda: tokens
+
+
 @cache
 def compiler():
     tokens = ModelTokens(PIECES, frozenset({END}), [END], lambda text: list(text.encode()))
-    return GrammarCompiler(lambda: tokens)
+    return GrammarCompiler(FakeCodec(tokens))
 
 
 def compiled(**output):
@@ -191,7 +198,7 @@ def test_what_is_compiled_is_kept():
 def test_a_model_without_an_end_has_no_grammar():
     tokens = ModelTokens(PIECES, frozenset(), [], lambda text: list(text.encode()))
     with pytest.raises(ConfigurationError, match="no token that ends"):
-        asyncio.run(GrammarCompiler(lambda: tokens).compile(StructuredOutput(regex="a")))
+        asyncio.run(GrammarCompiler(FakeCodec(tokens)).compile(StructuredOutput(regex="a")))
 
 
 def test_many_properties_compile_within_the_bounds():

@@ -499,3 +499,58 @@ def test_of_equals_the_lower_ids_come_first(values: list[float], data: st.DataOb
     count = data.draw(st.integers(1, len(values)))
     expected = sorted(range(len(values)), key=lambda i: -values[i])[:count]
     assert largest(np.array(values, np.float32), count).tolist() == expected
+
+
+# ── constraints ──────────────────────────────────────────────────────────────────────────────────
+
+
+class FakeConstraint:
+    """Some tokens are always allowed, and no others."""
+
+    def __init__(self, allowed: set[int], size: int) -> None:
+        self.mask = np.zeros(size, bool)
+        self.mask[list(allowed)] = True
+        self.masked = 0
+
+    def allows(self, token: int) -> bool:
+        return bool(self.mask[token])
+
+    def allowed(self) -> Any:
+        self.masked += 1
+        return self.mask.copy()
+
+    def take(self, token: int) -> None:
+        assert self.mask[token]
+
+
+@pytest.mark.parametrize("allowed", [{0, 3, 5}, {6}, {0, 1, 2, 3, 4, 5, 6}])
+def test_drawing_first_is_as_likely_to_give_each_token_as_masking_first(allowed: set[int]) -> None:
+    row = np.array([1.5, 2.0, 0.1, 0.7, -1.0, 0.9, -2.0], np.float32)
+    limit: Any = FakeConstraint(allowed, row.size)
+    sampler = Sampler(GenerationParams(temperature=1.0, seed=5), (), limit)
+    draws = 20_000
+    counts = Counter(sampler.sample(row) for _ in range(draws))
+    weights = np.exp(row.astype(np.float64)) * limit.mask
+    expected = weights / weights.sum()
+    for token, share in enumerate(expected):
+        # Five standard deviations, of a seed that is always the same.
+        assert abs(counts[token] / draws - share) <= 5 * math.sqrt(share / draws) + 1e-9
+    refused = 1 - weights.sum() / np.exp(row.astype(np.float64)).sum()
+    assert limit.masked / draws == pytest.approx(refused, abs=0.02)
+
+
+def test_truncation_sees_the_masked_row() -> None:
+    row = np.array([5.0, 4.0, 3.0, 2.0, 1.0], np.float32)
+    for params, kept in (({"top_k": 2}, {2, 4}), ({"top_p": 0.7}, {2})):
+        limit: Any = FakeConstraint({2, 4}, row.size)
+        sampler = Sampler(GenerationParams(temperature=1.0, seed=5, **params), (), limit)
+        assert {sampler.sample(row) for _ in range(200)} == kept
+
+
+def test_the_likeliest_of_what_is_allowed_is_greedy() -> None:
+    row = np.array([5.0, 4.0, 3.0, 2.0, 1.0], np.float32)
+    limit: Any = FakeConstraint({3, 4}, row.size)
+    assert Sampler(GenerationParams(temperature=0.0), (), limit).sample(row) == 3
+    limit = FakeConstraint({0, 4}, row.size)
+    assert Sampler(GenerationParams(temperature=0.0), (), limit).sample(row) == 0
+    assert limit.masked == 0

@@ -12,7 +12,7 @@ import torch
 from hypothesis import assume, example, given, settings, strategies as st
 from numpy.typing import NDArray
 
-from engineroom import GenerationParams
+from engineroom import GenerationParams, InferenceError
 from engineroom.engine import Sampler, SamplerState
 from engineroom_hf_transformers import sampling
 from engineroom_hf_transformers.sampling import choose, logprobs_of
@@ -630,3 +630,69 @@ def test_log_probabilities_add_up_to_one() -> None:
     ((_, best),) = logprobs_of(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), [0], [4])
     assert [i for i, _ in best] == [3, 2, 1, 0]
     assert sum(math.exp(value) for _, value in best) == pytest.approx(1.0)
+
+
+# ── constraints ──────────────────────────────────────────────────────────────────────────────────
+
+
+class FakeConstraint:
+    """Some tokens are always allowed, and no others."""
+
+    def __init__(self, allowed: NDArray[np.bool_]) -> None:
+        self._allowed = allowed
+        self.asked: list[int] = []
+
+    def allows(self, token: int) -> bool:
+        return bool(self._allowed[token])
+
+    def allowed(self) -> NDArray[np.bool_]:
+        return self._allowed.copy()
+
+    def take(self, token: int) -> None:
+        assert self._allowed[token]
+        self.asked.append(token)
+
+
+@given(
+    size=st.integers(2, 600),
+    kind=st.sampled_from(["usual", "flat", "ties"]),
+    seeds=st.lists(SEEDS, min_size=3, max_size=3),
+    share=st.sampled_from([0.02, 0.3, 0.9]),
+    cut=st.sampled_from([{}, {"top_k": 5}, {"top_p": 0.8}, {"temperature": 0.0}]),
+)
+@settings(max_examples=60)
+def test_constrained_draws_are_the_same_in_numpy_and_in_torch(
+    size: int, kind: str, seeds: list[int], share: float, cut: dict[str, Any]
+) -> None:
+    found = [row_of(size, seed, kind) for seed in seeds]
+    masks = [np.random.default_rng(seed).random(size) < share for seed in seeds]
+    for mask, seed in zip(masks, seeds, strict=True):
+        mask[seed % size] = True
+    asked = [GenerationParams(**{"temperature": 1.0, **cut, "seed": seed}) for seed in seeds]
+    limits: list[Any] = [FakeConstraint(masks[0]), None, FakeConstraint(masks[2])]
+    others: list[Any] = [FakeConstraint(masks[0]), None, FakeConstraint(masks[2])]
+    in_torch = [SamplerState(p, (), c) for p, c in zip(asked, limits, strict=True)]
+    in_numpy = [Sampler(p, (), c) for p, c in zip(asked, others, strict=True)]
+    before = np.array(found)
+    for _ in range(4):
+        expected = [one.sample(row) for one, row in zip(in_numpy, found, strict=True)]
+        assert choose(torch.tensor(np.array(found)), in_torch) == expected
+        assert masks[0][expected[0]] and masks[2][expected[2]]
+    assert np.array_equal(before, np.array(found))
+    assert limits[0].asked == others[0].asked
+
+
+def test_a_constraint_that_allows_nothing_ends_its_row_alone() -> None:
+    class Nothing(FakeConstraint):
+        def allowed(self) -> NDArray[np.bool_]:
+            raise InferenceError("nothing may follow")
+
+    for params in ({}, {"top_k": 3}, {"temperature": 0.0}):
+        row = row_of(40, 1, "usual")
+        rows = [
+            SamplerState(GenerationParams(seed=1, **params), (), Nothing(np.zeros(40, bool))),  # type: ignore[arg-type]
+            state(**params),
+        ]
+        refused, chosen = choose(torch.tensor(np.array([row, row])), rows)
+        assert isinstance(refused, InferenceError)
+        assert chosen == sample(row, state(**params))

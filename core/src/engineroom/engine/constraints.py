@@ -10,13 +10,9 @@ alone (some microseconds), and masks the others only where it is refused.
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,11 +20,10 @@ from numpy.typing import NDArray
 from engineroom.errors import ConfigurationError, InferenceError
 from engineroom.generation.grammars import grammar_text, missing_library
 from engineroom.prompts.model_tokens import ModelTokens
-from engineroom.schemas import StructuredOutput
+from engineroom.prompts.reading import in_lane
+from engineroom.schemas import InferenceRequest, StructuredOutput
 
 __all__ = ["Constraint", "GrammarCompiler", "grammar_of"]
-
-_T = TypeVar("_T")
 
 MAX_COMPILED_CHARS: Final = 4_000_000
 """Characters of the grammars that a model's compiled ones are kept for; the oldest go first."""
@@ -110,38 +105,42 @@ class Constraint:
 
 
 class GrammarCompiler:
-    """Compiles a model's grammars, in a thread, and keeps them.
+    """Compiles a model's grammars, where its prompts are read, and keeps them.
 
-    :param tokens: gives the model's vocabulary; called once, in the thread.
+    :param codec: the model's :class:`~engineroom.prompts.PromptCodec`.
     """
 
-    def __init__(self, tokens: Callable[[], ModelTokens]) -> None:
-        self._tokens = tokens
+    def __init__(self, codec: Any) -> None:
+        self._codec = codec
         self._vocabulary: tuple[Any, int, frozenset[int]] | None = None
         self._compiled: OrderedDict[str, Any] = OrderedDict()
         self._kept = 0  # characters
         self._lock = threading.Lock()
 
-    async def compile(self, output: StructuredOutput) -> Constraint:
+    async def compile(self, output: StructuredOutput, key: str | None = None) -> Constraint:
         """What a text must match, at its beginning. What is compiling goes on where nobody waits
         any more: it is bounded, and the next request finds it.
 
+        :param key: name of the key whose request it is; keys take turns.
         :raises ConfigurationError: it is not valid, or too large; or llguidance is not installed.
+        :raises QueueFullError: too many prompts and grammars wait to be read.
+        :raises ResourceNotAvailableError: the model is being unloaded.
         """
-        known = await _in_thread(lambda: self._compile(grammar_text(output)))
-        assert self._vocabulary is not None
-        _, width, ends = self._vocabulary
-        return Constraint(known.deep_copy(), width, ends)
+        size = len(output.regex or output.grammar or "")
+        return await in_lane(self._codec, lambda: self._begin(output), key=key, size=size)
 
-    def _known(self, grammar: str) -> Any:
+    def _begin(self, output: StructuredOutput) -> Constraint:
+        grammar = grammar_text(output)
         with self._lock:
             if (matcher := self._compiled.get(grammar)) is not None:
                 self._compiled.move_to_end(grammar)
-            return matcher
+        if matcher is None:
+            matcher = self._compile(grammar)
+        _, width, ends = self._table()
+        with self._lock:  # no two threads may be at one matcher
+            return Constraint(matcher.deep_copy(), width, ends)
 
     def _compile(self, grammar: str) -> Any:
-        if (known := self._known(grammar)) is not None:
-            return known
         try:
             from llguidance import LLMatcher, LLParserLimits
         except ImportError as error:
@@ -170,7 +169,7 @@ class GrammarCompiler:
     def _table(self) -> tuple[Any, int, frozenset[int]]:
         with self._lock:
             if self._vocabulary is None:
-                self._vocabulary = _vocabulary(self._tokens())
+                self._vocabulary = _vocabulary(self._codec.model_tokens())
             return self._vocabulary
 
 
@@ -206,22 +205,14 @@ def _first_line(message: str) -> str:
     return (message.strip().splitlines() or ["?"])[0][:300]
 
 
-async def grammar_of(output: StructuredOutput) -> str:
+async def grammar_of(codec: Any, request: InferenceRequest) -> str | None:
     """The grammar of what a request asks for, in Lark, for a runtime that compiles it itself.
 
-    :raises ConfigurationError: it cannot be one.
+    :param codec: the model's; it is made where its prompts are read.
+    :returns: ``None``: the request asks for no form.
+    :raises ConfigurationError: it cannot be a grammar.
     """
-    return await _in_thread(lambda: grammar_text(output))
-
-
-async def _in_thread(work: Callable[[], _T]) -> _T:
-    """Do what takes long for a large grammar where it does not hold the event loop."""
-    return await asyncio.get_running_loop().run_in_executor(_threads(), work)
-
-
-@cache
-def _threads() -> ThreadPoolExecutor:
-    """Two: a grammar that takes long does not keep all others waiting, and few take the CPU of
-    those that decode.
-    """
-    return ThreadPoolExecutor(2, thread_name_prefix="engineroom-grammars")
+    output = request.params.structured_output
+    if output is None:
+        return None
+    return await in_lane(codec, lambda: grammar_text(output), key=request.key_name)

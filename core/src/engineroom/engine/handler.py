@@ -179,17 +179,19 @@ class EngineHandler(TokenHandler):
         if (output := request.params.structured_output) is None:
             task = engine.request(request, tokens)
         else:
-            constraint = await self._constraint(engine, output)
+            constraint = await self._constraint(engine, output, request.key_name)
             task = engine.request(request, tokens, constraint)
         try:
             yield task.mailbox
         finally:
             engine.cancel(task)
 
-    async def _constraint(self, engine: Any, output: StructuredOutput) -> Constraint:
+    async def _constraint(
+        self, engine: Any, output: StructuredOutput, key: str | None
+    ) -> Constraint:
         from engineroom.engine.constraints import GrammarCompiler  # it needs numpy
 
         if engine.grammars is None:
-            engine.grammars = GrammarCompiler(engine.codec.model_tokens)
+            engine.grammars = GrammarCompiler(engine.codec)
         compiler: GrammarCompiler = engine.grammars
-        return await compiler.compile(output)
+        return await compiler.compile(output, key)

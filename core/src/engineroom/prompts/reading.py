@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from engineroom.forks import renew_in_child
 from engineroom.prompts.codec import PromptCodec
@@ -20,7 +20,9 @@ from engineroom.prompts.threads import PromptLane
 from engineroom.prompts.work import TooManyTokensError, check_stopped
 from engineroom.schemas import InferenceRequest
 
-__all__ = ["stop_reading", "tokens_of", "tokens_of_texts"]
+__all__ = ["in_lane", "stop_reading", "tokens_of", "tokens_of_texts"]
+
+_T = TypeVar("_T")
 
 _INLINE_CHARS: Final = 256
 """Longer prompts are read in a thread. So many take up to 0.2 ms, the way there and back 0.05; and
@@ -95,6 +97,17 @@ async def tokens_of_texts(codec: PromptCodec, texts: Sequence[str], n_ctx: int) 
         check_texts(tokens, n_ctx)
         return tokens
     raise text_too_long(len(tokens), f"at least {least}", n_ctx)
+
+
+async def in_lane(codec: Any, call: Callable[[], _T], *, key: str | None, size: int = 0) -> _T:
+    """Do other work on a request's texts where its model's prompts are read.
+
+    :param key: name of the key whose it is.
+    :param size: characters that there are to read, about.
+    :raises QueueFullError: too many prompts wait to be read.
+    :raises ResourceNotAvailableError: the model is being unloaded.
+    """
+    return await _lane_of(codec).run(call, key=key, size=size)
 
 
 def stop_reading(codec: Any) -> None:

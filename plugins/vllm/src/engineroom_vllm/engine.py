@@ -260,7 +260,6 @@ class VLLMEngine(Engine):
             # vLLM goes through it on the event loop: for one of them, then for other events.
             async with self._one_large_bias:
                 await asyncio.sleep(0)
-        output = request.params.structured_output
         arguments = sampling_arguments(
             request.params,
             room=self.n_ctx - len(tokens),
@@ -269,7 +268,7 @@ class VLLMEngine(Engine):
         )
         sampling = self._library.sampling(
             arguments,
-            None if output is None else await grammar_of(output),
+            await grammar_of(self.codec, request),
             detokenize=not self.codec.knows_bytes,
         )
         first = True
