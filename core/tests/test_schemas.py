@@ -27,6 +27,7 @@ from engineroom.schemas import (
     GenerationParams,
     InferenceRequest,
     InferenceResponse,
+    NamedTool,
     StructuredOutput,
     TokenLogprob,
 )
@@ -354,6 +355,10 @@ def test_the_defaults_of_a_request() -> None:
         "priority": 0,
         "tools": None,
         "tool_choice": None,
+        "parallel_tool_calls": None,
+        "template_args": None,
+        "reasoning": None,
+        "reasoning_budget": None,
         "adapter": None,
         "cache_salt": None,
         "metadata": {},
@@ -504,6 +509,8 @@ def test_the_defaults_of_a_response() -> None:
         "logprobs",
         "handler",
         "stop_sequence",
+        "reasoning",
+        "tool_calls",
     }
     assert set(values.values()) == {None}
 
@@ -513,6 +520,7 @@ def test_finish_reasons_are_those_of_the_contract() -> None:
         "eos_token",
         "length",
         "stop_sequence",
+        "tool_calls",
         "cancelled",
         "timeout",
         "error",
@@ -668,3 +676,50 @@ def test_a_loaded_model_may_hold_anything() -> None:
     loaded = loaded_model(model_object=unhashable)
     assert loaded.model_object is unhashable
     assert hash(loaded) == hash(loaded)
+
+
+def _asking(**fields):
+    return InferenceRequest(model_id="m", messages=[{"role": "user", "content": "q"}], **fields)
+
+
+def _tool(name, **fields):
+    return {"type": "function", "function": {"name": name, **fields}}
+
+
+def test_tools_are_put_into_one_form() -> None:
+    request = _asking(tools=[{"name": "a", "parameters": {}}, _tool("b")], tool_choice="required")
+    assert request.tools == [_tool("a", parameters={}), _tool("b")]
+    named = [{"type": "function", "function": {"name": "b"}}, {"type": "function", "name": "b"}]
+    for choice in (*named, {"name": "b"}, NamedTool(name="b")):
+        assert _asking(tools=request.tools, tool_choice=choice).tool_choice == NamedTool(name="b")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"tools": [{"type": "web_search"}]}, "tools of type 'web_search' are not known"),
+        ({"tools": [_tool("a b")]}, "'a b' is no name of a tool"),
+        ({"tools": [_tool("a"), _tool("a")]}, "two tools are called 'a'"),
+        ({"tools": [_tool("a", parameters=[])]}, "parameters must be a JSON schema"),
+        ({"tools": [_tool("a", description="\ud83c")]}, "must be JSON"),
+        ({"tools": [_tool(f"t{i}") for i in range(129)]}, "at most 128"),
+        ({"tools": [_tool("a", description="x" * 1_000_000)]}, "may have 1000000 bytes"),
+        ({"tool_choice": "required"}, "there are no tools"),
+        ({"tools": [_tool("a")], "tool_choice": {"name": "b"}}, "tool_choice names 'b'"),
+        ({"tools": [_tool("a")], "tool_choice": "a"}, "Input should be 'none', 'auto'"),
+        ({"tools": [_tool("a")], "tool_choice": 3}, "must be a word or a tool"),
+        ({"tools": [_tool("a")], "tool_choice": {"type": "function"}}, "valid string"),
+        ({"reasoning": "very"}, "reasoning"),
+        ({"reasoning_budget": -1}, "greater than or equal to 0"),
+        ({"template_args": {"a": object()}}, "must be JSON"),
+    ],
+)
+def test_what_is_no_tool_is_refused_by_name(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words) as caught:
+        _asking(**fields)
+    assert len(caught.value.errors()) <= 2 and len(str(caught.value)) < 2000
+
+
+def test_tools_are_for_messages() -> None:
+    with pytest.raises(ValidationError, match="a prompt is taken as it is"):
+        InferenceRequest(model_id="m", prompt="p", tools=[_tool("a")])

@@ -44,6 +44,10 @@ from .errors import (
     RequestTimeoutError as RequestTimeoutError,
     ResourceNotAvailableError as ResourceNotAvailableError,
 )
+from .generation.deltas import (
+    ReasoningDelta as ReasoningDelta,
+    ToolCallDelta as ToolCallDelta,
+)
 from .generation.mailbox import (
     Mailbox as Mailbox,
     deliver as deliver,
@@ -133,6 +137,10 @@ from .telemetry import (
     RequestLogger as RequestLogger,
     request_logger as request_logger,
     work_logger as work_logger,
+)
+from .tools import (
+    NamedTool as NamedTool,
+    ToolCall as ToolCall,
 )
 from .turns import (
     WaitingLine as WaitingLine,

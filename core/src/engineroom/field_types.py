@@ -40,6 +40,7 @@ __all__ = [
     "TokenId",
     "either",
     "half_of_pair",
+    "json_of",
     "no_booleans",
 ]
 
@@ -75,14 +76,18 @@ def _texts_can_be_encoded(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
-def _json_can_be_encoded(value: dict[str, Any]) -> dict[str, Any]:
+def json_of(value: Any) -> bytes:
+    """A value as JSON. :raises ValueError: it is none."""
     try:
-        to_json(value)
+        return to_json(value)
     except PydanticSerializationError as error:
         problem = str(error)
-    else:
-        return value
-    raise ValueError(f"must be a JSON object, but cannot be written as one ({problem:.200})")
+    raise ValueError(f"must be JSON, but cannot be written as such ({problem:.200})")
+
+
+def _json_can_be_encoded(value: dict[str, Any]) -> dict[str, Any]:
+    json_of(value)
+    return value
 
 
 def no_booleans(value: Any) -> Any:

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Final, Literal, Self, TypeAlias, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from engineroom.errors import EngineRoomError, error_class
 from engineroom.field_types import (
@@ -27,8 +27,8 @@ from engineroom.field_types import (
     Text,
     Texts,
     TokenId,
-    either,
 )
+from engineroom.tools import NamedTool, ToolCall, ToolChoice, Tools, tool_names
 
 __all__ = [
     "FINISH_REASONS",
@@ -44,16 +44,19 @@ __all__ = [
     "InferenceResponse",
     "OnUnsupported",
     "PrefixCacheScope",
+    "ReasoningEffort",
     "RequestKind",
     "StructuredOutput",
     "TokenLogprob",
 ]
 
 FinishReason: TypeAlias = Literal[
-    "eos_token", "length", "stop_sequence", "cancelled", "timeout", "error"
+    "eos_token", "length", "stop_sequence", "tool_calls", "cancelled", "timeout", "error"
 ]
 FINISH_REASONS: Final = frozenset(get_args(FinishReason))
 """Why a generation ended; see ``docs/usage.md`` for what each means."""
+
+ReasoningEffort: TypeAlias = Literal["minimal", "low", "medium", "high"]
 
 OnUnsupported: TypeAlias = Literal["error", "warn"]
 
@@ -243,14 +246,19 @@ class InferenceRequest(FewFields, FrozenSchema):
     priority: Annotated[Int, Field(ge=-100, le=100), OrDefault] = 0
     """Waiting requests of a higher priority go first; two seconds of waiting are worth one step of
     it, so that nobody waits for ever."""
-    tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
-    tool_choice: (
-        Annotated[
-            Annotated[Text, Tag("(word)")] | Annotated[dict[str, Any], Tag("(tool)")],
-            either("a word or a tool", {str: "(word)", dict: "(tool)"}),
-        ]
-        | None
-    ) = None
+    tools: Tools | None = None
+    """Tools that the model may call, in OpenAI's form; with ``messages`` only."""
+    tool_choice: ToolChoice | None = None
+    """Whether it is to call them; ``None``: as it likes (``auto``), where there are tools."""
+    parallel_tool_calls: bool | None = None
+    """``False``: one call at most; ``None`` and ``True``: as many as it likes."""
+    template_args: JsonObject | None = None
+    """More names for the model's chat template, ``{"enable_thinking": False}`` for instance."""
+    reasoning: bool | ReasoningEffort | None = None
+    """Whether the model thinks before it answers, or how hard; ``None``: its own way. A model that
+    cannot be told is asked in vain, with a warning."""
+    reasoning_budget: Annotated[Int, Field(ge=0)] | None = None
+    """Most tokens of reasoning; then it is ended and the answer begins."""
     adapter: Identifier | None = None
     """Name of an adapter (LoRA) that was loaded with the model; ``None``: the model as it is."""
     cache_salt: Annotated[Text, Field(min_length=1, max_length=128)] | None = None
@@ -304,6 +312,17 @@ class InferenceRequest(FewFields, FrozenSchema):
             raise ValueError(
                 f"give exactly one of prompt, prompt_token_ids and messages; {which} given"
             )
+        if self.tools and self.messages is None:
+            raise ValueError("tools are for messages; a prompt is taken as it is")
+        if self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool):
+            names = tool_names(self.tools or ())
+            if not names:
+                raise ValueError("tool_choice asks for a call, but there are no tools")
+            if isinstance(self.tool_choice, NamedTool) and self.tool_choice.name not in names:
+                raise ValueError(
+                    f"tool_choice names {self.tool_choice.name[:64]!r}, but the tools are "
+                    f"{', '.join(names[:8])}"
+                )
         if sum(map(len, self.stop_sequences or ())) > MAX_STOP_CHARS:
             raise ValueError(f"stop_sequences may have {MAX_STOP_CHARS} characters together")
         return self
@@ -331,6 +350,10 @@ class TokenLogprob(FrozenSchema):
     logprob: float
     top: list[tuple[int, str, float]] = Field(default_factory=list)
     """The likeliest alternatives as ``(token_id, token, logprob)``, likeliest first."""
+    bytes: list[int] | None = None
+    """The token's own bytes, which may be no whole character; ``None``: not known."""
+    top_bytes: list[list[int]] | None = None
+    """Those of the alternatives, in their order."""
 
 
 class InferenceResponse(BaseModel):
@@ -358,6 +381,10 @@ class InferenceResponse(BaseModel):
     warnings: list[str] = Field(default_factory=list)
     handler: str | None = None
     """Name of the handler that did the work."""
+    reasoning: str | None = None
+    """What the model thought before it answered, without its markers; ``None``: nothing."""
+    tool_calls: list[ToolCall] | None = None
+    """The calls that it has written in whole; ``None``: there are none."""
     stop_sequence: str | None = None
     """The stop sequence that ended the text, where ``finish_reason`` is ``stop_sequence``."""
 

@@ -3,29 +3,131 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from pydantic import ValidationError
 
 from engineroom.errors import InferenceError
+from engineroom.generation.deltas import ReasoningDelta, ToolCallDelta
+from engineroom.generation.output_events import (
+    CallArguments,
+    CallBegin,
+    CallEnd,
+    Content,
+    OutputEvent,
+    OutputReader,
+    Reasoning,
+)
 from engineroom.generation.steps import TokenStep
 from engineroom.generation.text import TextPipeline
 from engineroom.schemas import FinishReason, InferenceRequest, InferenceResponse, TokenLogprob
+from engineroom.tools import ToolCall, new_call_id
 
-__all__ = ["Generation"]
+__all__ = ["Generation", "ParsedOutput"]
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class ParsedOutput:
+    """What is in a text beside content, and the chunks of it in the order in which they came.
+
+    Bytes become text, the reader tells what of it is what, and stop sequences are looked for in
+    the content alone.
+
+    :param reader: tells content, reasoning and calls apart.
+    """
+
+    reader: OutputReader
+    pipeline: TextPipeline
+    chunks: list[str] = field(default_factory=list)
+    """Content and deltas that nobody has asked for yet."""
+    content: list[str] = field(default_factory=list)
+    _utf8: TextPipeline = field(default_factory=TextPipeline)
+    _reasoning: list[str] = field(default_factory=list)
+    _calls: list[tuple[str, str, list[str]]] = field(default_factory=list)
+    _complete: int = 0
+
+    def feed(self, piece: str | bytes) -> None:
+        """Take the text of a step."""
+        if text := self._utf8.feed(piece):
+            self._take(self.reader.feed(text))
+
+    def finish(self) -> None:
+        """The text has ended."""
+        if text := self._utf8.finish():
+            self._take(self.reader.feed(text))
+        self._take(self.reader.finish())
+        self._flush()
+
+    def take_chunks(self) -> list[str]:
+        """Content and deltas since the last call, in their order."""
+        chunks, self.chunks = self.chunks, []
+        return chunks
+
+    @property
+    def reasoning(self) -> str | None:
+        """The reasoning so far; ``None``: there was none."""
+        return "".join(self._reasoning) if self._reasoning else None
+
+    @property
+    def calls(self) -> list[ToolCall] | None:
+        """The calls that are complete; ``None``: there is none."""
+        complete = self._calls[: self._complete]
+        calls = [ToolCall(id=i, name=name, arguments="".join(a)) for i, name, a in complete]
+        return calls or None
+
+    def _take(self, events: Iterable[OutputEvent]) -> None:
+        for event in events:
+            if self.pipeline.matched is not None:
+                return
+            if isinstance(event, Content):
+                self._show(self.pipeline.feed(event.text))
+            elif isinstance(event, Reasoning):
+                self._flush()
+                self._reasoning.append(event.text)
+                self.chunks.append(ReasoningDelta(event.text))
+            elif isinstance(event, CallBegin):
+                self._flush()
+                if self.pipeline.matched is None:
+                    call_id = new_call_id()
+                    self._calls.append((call_id, event.name, []))
+                    self.chunks.append(ToolCallDelta(event.call, call_id, event.name))
+            elif isinstance(event, CallArguments):
+                self._calls[event.call][2].append(event.text)
+                self.chunks.append(ToolCallDelta(event.call, arguments=event.text))
+            elif isinstance(event, CallEnd):
+                self._complete = event.call + 1
+
+    def _flush(self) -> None:
+        """No stop sequence goes on behind what is no content."""
+        if self.pipeline.matched is None:
+            self._show(self.pipeline.finish())
+
+    def _show(self, text: str) -> None:
+        if text:
+            self.content.append(text)
+            self.chunks.append(text)
 
 
 @dataclass(slots=True, eq=False, repr=False)
 class Generation:
-    """The text, the counts and the clock of one request."""
+    """The text, the counts and the clock of one request.
+
+    :param reader: tells content, reasoning and calls apart; ``None``: all is content. Then
+        :meth:`take` and :meth:`finish` give the text; else it is in ``parsed``.
+    """
 
     request: InferenceRequest
     handler: str
+    reader: OutputReader | None = None
     finish_reason: FinishReason | None = None
     generated_tokens: int = 0
     prompt_tokens: int | None = None
     cached_prompt_tokens: int | None = None
     logprobs: list[TokenLogprob] | None = None
+    parsed: ParsedOutput | None = None
+    ended: bool = False
+    """:meth:`finish` was called."""
     _pipeline: TextPipeline = field(init=False)
     _limit: int | None = field(init=False)
     _parts: list[str] = field(default_factory=list)
@@ -35,6 +137,8 @@ class Generation:
     def __post_init__(self) -> None:
         self._pipeline = TextPipeline(self.request.stop_sequences)
         self._limit = self.request.params.max_new_tokens
+        if self.reader is not None:
+            self.parsed = ParsedOutput(self.reader, self._pipeline, content=self._parts)
 
     def take(self, step: TokenStep) -> str:
         """Take a step; return the text that may be shown. Sets ``finish_reason`` at the end."""
@@ -50,8 +154,14 @@ class Generation:
             if self._first_at is None:
                 self._first_at = time.perf_counter()
             self.generated_tokens += len(tokens)
-        pipeline = self._pipeline
-        shown = pipeline.feed(text) if (text := step.text) else ""
+        if step.prompt_tail is not None and self.reader is not None:
+            self.reader.begin(step.prompt_tail)
+        pipeline, shown = self._pipeline, ""
+        if text := step.text:
+            if self.parsed is None:
+                shown = pipeline.feed(text)
+            else:
+                self.parsed.feed(text)
         if pipeline.matched is not None:
             self.finish_reason = "stop_sequence"
         elif step.finish is not None:
@@ -64,11 +174,18 @@ class Generation:
 
     def finish(self) -> str:
         """End the text; return what was still held back."""
-        rest = self._pipeline.finish()
+        self.ended = True
+        if self.parsed is None:
+            rest = self._pipeline.finish()
+        else:
+            rest = ""
+            self.parsed.finish()
         if self._pipeline.matched is not None:
             self.finish_reason = "stop_sequence"
         elif self.finish_reason is None:
             self.finish_reason = "eos_token"
+        if self.finish_reason == "eos_token" and self.parsed is not None and self.parsed.calls:
+            self.finish_reason = "tool_calls"
         if rest:
             self._parts.append(rest)
         return rest
@@ -90,6 +207,8 @@ class Generation:
                 request_id=self.request.request_id,
                 model_id=self.request.model_id,
                 generated_text=self.text,
+                reasoning=None if self.parsed is None else self.parsed.reasoning,
+                tool_calls=None if self.parsed is None else self.parsed.calls,
                 finish_reason=self.finish_reason,
                 stop_sequence=self._pipeline.matched,
                 prompt_tokens=self.prompt_tokens,

@@ -21,6 +21,8 @@ class TokenStep:
     :param finish: why the generation ends with this step; ``None``: it goes on.
     :param prompt_tokens: tokens of the prompt; said once, in any step.
     :param cached_prompt_tokens: those whose work was reused; said once, in any step.
+    :param prompt_tail: the last characters of a prompt that a chat template wrote, 64 or fewer;
+        said once, before any text.
     """
 
     token_ids: Sequence[int] = ()
@@ -29,6 +31,7 @@ class TokenStep:
     finish: FinishReason | None = None
     prompt_tokens: int | None = None
     cached_prompt_tokens: int | None = None
+    prompt_tail: str | None = None
 
 
 LAST_STEP: Final = TokenStep(finish="eos_token")

@@ -43,9 +43,11 @@ class Capabilities:
     :param params: the fields of :class:`~engineroom.schemas.GenerationParams` that it honours.
     :param chat: takes ``messages``.
     :param stop_sequences: honours ``stop_sequences``; every ``TokenHandler`` does.
-    :param tools: honours ``tools`` and ``tool_choice``.
+    :param tools: hands ``tools`` to the model's chat template. Every ``TokenHandler`` with
+        ``chat`` honours them: where it does not itself, they are told in a message.
     :param structured_output: kinds of ``structured_output`` that it honours, of ``json_schema``,
-        ``json_object``, ``regex``, ``choice`` and ``grammar``.
+        ``json_object``, ``regex``, ``choice`` and ``grammar``. One that honours ``grammar``
+        honours a ``tool_choice`` that asks for a call, and ``reasoning_budget``, as well.
     :param embeddings: has :meth:`InferenceHandler.embed`, for models that are made for it.
     :param adapters: honours ``adapter``, and refuses names that it does not know.
     :param prompt_token_ids: takes ``prompt_token_ids``, and refuses ids that the model has not.
@@ -83,8 +85,13 @@ class Capabilities:
             names.append("prompt_token_ids")
         if request.stop_sequences and not self.stop_sequences:
             names.append("stop_sequences")
-        if not self.tools:
-            names += [n for n in ("tools", "tool_choice") if getattr(request, n)]
+        if request.tools and not self.tools:
+            names.append("tools")
+        if "grammar" not in self.structured_output:
+            if request.tool_choice not in (None, "none", "auto"):
+                names.append("tool_choice")
+            if request.reasoning_budget is not None:
+                names.append("reasoning_budget")
         if request.adapter is not None and not self.adapters:
             names.append("adapter")
         return names
