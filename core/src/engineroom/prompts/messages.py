@@ -9,7 +9,7 @@ from typing import Any
 from engineroom.prompts.work import check_stopped
 from engineroom.schemas import ChatMessage
 
-__all__ = ["for_template", "map_strings", "strings"]
+__all__ = ["arguments_of", "for_template", "map_strings", "strings"]
 
 
 def for_template(
@@ -33,12 +33,13 @@ def for_template(
         for call in message.get("tool_calls", ()):
             function = call.get("function")
             if isinstance(function, dict) and "arguments" in function:
-                shape = _as_text if text_arguments else _as_mapping
+                shape = _as_text if text_arguments else arguments_of
                 function["arguments"] = shape(function["arguments"])
     return conversation
 
 
-def _as_mapping(arguments: Any) -> Any:
+def arguments_of(arguments: Any) -> Any:
+    """A call's arguments as a mapping, where they are JSON in a string; else as they are."""
     if not isinstance(arguments, str):
         return arguments
     try:

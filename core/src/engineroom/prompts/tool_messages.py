@@ -1,0 +1,75 @@
+"""Tools told in messages, for chat templates that know of none.
+
+The form is that of Hermes (NousResearch/Hermes-Function-Calling), which small models imitate best:
+definitions in the system message, calls between ``<tool_call>`` and ``</tool_call>``, results
+between ``<tool_response>`` and ``</tool_response>`` in a message of the user's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from engineroom.prompts.messages import arguments_of
+from engineroom.schemas import ChatMessage
+
+__all__ = ["tools_as_messages"]
+
+_CALL = '<tool_call>\n{"name": …, "arguments": {…}}\n</tool_call>'
+
+
+def tools_as_messages(
+    messages: Sequence[ChatMessage],
+    tools: Sequence[Mapping[str, Any]] | None,
+    *,
+    system: bool = True,
+) -> list[ChatMessage]:
+    """The conversation with tools, calls and results as text.
+
+    :param tools: in OpenAI's form; what a history has of calls is told without them as well.
+    :param system: the template knows system messages; else the first message of the user's says
+        what the tools are.
+    """
+    told: list[ChatMessage] = []
+    results = False  # the last message is one of results
+    for message in messages:
+        if message.role == "tool":
+            text = f"<tool_response>\n{message.content or ''}\n</tool_response>"
+            if results:
+                text = f"{told.pop().content}\n{text}"
+            told.append(ChatMessage(role="user", content=text))
+        elif message.tool_calls:
+            parts = [message.content or "", *map(_call, message.tool_calls)]
+            text = "\n".join(filter(None, parts))
+            told.append(ChatMessage(role=message.role, content=text, name=message.name))
+        else:
+            told.append(message)
+        results = message.role == "tool"
+    return _with_definitions(told, tools, system) if tools else told
+
+
+def _call(call: Mapping[str, Any]) -> str:
+    function = call.get("function")
+    function = function if isinstance(function, Mapping) else {}
+    written = {"name": function.get("name"), "arguments": arguments_of(function.get("arguments"))}
+    return f"<tool_call>\n{json.dumps(written, ensure_ascii=False)}\n</tool_call>"
+
+
+def _with_definitions(
+    messages: list[ChatMessage], tools: Sequence[Mapping[str, Any]], system: bool
+) -> list[ChatMessage]:
+    definitions = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
+    text = (
+        "You can call functions. Their definitions are between <tools> and </tools>, one a line.\n"
+        f"<tools>\n{definitions}\n</tools>\n"
+        "To call one, write a JSON object with its name and its arguments, like this:\n"
+        f"{_CALL}"
+    )
+    roles = ("system", "developer") if system else ("user",)
+    for place, message in enumerate(messages):
+        if message.role in roles:
+            content = f"{message.content}\n\n{text}" if system else f"{text}\n\n{message.content}"
+            messages[place] = message.model_copy(update={"content": content})
+            return messages
+    return [ChatMessage(role="system" if system else "user", content=text), *messages]
