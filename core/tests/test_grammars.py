@@ -10,6 +10,8 @@ from importlib.metadata import version
 import pytest
 from hypothesis import given, settings, strategies as st
 
+pytest.importorskip("llguidance", reason="needs the extra engineroom[structured]")
+
 from engineroom import ConfigurationError, InferenceError, StructuredOutput
 from engineroom.engine import GrammarCompiler
 from engineroom.generation.grammars import MAX_GRAMMAR_DEPTH, is_gbnf, json_rule

@@ -203,7 +203,7 @@ async def test_nothing_is_read_once_a_lane_is_closed() -> None:
     for refused in (waiting, lane.run(lambda: 1)):
         with pytest.raises(ResourceNotAvailableError, match="being unloaded"):
             await refused
-    assert not own_threads()
+    await until(lambda: not own_threads())  # one may have begun for what another one took
     lane.close()
 
 

@@ -176,8 +176,9 @@ class EngineHandler(TokenHandler):
             engine.codec, request, tools, n_ctx=engine.n_ctx, advice=engine.longer_context
         )
         self.check(engine, request, tokens)
-        if (output := request.params.structured_output) is None:
-            task = engine.request(request, tokens)
+        output = request.params.structured_output
+        if output is None or output.kind not in self.capabilities().structured_output:
+            task = engine.request(request, tokens)  # what is not claimed is left out, if asked so
         else:
             constraint = await self._constraint(engine, output, request.key_name)
             task = engine.request(request, tokens, constraint)

@@ -97,6 +97,7 @@ class Front:
             if refusal is not None:
                 await self._refuse(call, refusal)
         finally:
+            refusal = None  # what a validator raised knows this frame, and the refusal knows that
             del at_work[call]
             call.release_body()
             self.context.callers.leave(call)
