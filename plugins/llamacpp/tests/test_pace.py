@@ -47,6 +47,21 @@ def decode(pace: PromptPace, seconds: float = DECODING) -> None:
     pace.end(seconds, decoding=True)
 
 
+@pytest.mark.parametrize("masked", [0.1, 1.0])
+def test_beside_what_others_have_a_step_takes_no_longer(masked: float) -> None:
+    pace, machine, others = PromptPace(128, masked), Machine(1 / 900), 8000
+    decode(pace)
+    read(pace, machine, 1500)
+    took = []
+    for start in range(0, 1500, 16):
+        pace.begin()
+        place = pace.place(start, start + others)
+        assert place == start + int(masked * others)
+        count = pace.most(place, 1500 - start)
+        took += [machine.takes(place, count)] if count > 16 else []
+    assert max(took, default=0.0) <= machine.takes(0, 128) + 1e-6
+
+
 @pytest.mark.parametrize("rise", [1 / 4000, 1 / 900, 1 / 200])
 def test_once_learnt_no_step_takes_longer_than_a_chunk_at_the_beginning(rise: float) -> None:
     pace, machine = PromptPace(128), Machine(rise)
@@ -161,7 +176,9 @@ def test_whatever_steps_take_a_prompt_goes_on_and_never_by_more_than_a_chunk(
 async def test_the_engine_spares_decoding_requests(
     make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench = await make(n_ctx=4096, n_parallel=2, prefill_chunk=64, prefix_cache=False)
+    monkeypatch.setattr(engine_module, "_MASKED_FUSED", 0.0)  # on the made-up machine
+    options = {"n_parallel": 2, "prefill_chunk": 64, "prefix_cache": False}
+    bench = await make(n_ctx=4096, flash_attn="auto", **options)
     machine = Machine(1 / 300)
     now = 0.0
     steps: list[tuple[int, float]] = []

@@ -64,8 +64,8 @@ async def test_a_prompt_that_was_there_is_not_computed_again(
     sizes.clear()
     again = await bench.service.infer(ask(TEXT))
     assert again.generated_text == first.generated_text
-    # All but the last token, in whole blocks.
-    assert again.cached_prompt_tokens == (first.prompt_tokens - 1) // 16 * 16
+    # All but the last token.
+    assert again.cached_prompt_tokens == first.prompt_tokens - 1
     assert max(sizes) == first.prompt_tokens - again.cached_prompt_tokens
     await bench.idle()
 
@@ -114,7 +114,7 @@ async def test_those_that_come_together_read_a_common_beginning_once(
     found = await together(bench, [ask(p) for p in prompts])
     assert [r.generated_text for r in found] == expected
     # Once the beginning, four times the rest and the answers; what is little is not waited for.
-    shared = len(bench.engine.model.tokenize(TEXT)) // 16 * 16
+    shared = len(bench.engine.model.tokenize(TEXT))
     own = found[0].prompt_tokens - shared
     assert sum(sizes) <= shared + 4 * (own + 24 - 1) + 32
     first, *others = sorted(r.cached_prompt_tokens for r in found)
@@ -142,7 +142,7 @@ async def test_what_another_cache_scope_has_is_computed_anew(
     assert beside.cached_prompt_tokens == 0
     await running.aclose()
     again = await bench.service.infer(ask(TEXT, cache_salt="one"))
-    assert again.cached_prompt_tokens == (first.prompt_tokens - 1) // 16 * 16
+    assert again.cached_prompt_tokens == first.prompt_tokens - 1
     sizes.clear()
     salts = [f"{i}" for i in range(4)]
     found = await together(bench, [ask(TEXT, cache_salt=salt) for salt in salts])
@@ -195,7 +195,7 @@ async def test_a_cancelled_prompt_is_of_use_as_far_as_it_was_read(make: Make) ->
     await stream.aclose()
     await bench.until(lambda: bench.engine.health().num_requests_running == 0)
     response = await bench.service.infer(ask(TEXT))
-    assert response.cached_prompt_tokens == (response.prompt_tokens - 1) // 16 * 16
+    assert response.cached_prompt_tokens == response.prompt_tokens - 1
 
 
 async def test_who_had_to_wait_computes_nothing_twice(
@@ -330,4 +330,54 @@ async def test_no_numbers_fail_their_request_and_no_other(
     assert "cache_type_k" in bad.error_message
     after = await bench.service.infer(ask("ask a", **params))
     assert after.generated_text == alone[0]
+    await bench.idle()
+
+
+# ── who is read first ────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_short_prompt_does_not_wait_for_long_ones_before_it(make: Make) -> None:
+    bench = await make(n_ctx=4096, n_parallel=4, n_batch=64, prefill_chunk=32)
+    ends: list[str] = []
+
+    async def read(name: str, prompt: str) -> None:
+        response = await bench.service.infer(ask(prompt, max_new_tokens=1))
+        assert response.error_message is None
+        ends.append(name)
+
+    here = threading.Event()
+    decode = LlamaContext.decode
+
+    def held(context: LlamaContext) -> int:
+        here.wait(30)
+        return decode(context)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LlamaContext, "decode", held)
+        prompts = {name: name * 1000 for name in "xyz"} | {"short": "a short one"}
+        tasks = [asyncio.create_task(read(*item)) for item in prompts.items()]
+        await bench.until(
+            lambda: (
+                (health := bench.engine.health()).num_requests_running + health.num_requests_waiting
+                == 4
+            )
+        )
+        here.set()
+        await asyncio.gather(*tasks)
+    # Of those that are as long as each other, the first one is not kept waiting either.
+    assert ends == ["short", "x", "y", "z"]
+    await bench.idle()
+
+
+async def test_a_long_prompt_is_read_however_many_short_ones_come(make: Make) -> None:
+    bench = await make(n_ctx=4096, n_parallel=3, n_batch=64)
+    long = asyncio.create_task(bench.service.infer(ask("x" * 1000, max_new_tokens=1)))
+    await bench.until(lambda: bench.engine.health().num_requests_running == 1)
+    count = 0
+    while not long.done():
+        both = (bench.service.infer(ask(f"{count}{i}" * 12, max_new_tokens=1)) for i in "ab")
+        await asyncio.gather(*both)
+        count += 1
+    assert (await long).error_message is None
+    assert count < 1000 / 32 + 5
     await bench.idle()

@@ -69,6 +69,9 @@ _SAVED: Final = 2
 """What is saved of requests that gave way has at most this fraction of the cache's tokens."""
 _WORTH_BRINGING: Final = 32
 """Fewer tokens are read again: bringing them back would unshare what is shared."""
+_MASKED_FUSED: Final = 0.1
+"""What a masked cell takes of the time of another, where attention is fused: 0.06 µs of 0.6 with
+SmolLM2 on two cores. Where it is not, all of them are computed."""
 _ABORTED: Final = 2
 _NO_ROOM: Final = 1
 
@@ -125,7 +128,8 @@ class LlamaEngine(BatchingEngine[Task]):
             self._context.close()
             raise
         self.scheduler: Scheduler[Task] = Scheduler(self, drafter, options.draft_tokens)
-        self._pace = PromptPace(options.prefill_chunk)
+        masked = _MASKED_FUSED if options.flash_attn != "off" else 1.0
+        self._pace = PromptPace(options.prefill_chunk, masked)
         self._outcomes = Outcomes(model, self._context)
         self._beams = Beams(model, self._context, self.sequences, self._outcomes.ends)
         loop = DecodeLoop(f"llamacpp-{name}") if self._context.on_gpu else CPU_LOOP

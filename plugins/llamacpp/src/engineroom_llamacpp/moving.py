@@ -74,8 +74,6 @@ class Mover:
         if not path:
             return
         last, common = path[-1]
-        common -= (last.start + common) % BLOCK
-        path[-1] = last, common
         gain = last.start + common - task.cached
         pieces = [(piece, length) for piece, length in path if piece.end > task.cached]
         copied = sum(len(piece.tokens) for piece, _ in pieces)

@@ -6,6 +6,9 @@ What decoding requests are to be spared is time. So the further on, the fewer to
 as many as take no longer than a whole chunk does at the beginning of a prompt. How much dearer
 later tokens are depends on the model, its quantisation and the machine; it is learnt from the
 steps themselves.
+
+Attention passes over the cells of other sequences, too, and quicker than over the prompt's own.
+They count as fewer tokens before it.
 """
 
 from __future__ import annotations
@@ -46,10 +49,13 @@ class PromptPace:
     """Deals the tokens of prompts out to steps.
 
     :param chunk: most tokens of prompts of a step.
+    :param masked: what a cell of another sequence, which is passed over, takes of the time of one
+        of the token's own.
     """
 
-    def __init__(self, chunk: int) -> None:
+    def __init__(self, chunk: int, masked: float = 1.0) -> None:
         self.chunk = chunk
+        self._masked = masked
         self._least = min(_LEAST, chunk)
         self._dearer = 0.0  # by what share a token is, for each that comes before it
         self._sums = [0.0] * 5  # of weights w, w·x, w·x², w·y, w·x·y
@@ -68,6 +74,13 @@ class PromptPace:
         self._spent = 0.0
         self._places = 0.0
 
+    def place(self, position: int, cells: int) -> int:
+        """Where in a prompt alone a token would take as long as behind ``position`` others here.
+
+        :param cells: those that are in use, the prompt's own among them.
+        """
+        return position + int(self._masked * max(0, cells - position))
+
     def most(self, position: int, available: int) -> int:
         """How many tokens of a prompt may be read from ``position`` on in this step.
 
@@ -79,7 +92,7 @@ class PromptPace:
             count -= count % self._least
             if not self._taken:
                 count = max(count, self._least)
-        return min(count, available)
+        return min(count, available, self.chunk - self._taken)
 
     def add(self, position: int, count: int) -> None:
         """So many tokens from ``position`` on are read in this step."""

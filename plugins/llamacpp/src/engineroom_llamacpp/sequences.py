@@ -20,10 +20,7 @@ _TRIMMED: Final = 64
 """Cells that are taken from an idle sequence at a time, at least: looking through the cache for
 them costs about as much for one."""
 BLOCK: Final = 16
-"""Beginnings are shared in multiples of so many tokens; fewer are as soon read again. Kernels take
-the tokens of a batch four and more at a time, and what is left over in another way, with other last
-digits: what is left over is then the same, whether the beginning was computed or shared. It makes
-answers that come out otherwise the second time rarer; attention still adds up in another order."""
+"""Fewer common tokens are as soon read again; from there on, all are shared."""
 
 
 class Origin(NamedTuple):
@@ -120,7 +117,7 @@ class Sequences:
             needed = tokens[:-1]
             idle = ((s, s.tokens) for s in self._idle if s.origin == origin)
             for sequence, content in (*idle, *busy):
-                if (length := _whole(common_prefix(needed, content))) > common:
+                if (length := _worth(common_prefix(needed, content))) > common:
                     best, common = sequence, length
         if best is None:
             return self._fresh(None, origin), 0
@@ -144,7 +141,7 @@ class Sequences:
         """How many of a prompt's tokens have cells in a sequence that is in use."""
         if not self.reuse:
             return 0
-        return max((_whole(common_prefix(tokens[:-1], content)) for _, content in busy), default=0)
+        return max((_worth(common_prefix(tokens[:-1], content)) for _, content in busy), default=0)
 
     def longer(
         self,
@@ -165,8 +162,8 @@ class Sequences:
         longest: CellSequence | None = None
         for other, content in busy:
             if len(content) > known and other is not sequence:
-                length = _whole(common_prefix(needed, content))
-                if length > known:
+                length = _worth(common_prefix(needed, content))
+                if length - known >= BLOCK:
                     longest, known = other, length
         if longest is not None:
             self._memory.forget(sequence.index)
@@ -266,6 +263,6 @@ class Sequences:
         self._free.append(sequence.index)
 
 
-def _whole(length: int) -> int:
-    """As many tokens as can be shared of so many."""
-    return length - length % BLOCK
+def _worth(length: int) -> int:
+    """As many tokens as are shared of so many."""
+    return length if length >= BLOCK else 0

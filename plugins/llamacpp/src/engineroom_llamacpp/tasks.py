@@ -134,7 +134,11 @@ def _add_prompts(
     budget = context.n_batch - taken
     beside = bool(slices)
     now: list[Task] = []
-    for task in reading:
+    # A prompt that is shorter by half need not wait for those that came before. The first of these
+    # gets half of the step nevertheless, so that none waits for ever.
+    half = (min(budget, pace.chunk) if beside else budget) // 2
+    oldest = reading[0]
+    for task in sorted(reading, key=lambda task: (len(task.tokens) - task.cached).bit_length()):
         if sequences.reuse and len(tasks) > 1 and task.beams is None:
             others = (other for other in tasks if other is not task)
             busy = contents(other for other in others if other.origin == task.origin)
@@ -144,13 +148,20 @@ def _add_prompts(
             if any(_same(task, other) for other in now):
                 continue
         count = min(len(task.tokens) - task.cached, budget)
+        if task is oldest:
+            half = budget
+        else:
+            count = min(count, half)
+            if count < 1:
+                continue
+        place = pace.place(task.cached, sequences.cells.used + taken)
         if beside:
-            count = pace.most(task.cached, count)
+            count = pace.most(place, count)
         sequences.make_room(taken + count)
         count = min(count, sequences.cells.free - taken)
         if count < 1:
             break
-        pace.add(task.cached, count)
+        pace.add(place, count)
         chunk = task.tokens[task.cached : task.cached + count]
         outputs = int(task.cached + count == len(task.tokens))
         first = context.add(task.sequence, task.cached, chunk, outputs)
@@ -158,6 +169,7 @@ def _add_prompts(
         now.append(task)
         taken += count
         budget -= count
+        half -= count
 
 
 def _same(task: Task, other: Task) -> bool:
