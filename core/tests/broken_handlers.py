@@ -816,6 +816,16 @@ def logprobs__too_few():
 
 
 @defect
+def logprobs__wrong_bytes():
+    class Broken(ToyHandler):
+        def logprobs(self, params, logits, token):
+            found = super().logprobs(params, logits, token)
+            return found.model_copy(update={"bytes": [*found.token.encode(), 63]})
+
+    return Broken
+
+
+@defect
 def token_counts():
     class Broken(ToyHandler):
         def count_tokens(self, loaded_model, text):

@@ -255,6 +255,7 @@ class ToyHandler(TokenHandler):
             token=_shown(token),
             logprob=logits[token] - norm,
             top=[(t, _shown(t), logits[t] - norm) for t in order],
+            bytes=[] if token == EOS else [token],
         )
 
     @asynccontextmanager

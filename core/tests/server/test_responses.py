@@ -101,7 +101,7 @@ def test_a_stream_that_fails_midway_says_so(client):
         ("reasoning", {"effort": "high"}),
         ("text", {"verbosity": "high"}),
         ("truncation", "auto"),
-        ("include", ["message.output_text.logprobs"]),
+        ("top_logprobs", 2),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(client, field, value):
@@ -131,3 +131,22 @@ def test_a_failure_before_the_first_token_has_its_status(client, word, status, s
     with pytest.raises(openai.APIStatusError) as caught:
         client.responses.create(model="m", input=word, stream=stream)
     assert caught.value.status_code == status
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_log_probabilities(client, stream):
+    asked = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    answer = client.responses.create(model="m", input="one two three", stream=stream, **asked)
+    if stream:
+        events = list(answer)
+        deltas = [event for event in events if event.type == "response.output_text.delta"]
+        assert [e.token for event in deltas for e in event.logprobs] == ["one", " two", " three"]
+        (done,) = [event for event in events if event.type == "response.output_text.done"]
+        assert [entry.token for entry in done.logprobs] == ["one", " two", " three"]
+        answer = events[-1].response
+    entries = answer.output[0].content[0].logprobs
+    assert [(e.token, bytes(e.bytes)) for e in entries] == [
+        ("one", b"one"), (" two", b" two"), (" three", b" three"),
+    ]  # fmt: skip
+    assert [top.token for top in entries[0].top_logprobs] == ["alt0", "alt1"]
+    assert answer.top_logprobs == 2

@@ -208,6 +208,9 @@ async def test_logprobs_are_one_a_token_and_those_of_the_model(models: Tiny, mak
         values, best = row.topk(4)
         assert [i for i, *_ in entry.top] == best.tolist()
         assert [v for *_, v in entry.top] == pytest.approx(values.tolist(), abs=1e-4)
+        own = bench.engine.codec.token_bytes
+        assert bytes(entry.bytes) == own(entry.token_id)
+        assert [bytes(b) for b in entry.top_bytes] == [own(token) for token, *_ in entry.top]
 
 
 # ── whatever comes ───────────────────────────────────────────────────────────────────────────

@@ -327,6 +327,15 @@ def test_every_token_has_a_text_and_ids_beyond_have_none(kind: str) -> None:
     texts = [known.token_text(t) for t in range(size)]
     assert all(texts)
     assert any("e" in text for text in texts)
+    assert [known.token_bytes(t).decode("utf-8", "replace") for t in range(size)] == texts
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
+def test_halves_of_characters_have_their_bytes(kind: str) -> None:
+    known = vocabulary(kind)
+    tokens = known.prompt("♥🌸", None)
+    assert b"".join(map(known.token_bytes, tokens)).lstrip() == "♥🌸".encode()
+    assert "\ufffd" in map(known.token_text, tokens)
 
 
 def test_what_ends_a_generation_is_told() -> None:

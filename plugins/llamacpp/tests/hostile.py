@@ -30,7 +30,7 @@ def use(path: Path) -> str:
         tokens = model.tokenize("hello <s> é 🙂\x07")[:40] or [0]
         for token in range(model.n_vocab):
             model.piece(token)
-            model.token_text(token)
+            model.token_bytes(token)
         try:
             context = LlamaContext(model, OPTIONS)
         except ResourceNotAvailableError:

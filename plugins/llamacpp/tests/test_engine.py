@@ -118,6 +118,19 @@ async def test_logit_bias_forces_a_token(make: Make) -> None:
     assert response.generated_text == "\ufffd\ufffd\ufffd"
 
 
+async def test_logprobs_have_the_bytes_of_halves_of_characters(make: Make) -> None:
+    bench = await make()
+    first = "♥".encode()[0]
+    bias = {3 + first: 100.0}
+    response = await bench.service.infer(ask(logit_bias=bias, max_new_tokens=2, logprobs=20))
+    for entry in response.logprobs:
+        assert (entry.token, entry.bytes) == ("\ufffd", [first])
+        assert [bytes(own) for own in entry.top_bytes] == [
+            bench.engine.model.token_bytes(token) for token, _, _ in entry.top
+        ]
+        assert len(entry.top) == 20
+
+
 async def test_logprobs_are_one_a_token_and_sorted(make: Make) -> None:
     bench = await make()
     response = await bench.service.infer(ask(logprobs=4, max_new_tokens=6))

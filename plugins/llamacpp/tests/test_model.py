@@ -343,6 +343,8 @@ def test_every_byte_has_a_token(model: LlamaModel) -> None:
     assert [model.piece(3 + byte) for byte in range(256)] == [bytes([b]) for b in range(256)]
     assert model.token_text(3 + ord("A")) == "A"
     assert model.token_text(3 + 0xE9) == "\ufffd"  # a part of a character
+    assert model.token_bytes(3 + 0xE9) == b"\xe9"
+    assert model.token_bytes(BOS) == b"<s>"
 
 
 def test_a_piece_may_be_longer_than_is_thought_at_first(tiny_model: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from engineroom import ChatMessage, ConfigurationError
 from engineroom.prompts import byte_alphabet
+from engineroom_vllm.outputs import Outputs
 from engineroom_vllm.text import TextCodec
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|end|>"]
@@ -63,6 +64,8 @@ def test_special_tokens_add_no_text_but_have_a_name() -> None:
     assert found.token_text(found.prompt("a", None)[0]) == "a"
     half = found.prompt("é", None)
     assert [found.token_text(token) for token in half] == ["\ufffd", "\ufffd"]
+    assert [found.token_bytes(token) for token in half] == [b"\xc3", b"\xa9"]
+    assert found.token_bytes(3) == b"<|end|>"
     assert found.piece(99_999) == b""
     assert found.end_token == 2
 
@@ -156,6 +159,12 @@ def test_a_vocabulary_that_does_not_tell_bytes_leaves_the_text_to_vllm() -> None
     assert not found.knows_bytes
     assert found.stop_tokens(["a"]) == []
     assert found.token_text(2) == "##b"
+    entry = SimpleNamespace(logprob=-0.5)
+    output = SimpleNamespace(
+        token_ids=[1], text="a", finish_reason=None, logprobs=[{1: entry, 2: entry}]
+    )
+    (step,) = Outputs(found, frozenset()).steps(output, 2)
+    assert [(e.token, e.bytes) for e in step.logprobs or ()] == [("a", [97])]
 
 
 def test_a_tokeniser_of_another_kind_is_refused() -> None:

@@ -351,18 +351,24 @@ def top_logprobs(logits: Logits, token: int, count: int) -> tuple[float, list[tu
     return float(logits[token]) - scale, [(int(i), float(logits[i]) - scale) for i in ids]
 
 
-def logprob_maker(text: Callable[[int], str]) -> MakeLogprob:
+def logprob_maker(own: Callable[[int], bytes]) -> MakeLogprob:
     """What makes a model's log probabilities as answers give them.
 
-    :param text: a token's own text.
+    :param own: a token's own bytes, the text of special ones.
     """
 
-    def make(token: int, own: float, likeliest: Sequence[tuple[int, float]]) -> TokenLogprob:
+    def make(token: int, value: float, likeliest: Sequence[tuple[int, float]]) -> TokenLogprob:
+        piece, pieces = own(token), [own(i) for i, _ in likeliest]
         return TokenLogprob(
             token_id=token,
-            token=text(token),
-            logprob=own,
-            top=[(i, text(i), value) for i, value in likeliest],
+            token=piece.decode("utf-8", "replace"),
+            logprob=value,
+            top=[
+                (i, piece.decode("utf-8", "replace"), value)
+                for (i, value), piece in zip(likeliest, pieces, strict=True)
+            ],
+            bytes=list(piece),
+            top_bytes=list(map(list, pieces)),
         )
 
     return make

@@ -131,6 +131,14 @@ class PromptCodec(ABC):
         """
         return self._templates.choose(tools).render(messages, tools, **template_args)
 
+    def token_bytes(self, token: int) -> bytes:
+        """A token's own bytes, the text of special ones, for log probabilities."""
+        raise NotImplementedError
+
+    def token_text(self, token: int) -> str:
+        """The same as text; U+FFFD stands for bytes that are no whole character."""
+        return self.token_bytes(token).decode("utf-8", "replace")
+
     def model_tokens(self) -> ModelTokens:
         """The vocabulary as grammars need it. Takes a while: called once, in a thread.
 

@@ -89,8 +89,8 @@ class TokenizerCodec(PromptCodec):
         pieces = [special.get(n) or self.piece(n) for n in range(count)]
         return ModelTokens(pieces, frozenset(special), sorted(self._ends), self.plain)
 
-    def token_text(self, token: int) -> str:
-        """A token's own text, special ones included, for log probabilities."""
+    def token_bytes(self, token: int) -> bytes:
+        """A token's own bytes, the text of special ones, for log probabilities."""
         if self.knows_bytes and (piece := self.piece(token)):
-            return piece.decode("utf-8", "replace")
-        return self._tokenizer.id_to_token(token) or ""
+            return piece
+        return (self._tokenizer.id_to_token(token) or "").encode()

@@ -29,7 +29,7 @@ from engineroom import (
     request_logger,
     resolve_source,
 )
-from engineroom.engine import Engine as BaseEngine
+from engineroom.engine import Engine as BaseEngine, logprob_maker
 from engineroom.prompts import tokens_of
 from engineroom_ctranslate2.engine import Engine, Job
 from engineroom_ctranslate2.folder import is_model_folder, read_files
@@ -183,12 +183,8 @@ def _logprob(codec: TextCodec, token: int, storage: Any, count: int) -> TokenLog
     logits -= logits.max()
     logits -= np.log(np.exp(logits).sum())
     best = np.argsort(-logits, kind="stable")[:count]
-    return TokenLogprob(
-        token_id=token,
-        token=codec.token_text(token),
-        logprob=float(logits[token]),
-        top=[(int(i), codec.token_text(int(i)), float(logits[i])) for i in best],
-    )
+    likeliest = [(int(i), float(logits[i])) for i in best]
+    return logprob_maker(codec.token_bytes)(token, float(logits[token]), likeliest)
 
 
 def _folder(path: Path) -> Path:

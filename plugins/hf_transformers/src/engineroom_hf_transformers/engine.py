@@ -90,7 +90,7 @@ class HfEngine(BatchingEngine[Job]):
             options.chat_template,
             encoder=parts.kind != "causal",
         )
-        self.logprob = logprob_maker(self.codec.token_text)
+        self.logprob = logprob_maker(self.codec.token_bytes)
         """Makes a log probability as responses give it."""
         self._interrupted = False
         self._generations: set[GenerateCall] = set()

@@ -88,7 +88,7 @@ class Vocabulary(PromptCodec):
         )
         self._bos: int | None = self._tokenizer.bos_token_id
         self._encoder = encoder
-        self._texts: dict[int, str] = {}
+        self._own: dict[int, bytes] = {}
         self._pieces = Pieces.of(self._backend, self._special)
 
     def model_tokens(self) -> ModelTokens:
@@ -174,24 +174,24 @@ class Vocabulary(PromptCodec):
                     break
         return WindowDecoder(self._decode, seed, self._shows)
 
-    def token_text(self, token_id: int) -> str:
-        """A token's own text, special ones included; empty for ids beyond the tokenizer's."""
-        text = self._texts.get(token_id)
-        if text is None:
-            text = self._texts[token_id] = self._text_of(token_id)
-        return text
+    def token_bytes(self, token: int) -> bytes:
+        """A token's own bytes, the text of special ones; none for ids beyond the tokenizer's."""
+        own = self._own.get(token)
+        if own is None:
+            own = self._own[token] = self._bytes_of(token)
+        return own
 
-    def _text_of(self, token_id: int) -> str:
-        if token_id in self._added:
-            return self._added[token_id]
-        if not 0 <= token_id < len(self._tokenizer):
-            return ""
+    def _bytes_of(self, token: int) -> bytes:
+        if token in self._added:
+            return self._added[token].encode()
+        if not 0 <= token < len(self._tokenizer):
+            return b""
         if self._pieces is not None:
-            return self._pieces[token_id].decode("utf-8", "replace")
-        return self._decode([token_id])
+            return self._pieces[token]
+        return self._decode([token]).encode()
 
     def _shows(self, token_id: int) -> bool:
-        return token_id not in self._special and bool(self.token_text(token_id))
+        return token_id not in self._special and bool(self.token_bytes(token_id))
 
     def _decode(self, ids: Sequence[int]) -> str:
         size = len(self._tokenizer)

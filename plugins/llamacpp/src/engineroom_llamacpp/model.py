@@ -290,9 +290,9 @@ class LlamaModel(PromptCodec):
         special = frozenset(t for t in range(self.n_vocab) if t in self._control)
         return ModelTokens(pieces, special | frozenset(self.ends), sorted(self.ends), self.plain)
 
-    def token_text(self, token: int) -> str:
-        """A token's own text, special ones included, for log probabilities."""
-        return self._render(token, special=True).decode("utf-8", "replace")
+    def token_bytes(self, token: int) -> bytes:
+        """A token's own bytes, the text of special ones, for log probabilities."""
+        return self._render(token, special=True)
 
     def _render(self, token: int, *, special: bool) -> bytes:
         size = self._buffer_size

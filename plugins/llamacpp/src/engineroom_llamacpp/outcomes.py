@@ -25,7 +25,7 @@ class Outcomes:
 
     def __init__(self, model: LlamaModel, context: LlamaContext) -> None:
         self._piece = model.piece
-        self._make_logprob = logprob_maker(model.token_text)
+        self._make_logprob = logprob_maker(model.token_bytes)
         self._context = context
 
     def ends(self, token: int) -> bool:

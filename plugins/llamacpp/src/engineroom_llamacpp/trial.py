@@ -117,7 +117,7 @@ def attempt(path: str) -> str | None:
         model.tokenize(f"a{character} b")
     for token in range(model.n_vocab):
         model.piece(token)
-        model.token_text(token)
+        model.token_bytes(token)
     return None
 
 

@@ -22,7 +22,7 @@ class Outputs:
 
     def __init__(self, codec: TextCodec, ends: frozenset[int]) -> None:
         self._codec = codec
-        self._make_logprob = logprob_maker(codec.token_text)
+        self._make_logprob = logprob_maker(codec.token_bytes)
         self._ends = ends
 
     def steps(self, output: Any, logprobs: int | None) -> Iterator[TokenStep]:
@@ -36,8 +36,9 @@ class Outputs:
         finish = self._finish(output)
         if finish == "eos_token" and ids:
             ids.pop()
+        entries = None if logprobs is None else self._logprobs(ids, output, logprobs)
         if not self._codec.knows_bytes:
-            yield TokenStep(ids, output.text, finish=finish)
+            yield TokenStep(ids, output.text, logprobs=entries, finish=finish)
             return
         if not ids:
             if finish is not None:
@@ -45,14 +46,18 @@ class Outputs:
             return
         last = len(ids) - 1
         for place, token in enumerate(ids):
-            step = TokenStep(
-                (token,), self._codec.piece(token), finish=finish if place == last else None
+            yield TokenStep(
+                (token,),
+                self._codec.piece(token),
+                logprobs=None if entries is None else (entries[place],),
+                finish=finish if place == last else None,
             )
-            if logprobs is not None:
-                likeliest = output.logprobs[place]
-                choices = [(i, entry.logprob) for i, entry in likeliest.items()]
-                step.logprobs = (self.logprob(token, choices, logprobs),)
-            yield step
+
+    def _logprobs(self, ids: Sequence[int], output: Any, count: int) -> list[TokenLogprob]:
+        return [
+            self.logprob(token, [(i, e.logprob) for i, e in output.logprobs[place].items()], count)
+            for place, token in enumerate(ids)
+        ]
 
     def _finish(self, output: Any) -> _Finish | None:
         """Why a request has ended, in the contract's words; ``None``: it goes on."""

@@ -104,6 +104,8 @@ def test_log_probabilities_are_the_models_own(smol: Any, reference: Reference) -
         assert [i for i, _, _ in entry.top] == best.tolist()
         assert [v for _, _, v in entry.top] == pytest.approx(values.tolist(), abs=1e-3)
     assert "".join(entry.token for entry in response.logprobs) == response.generated_text
+    written = b"".join(bytes(entry.bytes) for entry in response.logprobs)
+    assert written.decode() == response.generated_text
 
 
 def test_penalties_and_bias_are_those_of_the_contract(smol: Any, reference: Reference) -> None:

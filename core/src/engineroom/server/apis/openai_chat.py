@@ -16,6 +16,7 @@ from engineroom.server.apis.openai_common import (
     OpenAIWriter,
     requests_for,
 )
+from engineroom.server.apis.openai_logprobs import TokenEntry, token_entries
 from engineroom.server.apis.request_fields import (
     Content,
     SubSchema,
@@ -81,20 +82,6 @@ class ChatRequest(OpenAIRequest):
 
 
 # ── answers ──────────────────────────────────────────────────────────────────────────────────
-
-
-class TopLogprob(Answer, kw_only=True):
-    """A token that was likely."""
-
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class TokenEntry(TopLogprob, kw_only=True):
-    """A token of the answer."""
-
-    top_logprobs: list[TopLogprob]
 
 
 class ChatLogprobs(Answer, kw_only=True):
@@ -169,10 +156,6 @@ def _message(message: ChatInput, where: str) -> ChatMessage:
     return chat_message(message.role, text, where, message.name)
 
 
-def _token(token: str, logprob: float) -> dict[str, Any]:
-    return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
-
-
 class ChatWriter(OpenAIWriter):
     """A chat completion, or its chunks."""
 
@@ -187,15 +170,7 @@ class ChatWriter(OpenAIWriter):
         return {"delta": {} if text is None else {"content": text}}
 
     def entries(self, index: int, logprobs: Sequence[TokenLogprob]) -> ChatLogprobs:
-        return ChatLogprobs(
-            content=[
-                TokenEntry(
-                    **_token(entry.token, entry.logprob),
-                    top_logprobs=[TopLogprob(**_token(t, logprob)) for _, t, logprob in entry.top],
-                )
-                for entry in logprobs
-            ]
-        )
+        return ChatLogprobs(content=token_entries(logprobs))
 
     def begin(self, streams: Sequence[InferenceStream]) -> bytes:
         """The role, for each answer."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from itertools import accumulate
+from itertools import repeat
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag
 
 from engineroom.field_types import TokenId
+from engineroom.generation.text import Utf8Decoder
 from engineroom.inference.streams import InferenceStream
 from engineroom.schemas import InferenceRequest, TokenLogprob
 from engineroom.server.apis.openai_common import (
@@ -19,6 +20,7 @@ from engineroom.server.apis.openai_common import (
     check_choices,
     requests_for,
 )
+from engineroom.server.apis.openai_logprobs import bytes_of
 from engineroom.server.apis.request_fields import parse
 from engineroom.server.apis.routing import SSE, work_route
 from engineroom.server.http.call import Call
@@ -72,7 +74,11 @@ class CompletionRequest(OpenAIRequest):
 
 
 class CompletionLogprobs(Answer, kw_only=True):
-    """Log probabilities of the text's tokens."""
+    """Log probabilities of the text's tokens.
+
+    :param tokens: texts; ``bytes:`` and the bytes for what is no whole character.
+    :param text_offset: characters of the text before each.
+    """
 
     tokens: list[str]
     token_logprobs: list[float]
@@ -145,7 +151,7 @@ class CompletionWriter(OpenAIWriter):
         n = request.n or 1
         # What each text begins with.
         self._echoed = [str(p) if request.echo else "" for p in prompts for _ in range(n)]
-        self._offsets = [0] * len(self._echoed)
+        self._offsets = [_Offsets() for _ in self._echoed]
 
     def choice(self, text: str, **fields: Any) -> CompletionChoice:
         return CompletionChoice(text=self._echoed[fields["index"]] + text, **fields)
@@ -154,18 +160,47 @@ class CompletionWriter(OpenAIWriter):
         return {"text": text or ""}
 
     def entries(self, index: int, logprobs: Sequence[TokenLogprob]) -> CompletionLogprobs:
-        tokens = [entry.token for entry in logprobs]
-        *offsets, self._offsets[index] = accumulate(map(len, tokens), initial=self._offsets[index])
         return CompletionLogprobs(
-            tokens=tokens,
+            tokens=[_shown(entry.token, entry.bytes) for entry in logprobs],
             token_logprobs=[entry.logprob for entry in logprobs],
-            top_logprobs=[{token: p for _, token, p in entry.top} for entry in logprobs],
-            text_offset=offsets,
+            top_logprobs=[
+                {
+                    _shown(token, known): logprob
+                    for (_, token, logprob), known in zip(
+                        entry.top, entry.top_bytes or repeat(None), strict=False
+                    )
+                }
+                for entry in logprobs
+            ],
+            text_offset=[self._offsets[index].before(entry) for entry in logprobs],
         )
 
     def begin(self, streams: Sequence[InferenceStream]) -> bytes:
         """The prompts, where they are echoed."""
         return b"".join(self.framer(i)(text) for i, text in enumerate(self._echoed) if text)
+
+
+class _Offsets:
+    """Counts the characters that one answer's tokens make, which may be halves of them."""
+
+    def __init__(self) -> None:
+        self._characters = 0
+        self._decoder = Utf8Decoder()
+
+    def before(self, entry: TokenLogprob) -> int:
+        """Characters before this token, which is the next one."""
+        before = self._characters
+        known = bytes_of(entry.token, entry.bytes)
+        text = entry.token if known is None else self._decoder.feed(bytes(known))
+        self._characters += len(text)
+        return before
+
+
+def _shown(token: str, known: list[int] | None) -> str:
+    """A token's text; its bytes, as OpenAI writes them, where they are no whole character."""
+    if known is None or "\ufffd" not in token:
+        return token
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in known)
 
 
 ROUTES = (

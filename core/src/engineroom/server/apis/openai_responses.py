@@ -6,13 +6,15 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias
 
+import msgspec
 from msgspec import Meta
 from pydantic import Field, Tag
 
 from engineroom.field_types import either
 from engineroom.inference.streams import InferenceStream
-from engineroom.schemas import ChatMessage, InferenceRequest, InferenceResponse
+from engineroom.schemas import ChatMessage, InferenceRequest, InferenceResponse, TokenLogprob
 from engineroom.server.apis.openai_common import OpenAISampling
+from engineroom.server.apis.openai_logprobs import TokenEntry, token_entries
 from engineroom.server.apis.request_fields import (
     Content,
     SubSchema,
@@ -36,6 +38,7 @@ from engineroom.server.http.frames import Answer, dumps, json_text, named_event
 __all__ = ["ROUTES", "ResponsesRequest"]
 
 _INPUT_KINDS: Final = ("input_text", "output_text", "text")
+_LOGPROBS: Final = "message.output_text.logprobs"
 
 
 class InputMessage(SubSchema):
@@ -63,6 +66,9 @@ class ResponsesRequest(OpenAISampling):
     text: TextConfig | None = None
     parallel_tool_calls: bool | None = None
     """Said back; there are no tools."""
+    include: list[Literal["message.output_text.logprobs"]] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    """With log probabilities included: those of so many likely tokens, too."""
 
     RENAMED: ClassVar[Mapping[str, str]] = {
         "model_id": "model",
@@ -82,8 +88,6 @@ class ResponsesRequest(OpenAISampling):
         "access_programs": ({},),
         "image": ({},),
         "truncation": ("disabled",),
-        "include": ([],),
-        "top_logprobs": (0,),
         "service_tier": ("auto", "default"),
         "context_management": ([],),
         "moderation": (),
@@ -109,7 +113,7 @@ class OutputText(Answer, kw_only=True):
     type: Literal["output_text"] = "output_text"
     text: str
     annotations: tuple[Any, ...] = ()
-    logprobs: tuple[Any, ...] = ()
+    logprobs: list[TokenEntry] = msgspec.field(default_factory=list)
 
 
 class OutputMessage(Answer, kw_only=True):
@@ -169,6 +173,7 @@ class Response(Answer, kw_only=True):
     text: dict[str, Any]
     tool_choice: Literal["auto"] = "auto"
     tools: tuple[Any, ...] = ()
+    top_logprobs: int
     top_p: float
     truncation: Literal["disabled"] = "disabled"
     usage: ResponseUsage | None
@@ -196,7 +201,16 @@ def _request(call: Call, request: ResponsesRequest) -> InferenceRequest:
     check_neutral(text.verbosity, "medium", "text.verbosity")
     asked = {"text.format": text.format.asked("text.format") if text.format else {}}
     output = structured_output(asked | request.extensions())
-    params = {"max_new_tokens": request.max_output_tokens, "structured_output": output}
+    top = request.top_logprobs or 0
+    if top and not request.include:
+        raise ApiError(
+            400, f'top_logprobs needs include: ["{_LOGPROBS}"]', "invalid_value", "top_logprobs"
+        )
+    params = {
+        "max_new_tokens": request.max_output_tokens,
+        "structured_output": output,
+        "logprobs": top if request.include else None,
+    }
     absent = {"temperature": None, "max_new_tokens": None}
     return build(call, request, params_of(call, request, params, absent), messages=messages)
 
@@ -220,6 +234,7 @@ class ResponsesWriter(Writer):
         self._item_id = f"msg_{call.id}"
         self._created = int(time.time())
         self._request = request
+        self.wants_logprobs = bool(request.include)
         form = request.text.format if request.text else None
         self._format = (
             {"type": "text"} if form is None else form.model_dump(by_alias=True, exclude_unset=True)
@@ -250,12 +265,17 @@ class ResponsesWriter(Writer):
         self._number = number + 1
         return self._before + json_text(text) + b',"sequence_number":%d}\n\n' % number
 
+    def text_with_logprobs(self, index: int, text: str, logprobs: Sequence[TokenLogprob]) -> bytes:
+        entries = token_entries(logprobs)
+        return self._event("response.output_text.delta", **self._part, delta=text, logprobs=entries)
+
     def finish(self, index: int, response: InferenceResponse) -> bytes:
         """The part, the message and the response are done."""
         whole = self._response(response)
         (part,) = whole.output[0].content
+        text = {"text": part.text, "logprobs": part.logprobs}
         return (
-            self._event("response.output_text.done", **self._part, text=part.text, logprobs=[])
+            self._event("response.output_text.done", **self._part, **text)
             + self._event("response.content_part.done", **self._part, part=part)
             + self._event("response.output_item.done", output_index=0, item=whole.output[0])
             + self._event(f"response.{whole.status}", response=whole)
@@ -272,6 +292,11 @@ class ResponsesWriter(Writer):
         self._number += 1
         return named_event(kind, value)
 
+    @staticmethod
+    def _encoded(entries: list[TokenEntry]) -> Any:
+        """Encoded once, however often they are sent."""
+        return msgspec.Raw(dumps(entries)) if entries else entries
+
     def _item(self, status: ItemStatus = "in_progress", *content: OutputText) -> OutputMessage:
         return OutputMessage(id=self._item_id, status=status, content=list(content))
 
@@ -284,7 +309,9 @@ class ResponsesWriter(Writer):
         output: list[OutputMessage] = []
         if answer is not None and error is None:
             status = "incomplete" if answer.finish_reason == "length" else "completed"
-            output = [self._item(status, OutputText(text=answer.generated_text or ""))]
+            entries = self._encoded(token_entries(answer.logprobs or ()))
+            text = OutputText(text=answer.generated_text or "", logprobs=entries)
+            output = [self._item(status, text)]
         return Response(
             id=self._id,
             created_at=self._created,
@@ -299,6 +326,7 @@ class ResponsesWriter(Writer):
             parallel_tool_calls=request.parallel_tool_calls is not False,
             reasoning={"effort": None, "summary": None},
             temperature=1.0 if request.temperature is None else request.temperature,
+            top_logprobs=request.top_logprobs or 0,
             text={"format": self._format},
             top_p=1.0 if request.top_p is None else request.top_p,
             usage=None if answer is None else _usage(answer),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from engineroom.schemas import InferenceResponse
+from engineroom.schemas import InferenceResponse, TokenLogprob
 from engineroom.testing.conformance.base import Checks, check
 from engineroom.testing.conformance.bench import said
 from engineroom.testing.conformance.kit import Kit
@@ -244,3 +244,14 @@ def _complete(response: InferenceResponse, count: int, did: str) -> None:
                 expected="log probabilities of at most 0, none above the likeliest one's",
                 saw=f"{entry.logprob} for token {entry.token_id}, with {entry.top!r}",
             )
+    _bytes_of(response, entries, did)
+
+
+def _bytes_of(response: InferenceResponse, entries: Sequence[TokenLogprob], did: str) -> None:
+    """Where a runtime tells the bytes of tokens, the text is made of them."""
+    text = response.generated_text or ""
+    if any(e.bytes is None or ("\ufffd" not in e.token and e.token not in text) for e in entries):
+        return  # it does not; or there are control tokens, which add no text
+    written = b"".join(bytes(entry.bytes or ()) for entry in entries).decode("utf-8", "replace")
+    if text not in written:
+        broken(did=did, expected=f"bytes of the tokens of {text!r}", saw=repr(written))
