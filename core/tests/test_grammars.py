@@ -14,7 +14,8 @@ pytest.importorskip("llguidance", reason="needs the extra engineroom[structured]
 
 from engineroom import ConfigurationError, InferenceError, StructuredOutput
 from engineroom.engine import GrammarCompiler
-from engineroom.generation.grammars import MAX_GRAMMAR_DEPTH, is_gbnf, json_rule
+from engineroom.generation.grammar_bounds import MAX_GRAMMAR_DEPTH
+from engineroom.generation.grammars import is_gbnf, json_rule
 from engineroom.prompts import ModelTokens
 
 END = 256
@@ -187,6 +188,12 @@ def test_longer_tokens_and_halves_of_characters_are_allowed_where_they_fit():
     assert place.allows(first)
     place.take(first)
     assert place.allows(first + 1) and not place.allows(first)
+
+
+def test_a_text_that_must_follow_may_be_cut_into_any_tokens():
+    place = compiled(regex="the name")
+    assert place.allowed()[ord("t")] and place.allowed()[PIECES.index(b"the")]
+    assert place.allows(ord("t")) and place.allows(PIECES.index(b"the"))
 
 
 def test_what_is_compiled_is_kept():

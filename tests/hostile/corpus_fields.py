@@ -6,7 +6,7 @@ import gzip
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from corpus_apis import CHAT, EVERY, INFERENCE, MESSAGES, RESPONSES
+from corpus_apis import CHAT, EVERY, MESSAGES, RESPONSES
 from corpus_base import CANARY, Api, Row, Sizes, Visit, body, joined, quoted, repeated, rows
 from hostile_wire import post
 
@@ -211,16 +211,6 @@ def _bytes_in_text(raw: bytes) -> Callable[[Api, Sizes], bytes]:
     return build
 
 
-def _schema(sizes: Sizes, deep: int) -> bytes:
-    inner = '{"type":"string","pattern":"(a+)+$"}'
-    for _ in range(deep):
-        inner = f'{{"type":"object","properties":{{"a":{inner}}}}}'
-    wide = joined(f'"p{i}":{{"type":"string"}}' for i in range(sizes.body // 28 if not deep else 1))
-    schema = f'{{"type":"object","properties":{{{wide},"z":{inner}}}}}'
-    hole = f'"structured_output":{{"json_schema":{schema}}}'
-    return body(INFERENCE.objects["params"], hole)
-
-
 def _tools(api: Api, sizes: Sizes) -> bytes:
     parameters = '{"type":"object","properties":{"a":{"type":"string"}}}'
     tool = f'{{"type":"function","function":{{"name":"f","parameters":{parameters}}}}}'
@@ -266,7 +256,5 @@ ROWS: Final = (
     *_strings(),
     *_members(),
     *rows(EVERY, JSONS, small=[*list(JSONS)[:7], "lists in each other, 900"]),
-    *rows((INFERENCE,), {"a schema of ours, deep": lambda _, s: _schema(s, 200)}, small=True),
-    *rows((INFERENCE,), {"a schema of ours, wide": lambda _, s: _schema(s, 0)}),
     *rows((CHAT, RESPONSES, MESSAGES), {"tools with schemas": _tools}, small=True),
 )

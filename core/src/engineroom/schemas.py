@@ -33,6 +33,7 @@ from engineroom.tools import NamedTool, ToolCall, ToolChoice, Tools, tool_names
 __all__ = [
     "FINISH_REASONS",
     "MAX_GRAMMAR_CHARS",
+    "MAX_LITERAL_CHARS",
     "MAX_STOP_CHARS",
     "STRUCTURED_KINDS",
     "ChatMessage",
@@ -67,8 +68,11 @@ MAX_STOP_CHARS: Final = 16_384
 """Most characters that all stop sequences of a request may have together: the automaton that
 looks for them costs some hundred bytes a character, and a request may come from anyone."""
 
-MAX_GRAMMAR_CHARS: Final = 1_000_000
-"""Most characters of a regular expression, a grammar, or all choices together."""
+MAX_GRAMMAR_CHARS: Final = 262_144
+"""Most characters of a grammar, a JSON schema, or all choices together."""
+MAX_LITERAL_CHARS: Final = 16_384
+"""Most characters of a regular expression, or of one text in a grammar, schema or choice: what may
+come next costs the thread that decodes a time that grows with them."""
 MAX_CHOICES: Final = 10_000
 
 
@@ -81,6 +85,7 @@ class FrozenSchema(BaseModel):
 STRUCTURED_KINDS: Final = ("json_schema", "json_object", "regex", "choice", "grammar")
 """What a text may be asked to match, of which a request has one."""
 
+_Literal = Annotated[Text, Field(min_length=1, max_length=MAX_LITERAL_CHARS)]
 _Grammar = Annotated[Text, Field(min_length=1, max_length=MAX_GRAMMAR_CHARS)]
 
 
@@ -91,11 +96,11 @@ class StructuredOutput(FewFields, FrozenSchema):
     """JSON that is valid by this schema; its keys come in the schema's order."""
     json_object: Literal[True] | None = None
     """Any JSON object."""
-    regex: _Grammar | None = None
+    regex: _Literal | None = None
     """A regular expression that the whole text matches."""
     choice: (
         Annotated[
-            list[Annotated[Text, Field(min_length=1)]],
+            list[_Literal],
             Field(fail_fast=True, min_length=1, max_length=MAX_CHOICES),
         ]
         | None

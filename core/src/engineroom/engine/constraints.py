@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from functools import cache, partial
 from typing import Any, Final
 
 import numpy as np
@@ -31,6 +32,9 @@ _COMPILE_FUEL: Final = 4_000_000
 """Of llguidance's, some 50,000 a millisecond: bounds the compiling of one grammar."""
 _LARGEST_GRAMMAR: Final = 200_000
 """Symbols of a compiled grammar."""
+_LONGEST_ROW: Final = 8_000
+"""What the parser keeps for one place of the text: some 2,000 properties that may be left out. A
+token takes 35 ms then, for which llguidance keeps the interpreter."""
 
 
 class Constraint:
@@ -62,7 +66,7 @@ class Constraint:
     def allowed(self) -> NDArray[np.bool_]:
         """Which tokens may come next, one value a logit.
 
-        :raises InferenceError: the grammar is too complex to go on.
+        :raises ConfigurationError: the grammar is too complex to go on, or lets nothing follow.
         """
         mask = np.zeros(self._width, np.bool_)
         if not self.ended:
@@ -72,7 +76,7 @@ class Constraint:
         self._check()
         mask[list(self._ends)] = self.complete
         if not mask.any():
-            raise InferenceError(
+            raise ConfigurationError(
                 "the grammar lets nothing follow, and the text is not complete; change it"
             )
         return mask
@@ -80,7 +84,8 @@ class Constraint:
     def take(self, token: int) -> None:
         """A token was chosen, one that is allowed.
 
-        :raises InferenceError: it is not.
+        :raises ConfigurationError: the grammar is too complex to go on.
+        :raises InferenceError: it is not allowed.
         """
         if token not in self._ends and self._matcher.try_consume_tokens([token]) != 1:
             self._check()
@@ -98,7 +103,7 @@ class Constraint:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise InferenceError(
+            raise ConfigurationError(
                 f"the grammar became too complex at this place of the text: "
                 f"{_first_line(self._matcher.get_error())}; simplify it"
             )
@@ -126,8 +131,8 @@ class GrammarCompiler:
         :raises QueueFullError: too many prompts and grammars wait to be read.
         :raises ResourceNotAvailableError: the model is being unloaded.
         """
-        size = len(output.regex or output.grammar or "")
-        return await in_lane(self._codec, lambda: self._begin(output), key=key, size=size)
+        work = partial(self._begin, output)
+        return await in_lane(self._codec, work, key=key, size=_size(output))
 
     def _begin(self, output: StructuredOutput) -> Constraint:
         grammar = grammar_text(output)
@@ -141,22 +146,14 @@ class GrammarCompiler:
             return Constraint(matcher.deep_copy(), width, ends)
 
     def _compile(self, grammar: str) -> Any:
-        try:
-            from llguidance import LLMatcher, LLParserLimits
-        except ImportError as error:
-            raise missing_library(error) from error
         tokenizer, _, _ = self._table()
-        limits = LLParserLimits(
+        matcher = _matcher(
+            tokenizer,
+            grammar,
             initial_lexer_fuel=_COMPILE_FUEL,
             max_grammar_size=_LARGEST_GRAMMAR,
-            verbose_errors=False,
+            max_items_in_row=_LONGEST_ROW,
         )
-        matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
-        if matcher.is_error():
-            raise ConfigurationError(
-                f"structured_output cannot be honoured: {_first_line(matcher.get_error())}"
-            )
-        matcher.compute_bitmask()  # the first one is the dearest, and is kept with the grammar
         with self._lock:
             if grammar not in self._compiled:
                 self._compiled[grammar] = matcher
@@ -175,8 +172,10 @@ class GrammarCompiler:
 
 def _vocabulary(tokens: ModelTokens) -> tuple[Any, int, frozenset[int]]:
     """The vocabulary in llguidance's form, how many logits it has, and what ends a text."""
-    from llguidance import LLTokenizer, TokenizerWrapper
-
+    try:
+        from llguidance import LLTokenizer, TokenizerWrapper
+    except ImportError as error:
+        raise missing_library(error) from error
     if not tokens.ends:
         raise ConfigurationError("the model has no token that ends a text; a grammar needs one")
     width = len(tokens.pieces)
@@ -184,6 +183,34 @@ def _vocabulary(tokens: ModelTokens) -> tuple[Any, int, frozenset[int]]:
         TokenizerWrapper(_Tokens(tokens)), n_vocab=width, eos_token=list(tokens.ends)
     )
     return table, width, frozenset(tokens.ends)
+
+
+def _matcher(tokenizer: Any, grammar: str, **limits: Any) -> Any:
+    """A grammar, compiled, and tried out with its first token.
+
+    The first mask is the dearest, and is kept with the grammar.
+
+    :raises ConfigurationError: it is not valid, or too large.
+    """
+    from llguidance import LLMatcher, LLParserLimits
+
+    bounds = LLParserLimits(verbose_errors=False, **limits)
+    matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=bounds)
+    if not matcher.is_error():
+        bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
+        opening = tokenizer.tokenize_str("{")[-1:]  # a schema's longest row is behind it
+        for token in (int(bits.argmax()), *opening):
+            beyond = matcher.deep_copy()
+            if bits[token] and beyond.try_consume_tokens([token]):
+                beyond.compute_bitmask()
+            if beyond.is_error():
+                matcher = beyond
+                break
+    if matcher.is_error():
+        raise ConfigurationError(
+            f"structured_output cannot be honoured: {_first_line(matcher.get_error())}"
+        )
+    return matcher
 
 
 class _Tokens:
@@ -200,19 +227,40 @@ class _Tokens:
         return self._encode(text if isinstance(text, str) else text.decode())
 
 
+def _size(output: StructuredOutput) -> int:
+    """How much there is to read, about."""
+    return len(output.regex or output.grammar or "")
+
+
 def _first_line(message: str) -> str:
     """What is wrong, without the grammar, which a message must not repeat at length."""
     return (message.strip().splitlines() or ["?"])[0][:300]
 
 
+@cache
+def _bytes_alone() -> Any:
+    """A vocabulary of bytes."""
+    pieces = [bytes([byte]) for byte in range(256)]
+    tokens = ModelTokens([*pieces, b""], frozenset(), [256], lambda text: list(text.encode()))
+    return _vocabulary(tokens)[0]
+
+
 async def grammar_of(codec: Any, request: InferenceRequest) -> str | None:
     """The grammar of what a request asks for, in Lark, for a runtime that compiles it itself.
 
+    It is tried out with llguidance's own limits and a vocabulary of bytes.
+
     :param codec: the model's; it is made where its prompts are read.
     :returns: ``None``: the request asks for no form.
-    :raises ConfigurationError: it cannot be a grammar.
+    :raises ConfigurationError: it cannot be a grammar, or is too large.
     """
     output = request.params.structured_output
     if output is None:
         return None
-    return await in_lane(codec, lambda: grammar_text(output), key=request.key_name)
+
+    def read() -> str:
+        grammar = grammar_text(output)
+        _matcher(_bytes_alone(), grammar)
+        return grammar
+
+    return await in_lane(codec, read, key=request.key_name, size=_size(output))

@@ -13,17 +13,20 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from engineroom.errors import ConfigurationError
+from engineroom.generation.grammar_bounds import check_grammar, check_rules, check_schema
 from engineroom.schemas import MAX_GRAMMAR_CHARS, StructuredOutput
 
-__all__ = ["MAX_GRAMMAR_DEPTH", "grammar_text", "is_gbnf", "json_rule", "missing_library"]
+__all__ = ["grammar_text", "is_gbnf", "json_rule", "missing_library"]
 
-MAX_GRAMMAR_DEPTH: Final = 64
-"""Most levels of mappings and lists in a JSON schema."""
 _WHITESPACE: Final = r"[ \n]{0,2}"
 """Between the tokens of JSON. Bounded: a small model writes blanks until it is stopped."""
-_GBNF_RULE: Final = re.compile(r"^\s*[A-Za-z][A-Za-z0-9_-]*\s*::=", re.MULTILINE)
+_GBNF_RULE: Final = re.compile(r"^[ \t]*+[A-Za-z][A-Za-z0-9_-]*+\s*+::=", re.MULTILINE)
+_MAX_WRITTEN: Final = 2 * MAX_GRAMMAR_CHARS
+"""Characters of a whole grammar, escapes and all."""
 _ESCAPED: Final = re.compile(r"\\.|[/\n]", re.DOTALL)
-_HEAD: Final = "%llguidance {}\n"
+_HEAD: Final = '%llguidance {"no_forcing": true}\n'
+"""Without it, llguidance writes out for each mask what text must follow, which takes the thread
+that decodes 0.4 s for a long one, and allows that text in one cut into tokens alone."""
 
 
 def grammar_text(output: StructuredOutput) -> str:
@@ -32,9 +35,10 @@ def grammar_text(output: StructuredOutput) -> str:
     :raises ConfigurationError: it cannot be one; names what is wrong with it.
     """
     text = _text(output)
-    if len(text) > MAX_GRAMMAR_CHARS:
+    if len(text) > _MAX_WRITTEN:
         raise ConfigurationError(
-            f"structured_output has {len(text)} characters; {MAX_GRAMMAR_CHARS} are the most"
+            f"structured_output.{output.kind} has {len(text)} characters as it is written out; "
+            f"{_MAX_WRITTEN} are the most"
         )
     return text
 
@@ -45,7 +49,8 @@ def _text(output: StructuredOutput) -> str:
     if output.regex is not None:
         return f"{_HEAD}start: /{_regex(output.regex)}/\n"
     if output.choice is not None:
-        return f"{_HEAD}start: {' | '.join(map(_literal, output.choice))}\n"
+        # One terminal, and so one automaton: as many rules would be as many rows of a parser.
+        return f"{_HEAD}start: CHOICE\nCHOICE: {' | '.join(map(_literal, output.choice))}\n"
     schema = {"type": "object"} if output.json_object else output.json_schema
     assert schema is not None
     return f"{_HEAD}start: {json_rule(schema)}\n"
@@ -56,12 +61,13 @@ def json_rule(schema: Mapping[str, Any] | bool) -> str:
 
     A client's own ``x-guidance``, which could switch checks off, counts for nothing.
 
-    :raises ConfigurationError: the schema allows nothing, is nested too deep, or is no JSON.
+    :raises ConfigurationError: the schema allows nothing, is nested too deep or too large, or is
+        no JSON.
     """
     if schema is False:
         raise ConfigurationError("the JSON schema false allows nothing; send another one")
     fields = {} if schema is True else {k: v for k, v in schema.items() if k != "x-guidance"}
-    _check_depth(fields)
+    check_schema(fields)
     fields["x-guidance"] = {"lenient": False, "whitespace_pattern": _WHITESPACE}
     try:
         return f"%json {json.dumps(fields, ensure_ascii=False, allow_nan=False)}"
@@ -75,8 +81,16 @@ def is_gbnf(grammar: str) -> bool:
 
 
 def _own(grammar: str) -> str:
-    if not is_gbnf(grammar):
-        return grammar
+    """A client's own; what it says of llguidance itself counts less than ours, which comes last."""
+    text = grammar
+    if is_gbnf(grammar):
+        check_rules(grammar.count("::="))
+        text = _lark(grammar)
+    check_grammar(text)
+    return f"{text}\n{_HEAD}"
+
+
+def _lark(grammar: str) -> str:
     try:
         from llguidance.gbnf_to_lark import gbnf_to_lark
     except ImportError as error:
@@ -113,19 +127,3 @@ def _literal(text: str) -> str:
 def _escape(character: str) -> str:
     units = character.encode("utf-16-be")
     return "".join(f"\\u{units[i : i + 2].hex()}" for i in range(0, len(units), 2))
-
-
-def _check_depth(schema: Any) -> None:
-    level, depth = [schema], 0
-    while level:
-        if (depth := depth + 1) > MAX_GRAMMAR_DEPTH:
-            raise ConfigurationError(
-                f"the JSON schema is nested deeper than {MAX_GRAMMAR_DEPTH} levels"
-            )
-        nested: list[Any] = []
-        for value in level:
-            if isinstance(value, Mapping):
-                nested += value.values()
-            elif isinstance(value, list | tuple):
-                nested += value
-        level = [value for value in nested if isinstance(value, Mapping | list | tuple)]

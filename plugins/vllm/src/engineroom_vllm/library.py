@@ -49,6 +49,8 @@ CONTEXT_FUNCTION: Final = ("vllm.v1.engine.utils", "get_mp_context")
 """A module, and its function by which vLLM chooses how the first process of an engine is
 started."""
 _CONFIGURE: Final = "VLLM_CONFIGURE_LOGGING"
+_COMPILES: Final = "_validate_structured_outputs"
+_ANY_GRAMMAR: Final = 'start: "a"'
 _lock: Final = threading.Lock()
 _state: Final[dict[str, Library]] = {}
 
@@ -105,7 +107,7 @@ class Library:
         self.cpu = bool(current_platform.is_cpu())
         self._async_llm: Any = AsyncLLM
         self._arguments: Any = AsyncEngineArgs
-        self._sampling_params: Any = SamplingParams
+        self._sampling_params: Any = _without_compiling(SamplingParams)
         self._structured: Any = StructuredOutputsParams
         self._delta = RequestOutputKind.DELTA
         self._pooler: Any = PoolerConfig
@@ -254,7 +256,7 @@ class Library:
     ) -> Any:
         """``SamplingParams`` that give only what is new, and stop tokens with their text.
 
-        :param grammar: what the text must match, in Lark.
+        :param grammar: what the text must match, in Lark; it is known to be a grammar.
         """
         params = dict(arguments)
         if grammar is not None:
@@ -402,3 +404,25 @@ def logging_is_the_users() -> bool:
     """Whether the environment says how vLLM is to log."""
     names = ("VLLM_LOGGING_CONFIG_PATH", _CONFIGURE, "VLLM_LOGGING_LEVEL")
     return any(name in os.environ for name in names)
+
+
+def _without_compiling(params: Any) -> Any:
+    """``SamplingParams`` that check all but the grammar itself.
+
+    vLLM compiles it on the event loop, for a second where it is large, to see whether it is one.
+    """
+    if (check := getattr(params, _COMPILES, None)) is None:
+        return params
+
+    def check_the_rest(self: Any, *args: Any, **kwargs: Any) -> None:
+        outputs = self.structured_outputs
+        if outputs is None or outputs.grammar is None:
+            check(self, *args, **kwargs)
+            return
+        grammar, outputs.grammar = outputs.grammar, _ANY_GRAMMAR
+        try:
+            check(self, *args, **kwargs)
+        finally:
+            outputs.grammar = grammar
+
+    return type(params)(params.__name__, (params,), {_COMPILES: check_the_rest})

@@ -301,8 +301,9 @@ def unharmed(smol: Any, plain: str) -> Iterator[None]:
         ({"logit_bias": {2**31 - 1: 1.0}}, "logit_bias names token 2147483647"),
         ({"min_p": 0.1, "top_p": 0.5, "temperature": 1.0}, "min_p together with top_p"),
         ({"num_beams": 2, "temperature": 1.0}, "num_beams with sampling"),
-        ({"structured_output": {"regex": "((("}}, "refuses the request"),
-        ({"structured_output": {"grammar": "%%%"}}, "refuses the request"),
+        ({"structured_output": {"regex": "((("}}, "cannot be honoured"),
+        ({"structured_output": {"grammar": "%%%"}}, "cannot be honoured"),
+        ({"structured_output": {"grammar": "r:r\n" * 5000}}, "5000 rules"),
         ({"structured_output": {"json_schema": {"type": 7}}}, ""),
     ],
 )

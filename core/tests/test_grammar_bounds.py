@@ -1,0 +1,199 @@
+"""How large a grammar may be, and that whatever is refused is the request's own mistake."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+pytest.importorskip("llguidance", reason="needs the extra engineroom[structured]")
+
+from pydantic import ValidationError
+
+from engineroom import ConfigurationError, InferenceRequest, StructuredOutput
+from engineroom.engine import GrammarCompiler, grammar_of
+from engineroom.generation.grammar_bounds import MAX_RULES, check_grammar, check_schema
+from engineroom.generation.grammars import grammar_text, is_gbnf
+from engineroom.prompts import ModelTokens
+from engineroom.schemas import MAX_GRAMMAR_CHARS, MAX_LITERAL_CHARS
+
+BYTES = [bytes([byte]) for byte in range(256)]
+
+
+class FakeCodec:
+    """A codec whose vocabulary is bytes, and an end."""
+
+    def model_tokens(self):
+        return ModelTokens([*BYTES, b""], frozenset(), [256], lambda text: list(text.encode()))
+
+
+def compiled(**output):
+    return asyncio.run(GrammarCompiler(FakeCodec()).compile(StructuredOutput(**output)))
+
+
+def for_another(**output):
+    """As a runtime gets it that compiles itself."""
+    params = {"structured_output": output}
+    request = InferenceRequest(model_id="m", prompt="x", params=params)
+    return asyncio.run(grammar_of(FakeCodec(), request))
+
+
+def rules_in_a_chain(count):
+    rules = "".join(f'r{i}: r{i + 1} | "x{i}"\n' for i in range(count))
+    return f'start: r0\n{rules}r{count}: "x"\n'
+
+
+def definitions_in_a_chain(count, depth=1):
+    definitions = {f"d{count}": {"type": "string"}}
+    for i in range(count):
+        schema = {"$ref": f"#/$defs/d{i + 1}"}
+        for _ in range(depth):
+            schema = {"type": "array", "items": schema}
+        definitions[f"d{i}"] = schema
+    return {"$ref": "#/$defs/d0", "$defs": definitions}
+
+
+def alternatives(count):
+    return " | ".join(f'"a{i}"' for i in range(count))
+
+
+def optional(count):
+    return {"properties": {f"p{i}": {"type": "integer"} for i in range(count)}}
+
+
+def const(size):
+    return {"properties": {"a": {"const": "x" * size}}}
+
+
+TOO_MUCH = {
+    "a chain of rules": {"grammar": rules_in_a_chain(5000)},
+    "a chain of rules, in GBNF": {
+        "grammar": "root ::= r0\n"
+        + "".join(f"r{i} ::= r{i + 1}\n" for i in range(5000))
+        + 'r5000 ::= "x"\n'
+    },
+    "rules with attributes": {"grammar": rules_in_a_chain(3000).replace(": ", '[capture="a"] : ')},
+    "a chain of definitions": {"json_schema": definitions_in_a_chain(2000)},
+    "deep definitions": {"json_schema": definitions_in_a_chain(120, 15)},
+    "a chain of definitions, in a grammar": {
+        "grammar": f"start: %json {json.dumps(definitions_in_a_chain(2000))}\n"
+    },
+    "many properties": {"json_schema": optional(1001)},
+    "a long text of a schema": {"json_schema": const(MAX_LITERAL_CHARS + 1)},
+    "a long name": {"json_schema": {"properties": {"x" * (MAX_LITERAL_CHARS + 1): {}}}},
+    "a long text of a grammar": {"grammar": f'start: "{"x" * (MAX_LITERAL_CHARS + 1)}"'},
+    "a long regex of a grammar": {"grammar": f"start: /{'x' * (MAX_LITERAL_CHARS + 1)}/"},
+    "a large schema": {"json_schema": {"enum": [f"{i:50}" for i in range(6000)]}},
+    "many alternatives": {"grammar": f"start: {alternatives(9000)}"},
+    "an automaton that grows": {"regex": "x?" * 8000},
+}
+
+
+@pytest.mark.parametrize("output", TOO_MUCH.values(), ids=TOO_MUCH)
+def test_what_is_too_large_is_refused_before_it_can_end_the_process(output):
+    with pytest.raises(ConfigurationError) as caught:
+        compiled(**output)
+    assert len(caught.value.message) < 500
+    with pytest.raises(ConfigurationError):
+        for_another(**output)
+
+
+def test_what_llguidance_refuses_only_after_the_first_token_is_refused_before_it():
+    with pytest.raises(ConfigurationError, match="2000"):
+        for_another(json_schema=optional(900))  # with llguidance's own bound of a row
+    assert compiled(json_schema=optional(900)).allows(ord("{"))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"regex": "x" * (MAX_LITERAL_CHARS + 1)},
+        {"choice": ["x" * (MAX_LITERAL_CHARS + 1)]},
+        {"choice": ["x" * 1000] * 300},
+        {"grammar": "x" * (MAX_GRAMMAR_CHARS + 1)},
+    ],
+)
+def test_long_texts_are_refused_by_the_name_of_their_field(fields):
+    with pytest.raises(ValidationError, match=next(iter(fields))):
+        StructuredOutput(**fields)
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        {"regex": "x" * MAX_LITERAL_CHARS},
+        {"choice": ["x" * MAX_LITERAL_CHARS, "x"]},
+        {"json_schema": const(MAX_LITERAL_CHARS)},
+        {"grammar": rules_in_a_chain(MAX_RULES - 2)},
+        {"json_schema": definitions_in_a_chain(200)},
+        {"json_schema": definitions_in_a_chain(40, 14)},
+        {"json_schema": {"description": "x" * 100_000, "type": "string"}},
+    ],
+)
+def test_what_is_just_within_the_bounds_compiles(output):
+    assert compiled(**output).allowed().any() and for_another(**output)
+
+
+def test_thousands_of_choices_are_one_automaton():
+    choices = [f"choice {i} of some more" for i in range(9000)]
+    place = compiled(choice=choices)
+    for byte in choices[4711].encode():
+        assert place.allowed()[byte]
+        place.take(byte)
+    assert place.complete
+    for_another(choice=choices)
+
+
+def test_a_grammar_of_a_client_cannot_have_what_must_follow_written_out():
+    for grammar in (
+        'start: "ab"',
+        '%llguidance {"no_forcing": false}\nstart: "ab"',
+        'root ::= "ab"',
+    ):
+        assert grammar_text(StructuredOutput(grammar=grammar)).rstrip().endswith("true}")
+
+
+def test_a_grammar_that_fails_at_a_token_is_the_requests_mistake():
+    def go_on(text):
+        for byte in text:
+            place.allowed()
+            place.take(byte)
+
+    place = compiled(grammar=f'start: "bc" many\nmany: {alternatives(9000)}')
+    with pytest.raises(ConfigurationError, match="too complex"):
+        go_on(b"bca1")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a[" * 100_000, "a" * 200_000, "a " * 100_000, '"' * 200_000, '\\"' * 100_000,
+        "/" * 200_000,
+        '"' + '\\"' * 16_000 + "\n", "\n" * 200_000, "a\n" * 100_000, "%json [" * 30_000,
+        "%json {" * 30_000, "a{ " * 60_000, " " * 200_000, "::=" * 60_000, "a::" * 60_000,
+    ],
+)  # fmt: skip
+def test_reading_a_grammar_takes_a_time_that_grows_with_its_length_alone(text):
+    """Squares of these lengths would take minutes."""
+    is_gbnf(text)
+    try:
+        check_grammar(text)
+    except ConfigurationError as error:
+        assert len(error.message) < 300  # noqa: PT017
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+)
+references = st.sampled_from(["#", "#/a", "#/$defs/a", "#/a~1b", "#/%24defs/a", "other", "#/a/0"])
+
+
+@given(st.dictionaries(st.text(max_size=3), json_values, max_size=3), references)
+@settings(max_examples=60)
+def test_no_small_schema_is_refused_whatever_it_refers_to(schema, reference):
+    check_schema(schema | {"$ref": reference, "$defs": {"a": {"$ref": "#"}}})
