@@ -213,6 +213,8 @@ class ChatMessage(FewFields, FrozenSchema):
     name: Text | None = None
     tool_calls: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     tool_call_id: Text | None = None
+    reasoning: Text | None = None
+    """What the assistant thought before this message; templates show it or leave it out."""
 
     @model_validator(mode="after")
     def _has_content(self) -> ChatMessage:

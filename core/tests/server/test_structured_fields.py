@@ -105,7 +105,7 @@ def test_every_name_for_it_reaches_the_runtime(server, echo, route, fields, aske
         (CHAT_ROUTE, {"response_format": {"type": "xml"}}, "response_format.type"),
         (TEXT_ROUTE, {"guided_choice": []}, "guided_choice"),
         (RESPONSES, {"text": {"verbosity": "high"}}, "text.verbosity is not supported"),
-        (MESSAGES, {"output_config": {"effort": "high"}}, "output_config.effort is not supported"),
+        (MESSAGES, {"output_config": {"effort": "lots"}}, "output_config.effort: Input should be"),
     ],
 )
 def test_what_is_not_as_it_should_be_is_refused_by_name(server, echo, route, fields, said):

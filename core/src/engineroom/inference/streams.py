@@ -62,6 +62,12 @@ class InferenceStream(AsyncGenerator[str, None]):
         return (generation.logprobs if generation is not None else None) or ()
 
     @property
+    def plain(self) -> bool:
+        """Whether every chunk is content; ``False`` as long as nobody can tell."""
+        generation = self._scope.generation
+        return generation is not None and generation.parsed is None
+
+    @property
     def prompt_tokens(self) -> int | None:
         """Tokens of the prompt; ``None`` until the runtime has said it."""
         generation = self._scope.generation

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias
 
 from pydantic import Field
 
 from engineroom.inference.streams import InferenceStream
 from engineroom.schemas import ChatMessage, InferenceRequest, InferenceResponse
+from engineroom.server.apis.anthropic_blocks import (
+    AnthropicMessage,
+    AnthropicToolChoice,
+    AnthropicTools,
+    BlockWriter,
+    TextBlock,
+    ThinkingBlock,
+    ToolUseBlock,
+    blocks_of,
+    messages_of,
+)
 from engineroom.server.apis.request_fields import (
     Content,
     Number,
     Sampling,
     StopList,
-    SubSchema,
     build,
     chat_message,
-    conversation,
     params_of,
     parse,
     text_of,
@@ -25,20 +34,28 @@ from engineroom.server.apis.request_fields import (
 from engineroom.server.apis.routing import SSE, work_route
 from engineroom.server.apis.structured_fields import (
     AnthropicOutputConfig,
-    check_neutral,
     structured_output,
+)
+from engineroom.server.apis.tool_fields import (
+    UNTOLD,
+    TemplateFields,
+    Thinking,
+    ToolChoiceOf,
+    chosen_tools,
+    reasoning_of,
 )
 from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ApiError, ErrorBody
 from engineroom.server.http.exchange import Writer, respond
-from engineroom.server.http.frames import Answer, Framer, dumps, named_event
+from engineroom.server.http.frames import Answer, dumps, named_event
 
 __all__ = ["ROUTES", "AnthropicError", "MessagesRequest"]
 
-StopReason: TypeAlias = Literal["end_turn", "stop_sequence", "max_tokens"]
+StopReason: TypeAlias = Literal["end_turn", "stop_sequence", "max_tokens", "tool_use"]
 _STOP_REASONS: Final[Mapping[str, StopReason]] = {
     "stop_sequence": "stop_sequence",
     "length": "max_tokens",
+    "tool_calls": "tool_use",
 }
 _ERROR_TYPES: Final[Mapping[int, str]] = {
     401: "authentication_error",
@@ -53,14 +70,7 @@ _ERROR_TYPES: Final[Mapping[int, str]] = {
 }
 
 
-class AnthropicMessage(SubSchema):
-    """A message of the conversation."""
-
-    role: Literal["user", "assistant"]
-    content: Content
-
-
-class MessagesRequest(Sampling):
+class MessagesRequest(TemplateFields, Sampling):
     """A conversation to be continued."""
 
     max_tokens: Annotated[int, Field(ge=1)]
@@ -72,13 +82,17 @@ class MessagesRequest(Sampling):
     stop_sequences: StopList | None = None
     metadata: dict[str, Any] | None = None
     output_config: AnthropicOutputConfig | None = None
+    tools: AnthropicTools | None = None
+    tool_choice: AnthropicToolChoice | None = None
+    thinking: Thinking | None = None
 
-    RENAMED: ClassVar[Mapping[str, str]] = {"model_id": "model", "max_new_tokens": "max_tokens"}
+    RENAMED: ClassVar[Mapping[str, str]] = {
+        "model_id": "model",
+        "max_new_tokens": "max_tokens",
+        "template_args": "chat_template_kwargs",
+    }
     COUNTED: ClassVar[Collection[str]] = ("messages", "system")
     REFUSED: ClassVar[Mapping[str, Collection[Any]]] = {
-        "tools": ([],),
-        "tool_choice": ({"type": "none"}, {"type": "auto"}),
-        "thinking": ({"type": "disabled"},),
         "container": (),
         "mcp_servers": ([],),
         "service_tier": ("auto", "standard_only"),
@@ -118,14 +132,6 @@ class AnthropicError(ErrorBody, kw_only=True):
         return cls(error=detail, request_id=request_id)
 
 
-class TextBlock(Answer, kw_only=True):
-    """A part of the answer."""
-
-    type: Literal["text"] = "text"
-    text: str
-    citations: None = None
-
-
 class AnthropicUsage(Answer, kw_only=True):
     """Tokens read, those from the cache apart, and written."""
 
@@ -142,7 +148,7 @@ class Message(Answer, kw_only=True):
     type: Literal["message"] = "message"
     role: Literal["assistant"] = "assistant"
     model: str
-    content: list[TextBlock]
+    content: list[TextBlock | ThinkingBlock | ToolUseBlock]
     stop_reason: StopReason
     stop_sequence: str | None
     usage: AnthropicUsage
@@ -163,7 +169,7 @@ def _request(call: Call, request: MessagesRequest) -> InferenceRequest:
     if (text := text_of(request.system, "system")) is not None:
         system.append(chat_message("system", text, "system"))
     config = request.output_config or AnthropicOutputConfig()
-    check_neutral(config.effort, None, "output_config.effort")
+    thinking = request.thinking or UNTOLD
     schema = None if config.format is None else config.format.schema_
     output = structured_output({"output_config": {"json_schema": schema}})
     params = {"max_new_tokens": request.max_tokens, "structured_output": output}
@@ -171,9 +177,35 @@ def _request(call: Call, request: MessagesRequest) -> InferenceRequest:
         call,
         request,
         params_of(call, request, params, absent={"temperature": None}),
-        messages=[*system, *conversation(request.messages)],
+        messages=[*system, *messages_of(request.messages)],
         stop_sequences=request.stop_sequences or None,
+        template_args=request.chat_template_kwargs or None,
+        **_tools(call, request),
+        **reasoning_of(
+            {
+                # Effort is more than thinking; where none is wanted, it says nothing about it.
+                "output_config.effort": None if thinking.asked is False else config.effort,
+                "thinking": thinking.asked,
+            },
+            {
+                "thinking": thinking.budget_tokens,
+                "reasoning_budget": request.reasoning_budget,
+            },
+        ),
     )
+
+
+def _tools(call: Call, request: MessagesRequest) -> dict[str, Any]:
+    asked = request.tool_choice
+    choice: str | ToolChoiceOf | None = None
+    if asked is not None:
+        if asked.type == "tool":
+            choice = ToolChoiceOf(type="function", name=asked.name)
+        else:
+            choice = "required" if asked.type == "any" else asked.type
+    parallel = False if asked is not None and asked.disable_parallel_tool_use else None
+    tools = [tool.as_function() for tool in request.tools or ()]
+    return chosen_tools(call, request.model, tools, choice, parallel)
 
 
 def _stop_reason(response: InferenceResponse) -> StopReason:
@@ -196,6 +228,7 @@ class MessagesWriter(Writer):
     def __init__(self, message_id: str, model: str) -> None:
         self._id = message_id
         self._model = model
+        self._blocks = BlockWriter()
 
     def whole(self, responses: Sequence[InferenceResponse]) -> bytes:
         (response,) = responses
@@ -203,7 +236,7 @@ class MessagesWriter(Writer):
             Message(
                 id=self._id,
                 model=self._model,
-                content=[TextBlock(text=response.generated_text or "")],
+                content=blocks_of(response),
                 stop_reason=_stop_reason(response),
                 stop_sequence=response.stop_sequence,
                 usage=_usage(response),
@@ -211,30 +244,23 @@ class MessagesWriter(Writer):
         )
 
     def begin(self, streams: Sequence[InferenceStream]) -> bytes:
-        """The message and its block come to be."""
+        """The message comes to be, and where all is content, its block."""
         message: dict[str, Any] = {
             "id": self._id, "type": "message", "role": "assistant", "model": self._model,
             "content": [], "stop_reason": None, "stop_sequence": None,
             "usage": {"input_tokens": streams[0].prompt_tokens or 0, "output_tokens": 0},
         }  # fmt: skip
-        return (
-            _event("message_start", message=message)
-            + _event("content_block_start", index=0, content_block={"type": "text", "text": ""})
-            + _event("ping")
-        )
+        block = self._blocks.text_block() if self.plain else b""
+        return _event("message_start", message=message) + block + _event("ping")
 
-    def framer(self, index: int) -> Framer:
-        kind = "content_block_delta"
-        return Framer(
-            lambda text: {"type": kind, "index": 0, "delta": {"type": "text_delta", "text": text}},
-            kind,
-        )
+    def framer(self, index: int) -> Callable[[str], bytes]:
+        return self._blocks.of_text if self.plain else self._blocks.frame
 
     def finish(self, index: int, response: InferenceResponse) -> bytes:
         """The block ends; why the message does, and the usage."""
         delta = {"stop_reason": _stop_reason(response), "stop_sequence": response.stop_sequence}
         return (
-            _event("content_block_stop", index=0)
+            self._blocks.end()
             + _event("message_delta", delta=delta, usage=_usage(response))
             + _event("message_stop")
         )

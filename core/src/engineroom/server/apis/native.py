@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pydantic import ValidationError
 
+from engineroom.generation.deltas import ReasoningDelta, ToolCallDelta
 from engineroom.schemas import InferenceRequest, InferenceResponse
 from engineroom.server.apis.request_fields import check_counts, common_fields
 from engineroom.server.apis.routing import SSE, work_route
 from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ApiError, OpenAIError, invalid_fields
 from engineroom.server.http.exchange import Writer, respond
-from engineroom.server.http.frames import Framer, named_event
+from engineroom.server.http.frames import Framer, event, named_event
 
 __all__ = ["ROUTES"]
 
@@ -34,7 +35,8 @@ async def inference(call: Call) -> None:
 
 
 class InferenceWriter(Writer):
-    """``{"text": …}`` for each chunk, then an event ``response`` or ``error``.
+    """``{"text": …}``, ``{"reasoning": …}`` or ``{"tool_call": {"call": 0, "id": …, "name": …,
+    "arguments": …}}`` for each chunk, then an event ``response`` or ``error``.
 
     Log probabilities are in the final response.
     """
@@ -51,8 +53,9 @@ class InferenceWriter(Writer):
         warnings = [*self._warnings, *response.warnings]
         return response.model_copy(update={"warnings": warnings})
 
-    def framer(self, index: int) -> Framer:
-        return Framer(lambda text: {"text": text})
+    def framer(self, index: int) -> Callable[[str], bytes]:
+        of_text = Framer(lambda text: {"text": text})
+        return of_text if self.plain else lambda chunk: _delta(chunk) or of_text(chunk)
 
     def finish(self, index: int, response: InferenceResponse) -> bytes:
         """The final response."""
@@ -62,6 +65,17 @@ class InferenceWriter(Writer):
         """The error, then the final response, whose message says no more than the error."""
         response = responses[0].model_copy(update={"error_message": error.message})
         return named_event("error", OpenAIError.of(error)) + self.finish(0, response)
+
+
+def _delta(chunk: str) -> bytes | None:
+    """The event of what is no content."""
+    if isinstance(chunk, ReasoningDelta):
+        return event({"reasoning": chunk.text})
+    if isinstance(chunk, ToolCallDelta):
+        made = {"id": chunk.id, "name": chunk.name}
+        told = {name: value for name, value in made.items() if value is not None}
+        return event({"tool_call": {"call": chunk.call, **told, "arguments": chunk.arguments}})
+    return None
 
 
 ROUTES = (

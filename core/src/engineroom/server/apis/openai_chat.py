@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
+from msgspec import UNSET, UnsetType
 from pydantic import Field
 
+from engineroom.generation.deltas import ReasoningDelta, ToolCallDelta
 from engineroom.inference.streams import InferenceStream
-from engineroom.schemas import ChatMessage, InferenceRequest, TokenLogprob
+from engineroom.schemas import ChatMessage, InferenceRequest, InferenceResponse, TokenLogprob
 from engineroom.server.apis.openai_common import (
     Completed,
     FinishReason,
@@ -25,6 +27,18 @@ from engineroom.server.apis.request_fields import (
     text_of,
 )
 from engineroom.server.apis.routing import SSE, work_route
+from engineroom.server.apis.tool_fields import (
+    UNTOLD,
+    CalledTool,
+    Effort,
+    ReasoningConfig,
+    TemplateFields,
+    Thinking,
+    ToolChoice,
+    ToolList,
+    chosen_tools,
+    reasoning_of,
+)
 from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ApiError, unsupported
 from engineroom.server.http.exchange import respond
@@ -39,13 +53,19 @@ class ChatInput(SubSchema):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
     name: str | None = None
-    tool_calls: list[Any] | None = None
-    """Only none: what a model had called, no runtime here is told."""
+    tool_calls: Annotated[list[CalledTool], Field(fail_fast=True)] | None = None
+    """Calls that the assistant has made; each has its result in a message of role ``tool``."""
+    tool_call_id: str | None = None
+    """Whose result a message of role ``tool`` is."""
+    reasoning_content: str | None = None
+    """What the assistant thought before it; ``reasoning`` is the same."""
+    reasoning: str | None = None
     function_call: Any = None
+    """Only none: the older form of ``tool_calls``."""
     audio: Any = None
 
 
-class ChatRequest(OpenAIRequest):
+class ChatRequest(TemplateFields, OpenAIRequest):
     """A conversation to be continued."""
 
     messages: Annotated[list[ChatInput], Field(fail_fast=True, min_length=1)]
@@ -56,25 +76,30 @@ class ChatRequest(OpenAIRequest):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     metadata: dict[str, Any] | None = None
     safety_identifier: str | None = None
+    tools: ToolList | None = None
+    """Functions that the model may call."""
+    tool_choice: ToolChoice | None = None
+    """Whether it does; without it, as it likes."""
+    parallel_tool_calls: bool | None = None
+    """``false``: at most one call."""
+    reasoning_effort: Effort | None = None
+    thinking: Thinking | None = None
+    reasoning: ReasoningConfig | None = None
 
     COUNTED: ClassVar[Collection[str]] = ("messages",)
     REFUSED: ClassVar[Mapping[str, Collection[Any]]] = {
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
         "functions": ([],),
         "function_call": ("none", "auto"),
         "modalities": (["text"],),
         "audio": (),
         "prediction": (),
         "web_search_options": (),
-        "reasoning_effort": ("none",),
         "verbosity": ("medium",),
         "store": (False,),
         "service_tier": ("auto", "default"),
         "moderation": (),
     }
     WITHOUT_EFFECT: ClassVar[Collection[str]] = (
-        "parallel_tool_calls",
         "prompt_cache_key",
         "prompt_cache_options",
         "prompt_cache_retention",
@@ -91,12 +116,36 @@ class ChatLogprobs(Answer, kw_only=True):
     refusal: None = None
 
 
+class Function(Answer, kw_only=True):
+    """What is called, and with which arguments, a JSON object as text."""
+
+    name: str
+    arguments: str
+
+
+class FunctionCall(Answer, kw_only=True):
+    """A call of one of the tools."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: Function
+
+
 class AssistantMessage(Answer, kw_only=True):
-    """The answer."""
+    """The answer.
+
+    :param content: ``None`` where there are only calls.
+    :param tool_calls: absent where there are none.
+    :param reasoning_content: what the model thought before; absent where it did not.
+    :param reasoning: the same.
+    """
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    tool_calls: list[FunctionCall] | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
 
 
 class ChatChoice(Answer, kw_only=True):
@@ -143,17 +192,55 @@ def _requests(call: Call, request: ChatRequest) -> list[InferenceRequest]:
         "max_new_tokens": new if new is not None else old,
         "logprobs": (request.top_logprobs or 0) if request.logprobs else None,
     }
-    return requests_for(call, request, params, None, [{"messages": messages}])
+    config, thinking = request.reasoning or ReasoningConfig(), request.thinking or UNTOLD
+    fields = {
+        "messages": messages,
+        "template_args": request.chat_template_kwargs or None,
+        **chosen_tools(
+            call,
+            request.model,
+            [tool.function for tool in request.tools or ()],
+            request.tool_choice,
+            request.parallel_tool_calls,
+        ),
+        **reasoning_of(
+            {
+                "reasoning_effort": request.reasoning_effort,
+                "thinking": thinking.asked,
+                "reasoning": config.asked,
+            },
+            {
+                "reasoning_budget": request.reasoning_budget,
+                "thinking": thinking.budget_tokens,
+                "reasoning": config.max_tokens,
+            },
+        ),
+    }
+    return requests_for(call, request, params, None, [fields])
 
 
 def _message(message: ChatInput, where: str) -> ChatMessage:
-    for name in ("tool_calls", "function_call", "audio"):
+    for name in ("function_call", "audio"):
         if getattr(message, name):
             raise unsupported(f"{where}.{name}", "messages")
-    text = text_of(message.content, where)
-    if text is None:
+    text, calls = text_of(message.content, where), message.tool_calls or []
+    if text is None and not calls:
         raise ApiError(400, f"{where}: the message has no content", "invalid_value", "messages")
-    return chat_message(message.role, text, where, message.name)
+    if calls and message.role != "assistant":
+        raise ApiError(400, f"{where}: only the assistant calls tools", "invalid_value", "messages")
+    if message.role == "tool" and not message.tool_call_id:
+        raise ApiError(
+            400, f"{where}: a tool's result needs tool_call_id", "invalid_value", "messages"
+        )
+    return chat_message(
+        message.role,
+        text,
+        where,
+        message.name,
+        tool_calls=[called.as_message() for called in calls] or None,
+        tool_call_id=message.tool_call_id,
+        reasoning=message.reasoning_content or message.reasoning or None,
+    )
 
 
 class ChatWriter(OpenAIWriter):
@@ -163,11 +250,22 @@ class ChatWriter(OpenAIWriter):
     COMPLETED = ChatCompletion
     CHUNK = "chat.completion.chunk"
 
-    def choice(self, text: str, **fields: Any) -> ChatChoice:
-        return ChatChoice(message=AssistantMessage(content=text), **fields)
+    def choice(self, response: InferenceResponse, **fields: Any) -> ChatChoice:
+        calls = [
+            FunctionCall(id=made.id, function=Function(name=made.name, arguments=made.arguments))
+            for made in response.tool_calls or ()
+        ]
+        reasoning = UNSET if response.reasoning is None else response.reasoning
+        message = AssistantMessage(
+            content=response.generated_text or (None if calls else ""),
+            tool_calls=calls or UNSET,
+            reasoning_content=reasoning,
+            reasoning=reasoning,
+        )
+        return ChatChoice(message=message, **fields)
 
-    def addition(self, text: str | None) -> dict[str, Any]:
-        return {"delta": {} if text is None else {"content": text}}
+    def addition(self, chunk: str | None) -> dict[str, Any]:
+        return {"delta": _delta(chunk)}
 
     def entries(self, index: int, logprobs: Sequence[TokenLogprob]) -> ChatLogprobs:
         return ChatLogprobs(content=token_entries(logprobs))
@@ -176,6 +274,22 @@ class ChatWriter(OpenAIWriter):
         """The role, for each answer."""
         addition = {"delta": {"role": "assistant", "content": "", "refusal": None}}
         return b"".join(event(self.chunk(index, addition)) for index in range(len(streams)))
+
+
+def _delta(chunk: str | None) -> dict[str, Any]:
+    """What a chunk of a stream adds to the message."""
+    if chunk is None:
+        return {}
+    if isinstance(chunk, ReasoningDelta):
+        return {"reasoning_content": chunk.text, "reasoning": chunk.text}
+    if not isinstance(chunk, ToolCallDelta):
+        return {"content": chunk}
+    if chunk.id is None:
+        made: dict[str, Any] = {"index": chunk.call, "function": {"arguments": chunk.arguments}}
+    else:
+        function = {"name": chunk.name, "arguments": chunk.arguments}
+        made = {"index": chunk.call, "id": chunk.id, "type": "function", "function": function}
+    return {"tool_calls": [made]}
 
 
 ROUTES = (

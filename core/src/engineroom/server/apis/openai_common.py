@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias
 
 from msgspec import UNSET, UnsetType
 from pydantic import Field, SkipValidation, Tag
 
 from engineroom.field_types import LogitBias, either
+from engineroom.generation.deltas import StreamDelta
 from engineroom.schemas import InferenceRequest, InferenceResponse, TokenLogprob
 from engineroom.server.apis.request_fields import (
     Number,
@@ -42,7 +43,7 @@ __all__ = [
     "requests_for",
 ]
 
-FinishReason: TypeAlias = Literal["stop", "length"]
+FinishReason: TypeAlias = Literal["stop", "length", "tool_calls"]
 _SEED_STEP: Final = 0x9E3779B97F4A7C15
 """Between the seeds of several answers; the first has the one that was asked for."""
 
@@ -80,6 +81,7 @@ class OpenAIRequest(OpenAISampling):
         "model_id": "model",
         "stop_sequences": "stop",
         "max_new_tokens": "max_tokens",
+        "template_args": "chat_template_kwargs",
     }
 
 
@@ -200,12 +202,12 @@ class OpenAIWriter(Writer):
         }  # fmt: skip
 
     @abstractmethod
-    def choice(self, text: str, **fields: Any) -> Answer:
+    def choice(self, response: InferenceResponse, **fields: Any) -> Answer:
         """A whole answer; ``fields`` are those that both APIs have."""
 
     @abstractmethod
-    def addition(self, text: str | None) -> dict[str, Any]:
-        """What a chunk adds; ``None``: nothing."""
+    def addition(self, chunk: str | None) -> dict[str, Any]:
+        """What a chunk of the stream adds; ``None``: nothing."""
 
     @abstractmethod
     def entries(self, index: int, logprobs: Sequence[TokenLogprob]) -> Answer:
@@ -215,7 +217,7 @@ class OpenAIWriter(Writer):
         """Every answer, and the usage of all."""
         choices = [
             self.choice(
-                r.generated_text or "",
+                r,
                 index=index,
                 logprobs=self.entries(index, r.logprobs or ()) if self.wants_logprobs else None,
                 finish_reason=_finish_of(r),
@@ -225,12 +227,21 @@ class OpenAIWriter(Writer):
         usage = self._usage(responses)
         return dumps(self.COMPLETED(**self._head, choices=choices, usage=usage))
 
-    def framer(self, index: int) -> Framer:
-        return Framer(lambda text: self.chunk(index, self.addition(text)))
+    def framer(self, index: int) -> Callable[[str], bytes]:
+        of_text = Framer(lambda text: self.chunk(index, self.addition(text)))
+        if self.plain:
+            return of_text
 
-    def text_with_logprobs(self, index: int, text: str, logprobs: Sequence[TokenLogprob]) -> bytes:
+        def frame(chunk: str) -> bytes:
+            if isinstance(chunk, StreamDelta):
+                return event(self.chunk(index, self.addition(chunk)))
+            return of_text(chunk)
+
+        return frame
+
+    def text_with_logprobs(self, index: int, chunk: str, logprobs: Sequence[TokenLogprob]) -> bytes:
         entries = self.entries(index, logprobs)
-        return event(self.chunk(index, self.addition(text), logprobs=entries))
+        return event(self.chunk(index, self.addition(chunk), logprobs=entries))
 
     def finish(self, index: int, response: InferenceResponse) -> bytes:
         """The chunk that says why the answer ended."""
@@ -269,4 +280,5 @@ class OpenAIWriter(Writer):
 
 
 def _finish_of(response: InferenceResponse) -> FinishReason:
-    return "length" if response.finish_reason == "length" else "stop"
+    reason = response.finish_reason
+    return reason if reason in ("length", "tool_calls") else "stop"

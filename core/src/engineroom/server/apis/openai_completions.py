@@ -9,9 +9,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Discriminator, Field, Tag
 
 from engineroom.field_types import TokenId
+from engineroom.generation.deltas import StreamDelta
 from engineroom.generation.text import Utf8Decoder
 from engineroom.inference.streams import InferenceStream
-from engineroom.schemas import InferenceRequest, TokenLogprob
+from engineroom.schemas import InferenceRequest, InferenceResponse, TokenLogprob
 from engineroom.server.apis.openai_common import (
     Completed,
     FinishReason,
@@ -67,7 +68,16 @@ class CompletionRequest(OpenAIRequest):
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     RENAMED: ClassVar[Mapping[str, str]] = {**OpenAIRequest.RENAMED, "prompt_token_ids": "prompt"}
-    REFUSED: ClassVar[Mapping[str, Collection[Any]]] = {"suffix": ("",), "best_of": (1,)}
+    REFUSED: ClassVar[Mapping[str, Collection[Any]]] = {
+        "suffix": ("",),
+        "best_of": (1,),
+        # A prompt is taken as it stands: no template is told of these.
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),
+        "chat_template_kwargs": ({},),
+        "reasoning_effort": ("none",),
+        "reasoning_budget": (),
+    }
 
 
 # ── answers ──────────────────────────────────────────────────────────────────────────────────
@@ -153,11 +163,12 @@ class CompletionWriter(OpenAIWriter):
         self._echoed = [str(p) if request.echo else "" for p in prompts for _ in range(n)]
         self._offsets = [_Offsets() for _ in self._echoed]
 
-    def choice(self, text: str, **fields: Any) -> CompletionChoice:
-        return CompletionChoice(text=self._echoed[fields["index"]] + text, **fields)
+    def choice(self, response: InferenceResponse, **fields: Any) -> CompletionChoice:
+        text = self._echoed[fields["index"]] + (response.generated_text or "")
+        return CompletionChoice(text=text, **fields)
 
-    def addition(self, text: str | None) -> dict[str, Any]:
-        return {"text": text or ""}
+    def addition(self, chunk: str | None) -> dict[str, Any]:
+        return {"text": "" if chunk is None or isinstance(chunk, StreamDelta) else chunk}
 
     def entries(self, index: int, logprobs: Sequence[TokenLogprob]) -> CompletionLogprobs:
         return CompletionLogprobs(

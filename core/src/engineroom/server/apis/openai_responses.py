@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias
 
-import msgspec
 from msgspec import Meta
 from pydantic import Field, Tag
 
@@ -14,15 +13,20 @@ from engineroom.field_types import either
 from engineroom.inference.streams import InferenceStream
 from engineroom.schemas import ChatMessage, InferenceRequest, InferenceResponse, TokenLogprob
 from engineroom.server.apis.openai_common import OpenAISampling
-from engineroom.server.apis.openai_logprobs import TokenEntry, token_entries
 from engineroom.server.apis.request_fields import (
-    Content,
-    SubSchema,
     build,
     chat_message,
-    conversation,
     params_of,
     parse,
+)
+from engineroom.server.apis.responses_input import InputItem, ResponsesTools, messages_of
+from engineroom.server.apis.responses_output import (
+    FunctionCallItem,
+    ItemStatus,
+    ItemWriter,
+    OutputItem,
+    OutputMessage,
+    ReasoningItem,
 )
 from engineroom.server.apis.routing import SSE, work_route
 from engineroom.server.apis.structured_fields import (
@@ -30,32 +34,30 @@ from engineroom.server.apis.structured_fields import (
     check_neutral,
     structured_output,
 )
+from engineroom.server.apis.tool_fields import (
+    ReasoningConfig,
+    TemplateFields,
+    ToolChoice,
+    chosen_tools,
+    reasoning_of,
+)
 from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ApiError
 from engineroom.server.http.exchange import Writer, respond
-from engineroom.server.http.frames import Answer, dumps, json_text, named_event
+from engineroom.server.http.frames import Answer, dumps
 
 __all__ = ["ROUTES", "ResponsesRequest"]
 
-_INPUT_KINDS: Final = ("input_text", "output_text", "text")
 _LOGPROBS: Final = "message.output_text.logprobs"
 
 
-class InputMessage(SubSchema):
-    """A message of the input."""
-
-    type: Literal["message"] = "message"
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
-
-
-class ResponsesRequest(OpenAISampling):
+class ResponsesRequest(TemplateFields, OpenAISampling):
     """A text or a conversation to be answered."""
 
     input: Annotated[
         Annotated[str, Tag("(text)")]
-        | Annotated[list[InputMessage], Field(fail_fast=True, min_length=1), Tag("(messages)")],
-        either("a text or a list of messages", {str: "(text)", list: "(messages)"}),
+        | Annotated[list[InputItem], Field(fail_fast=True, min_length=1), Tag("(items)")],
+        either("a text or a list of messages", {str: "(text)", list: "(items)"}),
     ]
     instructions: str | None = None
     """A system message before the input."""
@@ -65,7 +67,12 @@ class ResponsesRequest(OpenAISampling):
     safety_identifier: str | None = None
     text: TextConfig | None = None
     parallel_tool_calls: bool | None = None
-    """Said back; there are no tools."""
+    """``false``: at most one call."""
+    tools: ResponsesTools | None = None
+    """Functions that the model may call."""
+    tool_choice: ToolChoice | None = None
+    """Whether it does; without it, as it likes."""
+    reasoning: ReasoningConfig | None = None
     include: list[Literal["message.output_text.logprobs"]] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     """With log probabilities included: those of so many likely tokens, too."""
@@ -73,12 +80,10 @@ class ResponsesRequest(OpenAISampling):
     RENAMED: ClassVar[Mapping[str, str]] = {
         "model_id": "model",
         "max_new_tokens": "max_output_tokens",
+        "template_args": "chat_template_kwargs",
     }
     COUNTED: ClassVar[Collection[str]] = ("input",)
     REFUSED: ClassVar[Mapping[str, Collection[Any]]] = {
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
-        "reasoning": ({}, {"effort": "none"}),
         "previous_response_id": (),
         "conversation": (),
         "prompt": (),
@@ -102,28 +107,8 @@ class ResponsesRequest(OpenAISampling):
 
 # ── answers ──────────────────────────────────────────────────────────────────────────────────
 
-ItemStatus: TypeAlias = Literal["in_progress", "completed", "incomplete"]
 Not: TypeAlias = Annotated[bool, Meta(extra_json_schema={"const": False})]
 """Never ``true``."""
-
-
-class OutputText(Answer, kw_only=True):
-    """A part of a message."""
-
-    type: Literal["output_text"] = "output_text"
-    text: str
-    annotations: tuple[Any, ...] = ()
-    logprobs: list[TokenEntry] = msgspec.field(default_factory=list)
-
-
-class OutputMessage(Answer, kw_only=True):
-    """A message."""
-
-    id: str
-    type: Literal["message"] = "message"
-    role: Literal["assistant"] = "assistant"
-    status: ItemStatus
-    content: list[OutputText]
 
 
 class InputTokensDetails(Answer, kw_only=True):
@@ -163,16 +148,16 @@ class Response(Answer, kw_only=True):
     max_output_tokens: int | None
     metadata: dict[str, Any]
     model: str
-    output: list[OutputMessage]
+    output: list[ReasoningItem | OutputMessage | FunctionCallItem]
     parallel_tool_calls: bool
     previous_response_id: None = None
-    reasoning: dict[str, None]
+    reasoning: dict[str, str | None]
     service_tier: Literal["default"] = "default"
     store: Not = False
     temperature: float
     text: dict[str, Any]
-    tool_choice: Literal["auto"] = "auto"
-    tools: tuple[Any, ...] = ()
+    tool_choice: str | dict[str, Any]
+    tools: list[dict[str, Any]]
     top_logprobs: int
     top_p: float
     truncation: Literal["disabled"] = "disabled"
@@ -196,7 +181,7 @@ def _request(call: Call, request: ResponsesRequest) -> InferenceRequest:
     if isinstance(request.input, str):
         messages.append(chat_message("user", request.input, "input"))
     else:
-        messages += conversation(request.input, "input", _INPUT_KINDS)
+        messages += messages_of(request.input)
     text = request.text or TextConfig()
     check_neutral(text.verbosity, "medium", "text.verbosity")
     asked = {"text.format": text.format.asked("text.format") if text.format else {}}
@@ -212,7 +197,25 @@ def _request(call: Call, request: ResponsesRequest) -> InferenceRequest:
         "logprobs": top if request.include else None,
     }
     absent = {"temperature": None, "max_new_tokens": None}
-    return build(call, request, params_of(call, request, params, absent), messages=messages)
+    config = request.reasoning or ReasoningConfig()
+    return build(
+        call,
+        request,
+        params_of(call, request, params, absent),
+        messages=messages,
+        template_args=request.chat_template_kwargs or None,
+        **chosen_tools(
+            call,
+            request.model,
+            request.tools,
+            request.tool_choice,
+            request.parallel_tool_calls,
+        ),
+        **reasoning_of(
+            {"reasoning": config.asked},
+            {"reasoning": config.max_tokens, "reasoning_budget": request.reasoning_budget},
+        ),
+    )
 
 
 def _usage(answer: InferenceResponse) -> ResponseUsage:
@@ -231,7 +234,6 @@ class ResponsesWriter(Writer):
 
     def __init__(self, call: Call, request: ResponsesRequest) -> None:
         self._id = f"resp_{call.id}"
-        self._item_id = f"msg_{call.id}"
         self._created = int(time.time())
         self._request = request
         self.wants_logprobs = bool(request.include)
@@ -239,99 +241,87 @@ class ResponsesWriter(Writer):
         self._format = (
             {"type": "text"} if form is None else form.model_dump(by_alias=True, exclude_unset=True)
         )
-        self._number = 0
-        self._part = {"item_id": self._item_id, "output_index": 0, "content_index": 0}
-        kind = "response.output_text.delta"
-        delta = dumps({"type": kind, **self._part, "logprobs": []})
-        self._before = b'event: %b\ndata: %b,"delta":' % (kind.encode(), delta[:-1])
+        self._items = ItemWriter(call.id)
 
     def whole(self, responses: Sequence[InferenceResponse]) -> bytes:
-        return dumps(self._response(responses[0]))
+        (response,) = responses
+        output = self._items.items_of(response, _status(response))
+        return dumps(self._response(response, output))
 
     def begin(self, streams: Sequence[InferenceStream]) -> bytes:
-        """The response, its message and its part come to be."""
+        """The response comes to be, and where all is content, its message."""
+        event = self._items.event
         return (
-            self._event("response.created", response=self._response(None))
-            + self._event("response.in_progress", response=self._response(None))
-            + self._event("response.output_item.added", output_index=0, item=self._item())
-            + self._event("response.content_part.added", **self._part, part=OutputText(text=""))
+            event("response.created", response=self._response(None))
+            + event("response.in_progress", response=self._response(None))
+            + (self._items.message() if self.plain else b"")
         )
 
     def framer(self, index: int) -> Callable[[str], bytes]:
-        return self._delta
+        return self._items.frame
 
-    def _delta(self, text: str) -> bytes:
-        number = self._number
-        self._number = number + 1
-        return self._before + json_text(text) + b',"sequence_number":%d}\n\n' % number
-
-    def text_with_logprobs(self, index: int, text: str, logprobs: Sequence[TokenLogprob]) -> bytes:
-        entries = token_entries(logprobs)
-        return self._event("response.output_text.delta", **self._part, delta=text, logprobs=entries)
+    def text_with_logprobs(self, index: int, chunk: str, logprobs: Sequence[TokenLogprob]) -> bytes:
+        return self._items.with_logprobs(chunk, logprobs)
 
     def finish(self, index: int, response: InferenceResponse) -> bytes:
-        """The part, the message and the response are done."""
-        whole = self._response(response)
-        (part,) = whole.output[0].content
-        text = {"text": part.text, "logprobs": part.logprobs}
-        return (
-            self._event("response.output_text.done", **self._part, **text)
-            + self._event("response.content_part.done", **self._part, part=part)
-            + self._event("response.output_item.done", output_index=0, item=whole.output[0])
-            + self._event(f"response.{whole.status}", response=whole)
-        )
+        """The last item and the response are done."""
+        status = _status(response)
+        ended, output = self._items.end(response, status)
+        whole = self._response(response, output)
+        return ended + self._items.event(f"response.{whole.status}", response=whole)
 
     def fail(self, error: ApiError, responses: Sequence[InferenceResponse]) -> bytes:
         """The error, and the response that failed, with its usage."""
-        return self._event(
-            "error", code=error.code, message=error.message, param=error.param
-        ) + self._event("response.failed", response=self._response(responses[0], error))
-
-    def _event(self, kind: str, **fields: Any) -> bytes:
-        value = {"type": kind, "sequence_number": self._number, **fields}
-        self._number += 1
-        return named_event(kind, value)
-
-    @staticmethod
-    def _encoded(entries: list[TokenEntry]) -> Any:
-        """Encoded once, however often they are sent."""
-        return msgspec.Raw(dumps(entries)) if entries else entries
-
-    def _item(self, status: ItemStatus = "in_progress", *content: OutputText) -> OutputMessage:
-        return OutputMessage(id=self._item_id, status=status, content=list(content))
+        event, failed = self._items.event, self._response(responses[0], error=error)
+        return event("error", code=error.code, message=error.message, param=error.param) + event(
+            "response.failed", response=failed
+        )
 
     def _response(
-        self, answer: InferenceResponse | None, error: ApiError | None = None
+        self,
+        answer: InferenceResponse | None,
+        output: Sequence[OutputItem] = (),
+        *,
+        error: ApiError | None = None,
     ) -> Response:
         """The whole object; without an answer, that of one in progress."""
         request = self._request
-        status: ItemStatus = "in_progress"
-        output: list[OutputMessage] = []
-        if answer is not None and error is None:
-            status = "incomplete" if answer.finish_reason == "length" else "completed"
-            entries = self._encoded(token_entries(answer.logprobs or ()))
-            text = OutputText(text=answer.generated_text or "", logprobs=entries)
-            output = [self._item(status, text)]
+        status: Literal["in_progress", "completed", "incomplete", "failed"] = "in_progress"
+        if error is not None:
+            status = "failed"
+        elif answer is not None:
+            status = _status(answer)
+        config = request.reasoning or ReasoningConfig()
+        asked = request.tool_choice or "auto"
+        choice = asked if isinstance(asked, str) else asked.model_dump(exclude_unset=True)
+        unsaid = {"parameters": None, "strict": None}
+        tools = [unsaid | tool.model_dump(exclude_unset=True) for tool in request.tools or ()]
         return Response(
             id=self._id,
             created_at=self._created,
-            status=status if error is None else "failed",
+            status=status,
             error=None if error is None else {"code": "server_error", "message": error.message},
             incomplete_details={"reason": "max_output_tokens"} if status == "incomplete" else None,
             instructions=request.instructions,
             max_output_tokens=request.max_output_tokens,
             metadata=request.metadata or {},
             model=request.model,
-            output=output,
+            output=list(output),
             parallel_tool_calls=request.parallel_tool_calls is not False,
-            reasoning={"effort": None, "summary": None},
+            reasoning={"effort": config.effort, "summary": None},
             temperature=1.0 if request.temperature is None else request.temperature,
             top_logprobs=request.top_logprobs or 0,
             text={"format": self._format},
+            tool_choice=choice,
+            tools=tools,
             top_p=1.0 if request.top_p is None else request.top_p,
             usage=None if answer is None else _usage(answer),
             user=request.user,
         )
+
+
+def _status(answer: InferenceResponse) -> ItemStatus:
+    return "incomplete" if answer.finish_reason == "length" else "completed"
 
 
 ROUTES = (

@@ -311,11 +311,11 @@ def check_counts(
 
 
 def chat_message(
-    role: str, content: str | None, where: str, name: str | None = None
+    role: str, content: str | None, where: str, name: str | None = None, **fields: Any
 ) -> ChatMessage:
     """A message. :raises ApiError: 400."""
     try:
-        return ChatMessage.model_validate({"role": role, "content": content, "name": name})
+        return ChatMessage(**{"role": role, "content": content, "name": name, **fields})
     except ValidationError as error:
         problem = invalid_fields(error)
         raise ApiError(400, f"{where}: {problem.message}", "invalid_value", "messages") from error

@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError
 
 from engineroom.schemas import StructuredOutput
 from engineroom.server.apis.request_fields import Sampling, SubSchema
+from engineroom.server.apis.tool_fields import Effort
 from engineroom.server.http.errors import ApiError, invalid_fields, unsupported
 
 __all__ = [
@@ -77,8 +78,8 @@ class AnthropicOutputConfig(SubSchema):
     """How the answer is to be."""
 
     format: AnthropicFormat | None = None
-    effort: str | None = None
-    """Only none: no model here is told."""
+    effort: Effort | None = None
+    """How hard to think."""
 
 
 class StructuredOutputs(SubSchema):

@@ -42,6 +42,8 @@ class Writer(ABC):
     """Whether texts are written with their log probabilities."""
     prompts = 1
     """How many prompts the answers have, each as many answers."""
+    plain = False
+    """Whether every chunk of the streams is content. Set before :meth:`begin`."""
 
     def whole(self, responses: Sequence[InferenceResponse]) -> bytes:
         """The answers where no stream was asked for."""
@@ -53,10 +55,12 @@ class Writer(ABC):
 
     @abstractmethod
     def framer(self, index: int) -> Callable[[str], bytes]:
-        """What makes a frame of a step's text of one answer. Called for each: it is quick."""
+        """What makes a frame of a chunk of one answer: of text, and unless ``plain`` is true, of
+        reasoning and calls (:class:`~engineroom.generation.deltas.StreamDelta`). It is quick.
+        """
 
-    def text_with_logprobs(self, index: int, text: str, logprobs: Sequence[TokenLogprob]) -> bytes:
-        """The same where ``wants_logprobs`` is true; ``text`` may be empty."""
+    def text_with_logprobs(self, index: int, chunk: str, logprobs: Sequence[TokenLogprob]) -> bytes:
+        """The same where ``wants_logprobs`` is true; the chunk may be empty."""
         raise NotImplementedError
 
     @abstractmethod
@@ -170,6 +174,7 @@ async def _stream_one(
             raise call.api_error_of(chunk.error)
         await call.start(200, writer.HEADERS)
     send = call.send
+    writer.plain = stream.plain
     head = writer.begin([stream])
     if writer.wants_logprobs:
         seen = 0
@@ -243,6 +248,7 @@ async def _stream_many(
                 tail = head + writer.fail(error, responses)
                 break
             if not frames:
+                writer.plain = streams[index].plain
                 frames = [writer.framer(place) for place in range(left)]
                 if not call.started:
                     await call.start(200, writer.HEADERS)
@@ -251,7 +257,8 @@ async def _stream_many(
             if writer.wants_logprobs:
                 entries = streams[index].logprobs
                 if chunk is not None or len(entries) > seen[index]:
-                    frame = writer.text_with_logprobs(index, chunk or "", entries[seen[index] :])
+                    text = "" if chunk is None else chunk
+                    frame = writer.text_with_logprobs(index, text, entries[seen[index] :])
                     seen[index] = len(entries)
             elif chunk is not None:
                 frame = frames[index](chunk)

@@ -1,0 +1,256 @@
+"""Items of OpenAI's responses, and the events by which they come to be in a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
+
+import msgspec
+
+from engineroom.generation.deltas import ReasoningDelta, ToolCallDelta
+from engineroom.schemas import InferenceResponse, TokenLogprob
+from engineroom.server.apis.openai_logprobs import TokenEntry, token_entries
+from engineroom.server.http.frames import Answer, dumps, json_text, named_event
+
+__all__ = [
+    "FunctionCallItem",
+    "ItemStatus",
+    "ItemWriter",
+    "OutputItem",
+    "OutputMessage",
+    "ReasoningItem",
+]
+
+ItemStatus: TypeAlias = Literal["in_progress", "completed", "incomplete"]
+
+
+class OutputText(Answer, kw_only=True):
+    """A part of a message."""
+
+    type: Literal["output_text"] = "output_text"
+    text: str
+    annotations: tuple[Any, ...] = ()
+    logprobs: list[TokenEntry] = msgspec.field(default_factory=list)
+
+
+class OutputMessage(Answer, kw_only=True, tag_field="type", tag="message"):
+    """A message."""
+
+    id: str
+    role: Literal["assistant"] = "assistant"
+    status: ItemStatus
+    content: list[OutputText]
+
+
+class ReasoningText(Answer, kw_only=True):
+    """A part of the reasoning."""
+
+    type: Literal["reasoning_text"] = "reasoning_text"
+    text: str
+
+
+class ReasoningItem(Answer, kw_only=True, tag_field="type", tag="reasoning"):
+    """What the model thought before it answered."""
+
+    id: str
+    status: ItemStatus
+    summary: tuple[Any, ...] = ()
+    content: list[ReasoningText]
+
+
+class FunctionCallItem(Answer, kw_only=True, tag_field="type", tag="function_call"):
+    """A call of one of the tools.
+
+    :param call_id: what its result is sent with.
+    """
+
+    id: str
+    call_id: str
+    name: str
+    arguments: str
+    status: ItemStatus
+
+
+OutputItem: TypeAlias = ReasoningItem | OutputMessage | FunctionCallItem
+_PREFIXES = {ReasoningItem: "rs", OutputMessage: "msg", FunctionCallItem: "fc"}
+
+
+class ItemWriter:
+    """The items of one response: of a whole answer, or one after another in a stream.
+
+    :param call_id: of the request; the items' ids are made of it.
+    """
+
+    def __init__(self, call_id: str) -> None:
+        self._call_id = call_id
+        self._number = 0
+        self._items: list[OutputItem] = []
+        self._open: OutputItem | None = None
+        self._parts: list[str] = []  # of the open item's text
+        self._waiting: list[TokenLogprob] = []  # log probabilities for the next text
+        self._told: list[TokenLogprob] = []  # and those of the open item
+        self._before = b""
+
+    # ── whole ────────────────────────────────────────────────────────────────────────────────
+
+    def items_of(self, response: InferenceResponse, status: ItemStatus) -> list[OutputItem]:
+        """Those of a whole answer."""
+        items: list[OutputItem] = []
+        if response.reasoning:
+            text = ReasoningText(text=response.reasoning)
+            item_id = self._id(ReasoningItem, 0)
+            items.append(ReasoningItem(id=item_id, status="completed", content=[text]))
+        if response.generated_text or not response.tool_calls:
+            part = OutputText(
+                text=response.generated_text or "", logprobs=_encoded(response.logprobs or ())
+            )
+            item_id = self._id(OutputMessage, len(items))
+            items.append(OutputMessage(id=item_id, status=status, content=[part]))
+        for made in response.tool_calls or ():
+            item_id = self._id(FunctionCallItem, len(items))
+            items.append(
+                FunctionCallItem(
+                    id=item_id,
+                    call_id=made.id,
+                    name=made.name,
+                    arguments=made.arguments,
+                    status="completed",
+                )
+            )
+        return items
+
+    def _id(self, kind: type[OutputItem], place: int) -> str:
+        return f"{_PREFIXES[kind]}_{self._call_id}" + (f"_{place}" if place else "")
+
+    # ── streamed ─────────────────────────────────────────────────────────────────────────────
+
+    def event(self, kind: str, **fields: Any) -> bytes:
+        """An event with its number."""
+        value = {"type": kind, "sequence_number": self._number, **fields}
+        self._number += 1
+        return named_event(kind, value)
+
+    def message(self) -> bytes:
+        """A message begins."""
+        item = OutputMessage(
+            id=self._id(OutputMessage, len(self._items)), status="in_progress", content=[]
+        )
+        begun = self._begin(item, OutputText(text=""))
+        kind = "response.output_text.delta"
+        delta = dumps({"type": kind, **self._place(), "content_index": 0, "logprobs": []})
+        self._before = b'event: %b\ndata: %b,"delta":' % (kind.encode(), delta[:-1])
+        return begun
+
+    def frame(self, chunk: str) -> bytes:
+        """The events of a chunk."""
+        if isinstance(chunk, ReasoningDelta):
+            return self._reason(chunk.text)
+        if isinstance(chunk, ToolCallDelta):
+            return self._call(chunk)
+        begun = b"" if isinstance(self._open, OutputMessage) else self.message()
+        self._parts.append(chunk)
+        number = self._number
+        self._number = number + 1
+        return begun + self._before + json_text(chunk) + b',"sequence_number":%d}\n\n' % number
+
+    def with_logprobs(self, chunk: str, logprobs: Sequence[TokenLogprob]) -> bytes:
+        """The same; log probabilities go with the next text, for other items have none."""
+        self._waiting += logprobs
+        if isinstance(chunk, ReasoningDelta | ToolCallDelta):
+            return self.frame(chunk)
+        begun = b""
+        if not isinstance(self._open, OutputMessage):
+            if not chunk:
+                return b""
+            begun = self.message()
+        self._parts.append(chunk)
+        entries = token_entries(self._waiting)
+        self._told += self._waiting
+        self._waiting = []
+        kind = "response.output_text.delta"
+        fields = {**self._place(), "content_index": 0, "delta": chunk, "logprobs": entries}
+        return begun + self.event(kind, **fields)
+
+    def end(
+        self, response: InferenceResponse, status: ItemStatus
+    ) -> tuple[bytes, list[OutputItem]]:
+        """The last item ends; with it, all that there are. A call that was cut short is none."""
+        begun = b"" if self._items or self._open else self.message()
+        known = {made.id for made in response.tool_calls or ()}
+        cut = isinstance(self._open, FunctionCallItem) and self._open.call_id not in known
+        ended = self._end("incomplete" if cut else status)
+        if cut:
+            self._items.pop()
+        return begun + ended, self._items
+
+    def _begin(self, item: OutputItem, part: OutputText | ReasoningText | None = None) -> bytes:
+        ended = self._end("completed")
+        self._open, self._parts, self._told = item, [], []
+        begun = self.event("response.output_item.added", output_index=len(self._items), item=item)
+        if part is not None:
+            fields = {**self._place(), "content_index": 0, "part": part}
+            begun += self.event("response.content_part.added", **fields)
+        return ended + begun
+
+    def _place(self) -> dict[str, Any]:
+        assert self._open is not None
+        return {"item_id": self._open.id, "output_index": len(self._items)}
+
+    def _reason(self, text: str) -> bytes:
+        begun = b""
+        if not isinstance(self._open, ReasoningItem):
+            item_id = self._id(ReasoningItem, len(self._items))
+            item = ReasoningItem(id=item_id, status="in_progress", content=[])
+            begun = self._begin(item, ReasoningText(text=""))
+        self._parts.append(text)
+        fields = {**self._place(), "content_index": 0, "delta": text}
+        return begun + self.event("response.reasoning_text.delta", **fields)
+
+    def _call(self, chunk: ToolCallDelta) -> bytes:
+        begun = b""
+        if chunk.id is not None:
+            item = FunctionCallItem(
+                id=self._id(FunctionCallItem, len(self._items)),
+                call_id=chunk.id,
+                name=chunk.name or "",
+                arguments="",
+                status="in_progress",
+            )
+            begun = self._begin(item)
+        if not chunk.arguments:
+            return begun
+        self._parts.append(chunk.arguments)
+        kind = "response.function_call_arguments.delta"
+        return begun + self.event(kind, **self._place(), delta=chunk.arguments)
+
+    def _end(self, status: ItemStatus) -> bytes:
+        """What is open ends."""
+        item, text = self._open, "".join(self._parts)
+        if item is None:
+            return b""
+        place = self._place()
+        if isinstance(item, FunctionCallItem):
+            done: OutputItem = msgspec.structs.replace(item, arguments=text, status=status)
+            kind = "response.function_call_arguments.done"
+            ended = self.event(kind, **place, name=item.name, arguments=text)
+        else:
+            part: Any
+            place["content_index"] = 0
+            if isinstance(item, ReasoningItem):
+                part = ReasoningText(text=text)
+                ended = self.event("response.reasoning_text.done", **place, text=text)
+            else:
+                part = OutputText(text=text, logprobs=_encoded(self._told))
+                fields = {**place, "text": text, "logprobs": part.logprobs}
+                ended = self.event("response.output_text.done", **fields)
+            ended += self.event("response.content_part.done", **place, part=part)
+            done = msgspec.structs.replace(item, content=[part], status=status)
+        self._items.append(done)
+        self._open = None
+        index = len(self._items) - 1
+        return ended + self.event("response.output_item.done", output_index=index, item=done)
+
+
+def _encoded(logprobs: Sequence[TokenLogprob]) -> Any:
+    """Entries, encoded once, however often they are sent."""
+    return msgspec.Raw(dumps(token_entries(logprobs))) if logprobs else []
