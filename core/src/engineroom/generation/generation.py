@@ -45,7 +45,7 @@ class ParsedOutput:
     _utf8: TextPipeline = field(default_factory=TextPipeline)
     _reasoning: list[str] = field(default_factory=list)
     _calls: list[tuple[str, str, list[str]]] = field(default_factory=list)
-    _complete: int = 0
+    _complete: list[int] = field(default_factory=list)
 
     def feed(self, piece: str | bytes) -> None:
         """Take the text of a step."""
@@ -72,7 +72,7 @@ class ParsedOutput:
     @property
     def calls(self) -> list[ToolCall] | None:
         """The calls that are complete; ``None``: there is none."""
-        complete = self._calls[: self._complete]
+        complete = (self._calls[call] for call in self._complete)
         calls = [ToolCall(id=i, name=name, arguments="".join(a)) for i, name, a in complete]
         return calls or None
 
@@ -96,7 +96,7 @@ class ParsedOutput:
                 self._calls[event.call][2].append(event.text)
                 self.chunks.append(ToolCallDelta(event.call, arguments=event.text))
             elif isinstance(event, CallEnd):
-                self._complete = event.call + 1
+                self._complete.append(event.call)
 
     def _flush(self) -> None:
         """No stop sequence goes on behind what is no content."""

@@ -1,0 +1,186 @@
+"""What an output parser says: content and reasoning without the blanks around them, and calls."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any, Final, TypeAlias
+
+from engineroom.generation.output_events import (
+    CallArguments,
+    CallBegin,
+    CallEnd,
+    Content,
+    OutputEvent,
+    Reasoning,
+)
+from engineroom.generation.text_source import MAX_BLANKS, MalformedError
+
+__all__ = ["OutputWriter"]
+
+logger = logging.getLogger("engineroom.outputs")
+
+_NAME: Final = re.compile(r"[\w.:/-]{1,128}")
+_Kind: TypeAlias = type[Content] | type[Reasoning] | int
+
+
+class _Blanks:
+    """A text whose blanks at the end wait for what comes."""
+
+    __slots__ = ("leading", "pending", "some")
+
+    def __init__(self, *, leading: bool) -> None:
+        self.leading = leading
+        """Blanks belong to the text also where nothing stands before them."""
+        self.pending = ""
+        self.some = False
+        """There was text since the last :meth:`cut`."""
+
+    def push(self, text: str) -> str:
+        """What of it may be shown, with what waited."""
+        if not self.leading and not self.some:
+            text = text.lstrip()
+        text = self.pending + text
+        body = text.rstrip()
+        blanks = len(text) - len(body)
+        blanks = min(blanks, MAX_BLANKS)
+        self.pending = text[len(text) - blanks :]
+        shown = text[: len(text) - blanks]
+        self.some = self.some or bool(body)
+        return shown
+
+    def cut(self, *, keep: bool) -> str:
+        """Something else comes: the blanks that waited, if they are to be kept."""
+        pending, some = self.pending, self.some
+        self.pending, self.some = "", False
+        return pending if keep and some else ""
+
+
+class OutputWriter:
+    """Collects events.
+
+    :param tools: the JSON schemas of the tools' arguments, by name.
+    :param trims: blanks in front of a call are no content.
+    """
+
+    def __init__(self, tools: Mapping[str, Any], *, trims: bool) -> None:
+        self.tools = tools
+        self.trims = trims
+        self.calls = 0
+        """Calls that have begun."""
+        self.open = False
+        """A call has begun and not ended."""
+        self._content = _Blanks(leading=True)
+        self._reasoning = _Blanks(leading=False)
+        self._after_call = False
+        self._events: list[OutputEvent] = []
+        self._kind: _Kind | None = None
+        self._parts: list[str] = []
+
+    def take(self) -> list[OutputEvent]:
+        """The events since the last time."""
+        self._flush()
+        events, self._events = self._events, []
+        return events
+
+    # ── Text ─────────────────────────────────────────────────────────────────────────────────
+
+    def content(self, text: str) -> None:
+        """Text of the answer."""
+        if shown := self._content.push(text):
+            self._write(Content, shown)
+            self._after_call = False
+
+    def reasoning(self, text: str) -> None:
+        """Text of the reasoning."""
+        if shown := self._reasoning.push(text):
+            self._write(Reasoning, shown)
+
+    def begin_reasoning(self) -> None:
+        """Reasoning comes next."""
+        if blanks := self._content.cut(keep=not self.trims):
+            self._write(Content, blanks)
+
+    def end_reasoning(self) -> None:
+        """The reasoning is over; blanks behind it separate it from the answer."""
+        self._reasoning.cut(keep=False)
+        self._content.leading = False
+
+    @property
+    def at_line(self) -> bool:
+        """Whether the reasoning stands at the beginning of a line."""
+        return not self._reasoning.some or "\n" in self._reasoning.pending
+
+    def cut(self) -> None:
+        """The text has ended within a call, behind the blanks in front of it."""
+        if self.trims:
+            self._content.cut(keep=False)
+
+    def finish(self) -> None:
+        """The text has ended."""
+        if blanks := self._reasoning.cut(keep=True):
+            self._write(Reasoning, blanks)
+        pending = self._content.pending
+        if pending and not self._after_call:
+            self._write(Content, pending)
+
+    # ── Calls ────────────────────────────────────────────────────────────────────────────────
+
+    def begin(self, name: str, *, offered: bool = False) -> None:
+        """A call begins.
+
+        :param offered: it is one only if such a tool was offered.
+        :raises MalformedError: it is none.
+        """
+        if not _NAME.fullmatch(name):
+            raise MalformedError
+        if name not in self.tools:
+            if offered:
+                raise MalformedError
+            logger.warning("the model calls %r, a tool that was not offered", name)
+        blanks = self._content.cut(keep=not self.trims)
+        if blanks:
+            self._write(Content, blanks)
+        self._flush()
+        self._content.leading = True
+        self._events.append(CallBegin(self.calls, name))
+        self.calls += 1
+        self.open = True
+
+    def arguments(self, text: str) -> None:
+        """More of the arguments, in JSON."""
+        self._write(self.calls - 1, text)
+
+    def end(self) -> None:
+        """The call is complete."""
+        self._flush()
+        self._events.append(CallEnd(self.calls - 1))
+        self.open = False
+        self._after_call = True
+
+    def again(self, events: list[OutputEvent]) -> None:
+        """Calls that another parser has found in a part of the text."""
+        for event in events:
+            if isinstance(event, CallBegin):
+                self.begin(event.name)
+            elif isinstance(event, CallArguments):
+                self.arguments(event.text)
+            elif isinstance(event, CallEnd):
+                self.end()
+
+    def _write(self, kind: _Kind, text: str) -> None:
+        if kind != self._kind:
+            self._flush()
+            self._kind = kind
+        self._parts.append(text)
+
+    def _flush(self) -> None:
+        if self._parts:
+            text = "".join(self._parts)
+            self._parts.clear()
+            if isinstance(self._kind, int):
+                self._events.append(CallArguments(self._kind, text))
+            elif self._kind is not None:
+                self._events.append(self._kind(text))
+        self._kind = None

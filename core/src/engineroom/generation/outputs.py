@@ -1,0 +1,298 @@
+"""Tells content, reasoning and tool calls apart in a model's text, as it comes.
+
+A character costs the same wherever it stands, and where the text is cut into pieces makes no
+difference. What begins like a call and is none comes back as content; what the end of the text cuts
+is no call, and its markup no content.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from engineroom.generation.call_forms import (
+    ChannelForm,
+    JsonForm,
+    NamedForm,
+    PythonicForm,
+    ReasoningFormat,
+    TaggedForm,
+    ToolFormat,
+)
+from engineroom.generation.channels import channel_messages, header_begun
+from engineroom.generation.json_calls import json_calls, named_call
+from engineroom.generation.output_events import (
+    CallArguments,
+    CallBegin,
+    CallEnd,
+    Content,
+    OutputEvent,
+    Reasoning,
+)
+from engineroom.generation.output_writer import OutputWriter
+from engineroom.generation.python_calls import python_calls
+from engineroom.generation.tagged_calls import tagged_call
+from engineroom.generation.text_source import CutError, MalformedError, Markers, Reading, TextSource
+
+__all__ = ["Output", "OutputParser", "read_events", "read_output"]
+
+MAX_NOISE = 256
+"""Characters between the beginning of a section of calls and the first of them, or between two."""
+
+
+class OutputParser:
+    """Reads the answer of one request: an ``OutputReader``.
+
+    :param format_: what calls look like; ``None``: there are none.
+    :param tools: those that the model was offered, in OpenAI's form; without any, nothing is a
+        call.
+    :param prompt_tail: how the prompt ends, which may have begun the reasoning.
+    :param reasoning: what stands around reasoning; ``None``: there is none.
+    """
+
+    def __init__(
+        self,
+        format_: ToolFormat | None,
+        tools: Sequence[Mapping[str, Any]] | None,
+        *,
+        prompt_tail: str = "",
+        reasoning: ReasoningFormat | None = None,
+    ) -> None:
+        schemas = _schemas(tools or ())
+        self._format = format_
+        self._tools = tools
+        self._reasoning = reasoning
+        self._in_reasoning = False
+        self._calls = format_ if schemas else None
+        self._channels = format_ is not None and isinstance(format_.form, ChannelForm)
+        self._source = TextSource()
+        self._writer = OutputWriter(schemas, trims=format_ is not None and format_.trims)
+        self._machine: Reading[None] | None = None
+        if prompt_tail:
+            self.begin(prompt_tail)
+
+    def begin(self, prompt_tail: str) -> None:
+        """Before the first text: how the prompt ends."""
+        if self._channels:
+            self._source.feed(header_begun(prompt_tail))
+        elif self._reasoning is not None:
+            self._in_reasoning = prompt_tail.rstrip().endswith(self._reasoning.begin)
+
+    def feed(self, text: str) -> list[OutputEvent]:
+        """Take the next piece of the text."""
+        self._source.feed(text)
+        return self._resume()
+
+    def finish(self) -> list[OutputEvent]:
+        """The text has ended: what was held back."""
+        self._source.ended = True
+        return self._resume()
+
+    def _resume(self) -> list[OutputEvent]:
+        if self._machine is None:
+            self._machine = self._read()
+        next(self._machine, None)
+        return self._writer.take()
+
+    # ── Reading ──────────────────────────────────────────────────────────────────────────────
+
+    def _read(self) -> Reading[None]:
+        try:
+            if self._channels:
+                yield from channel_messages(self._source, self._writer)
+            else:
+                yield from self._read_text()
+        except CutError:
+            pass
+        self._writer.finish()
+
+    def _read_text(self) -> Reading[None]:
+        source, writer = self._source, self._writer
+        if self._in_reasoning or (yield from self._thinks()):
+            yield from self._read_reasoning()
+        markers = self._markers()
+        bare = True  # nothing but white space was content so far
+        while True:
+            if bare and self._calls is not None and self._calls.bare:
+                bare = yield from self._read_bare(self._calls)
+                if (yield from source.at_end()):
+                    return
+            marker = yield from source.until(markers, writer.content)
+            if marker is None:
+                return
+            bare = False
+            if self._reasoning is not None and marker == self._reasoning.begin:
+                source.take(len(marker))
+                writer.begin_reasoning()
+                yield from self._read_reasoning()
+            elif self._format is not None and marker in self._format.ignored:
+                source.take(len(marker))
+            else:
+                assert self._calls is not None
+                yield from self._read_calls(self._calls, marker)
+
+    def _markers(self) -> Markers:
+        texts: list[str] = []
+        if self._reasoning is not None and self._reasoning.anywhere:
+            texts.append(self._reasoning.begin)
+        if self._format is not None:
+            texts += self._format.ignored
+        if self._calls is not None:
+            texts += [self._calls.section[0].strip(), self._calls.opening.strip()]
+        return Markers(texts)
+
+    def _thinks(self) -> Reading[bool]:
+        """Whether the text begins with reasoning, whose beginning is read."""
+        if self._reasoning is None:
+            return False
+        begin = Markers([self._reasoning.begin])
+        if not (yield from self._source.follows(0, begin)):
+            return False
+        yield from self._source.blanks()
+        yield from self._source.take_one(begin)
+        return True
+
+    def _read_reasoning(self) -> Reading[None]:
+        source, writer, reasoning = self._source, self._writer, self._reasoning
+        assert reasoning is not None
+        ends = [reasoning.end, *reasoning.also_ends]
+        calls = [] if self._calls is None else [self._calls.section[0], self._calls.opening]
+        end_markers = Markers(ends)
+        markers = Markers([*ends, *(text.strip() for text in calls)])
+        while True:
+            marker = yield from source.until(markers, writer.reasoning)
+            if marker is None:
+                return
+            if marker in ends:
+                break
+            if not writer.at_line:
+                writer.reasoning(source.take(len(marker)))
+                continue
+            # A call that is drafted, or one that a model makes without an end to its reasoning.
+            held: list[str] = []
+            marker = yield from source.until(end_markers, held.append)
+            if marker is not None:
+                writer.reasoning("".join(held))
+                break
+            inner = read_events(OutputParser(self._format, self._tools), "".join(held))
+            output = read_output(inner)
+            if output.calls and not output.content.strip():
+                writer.end_reasoning()
+                writer.again(inner)
+            else:
+                writer.reasoning("".join(held))
+            return
+        if marker == reasoning.end:
+            source.take(len(marker))
+        writer.end_reasoning()
+
+    # ── Calls ────────────────────────────────────────────────────────────────────────────────
+
+    def _read_bare(self, format_: ToolFormat) -> Reading[bool]:
+        """Read calls that nothing marks, if they come; return whether nothing has come at all."""
+        source, writer = self._source, self._writer
+        listed = isinstance(format_.form, PythonicForm)
+        if not (yield from source.follows(0, Markers(["[" if listed else "{"]))):
+            return False
+        source.keep()
+        try:
+            if isinstance(format_.form, PythonicForm):
+                yield from python_calls(source, format_, format_.form, writer, bare=True)
+            else:
+                yield from json_calls(source, format_, writer, bare=True)
+        except MalformedError:
+            writer.content(source.kept())
+        except CutError:
+            kept = source.kept()
+            if not writer.open:
+                writer.content(kept)
+            raise
+        source.kept()
+        return False
+
+    def _read_calls(self, format_: ToolFormat, marker: str) -> Reading[None]:
+        source, writer = self._source, self._writer
+        source.keep()
+        section = format_.section[0].strip()
+        try:
+            if marker == section != "":
+                source.take(len(marker))
+                yield from self._read_section(format_)
+            else:
+                yield from self._read_call(format_)
+                ends = Markers([format_.section[1].strip()])  # of one whose beginning is missing
+                if ends.texts and (yield from source.follows(0, ends)):
+                    yield from source.blanks()
+                    yield from source.take_one(ends)
+        except MalformedError:
+            writer.open = False
+            writer.content(source.kept())
+        except CutError:
+            writer.cut()
+            raise
+        source.kept()
+
+    def _read_call(self, format_: ToolFormat) -> Reading[None]:
+        source, form, calls = self._source, format_.form, self._writer
+        source.take(len(format_.begin.strip()))
+        if isinstance(form, JsonForm):
+            yield from json_calls(source, format_, calls)
+        elif isinstance(form, NamedForm):
+            yield from named_call(source, format_, form, calls)
+        elif isinstance(form, PythonicForm):
+            yield from python_calls(source, format_, form, calls)
+        elif isinstance(form, TaggedForm):
+            yield from tagged_call(source, format_, form, calls)
+
+    def _read_section(self, format_: ToolFormat) -> Reading[None]:
+        """Read calls up to the end of their section; what stands between them is nothing."""
+        source, writer = self._source, self._writer
+        end = format_.section[1].strip()
+        markers = Markers([format_.opening.strip(), end])
+        before = writer.calls
+        while True:
+            try:
+                noise, marker = yield from source.until_short(markers, MAX_NOISE)
+            except CutError:
+                if writer.calls == before and source.kept().strip() != format_.section[0].strip():
+                    raise MalformedError from None
+                raise
+            if marker == end:
+                if noise.strip() and writer.calls == before:
+                    raise MalformedError
+                source.take(len(end))
+                return
+            yield from self._read_call(format_)
+
+
+class Output(NamedTuple):
+    """What a whole text has."""
+
+    content: str
+    reasoning: str
+    calls: list[tuple[str, str]]
+    """The complete ones: name, and arguments in JSON."""
+
+
+def read_events(parser: OutputParser, text: str) -> list[OutputEvent]:
+    """All events of a whole text."""
+    return parser.feed(text) + parser.finish()
+
+
+def read_output(events: Sequence[OutputEvent]) -> Output:
+    """What events come to."""
+    content = "".join(event.text for event in events if isinstance(event, Content))
+    reasoning = "".join(event.text for event in events if isinstance(event, Reasoning))
+    names = {event.call: event.name for event in events if isinstance(event, CallBegin)}
+    arguments: dict[int, list[str]] = {call: [] for call in names}
+    for event in events:
+        if isinstance(event, CallArguments):
+            arguments[event.call].append(event.text)
+    ended = [event.call for event in events if isinstance(event, CallEnd)]
+    return Output(content, reasoning, [(names[c], "".join(arguments[c])) for c in ended])
+
+
+def _schemas(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The schemas of the tools' arguments, by name."""
+    functions = [tool.get("function", tool) for tool in tools]
+    return {function["name"]: function.get("parameters") for function in functions}
