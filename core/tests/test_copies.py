@@ -33,6 +33,7 @@ from engineroom import (
     ModelConfig,
     ModelStatus,
     ModelVariant,
+    NamedTool,
     PackageSource,
     PathSource,
     Plan,
@@ -40,12 +41,15 @@ from engineroom import (
     PlannedVariant,
     PreloadProgress,
     QueueFullError,
+    ReasoningDelta,
     ReloadReport,
     StreamEnd,
     StreamError,
     StructuredOutput,
     TokenLogprob,
     TokenStep,
+    ToolCall,
+    ToolCallDelta,
     VariantOutcome,
 )
 
@@ -114,6 +118,10 @@ VALUES: list[Any] = [
     StreamError(QueueFullError("8 wait", request_id="r", model_id="m")),
     StructuredOutput(json_schema={"type": "object"}),
     LOGPROB,
+    NamedTool(name="n"),
+    ReasoningDelta("hm"),
+    ToolCall(id="call_1", name="n", arguments='{"a": 1}'),
+    ToolCallDelta(1, "call_1", "n", '{"a'),
     TokenStep((1,), b"a", logprobs=(LOGPROB,), finish="length"),
     VariantOutcome("echo:", "echo", "used"),
 ]
@@ -123,6 +131,10 @@ def facts(value: Any) -> Any:
     """What has to be the same: for errors and strings with more than the text, all of it."""
     if isinstance(value, BaseException):
         return type(value), value.args, value.__dict__
+    if isinstance(value, ReasoningDelta):
+        return type(value), str(value), value.text
+    if isinstance(value, ToolCallDelta):
+        return type(value), str(value), value.call, value.id, value.name, value.arguments
     if isinstance(value, StreamError):
         return type(value), str(value), facts(value.error)
     if isinstance(value, StreamEnd):

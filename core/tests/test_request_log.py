@@ -27,6 +27,12 @@ from engineroom.inference.request_log import _quotes
 from engineroom.testing import EchoHandler
 
 CANARY = "the canary sings of a secret 7f3a"
+NAME = CANARY.replace(" ", "-")
+MESSAGES = [{"role": "user", "content": "a"}]
+
+
+def tool(name):
+    return {"type": "function", "function": {"name": name, "description": CANARY}}
 
 
 @pytest.fixture
@@ -110,7 +116,7 @@ async def test_parameters_are_told_as_far_as_they_were_given(log):
     await bench.service.infer(
         InferenceRequest(
             model_id="echo", messages=[ChatMessage(role="user", content=CANARY)], params=params,
-            stop_sequences=[CANARY, "b"], tools=[{"description": CANARY}], priority=3,
+            stop_sequences=[CANARY, "b"], tools=[tool(NAME)], priority=3,
             timeout_s=20, on_unsupported="warn", metadata={"note": CANARY},
         )
     )  # fmt: skip
@@ -254,8 +260,12 @@ FIELDS: dict[str, dict[str, Any]] = {
         ]
     },
     "stop_sequences": {"prompt": "a", "stop_sequences": [CANARY]},
-    "tools": {"prompt": "a", "tools": [{"description": CANARY}]},
-    "tool_choice": {"prompt": "a", "tool_choice": {"name": CANARY}},
+    "tools": {"messages": MESSAGES, "tools": [tool("a")]},
+    "tool_choice": {
+        "messages": MESSAGES,
+        "tools": [tool(NAME)],
+        "tool_choice": {"name": NAME},
+    },
     "metadata": {"prompt": "a", "metadata": {"note": CANARY}},
     "structured_output": {"prompt": "a", "params": {"structured_output": {"regex": CANARY}}},
 }

@@ -932,9 +932,13 @@ async def test_a_service_full_of_one_keys_waiting_requests_makes_room_for_anothe
         bench.handler.permit(request.request_id)
         return asyncio.create_task(ask(bench, request, stream))
 
-    greedy = [send("greedy") for _ in range(4)]
-    await until(greedy[3].done)  # no more than three
+    greedy = []
+    for count in range(1, 4):  # one after another: the first waits for the plugins
+        greedy.append(send("greedy"))
+        await until(lambda count=count: bench.service.num_requests == count)
     await until(lambda: bench.handler.gates["load"])
+    greedy.append(send("greedy"))
+    await until(greedy[3].done)  # no more than three
     mine = [send("mine")]
     await until(greedy[2].done)
     refused = [task.result() for task in greedy[2:]]
