@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,13 @@ sys.path.insert(0, str(Path(__file__).parent))  # whatever the import mode
 
 if TYPE_CHECKING:
     from server_running import Running
+
+
+@pytest.fixture(autouse=True)
+def _machine_may_be_busy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log of the loop's lag is of no test but its own: the cores have other work."""
+    if not request.module.__name__.endswith("test_loop_meter"):
+        monkeypatch.setattr(logging.getLogger("engineroom.server.loop"), "disabled", True)
 
 
 @pytest.fixture(scope="module")

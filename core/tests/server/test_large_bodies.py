@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import dataclasses
 import itertools
 import json
 import re
+import struct
 from typing import Any
 
 import pytest
@@ -15,7 +18,11 @@ pytest.importorskip("msgspec", reason="needs the extra engineroom[server]")
 pytest.importorskip("httpx", reason="needs httpx")
 
 import httpx
+from hypothesis import given, strategies as st
+from server_doubles import TalkHandler
 
+from engineroom import Embeddings, InferenceResponse
+from engineroom.server.http.frames import Answer, Pieces, dumps, slices
 from engineroom.server.http.json_shape import SMALL_BODY
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
@@ -230,3 +237,106 @@ def test_a_refusal_does_not_say_a_giant_name_back(patient):
         answer = httpx.post(patient.url + path, json={**LEAST[path], **body})
         assert answer.status_code == 400 and "k" * 60 in answer.text
         assert len(answer.content) < 1000
+
+
+# ── large answers ────────────────────────────────────────────────────────────────────────────
+
+
+@given(st.lists(st.lists(st.text(max_size=3), max_size=4), min_size=1, max_size=5))
+def test_pieces_are_what_the_whole_would_be(lists):
+    pieces = Pieces[Listed]()
+    for items in lists:
+        pieces.add(Listed(items=items, pairs=[(item, 1) for item in items], last=len(items)))
+    items = [item for some in lists for item in some]
+    whole = Listed(items=items, pairs=[(item, 1) for item in items], last=len(lists[-1]))
+    assert dumps(pieces.whole()) == dumps(whole)
+
+
+class Listed(Answer, kw_only=True):
+    items: list[str]
+    pairs: list[tuple[str, int]]
+    last: int
+
+
+@given(st.lists(st.integers()), st.integers(1, 5))
+def test_slices_are_all_of_it(items, size):
+    cut = list(slices(items, size))
+    assert [item for some in cut for item in some] == items
+    assert cut and all(len(some) <= size for some in cut)
+
+
+@pytest.mark.parametrize("words", [0, 1, 63, 64, 65, 200, 600])
+def test_log_probabilities_of_long_answers_are_whole(shared, words):
+    """However many pieces they are encoded in."""
+    text = "a " * words or "!refuse"
+    chat = {"messages": [{"role": "user", "content": text}], "logprobs": True, "top_logprobs": 2}
+    if not words:
+        chat = {"messages": ASK, "max_tokens": 1, "logprobs": True, "top_logprobs": 2}
+    choices = post(shared, CHAT, n=2, **chat).json()["choices"]
+    for choice in choices:
+        tokens = choice["logprobs"]["content"]
+        assert "".join(entry["token"] for entry in tokens) == choice["message"]["content"]
+        assert all([t["token"] for t in e["top_logprobs"]] == ["alt0", "alt1"] for e in tokens)
+    if not words:
+        return
+    (choice,) = post(shared, COMPLETIONS, prompt=text, max_tokens=9999, logprobs=2).json()[
+        "choices"
+    ]
+    logprobs = choice["logprobs"]
+    assert "".join(logprobs["tokens"]) == choice["text"] == text
+    assert {len(values) for values in logprobs.values()} == {len(logprobs["tokens"])}
+    offsets = [0, *itertools.accumulate(map(len, logprobs["tokens"]))]
+    assert logprobs["text_offset"] == offsets[:-1]
+    asked = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    ((part,),) = (
+        o["content"] for o in post(shared, RESPONSES, input=text, **asked).json()["output"]
+    )
+    assert "".join(entry["token"] for entry in part["logprobs"]) == part["text"]
+    *_, last = post(shared, RESPONSES, input=text, stream=True, **asked).text.strip().split("\n\n")
+    assert json.loads(last.partition("data: ")[2])["response"]["output"][0]["content"] == [part]
+    own = {"prompt": text, "params": {"max_new_tokens": None, "logprobs": 2}}
+    whole = InferenceResponse.model_validate(post(shared, NATIVE, **own).json())
+    assert whole.logprobs is not None
+    assert "".join(entry.token for entry in whole.logprobs) == text
+    *_, last = post(shared, NATIVE, stream=True, **own).text.strip().split("\n\n")
+    streamed = InferenceResponse.model_validate_json(last.partition("data: ")[2])
+    assert streamed.logprobs == whole.logprobs
+
+
+def test_a_text_that_looks_like_a_field_is_a_text(shared):
+    text = 'x "logprobs":null, {"logprobs":null}'
+    own = {"prompt": text, "params": {"max_new_tokens": None, "logprobs": 0}}
+    response = InferenceResponse.model_validate(post(shared, NATIVE, **own).json())
+    assert response.generated_text == text and response.logprobs
+    response = InferenceResponse.model_validate(post(shared, NATIVE, prompt=text).json())
+    assert response.generated_text == text and response.logprobs is None
+
+
+@pytest.mark.parametrize("form", ["float", "base64"])
+def test_many_vectors_are_whole(start, form):
+    class Numbers(TalkHandler):
+        def capabilities(self):
+            return dataclasses.replace(super().capabilities(), embeddings=True)
+
+        async def embed(self, loaded_model, texts):
+            return Embeddings([[float(text)] * 5000 for text in texts], prompt_tokens=len(texts))
+
+    with start(handler=Numbers()) as run:
+        texts = [str(number) for number in range(50)]
+        answer = post(run, EMBEDDINGS, input=texts, encoding_format=form).json()
+    assert [entry["index"] for entry in answer["data"]] == list(range(50))
+    for number, entry in enumerate(answer["data"]):
+        vector = entry["embedding"]
+        if form == "base64":
+            vector = list(struct.unpack("<5000f", base64.b64decode(vector)))
+        assert vector == [number] * 5000
+    assert answer["usage"] == {"prompt_tokens": 50, "total_tokens": 50}
+
+
+def test_an_echo_of_many_long_prompts_is_refused(start):
+    with start(max_body_bytes=100_000) as run:
+        long = {"prompt": "x " * 20_000, "echo": True, "max_tokens": 1}
+        assert post(run, COMPLETIONS, **long, n=2).status_code == 200
+        assert "the echo of all prompts would have 120000" in refused(
+            post(run, COMPLETIONS, **long, n=3)
+        )

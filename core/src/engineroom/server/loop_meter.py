@@ -8,6 +8,7 @@ the log names the place in the code and the request.
 from __future__ import annotations
 
 import asyncio
+import logging
 import sys
 import threading
 import time
@@ -160,10 +161,12 @@ class LoopMeter:
             self._untold += 1
             return
         work = [*(() if look is None else look.work)] or [*self.at_work][-_MOST_WORK:]
-        logger.warning(
+        place = _threads_but(self._loop_thread) if look is None else look.place
+        logger.log(
+            logging.WARNING if place or work else logging.INFO,
             "the event loop stood still for %.2f s: %s; %s%s",
             lag,
-            _threads_but(self._loop_thread) if look is None else look.place,
+            place or "nothing of this process ran",
             "at work: " + ", ".join(item.described for item in work) if work else "no request ran",
             f" ({self._untold} times more since the last such line)" if self._untold else "",
         )
@@ -212,12 +215,13 @@ def _frames() -> dict[int, FrameType]:
 
 
 def _threads_but(loop_thread: int) -> str:
-    """Where the others are: one of them may not have let go of the interpreter."""
+    """Where others are that do not wait: one may not have let go of the interpreter."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     places = [
         f"{names.get(ident, '?')} at {_line(frame)}"
         for ident, frame in _frames().items()
         if ident not in (loop_thread, threading.get_ident()) and _module(frame) not in _WAITING
     ]
-    shown = ", ".join(places[:_MOST_THREADS]) or "none"
-    return f"nothing ran on the loop itself; other threads: {shown}"
+    if not places:
+        return ""
+    return f"nothing ran on the loop itself; other threads: {', '.join(places[:_MOST_THREADS])}"

@@ -27,6 +27,7 @@ from engineroom.server.http.compat_uvicorn import Server, connection_class
 from engineroom.server.http.context import ServerContext
 from engineroom.server.http.errors import stopping
 from engineroom.server.http.protocol import GuardedConnection
+from engineroom.server.long_lived import LongLived
 from engineroom.server.settings import ServerSettings
 from engineroom.service import LLMInferenceService
 from engineroom.status import PreloadProgress
@@ -58,6 +59,7 @@ class EngineRoomServer(Server):
         self._hurrying: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
         self._signals = 0
+        self._long_lived = LongLived()
         self._rereading: set[asyncio.Task[None]] = set()
         self._guard = threading.Timer(PATIENCE_S, _leave)
         self._guard.daemon = True
@@ -96,7 +98,8 @@ class EngineRoomServer(Server):
             return
         self.listening = started
         self.context.starting = preload and self.context.directory.manager is not None
-        with self.context.loop_meter.running(), DescriptorWatch():
+        long_lived = self._long_lived.set_aside(self.context.service.registry)
+        with self.context.loop_meter.running(), DescriptorWatch(), long_lived:
             async with self._reloading(watch):
                 loading = asyncio.create_task(self._preload(progress))
                 try:
@@ -184,6 +187,7 @@ class EngineRoomServer(Server):
                 raise
             logger.error("a model could not be preloaded: %s", error.describe())
         finally:
+            self._long_lived.settle()
             self.context.starting = False
 
     def signalled(self, number: int) -> None:

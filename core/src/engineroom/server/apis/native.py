@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Final
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from engineroom.generation.deltas import ReasoningDelta, ToolCallDelta
-from engineroom.schemas import InferenceRequest, InferenceResponse
+from engineroom.schemas import InferenceRequest, InferenceResponse, TokenLogprob
 from engineroom.server.apis.request_fields import check_counts, common_fields
 from engineroom.server.apis.routing import SSE, work_route
 from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ApiError, OpenAIError, invalid_fields
 from engineroom.server.http.exchange import Writer, respond
-from engineroom.server.http.frames import Framer, event, named_event
+from engineroom.server.http.frames import Framer, event, named_event, slices
 
 __all__ = ["ROUTES"]
+
+_LOGPROBS: Final = TypeAdapter(list[TokenLogprob])
+_NO_LOGPROBS: Final = b'"logprobs":null'
+_ENTRIES: Final = 256
+"""Log probabilities of so many tokens are encoded at a time."""
 
 
 async def inference(call: Call) -> None:
@@ -43,9 +49,25 @@ class InferenceWriter(Writer):
 
     def __init__(self, call: Call) -> None:
         self._warnings = call.warnings
+        self._rounds = call.context.rounds
+        self._logprobs = _NO_LOGPROBS
+
+    async def prepare(self, index: int, response: InferenceResponse) -> None:
+        """Encode its log probabilities."""
+        if response.logprobs is not None:
+            parts: list[bytes] = []
+            for some in slices(response.logprobs, _ENTRIES):
+                await self._rounds.next()
+                parts.append(_LOGPROBS.dump_json(list(some))[1:-1])
+            self._logprobs = b'"logprobs":[' + b",".join(parts) + b"]"
 
     def whole(self, responses: Sequence[InferenceResponse]) -> bytes:
-        return self._with_warnings(responses[0]).model_dump_json().encode()
+        return self._json(responses[0])
+
+    def _json(self, response: InferenceResponse) -> bytes:
+        own = self._with_warnings(response).model_copy(update={"logprobs": None})
+        before, _, after = own.model_dump_json().encode().partition(_NO_LOGPROBS)
+        return before + self._logprobs + after
 
     def _with_warnings(self, response: InferenceResponse) -> InferenceResponse:
         if not self._warnings:
@@ -59,7 +81,7 @@ class InferenceWriter(Writer):
 
     def finish(self, index: int, response: InferenceResponse) -> bytes:
         """The final response."""
-        return named_event("response", self._with_warnings(response).model_dump(mode="json"))
+        return b"event: response\ndata: " + self._json(response) + b"\n\n"
 
     def fail(self, error: ApiError, responses: Sequence[InferenceResponse]) -> bytes:
         """The error, then the final response, whose message says no more than the error."""

@@ -13,6 +13,7 @@ from pydantic import Field, SkipValidation, Tag
 from engineroom.field_types import LogitBias, either
 from engineroom.generation.deltas import StreamDelta
 from engineroom.schemas import InferenceRequest, InferenceResponse, TokenLogprob
+from engineroom.server.apis.openai_logprobs import ENTRIES
 from engineroom.server.apis.request_fields import (
     Number,
     StopList,
@@ -29,7 +30,7 @@ from engineroom.server.apis.structured_fields import (
 from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ApiError, OpenAIError
 from engineroom.server.http.exchange import Writer
-from engineroom.server.http.frames import DONE, Answer, Framer, dumps, event
+from engineroom.server.http.frames import DONE, Answer, Framer, Pieces, dumps, event, slices
 
 __all__ = [
     "Chunk",
@@ -195,11 +196,23 @@ class OpenAIWriter(Writer):
     ) -> None:
         self.wants_logprobs = logprobs
         self.prompts = prompts
+        self._rounds = call.context.rounds
+        self._streams = bool(request.stream)
+        self._prepared: dict[int, Answer] = {}
         options = request.stream_options
         self._includes_usage = bool(options and options.include_usage)
         self._head: dict[str, Any] = {
             "id": f"{self.PREFIX}-{call.id}", "created": int(time.time()), "model": request.model,
         }  # fmt: skip
+
+    async def prepare(self, index: int, response: InferenceResponse) -> None:
+        """Encode the log probabilities of a whole answer."""
+        if self.wants_logprobs and not self._streams:
+            pieces = Pieces[Answer]()
+            for some in slices(response.logprobs or (), ENTRIES):
+                await self._rounds.next()
+                pieces.add(self.entries(index, some))
+            self._prepared[index] = pieces.whole()
 
     @abstractmethod
     def choice(self, response: InferenceResponse, **fields: Any) -> Answer:
@@ -219,7 +232,7 @@ class OpenAIWriter(Writer):
             self.choice(
                 r,
                 index=index,
-                logprobs=self.entries(index, r.logprobs or ()) if self.wants_logprobs else None,
+                logprobs=self._prepared.get(index),
                 finish_reason=_finish_of(r),
             )
             for index, r in enumerate(responses)

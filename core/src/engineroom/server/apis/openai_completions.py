@@ -140,6 +140,15 @@ def _requests(
         )
     if request.echo and not all(isinstance(prompt, str) for prompt in prompts):
         raise unsupported("echo with token ids", "echo", "leave echo out, or send text")
+    echoed = sum(map(len, prompts)) * (request.n or 1) if request.echo else 0
+    if echoed > (most := call.context.settings.max_body_bytes):
+        raise ApiError(
+            400,
+            f"the echo of all prompts would have {echoed} characters, and at most {most} are sent; "
+            "leave echo out",
+            "echo_too_long",
+            "echo",
+        )
     params = {"max_new_tokens": request.max_tokens, "logprobs": request.logprobs}
     inputs = [
         {"prompt" if isinstance(prompt, str) else "prompt_token_ids": prompt} for prompt in prompts

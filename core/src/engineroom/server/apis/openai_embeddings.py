@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import struct
 from collections.abc import Collection, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import BeforeValidator, Field, Tag, ValidationError
 
@@ -16,11 +16,13 @@ from engineroom.server.apis.routing import work_route
 from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ApiError, invalid_fields
 from engineroom.server.http.exchange import admission
-from engineroom.server.http.frames import Answer
+from engineroom.server.http.frames import Answer, Pieces, slices
 
 __all__ = ["ROUTES", "EmbeddingsRequest"]
 
 MAX_INPUTS = 2048
+_NUMBERS: Final = 32_768
+"""So many numbers are encoded at a time."""
 
 
 def _no_token_ids(value: Any) -> Any:
@@ -100,16 +102,14 @@ async def embeddings(call: Call) -> None:
         )
         slot.used = tokens = made.prompt_tokens
     encode = _base64 if request.encoding_format == "base64" else list
-    await call.answer_json(
-        EmbeddingList(
-            model=request.model,
-            data=[
-                Embedding(index=index, embedding=encode(vector))
-                for index, vector in enumerate(made.vectors)
-            ],
-            usage=EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens),
-        )
-    )
+    usage = EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens)
+    pieces = Pieces[EmbeddingList]()
+    at_a_time = max(1, _NUMBERS // max(1, len(made.vectors[0])))
+    for some in slices(list(enumerate(made.vectors)), at_a_time):
+        await call.context.rounds.next()
+        data = [Embedding(index=index, embedding=encode(vector)) for index, vector in some]
+        pieces.add(EmbeddingList(model=request.model, data=data, usage=usage))
+    await call.answer_json(pieces.whole())
 
 
 def _base64(vector: Sequence[float]) -> str:

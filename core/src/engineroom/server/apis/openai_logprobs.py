@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import repeat
+from typing import Final
+
+import msgspec
 
 from engineroom.schemas import TokenLogprob
-from engineroom.server.http.frames import Answer
+from engineroom.server.http.frames import Answer, dumps, slices
+from engineroom.server.http.rounds import Rounds
 
-__all__ = ["TokenEntry", "TopLogprob", "bytes_of", "token_entries"]
+__all__ = ["ENTRIES", "TokenEntry", "TopLogprob", "bytes_of", "encoded", "token_entries"]
+
+ENTRIES: Final = 64
+"""Log probabilities of so many tokens are encoded at a time."""
 
 
 class TopLogprob(Answer, kw_only=True):
@@ -51,3 +58,12 @@ def token_entries(logprobs: Sequence[TokenLogprob]) -> list[TokenEntry]:
         )
         for entry in logprobs
     ]
+
+
+async def encoded(rounds: Rounds, logprobs: Sequence[TokenLogprob]) -> msgspec.Raw:
+    """The entries, some in each round of the event loop."""
+    parts: list[bytes] = []
+    for some in slices(logprobs, ENTRIES):
+        await rounds.next()
+        parts.append(dumps(token_entries(some))[1:-1])
+    return msgspec.Raw(b"[" + b",".join(parts) + b"]")

@@ -13,6 +13,7 @@ from engineroom.field_types import either
 from engineroom.inference.streams import InferenceStream
 from engineroom.schemas import ChatMessage, InferenceRequest, InferenceResponse, TokenLogprob
 from engineroom.server.apis.openai_common import OpenAISampling
+from engineroom.server.apis.openai_logprobs import encoded
 from engineroom.server.apis.request_fields import (
     build,
     chat_message,
@@ -242,10 +243,18 @@ class ResponsesWriter(Writer):
             {"type": "text"} if form is None else form.model_dump(by_alias=True, exclude_unset=True)
         )
         self._items = ItemWriter(call.id)
+        self._rounds = call.context.rounds
+        self._streams = bool(request.stream)
+        self._entries: Any = []
+
+    async def prepare(self, index: int, response: InferenceResponse) -> None:
+        """Encode the log probabilities of a whole answer."""
+        if response.logprobs and not self._streams:
+            self._entries = await encoded(self._rounds, response.logprobs)
 
     def whole(self, responses: Sequence[InferenceResponse]) -> bytes:
         (response,) = responses
-        output = self._items.items_of(response, _status(response))
+        output = self._items.items_of(response, _status(response), self._entries)
         return dumps(self._response(response, output))
 
     def begin(self, streams: Sequence[InferenceStream]) -> bytes:

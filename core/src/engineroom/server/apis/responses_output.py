@@ -88,22 +88,25 @@ class ItemWriter:
         self._open: OutputItem | None = None
         self._parts: list[str] = []  # of the open item's text
         self._waiting: list[TokenLogprob] = []  # log probabilities for the next text
-        self._told: list[TokenLogprob] = []  # and those of the open item
+        self._told: list[bytes] = []  # and those of the open item, encoded
         self._before = b""
 
     # ── whole ────────────────────────────────────────────────────────────────────────────────
 
-    def items_of(self, response: InferenceResponse, status: ItemStatus) -> list[OutputItem]:
-        """Those of a whole answer."""
+    def items_of(
+        self, response: InferenceResponse, status: ItemStatus, logprobs: Any = ()
+    ) -> list[OutputItem]:
+        """Those of a whole answer.
+
+        :param logprobs: entries for its text, or what they are encoded.
+        """
         items: list[OutputItem] = []
         if response.reasoning:
             text = ReasoningText(text=response.reasoning)
             item_id = self._id(ReasoningItem, 0)
             items.append(ReasoningItem(id=item_id, status="completed", content=[text]))
         if response.generated_text or not response.tool_calls:
-            part = OutputText(
-                text=response.generated_text or "", logprobs=_encoded(response.logprobs or ())
-            )
+            part = OutputText(text=response.generated_text or "", logprobs=logprobs)
             item_id = self._id(OutputMessage, len(items))
             items.append(OutputMessage(id=item_id, status=status, content=[part]))
         for made in response.tool_calls or ():
@@ -164,11 +167,13 @@ class ItemWriter:
                 return b""
             begun = self.message()
         self._parts.append(chunk)
-        entries = token_entries(self._waiting)
-        self._told += self._waiting
-        self._waiting = []
+        entries = dumps(token_entries(self._waiting))
+        if self._waiting:
+            self._told.append(entries[1:-1])
+            self._waiting = []
         kind = "response.output_text.delta"
-        fields = {**self._place(), "content_index": 0, "delta": chunk, "logprobs": entries}
+        fields = {**self._place(), "content_index": 0, "delta": chunk}
+        fields["logprobs"] = msgspec.Raw(entries)
         return begun + self.event(kind, **fields)
 
     def end(
@@ -240,7 +245,8 @@ class ItemWriter:
                 part = ReasoningText(text=text)
                 ended = self.event("response.reasoning_text.done", **place, text=text)
             else:
-                part = OutputText(text=text, logprobs=_encoded(self._told))
+                entries: Any = msgspec.Raw(b"[" + b",".join(self._told) + b"]")
+                part = OutputText(text=text, logprobs=entries)
                 fields = {**place, "text": text, "logprobs": part.logprobs}
                 ended = self.event("response.output_text.done", **fields)
             ended += self.event("response.content_part.done", **place, part=part)
@@ -249,8 +255,3 @@ class ItemWriter:
         self._open = None
         index = len(self._items) - 1
         return ended + self.event("response.output_item.done", output_index=index, item=done)
-
-
-def _encoded(logprobs: Sequence[TokenLogprob]) -> Any:
-    """Entries, encoded once, however often they are sent."""
-    return msgspec.Raw(dumps(token_entries(logprobs))) if logprobs else []

@@ -49,6 +49,11 @@ class Writer(ABC):
         """The answers where no stream was asked for."""
         raise NotImplementedError
 
+    async def prepare(self, index: int, response: InferenceResponse) -> None:
+        """Encode what is long of an answer, a piece in each round of the loop; called before its
+        end, and before :meth:`whole`.
+        """
+
     def begin(self, streams: Sequence[InferenceStream]) -> bytes:
         """What comes before the first text; the prompt was read by then."""
         return b""
@@ -85,7 +90,10 @@ async def respond(call: Call, requests: Sequence[InferenceRequest], writer: Writ
     if requests[0].stream:
         await stream_all(call, requests, writer)
     else:
-        await call.answer(200, writer.whole(await answer_all(call, requests)))
+        responses = await answer_all(call, requests)
+        for index, response in enumerate(responses):
+            await writer.prepare(index, response)
+        await call.answer(200, writer.whole(responses))
 
 
 async def answer_all(call: Call, requests: Sequence[InferenceRequest]) -> list[InferenceResponse]:
@@ -209,6 +217,7 @@ async def _stream_one(
         chunk = failed
     response = stream.response
     assert response is not None
+    await writer.prepare(0, response)
     if isinstance(chunk, StreamError):
         tail = writer.fail(call.api_error_of(chunk.error), [response])
     else:
@@ -266,6 +275,7 @@ async def _stream_many(
                 left -= 1
                 response = streams[index].response
                 assert response is not None
+                await writer.prepare(index, response)
                 frame += writer.finish(index, response)
             await call.send({"type": "http.response.body", "body": head + frame, "more_body": True})
             head = b""

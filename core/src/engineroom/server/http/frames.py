@@ -7,12 +7,23 @@ text as a JSON string. No object is built for a chunk.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from typing import Any, Final
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, Generic, TypeVar
 
 import msgspec
 
-__all__ = ["DONE", "Answer", "Framer", "chunker", "dumps", "event", "json_text", "named_event"]
+__all__ = [
+    "DONE",
+    "Answer",
+    "Framer",
+    "Pieces",
+    "chunker",
+    "dumps",
+    "event",
+    "json_text",
+    "named_event",
+    "slices",
+]
 
 _encode = msgspec.json.Encoder().encode
 
@@ -44,6 +55,41 @@ def json_text(text: str) -> bytes:
         return _encode(text)
     except UnicodeEncodeError:
         return json.dumps(text.encode("utf-8", "replace").decode()).encode()
+
+
+_A = TypeVar("_A", bound=Answer)
+_T = TypeVar("_T")
+
+
+class Pieces(Generic[_A]):
+    """An answer with long lists, encoded piece by piece: all at once would hold the loop."""
+
+    def __init__(self) -> None:
+        self._last: _A | None = None
+        self._lists: dict[str, list[bytes]] = {}
+
+    def add(self, piece: _A) -> None:
+        """The next part of its lists; all else is as the last piece has it."""
+        self._last = piece
+        for name in piece.__struct_fields__:
+            if isinstance(value := getattr(piece, name), list):
+                encoded = self._lists.setdefault(name, [])
+                if value:
+                    encoded.append(dumps(value)[1:-1])
+
+    def whole(self) -> _A:
+        """The answer, to be encoded and no more. There was a piece."""
+        assert self._last is not None
+        lists: dict[str, Any] = {
+            name: msgspec.Raw(b"[" + b",".join(encoded) + b"]")
+            for name, encoded in self._lists.items()
+        }
+        return msgspec.structs.replace(self._last, **lists)
+
+
+def slices(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
+    """The items, so many at a time; once nothing where there are none."""
+    return (items[start : start + size] for start in range(0, max(1, len(items)), size))
 
 
 def event(value: Any) -> bytes:
