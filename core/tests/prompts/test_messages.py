@@ -45,8 +45,15 @@ def calling(arguments: Any) -> ChatMessage:
 
 def test_what_a_message_lacks_has_no_key() -> None:
     assert for_template([user("a")]) == [{"role": "user", "content": "a"}]
-    (message,) = for_template([ChatMessage(role="assistant", tool_calls=[CALL])], parts=True)
-    assert message.keys() == {"role", "tool_calls"}
+
+
+@pytest.mark.parametrize(
+    ("parts", "content"), [(False, ""), (True, [{"type": "text", "text": ""}])]
+)
+def test_calls_have_content_beside_them_which_templates_look_into(parts, content) -> None:
+    (message,) = for_template([ChatMessage(role="assistant", tool_calls=[CALL])], parts=parts)
+    assert message.keys() == {"role", "tool_calls", "content"}
+    assert message["content"] == ([{"type": "text", "text": ""}] if parts else "")
 
 
 @pytest.mark.parametrize(

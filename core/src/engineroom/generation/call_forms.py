@@ -29,6 +29,7 @@ class JsonForm:
     """An object with the name and the arguments of a call, or a list of such objects."""
 
     name_key: str = "name"
+    """Empty: the name is the key of the arguments, which are all that there is."""
     arguments_key: str = "arguments"
     many: bool = False
     """Calls stand in a list, also a single one."""
@@ -70,6 +71,12 @@ class TaggedForm:
     """Begins a call; its name follows. Empty: the name stands right behind the format's begin."""
     name_end: str = ""
     """Behind the name of a call."""
+    written_call: str = "{name}"
+    """How the name of a call is written: with ``{name}``, and ``{index}`` for which call it is,
+    from 1."""
+    written_parameter: str = "{name}"
+    """How the name of an argument is written: with ``{name}``, and with ``{string}`` (``true`` or
+    ``false``) or ``{type}`` where that is said."""
     attributes: bool = False
     """Names stand in attributes: ``name="f"``."""
     types: Literal["schema", "string", "type"] = "schema"
@@ -81,6 +88,8 @@ class TaggedForm:
     """Behind the name of a call, and behind each argument."""
     key_gap: str = ""
     """Between the name of an argument and its value, where that is a tag of its own."""
+    cdata: bool = False
+    """Text may stand in CDATA sections of XML."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Final
 
-from engineroom.generation.call_forms import NamedForm, ToolFormat
+from engineroom.generation.call_forms import JsonForm, NamedForm, ToolFormat
 from engineroom.generation.literal_scanner import JSON, clean_json, scan_string, scan_value
 from engineroom.generation.output_writer import OutputWriter
 from engineroom.generation.text_source import WORD, MalformedError, Markers, Reading, TextSource
@@ -37,7 +37,7 @@ def json_calls(
         source.take(1)
         yield from source.blanks()
     while (yield from source.peek()) == "{":
-        yield from _call(source, calls, bare=bare)
+        yield from _call(source, format_, calls, bare=bare)
         source.keep()
         if listed:
             yield from source.blanks()
@@ -73,7 +73,7 @@ def _behind(source: TextSource, format_: ToolFormat, calls: OutputWriter) -> Rea
             if not (end := format_.end.strip()) or not (yield from source.take_one(Markers([end]))):
                 calls.content(blanks)
             return
-        yield from _call(source, calls, bare=format_.bare)
+        yield from _call(source, format_, calls, bare=format_.bare)
         source.keep()
 
 
@@ -85,9 +85,23 @@ def take_end(source: TextSource, format_: ToolFormat, calls: OutputWriter) -> Re
         calls.content(blanks)
 
 
-def _call(source: TextSource, calls: OutputWriter, *, bare: bool) -> Reading[None]:
+def _call(
+    source: TextSource, format_: ToolFormat, calls: OutputWriter, *, bare: bool
+) -> Reading[None]:
     """One object. The arguments are handed on as they come, if the name stands before them."""
     source.take(1)  # the brace
+    if isinstance(format_.form, JsonForm) and not format_.form.name_key:
+        yield from source.blanks()
+        name = yield from _text(source)
+        yield from _colon(source)
+        calls.begin(name, offered=bare)
+        yield from _arguments(source, calls.arguments)
+        yield from source.blanks()
+        if (yield from source.peek()) != "}":
+            raise MalformedError
+        source.take(1)
+        calls.end()
+        return
     name = ""
     begun = ended = False
     held: list[str] | None = None  # arguments in front of the name
@@ -97,11 +111,7 @@ def _call(source: TextSource, calls: OutputWriter, *, bare: bool) -> Reading[Non
             source.take(1)
             break
         key = yield from _text(source)
-        yield from source.blanks()
-        if (yield from source.peek()) != ":":
-            raise MalformedError
-        source.take(1)
-        yield from source.blanks()
+        yield from _colon(source)
         value = yield from source.peek()
         if key in _NAMES and not name and value == '"':
             name = yield from _text(source)
@@ -150,6 +160,14 @@ def _arguments(source: TextSource, write: Callable[[str], None]) -> Reading[None
     if not isinstance(value, dict):
         raise MalformedError
     write(clean_json(value))
+
+
+def _colon(source: TextSource) -> Reading[None]:
+    yield from source.blanks()
+    if (yield from source.peek()) != ":":
+        raise MalformedError
+    source.take(1)
+    yield from source.blanks()
 
 
 def _text(source: TextSource) -> Reading[str]:

@@ -33,6 +33,8 @@ from engineroom.generation.text_source import (
 __all__ = ["tagged_call"]
 
 _ATTRIBUTE: Final = re.compile(r'\s*([\w.:-]+)\s*=\s*"([^"]*)"')
+_CDATA: Final = "<![CDATA["
+_CDATA_END: Final = Markers(["]]>"])
 _STRING: Final = frozenset({"string"})
 _ENTITIES: Final = (("&quot;", '"'), ("&lt;", "<"), ("&gt;", ">"), ("&amp;", "&"))
 
@@ -44,12 +46,14 @@ class _Tags:
         behind = [format_.opening, *format_.section, format_.begin]
         self.call = Markers([form.call])
         self.name_end = Markers(
-            [form.name_end] if form.call else [form.parameter, form.call_end, "\n"]
+            [form.name_end] if form.call else [form.name_end, form.parameter, form.call_end, "\n"]
         )
         self.header = LINE if form.attributes else WORD
         self.members = Markers([form.parameter, form.call_end])
         self.parameter_end = Markers([form.parameter_end])
         self.key_gap = Markers([form.key_gap])
+        self.cdata = Markers([_CDATA] if form.cdata else [])
+        self.value_end = Markers([form.value_end])
         self.value = Markers([form.value_end, form.parameter, form.call_end])
         self.behind_call = Markers([text.strip() for text in behind])
         line = r"\s*\n" if form.lines else ""
@@ -77,7 +81,7 @@ def tagged_call(
     if form.call and not (yield from source.take_one(tags.call)):
         raise MalformedError
     header, stop = yield from source.until_short(tags.name_end, MAX_NAME, tags.header)
-    if form.call:
+    if stop == form.name_end:
         source.take(len(stop))
     name, _ = _name(header, form)
     calls.begin(name)
@@ -189,6 +193,13 @@ def _value(
     types: frozenset[str],
 ) -> Reading[None]:
     value = _Value(form, calls, types)
+    if tags.cdata.texts and (yield from source.take_one(tags.cdata)):
+        while (marker := (yield from source.until(_CDATA_END, value.write))) is not None:
+            if (yield from source.follows(len(marker), tags.value_end)):
+                source.take(len(marker))
+                break
+            value.write(source.take(1))
+        yield from source.blanks()
     while True:
         marker = yield from source.until(tags.value, value.write)
         if marker is None:

@@ -33,6 +33,7 @@ _ESCAPE: Final = Dialect(
     "functiongemma", mark=Markers(["<escape>"]), bare_keys=True, bare_words=True
 )
 _KIMI_NAME: Final = re.compile(r"\s*(?:functions\.)?(?P<name>[^\s]+?)(?::[0-9]+)?\s*")
+_SOLAR_NAME: Final = re.compile(r"\s*(?:\S*<\|tool_call:name\|>)?(?P<name>[^\s<]+)\s*")
 
 
 def _dsml(name: str, mark: str, section: str, *templates: tuple[str, ...]) -> ToolFormat:
@@ -44,6 +45,8 @@ def _dsml(name: str, mark: str, section: str, *templates: tuple[str, ...]) -> To
         parameter_end=">",
         value_end=f"</{mark}parameter>",
         call_end=f"</{mark}invoke>",
+        written_call=' name="{name}"',
+        written_parameter=' name="{name}" string="{string}"',
         attributes=True,
         types="string",
         gap="\n",
@@ -102,6 +105,8 @@ TOOL_FORMATS: Final[tuple[ToolFormat, ...]] = (
             parameter_end="<|sep|>",
             value_end="<|close|>argument<|sep|>",
             call_end="<|close|>call<|sep|>",
+            written_call=' tool="{name}" index="{index}"',
+            written_parameter=' key="{name}" type="{type}"',
             attributes=True,
             types="type",
         ),
@@ -176,6 +181,8 @@ TOOL_FORMATS: Final[tuple[ToolFormat, ...]] = (
             parameter_end=">",
             value_end="</parameter>",
             call_end="</invoke>",
+            written_call=' name="{name}"',
+            written_parameter=' name="{name}"',
             attributes=True,
             gap="\n",
         ),
@@ -183,6 +190,43 @@ TOOL_FORMATS: Final[tuple[ToolFormat, ...]] = (
         between="\n",
         trims=True,
         templates=(("minimax:tool_call", "<invoke"),),
+        reasoning="think",
+    ),
+    ToolFormat(
+        "hunyuan",
+        TaggedForm(
+            parameter="<arg_key:opensource>",
+            parameter_end="</arg_key:opensource>",
+            value_end="</arg_value:opensource>",
+            call_end="</tool_call:opensource>",
+            name_end="<tool_sep:opensource>",
+            key_gap="<arg_value:opensource>",
+            gap="\n",
+        ),
+        "<tool_call:opensource>",
+        section=("<tool_calls:opensource>\n", "</tool_calls:opensource>"),
+        between="\n",
+        trims=True,
+        templates=(("<arg_key:opensource>",), ("<arg_key", ":opensource")),
+        reasoning="think",
+    ),
+    ToolFormat(
+        "minicpm",
+        TaggedForm(
+            call="<function",
+            name_end=">",
+            parameter="<param",
+            parameter_end=">",
+            value_end="</param>",
+            call_end="</function>",
+            written_call=' name="{name}"',
+            written_parameter=' name="{name}"',
+            attributes=True,
+            cdata=True,
+        ),
+        between="\n",
+        trims=True,
+        templates=(("<function name=", "<param name="),),
         reasoning="think",
     ),
     ToolFormat(
@@ -223,6 +267,42 @@ TOOL_FORMATS: Final[tuple[ToolFormat, ...]] = (
         ignored=("<|START_RESPONSE|>", "<|END_RESPONSE|>", "<|START_TEXT|>", "<|END_TEXT|>"),
         templates=(("<|START_ACTION|>", "<|END_ACTION|>"),),
         reasoning="command",
+    ),
+    ToolFormat(
+        "apertus",
+        JsonForm(name_key="", many=True),
+        "<|tools_prefix|>",
+        "<|tools_suffix|>",
+        trims=True,
+        templates=(("<|tools_prefix|>",),),
+        reasoning="apertus",
+    ),
+    ToolFormat(
+        "gigachat3",
+        JsonForm(),
+        "<|message_sep|>\n\nfunction call<|role_sep|>\n",
+        trims=True,
+        templates=(("function call", "<|role_sep|>"),),
+    ),
+    ToolFormat(
+        "gigachat3.1",
+        JsonForm(),
+        "<|function_call|>",
+        trims=True,
+        templates=(("<|function_call|>",),),
+    ),
+    ToolFormat(
+        "solar",
+        NamedForm(
+            after="<|tool_call:args|>",
+            name=_SOLAR_NAME,
+            written="call_{index}<|tool_call:name|>{name}",
+        ),
+        "<|tool_call:begin|>",
+        "<|tool_call:end|>",
+        section=("<|tool_calls|>", "<|calls|>"),
+        trims=True,
+        templates=(("<|tool_call:begin|>", "<|tool_call:name|>"),),
     ),
     ToolFormat(
         "nemotron",

@@ -150,8 +150,8 @@ class ChatTemplate:
         function = {"name": "probe", "arguments": arguments}
         call = {"id": "probe1234", "type": "function", "function": function}
         user = ChatMessage(role="user", content=_PROBE)
-        turns = [*self.conversation([user]), {"role": "assistant", "tool_calls": [call]}]
-        return self._tried(turns) is not None
+        answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+        return self._tried([*self.conversation([user]), answer]) is not None
 
     def _tried(self, conversation: list[dict[str, Any]]) -> str | None:
         try:

@@ -17,6 +17,7 @@ def for_template(
 ) -> list[dict[str, Any]]:
     """The conversation as dictionaries of the template's own; what a message lacks has no key.
 
+    A message with tool calls has content all the same, if only an empty one.
     The arguments of a tool call are a mapping: JSON in a string is parsed, and what is no JSON
     object stays as it is.
 
@@ -28,6 +29,8 @@ def for_template(
         check_stopped()
         message = sent.model_dump(exclude_none=True)
         conversation.append(message)
+        if "tool_calls" in message:
+            message.setdefault("content", "")  # templates ask what is in it
         if parts and "content" in message:
             message["content"] = [{"type": "text", "text": message["content"]}]
         for call in message.get("tool_calls", ()):
