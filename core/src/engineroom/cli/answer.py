@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from engineroom.cli.output import warning_line, write, write_text
+from engineroom.cli.answer_writer import AnswerWriter, call_line
+from engineroom.cli.output import warning_line
 from engineroom.cli.resolve import Target
 from engineroom.errors import EngineRoomError
 from engineroom.handlers.markers import hookimpl
@@ -20,7 +21,7 @@ __all__ = ["answer"]
 async def answer(
     target: Target, request: InferenceRequest, *, show_progress: bool
 ) -> InferenceResponse:
-    """Answer the request; with ``stream`` the text is written as it comes.
+    """Answer the request; with ``stream`` the text is written as it comes, and calls follow it.
 
     :returns: the final response, failed or not.
     :raises OutputClosedError: nobody reads the text any more; the work was stopped.
@@ -44,7 +45,7 @@ async def answer(
 async def _stream(
     service: LLMInferenceService, request: InferenceRequest, progress: _Progress
 ) -> InferenceResponse:
-    last = ""
+    writer = AnswerWriter()
     ended = False
     async with service.stream(request) as stream:
         try:
@@ -52,15 +53,13 @@ async def _stream(
                 progress.stop()
                 if isinstance(chunk, StreamError):
                     break
-                if chunk:
-                    write_text(chunk)
-                    last = chunk
+                writer.write(chunk)
             ended = True
         finally:
-            # A line of its own for what comes next, be it a message or the shell's prompt.
-            if last and not last.endswith("\n") and (ended or sys.stdout.isatty()):
-                write("\n")
+            writer.end_line(ended or sys.stdout.isatty())
     assert stream.response is not None
+    for call in stream.response.tool_calls or ():
+        call_line(call)
     return stream.response
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
 from typing import Any
 
+from engineroom.cli.agent_flags import AgentFields
 from engineroom.cli.remote import bearer, server_at
 from engineroom.cli.resolve import Target
 from engineroom.errors import ConfigurationError, EngineRoomError, InferenceError
+from engineroom.generation.deltas import ReasoningDelta, ToolCallDelta
 from engineroom.inference.streams import StreamError
 from engineroom.schemas import ChatMessage, GenerationParams, InferenceRequest
 from engineroom.service import LLMInferenceService
@@ -27,9 +29,13 @@ class Talker(AbstractContextManager["Talker"]):
 
     @abstractmethod
     def answer(
-        self, model: str, messages: Sequence[ChatMessage], params: GenerationParams
+        self,
+        model: str,
+        messages: Sequence[ChatMessage],
+        params: GenerationParams,
+        asked: AgentFields,
     ) -> Generator[str, None, None]:
-        """The answer piece by piece. Closing the iterator stops the work.
+        """The answer piece by piece, as the service streams it. Closing it stops the work.
 
         :raises EngineRoomError: it failed.
         """
@@ -54,10 +60,16 @@ class LocalTalker(Talker):
         return [name for model in models for name in (model.model_id, *model.aliases)]
 
     def answer(
-        self, model: str, messages: Sequence[ChatMessage], params: GenerationParams
+        self,
+        model: str,
+        messages: Sequence[ChatMessage],
+        params: GenerationParams,
+        asked: AgentFields,
     ) -> Generator[str, None, None]:
         """See :class:`Talker`."""
-        request = InferenceRequest(model_id=model, messages=list(messages), params=params)
+        request = InferenceRequest(
+            model_id=model, messages=list(messages), params=params, **asked.given()
+        )
         with closing(self._service.stream_sync(request)) as stream:
             for chunk in stream:
                 if isinstance(chunk, StreamError):
@@ -99,18 +111,14 @@ class ServerTalker(Talker):
             raise self._failed(error) from error
 
     def answer(
-        self, model: str, messages: Sequence[ChatMessage], params: GenerationParams
+        self,
+        model: str,
+        messages: Sequence[ChatMessage],
+        params: GenerationParams,
+        asked: AgentFields,
     ) -> Generator[str, None, None]:
         """See :class:`Talker`."""
-        body: dict[str, Any] = {
-            "model": model,
-            "stream": True,
-            "messages": [{"role": m.role, "content": m.content} for m in messages],
-            "max_tokens": params.max_new_tokens,
-        }
-        values = params.model_dump(exclude_unset=True, exclude={"max_new_tokens", "do_sample"})
-        body |= {name: value for name, value in values.items() if value is not None}
-        body = {name: value for name, value in body.items() if value is not None}
+        body = _chat_body(model, messages, params, asked)
         with ExitStack() as stack:
             try:
                 answer = stack.enter_context(
@@ -124,8 +132,7 @@ class ServerTalker(Talker):
                     if error := event.get("error"):
                         raise InferenceError(str(error.get("message") or error))
                     for choice in event.get("choices", ()):
-                        if text := choice["delta"].get("content"):
-                            yield text
+                        yield from _chunks(choice["delta"])
             except (
                 self._httpx.HTTPError, ValueError, KeyError, TypeError, AttributeError,
             ) as error:  # fmt: skip
@@ -147,4 +154,55 @@ class ServerTalker(Talker):
         return InferenceError(
             f"{self._client.base_url} does not answer as it should: "
             f"{type(error).__name__}: {error}; is it a server with OpenAI's API?"
+        )
+
+
+def _chat_body(
+    model: str, messages: Sequence[ChatMessage], params: GenerationParams, asked: AgentFields
+) -> dict[str, Any]:
+    """A request of OpenAI's API for chat."""
+    body: dict[str, Any] = {
+        "model": model,
+        "stream": True,
+        "messages": [message.model_dump(exclude_none=True) for message in messages],
+        "max_tokens": params.max_new_tokens,
+        "tools": asked.tools,
+    }
+    values = params.model_dump(
+        exclude_unset=True, exclude={"max_new_tokens", "do_sample", "structured_output"}
+    )
+    if isinstance(asked.tool_choice, Mapping):
+        body["tool_choice"] = {"type": "function", "function": asked.tool_choice}
+    else:
+        body["tool_choice"] = asked.tool_choice
+    if isinstance(asked.reasoning, str):
+        body["reasoning_effort"] = asked.reasoning
+    elif asked.reasoning is not None:
+        body["reasoning"] = {"enabled": asked.reasoning}
+    if (form := params.structured_output) is not None:
+        kind = "structured_outputs" if form.json_schema is None else "response_format"
+        body[kind] = (
+            form.model_dump(exclude_none=True)
+            if form.json_schema is None
+            else {
+                "type": "json_schema",
+                "json_schema": {"name": "answer", "schema": form.json_schema, "strict": True},
+            }
+        )
+    return {name: value for name, value in {**body, **values}.items() if value is not None}
+
+
+def _chunks(delta: Mapping[str, Any]) -> Iterator[str]:
+    """What a delta of OpenAI's API brings, as the service streams it."""
+    if thought := delta.get("reasoning_content") or delta.get("reasoning"):
+        yield ReasoningDelta(str(thought))
+    if text := delta.get("content"):
+        yield str(text)
+    for call in delta.get("tool_calls") or ():
+        function = call.get("function") or {}
+        yield ToolCallDelta(
+            int(call["index"]),
+            call.get("id"),
+            function.get("name"),
+            function.get("arguments") or "",
         )

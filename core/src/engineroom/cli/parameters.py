@@ -18,6 +18,7 @@ _FLAGS: Final = {
     "do_sample": "--greedy",
     "stop_sequences": "--stop",
     "timeout_s": "--timeout",
+    "structured_output": "--schema",
     "messages": "the prompt",
     "prompt": "the prompt",
 }

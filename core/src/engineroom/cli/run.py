@@ -10,6 +10,15 @@ from typing import Annotated, Final
 
 import typer
 
+from engineroom.cli.agent_flags import (
+    REASONING_FLAG,
+    SCHEMA_FLAG,
+    TOOL_CHOICE_FLAG,
+    TOOLS_FLAG,
+    ReasoningChoice,
+    agent_fields,
+    read_schema,
+)
 from engineroom.cli.answer import answer
 from engineroom.cli.flags import CONFIG_OPTION, MODEL_ARGUMENT, TEMPERATURE_FLAG, flag
 from engineroom.cli.interrupt import run_interruptible
@@ -36,6 +45,8 @@ Examples:
   git diff | engineroom run smollm2 --system "Write a commit message"
   engineroom run hf:owner/name:model.gguf --file question.txt --max-new-tokens none
   engineroom run ./model.gguf "2 + 2 =" --raw -o n_ctx=2048 --json
+  engineroom run smollm2 "Invent a person" --schema person.json
+  engineroom run smollm2 "Is it raining in Bern?" --tools tools.json --tool-choice required
 """
 
 
@@ -107,6 +118,10 @@ def run(  # one parameter a flag: that is how typer is told of them
         list[str] | None,
         flag("End before this text; may be repeated.", "--stop", metavar="TEXT"),
     ] = None,
+    schema: Annotated[Path | None, SCHEMA_FLAG] = None,
+    tools: Annotated[Path | None, TOOLS_FLAG] = None,
+    tool_choice: Annotated[str | None, TOOL_CHOICE_FLAG] = None,
+    reasoning: Annotated[ReasoningChoice | None, REASONING_FLAG] = None,
     timeout: Annotated[
         float | None,
         flag("Give up after so long, loading included.", "--timeout", metavar="SECONDS"),
@@ -151,6 +166,9 @@ def run(  # one parameter a flag: that is how typer is told of them
 
     The prompt goes to the model as a chat message, in the model's own template; --raw sends it
     as it stands. One that begins with a dash goes after --. Ctrl-C stops the work.
+
+    What the model thinks before it answers is shown dimmed on standard error, if that is a
+    terminal. Calls of tools follow the text, each as a line of JSON.
     """
     settings: Settings = ctx.obj
     if logprobs is not None and not as_json:
@@ -159,6 +177,11 @@ def run(  # one parameter a flag: that is how typer is told of them
         raise CommandError(
             "--system needs the chat template, and --raw leaves it out; give one of them"
         )
+    if raw and tools is not None:
+        raise CommandError(
+            "--tools needs the chat template, and --raw leaves it out; give one of them"
+        )
+    asked = agent_fields(tools, tool_choice, reasoning)
     params = make_params(
         {
             "max_new_tokens": max_new_tokens,
@@ -175,6 +198,7 @@ def run(  # one parameter a flag: that is how typer is told of them
             "num_beams": num_beams,
             "early_stopping": early_stopping or None,
             "logprobs": logprobs,
+            "structured_output": read_schema(schema),
         }
     )
     options = parse_options(option or [])
@@ -189,11 +213,11 @@ def run(  # one parameter a flag: that is how typer is told of them
         timeout_s=timeout,
         on_unsupported=on_unsupported.value if on_unsupported is not None else None,
     )
-    build("model", "")
+    build("model", "", **asked.given())
     try:
         target = resolve(model, config, runtime, options)
         warn_of_quarantined(target.registry)
-        request = build(target.model_id, read_prompt(prompt, file, raw=raw))
+        request = build(target.model_id, read_prompt(prompt, file, raw=raw), **asked.given())
         response = run_interruptible(
             lambda: answer(target, request, show_progress=not settings.logging)
         )
