@@ -27,6 +27,7 @@ GROUPS: Final = {
     "core": "benchmarks.core",
     "llamacpp": "benchmarks.llamacpp",
     "hf_transformers": "benchmarks.hf_transformers",
+    "structured": "benchmarks.structured",
     "vllm": "benchmarks.vllm",
     "server": "benchmarks.server",
 }

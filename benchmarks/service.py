@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from benchmarks.harness import DiscardError
 
 if TYPE_CHECKING:
-    from engineroom import InferenceStream
+    from engineroom import InferenceRequest, InferenceStream
 
 __all__ = ["EIGHT", "ServiceSide", "checked"]
 
@@ -69,8 +69,19 @@ class ServiceSide:
     async def _all(self, prompts: Sequence[str], count: int) -> list[int]:
         return await asyncio.gather(*(self._count(prompt, count) for prompt in prompts))
 
+    def answer_all(self, requests: Sequence[InferenceRequest]) -> list[int]:
+        """How many tokens the answers have, of all of them at one time."""
+
+        async def work() -> list[int]:
+            return await asyncio.gather(*map(self._answer, requests))
+
+        return self._runner.run(work())
+
     async def _count(self, prompt: str, count: int) -> int:
-        stream = self._stream(prompt, count)
+        return await self._answer(self._request(prompt, count))
+
+    async def _answer(self, request: InferenceRequest) -> int:
+        stream = self._service.stream(request)
         async for _ in stream:
             pass
         response = stream.response
@@ -79,12 +90,13 @@ class ServiceSide:
         return response.generated_tokens or 0
 
     def _stream(self, prompt: str, count: int) -> InferenceStream:
+        return self._service.stream(self._request(prompt, count))
+
+    def _request(self, prompt: str, count: int) -> InferenceRequest:
         from engineroom import GenerationParams, InferenceRequest
 
         params = GenerationParams(temperature=0.0, max_new_tokens=count)
-        return self._service.stream(
-            InferenceRequest(model_id="smollm2", prompt=prompt, params=params)
-        )
+        return InferenceRequest(model_id="smollm2", prompt=prompt, params=params)
 
     def close(self) -> None:
         """Unload the model."""
