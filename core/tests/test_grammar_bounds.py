@@ -12,7 +12,12 @@ pytest.importorskip("llguidance", reason="needs the extra engineroom[structured]
 
 from pydantic import ValidationError
 
-from engineroom import ConfigurationError, InferenceRequest, StructuredOutput
+from engineroom import (
+    ConfigurationError,
+    GenerationParams,
+    InferenceRequest,
+    StructuredOutput,
+)
 from engineroom.engine import GrammarCompiler, grammar_of
 from engineroom.generation.grammar_bounds import MAX_RULES, check_grammar, check_schema
 from engineroom.generation.grammars import grammar_text, is_gbnf
@@ -30,7 +35,9 @@ class FakeCodec:
 
 
 def compiled(**output):
-    return asyncio.run(GrammarCompiler(FakeCodec()).compile(StructuredOutput(**output)))
+    params = GenerationParams(structured_output=StructuredOutput(**output))
+    request = InferenceRequest(model_id="m", prompt="p", params=params)
+    return asyncio.run(GrammarCompiler(FakeCodec()).compile(request))
 
 
 def for_another(**output):

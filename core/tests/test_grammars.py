@@ -12,7 +12,13 @@ from hypothesis import given, settings, strategies as st
 
 pytest.importorskip("llguidance", reason="needs the extra engineroom[structured]")
 
-from engineroom import ConfigurationError, InferenceError, StructuredOutput
+from engineroom import (
+    ConfigurationError,
+    GenerationParams,
+    InferenceError,
+    InferenceRequest,
+    StructuredOutput,
+)
 from engineroom.engine import GrammarCompiler
 from engineroom.generation.grammar_bounds import MAX_GRAMMAR_DEPTH
 from engineroom.generation.grammars import is_gbnf, json_rule
@@ -39,8 +45,13 @@ def compiler():
     return GrammarCompiler(FakeCodec(tokens))
 
 
+def asking(**output):
+    params = GenerationParams(structured_output=StructuredOutput(**output))
+    return InferenceRequest(model_id="m", prompt="p", params=params)
+
+
 def compiled(**output):
-    return asyncio.run(compiler().compile(StructuredOutput(**output)))
+    return asyncio.run(compiler().compile(asking(**output)))
 
 
 def matches(text, **output):
@@ -197,7 +208,7 @@ def test_a_text_that_must_follow_may_be_cut_into_any_tokens():
 
 
 def test_what_is_compiled_is_kept():
-    output = StructuredOutput(regex="kept" * 3)
+    output = asking(regex="kept" * 3)
     first = asyncio.run(compiler().compile(output))
     first.take(ord("k"))
     again = asyncio.run(compiler().compile(output))
@@ -207,7 +218,7 @@ def test_what_is_compiled_is_kept():
 def test_a_model_without_an_end_has_no_grammar():
     tokens = ModelTokens(PIECES, frozenset(), [], lambda text: list(text.encode()))
     with pytest.raises(ConfigurationError, match="no token that ends"):
-        asyncio.run(GrammarCompiler(FakeCodec(tokens)).compile(StructuredOutput(regex="a")))
+        asyncio.run(GrammarCompiler(FakeCodec(tokens)).compile(asking(regex="a")))
 
 
 def test_many_properties_compile_within_the_bounds():

@@ -280,6 +280,28 @@ class InferenceRequest(FewFields, FrozenSchema):
     _over_all_keys: bool = PrivateAttr(default=False)
 
     @property
+    def offered_tools(self) -> list[dict[str, Any]] | None:
+        """The tools that the model is told of; ``None``: there are none, or it may call none."""
+        return None if self.tool_choice == "none" else self.tools or None
+
+    @property
+    def has_strict_tools(self) -> bool:
+        """Whether a tool asks for calls that are valid by its schema."""
+        return any(tool["function"].get("strict") is True for tool in self.offered_tools or ())
+
+    @property
+    def constrained(self) -> bool:
+        """Whether there is a form that the answer must match."""
+        if self.params.structured_output is not None:
+            return True
+        return self.requires_call or self.has_strict_tools
+
+    @property
+    def requires_call(self) -> bool:
+        """Whether a tool has to be called."""
+        return self.tool_choice not in (None, "none", "auto")
+
+    @property
     def key_name(self) -> str | None:
         """Name of the key that the request came with; ``None``: it came without a server.
 

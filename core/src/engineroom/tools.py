@@ -129,9 +129,10 @@ def tool_names(tools: Iterable[Mapping[str, Any]]) -> list[str]:
     return [tool["function"]["name"] for tool in tools]
 
 
-def tool_parameters(tools: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any] | bool]:
+def tool_parameters(tools: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     """The JSON schema of each tool's arguments, by the tool's name."""
+    schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
     return {
-        tool["function"]["name"]: tool["function"].get("parameters") or _NO_PARAMETERS
-        for tool in tools
+        name: {"type": "object"} if schema is True else schema or _NO_PARAMETERS
+        for name, schema in schemas.items()
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import threading
 import time
@@ -12,6 +13,7 @@ import pytest
 
 from engineroom import ChatMessage, ConfigurationError, InferenceRequest
 from engineroom.prompts import (
+    ChatOptions,
     ControlTokens,
     ModelTemplates,
     PromptCodec,
@@ -40,9 +42,16 @@ TEMPLATE = """\
 class Characters(PromptCodec):
     """A stand-in for a tokenizer: a token for each character, above the special ones."""
 
-    def __init__(self, template: str | None = TEMPLATE, located: bool = True, **more: Any) -> None:
+    def __init__(
+        self,
+        template: str | None = TEMPLATE,
+        located: bool = True,
+        tool_format: str | None = None,
+        **more: Any,
+    ) -> None:
         self._located = located
-        templates = ModelTemplates(template, None, {"bos_token": "<s>"}, lambda _: None)
+        options = ChatOptions(chat_template=template, tool_format=tool_format)
+        templates = ModelTemplates(options, None, {"bos_token": "<s>"}, print)
         super().__init__(templates, ControlTokens(SPECIAL, ADDED), **more)
         longest = sorted(ALL.items(), key=lambda pair: -len(pair[1]))
         self._ids = {text: token for token, text in longest}
@@ -87,16 +96,20 @@ def conversation(evil: str) -> tuple[list[ChatMessage], list[dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("located", [True, False])
+@pytest.mark.parametrize("tool_format", [None, "hermes"])  # told in messages, by the template
 @pytest.mark.parametrize("evil", [*SPECIAL.values(), "<|turn|>", "<start_of_turn>"])
-def test_a_special_token_is_text_in_every_string_of_a_request(evil: str, located: bool) -> None:
-    codec = Characters(located=located)
+def test_a_special_token_is_text_in_every_string_of_a_request(
+    evil: str, tool_format: str | None, located: bool
+) -> None:
+    codec = Characters(located=located, tool_format=tool_format)
     plain = codec.prompt(None, *conversation("~"), extra="~")
     tokens = codec.prompt(None, *conversation(evil), extra=evil)
     assert control(tokens) == control(plain)
     assert control(tokens).count(3) == 5 and control(tokens).count(4) == 4
     # And all of it is read.
     own = text_of(control(tokens)).count(evil)
-    assert text_of(tokens).count(evil) == text_of(plain).count("~") + own
+    written = text_of(tokens).replace(json.dumps(evil)[1:-1], evil)  # in JSON
+    assert written.count(evil) == text_of(plain).count("~") + own
 
 
 def test_what_controls_nothing_is_left_alone() -> None:

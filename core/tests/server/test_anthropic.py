@@ -125,7 +125,7 @@ def test_a_stream_that_fails_midway_says_so(client):
         {"messages": []},
         {"messages": [{"role": "system", "content": "x"}]},
         {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
-        {"tools": [{"name": "f", "input_schema": {}}]},
+        {"tools": [{"name": "no name", "input_schema": {}}]},
         {"thinking": {"type": "enabled", "budget_tokens": 1024}},
         {"system": 5},
     ],

@@ -77,7 +77,7 @@ def test_a_request_that_is_answered_has_one_line_with_its_key(locked, log, strea
         (
             talk(tools=[{}]),
             "WARNING",
-            "was refused: 400 unsupported_parameter (tools), the client's",
+            "was refused: 400 invalid_value (tools), the client's",
         ),
         (talk(model="no"), "WARNING", "the client's mistake, ModelNotFoundError"),
         (talk("!refuse"), "WARNING", "the client's mistake, ConfigurationError"),

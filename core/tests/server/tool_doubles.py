@@ -47,7 +47,9 @@ class DeltaHandler(InferenceHandler):
 
     def capabilities(self) -> Capabilities:
         params = frozenset(GenerationParams.model_fields)
-        return Capabilities(params=params, chat=True, tools=True, structured_output=KINDS)
+        return Capabilities(
+            params=params, chat=True, tools=True, structured_output=KINDS, template_args=True
+        )
 
     def can_handle(self, loaded_model: Any) -> bool:
         return loaded_model.model_object == "talk"

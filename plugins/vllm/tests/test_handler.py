@@ -155,7 +155,7 @@ def test_foreign_models_are_not_handled(folder: Path) -> None:
         assert VLLMHandler().can_handle(loaded) is False
 
 
-def test_everything_but_tools_is_claimed() -> None:
+def test_everything_is_claimed() -> None:
     found = VLLMHandler().capabilities()
     request = InferenceRequest(
         model_id="m",
@@ -163,7 +163,7 @@ def test_everything_but_tools_is_claimed() -> None:
         params={"num_beams": 2, "structured_output": {"grammar": "x"}, "seed": 1, "min_p": 0.1},
     )
     assert found.unsupported(request) == []
-    assert found.chat and found.embeddings and not found.tools
+    assert found.chat and found.embeddings and found.tools and found.template_args
 
 
 def test_the_estimate_counts_weights_cache_and_on_a_cpu_the_processes(

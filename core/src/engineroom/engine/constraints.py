@@ -19,10 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engineroom.errors import ConfigurationError, InferenceError
-from engineroom.generation.grammars import grammar_text, missing_library
+from engineroom.generation.grammars import missing_library
+from engineroom.generation.traits import PLAIN, ModelTraits
 from engineroom.prompts.model_tokens import ModelTokens
 from engineroom.prompts.reading import in_lane
-from engineroom.schemas import InferenceRequest, StructuredOutput
+from engineroom.schemas import InferenceRequest
 
 __all__ = ["Constraint", "GrammarCompiler", "grammar_of"]
 
@@ -30,6 +31,8 @@ MAX_COMPILED_CHARS: Final = 4_000_000
 """Characters of the grammars that a model's compiled ones are kept for; the oldest go first."""
 _COMPILE_FUEL: Final = 4_000_000
 """Of llguidance's, some 50,000 a millisecond: bounds the compiling of one grammar."""
+_CHARS_OF_TOOL: Final = 1000
+"""What a tool counts where prompts are read."""
 _LARGEST_GRAMMAR: Final = 200_000
 """Symbols of a compiled grammar."""
 _LONGEST_ROW: Final = 8_000
@@ -122,34 +125,35 @@ class GrammarCompiler:
         self._kept = 0  # characters
         self._lock = threading.Lock()
 
-    async def compile(self, output: StructuredOutput, key: str | None = None) -> Constraint:
-        """What a text must match, at its beginning. What is compiling goes on where nobody waits
-        any more: it is bounded, and the next request finds it.
+    async def compile(self, request: InferenceRequest, tail: str | None = None) -> Constraint:
+        """What the answer to a request must match, at its beginning. What is compiling goes on
+        where nobody waits any more: it is bounded, and the next request finds it.
 
-        :param key: name of the key whose request it is; keys take turns.
+        :param tail: how the prompt ends that a chat template wrote.
         :raises ConfigurationError: it is not valid, or too large; or llguidance is not installed.
         :raises QueueFullError: too many prompts and grammars wait to be read.
         :raises ResourceNotAvailableError: the model is being unloaded.
         """
-        work = partial(self._begin, output)
-        return await in_lane(self._codec, work, key=key, size=_size(output))
+        work = partial(self._begin, request, tail)
+        return await in_lane(self._codec, work, key=request.key_name, size=_size(request))
 
-    def _begin(self, output: StructuredOutput) -> Constraint:
-        grammar = grammar_text(output)
+    def _begin(self, request: InferenceRequest, tail: str | None) -> Constraint:
+        grammar = _traits_of(self._codec).grammar(request, tail)
         with self._lock:
             if (matcher := self._compiled.get(grammar)) is not None:
                 self._compiled.move_to_end(grammar)
         if matcher is None:
-            matcher = self._compile(grammar)
+            matcher = self._compile(grammar, _asked(request))
         _, width, ends = self._table()
         with self._lock:  # no two threads may be at one matcher
             return Constraint(matcher.deep_copy(), width, ends)
 
-    def _compile(self, grammar: str) -> Any:
+    def _compile(self, grammar: str, asked: str) -> Any:
         tokenizer, _, _ = self._table()
         matcher = _matcher(
             tokenizer,
             grammar,
+            asked,
             initial_lexer_fuel=_COMPILE_FUEL,
             max_grammar_size=_LARGEST_GRAMMAR,
             max_items_in_row=_LONGEST_ROW,
@@ -185,10 +189,12 @@ def _vocabulary(tokens: ModelTokens) -> tuple[Any, int, frozenset[int]]:
     return table, width, frozenset(tokens.ends)
 
 
-def _matcher(tokenizer: Any, grammar: str, **limits: Any) -> Any:
+def _matcher(tokenizer: Any, grammar: str, asked: str, **limits: Any) -> Any:
     """A grammar, compiled, and tried out with its first token.
 
     The first mask is the dearest, and is kept with the grammar.
+
+    :param asked: what of a request the grammar is made of.
 
     :raises ConfigurationError: it is not valid, or too large.
     """
@@ -207,9 +213,7 @@ def _matcher(tokenizer: Any, grammar: str, **limits: Any) -> Any:
                 matcher = beyond
                 break
     if matcher.is_error():
-        raise ConfigurationError(
-            f"structured_output cannot be honoured: {_first_line(matcher.get_error())}"
-        )
+        raise ConfigurationError(f"{asked} cannot be honoured: {_first_line(matcher.get_error())}")
     return matcher
 
 
@@ -227,17 +231,22 @@ class _Tokens:
         return self._encode(text if isinstance(text, str) else text.decode())
 
 
-def _size(output: StructuredOutput) -> int:
+def _size(request: InferenceRequest) -> int:
     """How much there is to read, about."""
-    return len(output.regex or output.grammar or "")
+    output = request.params.structured_output
+    tools = _CHARS_OF_TOOL * len(request.tools or ())
+    return tools if output is None else tools + len(output.regex or output.grammar or "")
+
+
+def _asked(request: InferenceRequest) -> str:
+    """What of a request a grammar is made of."""
+    names = ["structured_output"] if request.params.structured_output is not None else []
+    return " and ".join([*names, "tools"] if request.offered_tools else names)
 
 
 def _first_line(message: str) -> str:
     """What is wrong, without the grammar, which a message must not repeat at length."""
-    first, *rest = message.strip().splitlines() or ["?"]
-    # What is wrong with a regular expression stands below it.
-    wrong = next((line for line in rest if line.startswith("error: ")), "")
-    return f"{first[:300]} {wrong[7:300]}".rstrip()
+    return (message.strip().splitlines() or ["?"])[0][:300]
 
 
 @cache
@@ -248,22 +257,27 @@ def _bytes_alone() -> Any:
     return _vocabulary(tokens)[0]
 
 
-async def grammar_of(codec: Any, request: InferenceRequest) -> str | None:
+def _traits_of(codec: Any) -> ModelTraits:
+    traits: ModelTraits = getattr(codec, "traits", PLAIN)
+    return traits
+
+
+async def grammar_of(codec: Any, request: InferenceRequest, tail: str | None = None) -> str | None:
     """The grammar of what a request asks for, in Lark, for a runtime that compiles it itself.
 
     It is tried out with llguidance's own limits and a vocabulary of bytes.
 
     :param codec: the model's; it is made where its prompts are read.
+    :param tail: how the prompt ends that a chat template wrote.
     :returns: ``None``: the request asks for no form.
     :raises ConfigurationError: it cannot be a grammar, or is too large.
     """
-    output = request.params.structured_output
-    if output is None:
+    if not request.constrained:
         return None
 
     def read() -> str:
-        grammar = grammar_text(output)
-        _matcher(_bytes_alone(), grammar)
+        grammar = _traits_of(codec).grammar(request, tail)
+        _matcher(_bytes_alone(), grammar, _asked(request))
         return grammar
 
-    return await in_lane(codec, read, key=request.key_name, size=_size(output))
+    return await in_lane(codec, read, key=request.key_name, size=_size(request))

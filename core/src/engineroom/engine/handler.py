@@ -22,11 +22,12 @@ from engineroom.engine.base import Engine
 from engineroom.errors import ConfigurationError, ModelNotFoundError
 from engineroom.generation.mailbox import Mailbox
 from engineroom.generation.steps import TokenStep
+from engineroom.generation.traits import PLAIN, ModelTraits
 from engineroom.handlers.base import Embeddings, HandlerHealth
 from engineroom.handlers.token_handler import TokenHandler
 from engineroom.prompts.limits import check_prompt, check_token_ids
-from engineroom.prompts.reading import stop_reading, tokens_of, tokens_of_texts
-from engineroom.schemas import InferenceRequest, StructuredOutput
+from engineroom.prompts.reading import read_prompt, stop_reading, tokens_of_texts
+from engineroom.schemas import InferenceRequest
 from engineroom.sources.source import find_source
 
 if TYPE_CHECKING:
@@ -141,6 +142,11 @@ class EngineHandler(TokenHandler):
 
         await in_thread(free)
 
+    def traits(self, loaded_model: LoadedModel) -> ModelTraits:
+        """As the engine's codec says."""
+        codec = getattr(loaded_model.model_object, "codec", None)
+        return getattr(codec, "traits", PLAIN)
+
     def count_tokens(self, loaded_model: LoadedModel, text: str) -> int:
         """Tokens of ``text``, read as plain text, without any that the model adds."""
         count: int = loaded_model.model_object.codec.count(text)
@@ -171,28 +177,35 @@ class EngineHandler(TokenHandler):
         :raises QueueFullError: too many requests wait.
         """
         engine = self.generator(loaded_model.model_object)
-        tools = None if request.tool_choice == "none" else request.tools
-        tokens = await tokens_of(
-            engine.codec, request, tools, n_ctx=engine.n_ctx, advice=engine.longer_context
-        )
-        self.check(engine, request, tokens)
-        output = request.params.structured_output
-        if output is None or output.kind not in self.capabilities().structured_output:
-            task = engine.request(request, tokens)  # what is not claimed is left out, if asked so
+        codec = engine.codec
+        prompt = await read_prompt(codec, request, n_ctx=engine.n_ctx, advice=engine.longer_context)
+        self.check(engine, request, prompt.tokens)
+        if self._constrains(request):
+            constraint = await self._constraint(engine, request, prompt.tail)
+            task = engine.request(request, prompt.tokens, constraint)
         else:
-            constraint = await self._constraint(engine, output, request.key_name)
-            task = engine.request(request, tokens, constraint)
+            task = engine.request(request, prompt.tokens)
         try:
+            if prompt.tail is not None and self.traits(loaded_model).parses(request):
+                yield TokenStep(prompt_tail=prompt.tail)
             yield task.mailbox
         finally:
             engine.cancel(task)
 
+    def _constrains(self, request: InferenceRequest) -> bool:
+        """Whether the answer must match a form; what is not claimed is left out, if asked so."""
+        if not request.constrained:
+            return False
+        claimed, output = self.capabilities().structured_output, request.params.structured_output
+        calls = request.requires_call or request.has_strict_tools
+        return (not calls or "grammar" in claimed) and (output is None or output.kind in claimed)
+
     async def _constraint(
-        self, engine: Any, output: StructuredOutput, key: str | None
+        self, engine: Any, request: InferenceRequest, tail: str | None
     ) -> Constraint:
         from engineroom.engine.constraints import GrammarCompiler  # it needs numpy
 
         if engine.grammars is None:
             engine.grammars = GrammarCompiler(engine.codec)
         compiler: GrammarCompiler = engine.grammars
-        return await compiler.compile(output, key)
+        return await compiler.compile(request, tail)

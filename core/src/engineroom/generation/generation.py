@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from pydantic import ValidationError
@@ -22,7 +22,7 @@ from engineroom.generation.output_events import (
 from engineroom.generation.steps import TokenStep
 from engineroom.generation.text import TextPipeline
 from engineroom.schemas import FinishReason, InferenceRequest, InferenceResponse, TokenLogprob
-from engineroom.tools import ToolCall, new_call_id
+from engineroom.tools import ToolCall, new_call_id, tool_names
 
 __all__ = ["Generation", "ParsedOutput"]
 
@@ -42,6 +42,9 @@ class ParsedOutput:
     chunks: list[str] = field(default_factory=list)
     """Content and deltas that nobody has asked for yet."""
     content: list[str] = field(default_factory=list)
+    tail: str = ""
+    """How the prompt ends, which may have begun the reasoning."""
+    _begun: bool = False
     _utf8: TextPipeline = field(default_factory=TextPipeline)
     _reasoning: list[str] = field(default_factory=list)
     _calls: list[tuple[str, str, list[str]]] = field(default_factory=list)
@@ -49,6 +52,9 @@ class ParsedOutput:
 
     def feed(self, piece: str | bytes) -> None:
         """Take the text of a step."""
+        if not self._begun:
+            self._begun = True
+            self.reader.begin(self.tail)
         if text := self._utf8.feed(piece):
             self._take(self.reader.feed(text))
 
@@ -115,11 +121,13 @@ class Generation:
 
     :param reader: tells content, reasoning and calls apart; ``None``: all is content. Then
         :meth:`take` and :meth:`finish` give the text; else it is in ``parsed``.
+    :param tail: how the prompt ends, where no step says it.
     """
 
     request: InferenceRequest
     handler: str
     reader: OutputReader | None = None
+    tail: str = ""
     finish_reason: FinishReason | None = None
     generated_tokens: int = 0
     prompt_tokens: int | None = None
@@ -128,6 +136,7 @@ class Generation:
     parsed: ParsedOutput | None = None
     ended: bool = False
     """:meth:`finish` was called."""
+    warnings: list[str] = field(default_factory=list)
     _pipeline: TextPipeline = field(init=False)
     _limit: int | None = field(init=False)
     _parts: list[str] = field(default_factory=list)
@@ -138,7 +147,9 @@ class Generation:
         self._pipeline = TextPipeline(self.request.stop_sequences)
         self._limit = self.request.params.max_new_tokens
         if self.reader is not None:
-            self.parsed = ParsedOutput(self.reader, self._pipeline, content=self._parts)
+            self.parsed = ParsedOutput(
+                self.reader, self._pipeline, content=self._parts, tail=self.tail
+            )
 
     def take(self, step: TokenStep) -> str:
         """Take a step; return the text that may be shown. Sets ``finish_reason`` at the end."""
@@ -154,8 +165,8 @@ class Generation:
             if self._first_at is None:
                 self._first_at = time.perf_counter()
             self.generated_tokens += len(tokens)
-        if step.prompt_tail is not None and self.reader is not None:
-            self.reader.begin(step.prompt_tail)
+        if step.prompt_tail is not None and self.parsed is not None:
+            self.parsed.tail = step.prompt_tail
         pipeline, shown = self._pipeline, ""
         if text := step.text:
             if self.parsed is None:
@@ -190,6 +201,12 @@ class Generation:
             self._parts.append(rest)
         return rest
 
+    def _unknown_tools(self, calls: Iterable[ToolCall] | None) -> Iterator[str]:
+        offered = set(tool_names(self.request.tools or ()))
+        for name in dict.fromkeys(call.name for call in calls or ()):
+            if name not in offered:
+                yield f"the model calls {name[:64]!r}, a tool that was not offered"
+
     @property
     def text(self) -> str:
         """The text so far."""
@@ -202,13 +219,15 @@ class Generation:
         """
         now = time.perf_counter()
         first = self._first_at
+        calls = None if self.parsed is None else self.parsed.calls
         try:
             return InferenceResponse(
                 request_id=self.request.request_id,
                 model_id=self.request.model_id,
                 generated_text=self.text,
                 reasoning=None if self.parsed is None else self.parsed.reasoning,
-                tool_calls=None if self.parsed is None else self.parsed.calls,
+                tool_calls=calls,
+                warnings=[*self.warnings, *self._unknown_tools(calls)],
                 finish_reason=self.finish_reason,
                 stop_sequence=self._pipeline.matched,
                 prompt_tokens=self.prompt_tokens,

@@ -16,7 +16,16 @@ from engineroom.errors import ConfigurationError
 from engineroom.generation.grammar_bounds import check_grammar, check_rules, check_schema
 from engineroom.schemas import MAX_GRAMMAR_CHARS, StructuredOutput
 
-__all__ = ["grammar_text", "is_gbnf", "json_rule", "missing_library"]
+__all__ = [
+    "HEAD",
+    "bounded",
+    "content_rules",
+    "grammar_text",
+    "is_gbnf",
+    "json_rule",
+    "literal",
+    "missing_library",
+]
 
 _WHITESPACE: Final = r"[ \n]{0,2}"
 """Between the tokens of JSON. Bounded: a small model writes blanks until it is stopped."""
@@ -24,7 +33,7 @@ _GBNF_RULE: Final = re.compile(r"^[ \t]*+[A-Za-z][A-Za-z0-9_-]*+\s*+::=", re.MUL
 _MAX_WRITTEN: Final = 2 * MAX_GRAMMAR_CHARS
 """Characters of a whole grammar, escapes and all."""
 _ESCAPED: Final = re.compile(r"\\.|[/\n]", re.DOTALL)
-_HEAD: Final = '%llguidance {"no_forcing": true}\n'
+HEAD: Final = '%llguidance {"no_forcing": true}\n'
 """Without it, llguidance writes out for each mask what text must follow, which takes the thread
 that decodes 0.4 s for a long one, and allows that text in one cut into tokens alone."""
 
@@ -34,26 +43,36 @@ def grammar_text(output: StructuredOutput) -> str:
 
     :raises ConfigurationError: it cannot be one; names what is wrong with it.
     """
-    text = _text(output)
+    if output.grammar is not None:
+        return bounded(f"{_own(output.grammar)}\n{HEAD}")
+    return bounded(f"{HEAD}start: content\n{''.join(content_rules(output))}")
+
+
+def bounded(text: str) -> str:
+    """A grammar, unless it is too long. :raises ConfigurationError: it is."""
     if len(text) > _MAX_WRITTEN:
         raise ConfigurationError(
-            f"structured_output.{output.kind} has {len(text)} characters as it is written out; "
-            f"{_MAX_WRITTEN} are the most"
+            f"the grammar of what was asked for (structured_output, tools) has {len(text)} "
+            f"characters as it is written out; {_MAX_WRITTEN} are the most"
         )
     return text
 
 
-def _text(output: StructuredOutput) -> str:
+def content_rules(output: StructuredOutput) -> list[str]:
+    """What a request asks for, as the rule ``content`` of a grammar, and what that refers to.
+
+    :raises ConfigurationError: it cannot be one; names what is wrong with it.
+    """
     if output.grammar is not None:
-        return _own(output.grammar)
+        return [f"content: %lark {{\n{_own(output.grammar)}\n}}\n"]
     if output.regex is not None:
-        return f"{_HEAD}start: /{_regex(output.regex)}/\n"
+        return [f"content: /{_regex(output.regex)}/\n"]
     if output.choice is not None:
         # One terminal, and so one automaton: as many rules would be as many rows of a parser.
-        return f"{_HEAD}start: CHOICE\nCHOICE: {' | '.join(map(_literal, output.choice))}\n"
+        return ["content: CHOICE\n", f"CHOICE: {' | '.join(map(literal, output.choice))}\n"]
     schema = {"type": "object"} if output.json_object else output.json_schema
     assert schema is not None
-    return f"{_HEAD}start: {json_rule(schema)}\n"
+    return [f"content: {json_rule(schema)}\n"]
 
 
 def json_rule(schema: Mapping[str, Any] | bool) -> str:
@@ -81,13 +100,13 @@ def is_gbnf(grammar: str) -> bool:
 
 
 def _own(grammar: str) -> str:
-    """A client's own; what it says of llguidance itself counts less than ours, which comes last."""
+    """A client's own, to which ours is added: what comes last counts."""
     text = grammar
     if is_gbnf(grammar):
         check_rules(grammar.count("::="))
         text = _lark(grammar)
     check_grammar(text)
-    return f"{text}\n{_HEAD}"
+    return text
 
 
 def _lark(grammar: str) -> str:
@@ -116,8 +135,8 @@ def _regex(pattern: str) -> str:
     return _ESCAPED.sub(lambda match: special.get(match[0], match[0]), pattern)
 
 
-def _literal(text: str) -> str:
-    """As JSON writes it, and with escapes for whatever cannot be seen."""
+def literal(text: str) -> str:
+    """A text as a grammar has it: as JSON writes it, with escapes for what cannot be seen."""
     characters = (
         c if c.isprintable() else _escape(c) for c in json.dumps(text, ensure_ascii=False)
     )

@@ -43,12 +43,15 @@ class Capabilities:
     :param params: the fields of :class:`~engineroom.schemas.GenerationParams` that it honours.
     :param chat: takes ``messages``.
     :param stop_sequences: honours ``stop_sequences``; every ``TokenHandler`` does.
-    :param tools: hands ``tools`` to the model's chat template. Every ``TokenHandler`` with
+    :param tools: hands ``tools`` to the model's chat template, as
+        :func:`~engineroom.prompts.tokens_of` does. Every ``TokenHandler`` with
         ``chat`` honours them: where it does not itself, they are told in a message.
     :param structured_output: kinds of ``structured_output`` that it honours, of ``json_schema``,
         ``json_object``, ``regex``, ``choice`` and ``grammar``. One that honours ``grammar``
         honours a ``tool_choice`` that asks for a call, and ``reasoning_budget``, as well.
     :param embeddings: has :meth:`InferenceHandler.embed`, for models that are made for it.
+    :param template_args: hands ``template_args`` and ``reasoning`` to the model's chat template, as
+        :func:`~engineroom.prompts.tokens_of` does.
     :param adapters: honours ``adapter``, and refuses names that it does not know.
     :param prompt_token_ids: takes ``prompt_token_ids``, and refuses ids that the model has not.
     """
@@ -60,6 +63,7 @@ class Capabilities:
     structured_output: frozenset[str] = frozenset()
     embeddings: bool = False
     adapters: bool = False
+    template_args: bool = False
     prompt_token_ids: bool = False
 
     def __post_init__(self) -> None:
@@ -92,6 +96,11 @@ class Capabilities:
                 names.append("tool_choice")
             if request.reasoning_budget is not None:
                 names.append("reasoning_budget")
+            if request.has_strict_tools:
+                names.append("tools.strict")
+        if request.messages is not None and not self.template_args:
+            stated = (n for n in ("template_args", "reasoning") if getattr(request, n) is not None)
+            names.extend(stated)
         if request.adapter is not None and not self.adapters:
             names.append("adapter")
         return names

@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import AsyncGenerator
 from dataclasses import replace
-from typing import Literal, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 from engineroom.border import Border, get_logger
 from engineroom.config.model import LoadedModel
@@ -21,8 +21,11 @@ from engineroom.generation.generation import Generation
 from engineroom.generation.mailbox import Mailbox
 from engineroom.generation.reader import StepReader
 from engineroom.generation.steps import TokenStep
+from engineroom.generation.traits import PLAIN, ModelTraits
 from engineroom.handlers.base import Capabilities, InferenceHandler, StreamEnd
-from engineroom.schemas import InferenceRequest, InferenceResponse
+from engineroom.prompts.codec import PromptCodec
+from engineroom.prompts.tool_messages import tools_as_messages
+from engineroom.schemas import InferenceRequest, InferenceResponse, StructuredOutput
 
 __all__ = ["TokenHandler", "answers_by_steps", "effective_capabilities", "read_steps"]
 
@@ -43,7 +46,8 @@ def effective_capabilities(handler: InferenceHandler) -> Capabilities:
         )
     if isinstance(handler, TokenHandler):
         honoured = capabilities.params | {"max_new_tokens"}
-        return replace(capabilities, params=honoured, stop_sequences=True)
+        tools = capabilities.tools or capabilities.chat
+        return replace(capabilities, params=honoured, stop_sequences=True, tools=tools)
     return capabilities
 
 
@@ -74,6 +78,15 @@ class TokenHandler(InferenceHandler):
         :raises EngineRoomError: typed, where the cause is known.
         """
 
+    def traits(self, loaded_model: LoadedModel) -> ModelTraits:
+        """What the model writes beside content; asked for each conversation, and quick.
+
+        By default as its ``tokenizer`` says, if that is a
+        :class:`~engineroom.prompts.PromptCodec`; else nothing is known.
+        """
+        codec = loaded_model.tokenizer
+        return codec.traits if isinstance(codec, PromptCodec) else PLAIN
+
     def capabilities(self) -> Capabilities:
         """By default only what this class does itself."""
         return Capabilities(params=frozenset({"max_new_tokens"}), stop_sequences=True)
@@ -102,8 +115,37 @@ def read_steps(
     handler: TokenHandler, loaded_model: LoadedModel, request: InferenceRequest
 ) -> StepReader:
     """What reads the steps of a request, for the handler itself and for the service."""
-    steps = handler.generate_tokens(loaded_model, request)
-    return StepReader(steps, Generation(request, handler.name))
+    if request.messages is None:
+        steps = handler.generate_tokens(loaded_model, request)
+        return StepReader(steps, Generation(request, handler.name))
+    with Border(logger, f"handler {handler.name!r}: traits"):
+        traits = handler.traits(loaded_model)
+    generation = Generation(request, handler.name, traits.reader(request), traits.tail)
+    generation.warnings.extend(traits.warnings(request))
+    steps = handler.generate_tokens(loaded_model, _for_handler(handler, traits, request))
+    return StepReader(steps, generation)
+
+
+def _for_handler(
+    handler: TokenHandler, traits: ModelTraits, request: InferenceRequest
+) -> InferenceRequest:
+    """The request as a handler gets it that hands no tools to a template: they are told in
+    messages, and what calls have to match is a grammar.
+    """
+    messages = request.messages or ()
+    if not request.tools and not any(m.tool_calls or m.role == "tool" for m in messages):
+        return request
+    if handler.capabilities().tools:
+        return request
+    changes: dict[str, Any] = {
+        "messages": tools_as_messages(messages, request.offered_tools),
+        "tools": None,
+        "tool_choice": None,
+    }
+    if request.offered_tools is not None and request.constrained:
+        grammar = StructuredOutput.model_construct(grammar=traits.grammar(request, None))
+        changes["params"] = request.params.model_copy(update={"structured_output": grammar})
+    return request.model_copy(update=changes)
 
 
 def answers_by_steps(

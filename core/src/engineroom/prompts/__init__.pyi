@@ -1,5 +1,8 @@
 # What plugins may import from here; ``__init__.py`` reads this file.
 
+from .chat_options import (
+    ChatOptions as ChatOptions,
+)
 from .chat_template import (
     ChatTemplate as ChatTemplate,
     ModelTemplates as ModelTemplates,
@@ -23,6 +26,7 @@ from .model_tokens import (
     ModelTokens as ModelTokens,
 )
 from .reading import (
+    read_prompt as read_prompt,
     stop_reading as stop_reading,
     tokens_of as tokens_of,
     tokens_of_texts as tokens_of_texts,

@@ -15,6 +15,10 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from engineroom.errors import ConfigurationError
+from engineroom.generation.format_choice import find_format, find_reasoning
+from engineroom.generation.tool_formats import GENERIC
+from engineroom.generation.traits import ModelTraits
+from engineroom.prompts.chat_options import ChatOptions
 from engineroom.prompts.messages import for_template
 from engineroom.prompts.work import ReadingStoppedError
 from engineroom.schemas import ChatMessage
@@ -27,6 +31,12 @@ __all__ = ["ChatTemplate", "ModelTemplates"]
 _PROBE: Final = "90817263545362718"
 """Digits: filters leave them alone."""
 _ARGUMENTS: Final = {"probe": _PROBE}
+_HELLO: Final = (ChatMessage(role="user", content="a"),)
+TAIL: Final = 64
+"""Characters of a prompt's end that tell where the answer begins."""
+REASONING_NAMES: Final = ("enable_thinking", "thinking", "reasoning_effort")
+"""By which templates are told whether the model is to reason, and how hard."""
+_NO_PARAMETERS: Final = {"type": "object", "properties": {}, "required": []}
 _SHOWN_ROLES: Final = 20
 """Of a conversation that is refused."""
 _SHOWN: Final = 500
@@ -61,17 +71,20 @@ class ChatTemplate:
         environment.add_filter("tojson", _to_json)
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = _strftime_now
+        self.source = source
         self._tokens = tokens
         self._environment = environment
         try:
             self._template = environment.compiled(source)
         except Exception as error:  # syntax errors of Jinja's, and of the Python it makes
             raise ConfigurationError(f"the chat template is not valid: {error}") from error
-        self.parts = self.text_arguments = False
+        self.parts = self.text_arguments = self.takes_tools = False
+        self.knows_system = True
+        self._endless = False
         try:
             self._probe()
         except OverflowError:
-            pass  # each request is told
+            self._endless = True  # each request is told
 
     def conversation(self, messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
         """The messages in the shape that this template walks."""
@@ -129,6 +142,19 @@ class ChatTemplate:
             ) from error
         return prompt
 
+    def tried(
+        self, messages: Sequence[ChatMessage], tools: Sequence[dict[str, Any]] | None = None
+    ) -> str:
+        """What the template makes of a conversation; empty: it refuses it, or takes too long."""
+        if self._endless:
+            return ""
+        self._environment.begin()
+        try:
+            return self._tried(self.conversation(messages), tools) or ""
+        except OverflowError:
+            self._endless = True
+            return ""
+
     def _probe(self) -> None:
         """Try in which shape a message's text, and a call's arguments, get through; in the bounds
         of one rendering.
@@ -136,6 +162,8 @@ class ChatTemplate:
         self._environment.begin()
         self.parts = not self._shows_text() and self._shows_text(parts=True)
         self.text_arguments = not self._takes_calls() and self._takes_calls(as_text=True)
+        self.takes_tools = self._shows_tools()
+        self.knows_system = self._shows_system()
 
     def _shows_text(self, *, parts: bool = False) -> bool:
         def content(text: str) -> Any:
@@ -153,9 +181,22 @@ class ChatTemplate:
         answer = {"role": "assistant", "content": "", "tool_calls": [call]}
         return self._tried([*self.conversation([user]), answer]) is not None
 
-    def _tried(self, conversation: list[dict[str, Any]]) -> str | None:
+    def _shows_tools(self) -> bool:
+        function = {"name": f"f{_PROBE}", "description": "", "parameters": _NO_PARAMETERS}
+        tool = {"type": "function", "function": function}
+        turns = self.conversation([ChatMessage(role="user", content="a")])
+        return f"f{_PROBE}" in (self._tried(turns, [tool]) or "")
+
+    def _shows_system(self) -> bool:
+        system = ChatMessage(role="system", content=_PROBE)
+        turns = self.conversation([system, ChatMessage(role="user", content="a")])
+        return _PROBE in (self._tried(turns) or "")
+
+    def _tried(
+        self, conversation: list[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None
+    ) -> str | None:
         try:
-            return self._write(conversation, {"tools": None})
+            return self._write(conversation, {"tools": tools})
         except ConfigurationError as error:
             if isinstance(error.__cause__, OverflowError):
                 raise error.__cause__ from None
@@ -165,20 +206,24 @@ class ChatTemplate:
 class ModelTemplates:
     """The chat templates of one model: its own, or the one that an option sets instead.
 
-    :param option: a Jinja source, or the name of one of the model's own templates.
+    :param options: with a Jinja source, or the name of one of the model's own templates; or that
+        alone.
     :param own: the model's template, or several by name: ``default``, and ``tool_use``.
     :param tokens: special tokens that templates may name.
     :param warn: told where the model's own template is not valid; the model is usable without.
-    :raises ConfigurationError: the template of the option is not valid.
+    :raises ConfigurationError: the template of the option is not valid, or a format is not known.
     """
 
     def __init__(
         self,
-        option: str | None,
+        options: ChatOptions | str | None,
         own: str | Mapping[str, str] | None,
         tokens: Mapping[str, str],
         warn: Callable[[ConfigurationError], None],
     ) -> None:
+        if not isinstance(options, ChatOptions):
+            options = ChatOptions(chat_template=options)
+        option = options.chat_template
         self._missing = "the model has no chat template"
         self._templates: dict[str, ChatTemplate] = {}
         sources = dict(own) if isinstance(own, Mapping) else {"default": own} if own else {}
@@ -192,6 +237,23 @@ class ModelTemplates:
                     raise
                 warn(error)
                 self._missing = f"the model has no chat template that can be used: {error.message}"
+        self.traits: Final = self._find_traits(options.tool_format, options.reasoning_format)
+        """What the model writes beside content, and what its template can be told."""
+
+    def _find_traits(self, tool_format: str | None, reasoning_format: str | None) -> ModelTraits:
+        template = self._templates.get("default")
+        calling = self._templates.get("tool_use") or template
+        source = "" if template is None else template.source
+        reasoning = find_reasoning(source, reasoning_format)
+        form, native = GENERIC, False
+        if calling is not None:
+            form = find_format(calling.source, calling.tried, tool_format)
+            native = calling.takes_tools and form is not GENERIC
+        elif tool_format is not None:
+            form = find_format(None, None, tool_format)
+        tail = "" if template is None else template.tried(_HELLO)[-TAIL:]
+        told = any(name in source for name in REASONING_NAMES)
+        return ModelTraits(form, native, reasoning, tail, told)
 
     def choose(self, tools: Sequence[dict[str, Any]] | None = None) -> ChatTemplate:
         """The template for a conversation, with these tools or without.

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from engineroom.errors import ConfigurationError
-from engineroom.prompts.chat_template import ModelTemplates
+from engineroom.prompts.chat_template import TAIL, ModelTemplates
 from engineroom.prompts.limits import check_text
 from engineroom.prompts.model_tokens import ModelTokens
 from engineroom.prompts.special_tokens import ControlTokens
 from engineroom.prompts.threads import PromptLane
+from engineroom.prompts.tool_messages import tools_as_messages
 from engineroom.prompts.work import check_stopped, expect_tokens, taking_turns
 from engineroom.schemas import ChatMessage
 
@@ -44,6 +45,10 @@ class PromptCodec(ABC):
     ) -> None:
         self._templates = templates
         self._control = control
+        self.traits: Final = templates.traits
+        """What the model writes beside content, and what its template can be told."""
+        self.shown: Final = control.ids_of(self.traits.markers)
+        """Control tokens that are part of the text, since they tell what of it is what."""
         self._begin = list(begin)
         self._end = list(end)
         self._unknown = unknown
@@ -104,20 +109,31 @@ class PromptCodec(ABC):
         """
         if prompt is not None:
             return self.begun(self.read(prompt))
-        return self.begun(self.conversation(messages or (), tools, **template_args))
+        return self.chat(messages or (), tools, template_args)[0]
 
-    def conversation(
+    def chat(
         self,
         messages: Sequence[ChatMessage],
         tools: list[dict[str, Any]] | None = None,
-        **template_args: Any,
-    ) -> list[int]:
-        """Token ids of what the chat template writes, and nothing added."""
+        template_args: Mapping[str, Any] | None = None,
+    ) -> tuple[list[int], str]:
+        """Token ids of a conversation, as :meth:`prompt` gives them, and how its text ends.
+
+        Where the chat template knows no tools, or calls them in no form that is known here, they
+        are told in messages.
+
+        :param template_args: more names that the template may use.
+        :returns: the ids, and the last characters of the text, 64 at most.
+        """
         template = self._templates.choose(tools)
         with taking_turns():
-            value = (template.conversation(messages), tools, template_args)
+            if not self.traits.native:
+                messages = tools_as_messages(messages, tools, system=template.knows_system)
+                tools = None
+            value = (template.conversation(messages), tools, dict(template_args or {}))
             segments = self._control.segments(lambda shielded: template.write(*shielded), value)
-        return self._read_segments(segments)
+        tail = "".join(segments[-TAIL:])[-TAIL:]
+        return self.begun_chat(self._read_segments(segments)), tail
 
     def render(
         self,
@@ -175,6 +191,10 @@ class PromptCodec(ABC):
     def begun(self, tokens: list[int]) -> list[int]:
         """The tokens after what the model wants before them, unless that stands there already."""
         return tokens if tokens[: len(self._begin)] == self._begin else self._begin + tokens
+
+    def begun_chat(self, tokens: list[int]) -> list[int]:
+        """The same for what the chat template wrote."""
+        return self.begun(tokens)
 
     def _read_segments(self, segments: Sequence[str]) -> list[int]:
         """Token ids of texts, those at odd places read as plain.

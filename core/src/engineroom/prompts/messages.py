@@ -19,7 +19,7 @@ def for_template(
 
     A message with tool calls has content all the same, if only an empty one.
     The arguments of a tool call are a mapping: JSON in a string is parsed, and what is no JSON
-    object stays as it is.
+    object stays as it is. Reasoning has the names that templates know it by.
 
     :param parts: ``content`` is a list of parts, ``[{"type": "text", "text": …}]``.
     :param text_arguments: leave the arguments of tool calls as JSON in a string.
@@ -28,6 +28,8 @@ def for_template(
     for sent in messages:
         check_stopped()
         message = sent.model_dump(exclude_none=True)
+        if (reasoning := message.pop("reasoning", None)) is not None:
+            message["reasoning_content"] = message["thinking"] = reasoning
         conversation.append(message)
         if "tool_calls" in message:
             message.setdefault("content", "")  # templates ask what is in it

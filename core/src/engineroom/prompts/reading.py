@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any, Final, TypeVar
@@ -20,7 +21,7 @@ from engineroom.prompts.threads import PromptLane
 from engineroom.prompts.work import TooManyTokensError, check_stopped
 from engineroom.schemas import InferenceRequest
 
-__all__ = ["in_lane", "stop_reading", "tokens_of", "tokens_of_texts"]
+__all__ = ["ReadPrompt", "in_lane", "read_prompt", "stop_reading", "tokens_of", "tokens_of_texts"]
 
 _T = TypeVar("_T")
 
@@ -28,22 +29,47 @@ _INLINE_CHARS: Final = 256
 """Longer prompts are read in a thread. So many take up to 0.2 ms, the way there and back 0.05; and
 one call may bring the same prompt a hundred times."""
 _CHARS_OF_MESSAGE: Final = 100
+_CHARS_OF_TOOL: Final = 1000
 _COUNTED: Final = 1000
-"""What a message counts beside its content, and in how many the content is looked at."""
+"""What a message counts beside its content, what a tool counts, and in how many messages the
+content is looked at."""
 _OTHERS: Final = PromptLane()
 """The lane of codecs that have none."""
 renew_in_child(_OTHERS.begin)
 
 
+@dataclass(frozen=True, slots=True)
+class ReadPrompt:
+    """A request's input as its model reads it.
+
+    :param tokens: its token ids.
+    :param tail: how the text ends that a chat template wrote; ``None``: none did.
+    """
+
+    tokens: list[int]
+    tail: str | None = None
+
+
 async def tokens_of(
     codec: PromptCodec,
     request: InferenceRequest,
-    tools: list[dict[str, Any]] | None = None,
     *,
     n_ctx: int | None = None,
     advice: str = "load the model with a longer context",
 ) -> list[int]:
-    """Token ids of a request's input, made where it holds up nobody.
+    """Token ids of a request's input; see :func:`read_prompt`."""
+    return (await read_prompt(codec, request, n_ctx=n_ctx, advice=advice)).tokens
+
+
+async def read_prompt(
+    codec: PromptCodec,
+    request: InferenceRequest,
+    *,
+    n_ctx: int | None = None,
+    advice: str = "load the model with a longer context",
+) -> ReadPrompt:
+    """A request's input, with its tools and what the template is to be told, made where it holds up
+    nobody.
 
     A chat template is foreign code and never runs on the event loop; nor is a long text read
     there. Cancelling stops the template, or what waits.
@@ -59,18 +85,35 @@ async def tokens_of(
     if (ids := request.prompt_token_ids) is not None:
         if n_ctx is not None:
             check_prompt(ids, n_ctx, advice)
-        return list(ids)
+        return ReadPrompt(list(ids))
     if request.prompt is not None and len(request.prompt) <= _INLINE_CHARS:
-        return codec.prompt(request.prompt, None)
-    read = partial(codec.prompt, request.prompt, request.messages, tools)
+        return ReadPrompt(codec.prompt(request.prompt, None))
     try:
         return await _lane_of(codec).run(
-            read, key=request.key_name, size=_size(request), most=n_ctx
+            partial(_read, codec, request), key=request.key_name, size=_size(request), most=n_ctx
         )
     except TooManyTokensError as error:
         least = error.least
     # Outside of the handler: the refusal is not to keep the frames that have the prompt.
     raise prompt_too_long(f"at least {least}", n_ctx or 0, advice)
+
+
+def _read(codec: PromptCodec, request: InferenceRequest) -> ReadPrompt:
+    if request.messages is None:
+        return ReadPrompt(codec.prompt(request.prompt, None))
+    return ReadPrompt(*codec.chat(request.messages, request.offered_tools, _template_args(request)))
+
+
+def _template_args(request: InferenceRequest) -> dict[str, Any]:
+    """What the template is told, whether and how hard to think by the names that are in use."""
+    stated = dict(request.template_args or {})
+    if (reasoning := request.reasoning) is None:
+        return stated
+    thinks = reasoning is not False
+    names: dict[str, Any] = {"enable_thinking": thinks, "thinking": thinks}
+    if isinstance(reasoning, str):
+        names["reasoning_effort"] = "low" if reasoning == "minimal" else reasoning
+    return names | stated
 
 
 async def tokens_of_texts(codec: PromptCodec, texts: Sequence[str], n_ctx: int) -> list[list[int]]:
@@ -129,4 +172,5 @@ def _size(request: InferenceRequest) -> int:
     """How much there is to read, about; not all of it is looked at."""
     messages = request.messages or ()
     written = sum(len(message.content or "") for message in islice(messages, _COUNTED))
-    return len(request.prompt or "") + written + _CHARS_OF_MESSAGE * len(messages)
+    tools = _CHARS_OF_TOOL * len(request.tools or ())
+    return len(request.prompt or "") + tools + written + _CHARS_OF_MESSAGE * len(messages)

@@ -41,7 +41,8 @@ class TokenizerCodec(PromptCodec):
         ends = {n: added[n] for n in end_ids if n in added}
         begin, end = surroundings(tokenizer)
         super().__init__(templates, ControlTokens(special | ends, added), begin=begin, end=end)
-        self._pieces = {n: b"" if n in special else text.encode() for n, text in added.items()}
+        silent = special.keys() - self.shown
+        self._pieces = {n: b"" if n in silent else text.encode() for n, text in added.items()}
 
     @property
     def knows_bytes(self) -> bool:
@@ -84,7 +85,11 @@ class TokenizerCodec(PromptCodec):
         if not self.knows_bytes:
             return super().model_tokens()
         texts = self._tokenizer.get_added_tokens_decoder()
-        special = {n: str(token.content).encode() for n, token in texts.items() if token.special}
+        special = {
+            n: str(token.content).encode()
+            for n, token in texts.items()
+            if token.special and n not in self.shown
+        }
         count = max(self._tokenizer.get_vocab().values(), default=-1) + 1
         pieces = [special.get(n) or self.piece(n) for n in range(count)]
         return ModelTokens(pieces, frozenset(special), sorted(self._ends), self.plain)

@@ -84,7 +84,9 @@ class CTranslate2Handler(EngineHandler):
 
     def capabilities(self) -> Capabilities:
         """Sampling by temperature, ``top_k`` and ``top_p``; greedy; log probabilities; chat."""
-        return Capabilities(params=_HONOURED, chat=True, stop_sequences=True)
+        return Capabilities(
+            params=_HONOURED, chat=True, tools=True, template_args=True, stop_sequences=True
+        )
 
     def is_native(self, path: Path) -> bool:
         """True for folders whose ``model.bin`` is CTranslate2's, of a decoder-only model."""

@@ -10,7 +10,7 @@ last tokens is decoded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Final, Protocol
 
 from engineroom import Utf8Decoder
@@ -46,12 +46,19 @@ class Pieces(dict[int, bytes]):
         self._backend = backend
         self._special = special
         self._kinds = decoder_kinds(backend)
+        self._shown: frozenset[int] = frozenset()
         self._anchor = anchor
         self._before: str = backend.decode([anchor, anchor])
 
     @classmethod
-    def of(cls, backend: Any, special: Collection[int]) -> Pieces | None:
-        """The pieces of a tokenizer; ``None``: it does not decode each token by itself."""
+    def of(
+        cls, backend: Any, special: Collection[int], shown: Mapping[int, bytes]
+    ) -> Pieces | None:
+        """The pieces of a tokenizer; ``None``: it does not decode each token by itself.
+
+        :param special: tokens that stand for nothing.
+        :param shown: those that do so all the same, and for what.
+        """
         if backend is None:
             return None
         size = backend.get_vocab_size(with_added_tokens=True)
@@ -60,6 +67,8 @@ class Pieces(dict[int, bytes]):
         if anchor is None:
             return None
         pieces = cls(backend, special, anchor)
+        pieces.update(shown)
+        pieces._shown = frozenset(shown)
         return pieces if pieces._are_local(size) else None
 
     def __missing__(self, token: int) -> bytes:
@@ -68,6 +77,8 @@ class Pieces(dict[int, bytes]):
 
     def first(self, token: int) -> bytes:
         """The bytes of a token with none before it: some decoders leave a space out there."""
+        if token in self._shown:
+            return self[token]
         text: str = self._backend.decode([token], skip_special_tokens=True)
         return self[token] if "\ufffd" in text else text.encode()
 

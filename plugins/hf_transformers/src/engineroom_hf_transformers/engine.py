@@ -87,7 +87,7 @@ class HfEngine(BatchingEngine[Job]):
             parts.tokenizer,
             parts.end_ids,
             parts.n_vocab,
-            options.chat_template,
+            options,
             encoder=parts.kind != "causal",
         )
         self.logprob = logprob_maker(self.codec.token_bytes)

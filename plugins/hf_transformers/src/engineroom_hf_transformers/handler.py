@@ -48,6 +48,7 @@ class HuggingFaceTransformersHandler(EngineHandler):
             params=_HONOURED,
             chat=True,
             tools=True,
+            template_args=True,
             structured_output=frozenset(STRUCTURED_KINDS),
             embeddings=True,
             prompt_token_ids=True,
@@ -123,15 +124,10 @@ class HuggingFaceTransformersHandler(EngineHandler):
         return engine
 
     def check(self, engine: HfEngine, request: InferenceRequest, tokens: list[int]) -> None:
-        """Refuse beams with log probabilities, and tools that must be called, as well."""
+        """Refuse beams with log probabilities, as well."""
         super().check(engine, request, tokens)
         if (request.params.num_beams or 1) > 1 and request.params.logprobs is not None:
             raise ConfigurationError(
                 "logprobs cannot be told with num_beams: beam search weighs whole texts, not "
                 "tokens; leave one of them out"
-            )
-        if request.tool_choice not in (None, "auto", "none"):
-            raise ConfigurationError(
-                f"tool_choice {request.tool_choice!r} cannot be enforced by this runtime; "
-                "leave it out, or send 'auto' or 'none'"
             )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+
+from engineroom.prompts import ChatOptions
 
 __all__ = ["Dtype", "HfTransformersOptions"]
 
@@ -21,7 +23,7 @@ def _no_switch(value: Any) -> Any:
 _Int: TypeAlias = Annotated[int, BeforeValidator(_no_switch), Field(le=2**31 - 1)]
 
 
-class HfTransformersOptions(BaseModel):
+class HfTransformersOptions(ChatOptions):
     """Options of one model. Sizes are in tokens where nothing else is said.
 
     ``n_ctx`` and ``n_parallel``, which other runtimes have, may be written for ``max_context`` and
@@ -74,8 +76,6 @@ class HfTransformersOptions(BaseModel):
     same; those that repeat their prompt come faster."""
     draft_tokens: Annotated[_Int, Field(ge=1, le=64)] = 4
     """How many tokens are proposed at a time."""
-    chat_template: str | None = None
-    """A Jinja template to use instead of the tokenizer's own."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models that you trust."""
     allow_pickle: bool = False

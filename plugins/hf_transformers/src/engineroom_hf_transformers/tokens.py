@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from engineroom import ChatMessage
 from engineroom.prompts import (
+    ChatOptions,
     ControlTokens,
     ModelTemplates,
     ModelTokens,
@@ -40,10 +41,10 @@ class Vocabulary(PromptCodec):
 
     :param end_ids: tokens that end a generation.
     :param n_vocab: width of a row of logits; it may exceed the tokenizer's count.
-    :param chat_template: Jinja to use instead of the tokenizer's own.
+    :param options: the model's, or Jinja to use instead of the tokenizer's own.
     :param encoder: the input goes through an encoder, so that what the tokenizer appends to it
         (an end token) is kept. A text to be continued must not end so.
-    :raises ConfigurationError: ``chat_template`` is not valid.
+    :raises ConfigurationError: the chat template is not valid.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Vocabulary(PromptCodec):
         tokenizer: PreTrainedTokenizerBase,
         end_ids: Collection[int],
         n_vocab: int,
-        chat_template: str | None,
+        options: ChatOptions | str | None,
         *,
         encoder: bool = False,
     ) -> None:
@@ -76,7 +77,7 @@ class Vocabulary(PromptCodec):
         begin, end = self._surroundings()
         super().__init__(
             ModelTemplates(
-                chat_template,
+                options,
                 self._tokenizer.chat_template,
                 self._tokenizer.special_tokens_map,
                 lambda error: logger.warning("%s; only prompt= can be used", error),
@@ -89,15 +90,17 @@ class Vocabulary(PromptCodec):
         self._bos: int | None = self._tokenizer.bos_token_id
         self._encoder = encoder
         self._own: dict[int, bytes] = {}
-        self._pieces = Pieces.of(self._backend, self._special)
+        shown = {t: self._added[t].encode() for t in self.shown & self._added.keys()}
+        self._pieces = Pieces.of(self._backend, self._special, shown)
 
     def model_tokens(self) -> ModelTokens:
         """See :meth:`~engineroom.prompts.PromptCodec.model_tokens`."""
         if self._pieces is None:
             return super().model_tokens()
-        special = {t: self._added.get(t, "").encode() for t in self._special}
-        pieces = [special.get(t) or self._pieces[t] for t in range(self.n_vocab)]
-        return ModelTokens(pieces, frozenset(self._special), sorted(self.end_ids), self.plain)
+        special = self._special - self.shown
+        texts = {t: self._added.get(t, "").encode() for t in special}
+        pieces = [texts.get(t) or self._pieces[t] for t in range(self.n_vocab)]
+        return ModelTokens(pieces, frozenset(special), sorted(self.end_ids), self.plain)
 
     def ends(self, token_id: int) -> bool:
         """Whether this token ends a generation."""
@@ -117,9 +120,12 @@ class Vocabulary(PromptCodec):
 
         :raises ConfigurationError: there is no chat template, or it refuses the messages.
         """
-        if prompt is not None:
-            return self.whole(prompt) if self._encoder else self.begun(self.read(prompt))
-        tokens = self.conversation(messages or (), tools, **template_args)
+        if prompt is not None and self._encoder:
+            return self.whole(prompt)
+        return super().prompt(prompt, messages, tools, **template_args)
+
+    def begun_chat(self, tokens: list[int]) -> list[int]:
+        """What the template wrote, with one token of the beginning where it has several."""
         if self._bos is None or tokens[:1] != [self._bos]:
             return tokens
         same = sum(1 for _ in takewhile(lambda token: token == self._bos, tokens))

@@ -50,6 +50,8 @@ class LlamaCppHandler(EngineHandler):
         return Capabilities(
             params=_HONOURED,
             chat=True,
+            tools=True,
+            template_args=True,
             structured_output=frozenset(STRUCTURED_KINDS),
             embeddings=True,
             adapters=True,

@@ -122,6 +122,8 @@ def _draft_options(header: GgufHeader, options: LlamaCppOptions) -> LlamaCppOpti
         "requantize": None,
         "lora": [],
         "chat_template": None,
+        "tool_format": None,
+        "reasoning_format": None,
     }
     return options.model_copy(update=update)
 

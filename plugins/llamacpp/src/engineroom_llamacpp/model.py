@@ -254,7 +254,7 @@ class LlamaModel(PromptCodec):
             logger.warning("%s: %s; only prompt= can be used", self.path.name, error)
 
         source = own.decode("utf-8", "replace") if own else None
-        return ModelTemplates(options.chat_template, source, tokens, warn)
+        return ModelTemplates(options, source, tokens, warn)
 
     def _token_text(self, token: int) -> str:
         if token < 0:
@@ -275,19 +275,21 @@ class LlamaModel(PromptCodec):
     def piece(self, token: int) -> bytes | None:
         """The bytes that a token stands for; :data:`END` for one that ends the generation.
 
-        Control tokens stand for nothing. Looked up once a token, then remembered.
+        Control tokens stand for nothing, but for those that are ``shown``. Looked up once a token,
+        then remembered.
         """
         try:
             return self._pieces[token]
         except KeyError:
             ends = self.library.llama_vocab_is_eog(self._vocab, token)
-            piece = self._pieces[token] = END if ends else self._render(token, special=False)
+            piece = END if ends else self._render(token, special=token in self.shown)
+            self._pieces[token] = piece
             return piece
 
     def model_tokens(self) -> ModelTokens:
         """See :meth:`~engineroom.prompts.PromptCodec.model_tokens`."""
         pieces = [self._render(token, special=True) for token in range(self.n_vocab)]
-        special = frozenset(t for t in range(self.n_vocab) if t in self._control)
+        special = frozenset(t for t in range(self.n_vocab) if t in self._control) - self.shown
         return ModelTokens(pieces, special | frozenset(self.ends), sorted(self.ends), self.plain)
 
     def token_bytes(self, token: int) -> bytes:

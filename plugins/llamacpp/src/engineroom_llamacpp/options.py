@@ -7,6 +7,7 @@ from typing import Annotated, Any, Final, Literal, TypeAlias
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from engineroom import ByteSize
+from engineroom.prompts import ChatOptions
 
 __all__ = ["DEFAULT_CONTEXT", "CacheType", "LlamaCppOptions", "LoraAdapter"]
 
@@ -51,7 +52,7 @@ class LoraAdapter(BaseModel):
     name: Annotated[str, Field(min_length=1, max_length=200)] | None = None
 
 
-class LlamaCppOptions(BaseModel):
+class LlamaCppOptions(ChatOptions):
     """Options of one model. Sizes are in tokens where nothing else is said."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -120,8 +121,6 @@ class LlamaCppOptions(BaseModel):
     """Scale of rotary positions; ``None``: as the model says."""
     normalize: bool = True
     """Give embeddings the length 1, as llama.cpp's own server does; GGUF files do not say."""
-    chat_template: str | None = None
-    """A Jinja template to use instead of the model's own."""
 
     @model_validator(mode="after")
     def _fit_together(self) -> LlamaCppOptions:

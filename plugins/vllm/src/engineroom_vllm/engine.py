@@ -52,11 +52,13 @@ class _Running:
     :param tokens: how many it has.
     :param ids: what vLLM calls the parts of it that it works on.
     :param turn: when its turn comes, in milliseconds, whole ones as vLLM has priorities.
+    :param tail: how its prompt ends that a chat template wrote.
     """
 
     tokens: int
     ids: list[str] = field(default_factory=list)
     turn: int = 0
+    tail: str | None = None
 
 
 class VLLMEngine(Engine):
@@ -92,7 +94,7 @@ class VLLMEngine(Engine):
         self.parallel: int = facts.parallel
         self.cache_tokens: int = facts.cache_tokens
         self.embeds: bool = library.pools(llm.vllm_config)
-        self.codec = TextCodec(llm.get_tokenizer(), options.chat_template)
+        self.codec = TextCodec(llm.get_tokenizer(), options)
         own = self.codec.end_token
         self._ends = folder.end_tokens | ({own} if own is not None else set())
         self._outputs = Outputs(self.codec, self._ends)
@@ -125,9 +127,11 @@ class VLLMEngine(Engine):
             )
 
     async def generate(
-        self, request: InferenceRequest, tokens: list[int]
+        self, request: InferenceRequest, tokens: list[int], tail: str | None = None
     ) -> AsyncGenerator[TokenStep, None]:
         """Run a request; a step for each token. Closing the generator aborts it in the engine.
+
+        :param tail: how the prompt ends that a chat template wrote.
 
         :raises ConfigurationError: the prompt does not fit, or a parameter is out of reach.
         :raises QueueFullError: too many requests wait.
@@ -137,7 +141,7 @@ class VLLMEngine(Engine):
         self._admit()
         order = next(self._orders)
         turn = int(1000 * turn_of(request.priority, time.monotonic()))
-        running = self._running[order] = _Running(len(tokens), turn=turn)
+        running = self._running[order] = _Running(len(tokens), turn=turn, tail=tail)
         steps = self._beams if beam_search(request.params) else self._tokens
         try:
             with self._typed_errors():
@@ -241,6 +245,12 @@ class VLLMEngine(Engine):
         check_adapter(request.adapter, self._adapters, "lora_modules")
         speculative = self.options.speculative_config is not None
         check_params(request.params, self.n_vocab, speculative=speculative)
+        if beam_search(request.params) and request.constrained:
+            raise ConfigurationError(
+                "num_beams together with tools that must be called, or are strict: vLLM's beams "
+                "are searched by the model's own probabilities; leave it out, or use "
+                "hf_transformers"
+            )
 
     def _admit(self) -> None:
         if self.lifecycle.ended:
@@ -255,7 +265,9 @@ class VLLMEngine(Engine):
     async def _tokens(
         self, request: InferenceRequest, tokens: list[int], running: _Running, order: int
     ) -> AsyncGenerator[TokenStep, None]:
-        stop_tokens = await self.codec.find_stop_tokens(request.stop_sequences or ())
+        # Where there may be more than content, a stop sequence that is no content ends nothing.
+        stops = () if self.codec.traits.parses(request) else request.stop_sequences or ()
+        stop_tokens = await self.codec.find_stop_tokens(stops)
         if len(request.params.logit_bias or ()) > _LARGE_BIAS:
             # vLLM goes through it on the event loop: for one of them, then for other events.
             async with self._one_large_bias:
@@ -268,7 +280,7 @@ class VLLMEngine(Engine):
         )
         sampling = self._library.sampling(
             arguments,
-            await grammar_of(self.codec, request),
+            await grammar_of(self.codec, request, running.tail),
             detokenize=not self.codec.knows_bytes,
         )
         first = True
@@ -279,6 +291,7 @@ class VLLMEngine(Engine):
                     yield TokenStep(
                         prompt_tokens=len(tokens),
                         cached_prompt_tokens=max(output.num_cached_tokens or 0, 0),
+                        prompt_tail=running.tail,
                     )
                 answer = output.outputs[0]
                 if answer.finish_reason == "abort":
@@ -348,7 +361,11 @@ class VLLMEngine(Engine):
             early_stopping=bool(params.early_stopping),
             least=params.logprobs or 0,
         )
-        yield TokenStep(prompt_tokens=len(tokens), cached_prompt_tokens=cached[0] if cached else 0)
+        yield TokenStep(
+            prompt_tokens=len(tokens),
+            cached_prompt_tokens=cached[0] if cached else 0,
+            prompt_tail=running.tail,
+        )
         for token, choices in zip(best.tokens, best.choices, strict=True):
             if token in self._ends:
                 yield TokenStep(finish="eos_token")

@@ -23,7 +23,7 @@ from engineroom import (
     parse_options,
 )
 from engineroom.engine import BackgroundLoad
-from engineroom.prompts import tokens_of
+from engineroom.prompts import read_prompt
 from engineroom_vllm.folder import is_model_folder
 from engineroom_vllm.library import INSTALL, installed
 from engineroom_vllm.options import VLLMOptions
@@ -47,12 +47,14 @@ class VLLMHandler(EngineHandler):
     options_class = VLLMOptions
 
     def capabilities(self) -> Capabilities:
-        """Everything but tools; beams without sampling; adapters by their name in the options;
+        """Everything; beams without sampling; adapters by their name in the options;
         embeddings from models that are made for them.
         """
         return Capabilities(
             params=frozenset(GenerationParams.model_fields),
             chat=True,
+            tools=True,
+            template_args=True,
             structured_output=frozenset(STRUCTURED_KINDS),
             adapters=True,
             embeddings=True,
@@ -166,9 +168,9 @@ class VLLMHandler(EngineHandler):
                 "this model makes embeddings and generates no text; ask for embeddings, or load a "
                 "model that generates text, or set the option runner: generate"
             )
-        tokens = await tokens_of(
+        prompt = await read_prompt(
             engine.codec, request, n_ctx=engine.n_ctx, advice=engine.longer_context
         )
-        async with aclosing(engine.generate(request, tokens)) as steps:
+        async with aclosing(engine.generate(request, prompt.tokens, prompt.tail)) as steps:
             async for step in steps:
                 yield step

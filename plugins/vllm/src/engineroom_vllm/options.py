@@ -7,6 +7,8 @@ from typing import Annotated, Any, Final, Literal, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from engineroom.prompts import ChatOptions
+
 __all__ = ["OWN_ARGUMENTS", "LoraModule", "VLLMOptions"]
 
 _SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?\s*", re.IGNORECASE)
@@ -47,7 +49,7 @@ class LoraModule(BaseModel):
     path: Annotated[str, Field(min_length=1)]
 
 
-class VLLMOptions(BaseModel):
+class VLLMOptions(ChatOptions):
     """Options of one model. Sizes are in tokens where nothing else is said.
 
     The names are vLLM's own. ``n_ctx`` and ``n_parallel``, which other runtimes have, may be
@@ -101,8 +103,6 @@ class VLLMOptions(BaseModel):
     machines with more than four."""
     bind_threads: bool = True
     """On CPUs: keep each thread on a core of its own."""
-    chat_template: str | None = None
-    """A Jinja template to use instead of the model's own."""
     load_timeout_s: Annotated[_Float, Field(gt=0)] = 1800.0
     """Seconds that the engine may take to become ready."""
     keep_ready_s: Annotated[_Float, Field(ge=0)] = 0.0

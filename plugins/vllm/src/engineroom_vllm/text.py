@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from engineroom import ConfigurationError
-from engineroom.prompts import ModelTemplates, TokenizerCodec
+from engineroom.prompts import ChatOptions, ModelTemplates, TokenizerCodec
 from engineroom_vllm.sampling import stops_alone
 
 __all__ = ["TextCodec"]
@@ -27,12 +27,12 @@ class TextCodec(TokenizerCodec):
     false, and vLLM's own text is used.
 
     :param tokenizer: as transformers has it.
-    :param template: a chat template to use instead of the model's own.
+    :param options: the model's, or a chat template to use instead of its own.
     :raises ConfigurationError: the tokeniser is of a kind that cannot be used, or the template is
         not valid.
     """
 
-    def __init__(self, tokenizer: Any, template: str | None = None) -> None:
+    def __init__(self, tokenizer: Any, options: ChatOptions | str | None = None) -> None:
         from tokenizers import Tokenizer
 
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -47,7 +47,7 @@ class TextCodec(TokenizerCodec):
         super().__init__(
             Tokenizer.from_str(backend.to_str()),
             ModelTemplates(
-                template,
+                options,
                 tokenizer.chat_template,
                 getattr(tokenizer, "special_tokens_map", {}),
                 lambda error: logger.warning("%s; only prompt= can be used", error),

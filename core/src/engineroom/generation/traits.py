@@ -1,0 +1,95 @@
+"""What a model writes beside content: found once a model, from its chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from engineroom.generation.answer_grammars import Thoughts, answer_grammar
+from engineroom.generation.call_forms import ChannelForm, ReasoningFormat, ToolFormat
+from engineroom.generation.output_events import OutputReader
+from engineroom.generation.tool_formats import GENERIC
+from engineroom.generation.tool_grammars import writable
+from engineroom.schemas import InferenceRequest
+
+__all__ = ["PLAIN", "ModelTraits"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelTraits:
+    """What a model writes beside content, and what its chat template can be told.
+
+    :param tools: how it writes tool calls.
+    :param native: its template tells the tools; else they are told in messages.
+    :param reasoning: what stands around its reasoning; ``None``: it does not reason.
+    :param tail: how a prompt of its template ends, where nothing is known of the prompt itself.
+    :param told: the template can be told whether to reason, or how hard.
+    """
+
+    tools: ToolFormat = GENERIC
+    native: bool = False
+    reasoning: ReasoningFormat | None = None
+    tail: str = ""
+    told: bool = False
+
+    @property
+    def markers(self) -> frozenset[str]:
+        """Texts that tell what of the output is what; some are control tokens of the model."""
+        form, reasoning = self.tools, self.reasoning
+        texts = {form.begin, form.end, *form.section, *form.ignored, form.opening}
+        if reasoning is not None:
+            texts |= {reasoning.begin, reasoning.end, *reasoning.also_ends}
+        return frozenset(text.strip() for text in texts if text.strip())
+
+    def parses(self, request: InferenceRequest) -> bool:
+        """Whether there may be something beside content in the answer to a request."""
+        if request.messages is None:
+            return False
+        if self.reasoning is not None or isinstance(self.tools.form, ChannelForm):
+            return True
+        return request.offered_tools is not None
+
+    def reader(self, request: InferenceRequest) -> OutputReader | None:
+        """What tells content, reasoning and calls apart; ``None``: all is content."""
+        if not self.parses(request):
+            return None
+        from engineroom.generation.outputs import OutputParser  # most requests need none
+
+        return OutputParser(
+            self.written_as(request), request.offered_tools, reasoning=self.reasoning
+        )
+
+    def written_as(self, request: InferenceRequest) -> ToolFormat:
+        """How calls are written in the answer: where they have to be valid, in a form for which a
+        grammar can be made.
+        """
+        must = request.requires_call or request.has_strict_tools
+        return writable(self.tools) if must else self.tools
+
+    def grammar(self, request: InferenceRequest, tail: str | None) -> str:
+        """The grammar of the answer to a request that must match something.
+
+        :param tail: how its prompt ends; ``None``: nothing is known, or it is no conversation.
+        :raises ConfigurationError: it cannot be one; names what is wrong.
+        """
+        return answer_grammar(request, self.written_as(request), self._thoughts(request, tail))
+
+    def warnings(self, request: InferenceRequest) -> Iterator[str]:
+        """What is asked of the model in vain."""
+        if request.reasoning is not None and request.messages is not None and not self.told:
+            yield "reasoning was ignored: the model's chat template cannot be told of it"
+
+    def _thoughts(self, request: InferenceRequest, tail: str | None) -> Thoughts | None:
+        if (reasoning := self.reasoning) is None or request.messages is None:
+            return None
+        tail = (self.tail if tail is None else tail).rstrip()
+        if tail.endswith(reasoning.begin):
+            return Thoughts("", reasoning.end)
+        if tail.endswith(reasoning.end) or request.reasoning is False:
+            return None
+        return Thoughts(reasoning.begin, reasoning.end)
+
+
+PLAIN: Final = ModelTraits()
+"""Of models of whose templates nothing is known: tools are told in messages."""

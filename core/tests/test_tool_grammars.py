@@ -1,0 +1,217 @@
+"""Grammars of answers with tools: what they allow is what the parser reads back."""
+
+import asyncio
+import json
+import random
+
+import pytest
+
+pytest.importorskip("llguidance", reason="needs the extra engineroom[structured]")
+
+from engineroom import ConfigurationError, InferenceRequest
+from engineroom.engine import GrammarCompiler
+from engineroom.generation.format_choice import tool_formats
+from engineroom.generation.outputs import OutputParser, read_events, read_output
+from engineroom.generation.tool_formats import GENERIC, REASONING_FORMATS, TOOL_FORMATS
+from engineroom.generation.tool_grammars import writable
+from engineroom.generation.traits import ModelTraits
+from engineroom.prompts import ModelTokens
+
+END = 256
+PIECES = [bytes([b]) for b in range(256)] + [b"<end>"]
+TEXTS = b'abc \n"<>{}\\/[]:,'
+PARAMETERS = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string"},
+        "unit": {"type": "string", "enum": ["c", "f"]},
+        "days": {"type": "integer"},
+        "flags": {"type": "array", "items": {"type": "boolean"}, "maxItems": 2},
+    },
+    "required": ["city", "days"],
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}},
+    {"type": "function", "function": {"name": "now"}},
+]
+STRICT = [{"type": "function", "function": {**TOOLS[0]["function"], "strict": True}}]
+THINK = next(format_ for format_ in REASONING_FORMATS if format_.name == "think")
+BY_NAME = {format_.name: format_ for format_ in (GENERIC, *TOOL_FORMATS)}
+CALL = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+
+
+class Codec:
+    """Knows a vocabulary of bytes, and what its model writes."""
+
+    def __init__(self, traits):
+        self.traits = traits
+        self.tokens = ModelTokens(PIECES, frozenset({END}), [END], lambda t: list(t.encode()))
+
+    def model_tokens(self):
+        return self.tokens
+
+
+def ask(**fields):
+    message = {"role": "user", "content": "q"}
+    return InferenceRequest(model_id="m", messages=[message], **{"tools": TOOLS, **fields})
+
+
+def constraint(traits, request, tail=None):
+    return asyncio.run(GrammarCompiler(Codec(traits)).compile(request, tail))
+
+
+def matches(place, text, *, whole=True):
+    for byte in text.encode():
+        if not place.allows(byte):
+            return False
+        place.take(byte)
+    return place.complete or not whole
+
+
+def draw(place, seed, end="", most=3000):
+    """A text that is drawn out of what is allowed.
+
+    :param end: what ends free text, which would take for ever to be drawn.
+    """
+    source, text = random.Random(seed), bytearray()
+    while len(text) < most:
+        if end and source.random() < 0.1 and matches(ended := place.copy(), end, whole=False):
+            place = ended
+            text += end.encode()
+        mask = place.allowed()
+        if place.complete and (place.ended or source.random() < 0.2):
+            return text.decode(errors="replace")
+        allowed = [token for token in range(END) if mask[token]]
+        if not allowed:
+            return text.decode(errors="replace")
+        likely = [token for token in allowed if token in TEXTS] or allowed
+        ending = [token for token in allowed if token in b'"<\n}]/'] if len(text) > 200 else []
+        token = source.choice(ending or likely)
+        place.take(token)
+        text.append(token)
+    return None
+
+
+WRITABLE = [name for name, format_ in BY_NAME.items() if writable(format_) is format_]
+
+
+@pytest.mark.parametrize("name", WRITABLE)
+def test_calls_that_are_allowed_are_read_back(name):
+    traits = ModelTraits(BY_NAME[name], native=True)
+    form = BY_NAME[name].form
+    end = getattr(form, "value_end", "")
+    end = f"\n{end}" if getattr(form, "lines", False) else end
+    for choice in ("required", {"name": "weather"}):
+        request = ask(tool_choice=choice)
+        compiled = constraint(traits, request)
+        drawn = 0
+        for seed in range(4):
+            text = draw(compiled.copy(), seed, end)
+            if text is None:
+                continue
+            drawn += 1
+            parser = OutputParser(traits.written_as(request), TOOLS)
+            parser.begin("")
+            output = read_output(read_events(parser, text))
+            assert output.calls and not output.content.strip(), text
+            for called, arguments in output.calls:
+                values = json.loads(arguments)
+                if called == "weather":
+                    assert {"city", "days"} <= values.keys() <= PARAMETERS["properties"].keys()
+                    assert isinstance(values["city"], str) and type(values["days"]) is int, text
+                else:
+                    assert (called, values, choice) == ("now", {}, "required")
+        assert drawn
+
+
+def test_formats_that_no_grammar_writes_are_called_generically():
+    for format_ in tool_formats():
+        request, traits = ask(tool_choice="required"), ModelTraits(format_, native=True)
+        assert traits.written_as(ask()) is format_
+        assert constraint(traits, request).allowed().any()
+    assert {"pythonic", "gemma4"}.isdisjoint(WRITABLE) and "hermes" in WRITABLE
+
+
+def test_how_many_calls_there_may_be():
+    def allows(text, **fields):
+        return matches(constraint(ModelTraits(), ask(**fields)), text)
+
+    assert allows(CALL, tool_choice="required")
+    assert allows(f"{CALL}\n{CALL}", tool_choice="required")
+    assert not allows(f"{CALL}\n{CALL}", tool_choice="required", parallel_tool_calls=False)
+    assert not allows(f"{CALL}\n{CALL}", tool_choice={"name": "now"})
+    assert not allows(CALL, tool_choice={"name": "weather"})
+    assert not allows("", tool_choice="required") and not allows("hi", tool_choice="required")
+
+
+def test_a_strict_tool_holds_from_what_a_call_begins_with():
+    strict = '<tool_call>\n{"name": "weather", "arguments": {"city": "a", "days": 1}}\n</tool_call>'
+    place = constraint(ModelTraits(), ask(tools=STRICT))
+    for text in ("hi", "", f"hi {strict}", f"hi {strict} and {strict} bye", '{"name": "x"}'):
+        assert matches(place.copy(), text)
+    for text in (CALL, f"hi {CALL}", "hi <tool_call>", "<tool_call>hi", strict.replace("1", "x")):
+        assert not matches(place.copy(), text)
+    one = constraint(ModelTraits(), ask(tools=STRICT, parallel_tool_calls=False))
+    assert matches(one.copy(), f"hi {strict}") and matches(one.copy(), "hi")
+    assert not matches(one.copy(), f"{strict}{strict}")
+    llama = constraint(ModelTraits(BY_NAME["llama3-json"], native=True), ask(tools=STRICT))
+    assert matches(llama.copy(), "hi {}") and not matches(llama.copy(), '{"name": "x"}')
+    assert matches(llama.copy(), '{"name": "weather", "parameters": {"city": "a", "days": 1}}')
+
+
+def test_content_of_a_form_or_calls():
+    request = ask(params={"structured_output": {"choice": ["yes", "no"]}})
+    place = constraint(ModelTraits(), request)
+    assert matches(place.copy(), "yes") and matches(place.copy(), CALL)
+    assert not matches(place.copy(), "maybe")
+    own = {"structured_output": {"grammar": "start: A\nA: /[0-9]+/"}}
+    place = constraint(ModelTraits(), ask(params=own))
+    assert matches(place.copy(), "12") and matches(place.copy(), CALL)
+    place = constraint(ModelTraits(), ask(params=own, tool_choice="required"))
+    assert not matches(place.copy(), "12") and matches(place.copy(), CALL)
+
+
+@pytest.mark.parametrize(
+    ("tail", "allowed", "refused"),
+    [
+        ("<think>\n", ["hm</think>\n\nyes", "</think>yes"], ["yes", "hm</think>maybe"]),
+        ("<think>\n\n</think>\n\n", ["yes"], ["hm</think>yes", "<think>hm</think>yes"]),
+        ("assistant\n", ["yes", "<think>hm</think>\nyes", "\nyes"], ["hm</think>yes"]),
+    ],
+)
+def test_reasoning_is_free_and_what_comes_behind_it_is_not(tail, allowed, refused):
+    for output in ({"choice": ["yes", "no"]}, {"regex": "yes|no"}, {"grammar": 'start: "yes"'}):
+        request = ask(tools=None, params={"structured_output": output})
+        place = constraint(ModelTraits(reasoning=THINK), request, tail)
+        assert all(matches(place.copy(), text) for text in allowed)
+        assert not any(matches(place.copy(), text) for text in refused)
+    request = ask(tool_choice="required")
+    place = constraint(ModelTraits(reasoning=THINK), request, tail)
+    assert all(matches(place.copy(), text.replace("yes", CALL)) for text in allowed)
+    assert not any(matches(place.copy(), text.replace("yes", CALL)) for text in refused)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ({"type": "string"}, "tool 'f': its parameters must be of type object"),
+        ({"type": "object", "properties": {"a": {"not": {}}}}, "tools cannot be honoured: .*not"),
+    ],
+)
+def test_what_cannot_hold_is_refused_by_name(parameters, words):
+    tools = [{"name": "f", "parameters": parameters, "strict": True}]
+    with pytest.raises(ConfigurationError, match=words):
+        constraint(ModelTraits(), ask(tools=tools))
+
+
+def test_arguments_are_those_that_the_schema_names():
+    def allows(arguments, parameters):
+        text = CALL.replace("{}", arguments)
+        tools = [{"name": "now", "parameters": parameters}]
+        return matches(constraint(ModelTraits(), ask(tools=tools, tool_choice="required")), text)
+
+    named = {"properties": {"a": {"type": "integer"}}}
+    assert allows('{"a": 1}', named) and not allows('{"b": 1}', named)
+    assert allows('{"b": 1}', {**named, "additionalProperties": True})
+    assert allows('{"b": 1}', {"type": "object"}) and not allows("[]", {"type": "object"})
+    assert allows("{}", None) and not allows('{"b": 1}', {})
