@@ -82,9 +82,10 @@ def marks_of(format_: ToolFormat):
 
 PARTS = [
     "say", "now", "{", "}", "[", "]", '{"name": "say", "arguments": {', '"t": "x', '"', ":", ", ",
-    '"parameters": ', "say(t='x'", ")", "(", "=", "\n", "  ", "word", "é🌸", "\\", "\\ud83c", "1",
-    "null", "<", ">", ' name="say"', ' name="t"', ' string="true"', "<|start|>assistant", "<|end|>",
-    "<|channel|>analysis", "<|channel|>final", "<|message|>", " to=functions.say", "<|call|>", "|",
+    '"function": ', "'", '"parameters": ', "say(t='x'", ")", "(", "=", "\n", "  ", "word", "é🌸",
+    "\\", "\\ud83c", "1", "null", "<", ">", ' name="say"', ' name="t"', ' string="true"',
+    "<|start|>assistant", "<|end|>", "<|channel|>analysis", "<|channel|>final", "<|message|>",
+    " to=functions.say", "<|call|>", "|",
 ]  # fmt: skip
 
 
@@ -147,6 +148,8 @@ def test_python_comes_out_as_json(value, cuts):
         (r'"\ud83c!"', r'"\ufffd!"'),
         (r'"\udf78\ud83c"', r'"\ufffd\ufffd"'),
         ("[True, None]", "[true, null]"),
+        ("[1, 2, ]", "[1, 2]"),
+        ("{'a': 'b \"c\"'}", '{"a": "b \\"c\\""}'),
     ],
 )
 def test_what_no_reader_of_json_takes_is_mended(text, json_text):
@@ -155,7 +158,7 @@ def test_what_no_reader_of_json_takes_is_mended(text, json_text):
 
 
 @pytest.mark.parametrize(
-    "text", ["[1,]", "{a: 1}", '{"a" 1}', "[NaN]", "[01]", "[1 2]", "}", "[" * 200, "9" * 2000]
+    "text", ["[1,,]", "{a: 1}", '{"a" 1}', "[NaN]", "[01]", "[1 2]", "}", "[" * 200, "9" * 2000]
 )
 def test_what_is_no_json_is_refused(text):
     with pytest.raises(MalformedError):
@@ -216,6 +219,21 @@ CALLED = [("say", {"t": "a </tool_call> b"})]
             "hermes",
             '<tool_call>{"name": "say", "arguments": "{\\"t\\": \\"x\\"}"}</tool_call>',
             ("", "", [("say", {"t": "x"})]),
+        ),
+        (
+            "hermes",
+            '<tool_call>{"id": 1, "function": {"name": "say", "arguments": {}}}</tool_call>',
+            ("", "", [("say", {})]),
+        ),
+        (
+            "hermes",
+            '<tool_call>{"name": "say", "arguments": {"n": 1}\n</tool_call>!',
+            ("!", "", [("say", {"n": 1})]),
+        ),
+        (
+            "hermes",
+            "<tool_call>{'name': 'say', 'arguments': {'t': 'it\\'s'}}</tool_call>",
+            ("", "", [("say", {"t": "it's"})]),
         ),
         (
             "llama3-json",
@@ -303,6 +321,7 @@ def test_a_reasoning_format_may_stand_alone():
 
 
 HOSTILE = {
+    "generic": ['<tool_call>{"function":', '{"function":', "["],
     "hermes": ["<", "<tool_call>", '<tool_call>{"a":', "<tool_call>{", " ", "\n", "<think>", "{"],
     "qwen3-xml": ["<tool_call>\n<function=f>\n<parameter=a>\n", "</parameter>", "<parameter="],
     "glm": ["</arg_value>", "<tool_call>f<arg_key>", "</tool_call>"],

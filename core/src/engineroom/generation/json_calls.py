@@ -86,9 +86,17 @@ def take_end(source: TextSource, format_: ToolFormat, calls: OutputWriter) -> Re
 
 
 def _call(
-    source: TextSource, format_: ToolFormat, calls: OutputWriter, *, bare: bool
+    source: TextSource,
+    format_: ToolFormat,
+    calls: OutputWriter,
+    *,
+    bare: bool,
+    inner: bool = False,
 ) -> Reading[None]:
-    """One object. The arguments are handed on as they come, if the name stands before them."""
+    """One object. The arguments are handed on as they come, if the name stands before them.
+
+    :param inner: it is what another one has for ``function``.
+    """
     source.take(1)  # the brace
     if isinstance(format_.form, JsonForm) and not format_.form.name_key:
         yield from source.blanks()
@@ -103,7 +111,7 @@ def _call(
         calls.end()
         return
     name = ""
-    begun = ended = False
+    begun = ended = nested = False
     held: list[str] | None = None  # arguments in front of the name
     while True:
         yield from source.blanks()
@@ -113,7 +121,7 @@ def _call(
         key = yield from _text(source)
         yield from _colon(source)
         value = yield from source.peek()
-        if key in _NAMES and not name and value == '"':
+        if key in _NAMES and not name and value in JSON.quotes:
             name = yield from _text(source)
         elif key in _ARGUMENTS and not ended:
             if name:
@@ -124,15 +132,22 @@ def _call(
                 held = []
                 yield from _arguments(source, held.append)
             ended = True
-        elif bare and not name and key not in _NAMELESS:
+        elif key == "function" and value == "{" and not (inner or name or ended):
+            yield from _call(source, format_, calls, bare=bare, inner=True)
+            begun = ended = nested = True
+        elif bare and not (name or begun) and key not in _NAMELESS:
             raise MalformedError
         else:
             yield from scan_value(source, JSON, _nowhere)
         yield from source.blanks()
+        if begun and format_.end and (yield from source.begins(Markers([format_.end.strip()]))):
+            break  # models close less than they have opened
         if (yield from source.peek()) == ",":
             source.take(1)
         elif (yield from source.peek()) != "}":
             raise MalformedError
+    if nested:
+        return
     if not begun:
         if not name or (bare and held is None):
             raise MalformedError
@@ -147,7 +162,7 @@ def _arguments(source: TextSource, write: Callable[[str], None]) -> Reading[None
     if first == "{":
         yield from scan_value(source, JSON, write)
         return
-    if first == '"':
+    if first in JSON.quotes:
         text = yield from _text(source)
     else:
         parts: list[str] = []

@@ -1,7 +1,8 @@
 """Values as models write them, read piece by piece and written on as JSON.
 
 JSON comes out as it went in, but for what no reader of JSON takes: control characters in strings,
-wrong escapes, halves of characters, ``True`` for ``true``. Python's literals and Gemma's objects
+wrong escapes, halves of characters, ``True`` for ``true``, single quotes, a comma behind the last
+value. Python's literals and Gemma's objects
 come out as JSON. No value is too deep for the stack: this one is a list.
 """
 
@@ -61,7 +62,8 @@ class Dialect(NamedTuple):
     """What is neither a number nor a word of JSON is a string."""
 
 
-JSON: Final = Dialect("json")
+JSON: Final = Dialect("json", quotes="\"'")
+"""As models write it, who take some liberties."""
 PYTHON: Final = Dialect("python", quotes="\"'")
 GEMMA: Final = Dialect("gemma", mark=Markers(['<|"|>']), bare_keys=True, bare_words=True)
 _COLON: Final = Markers([":"])
@@ -130,7 +132,7 @@ def scan_value(source: TextSource, dialect: Dialect, write: Write) -> Reading[No
                 raise MalformedError
             source.take(1)
             text = yield from source.blanks()
-            if dialect is not JSON and (yield from source.peek()) == closers[-1]:
+            if (yield from source.peek()) == closers[-1]:
                 continue  # a comma behind the last one
             write(comma)
             if text:

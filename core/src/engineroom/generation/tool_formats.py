@@ -208,7 +208,7 @@ TOOL_FORMATS: Final[tuple[ToolFormat, ...]] = (
         between="\n",
         trims=True,
         templates=(("<arg_key:opensource>",), ("<arg_key", ":opensource")),
-        reasoning="think",
+        reasoning="hunyuan",
     ),
     ToolFormat(
         "minicpm",
@@ -423,6 +423,19 @@ REASONING_FORMATS: Final[tuple[ReasoningFormat, ...]] = (
         forms=(("<|channel>", "<channel|>"),),
     ),
     ReasoningFormat("mistral", "[THINK]", "[/THINK]", anywhere=True, forms=(("[THINK]",),)),
+    ReasoningFormat(
+        "apriel",
+        "Here are my reasoning steps:",
+        "[BEGIN FINAL RESPONSE]",
+        forms=(("reasoning steps", "[BEGIN FINAL RESPONSE]"),),
+    ),
+    ReasoningFormat(
+        "hunyuan",
+        "<think:opensource>",
+        "</think:opensource>",
+        forms=(("<think:opensource>",), ("<think{}>", ":opensource")),
+    ),
+    ReasoningFormat("minimax-m3", "<mm:think>", "</mm:think>", forms=(("<mm:think>",),)),
     ReasoningFormat("seed", "<seed:think>", "</seed:think>", forms=(("seed:think",),)),
     ReasoningFormat(
         "command",
