@@ -136,6 +136,27 @@ def test_what_the_table_says_is_read_back(name, first, second):
         assert output.content == content
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_text_that_is_cut_has_the_calls_that_are_whole_and_no_markup(name):
+    format_ = FORMATS[name]
+    calls = [("get_it", {"t": "a b", "n": 1, "o": {"x": [None, True]}}), ("put_it", {})]
+    text, before = written(format_, calls), ""
+    if name not in ("llama3-json", "pythonic", "harmony"):
+        before = "Yes."
+    seen = set()
+    for end in range(len(text) + 1):
+        parser = OutputParser(format_, tools_of(calls))
+        output = read_output(read_events(parser, before + text[:end]))
+        whole = [(name_, json.loads(arguments)) for name_, arguments in output.calls]
+        assert whole == calls[: len(whole)]
+        seen.add(len(whole))
+        left = output.content.removeprefix(before).strip()
+        if name in ("llama3-json", "generic"):
+            left = left.removeprefix('{"name":')
+        assert len(left) < 4 or (name == "pythonic" and left in "[get_it"), left
+    assert seen == {0, 1, 2}
+
+
 # ── the choice ───────────────────────────────────────────────────────────────────────────────
 
 

@@ -21,7 +21,8 @@ MAX_HEADER: Final = 400
 _START: Final = "<|start|>assistant"
 _STARTS: Final = Markers([_START])
 _HEADER_END: Final = Markers(["<|message|>", "<|end|>", "<|start|>"])
-_HEADER_BEGIN: Final = Markers(["<|channel|>", "<|constrain|>", "<|message|>", "to="])
+_HEADER_TAGS: Final = Markers(["<|channel|>", "<|constrain|>", "<|message|>"])
+_HEADER_BEGIN: Final = Markers([*_HEADER_TAGS.texts, "to="])
 _ENDS: Final = Markers(["<|end|>", "<|call|>", "<|return|>"])
 _BODY_END: Final = Markers([*_ENDS.texts, _START])
 _NEXT: Final = Markers(["<|start|>", "<|channel|>"])
@@ -62,6 +63,8 @@ def channel_messages(source: TextSource, writer: OutputWriter) -> Reading[None]:
 def _header(source: TextSource, writer: OutputWriter) -> Reading[str]:
     """The header of the next message; empty: it has none, or none that can be read."""
     if not (yield from source.follows(0, _HEADER_BEGIN)):
+        if (yield from source.passes(_HEADER_TAGS)):
+            raise CutError
         return ""
     source.keep()
     try:
@@ -104,7 +107,7 @@ def _call(source: TextSource, writer: OutputWriter, name: str) -> Reading[None]:
 
 def _body(source: TextSource, write: Callable[[str], None]) -> Reading[None]:
     """Read to the end of a message. What ends one may stand in its text as well."""
-    while (marker := (yield from source.until(_BODY_END, write))) is not None:
+    while (marker := (yield from source.until(_BODY_END, write, drop=2))) is not None:
         if marker == _START:
             if (yield from source.follows(len(marker), _HEADER_BEGIN)):
                 return

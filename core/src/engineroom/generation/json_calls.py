@@ -70,7 +70,7 @@ def _behind(source: TextSource, format_: ToolFormat, calls: OutputWriter) -> Rea
         if (yield from source.at_end()):
             return
         if (yield from source.peek()) != "{":
-            if not (end := format_.end.strip()) or not (yield from source.take_one(Markers([end]))):
+            if not (yield from source.passes(Markers([format_.end.strip()]))):
                 calls.content(blanks)
             return
         yield from _call(source, format_, calls, bare=format_.bare)
@@ -80,8 +80,7 @@ def _behind(source: TextSource, format_: ToolFormat, calls: OutputWriter) -> Rea
 def take_end(source: TextSource, format_: ToolFormat, calls: OutputWriter) -> Reading[None]:
     """Read what ends a call, if it is there; what is not stays content."""
     blanks = yield from source.blanks()
-    ends = Markers([format_.end.strip()])
-    if not ends.texts or not (yield from source.take_one(ends)):
+    if not (yield from source.passes(Markers([format_.end.strip()]))):
         calls.content(blanks)
 
 
@@ -123,6 +122,7 @@ def _call(
         value = yield from source.peek()
         if key in _NAMES and not name and value in JSON.quotes:
             name = yield from _text(source)
+            calls.named = name in calls.tools
         elif key in _ARGUMENTS and not ended:
             if name:
                 calls.begin(name, offered=bare)
@@ -210,8 +210,7 @@ def named_call(
             return
     if before := form.before.strip():
         yield from source.blanks()
-        if not (yield from source.take_one(Markers([before]))):
-            raise MalformedError
+        yield from source.requires(Markers([before]))
     after = form.after.strip() or "{"
     text, stop = yield from source.until_short(Markers([after, form.id_mark, "{"]), MAX_NAME, WORD)
     if stop == form.id_mark != "":
@@ -232,7 +231,7 @@ def named_call(
     source.keep()
     if form.close:
         blanks = yield from source.blanks()
-        if not (yield from source.take_one(Markers([form.close.strip()]))):
+        if not (yield from source.passes(Markers([form.close.strip()]))):
             calls.content(blanks)
             return
     yield from take_end(source, format_, calls)

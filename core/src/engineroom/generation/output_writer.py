@@ -69,8 +69,8 @@ class OutputWriter:
         self.trims = trims
         self.calls = 0
         """Calls that have begun."""
-        self.open = False
-        """A call has begun and not ended."""
+        self.named = False
+        """It is known which tool the call that comes is of."""
         self._content = _Blanks(leading=True)
         self._reasoning = _Blanks(leading=False)
         self._after_call = False
@@ -146,7 +146,7 @@ class OutputWriter:
         self._content.leading = True
         self._events.append(CallBegin(self.calls, name))
         self.calls += 1
-        self.open = True
+        self.named = True
 
     def arguments(self, text: str) -> None:
         """More of the arguments, in JSON."""
@@ -156,7 +156,7 @@ class OutputWriter:
         """The call is complete."""
         self._flush()
         self._events.append(CallEnd(self.calls - 1))
-        self.open = False
+        self.named = False
         self._after_call = True
 
     def again(self, events: list[OutputEvent]) -> None:

@@ -38,6 +38,8 @@ __all__ = ["Output", "OutputParser", "read_events", "read_output"]
 
 MAX_NOISE = 256
 """Characters between the beginning of a section of calls and the first of them, or between two."""
+MARKUP = 4
+"""Characters of a marker from which on it is taken for one where the end of the text cuts it."""
 
 
 class OutputParser:
@@ -117,7 +119,7 @@ class OutputParser:
                 bare = yield from self._read_bare(self._calls)
                 if (yield from source.at_end()):
                     return
-            marker = yield from source.until(markers, writer.content)
+            marker = yield from source.until(markers, writer.content, drop=MARKUP)
             if marker is None:
                 return
             bare = False
@@ -160,7 +162,7 @@ class OutputParser:
         end_markers = Markers(ends)
         markers = Markers([*ends, *(text.strip() for text in calls)])
         while True:
-            marker = yield from source.until(markers, writer.reasoning)
+            marker = yield from source.until(markers, writer.reasoning, drop=MARKUP)
             if marker is None:
                 return
             if marker in ends:
@@ -201,10 +203,11 @@ class OutputParser:
             else:
                 yield from json_calls(source, format_, writer, bare=True)
         except MalformedError:
+            writer.named = False
             writer.content(source.kept())
         except CutError:
             kept = source.kept()
-            if not writer.open:
+            if not writer.named:
                 writer.content(kept)
             raise
         source.kept()
@@ -220,12 +223,9 @@ class OutputParser:
                 yield from self._read_section(format_)
             else:
                 yield from self._read_call(format_)
-                ends = Markers([format_.section[1].strip()])  # of one whose beginning is missing
-                if ends.texts and (yield from source.follows(0, ends)):
-                    yield from source.blanks()
-                    yield from source.take_one(ends)
+                yield from self._read_stray_end(format_)
         except MalformedError:
-            writer.open = False
+            writer.named = False
             writer.content(source.kept())
         except CutError:
             writer.cut()
@@ -243,6 +243,13 @@ class OutputParser:
             yield from python_calls(source, format_, form, calls)
         elif isinstance(form, TaggedForm):
             yield from tagged_call(source, format_, form, calls)
+
+    def _read_stray_end(self, format_: ToolFormat) -> Reading[None]:
+        """The end of a section whose beginning is missing."""
+        if end := format_.section[1].strip():
+            blanks = yield from self._source.blanks()
+            if not (yield from self._source.passes(Markers([end]))):
+                self._writer.content(blanks)
 
     def _read_section(self, format_: ToolFormat) -> Reading[None]:
         """Read calls up to the end of their section; what stands between them is nothing."""

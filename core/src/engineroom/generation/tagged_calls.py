@@ -78,8 +78,8 @@ def tagged_call(
     """
     tags = _tags(format_, form)
     yield from source.blanks()
-    if form.call and not (yield from source.take_one(tags.call)):
-        raise MalformedError
+    if form.call:
+        yield from source.requires(tags.call)
     header, stop = yield from source.until_short(tags.name_end, MAX_NAME, tags.header)
     if stop == form.name_end:
         source.take(len(stop))
@@ -94,12 +94,8 @@ def tagged_call(
     names: set[str] = set()
     while True:
         yield from source.blanks()
-        marker = yield from source.take_one(tags.members)
-        if marker == form.call_end:
+        if (yield from source.requires(tags.members)) == form.call_end:
             break
-        if marker is None:
-            yield from source.peek()
-            raise MalformedError
         header, stop = yield from source.until_short(tags.parameter_end, MAX_NAME, LINE)
         source.take(len(stop))
         key, attributes = _name(header, form)
@@ -109,9 +105,7 @@ def tagged_call(
         names.add(key)
         if tags.key_gap.texts:
             yield from source.blanks()
-            if not (yield from source.take_one(tags.key_gap)):
-                yield from source.peek()
-                raise MalformedError
+            yield from source.requires(tags.key_gap)
         yield from _value(source, tags, form, calls, _types(form, parameters, key, attributes))
     calls.arguments("}" if names else "{}")
     calls.end()

@@ -152,6 +152,29 @@ class TextSource:
             self.take(len(marker))
         return marker
 
+    def requires(self, markers: Markers) -> Reading[str]:
+        """Read the marker that has to come next.
+
+        :raises MalformedError: something else comes. :raises CutError: the text ends in it.
+        """
+        if (marker := (yield from self.take_one(markers))) is not None:
+            return marker
+        rest = self._text[self._at :]
+        if self.ended and any(marker.startswith(rest) for marker in markers.texts):
+            self.take(len(rest))
+            raise CutError
+        raise MalformedError
+
+    def passes(self, markers: Markers) -> Reading[bool]:
+        """Read the marker that comes next, also if the end of the text cuts it; or nothing."""
+        try:
+            yield from self.requires(markers)
+        except MalformedError:
+            return False
+        except CutError:
+            pass
+        return True
+
     def follows(self, offset: int, markers: Markers, *, end: bool = False) -> Reading[bool]:
         """Whether a marker follows behind so many characters and some white space.
 
@@ -171,10 +194,13 @@ class TextSource:
                 return False
             yield
 
-    def until(self, markers: Markers, write: Callable[[str], None]) -> Reading[str | None]:
+    def until(
+        self, markers: Markers, write: Callable[[str], None], *, drop: int | None = None
+    ) -> Reading[str | None]:
         """Read up to the first marker, which stays unread; ``None``: there was none to the end.
 
         :param write: takes what is read, piece by piece.
+        :param drop: read over a marker that the end of the text cuts behind so many characters.
         """
         while True:
             text, at = self._text, self._at
@@ -184,13 +210,21 @@ class TextSource:
                 safe = match.start()
             else:
                 match = None
+                if self.ended and drop is not None:
+                    safe = self._without_cut(markers, drop)
             if safe > at:
                 write(self.take(safe - at))
             if match is not None:
                 return match[0]
             if self.ended:
+                self.take(len(text) - safe)
                 return None
             yield
+
+    def _without_cut(self, markers: Markers, drop: int) -> int:
+        """Where the text ends, without a marker that is cut."""
+        end = markers.may_begin(self._text, self._at)
+        return end if len(self._text) - end >= drop else len(self._text)
 
     def until_short(
         self, markers: Markers, most: int, shape: re.Pattern[str] = ANY
@@ -205,7 +239,7 @@ class TextSource:
         while True:
             text = self._text[self._at : self._at + most + markers.longest + 1]
             match = markers.find(text, 0)
-            safe = len(text) if self.ended else markers.may_begin(text, 0)
+            safe = markers.may_begin(text, 0)
             if match is not None and (self.ended or match.start() < safe):
                 safe = match.start()
             else:
@@ -215,7 +249,7 @@ class TextSource:
             if match is not None:
                 return self.take(safe), match[0]
             if self.ended:
-                self.take(safe)
+                self.take(len(text))
                 raise CutError
             yield
 
