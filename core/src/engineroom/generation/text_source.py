@@ -178,7 +178,7 @@ class TextSource:
     def follows(self, offset: int, markers: Markers, *, end: bool = False) -> Reading[bool]:
         """Whether a marker follows behind so many characters and some white space.
 
-        :param end: the end of the text counts as well.
+        :param end: the end of the text counts as well, also where it cuts a marker.
         """
         while True:
             start = self._at + offset
@@ -189,7 +189,7 @@ class TextSource:
             if any(rest.startswith(marker) for marker in markers.texts):
                 return True
             if self.ended:
-                return end and not rest
+                return end and any(marker.startswith(rest) for marker in markers.texts)
             if not any(marker.startswith(rest) for marker in markers.texts):
                 return False
             yield
