@@ -79,6 +79,11 @@ class Site:
         self.module("command_test_recorder", RECORDER)
         self.plugin("recorder", "command_test_recorder:Recorder")
 
+    def agent(self) -> None:
+        source = Path(__file__).with_name("agent_double.py").read_text(encoding="utf-8")
+        self.module("command_test_agent", source)
+        self.plugin("agent", "command_test_agent:Agent")
+
 
 @dataclass
 class Result:
@@ -195,7 +200,7 @@ def spawn(environment: dict[str, str]) -> Iterator[Callable[..., subprocess.Pope
 
 
 @pytest.fixture
-def start_server() -> Iterator[Callable[[], str]]:
+def start_server() -> Iterator[Callable[..., str]]:
     """Start a server that wants a key; its URL."""
     for needed, extra in (("uvicorn", "server"), ("msgspec", "server"), ("httpx", "chat")):
         pytest.importorskip(needed, reason=f"needs the extra engineroom[{extra}]")
@@ -208,4 +213,4 @@ def start_server() -> Iterator[Callable[[], str]]:
 
     with contextlib.ExitStack() as stack:
         keys = KeyRing([("ann", "ann-key-0123456789")])
-        yield lambda: stack.enter_context(running(keys=keys)).url
+        yield lambda **more: stack.enter_context(running(keys=keys, **more)).url

@@ -183,3 +183,15 @@ def test_with_a_server(terminal, start_server, environment):
     on.say("three", "three")
     on.enter("/quit")
     assert on.end() == 0
+
+
+def test_what_a_model_thinks_is_dimmed(site, environment, tmp_path):
+    site.agent()
+    on = Terminal({**environment, "ENGINEROOM_HANDLERS": "agent"}, tmp_path, "agent:")
+    try:
+        on.until("Ctrl-D leaves")
+        on.until("I look", on.enter("hm"))
+        thought = b"\x1b[2mlet me \x1b[22m\x1b[2mthink\xef\xbf\xbd[5m\x1b[22m"
+        assert thought in on.raw, on.raw[-500:]
+    finally:
+        on.close()

@@ -56,9 +56,7 @@ class DrawingHandler(TalkHandler):
     async def generate_tokens(
         self, loaded_model: LoadedModel, request: InferenceRequest
     ) -> AsyncGenerator[TokenStep, None]:
-        output = request.params.structured_output
-        assert output is not None
-        place = await compiler().compile(output)
+        place = await compiler().compile(request)
         assert request.messages is not None
         liked = list((request.messages[-1].content or "").encode())
         draws = random.Random(request.params.seed)

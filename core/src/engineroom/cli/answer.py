@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from engineroom.cli.chunks import ChunkWriter
+from engineroom.cli.answer_writer import AnswerWriter, call_line
 from engineroom.cli.output import warning_line
 from engineroom.cli.resolve import Target
 from engineroom.errors import EngineRoomError
@@ -21,7 +21,7 @@ __all__ = ["answer"]
 async def answer(
     target: Target, request: InferenceRequest, *, show_progress: bool
 ) -> InferenceResponse:
-    """Answer the request; with ``stream`` the text is written as it comes.
+    """Answer the request; with ``stream`` the text is written as it comes, and calls follow it.
 
     :returns: the final response, failed or not.
     :raises OutputClosedError: nobody reads the text any more; the work was stopped.
@@ -45,7 +45,7 @@ async def answer(
 async def _stream(
     service: LLMInferenceService, request: InferenceRequest, progress: _Progress
 ) -> InferenceResponse:
-    writer = ChunkWriter()
+    writer = AnswerWriter()
     ended = False
     async with service.stream(request) as stream:
         try:
@@ -55,12 +55,11 @@ async def _stream(
                     break
                 writer.write(chunk)
             ended = True
-            writer.write_calls()
         finally:
-            # A line of its own for what comes next, be it a message or the shell's prompt.
-            if ended or sys.stdout.isatty():
-                writer.end_line()
+            writer.end_line(ended or sys.stdout.isatty())
     assert stream.response is not None
+    for call in stream.response.tool_calls or ():
+        call_line(call)
     return stream.response
 
 

@@ -7,25 +7,20 @@ from typing import Annotated, Final
 
 import typer
 
+from engineroom.cli.agent_flags import (
+    REASONING_FLAG,
+    SCHEMA_FLAG,
+    TOOL_CHOICE_FLAG,
+    TOOLS_FLAG,
+    ReasoningChoice,
+    agent_fields,
+    read_schema,
+)
 from engineroom.cli.chat_session import ChatSession
 from engineroom.cli.chat_talkers import LocalTalker, ServerTalker, Talker
-from engineroom.cli.flags import (
-    CONFIG_OPTION,
-    OPTION_FLAG,
-    RUNTIME_FLAG,
-    SCHEMA_FLAG,
-    TEMPERATURE_FLAG,
-    TOOLS_FLAG,
-    flag,
-)
+from engineroom.cli.flags import CONFIG_OPTION, OPTION_FLAG, RUNTIME_FLAG, TEMPERATURE_FLAG, flag
 from engineroom.cli.output import CommandError
-from engineroom.cli.parameters import (
-    make_params,
-    make_request,
-    parse_options,
-    read_schema,
-    read_tools,
-)
+from engineroom.cli.parameters import make_params, make_request, parse_options
 from engineroom.cli.resolve import resolve, warn_of_quarantined
 
 __all__ = ["CHAT_EPILOG", "chat"]
@@ -35,6 +30,7 @@ Examples:
   engineroom chat ./model.gguf
   engineroom chat -c deployment.yaml smollm2 --system "Answer briefly."
   engineroom chat --url http://127.0.0.1:8000 default
+  engineroom chat smollm2 --tools tools.json
 
 \b
 In the conversation:
@@ -48,7 +44,8 @@ In the conversation:
 
 \b
 A line that ends with a backslash goes on in the next one; lines between two lines of
-\"\"\" are one message. Ctrl-C stops the answer, and not the conversation.
+\"\"\" are one message. Ctrl-C stops the answer, and not the conversation. With --tools you are
+the tools: each call is shown, and the next message is what it returns.
 """
 
 
@@ -82,23 +79,21 @@ def chat(
     seed: Annotated[int | None, flag("The same seed, the same answer.", "--seed")] = None,
     schema: Annotated[Path | None, SCHEMA_FLAG] = None,
     tools: Annotated[Path | None, TOOLS_FLAG] = None,
+    tool_choice: Annotated[str | None, TOOL_CHOICE_FLAG] = None,
+    reasoning: Annotated[ReasoningChoice | None, REASONING_FLAG] = None,
     runtime: Annotated[str | None, RUNTIME_FLAG] = None,
     option: Annotated[list[str] | None, OPTION_FLAG] = None,
 ) -> None:
-    """Talk with a model. The answers are streamed, and what was said is remembered.
-
-    What the model thinks before it answers is dimmed. Where it calls tools, the next lines are
-    what they give back, one for each call.
-    """
+    """Talk with a model. The answers are streamed, and what was said is remembered."""
     params = {
         "max_new_tokens": max_new_tokens or "1024",
         "temperature": temperature,
         "seed": seed,
         "structured_output": read_schema(schema),
     }
-    offered = read_tools(tools)
-    make_params(params)  # what is wrong is told before anything is loaded
-    make_request("model", "", raw=False, system=system, tools=offered)
+    asked = agent_fields(tools, tool_choice, reasoning)
+    # What is wrong is told before anything is loaded.
+    make_request("model", "", raw=False, system=system, params=make_params(params), **asked.given())
     talker: Talker
     if url is not None:
         if config is not None or runtime is not None or option:
@@ -114,4 +109,4 @@ def chat(
         talker = LocalTalker(target)
         model = target.model_id
     with talker:
-        ChatSession(talker, model, system, params, offered).run()
+        ChatSession(talker, model, system, params, asked).run()

@@ -5,21 +5,22 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
 from pydantic import ValidationError
 
+from engineroom.cli.agent_flags import AgentFields
+from engineroom.cli.answer_writer import AnswerWriter
 from engineroom.cli.chat_talkers import Talker
-from engineroom.cli.chunks import ChunkWriter
 from engineroom.cli.output import CommandError, error_line, say, write
 from engineroom.cli.parameters import make_params, parse_options
 from engineroom.config.suggestions import did_you_mean
 from engineroom.errors import EngineRoomError
+from engineroom.printable import printable
 from engineroom.schemas import ChatMessage, GenerationParams
-from engineroom.tools import ToolCall
 
 __all__ = ["ChatSession"]
 
@@ -43,7 +44,7 @@ class ChatSession:
     :param model: the model that it begins with.
     :param system: the system message.
     :param params: parameters that were given, under their names.
-    :param tools: that the model may call; their results are lines of the input.
+    :param asked: tools and reasoning of every answer.
     """
 
     def __init__(
@@ -52,15 +53,15 @@ class ChatSession:
         model: str,
         system: str | None,
         params: Mapping[str, Any],
-        tools: Sequence[Any] | None = None,
+        asked: AgentFields,
     ) -> None:
         self._talker = talker
-        self._tools = tools
-        self._called: list[ToolCall] = []  # whose results are to come
         self._model = model
         self._system = system
         self._chosen = {name: value for name, value in params.items() if value is not None}
+        self._asked = asked
         self._said: list[ChatMessage] = []
+        self._lines = _Lines()
         self._commands: dict[str, Callable[[str], None]] = {
             "help": self._help,
             "model": self._set_model,
@@ -74,8 +75,7 @@ class ChatSession:
         """Talk until the input ends."""
         if sys.stdin is not None and sys.stdin.isatty():
             say(f"{self._model}: /help shows what there is, Ctrl-D leaves")
-        lines = _Lines()
-        while (text := self._message(lines)) is not None:
+        while (text := self._message(_PROMPT)) is not None:
             if text.strip() in ("/quit", "/exit"):
                 return
             try:
@@ -91,13 +91,13 @@ class ChatSession:
 
     # ── input ────────────────────────────────────────────────────────────────────────────────
 
-    def _message(self, lines: _Lines) -> str | None:
+    def _message(self, prompt: str) -> str | None:
         """The next message, of one line or more; ``None`` at the end."""
         try:
-            first = lines.read(_PROMPT)
+            first = self._lines.read(prompt)
             if first is None or (not first.endswith("\\") and first.strip() != _FENCE):
                 return first
-            return "\n".join(_rest(first, lines))
+            return "\n".join(_rest(first, self._lines))
         except KeyboardInterrupt:  # forgets the line, as shells do
             write("\n")
             return ""
@@ -106,22 +106,28 @@ class ChatSession:
 
     def _ask(self, text: str) -> None:
         try:
-            question = self._line(text)
+            question = ChatMessage(role="user", content=text)
         except ValidationError:
             error_line("the line is not valid text; check its encoding")
             return
-        if question.role == "tool":
-            self._called.pop(0)
-            if self._called:
-                self._said.append(question)
-                self._ask_for_result()
-                return
-        messages = [*self._said, question]
+        turn: list[ChatMessage] = [question]
+        while (answer := self._answer([*self._said, *turn])) is not None:
+            turn.append(answer)
+            if not answer.tool_calls:
+                break
+            if (results := self._results(answer)) is None:
+                return  # a call without its result is no conversation that a model knows
+            turn += results
+        # A question that was not answered is not part of it: it can be asked again.
+        self._said += turn if answer is not None else []
+
+    def _answer(self, said: list[ChatMessage]) -> ChatMessage | None:
+        """Show the answer; ``None``: there was none."""
         if self._system is not None:
-            messages.insert(0, ChatMessage(role="system", content=self._system))
-        writer = ChunkWriter()
+            said.insert(0, ChatMessage(role="system", content=self._system))
+        writer = AnswerWriter()
         stopped = False
-        answer = self._talker.answer(self._model, messages, self._params(), self._tools)
+        answer = self._talker.answer(self._model, said, self._params(), self._asked)
         try:
             for chunk in answer:
                 writer.write(chunk)
@@ -130,30 +136,39 @@ class ChatSession:
         except EngineRoomError as error:
             writer.end_line()
             error_line(error)
-            return  # the question is not part of the conversation: it can be asked again
+            return None
         finally:
             with suppress(KeyboardInterrupt):
                 answer.close()
-        if stopped:
+        calls = [] if stopped else writer.calls
+        writer.end_line(asked=False)
+        if writer.content or not calls:
             write("\n")
+        if stopped:
             say("(stopped)")
-        else:
-            writer.write_calls()
-        if (said := writer.message()) is not None:
-            self._said += [question, said]
-            self._called = writer.calls
-            if self._called:
-                self._ask_for_result()
+        if not (writer.content or calls):
+            return None
+        return ChatMessage(
+            role="assistant",
+            content=writer.content or None,
+            tool_calls=[call.as_message() for call in calls] or None,
+        )
 
-    def _line(self, text: str) -> ChatMessage:
-        """What a line is: the result of a call that waits for one, or what the user says."""
-        if not self._called:
-            return ChatMessage(role="user", content=text)
-        call = self._called[0]
-        return ChatMessage(role="tool", content=text, name=call.name, tool_call_id=call.id)
-
-    def _ask_for_result(self) -> None:
-        say(f"what does {self._called[0].name} give back?")
+    def _results(self, answer: ChatMessage) -> list[ChatMessage] | None:
+        """What the calls return, as whoever is at the keyboard says; ``None``: the input ended."""
+        results = []
+        for call in answer.tool_calls or ():
+            name = call["function"]["name"]
+            say(f"{name}({call['function']['arguments']})")
+            if (text := self._message(f"{printable(name)} returns> ")) is None:
+                return None
+            try:
+                result = ChatMessage(role="tool", content=text, tool_call_id=call["id"], name=name)
+            except ValidationError:
+                error_line("the line is not valid text; check its encoding")
+                return None
+            results.append(result)
+        return results
 
     def _params(self) -> GenerationParams:
         return make_params(self._chosen)
@@ -202,12 +217,14 @@ class ChatSession:
                     changed[name] = "none" if value is None else value
             make_params(changed)
             self._chosen = changed
-        shown = self._params().model_dump(include=set(self._chosen))
+        params = self._params()
+        shown = params.model_dump(include=set(self._chosen))
+        if params.structured_output is not None:
+            shown["structured_output"] = params.structured_output.kind
         say(" ".join(f"{name}={value}" for name, value in shown.items()) or "all as they are")
 
     def _new(self, rest: str) -> None:
         self._said.clear()
-        self._called.clear()
         say("a new conversation")
 
     def _save(self, rest: str) -> None:
@@ -219,7 +236,8 @@ class ChatSession:
         system = [] if self._system is None else [ChatMessage(role="system", content=self._system)]
         saved = {
             "model": self._model,
-            "params": self._params().model_dump(include=set(self._chosen)),
+            "params": self._params().model_dump(include=set(self._chosen), exclude_none=True),
+            **self._asked.given(),
             "messages": [m.model_dump(exclude_none=True) for m in [*system, *self._said]],
         }
         text = json.dumps(saved, indent=2, ensure_ascii=False) + "\n"

@@ -8,6 +8,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
 from typing import Any
 
+from engineroom.cli.agent_flags import AgentFields
 from engineroom.cli.remote import bearer, server_at
 from engineroom.cli.resolve import Target
 from engineroom.errors import ConfigurationError, EngineRoomError, InferenceError
@@ -32,10 +33,9 @@ class Talker(AbstractContextManager["Talker"]):
         model: str,
         messages: Sequence[ChatMessage],
         params: GenerationParams,
-        tools: Sequence[Any] | None = None,
+        asked: AgentFields,
     ) -> Generator[str, None, None]:
-        """The answer piece by piece, as a stream of the service's. Closing the iterator stops the
-        work.
+        """The answer piece by piece, as the service streams it. Closing it stops the work.
 
         :raises EngineRoomError: it failed.
         """
@@ -64,12 +64,11 @@ class LocalTalker(Talker):
         model: str,
         messages: Sequence[ChatMessage],
         params: GenerationParams,
-        tools: Sequence[Any] | None = None,
+        asked: AgentFields,
     ) -> Generator[str, None, None]:
         """See :class:`Talker`."""
-        offered = None if tools is None else list(tools)
         request = InferenceRequest(
-            model_id=model, messages=list(messages), params=params, tools=offered
+            model_id=model, messages=list(messages), params=params, **asked.given()
         )
         with closing(self._service.stream_sync(request)) as stream:
             for chunk in stream:
@@ -116,25 +115,10 @@ class ServerTalker(Talker):
         model: str,
         messages: Sequence[ChatMessage],
         params: GenerationParams,
-        tools: Sequence[Any] | None = None,
+        asked: AgentFields,
     ) -> Generator[str, None, None]:
         """See :class:`Talker`."""
-        body: dict[str, Any] = {
-            "model": model,
-            "stream": True,
-            "messages": [_as_openai(message) for message in messages],
-            "max_tokens": params.max_new_tokens,
-        }
-        if tools:
-            function = {"type": "function"}
-            body["tools"] = [t if "type" in t else {**function, "function": t} for t in tools]
-        if (output := params.structured_output) is not None:
-            schema = {"name": "answer", "schema": output.json_schema}
-            body["response_format"] = {"type": "json_schema", "json_schema": schema}
-        own = {"max_new_tokens", "do_sample", "structured_output"}
-        values = params.model_dump(exclude_unset=True, exclude=own)
-        body |= {name: value for name, value in values.items() if value is not None}
-        body = {name: value for name, value in body.items() if value is not None}
+        body = _chat_body(model, messages, params, asked)
         with ExitStack() as stack:
             try:
                 answer = stack.enter_context(
@@ -173,24 +157,52 @@ class ServerTalker(Talker):
         )
 
 
-def _as_openai(message: ChatMessage) -> dict[str, Any]:
-    fields = message.model_dump(exclude_none=True)
-    if (reasoning := fields.pop("reasoning", None)) is not None:
-        fields["reasoning_content"] = reasoning
-    return {"content": None, **fields}
+def _chat_body(
+    model: str, messages: Sequence[ChatMessage], params: GenerationParams, asked: AgentFields
+) -> dict[str, Any]:
+    """A request of OpenAI's API for chat."""
+    body: dict[str, Any] = {
+        "model": model,
+        "stream": True,
+        "messages": [message.model_dump(exclude_none=True) for message in messages],
+        "max_tokens": params.max_new_tokens,
+        "tools": asked.tools,
+    }
+    values = params.model_dump(
+        exclude_unset=True, exclude={"max_new_tokens", "do_sample", "structured_output"}
+    )
+    if isinstance(asked.tool_choice, Mapping):
+        body["tool_choice"] = {"type": "function", "function": asked.tool_choice}
+    else:
+        body["tool_choice"] = asked.tool_choice
+    if isinstance(asked.reasoning, str):
+        body["reasoning_effort"] = asked.reasoning
+    elif asked.reasoning is not None:
+        body["reasoning"] = {"enabled": asked.reasoning}
+    if (form := params.structured_output) is not None:
+        kind = "structured_outputs" if form.json_schema is None else "response_format"
+        body[kind] = (
+            form.model_dump(exclude_none=True)
+            if form.json_schema is None
+            else {
+                "type": "json_schema",
+                "json_schema": {"name": "answer", "schema": form.json_schema, "strict": True},
+            }
+        )
+    return {name: value for name, value in {**body, **values}.items() if value is not None}
 
 
 def _chunks(delta: Mapping[str, Any]) -> Iterator[str]:
-    """A delta of OpenAI's, as the chunks of a stream of the service's."""
-    if reasoning := delta.get("reasoning_content"):
-        yield ReasoningDelta(str(reasoning))
+    """What a delta of OpenAI's API brings, as the service streams it."""
+    if thought := delta.get("reasoning_content") or delta.get("reasoning"):
+        yield ReasoningDelta(str(thought))
     if text := delta.get("content"):
         yield str(text)
     for call in delta.get("tool_calls") or ():
         function = call.get("function") or {}
         yield ToolCallDelta(
-            int(call.get("index", 0)),
+            int(call["index"]),
             call.get("id"),
             function.get("name"),
-            str(function.get("arguments") or ""),
+            function.get("arguments") or "",
         )

@@ -12,9 +12,7 @@ __all__ = [
     "MODEL_ARGUMENT",
     "OPTION_FLAG",
     "RUNTIME_FLAG",
-    "SCHEMA_FLAG",
     "TEMPERATURE_FLAG",
-    "TOOLS_FLAG",
     "flag",
     "said_before",
 ]
@@ -48,11 +46,5 @@ OPTION_FLAG: Final = flag(
     "--option",
     "-o",
     metavar="KEY=VALUE",
-)
-SCHEMA_FLAG: Final = flag(
-    "Answer with JSON that is valid by the JSON schema in this file.", "--schema", metavar="FILE"
-)
-TOOLS_FLAG: Final = flag(
-    "Offer the tools in this file, a JSON list in OpenAI's form.", "--tools", metavar="FILE"
 )
 TEMPERATURE_FLAG: Final = flag("0 (greedy) to 2.  [default: 0.7]", "--temperature", "-t")

@@ -1,6 +1,7 @@
 """What the command writes: answers and tables to standard output, all else to standard error.
 
-Text goes out as it is: no markup, no wrapping, no colour codes. On a terminal, reasoning is dimmed.
+Text goes out as it is: no markup, no wrapping, no colour codes. Reasoning alone is dimmed, and on a
+terminal only.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from engineroom.printable import UNSAFE, printable, printable_lines, terminal_te
 
 __all__ = [
     "CommandError",
+    "Dimmed",
     "OutputClosedError",
     "error_line",
     "prepare_streams",
@@ -31,7 +33,6 @@ __all__ = [
     "table",
     "warning_line",
     "write",
-    "write_dimmed",
     "write_document",
     "write_json",
     "write_text",
@@ -97,11 +98,6 @@ def write(text: str) -> None:
 def write_text(text: str) -> None:
     """Write a model's text; on a terminal without control sequences, elsewhere as it is."""
     _put(terminal_text(text) if sys.stdout.isatty() else text)
-
-
-def write_dimmed(text: str) -> None:
-    """Write a model's text to a terminal, less bright than the rest."""
-    _put(f"\x1b[2m{terminal_text(text)}\x1b[22m")
 
 
 def write_json(value: Any) -> None:
@@ -178,6 +174,39 @@ def say(text: str) -> None:
         sys.stderr.flush()
     except OSError:  # there is nobody left to tell
         _discard(sys.stderr)
+
+
+class Dimmed:
+    """Text beside the answer: dimmed on standard error if that is a terminal, else nowhere.
+
+    With ``NO_COLOR`` set it is written without control sequences.
+    """
+
+    def __init__(self) -> None:
+        self._shown = sys.stderr.isatty()
+        plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+        self._on, self._off = ("", "") if plain else ("\x1b[2m", "\x1b[22m")
+        self._last = ""
+
+    def write(self, text: str) -> None:
+        """Show a piece of it."""
+        if self._shown and text:
+            self._put(f"{self._on}{terminal_text(text)}{self._off}")
+            self._last = text
+
+    def end_line(self) -> None:
+        """End its line, if it has begun one."""
+        if self._last and not self._last.endswith("\n"):
+            self._put("\n")
+        self._last = ""
+
+    def _put(self, text: str) -> None:
+        try:
+            sys.stderr.write(text)
+            sys.stderr.flush()
+        except OSError:  # there is nobody left to tell
+            self._shown = False
+            _discard(sys.stderr)
 
 
 def _discard(stream: TextIO) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,22 +12,14 @@ from pydantic import ValidationError
 from engineroom.cli.output import CommandError
 from engineroom.schemas import ChatMessage, GenerationParams, InferenceRequest
 
-__all__ = [
-    "make_params",
-    "make_request",
-    "parse_bias",
-    "parse_options",
-    "read_prompt",
-    "read_schema",
-    "read_tools",
-]
+__all__ = ["make_params", "make_request", "parse_bias", "parse_options", "read_prompt"]
 
 _FLAGS: Final = {
     "do_sample": "--greedy",
     "stop_sequences": "--stop",
     "timeout_s": "--timeout",
-    "messages": "the prompt",
     "structured_output": "--schema",
+    "messages": "the prompt",
     "prompt": "the prompt",
 }
 _MAX_SHOWN: Final = 80
@@ -99,42 +90,6 @@ def parse_bias(pairs: Sequence[str]) -> dict[int, float] | None:
         raise CommandError(
             "--logit-bias takes a token id and a number, as in --logit-bias 42=-100"
         ) from error
-
-
-def read_schema(path: Path | None) -> dict[str, Any] | None:
-    """What ``--schema`` asks of the answer. :raises CommandError: the file has no JSON schema."""
-    if path is None:
-        return None
-    schema = _read_json(path, "--schema")
-    if not isinstance(schema, dict | bool):
-        raise CommandError(f"--schema {str(path)!r} has no JSON schema, which is an object")
-    return {"json_schema": schema}
-
-
-def read_tools(path: Path | None) -> list[Any] | None:
-    """The tools that ``--tools`` offers. :raises CommandError: the file has no list of tools."""
-    if path is None:
-        return None
-    tools = _read_json(path, "--tools")
-    if isinstance(tools, dict):
-        tools = tools.get("tools")
-    if not isinstance(tools, list) or not tools:
-        raise CommandError(
-            f"--tools {str(path)!r} has no list of tools; write "
-            '[{"name": …, "description": …, "parameters": …}]'
-        )
-    return tools
-
-
-def _read_json(path: Path, flag: str) -> Any:
-    try:
-        return json.loads(path.expanduser().read_bytes())
-    except OSError as error:
-        raise CommandError(
-            f"{flag} {str(path)!r} cannot be read: {error.strerror}; check the path", 1
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise CommandError(f"{flag} {str(path)!r} is no JSON: {error}", 1) from error
 
 
 def read_prompt(prompt: str | None, file: Path | None, *, raw: bool) -> str:

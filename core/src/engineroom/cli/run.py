@@ -10,15 +10,17 @@ from typing import Annotated, Final
 
 import typer
 
-from engineroom.cli.answer import answer
-from engineroom.cli.flags import (
-    CONFIG_OPTION,
-    MODEL_ARGUMENT,
+from engineroom.cli.agent_flags import (
+    REASONING_FLAG,
     SCHEMA_FLAG,
-    TEMPERATURE_FLAG,
+    TOOL_CHOICE_FLAG,
     TOOLS_FLAG,
-    flag,
+    ReasoningChoice,
+    agent_fields,
+    read_schema,
 )
+from engineroom.cli.answer import answer
+from engineroom.cli.flags import CONFIG_OPTION, MODEL_ARGUMENT, TEMPERATURE_FLAG, flag
 from engineroom.cli.interrupt import run_interruptible
 from engineroom.cli.output import CommandError, say, warning_line, write_document
 from engineroom.cli.parameters import (
@@ -27,8 +29,6 @@ from engineroom.cli.parameters import (
     parse_bias,
     parse_options,
     read_prompt,
-    read_schema,
-    read_tools,
 )
 from engineroom.cli.resolve import resolve, warn_of_quarantined
 from engineroom.cli.settings import Settings
@@ -44,8 +44,9 @@ Examples:
   engineroom run -c deployment.yaml smollm2 "A haiku, please" --greedy
   git diff | engineroom run smollm2 --system "Write a commit message"
   engineroom run hf:owner/name:model.gguf --file question.txt --max-new-tokens none
-  engineroom run ./model.gguf "Invent a person" --schema person.json
   engineroom run ./model.gguf "2 + 2 =" --raw -o n_ctx=2048 --json
+  engineroom run smollm2 "Invent a person" --schema person.json
+  engineroom run smollm2 "Is it raining in Bern?" --tools tools.json --tool-choice required
 """
 
 
@@ -119,6 +120,8 @@ def run(  # one parameter a flag: that is how typer is told of them
     ] = None,
     schema: Annotated[Path | None, SCHEMA_FLAG] = None,
     tools: Annotated[Path | None, TOOLS_FLAG] = None,
+    tool_choice: Annotated[str | None, TOOL_CHOICE_FLAG] = None,
+    reasoning: Annotated[ReasoningChoice | None, REASONING_FLAG] = None,
     timeout: Annotated[
         float | None,
         flag("Give up after so long, loading included.", "--timeout", metavar="SECONDS"),
@@ -164,8 +167,8 @@ def run(  # one parameter a flag: that is how typer is told of them
     The prompt goes to the model as a chat message, in the model's own template; --raw sends it
     as it stands. One that begins with a dash goes after --. Ctrl-C stops the work.
 
-    What the model thinks before it answers is shown on a terminal, dimmed; a call of a tool is
-    written as name(arguments).
+    What the model thinks before it answers is shown dimmed on standard error, if that is a
+    terminal. Calls of tools follow the text, each as a line of JSON.
     """
     settings: Settings = ctx.obj
     if logprobs is not None and not as_json:
@@ -176,8 +179,9 @@ def run(  # one parameter a flag: that is how typer is told of them
         )
     if raw and tools is not None:
         raise CommandError(
-            "--tools need the chat template, and --raw leaves it out; give one of them"
+            "--tools needs the chat template, and --raw leaves it out; give one of them"
         )
+    asked = agent_fields(tools, tool_choice, reasoning)
     params = make_params(
         {
             "max_new_tokens": max_new_tokens,
@@ -206,15 +210,14 @@ def run(  # one parameter a flag: that is how typer is told of them
         params=params,
         stream=not as_json,
         stop_sequences=stop or None,
-        tools=read_tools(tools),
         timeout_s=timeout,
         on_unsupported=on_unsupported.value if on_unsupported is not None else None,
     )
-    build("model", "")
+    build("model", "", **asked.given())
     try:
         target = resolve(model, config, runtime, options)
         warn_of_quarantined(target.registry)
-        request = build(target.model_id, read_prompt(prompt, file, raw=raw))
+        request = build(target.model_id, read_prompt(prompt, file, raw=raw), **asked.given())
         response = run_interruptible(
             lambda: answer(target, request, show_progress=not settings.logging)
         )

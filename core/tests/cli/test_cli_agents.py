@@ -1,0 +1,146 @@
+"""`run` and `chat` with tools, schemas and models that think, on a fake that says so."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+SCHEMA = {"type": "object", "properties": {"name": {"type": "string"}}}
+
+
+@pytest.fixture
+def agent(site, command):
+    """The command, beside a fake that knows tools; ``agent.seen()``: what it was asked."""
+    site.agent()
+    for name, value in (("tools", [WEATHER]), ("schema", SCHEMA)):
+        Path(f"{name}.json").write_text(json.dumps(value))
+
+    def run(*args: str, **more: Any) -> Any:
+        return command(*args, **more)
+
+    run.seen = lambda: sys.modules["command_test_agent"].seen  # type: ignore[attr-defined]
+    return run
+
+
+TOOLS = ("--tools", "tools.json")
+
+
+# ── run ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_calls_follow_the_text_as_json(agent):
+    result = agent("run", "agent:", "twice", *TOOLS, "--tool-choice", "required")
+    text, *calls = result.out.splitlines()
+    assert (result.status, result.err, text) == (0, "", "I look")
+    assert [json.loads(call) for call in calls] == [
+        {"id": f"call_{place}", "name": "weather", "arguments": {"city": f"Zürich {place}"}}
+        for place in range(2)
+    ]
+    assert agent.seen()[-1].tools == [WEATHER] and agent.seen()[-1].tool_choice == "required"
+
+
+def test_json_has_calls_and_reasoning(agent):
+    result = agent("run", "agent:", "a", *TOOLS, "--tool-choice", "weather", "--json")
+    response = json.loads(result.out)
+    assert response["reasoning"] == "let me think\x1b[5m"
+    assert response["tool_calls"][0]["name"] == "weather"
+    assert agent.seen()[-1].tool_choice.name == "weather"
+
+
+@pytest.mark.parametrize(
+    ("word", "field"), [("on", True), ("off", False), ("low", "low"), (None, None)]
+)
+def test_how_hard_to_think(agent, word, field):
+    assert agent("run", "agent:", "a", *(("--reasoning", word) if word else ())).status == 0
+    assert agent.seen()[-1].reasoning == field
+
+
+def test_the_answer_is_held_to_a_schema(agent):
+    assert agent("run", "agent:", "a", "--schema", "schema.json").status == 0
+    assert agent.seen()[-1].params.structured_output.json_schema == SCHEMA
+
+
+@pytest.mark.parametrize("form", [{"tools": [WEATHER]}, WEATHER, [WEATHER["function"]]])
+def test_tools_are_read_in_several_forms(agent, form):
+    Path("tools.json").write_text(json.dumps(form))
+    assert agent("run", "agent:", "a", *TOOLS).status == 0
+    assert agent.seen()[-1].tools == [WEATHER]
+
+
+@pytest.mark.parametrize("command_name", ["run", "chat"])
+@pytest.mark.parametrize(
+    ("content", "args", "said"),
+    [
+        (None, TOOLS, "--tools 'tools.json' cannot be read: No such file or directory"),
+        (b"{", TOOLS, "--tools 'tools.json' is not JSON: "),
+        (b"\xff\xfe\xfd", TOOLS, "--tools 'tools.json' is not JSON: "),
+        (b"[" * 200_000, TOOLS, "--tools 'tools.json' is nested too deeply"),
+        (b"[]", TOOLS, "has no list of tools; write [{"),
+        (b"[{}]", TOOLS, "--tools: 'None' is no name of a tool"),
+        (b"[1]", TOOLS, "--tools: a tool must be a mapping"),
+        (b"3", ("--schema", "tools.json"), "is no JSON schema: it must be a JSON object"),
+        (b"[]", ("--tool-choice", "auto"), "--tool-choice needs tools; add --tools FILE"),
+        (json.dumps([WEATHER]).encode(), (*TOOLS, "--tool-choice", "x"), "the tools are weather"),
+    ],
+)
+def test_mistakes_name_the_flag_and_the_file(agent, command_name, content, args, said):
+    Path("tools.json").unlink()
+    if content is not None:
+        Path("tools.json").write_bytes(content)
+    line = ["agent:", "a"] if command_name == "run" else ["agent:"]
+    result = agent(command_name, *line, *args, stdin=b"")
+    assert result.status in (1, 2) and said in result.error
+
+
+def test_tools_need_the_chat_template(agent):
+    assert "--raw leaves it out" in agent("run", "agent:", "a", "--raw", *TOOLS).error
+
+
+# ── chat ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_who_is_at_the_keyboard_is_the_tools(agent):
+    lines = ["twice", "rain", '"""', "snow", "and ice", '"""', "thanks", "/save talk.json"]
+    result = agent("chat", "agent:", *TOOLS, stdin="".join(f"{s}\n" for s in lines).encode())
+    assert result.out.startswith("I look\nit returned snow\nand ice\nI look\n")
+    assert 'weather({"city": "Zürich 0"})\nweather({"city": "Zürich 1"})\n' in result.err
+    asked = agent.seen()[1].messages
+    assert [m.role for m in asked] == ["user", "assistant", "tool", "tool"]
+    assert [m.tool_call_id for m in asked[2:]] == ["call_0", "call_1"]
+    assert [call["id"] for call in asked[1].tool_calls] == ["call_0", "call_1"]
+    # "/save …" was what the last call returned; what it asked for then is not part of it.
+    assert agent.seen()[-1].messages[-1].content == "/save talk.json"
+
+
+def test_a_call_without_its_result_is_forgotten(agent):
+    result = agent("chat", "agent:", *TOOLS, stdin=b"one\n")
+    assert result.status == 0 and len(agent.seen()) == 1
+
+
+def test_a_conversation_with_a_schema_is_saved(agent):
+    lines = "one\n/params\n/save talk.json\n/params structured_output=none\n"
+    result = agent("chat", "agent:", "--schema", "schema.json", stdin=lines.encode())
+    assert "structured_output=json_schema" in result.err
+    saved = json.loads(Path("talk.json").read_text())
+    assert saved["params"]["structured_output"] == {"json_schema": SCHEMA}
+
+
+def test_a_server_is_asked_in_its_own_words(agent, start_server):
+    agent("run", "agent:", "a")  # its module is there
+    handler = sys.modules["command_test_agent"].Agent()
+    url = start_server(handler=handler, models=[{"model_id": "default", "source": "agent:"}])
+    result = agent(
+        "chat", "--url", url, *TOOLS, "--schema", "schema.json", "--reasoning", "high",
+        "--tool-choice", "weather", "--key", "ann-key-0123456789", stdin=b"one\nsun\n",
+    )  # fmt: skip
+    assert result.out == "I look\nit returned sun\n" and result.status == 0
+    first, second = agent.seen()[-2:]
+    assert (first.tools, first.tool_choice.name) == ([WEATHER], "weather")
+    assert first.reasoning == "high"
+    assert first.params.structured_output.json_schema == SCHEMA
+    assert [m.role for m in second.messages] == ["user", "assistant", "tool"]
