@@ -38,9 +38,13 @@ def quiet(caplog):
     caplog.set_level(logging.ERROR)
 
 
+def reasoning_of(name):
+    """What the models of a format have around their reasoning."""
+    return REASONING.get(name, None if name == "harmony" else REASONING["think"])
+
+
 def parser_of(format_, **options):
-    name = FORMATS[format_].reasoning
-    options.setdefault("reasoning", REASONING.get(name))
+    options.setdefault("reasoning", reasoning_of(format_))
     return OutputParser(FORMATS[format_], TOOLS, **options)
 
 
@@ -74,7 +78,7 @@ def marks_of(format_: ToolFormat):
     form = format_.form
     fields = [getattr(form, name) for name in form.__dataclass_fields__] if form else []
     marks = [format_.begin, format_.end, *format_.section, *format_.ignored, *fields]
-    if (reasoning := REASONING.get(format_.reasoning)) is not None:
+    if (reasoning := reasoning_of(format_.name)) is not None:
         marks += [reasoning.begin, reasoning.end]
     marks = [mark for mark in marks if isinstance(mark, str) and mark]
     return [*marks, *(mark.strip() for mark in marks), *(mark[: len(mark) // 2] for mark in marks)]

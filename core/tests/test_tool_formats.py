@@ -236,8 +236,6 @@ def test_names_are_names():
     for table in (TOOL_FORMATS, REASONING_FORMATS):
         names = [item.name for item in table]
         assert len(set(names)) == len(names)
-    reasoning = {item.name for item in REASONING_FORMATS} | {"", "harmony"}
-    assert {item.reasoning for item in TOOL_FORMATS} <= reasoning
 
 
 class FakeEntry:

@@ -44,6 +44,13 @@ from .errors import (
     RequestTimeoutError as RequestTimeoutError,
     ResourceNotAvailableError as ResourceNotAvailableError,
 )
+from .generation.call_forms import (
+    JsonForm as JsonForm,
+    NamedForm as NamedForm,
+    PythonicForm as PythonicForm,
+    TaggedForm as TaggedForm,
+    ToolFormat as ToolFormat,
+)
 from .generation.deltas import (
     ReasoningDelta as ReasoningDelta,
     ToolCallDelta as ToolCallDelta,

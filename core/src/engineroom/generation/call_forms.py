@@ -139,7 +139,6 @@ class ToolFormat:
     :ivar ignored: markup that is neither content nor part of a call.
     :ivar templates: texts that a chat template has together, if it writes this format; one of
         these groups is enough.
-    :ivar reasoning: the name of the :class:`ReasoningFormat` that these models have, if any.
     """
 
     name: str
@@ -152,7 +151,6 @@ class ToolFormat:
     trims: bool = False
     ignored: tuple[str, ...] = ()
     templates: tuple[tuple[str, ...], ...] = ()
-    reasoning: str = ""
 
     @property
     def opening(self) -> str:

@@ -59,7 +59,6 @@ def _dsml(name: str, mark: str, section: str, *templates: tuple[str, ...]) -> To
         between="\n",
         trims=True,
         templates=templates,
-        reasoning="think",
     )
 
 
@@ -81,7 +80,6 @@ def _parameters(call: str, section: tuple[str, str], name: str, marker: str) -> 
         section=section,
         trims=True,
         templates=((marker, "<parameter="),),
-        reasoning="think",
     )
 
 
@@ -90,7 +88,6 @@ TOOL_FORMATS: Final[tuple[ToolFormat, ...]] = (
         "harmony",
         ChannelForm(),
         templates=(("<|channel|>", "<|message|>", "<|start|>"),),
-        reasoning="harmony",
     ),
     _parameters("<function=", ("<tool_call>\n", "\n</tool_call>"), "qwen3-xml", "<tool_call>"),
     _parameters(
@@ -117,7 +114,6 @@ TOOL_FORMATS: Final[tuple[ToolFormat, ...]] = (
             "<|close|>message<|sep|>",
         ),
         templates=(("<|open|>", "<|sep|>", "<|close|>"), ("<|open|>", "<|sep|>", "tools")),
-        reasoning="kimi-k3",
     ),
     ToolFormat(
         "kimi-k2",
@@ -130,7 +126,6 @@ TOOL_FORMATS: Final[tuple[ToolFormat, ...]] = (
         "<|tool_call_end|>",
         section=("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),
         templates=(("<|tool_calls_section_begin|>", "<|tool_call_argument_begin|>"),),
-        reasoning="think",
     ),
     _dsml("deepseek-v4.1", "｜DSML｜ ", "calls", ("｜DSML｜ ", " calls>")),
     _dsml("deepseek-v4", "｜DSML｜", "tool_calls", ("｜DSML｜", "tool_calls>")),
@@ -144,7 +139,6 @@ TOOL_FORMATS: Final[tuple[ToolFormat, ...]] = (
         between="\n",
         trims=True,
         templates=(("<｜tool▁call▁begin｜>", "```json"),),
-        reasoning="think",
     ),
     ToolFormat(
         "deepseek-v3.1",
@@ -154,7 +148,6 @@ TOOL_FORMATS: Final[tuple[ToolFormat, ...]] = (
         section=("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
         trims=True,
         templates=(("<｜tool▁call▁begin｜>", "<｜tool▁sep｜>"),),
-        reasoning="think",
     ),
     ToolFormat(
         "glm",
@@ -170,7 +163,6 @@ TOOL_FORMATS: Final[tuple[ToolFormat, ...]] = (
         between="\n",
         trims=True,
         templates=(("<arg_key>", "<arg_value>", "<tool_call>"),),
-        reasoning="think",
     ),
     ToolFormat(
         "minimax",
@@ -190,7 +182,6 @@ TOOL_FORMATS: Final[tuple[ToolFormat, ...]] = (
         between="\n",
         trims=True,
         templates=(("minimax:tool_call", "<invoke"),),
-        reasoning="think",
     ),
     ToolFormat(
         "hunyuan",
@@ -208,7 +199,6 @@ TOOL_FORMATS: Final[tuple[ToolFormat, ...]] = (
         between="\n",
         trims=True,
         templates=(("<arg_key:opensource>",), ("<arg_key", ":opensource")),
-        reasoning="hunyuan",
     ),
     ToolFormat(
         "minicpm",
@@ -227,7 +217,6 @@ TOOL_FORMATS: Final[tuple[ToolFormat, ...]] = (
         between="\n",
         trims=True,
         templates=(("<function name=", "<param name="),),
-        reasoning="think",
     ),
     ToolFormat(
         "gemma4",
@@ -236,7 +225,6 @@ TOOL_FORMATS: Final[tuple[ToolFormat, ...]] = (
         "<tool_call|>",
         ignored=("<|tool_response>",),
         templates=(("<|tool_call>", "<tool_call|>"),),
-        reasoning="gemma4",
     ),
     ToolFormat(
         "functiongemma",
@@ -250,7 +238,6 @@ TOOL_FORMATS: Final[tuple[ToolFormat, ...]] = (
         NamedForm(after="[ARGS]", id_mark="[CALL_ID]"),
         "[TOOL_CALLS]",
         templates=(("[TOOL_CALLS]", "[ARGS]"),),
-        reasoning="mistral",
     ),
     ToolFormat(
         "mistral-list",
@@ -266,7 +253,6 @@ TOOL_FORMATS: Final[tuple[ToolFormat, ...]] = (
         trims=True,
         ignored=("<|START_RESPONSE|>", "<|END_RESPONSE|>", "<|START_TEXT|>", "<|END_TEXT|>"),
         templates=(("<|START_ACTION|>", "<|END_ACTION|>"),),
-        reasoning="command",
     ),
     ToolFormat(
         "apertus",
@@ -275,7 +261,6 @@ TOOL_FORMATS: Final[tuple[ToolFormat, ...]] = (
         "<|tools_suffix|>",
         trims=True,
         templates=(("<|tools_prefix|>",),),
-        reasoning="apertus",
     ),
     ToolFormat(
         "gigachat3",
@@ -311,7 +296,6 @@ TOOL_FORMATS: Final[tuple[ToolFormat, ...]] = (
         "</TOOLCALL>",
         trims=True,
         templates=(("<TOOLCALL>",),),
-        reasoning="think",
     ),
     ToolFormat(
         "tool-calls",
@@ -320,7 +304,6 @@ TOOL_FORMATS: Final[tuple[ToolFormat, ...]] = (
         "</tool_calls>",
         trims=True,
         templates=(("<tool_calls>", "</tool_calls>"),),
-        reasoning="think",
     ),
     ToolFormat(
         "granite",
@@ -329,7 +312,6 @@ TOOL_FORMATS: Final[tuple[ToolFormat, ...]] = (
         "<|/tool_call|>",
         trims=True,
         templates=(("<|tool_call|>",),),
-        reasoning="think",
     ),
     ToolFormat(
         "functools",
@@ -345,7 +327,6 @@ TOOL_FORMATS: Final[tuple[ToolFormat, ...]] = (
         "<|action_end|>",
         trims=True,
         templates=(("<|action_start|>", "<|plugin|>"),),
-        reasoning="think",
     ),
     ToolFormat(
         "function-tag",
@@ -363,7 +344,6 @@ TOOL_FORMATS: Final[tuple[ToolFormat, ...]] = (
         "<|tool_call_end|>",
         trims=True,
         templates=(("<|tool_call_start|>",), ("<|tool_list_start|>",)),
-        reasoning="think",
     ),
     ToolFormat(
         "pythonic",
@@ -384,7 +364,6 @@ TOOL_FORMATS: Final[tuple[ToolFormat, ...]] = (
         "</function_calls>",
         trims=True,
         templates=(("<function_calls>",),),
-        reasoning="think",
     ),
     ToolFormat(
         "hermes",
@@ -394,7 +373,6 @@ TOOL_FORMATS: Final[tuple[ToolFormat, ...]] = (
         between="\n",
         trims=True,
         templates=(("<tool_call>", "</tool_call>"),),
-        reasoning="think",
     ),
     ToolFormat(
         "llama3-json",
