@@ -21,7 +21,7 @@ class Sizes:
     """How large the requests of the corpus are.
 
     :param body: bytes of a large body; the server takes 4 MiB.
-    :param many: items of what is counted rather than weighed.
+    :param many: items of what is counted rather than weighed, and worked on.
     :param often: connections and cancellations of a row.
     :param patience_s: after so long a client goes away.
     """
@@ -32,8 +32,8 @@ class Sizes:
     patience_s: float
 
 
-SMALL: Final = Sizes(body=400_000, many=20_000, often=30, patience_s=1.0)
-WHOLE: Final = Sizes(body=3_900_000, many=390_000, often=300, patience_s=4.0)
+SMALL: Final = Sizes(body=400_000, many=300, often=30, patience_s=1.0)
+WHOLE: Final = Sizes(body=3_900_000, many=2048, often=300, patience_s=4.0)
 
 Visit: TypeAlias = Callable[[int], Awaitable[list[Answer]]]
 """Goes to a port and comes back with the answers, those that there were."""
@@ -69,12 +69,14 @@ class Row:
     :param build: makes what is sent to a route: bodies, each a request of its own, or a visit.
     :param apis: where it goes; none: it says itself where.
     :param small: it is in the small corpus, too.
+    :param patience_s: how long a client waits for the answer, where that is what may hold the loop.
     """
 
     name: str
     build: Callable[[Any, Sizes], bytes | Visit]
     apis: tuple[Api, ...] = ()
     small: bool = False
+    patience_s: float | None = None
 
     def visits(self, sizes: Sizes) -> Iterator[tuple[str, Callable[[], Visit]]]:
         """Each route's name, and what makes its visit when it is needed: bodies are large."""
@@ -88,7 +90,7 @@ class Row:
         if not isinstance(built, bytes):
             return built
         assert api is not None
-        return post(api.path, built, patience_s=sizes.patience_s)
+        return post(api.path, built, patience_s=self.patience_s or sizes.patience_s)
 
 
 def rows(
@@ -96,6 +98,7 @@ def rows(
     table: Mapping[str, Callable[[Any, Sizes], bytes | Visit]],
     *,
     small: bool | Collection[str] = False,
+    patience_s: float | None = None,
 ) -> Iterator[Row]:
     """Rows that go to the same routes.
 
@@ -103,7 +106,8 @@ def rows(
     :param small: which of them are in the small corpus.
     """
     for name, build in table.items():
-        yield Row(name, build, apis, small=small if isinstance(small, bool) else name in small)
+        is_small = small if isinstance(small, bool) else name in small
+        yield Row(name, build, apis, small=is_small, patience_s=patience_s)
 
 
 def quoted(text: str) -> str:

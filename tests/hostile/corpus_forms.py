@@ -41,11 +41,11 @@ def _alternatives(count: int) -> str:
 
 FORMS: Final[dict[str, Callable[[Sizes], bytes]]] = {
     "a schema of ours, deep": lambda _: _body(json_schema=_deep(200)),
-    "a schema of ours, wide": lambda sizes: _body(json_schema=_properties(sizes.many // 4)),
+    "a schema of ours, wide": lambda sizes: _body(json_schema=_properties(sizes.body // 80)),
     "a schema of ours, as wide as may be": lambda _: _body(json_schema=_properties(1000)),
-    "rules in a chain": lambda sizes: _body(grammar=_rules(sizes.many // 4)),
+    "rules in a chain": lambda sizes: _body(grammar=_rules(sizes.body // 80)),
     "as many rules in a chain as may be": lambda _: _body(grammar=_rules(990) + 'r990: "x"\n'),
-    "definitions in a chain": lambda sizes: _body(json_schema=_definitions(sizes.many // 10)),
+    "definitions in a chain": lambda sizes: _body(json_schema=_definitions(sizes.body // 200)),
     "thousands of choices": lambda _: _body(choice=[f"choice {i} of many" for i in range(9000)]),
     "long choices": lambda _: _body(choice=["x" * 16_000 + str(i) for i in range(16)]),
     "thousands of alternatives": lambda _: _body(grammar=_alternatives(7000)),

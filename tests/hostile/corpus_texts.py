@@ -20,6 +20,7 @@ from corpus_apis import (
 )
 from corpus_base import (
     CANARY,
+    WHOLE,
     Api,
     Row,
     Sizes,
@@ -189,18 +190,17 @@ STOPS: Final[dict[str, Callable[[Sizes], list[str]]]] = {
 }
 
 
-def _asking(**fields: Any) -> Callable[[Api, Sizes], bytes]:
-    """A right request with these fields."""
+def _asking(tokens: int = 400, **fields: Any) -> Callable[[Api, Sizes], bytes]:
+    """A right request with these fields. :param tokens: most of an answer in the whole corpus."""
 
-    def build(api: Api, _: Sizes) -> bytes:
+    def build(api: Api, sizes: Sizes) -> bytes:
+        most = max(1, tokens * sizes.many // WHOLE.many)
         if api is INFERENCE:
-            return as_json({"model_id": "m", "prompt": CANARY, "params": fields})
-        place = (
-            {"prompt": CANARY}
-            if api is COMPLETIONS
-            else {"messages": [{"role": "user", "content": CANARY}]}
-        )
-        return as_json({"model": "m", **place, **fields})
+            params = {"max_new_tokens": most, **fields}
+            return as_json({"model_id": "m", "prompt": CANARY, "params": params})
+        messages = {"messages": [{"role": "user", "content": CANARY}]}
+        place = {"prompt": CANARY} if api is COMPLETIONS else messages
+        return as_json({"model": "m", "max_tokens": most, **place, **fields})
 
     return build
 
@@ -215,8 +215,11 @@ def _prompts_of(
     return build
 
 
-def _inputs(text: Callable[[Sizes], str], count: int) -> Callable[[Api, Sizes], bytes]:
-    return lambda api, sizes: body(api.lists["input"], joined([quoted(text(sizes))] * count))
+def _inputs(text: Callable[[Sizes], str], count: int | None = None) -> Callable[..., bytes]:
+    """:param count: of the texts; ``None``: as many as are worked on."""
+    return lambda api, sizes: body(
+        api.lists["input"], joined([quoted(text(sizes))] * (count or sizes.many))
+    )
 
 
 def _by_template(text: Callable[[Sizes], str], count: int = 1) -> Callable[[Api, Sizes], Visit]:
@@ -236,19 +239,18 @@ def _in_time(seconds: str) -> Callable[[Api, Sizes], bytes]:
 
 
 ANSWERS: Final[dict[str, Callable[[Api, Sizes], bytes]]] = {
-    "32 answers": _asking(n=32, max_tokens=200),
-    "32 answers in a stream": _asking(n=32, max_tokens=200, stream=True),
+    "32 answers": _asking(n=32),
+    "32 answers in a stream": _asking(n=32, stream=True),
     "33 answers": _asking(n=33),
     "a milliard of answers": _asking(n=10**9),
-    "beams": _asking(num_beams=8, max_tokens=50),
-    "beams by the thousand": _asking(num_beams=10_000, max_tokens=50),
+    "beams": _asking(50, num_beams=8),
+    "beams by the thousand": _asking(50, num_beams=10_000),
     "an answer without end": _asking(max_tokens=10**9),
     "sampling at its widest": _asking(
-        n=32, max_tokens=50, temperature=2, top_k=10**9, top_p=0.999, min_p=1e-9,
-        repetition_penalty=1.5,
+        50, n=32, temperature=2, top_k=10**9, top_p=0.999, min_p=1e-9, repetition_penalty=1.5
     ),
 }  # fmt: skip
-LOGPROBS: Final = {"n": 32, "max_tokens": 400, "logprobs": True, "top_logprobs": 20}
+LOGPROBS: Final = {"n": 32, "logprobs": True, "top_logprobs": 20}
 PROMPTS: Final[dict[str, Callable[[Api, Sizes], bytes]]] = {
     "token ids, as many as fit": _prompts_of(lambda s: repeated("7", s.body), "ids"),
     "token ids, a context of them": _prompts_of(lambda _: joined(["7"] * 16_000), "ids"),
@@ -274,15 +276,19 @@ CONVERSATIONS: Final[dict[str, Callable[[Api, Sizes], bytes]]] = {
     "ten long messages": _in_every_text,
 }
 VECTORS: Final[dict[str, Callable[[Api, Sizes], bytes]]] = {
-    "2,048 texts of one letter": _inputs(lambda _: "x", 2048),
-    "2,048 texts, as long as fits": _inputs(lambda s: _words(s.body // 2100), 2048),
-    "100 texts of a context": _inputs(lambda _: _words(6000), 100),
-    "2,049 texts": _inputs(lambda _: "x", 2049),
-    "2,048 vectors as base64": lambda api, _: body(
+    "as many texts of one letter as are taken": _inputs(lambda _: "x"),
+    "vectors as base64": lambda api, sizes: body(
         api.lists["input"].replace("[%s]", '[%s],"encoding_format":"base64"'),
-        joined(['"x"'] * 2048),
+        joined(['"x"'] * sizes.many),
     ),
 }
+LONG_INPUTS: Final[dict[str, Callable[[Api, Sizes], bytes]]] = {
+    "as many texts, as long as fits": _inputs(lambda s: _words(s.body // 2100)),
+    "100 texts of a context": _inputs(lambda _: _words(6000), 100),
+    "2,049 texts": _inputs(lambda _: "x", 2049),
+}
+PATIENT_S: Final = 60.0
+"""It is the end of these answers that takes long to write."""
 ROWS: Final = (
     *_prompts(),
     *rows(CONVERSES, CONVERSATIONS, small=list(CONVERSATIONS)[:3]),
@@ -322,19 +328,26 @@ ROWS: Final = (
         ANSWERS,
         small={"32 answers", "32 answers in a stream", "beams", "an answer without end"},
     ),
-    *rows((CHAT,), {"log probabilities of long answers": _asking(**LOGPROBS)}, small=True),
+    *rows((CHAT,), {"log probabilities": _asking(**LOGPROBS)}, small=True, patience_s=PATIENT_S),
     *rows((CHAT,), {"log probabilities in streams": _asking(**LOGPROBS, stream=True)}),
     *rows(
         (COMPLETIONS,),
-        {"log probabilities of long texts": _asking(n=32, max_tokens=400, logprobs=20)},
+        {"log probabilities": _asking(n=32, logprobs=20)},
         small=True,
+        patience_s=PATIENT_S,
     ),
-    *rows((INFERENCE,), {"log probabilities": _asking(max_new_tokens=4000, logprobs=20)}),
+    *rows(
+        (INFERENCE,),
+        {"log probabilities": _asking(8000, logprobs=20)},
+        small=True,
+        patience_s=PATIENT_S,
+    ),
     *rows((COMPLETIONS,), PROMPTS, small=[name for name in PROMPTS if "fit" in name]),
     *rows(
         (INFERENCE,),
         {"token ids": _prompts_of(lambda s: repeated("7", s.body), "prompt_token_ids")},
         small=True,
     ),
-    *rows((EMBEDDINGS,), VECTORS, small=list(VECTORS)[:2]),
+    *rows((EMBEDDINGS,), VECTORS, small=True, patience_s=PATIENT_S),
+    *rows((EMBEDDINGS,), LONG_INPUTS, small=list(LONG_INPUTS)[:1]),
 )

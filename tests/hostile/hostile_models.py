@@ -25,8 +25,8 @@ SPACE: Final = "Ġ"
 HEAD: Final = 32
 HIDDEN: Final = 96
 TALKS: Final = {"layers": 2, "heads": 2, "vectors": False}
-VECTORS: Final = {"layers": 1, "heads": 8, "vectors": True}
-"""Wide ones: 2,048 vectors are half a million numbers to be written."""
+VECTORS: Final = {"layers": 1, "heads": 16, "vectors": True}
+"""Wide ones: 2,048 vectors are a million numbers to be written."""
 TEMPLATE: Final = (
     "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
