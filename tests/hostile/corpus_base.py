@@ -32,7 +32,7 @@ class Sizes:
     patience_s: float
 
 
-SMALL: Final = Sizes(body=400_000, many=300, often=30, patience_s=1.0)
+SMALL: Final = Sizes(body=400_000, many=160, often=30, patience_s=0.35)
 WHOLE: Final = Sizes(body=3_900_000, many=2048, often=300, patience_s=4.0)
 
 Visit: TypeAlias = Callable[[int], Awaitable[list[Answer]]]

@@ -218,8 +218,12 @@ def _prompts_of(
 def _inputs(text: Callable[[Sizes], str], count: int | None = None) -> Callable[..., bytes]:
     """:param count: of the texts; ``None``: as many as are worked on."""
     return lambda api, sizes: body(
-        api.lists["input"], joined([quoted(text(sizes))] * (count or sizes.many))
+        api.lists["input"], joined([quoted(text(sizes))] * (count or _texts(sizes)))
     )
+
+
+def _texts(sizes: Sizes) -> int:
+    return min(2048, 2 * sizes.many)
 
 
 def _by_template(text: Callable[[Sizes], str], count: int = 1) -> Callable[[Api, Sizes], Visit]:
@@ -229,7 +233,7 @@ def _by_template(text: Callable[[Sizes], str], count: int = 1) -> Callable[[Api,
         template = api.texts["content"].replace('":"m"', '":"slow"', 1)
         data = body(template, quoted(text(sizes)))
         request = head("POST", api.path, len(data)) + data
-        return at_once(*[request] * count, patience_s=max(4.0, sizes.patience_s))
+        return at_once(*[request] * count, patience_s=4 * sizes.patience_s)
 
     return build
 
@@ -279,7 +283,7 @@ VECTORS: Final[dict[str, Callable[[Api, Sizes], bytes]]] = {
     "as many texts of one letter as are taken": _inputs(lambda _: "x"),
     "vectors as base64": lambda api, sizes: body(
         api.lists["input"].replace("[%s]", '[%s],"encoding_format":"base64"'),
-        joined(['"x"'] * sizes.many),
+        joined(['"x"'] * _texts(sizes)),
     ),
 }
 LONG_INPUTS: Final[dict[str, Callable[[Api, Sizes], bytes]]] = {

@@ -90,8 +90,8 @@ class Room:
 
 
 @contextlib.asynccontextmanager
-async def opened(deployment: Path, folder: Path) -> AsyncIterator[Room]:
-    """Start a server; end it in the end, in order."""
+async def opened(deployment: Path, folder: Path, patience_s: float) -> AsyncIterator[Room]:
+    """Start a server; end it in the end, in order. :param patience_s: that it has with clients."""
     log = folder / "log"
     pipes = {"stdin": asyncio.subprocess.PIPE, "stdout": asyncio.subprocess.PIPE}
     with log.open("wb") as written:
@@ -99,6 +99,7 @@ async def opened(deployment: Path, folder: Path) -> AsyncIterator[Room]:
             sys.executable,
             str(HERE / "hostile_server.py"),
             str(deployment),
+            str(patience_s),
             stderr=written,
             **pipes,
         )

@@ -1,11 +1,11 @@
 """A server of the tests as a process of its own, which tells how long its loop stood still.
 
-    python hostile_server.py DEPLOYMENT
+    python hostile_server.py DEPLOYMENT PATIENCE_S
 
-It prints its port once its models are loaded. Then it reads lines. ``mark``: it forgets what it has
-measured. ``settle N``: it waits until at most ``N`` requests are there, and prints what it has
-measured and what is held. ``hold S``: it holds its loop for so many seconds. It ends when its
-standard input does. Its log is its standard error.
+It waits so long for what clients send and read. It prints its port once its models are loaded.
+Then it reads lines. ``mark``: it forgets what it has measured. ``settle N``: it waits until at most
+``N`` requests are there, and prints what it has measured and what is held. ``hold S``: it holds its
+loop for so many seconds. It ends when its standard input does. Its log is its standard error.
 """
 
 from __future__ import annotations
@@ -151,8 +151,8 @@ def held(server: EngineRoomServer) -> dict[str, int]:
 async def settled(server: EngineRoomServer, beat: Beat, most: int) -> dict[str, Any]:
     end = time.monotonic() + CALM_S
     while max(held(server).values()) > most and time.monotonic() < end:
-        await asyncio.sleep(0.01)
-    await asyncio.sleep(0.02)
+        await asyncio.sleep(0.005)
+    await asyncio.sleep(2 * beat.TICK_S)
     return {
         "longest": beat.longest,
         "in_all": beat.in_all,
@@ -166,9 +166,13 @@ async def settled(server: EngineRoomServer, beat: Beat, most: int) -> dict[str, 
     }
 
 
-async def serve(deployment: str) -> None:
+async def serve(deployment: str, patience_s: float) -> None:
     settings = ServerSettings(
-        port=0, header_timeout_s=2, body_timeout_s=3, write_timeout_s=3, drain_timeout_s=0
+        port=0,
+        header_timeout_s=patience_s,
+        body_timeout_s=patience_s,
+        write_timeout_s=patience_s,
+        drain_timeout_s=0,
     )
     bound = bind(settings)
     manager = LLMModelManager(deployment)
@@ -214,4 +218,4 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s %(message)s")
     logging.getLogger("engineroom").setLevel(logging.DEBUG)
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
-        runner.run(serve(sys.argv[1]))
+        runner.run(serve(sys.argv[1], float(sys.argv[2])))
