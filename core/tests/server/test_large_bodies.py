@@ -24,6 +24,7 @@ from server_doubles import TalkHandler
 from engineroom import Embeddings, InferenceResponse
 from engineroom.server.http.frames import Answer, Pieces, dumps, slices
 from engineroom.server.http.json_shape import SMALL_BODY
+from engineroom.server.routes import APIS
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 MESSAGES, RESPONSES, NATIVE = "/v1/messages", "/v1/responses", "/v1/inference"
@@ -340,3 +341,27 @@ def test_an_echo_of_many_long_prompts_is_refused(start):
         assert "the echo of all prompts would have 120000" in refused(
             post(run, COMPLETIONS, **long, n=3)
         )
+
+
+def _lists_in(schema: Any) -> list[dict[str, Any]]:
+    """Every list in one of pydantic's core schemas."""
+    lists, level, seen = [], [schema], set()
+    while level:
+        node = level.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, dict):
+            if node.get("type") == "list":
+                lists.append(node)
+            level += node.values()
+        elif isinstance(node, list | tuple):
+            level += node
+    return lists
+
+
+def test_every_list_of_a_request_ends_with_its_first_mistake():
+    requests = {r.request for api in APIS for r in api.ROUTES if r.request is not None}
+    lists = [found for model in requests for found in _lists_in(model.__pydantic_core_schema__)]
+    assert len(lists) > 20
+    assert not [found for found in lists if not found.get("fail_fast")]

@@ -74,7 +74,9 @@ class ResponsesRequest(TemplateFields, OpenAISampling):
     tool_choice: ToolChoice | None = None
     """Whether it does; without it, as it likes."""
     reasoning: ReasoningConfig | None = None
-    include: list[Literal["message.output_text.logprobs"]] | None = None
+    include: (
+        Annotated[list[Literal["message.output_text.logprobs"]], Field(fail_fast=True)] | None
+    ) = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     """With log probabilities included: those of so many likely tokens, too."""
 

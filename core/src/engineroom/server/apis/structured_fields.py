@@ -87,7 +87,7 @@ class StructuredOutputs(SubSchema):
 
     json_: Annotated[_Schema | None, Field(alias="json")] = None
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Annotated[list[str], Field(fail_fast=True)] | None = None
     grammar: str | None = None
     json_object: bool | None = None
 
