@@ -475,6 +475,7 @@ def passes(session: nox.Session, arguments: Sequence[str]) -> bool:
     return True
 
 
+CLIENTS = ROOT / "tests" / "clients"
 HOSTILE = ROOT / "tests" / "hostile"
 MEASURING = HOSTILE / "test_hostile_requests.py"
 """How long an event loop stands still is measured there: nothing else runs beside it."""
@@ -603,6 +604,28 @@ def long(session: nox.Session) -> None:
     run_folders(session, ((folder, ("-m", "nightly or long")) for folder in TEST_FOLDERS))
 
 
+@nox.session(python=PYTHON, reuse_venv=True)
+def clients(session: nox.Session) -> None:
+    """Real clients, as they are, against `engineroom serve` on SmolLM2: tools, forms, reasoning."""
+
+    def installing() -> None:
+        extra = [*extras("core", "server", "prompts"), *group("clients"), *group("clients-test")]
+        install(session, "core", "llamacpp", extra=extra)
+        install_smollm2(session)
+
+    arguments = selection(session, CLIENTS)
+    once(session, installing)
+    if (npm := shutil.which("npm")) is None:
+        session.log("the Vercel AI SDK is left out: there is no npm here")
+    else:
+        place = Path(session.create_tmp()) / "vercel"
+        shutil.copytree(CLIENTS / "vercel", place, dirs_exist_ok=True)
+        with session.chdir(place):
+            session.run(npm, "install", "--no-audit", "--no-fund", external=True)
+        session.env["ENGINEROOM_VERCEL"] = os.fspath(place)
+    pytest(session, arguments)
+
+
 @nox.session(venv_backend="none")
 def nightly(session: nox.Session) -> None:
     """What neither `tests` nor `ci` runs: hours."""
@@ -611,6 +634,7 @@ def nightly(session: nox.Session) -> None:
         if minor not in (THIS, NEWEST):
             session.notify(f"tests_core-{minor}")
     session.notify("tests_vllm", posargs=["--all"])
+    session.notify("clients")
     session.notify("build")
 
 
