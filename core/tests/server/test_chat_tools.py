@@ -141,7 +141,7 @@ def test_tools_are_handed_on(run, client):
         model="m", messages=ASK, tools=[strict], parallel_tool_calls=False
     )
     request = asked(run)
-    assert request.tools == [{"type": "function", "function": FUNCTION}]
+    assert request.tools == [strict]
     assert (request.tool_choice, request.parallel_tool_calls) == (None, False)
     client.chat.completions.create(model="m", messages=ASK)
     assert asked(run).tools is None
@@ -337,4 +337,4 @@ def test_strict_is_not_taken_lightly(shared):
     body = {"model": "m", "messages": ASK, "tools": [strict]}
     answer = httpx.post(f"{shared.url}/v1/chat/completions", json=body)
     assert answer.status_code == 400
-    assert (answer.json()["error"]["param"], "strict" in answer.text) == ("tools", True)
+    assert "strict" in answer.json()["error"]["message"]

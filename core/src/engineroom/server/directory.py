@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from engineroom.config.model import LoadedModel
 from engineroom.errors import EngineRoomError, ModelNotFoundError
-from engineroom.handlers.base import Capabilities, HandlerHealth, InferenceHandler
+from engineroom.handlers.base import HandlerHealth, InferenceHandler
 from engineroom.handlers.dispatch import health_of
 from engineroom.models.manager import LLMModelManager
 from engineroom.service import LLMInferenceService
@@ -73,11 +73,6 @@ class ModelDirectory:
 
     def honoured_params(self, model_id: str) -> frozenset[str] | None:
         """Parameters that the model's runtime honours; ``None``: it cannot be told now."""
-        capabilities = self.capabilities(model_id)
-        return None if capabilities is None else capabilities.params
-
-    def capabilities(self, model_id: str) -> Capabilities | None:
-        """What the model's runtime can do; ``None``: it cannot be told now."""
         if self.manager is None:
             return None
         try:
@@ -88,6 +83,6 @@ class ModelDirectory:
             else:
                 choices = self.manager.get_config(model_id).choices()
                 handler = registry.select_loader(choices[0])
-            return self.service.capabilities_of(handler)
+            return self.service.capabilities_of(handler).params
         except EngineRoomError:
             return None  # the request itself is told why

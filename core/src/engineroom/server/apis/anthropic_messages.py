@@ -180,7 +180,7 @@ def _request(call: Call, request: MessagesRequest) -> InferenceRequest:
         messages=[*system, *messages_of(request.messages)],
         stop_sequences=request.stop_sequences or None,
         template_args=request.chat_template_kwargs or None,
-        **_tools(call, request),
+        **_tools(request),
         **reasoning_of(
             {
                 # Effort is more than thinking; where none is wanted, it says nothing about it.
@@ -195,7 +195,7 @@ def _request(call: Call, request: MessagesRequest) -> InferenceRequest:
     )
 
 
-def _tools(call: Call, request: MessagesRequest) -> dict[str, Any]:
+def _tools(request: MessagesRequest) -> dict[str, Any]:
     asked = request.tool_choice
     choice: str | ToolChoiceOf | None = None
     if asked is not None:
@@ -205,7 +205,7 @@ def _tools(call: Call, request: MessagesRequest) -> dict[str, Any]:
             choice = "required" if asked.type == "any" else asked.type
     parallel = False if asked is not None and asked.disable_parallel_tool_use else None
     tools = [tool.as_function() for tool in request.tools or ()]
-    return chosen_tools(call, request.model, tools, choice, parallel)
+    return chosen_tools(tools, choice, parallel)
 
 
 def _stop_reason(response: InferenceResponse) -> StopReason:

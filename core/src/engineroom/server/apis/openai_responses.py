@@ -208,8 +208,6 @@ def _request(call: Call, request: ResponsesRequest) -> InferenceRequest:
         messages=messages,
         template_args=request.chat_template_kwargs or None,
         **chosen_tools(
-            call,
-            request.model,
             request.tools,
             request.tool_choice,
             request.parallel_tool_calls,

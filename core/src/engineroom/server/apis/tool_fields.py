@@ -9,8 +9,7 @@ from pydantic import Field, Tag
 
 from engineroom.field_types import either
 from engineroom.server.apis.request_fields import SubSchema
-from engineroom.server.http.call import Call
-from engineroom.server.http.errors import ApiError, unsupported
+from engineroom.server.http.errors import ApiError
 from engineroom.tools import MAX_TOOLS, ToolCall
 
 __all__ = [
@@ -40,8 +39,8 @@ class FunctionDefinition(SubSchema):
     parameters: dict[str, Any] | None = None
     """The JSON schema of its arguments; without it, it has none."""
     strict: bool | None = None
-    """Arguments are kept to the schema wherever the runtime can; with ``true``, one that cannot
-    refuses the request."""
+    """Whether arguments are always valid by the schema; a runtime that cannot see to it refuses the
+    request."""
 
     def as_tool(self) -> dict[str, Any]:
         """As the service has it, and templates write it."""
@@ -50,6 +49,8 @@ class FunctionDefinition(SubSchema):
             function["description"] = self.description
         if self.parameters is not None:
             function["parameters"] = self.parameters
+        if self.strict:
+            function["strict"] = True
         return {"type": "function", "function": function}
 
 
@@ -127,24 +128,17 @@ ToolList = Annotated[list[ChatTool], Field(fail_fast=True, max_length=MAX_TOOLS)
 
 
 def chosen_tools(
-    call: Call,
-    model: str,
     tools: Sequence[FunctionDefinition] | None,
     choice: str | ToolChoiceOf | None,
     parallel: bool | None,
 ) -> dict[str, Any]:
     """Fields of ``InferenceRequest``.
 
-    :raises ApiError: 400: the choice names no tool, or one that there is not; ``strict`` is asked
-        of a runtime that keeps to no schema.
+    :raises ApiError: 400: the choice names no tool, or one that there is not.
     """
     offered = {tool.name: tool.as_tool() for tool in tools or ()}
     if len(offered) < len(tools or ()):
         raise _wrong("two tools have the same name; rename one of them", "tools")
-    if any(tool.strict for tool in tools or ()):
-        capabilities = call.context.directory.capabilities(model)
-        if capabilities is not None and "grammar" not in capabilities.structured_output:
-            raise unsupported("strict, for this model's runtime,", "tools")
     named: dict[str, str] | None = None
     if isinstance(choice, ToolChoiceOf):
         if choice.type == "function":
