@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, strategies as st
 from llama_benches import ask
 
-from engineroom_llamacpp import engine as engine_module
+from engineroom_llamacpp import context as context_module, engine as engine_module
 from engineroom_llamacpp.context import LlamaContext
 from engineroom_llamacpp.pace import PromptPace
 
@@ -177,6 +177,7 @@ async def test_the_engine_spares_decoding_requests(
     make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine_module, "_MASKED_FUSED", 0.0)  # on the made-up machine
+    monkeypatch.setattr(context_module, "_TILE", 0)
     options = {"n_parallel": 2, "prefill_chunk": 64, "prefix_cache": False}
     bench = await make(n_ctx=4096, flash_attn="auto", **options)
     machine = Machine(1 / 300)
@@ -209,4 +210,50 @@ async def test_the_engine_spares_decoding_requests(
     assert steps[0][0] == 64
     assert steps[-2][0] == 16
     assert max(took for count, took in steps if count > 16) <= machine.takes(0, 64) * 1.05
+    await bench.idle()
+
+
+@pytest.mark.parametrize(
+    ("waiting", "decoding", "most"),
+    [(1, 1, 128), (1, 8, 128), (2, 8, 128), (4, 4, 512), (7, 1, 6272)],
+)
+def test_where_many_prompts_wait_a_step_reads_more(waiting: int, decoding: int, most: int) -> None:
+    pace = PromptPace(128)
+    pace.begin(waiting, decoding)
+    assert pace.most(0, 10_000) == most
+    pace.add(0, most)
+    assert pace.most(0, 10_000) == 0
+
+
+def test_no_step_reads_less_than_a_block_while_there_is_more() -> None:
+    pace, machine = PromptPace(128, least=64), Machine(1 / 20)
+    decode(pace)
+    assert min(count for count, _ in read(pace, machine, 3000)[:-1]) >= 64
+
+
+async def test_where_attention_computes_blocks_prompts_and_answers_go_in_turn(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = await make(n_ctx=4096, flash_attn="auto", n_parallel=3, prefix_cache=False)
+    decoding = bench.service.stream(ask(max_new_tokens=None))
+    await anext(decoding)
+    steps: list[tuple[int, int]] = []
+    compute = LlamaContext.decode
+
+    def decode(context: LlamaContext) -> int:
+        size = int(context._batch.n_tokens)
+        steps.append((size, len(set(context._sequences[:size].tolist()))))
+        return compute(context)
+
+    monkeypatch.setattr(LlamaContext, "decode", decode)
+    await bench.service.infer(ask("y" * 1000, max_new_tokens=1))
+    read = [at for at, (size, _) in enumerate(steps) if size > 2]
+    assert sum(steps[at][0] for at in read) == pytest.approx(1001, abs=64)
+    assert all(steps[at][1] == 1 and steps[at][0] >= 64 for at in read[:-1])
+    # What is left at the end is no block and needs no step of its own.
+    assert [steps[at + 1] for at in read[:-2]] == [(1, 1)] * (len(read) - 2)
+    steps.clear()
+    await bench.service.infer(ask("short", max_new_tokens=1))  # in one step with the other's token
+    assert (7, 2) in steps
+    await decoding.aclose()
     await bench.idle()

@@ -80,6 +80,8 @@ choices = st.fixed_dictionaries(
         "n_batch": st.sampled_from([32, 64, 512]),
         "prompt_cache_memory": st.sampled_from([0, "100KiB", "1GiB"]),
         "eager": st.booleans(),
+        "kv_unified": st.sampled_from([True, True, False]),
+        "tile": st.sampled_from([0, 8]),
     }
 )
 
@@ -128,16 +130,19 @@ def test_each_greedy_answer_is_that_of_the_request_alone(
     tiny_model: Path, alone: Alone, plan: list[Arrival], options: dict[str, Any]
 ) -> None:
     expected = [alone(arrival) for arrival in plan]
+    tile = options.pop("tile")
+    if not options["kv_unified"]:  # a beam needs a sequence
+        options["n_parallel"] = max(3, options["n_parallel"])
     with pytest.MonkeyPatch.context() as patch:
         if options.pop("eager"):
             move_eagerly(patch)
-        found = asyncio.run(drive(tiny_model, plan, options))
+        found = asyncio.run(drive(tiny_model, plan, options, tile))
     for wanted, (text, whole) in zip(expected, found, strict=True):
         assert text == wanted if whole else wanted.startswith(text)
 
 
 async def drive(
-    model: Path, plan: list[Arrival], options: dict[str, Any]
+    model: Path, plan: list[Arrival], options: dict[str, Any], tile: int
 ) -> list[tuple[str, bool]]:
     """The texts, and whether they are whole; at the end nothing is left in the engine."""
     service, manager = serve(model, **options)
@@ -162,6 +167,7 @@ async def drive(
         loaded = manager.get_loaded_model("m")
         assert loaded is not None
         engine = loaded.model_object
+        engine._context.tile = tile
         statuses: set[int] = set()
         decode: Callable[[], int] = engine._context.decode
 

@@ -50,10 +50,12 @@ class Cells:
     """How many cells are taken.
 
     :param count: how many there are.
+    :param shared: chains can have cells in common; else a beginning is copied.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, *, shared: bool = True) -> None:
         self.count = count
+        self._shared = shared
         self._totals = [0, 0]
 
     @property
@@ -89,6 +91,10 @@ class Cells:
 
     def share(self, chain: Chain, length: int) -> Chain:
         """A busy chain that has the first ``length`` cells of another."""
+        if not self._shared:
+            copy = self.begin()
+            self.grow(copy, length)
+            return copy
         run = self._upto(chain, length)
         self._hold(run, _ALL)
         self._hold(run, _BUSY)

@@ -26,6 +26,8 @@ __all__ = ["LlamaContext", "SavedSequence", "context_params"]
 _SPARE: Final = 8
 """At least so many sequences beyond ``n_parallel``: each costs a row of logits, 200 kB with a
 vocabulary of 49,000."""
+_TILE: Final = 64
+"""``GGML_FA_TILE_Q``."""
 _MOST_SEQUENCES: Final = 256
 """llama.cpp's own bound."""
 _BYTES: Final = ctypes.POINTER(ctypes.c_uint8)
@@ -63,13 +65,15 @@ class SavedSequence:
 
 
 class LlamaContext:
-    """One context over a unified cache.
+    """One context over a cache that is unified, or has a part for each sequence.
 
-    It has ``n_parallel`` sequences and as many more, which keep what may be used again and which
-    beams search in; none more where each would need a state of its own.
+    Unified, it has ``n_parallel`` sequences and as many more, which keep what may be used again
+    and which beams search in; none more where each would need a state of its own.
 
     :param outputs: most tokens of a sequence in a batch for which logits are computed.
     :raises ResourceNotAvailableError: there is no memory for it.
+
+    ``n_ctx`` are the cells that one sequence can have, ``cells`` all of them.
     """
 
     def __init__(self, model: LlamaModel, options: LlamaCppOptions, *, outputs: int = 1) -> None:
@@ -81,7 +85,8 @@ class LlamaContext:
         params.n_batch = min(options.n_batch, params.n_ctx)
         params.n_ubatch = min(options.n_ubatch, params.n_batch)
         parallel = options.n_parallel
-        spare = 0 if model.has_states else max(parallel, _SPARE)
+        self.unified = params.kv_unified = options.kv_unified
+        spare = 0 if model.has_states or not self.unified else max(parallel, _SPARE)
         self.sequences = min(parallel + spare, _MOST_SEQUENCES - 1 if spare else _MOST_SEQUENCES)
         # One more, by way of which parts of others are copied out and in.
         self._part = self.sequences
@@ -115,10 +120,14 @@ class LlamaContext:
             self.close()
             raise
         self.threads = threads
-        self.n_ctx = int(library.llama_n_ctx(self._handle))
+        self.cells = int(library.llama_n_ctx(self._handle))
+        self.n_ctx = self.cells if self.unified else self.cells // params.n_seq_max
         self.n_batch = int(library.llama_n_batch(self._handle))
         self.n_vocab = model.n_vocab
         self.on_gpu = options.n_gpu_layers != 0 and bool(library.llama_supports_gpu_offload())
+        fused = options.flash_attn != "off" and not self.on_gpu
+        self.tile = _TILE if fused else 0
+        """From so many tokens in a batch on attention computes blocks of them; 0: it never does."""
         self._new_batch(library)
 
     def _new_batch(self, library: Any) -> None:
@@ -207,7 +216,11 @@ class LlamaContext:
 
     def share(self, source: int, target: int, length: int) -> None:
         """Let ``target``, which is empty, have the first ``length`` cells of ``source``."""
-        self._library.llama_memory_seq_cp(self._memory, source, target, 0, length)
+        if self.unified:
+            self._library.llama_memory_seq_cp(self._memory, source, target, 0, length)
+        else:  # all or nothing
+            self._library.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+            self.forget(target, length)
 
     def save(self, sequence: int, length: int, start: int = 0) -> SavedSequence | None:
         """Copy ``length`` cells of a sequence from ``start`` on; ``None``: llama.cpp cannot."""

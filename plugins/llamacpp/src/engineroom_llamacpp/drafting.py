@@ -33,7 +33,13 @@ class DraftModel(Drafter):
 
     def __init__(self, model: LlamaModel, options: LlamaCppOptions, n_ctx: int) -> None:
         self._model = model
-        update = {"n_ctx": n_ctx, "lora": [], "rope_freq_base": None, "rope_freq_scale": None}
+        update = {
+            "n_ctx": n_ctx,
+            "kv_unified": True,
+            "lora": [],
+            "rope_freq_base": None,
+            "rope_freq_scale": None,
+        }
         self._context = LlamaContext(model, options.model_copy(update=update))
         self._longest = model.n_ctx_train or n_ctx
         self._content: dict[int, list[int]] = {}

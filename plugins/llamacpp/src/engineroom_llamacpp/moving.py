@@ -40,7 +40,9 @@ class Mover:
     def __init__(self, context: LlamaContext, sequences: Sequences, budget: int) -> None:
         self._context = context
         self._sequences = sequences
-        self.store: PromptStore[SavedSequence] = PromptStore(budget if sequences.reuse else 0)
+        self.store: PromptStore[SavedSequence] = PromptStore(
+            budget if sequences.reuse and sequences.shared else 0
+        )
         self._out, self._into, self._reading = Usual(), Usual(), Usual()  # seconds a token
         self._step = Usual()
         self._left = math.inf  # seconds of copying that this step still may take

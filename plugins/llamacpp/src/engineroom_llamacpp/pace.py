@@ -8,7 +8,8 @@ later tokens are depends on the model, its quantisation and the machine; it is l
 steps themselves.
 
 Attention passes over the cells of other sequences, too, and quicker than over the prompt's own.
-They count as fewer tokens before it.
+They count as fewer tokens before it. Where more prompts wait than requests decode, a step reads
+more.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import Final
 __all__ = ["PromptPace", "Usual"]
 
 _LEAST: Final = 16
-"""Fewer tokens are not worth a step: weights are read from memory once for all of them."""
+"""Fewer tokens are not worth a step: weights are read from memory once for all of them. And counts
+are multiples of it."""
 _KEPT: Final = 0.97
 """What an observation still counts when the next one comes."""
 _MOST_OFF: Final = 1.5
@@ -51,12 +53,16 @@ class PromptPace:
     :param chunk: most tokens of prompts of a step.
     :param masked: what a cell of another sequence, which is passed over, takes of the time of one
         of the token's own.
+    :param least: fewer tokens are not worth a step, as long as there are more.
     """
 
-    def __init__(self, chunk: int, masked: float = 1.0) -> None:
+    def __init__(self, chunk: int, masked: float = 1.0, least: int = _LEAST) -> None:
         self.chunk = chunk
         self._masked = masked
-        self._least = min(_LEAST, chunk)
+        self._unit = min(_LEAST, chunk)
+        self._least = min(max(least, _LEAST), chunk)
+        self.read_last = False
+        """Whether the last step had tokens of prompts."""
         self._dearer = 0.0  # by what share a token is, for each that comes before it
         self._sums = [0.0] * 5  # of weights w, w·x, w·x², w·y, w·x·y
         self._seen = 0
@@ -68,8 +74,15 @@ class PromptPace:
         """By what share a token takes longer, for each that comes before it; 0: not known."""
         return self._dearer
 
-    def begin(self) -> None:
-        """A new step."""
+    def begin(self, waiting: int = 1, decoding: int = 1) -> None:
+        """A new step.
+
+        :param waiting: prompts that wait to be read.
+        :param decoding: requests that decode. They wait for a whole chunk, and for more where many
+            prompts wait for them: each of their steps keeps all of these.
+        """
+        self._share = max(1.0, waiting * waiting / max(1, decoding))
+        self.most_tokens = int(self._share * self.chunk)
         self._taken = 0
         self._spent = 0.0
         self._places = 0.0
@@ -87,12 +100,13 @@ class PromptPace:
         :param available: tokens that there are.
         :returns: at least one for a step's first prompt.
         """
-        count = self._that_cost(position, self._cost(0, self.chunk) - self._spent)
-        if count < min(available, self.chunk):
-            count -= count % self._least
+        budget = self._share * self._cost(0, self.chunk)
+        count = self._that_cost(position, budget - self._spent)
+        if count < min(available, self.most_tokens):
+            count -= count % self._unit
             if not self._taken:
                 count = max(count, self._least)
-        return min(count, available, self.chunk - self._taken)
+        return min(count, available, self.most_tokens - self._taken)
 
     def add(self, position: int, count: int) -> None:
         """So many tokens from ``position`` on are read in this step."""
@@ -100,18 +114,21 @@ class PromptPace:
         self._spent += self._cost(position, count)
         self._places += count * (position + count / 2)
 
-    def end(self, seconds: float, *, decoding: bool) -> None:
+    def end(self, seconds: float, *, decoding: bool, beside: bool = False) -> None:
         """The step took so long.
 
         :param decoding: whether there were tokens of decoding requests in it.
+        :param beside: whether decoding requests waited for it.
         """
-        if not decoding:  # no step of the kind that is to be planned
+        self.read_last = bool(self._taken)
+        if not decoding and not beside:  # no step of the kind that is to be planned
             return
         if not self._taken:
             self._decoding.see(seconds)
             return
         place = self._places / self._taken
-        per_token = max(0.0, seconds - (self._decoding.value or 0.0)) / self._taken
+        others = self._decoding.value or 0.0 if decoding else 0.0
+        per_token = max(0.0, seconds - others) / self._taken
         if self._seen >= _ENOUGH and (expected := self._expected(place)) > 0:
             per_token = min(per_token, _MOST_OFF * expected)
         self._learn(place, per_token)

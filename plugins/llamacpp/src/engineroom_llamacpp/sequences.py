@@ -70,13 +70,18 @@ class Sequences:
     :param count: how many the context has.
     :param cells: cells of its cache.
     :param reuse: keep what is in sequences that are given back, and look for common beginnings.
+    :param shared: sequences can have cells in common; else each has its part of ``cells``, and a
+        beginning is copied.
     """
 
-    def __init__(self, memory: CellMemory, count: int, cells: int, *, reuse: bool) -> None:
+    def __init__(
+        self, memory: CellMemory, count: int, cells: int, *, reuse: bool, shared: bool = True
+    ) -> None:
         self._memory = memory
         self.reuse = reuse
+        self.shared = shared
         self.count = count
-        self.cells = Cells(cells)
+        self.cells = Cells(cells, shared=shared)
         self._free = list(range(count - 1, -1, -1))
         self._idle: list[CellSequence] = []  # the longest unused first
         self.clock = 0
@@ -248,7 +253,9 @@ class Sequences:
             victim = next(sequence for sequence in self._idle if sequence is not keep)
             self.leaving(victim)
             self.drop_idle(victim)
-        return CellSequence(self._free.pop(), self.cells.begin(), origin)
+        # Neighbours are computed at one go, where each has its own part of the cells.
+        index = self._free.pop() if self.shared else self._free.pop(_least(self._free))
+        return CellSequence(index, self.cells.begin(), origin)
 
     def _fork(self, source: CellSequence, length: int) -> CellSequence:
         sequence = self._fresh(source, source.origin)
@@ -266,3 +273,8 @@ class Sequences:
 def _worth(length: int) -> int:
     """As many tokens as are shared of so many."""
     return length if length >= BLOCK else 0
+
+
+def _least(numbers: Sequence[int]) -> int:
+    """The place of the least one."""
+    return min(range(len(numbers)), key=numbers.__getitem__)

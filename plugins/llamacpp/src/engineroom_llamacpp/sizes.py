@@ -27,6 +27,7 @@ __all__ = ["check_positions", "estimate", "is_encoder", "pooling_of", "prompt_ca
 
 _CACHE_BYTES: Final = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32,
                        "q4_1": 20 / 32, "q5_0": 22 / 32, "q5_1": 24 / 32}  # fmt: skip
+_ROUNDED: Final = 256
 _CACHES: Final = 2
 """Prompts that wait take so many times the memory of the key/value cache, where no option says."""
 _SHARE_OF_FREE: Final = 8
@@ -122,7 +123,7 @@ def prompt_cache(header: GgufHeader, options: LlamaCppOptions, free: int | None)
     cut = not header.number("attention.sliding_window") and not any(
         key.startswith(f"{header.architecture}.ssm.") for key in header.metadata
     )
-    if not options.prefix_cache or not cut or is_encoder(header):
+    if not options.prefix_cache or not options.kv_unified or not cut or is_encoder(header):
         return 0
     if options.prompt_cache_memory is not None:
         return options.prompt_cache_memory
@@ -164,6 +165,9 @@ def _cache(header: GgufHeader, options: LlamaCppOptions) -> list[int]:
         return []
     trained = header.number("context_length") or DEFAULT_CONTEXT
     cells = options.n_ctx or min(trained, DEFAULT_CONTEXT)
+    if not options.kv_unified:  # llama.cpp rounds each part up
+        parts = options.n_parallel
+        cells = (cells // parts + _ROUNDED - 1) // _ROUNDED * _ROUNDED * parts
     k_bytes, v_bytes = _CACHE_BYTES[options.cache_type_k], _CACHE_BYTES[options.cache_type_v]
     embedding = _embedding_tokens(header, options)  # a second context, of halves
     return [

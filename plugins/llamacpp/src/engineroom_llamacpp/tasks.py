@@ -78,37 +78,56 @@ def compose(
     """Fill the context's batch: who has how many tokens in the step, and which logits.
 
     First come the tokens of requests that decode, and what is proposed for them as far as there
-    is room; then chunks of prompts.
+    is room; then chunks of prompts. Where attention computes tokens in blocks, a block takes the
+    time of all the cells that one of its tokens attends to: there the two kinds have steps in turn.
 
     :param tasks: running requests with one adapter.
     :param pace: says how many tokens of prompts, where others decode.
     :returns: nothing, where one that decodes has no room: it must not be left behind.
     """
-    context.begin()
-    pace.begin()
     decoding = [task for task in tasks if task.decodes]
     reading = [task for task in tasks if not task.decodes and not task.coming]
+    pace.begin(len(reading), len(decoding))
     needed = sum(len(task.sequences) for task in decoding)
     drafts = sum(len(task.draft) for task in decoding)
     if not sequences.make_room(needed + drafts) and not sequences.make_room(needed):
         return []
     spare = min(sequences.cells.free, context.n_batch, context.n_outputs - len(reading)) - needed
-    slices: list[BatchSlice[Task]] = []
+    parts: list[tuple[Task, int]] = []
     for task in decoding:
         if task.draft:
             del task.draft[max(0, spare) :]
             spare -= len(task.draft)
-        slices.append(_add_beams(task, context) if task.searches else _add_next(task, context))
-    if reading:
-        _add_prompts(tasks, reading, slices, context, sequences, pace)
-    return slices
+        parts.append((task, 1 + len(task.draft)))
+    rows = needed + drafts + sum(len(task.tokens) - task.cached for task in reading)
+    in_turn = 0 < context.tile <= rows and bool(parts)
+    if reading and not (in_turn and pace.read_last):
+        prompts = _prompts(tasks, reading, parts, context, sequences, pace)
+        if prompts and in_turn:
+            for task in decoding:
+                task.draft = []
+            parts = prompts
+        else:
+            parts += prompts
+    if not sequences.shared:  # neighbours are computed at one go
+        parts.sort(key=lambda part: part[0].sequence)
+    context.begin()
+    slices = [_add(task, count, context) for task, count in parts]
+    return sorted(slices, key=lambda part: not part.task.decodes)
 
 
-def _add_next(task: Task, context: LlamaContext) -> BatchSlice[Task]:
-    """Its last token, and what may come after it."""
-    tokens = task.tokens[-1:] + task.draft
-    count = len(tokens)
-    return BatchSlice(task, count, context.add(task.sequence, task.cached, tokens, count), count)
+def _add(task: Task, count: int, context: LlamaContext) -> BatchSlice[Task]:
+    """So many tokens of a request."""
+    if task.searches:
+        return _add_beams(task, context)
+    if task.decodes:  # its last token, and what may come after it
+        tokens = task.tokens[-1:] + task.draft
+        first = context.add(task.sequence, task.cached, tokens, count)
+        return BatchSlice(task, count, first, count)
+    chunk = task.tokens[task.cached : task.cached + count]
+    outputs = int(task.cached + count == len(task.tokens))
+    first = context.add(task.sequence, task.cached, chunk, outputs)
+    return BatchSlice(task, count, first, outputs)
 
 
 def _add_beams(task: Task, context: LlamaContext) -> BatchSlice[Task]:
@@ -121,31 +140,37 @@ def _add_beams(task: Task, context: LlamaContext) -> BatchSlice[Task]:
     return BatchSlice(task, 1, places[0], len(places))
 
 
-def _add_prompts(
+def _prompts(
     tasks: Sequence[Task],
     reading: Sequence[Task],
-    slices: list[BatchSlice[Task]],
+    parts: Sequence[tuple[Task, int]],
     context: LlamaContext,
     sequences: Sequences,
     pace: PromptPace,
-) -> None:
-    """Chunks of prompts, as many as there is room for; a beginning that many have only once."""
-    taken = sum(part.count * len(part.task.sequences) for part in slices)
+) -> list[tuple[Task, int]]:
+    """Tokens of prompts, as many as there is room for; a beginning that many have only once.
+
+    :param parts: what those that decode have of the step.
+    """
+    taken = sum(count * len(task.sequences) for task, count in parts)
     budget = context.n_batch - taken
-    beside = bool(slices)
-    now: list[Task] = []
+    beside = bool(parts)
+    now: list[tuple[Task, int]] = []
     # A prompt that is shorter by half need not wait for those that came before. The first of these
     # gets half of the step nevertheless, so that none waits for ever.
-    half = (min(budget, pace.chunk) if beside else budget) // 2
+    half = (min(budget, pace.most_tokens) if beside else budget) // 2
     oldest = reading[0]
     for task in sorted(reading, key=lambda task: (len(task.tokens) - task.cached).bit_length()):
         if sequences.reuse and len(tasks) > 1 and task.beams is None:
-            others = (other for other in tasks if other is not task)
-            busy = contents(other for other in others if other.origin == task.origin)
+            # What has to be copied is copied once, when all of it has been read.
+            if not sequences.shared and any(_same(task, other) for other, _ in now):
+                continue
+            beside_it = (other for other in tasks if other is not task)
+            busy = contents(other for other in beside_it if other.origin == task.origin)
             known = sequences.longer(task.sequences[0], task.tokens, task.cached, busy)
             if known > task.cached:
                 task.cached = task.reused = known
-            if any(_same(task, other) for other in now):
+            if any(_same(task, other) for other, _ in now):
                 continue
         count = min(len(task.tokens) - task.cached, budget)
         if task is oldest:
@@ -154,7 +179,8 @@ def _add_prompts(
             count = min(count, half)
             if count < 1:
                 continue
-        place = pace.place(task.cached, sequences.cells.used + taken)
+        cells = sequences.cells.used + taken if sequences.shared else 0
+        place = pace.place(task.cached, cells)
         if beside:
             count = pace.most(place, count)
         sequences.make_room(taken + count)
@@ -162,14 +188,11 @@ def _add_prompts(
         if count < 1:
             break
         pace.add(place, count)
-        chunk = task.tokens[task.cached : task.cached + count]
-        outputs = int(task.cached + count == len(task.tokens))
-        first = context.add(task.sequence, task.cached, chunk, outputs)
-        slices.append(BatchSlice(task, count, first, outputs))
-        now.append(task)
+        now.append((task, count))
         taken += count
         budget -= count
         half -= count
+    return now
 
 
 def _same(task: Task, other: Task) -> bool:
