@@ -26,6 +26,7 @@ from benchmarks.harness import Bar, Measurement, Settings, Ticks, UnavailableErr
 GROUPS: Final = {
     "core": "benchmarks.core",
     "llamacpp": "benchmarks.llamacpp",
+    "llamacpp_cache": "benchmarks.llamacpp_cache",
     "hf_transformers": "benchmarks.hf_transformers",
     "structured": "benchmarks.structured",
     "vllm": "benchmarks.vllm",

@@ -18,6 +18,7 @@ __all__ = [
     "OPTIONS",
     "BareSide",
     "ForgetfulSide",
+    "LongBareSide",
     "NinePlacesSide",
     "Side",
     "instructions",
@@ -87,13 +88,16 @@ class NinePlacesSide(ForgetfulSide):
 
 
 class BareSide:
-    """The same model in the bare loop, in this process, with the same options."""
+    """The same model in the bare loop, in this process, with the same options.
 
-    def __init__(self, path: Path) -> None:
+    :param changes: other options than the usual ones.
+    """
+
+    def __init__(self, path: Path, **changes: Any) -> None:
         from benchmarks.bare_llamacpp import BareLoop
         from engineroom_llamacpp.options import LlamaCppOptions
 
-        self._loop = BareLoop(path, LlamaCppOptions.model_validate(OPTIONS))
+        self._loop = BareLoop(path, LlamaCppOptions.model_validate(OPTIONS | changes))
 
     def choose_sampling(self, prompts: Sequence[Sequence[int]], count: int) -> str:
         """Use the faster way of sampling from here on; says what each of them gave."""
@@ -122,6 +126,13 @@ class BareSide:
     def close(self) -> None:
         """Free the model."""
         self._loop.close()
+
+
+class LongBareSide(BareSide):
+    """With a batch that long prompts fit in."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, n_ctx=8192, n_batch=8192)
 
 
 def instructions(info: str) -> str:

@@ -11,7 +11,6 @@ import asyncio
 import importlib.metadata
 import importlib.util
 import itertools
-import json
 import sys
 import time
 from collections.abc import Coroutine, Mapping, Sequence
@@ -21,6 +20,7 @@ from typing import Any, Final, TypeAlias
 from benchmarks.foreign_servers import ServerProcess
 from benchmarks.harness import DiscardError, UnavailableError
 from benchmarks.llamacpp import PROMPTS
+from benchmarks.served import stream
 
 __all__ = ["OPTIONS", "Sides", "VLLMServe", "ask"]
 
@@ -203,39 +203,8 @@ def _arguments() -> tuple[list[str], dict[str, str]]:
 
 async def ask(port: int, prompt: str, count: int) -> Answer:
     """A streamed answer over HTTP."""
-    asked = {
-        "model": "m",
-        "prompt": prompt,
-        "max_tokens": count,
-        "temperature": 0,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    body = json.dumps(asked).encode()
-    began, first, tokens = time.perf_counter(), 0.0, 0
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    try:
-        writer.write(
-            b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
-            b"content-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
-        )
-        status = await reader.readline()
-        if b" 200 " not in status:
-            rest = (await reader.read(2000)).decode(errors="replace")
-            raise UnavailableError(f"the server answered {status.decode().strip()}: {rest}")
-        while line := await reader.readline():
-            if not line.startswith(b"data: {"):
-                continue
-            event = json.loads(line.removeprefix(b"data: "))
-            if "error" in event:
-                raise UnavailableError(f"the server failed: {event['error']}")
-            if any(choice.get("text") for choice in event["choices"]):
-                first = first or time.perf_counter() - began
-            if usage := event.get("usage"):
-                tokens = int(usage["completion_tokens"])
-    finally:
-        writer.close()
-    return tokens, first
+    answer = await stream(port, {"model": "m", "prompt": prompt, "max_tokens": count})
+    return answer.tokens, answer.first
 
 
 async def _gather(work: Sequence[Coroutine[Any, Any, Answer]]) -> list[Answer]:
