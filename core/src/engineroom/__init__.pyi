@@ -48,6 +48,7 @@ from .generation.call_forms import (
     JsonForm as JsonForm,
     NamedForm as NamedForm,
     PythonicForm as PythonicForm,
+    ReasoningFormat as ReasoningFormat,
     TaggedForm as TaggedForm,
     ToolFormat as ToolFormat,
 )
@@ -65,6 +66,9 @@ from .generation.steps import (
 from .generation.text import (
     TextPipeline as TextPipeline,
     Utf8Decoder as Utf8Decoder,
+)
+from .generation.traits import (
+    ModelTraits as ModelTraits,
 )
 from .handlers.base import (
     API_VERSION as API_VERSION,
