@@ -95,6 +95,7 @@ def open_server(request, start):
         if request.param == "h11":
             patch.setitem(__import__("sys").modules, "uvicorn.protocols.http.httptools_impl", None)
         with start(handler=ForgetfulHandler()) as run:
+            gc.collect()  # what earlier tests have left; a server takes back what it set aside
             yield run
 
 

@@ -101,6 +101,8 @@ async def read_prompt(
 def _read(codec: PromptCodec, request: InferenceRequest) -> ReadPrompt:
     if request.messages is None:
         return ReadPrompt(codec.prompt(request.prompt, None))
+    if not hasattr(codec, "chat"):  # a runtime's own, which makes token ids and no more
+        return ReadPrompt(codec.prompt(None, request.messages, request.offered_tools))
     return ReadPrompt(*codec.chat(request.messages, request.offered_tools, _template_args(request)))
 
 
