@@ -99,9 +99,10 @@ def test_special_tokens_are_text_in_every_string_of_a_message(codec: Codec, evil
     opened = codec(EVERYTHING)
     plain = opened.prompt(None, *conversation("~"))
     tokens = opened.prompt(None, *conversation(evil))
-    assert [t for t in tokens if t in (START, END)] == [START, END] * 3
+    # One more than there are messages: the one that tells the tools, which the template cannot.
+    assert [t for t in tokens if t in (START, END)] == [START, END] * 4
     text, expected = written(opened, tokens), written(opened, plain)
-    assert text.count("<|im_end|>") == expected.count("~") + 3
+    assert text.count("<|im_end|>") == expected.count("~") + 4
     assert opened.prompt("<|im_start|>", None).count(START) == 1  # who writes a prompt means it
 
 
@@ -308,8 +309,9 @@ async def test_half_of_a_surrogate_pair_is_refused_wherever_it_stands(codec: Cod
     with pytest.raises(ConfigurationError, match="each text must be text"):
         await tokens_of_texts(opened, ["a", HALF], 100)
     called = ChatMessage(role="assistant", tool_calls=[{"id": "i", **ASKED}])
-    for messages, tools in (([user("a"), called], None), ([user("a")], [ASKED])):
-        request = InferenceRequest(model_id="m", messages=messages, tools=tools)
-        with pytest.raises(ConfigurationError, match="surrogate"):
-            await tokens_of(opened, request, tools)
+    request = InferenceRequest(model_id="m", messages=[user("a"), called])
+    with pytest.raises(ConfigurationError, match="surrogate"):
+        await tokens_of(opened, request)
+    with pytest.raises(ConfigurationError, match="surrogate"):
+        await asyncio.to_thread(opened.prompt, None, [user("a")], [ASKED])
     assert opened.count("a🦜") > 1

@@ -166,7 +166,6 @@ def test_a_call_that_has_to_be_is_a_grammar():
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [{**TOOLS[0], "strict": True}]}, "tools.strict"),
         ({"reasoning": True}, "reasoning"),
-        ({"reasoning_budget": 5}, "reasoning_budget"),
         ({"template_args": {"a": 1}}, "template_args"),
     ],
 )
@@ -175,6 +174,13 @@ def test_what_a_handler_cannot_do_is_refused_by_name(fields, name):
     assert response.finish_reason == "error" and f"not honour {name}" in response.error_message
     response = answer(Scripted(CALL), ask(**fields, on_unsupported="warn"))
     assert response.finish_reason == "tool_calls" and name in response.warnings[0]
+
+
+def test_a_bound_of_reasoning_is_refused_where_there_is_reasoning():
+    request = ask(reasoning_budget=5)
+    assert answer(Scripted(CALL), request).finish_reason == "tool_calls"
+    response = answer(Scripted(CALL, ModelTraits(reasoning=THINK)), request)
+    assert "not honour reasoning_budget" in response.error_message
 
 
 def test_a_tool_that_was_not_offered_is_passed_on_with_a_warning():

@@ -23,7 +23,7 @@ from engineroom.errors import ConfigurationError, InferenceError, ModelNotFoundE
 from engineroom.handlers.base import Capabilities, Embeddings, InferenceHandler
 from engineroom.handlers.dispatch import DispatchReport
 from engineroom.handlers.registry import HandlerRegistry
-from engineroom.handlers.token_handler import effective_capabilities
+from engineroom.handlers.token_handler import effective_capabilities, unsupported_by
 from engineroom.inference.admission import Admission
 from engineroom.inference.blocking import BlockingPortal, BlockingStream
 from engineroom.inference.execution import Execution, answer_whole
@@ -301,7 +301,7 @@ class LLMInferenceService:
                     f"handler {handler.name!r} makes no embeddings; use another runtime"
                 )
             return handler, []
-        unsupported = capabilities.unsupported(request)
+        unsupported = unsupported_by(handler, loaded_model, capabilities, request)
         if not unsupported:
             return handler, []
         # Without its input a request has nothing to continue: that cannot be a warning.

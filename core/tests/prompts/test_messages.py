@@ -51,7 +51,9 @@ def test_what_a_message_lacks_has_no_key() -> None:
     ("parts", "content"), [(False, ""), (True, [{"type": "text", "text": ""}])]
 )
 def test_calls_have_content_beside_them_which_templates_look_into(parts, content) -> None:
-    (message,) = for_template([ChatMessage(role="assistant", tool_calls=[CALL])], parts=parts)
+    calls = [ChatMessage(role="assistant", tool_calls=[CALL])]
+    assert "content" not in for_template(calls, parts=parts)[0]  # but where a template needs it
+    (message,) = for_template(calls, parts=parts, empty_content=True)
     assert message.keys() == {"role", "tool_calls", "content"}
     assert message["content"] == ([{"type": "text", "text": ""}] if parts else "")
 

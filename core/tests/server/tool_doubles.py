@@ -48,7 +48,12 @@ class DeltaHandler(InferenceHandler):
     def capabilities(self) -> Capabilities:
         params = frozenset(GenerationParams.model_fields)
         return Capabilities(
-            params=params, chat=True, tools=True, structured_output=KINDS, template_args=True
+            params=params,
+            chat=True,
+            tools=True,
+            structured_output=KINDS,
+            template_args=True,
+            reasoning_budget=True,
         )
 
     def can_handle(self, loaded_model: Any) -> bool:

@@ -15,8 +15,10 @@ from .beam_search import (
     BeamSearch as BeamSearch,
     Likeliest as Likeliest,
 )
-from .constraints import (
+from .constraint import (
     Constraint as Constraint,
+)
+from .constraints import (
     GrammarCompiler as GrammarCompiler,
     grammar_of as grammar_of,
 )

@@ -25,7 +25,7 @@ class Engine(ABC):
 
     codec: Any
     """Reads text: a :class:`~engineroom.prompts.PromptCodec`, or what has its methods ``prompt``,
-    ``whole`` and ``count``. May be called from any thread."""
+    ``chat``, ``whole`` and ``count``. May be called from any thread."""
     n_ctx: int
     """Most tokens of a prompt and its answer, or of a text."""
     n_vocab: int

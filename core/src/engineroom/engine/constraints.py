@@ -16,16 +16,17 @@ from functools import cache, partial
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
-from engineroom.errors import ConfigurationError, InferenceError
+from engineroom.engine.constraint import Constraint, first_line
+from engineroom.engine.reasoning_budget import BudgetedConstraint
+from engineroom.errors import ConfigurationError
 from engineroom.generation.grammars import missing_library
 from engineroom.generation.traits import PLAIN, ModelTraits
 from engineroom.prompts.model_tokens import ModelTokens
 from engineroom.prompts.reading import in_lane
 from engineroom.schemas import InferenceRequest
 
-__all__ = ["Constraint", "GrammarCompiler", "grammar_of"]
+__all__ = ["GrammarCompiler", "grammar_of"]
 
 MAX_COMPILED_CHARS: Final = 4_000_000
 """Characters of the grammars that a model's compiled ones are kept for; the oldest go first."""
@@ -38,78 +39,6 @@ _LARGEST_GRAMMAR: Final = 200_000
 _LONGEST_ROW: Final = 8_000
 """What the parser keeps for one place of the text: some 2,000 properties that may be left out. A
 token takes 35 ms then, for which llguidance keeps the interpreter."""
-
-
-class Constraint:
-    """Where one request is in its grammar. Used by one thread at a time."""
-
-    __slots__ = ("_ends", "_matcher", "_width")
-
-    def __init__(self, matcher: Any, width: int, ends: frozenset[int]) -> None:
-        self._matcher = matcher
-        self._width = width
-        self._ends = ends
-
-    @property
-    def complete(self) -> bool:
-        """Whether the text may end here."""
-        return bool(self._matcher.is_accepting())
-
-    @property
-    def ended(self) -> bool:
-        """Whether nothing may follow but the end."""
-        return bool(self._matcher.is_stopped())
-
-    def allows(self, token: int) -> bool:
-        """Whether a token may come next."""
-        if token in self._ends:
-            return self.complete
-        return not self.ended and self._matcher.validate_tokens([token]) == 1
-
-    def allowed(self) -> NDArray[np.bool_]:
-        """Which tokens may come next, one value a logit.
-
-        :raises ConfigurationError: the grammar is too complex to go on, or lets nothing follow.
-        """
-        mask = np.zeros(self._width, np.bool_)
-        if not self.ended:
-            bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-            bits = np.unpackbits(bits, count=self._width, bitorder="little")
-            mask[: bits.size] = bits
-        self._check()
-        mask[list(self._ends)] = self.complete
-        if not mask.any():
-            raise ConfigurationError(
-                "the grammar lets nothing follow, and the text is not complete; change it"
-            )
-        return mask
-
-    def take(self, token: int) -> None:
-        """A token was chosen, one that is allowed.
-
-        :raises ConfigurationError: the grammar is too complex to go on.
-        :raises InferenceError: it is not allowed.
-        """
-        if token not in self._ends and self._matcher.try_consume_tokens([token]) != 1:
-            self._check()
-            raise InferenceError(f"token {token} does not fit the grammar")
-
-    def undo(self, count: int) -> None:
-        """Take the last ``count`` tokens back, none of which ended the text."""
-        if count and not self._matcher.rollback(count):
-            self._check()
-            raise InferenceError("the grammar cannot be set back")
-
-    def copy(self) -> Constraint:
-        """Another one at the same place, for a beam; takes less than a tenth of a millisecond."""
-        return Constraint(self._matcher.deep_copy(), self._width, self._ends)
-
-    def _check(self) -> None:
-        if self._matcher.is_error():
-            raise ConfigurationError(
-                f"the grammar became too complex at this place of the text: "
-                f"{_first_line(self._matcher.get_error())}; simplify it"
-            )
 
 
 class GrammarCompiler:
@@ -125,9 +54,13 @@ class GrammarCompiler:
         self._kept = 0  # characters
         self._lock = threading.Lock()
 
-    async def compile(self, request: InferenceRequest, tail: str | None = None) -> Constraint:
-        """What the answer to a request must match, at its beginning. What is compiling goes on
-        where nobody waits any more: it is bounded, and the next request finds it.
+    async def compile(
+        self, request: InferenceRequest, tail: str | None = None
+    ) -> Constraint | None:
+        """What the answer to a request must match, at its beginning; ``None``: nothing.
+
+        What is compiling goes on where nobody waits any more: it is bounded, and the next request
+        finds it.
 
         :param tail: how the prompt ends that a chat template wrote.
         :raises ConfigurationError: it is not valid, or too large; or llguidance is not installed.
@@ -137,7 +70,18 @@ class GrammarCompiler:
         work = partial(self._begin, request, tail)
         return await in_lane(self._codec, work, key=request.key_name, size=_size(request))
 
-    def _begin(self, request: InferenceRequest, tail: str | None) -> Constraint:
+    def _begin(self, request: InferenceRequest, tail: str | None) -> Constraint | None:
+        traits = _traits_of(self._codec)
+        constraint = self._match(request, tail) if request.constrained else None
+        budget, thoughts = request.reasoning_budget, traits.thoughts(request, tail)
+        if budget is None or thoughts is None:
+            return constraint
+        table, width, _ = self._table()
+        closing = self._codec.read(f"{thoughts.end}\n\n")
+        piece = partial(_piece, table)
+        return BudgetedConstraint(constraint, thoughts, budget, closing, piece, width)
+
+    def _match(self, request: InferenceRequest, tail: str | None) -> Constraint:
         grammar = _traits_of(self._codec).grammar(request, tail)
         with self._lock:
             if (matcher := self._compiled.get(grammar)) is not None:
@@ -189,6 +133,11 @@ def _vocabulary(tokens: ModelTokens) -> tuple[Any, int, frozenset[int]]:
     return table, width, frozenset(tokens.ends)
 
 
+def _piece(table: Any, token: int) -> bytes:
+    piece: bytes = table.decode_bytes([token])
+    return piece
+
+
 def _matcher(tokenizer: Any, grammar: str, asked: str, **limits: Any) -> Any:
     """A grammar, compiled, and tried out with its first token.
 
@@ -213,7 +162,7 @@ def _matcher(tokenizer: Any, grammar: str, asked: str, **limits: Any) -> Any:
                 matcher = beyond
                 break
     if matcher.is_error():
-        raise ConfigurationError(f"{asked} cannot be honoured: {_first_line(matcher.get_error())}")
+        raise ConfigurationError(f"{asked} cannot be honoured: {first_line(matcher.get_error())}")
     return matcher
 
 
@@ -242,14 +191,6 @@ def _asked(request: InferenceRequest) -> str:
     """What of a request a grammar is made of."""
     names = ["structured_output"] if request.params.structured_output is not None else []
     return " and ".join([*names, "tools"] if request.offered_tools else names)
-
-
-def _first_line(message: str) -> str:
-    """What is wrong, without the grammar, which a message must not repeat at length."""
-    first, *rest = message.strip().splitlines() or ["?"]
-    # What is wrong with a regular expression stands below it.
-    wrong = next((line for line in rest if line.startswith("error: ")), "")
-    return f"{first[:300]} {wrong[7:300]}".rstrip()
 
 
 @cache

@@ -31,7 +31,8 @@ from engineroom.schemas import InferenceRequest
 from engineroom.sources.source import find_source
 
 if TYPE_CHECKING:
-    from engineroom.engine.constraints import Constraint, GrammarCompiler
+    from engineroom.engine.constraint import Constraint
+    from engineroom.engine.constraints import GrammarCompiler
 
 __all__ = ["EngineHandler"]
 
@@ -180,7 +181,7 @@ class EngineHandler(TokenHandler):
         codec = engine.codec
         prompt = await read_prompt(codec, request, n_ctx=engine.n_ctx, advice=engine.longer_context)
         self.check(engine, request, prompt.tokens)
-        if self._constrains(request):
+        if self._constrains(request) or self.traits(loaded_model).limits(request):
             constraint = await self._constraint(engine, request, prompt.tail)
             task = engine.request(request, prompt.tokens, constraint)
         else:
@@ -202,7 +203,7 @@ class EngineHandler(TokenHandler):
 
     async def _constraint(
         self, engine: Any, request: InferenceRequest, tail: str | None
-    ) -> Constraint:
+    ) -> Constraint | None:
         from engineroom.engine.constraints import GrammarCompiler  # it needs numpy
 
         if engine.grammars is None:

@@ -20,7 +20,7 @@ from typing import Final, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from engineroom.engine.constraints import Constraint
+from engineroom.engine.constraint import Constraint
 from engineroom.schemas import GenerationParams, TokenLogprob
 
 __all__ = [

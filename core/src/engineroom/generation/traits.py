@@ -50,6 +50,12 @@ class ModelTraits:
             return True
         return request.offered_tools is not None
 
+    def limits(self, request: InferenceRequest) -> bool:
+        """Whether the reasoning of the answer has a bound."""
+        if request.reasoning_budget is None or request.messages is None:
+            return False
+        return self.reasoning is not None
+
     def reader(self, request: InferenceRequest) -> OutputReader | None:
         """What tells content, reasoning and calls apart; ``None``: all is content."""
         if not self.parses(request):
@@ -73,14 +79,18 @@ class ModelTraits:
         :param tail: how its prompt ends; ``None``: nothing is known, or it is no conversation.
         :raises ConfigurationError: it cannot be one; names what is wrong.
         """
-        return answer_grammar(request, self.written_as(request), self._thoughts(request, tail))
+        return answer_grammar(request, self.written_as(request), self.thoughts(request, tail))
 
     def warnings(self, request: InferenceRequest) -> Iterator[str]:
         """What is asked of the model in vain."""
         if request.reasoning is not None and request.messages is not None and not self.told:
             yield "reasoning was ignored: the model's chat template cannot be told of it"
 
-    def _thoughts(self, request: InferenceRequest, tail: str | None) -> Thoughts | None:
+    def thoughts(self, request: InferenceRequest, tail: str | None) -> Thoughts | None:
+        """What stands around the reasoning of the answer; ``None``: there is none.
+
+        :param tail: as for :meth:`grammar`.
+        """
         if (reasoning := self.reasoning) is None or request.messages is None:
             return None
         tail = (self.tail if tail is None else tail).rstrip()

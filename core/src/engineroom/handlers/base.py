@@ -48,11 +48,12 @@ class Capabilities:
         ``chat`` honours them: where it does not itself, they are told in a message.
     :param structured_output: kinds of ``structured_output`` that it honours, of ``json_schema``,
         ``json_object``, ``regex``, ``choice`` and ``grammar``. One that honours ``grammar``
-        honours a ``tool_choice`` that asks for a call, and ``reasoning_budget``, as well.
+        honours a ``tool_choice`` that asks for a call, and tools that are ``strict``, as well.
     :param embeddings: has :meth:`InferenceHandler.embed`, for models that are made for it.
     :param template_args: hands ``template_args`` and ``reasoning`` to the model's chat template, as
         :func:`~engineroom.prompts.tokens_of` does.
     :param adapters: honours ``adapter``, and refuses names that it does not know.
+    :param reasoning_budget: ends reasoning after so many tokens.
     :param prompt_token_ids: takes ``prompt_token_ids``, and refuses ids that the model has not.
     """
 
@@ -64,6 +65,7 @@ class Capabilities:
     embeddings: bool = False
     adapters: bool = False
     template_args: bool = False
+    reasoning_budget: bool = False
     prompt_token_ids: bool = False
 
     def __post_init__(self) -> None:
@@ -94,10 +96,10 @@ class Capabilities:
         if "grammar" not in self.structured_output:
             if request.tool_choice not in (None, "none", "auto"):
                 names.append("tool_choice")
-            if request.reasoning_budget is not None:
-                names.append("reasoning_budget")
             if request.has_strict_tools:
                 names.append("tools.strict")
+        if request.reasoning_budget is not None and not self.reasoning_budget:
+            names.append("reasoning_budget")
         if request.messages is not None and not self.template_args:
             stated = (n for n in ("template_args", "reasoning") if getattr(request, n) is not None)
             names.extend(stated)

@@ -27,7 +27,13 @@ from engineroom.prompts.codec import PromptCodec
 from engineroom.prompts.tool_messages import tools_as_messages
 from engineroom.schemas import InferenceRequest, InferenceResponse, StructuredOutput
 
-__all__ = ["TokenHandler", "answers_by_steps", "effective_capabilities", "read_steps"]
+__all__ = [
+    "TokenHandler",
+    "answers_by_steps",
+    "effective_capabilities",
+    "read_steps",
+    "unsupported_by",
+]
 
 logger = get_logger("engineroom.registry")
 
@@ -49,6 +55,21 @@ def effective_capabilities(handler: InferenceHandler) -> Capabilities:
         tools = capabilities.tools or capabilities.chat
         return replace(capabilities, params=honoured, stop_sequences=True, tools=tools)
     return capabilities
+
+
+def unsupported_by(
+    handler: InferenceHandler,
+    loaded_model: LoadedModel,
+    capabilities: Capabilities,
+    request: InferenceRequest,
+) -> list[str]:
+    """Names of what a request asks for in vain. What a model never does needs no bound."""
+    names = capabilities.unsupported(request)
+    if "reasoning_budget" in names and isinstance(handler, TokenHandler):
+        with Border(logger, f"handler {handler.name!r}: traits"):
+            if not handler.traits(loaded_model).limits(request):
+                names.remove("reasoning_budget")
+    return names
 
 
 class TokenHandler(InferenceHandler):

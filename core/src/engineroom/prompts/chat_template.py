@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import cache
+from itertools import product
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from engineroom.errors import ConfigurationError
@@ -78,7 +79,7 @@ class ChatTemplate:
             self._template = environment.compiled(source)
         except Exception as error:  # syntax errors of Jinja's, and of the Python it makes
             raise ConfigurationError(f"the chat template is not valid: {error}") from error
-        self.parts = self.text_arguments = self.takes_tools = False
+        self.parts = self.text_arguments = self.empty_content = self.takes_tools = False
         self.knows_system = True
         self._endless = False
         try:
@@ -88,7 +89,12 @@ class ChatTemplate:
 
     def conversation(self, messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
         """The messages in the shape that this template walks."""
-        return for_template(messages, parts=self.parts, text_arguments=self.text_arguments)
+        return for_template(
+            messages,
+            parts=self.parts,
+            text_arguments=self.text_arguments,
+            empty_content=self.empty_content,
+        )
 
     def render(
         self,
@@ -161,7 +167,10 @@ class ChatTemplate:
         """
         self._environment.begin()
         self.parts = not self._shows_text() and self._shows_text(parts=True)
-        self.text_arguments = not self._takes_calls() and self._takes_calls(as_text=True)
+        for empty, as_text in product((False, True), repeat=2):
+            if self._takes_calls(as_text=as_text, empty=empty):
+                self.text_arguments, self.empty_content = as_text, empty
+                break
         self.takes_tools = self._shows_tools()
         self.knows_system = self._shows_system()
 
@@ -173,13 +182,14 @@ class ChatTemplate:
         system = {"role": "system", "content": content("")}
         return any(_PROBE in (self._tried(turns) or "") for turns in ([user], [system, user]))
 
-    def _takes_calls(self, *, as_text: bool = False) -> bool:
+    def _takes_calls(self, *, as_text: bool, empty: bool) -> bool:
         arguments = json.dumps(_ARGUMENTS) if as_text else _ARGUMENTS
         function = {"name": "probe", "arguments": arguments}
         call = {"id": "probe1234", "type": "function", "function": function}
         user = ChatMessage(role="user", content=_PROBE)
-        answer = {"role": "assistant", "content": "", "tool_calls": [call]}
-        return self._tried([*self.conversation([user]), answer]) is not None
+        answer = {"role": "assistant", "tool_calls": [call]} | ({"content": ""} if empty else {})
+        prompt = self._tried([*self.conversation([user]), answer])
+        return prompt is not None and (not empty or "probe" in prompt)
 
     def _shows_tools(self) -> bool:
         function = {"name": f"f{_PROBE}", "description": "", "parameters": _NO_PARAMETERS}

@@ -13,16 +13,20 @@ __all__ = ["arguments_of", "for_template", "map_strings", "strings"]
 
 
 def for_template(
-    messages: Sequence[ChatMessage], *, parts: bool = False, text_arguments: bool = False
+    messages: Sequence[ChatMessage],
+    *,
+    parts: bool = False,
+    text_arguments: bool = False,
+    empty_content: bool = False,
 ) -> list[dict[str, Any]]:
     """The conversation as dictionaries of the template's own; what a message lacks has no key.
 
-    A message with tool calls has content all the same, if only an empty one.
     The arguments of a tool call are a mapping: JSON in a string is parsed, and what is no JSON
     object stays as it is. Reasoning has the names that templates know it by.
 
     :param parts: ``content`` is a list of parts, ``[{"type": "text", "text": …}]``.
     :param text_arguments: leave the arguments of tool calls as JSON in a string.
+    :param empty_content: a message with tool calls has content all the same, if only an empty one.
     """
     conversation = []
     for sent in messages:
@@ -31,7 +35,7 @@ def for_template(
         if (reasoning := message.pop("reasoning", None)) is not None:
             message["reasoning_content"] = message["thinking"] = reasoning
         conversation.append(message)
-        if "tool_calls" in message:
+        if empty_content and "tool_calls" in message:
             message.setdefault("content", "")  # templates ask what is in it
         if parts and "content" in message:
             message["content"] = [{"type": "text", "text": message["content"]}]

@@ -38,11 +38,11 @@ def tools_as_messages(
             text = f"<tool_response>\n{message.content or ''}\n</tool_response>"
             if results:
                 text = f"{told.pop().content}\n{text}"
-            told.append(ChatMessage(role="user", content=text))
+            told.append(_said("user", text))
         elif message.tool_calls:
             parts = [message.content or "", *map(_call, message.tool_calls)]
             text = "\n".join(filter(None, parts))
-            told.append(ChatMessage(role=message.role, content=text, name=message.name))
+            told.append(_said(message.role, text, name=message.name, reasoning=message.reasoning))
         else:
             told.append(message)
         results = message.role == "tool"
@@ -72,4 +72,10 @@ def _with_definitions(
             content = f"{message.content}\n\n{text}" if system else f"{text}\n\n{message.content}"
             messages[place] = message.model_copy(update={"content": content})
             return messages
-    return [ChatMessage(role="system" if system else "user", content=text), *messages]
+    return [_said("system" if system else "user", text), *messages]
+
+
+def _said(role: str, text: str, **more: Any) -> ChatMessage:
+    """A message; what is no text in it is refused where it is rendered."""
+    fields: dict[str, Any] = {"role": role, "content": text, **more}
+    return ChatMessage.model_construct(**fields)

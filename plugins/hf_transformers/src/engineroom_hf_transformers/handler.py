@@ -49,6 +49,7 @@ class HuggingFaceTransformersHandler(EngineHandler):
             chat=True,
             tools=True,
             template_args=True,
+            reasoning_budget=True,
             structured_output=frozenset(STRUCTURED_KINDS),
             embeddings=True,
             prompt_token_ids=True,

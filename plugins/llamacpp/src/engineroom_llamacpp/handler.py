@@ -52,6 +52,7 @@ class LlamaCppHandler(EngineHandler):
             chat=True,
             tools=True,
             template_args=True,
+            reasoning_budget=True,
             structured_output=frozenset(STRUCTURED_KINDS),
             embeddings=True,
             adapters=True,
