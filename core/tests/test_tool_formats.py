@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -134,6 +135,14 @@ def test_what_the_table_says_is_read_back(name, first, second):
         output = read_output(read_events(parser, content + text))
         assert [(n, json.loads(a)) for n, a in output.calls] == calls
         assert output.content == content
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_markers_of_a_format_are_all_there_is_of_control_tokens_in_it(name):
+    text = written(FORMATS[name], [("get_it", {"t": "a", "n": 1}), ("put_it", {})])
+    tokens = re.findall(r"</?[a-z_]+>|<[|｜][^<>\s]+[|｜]?>|｜\w+｜|\[[A-Z_]+\]", text)
+    markers = "\n".join(FORMATS[name].markers)
+    assert [token for token in tokens if token not in markers] == []
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -56,3 +56,9 @@ def test_what_nobody_waits_for_is_looked_through_no_further() -> None:
     with Reading(stopped), pytest.raises(ReadingStoppedError):
         tokens.split("<" * 10_000_000)
     assert asked == 3
+
+
+def test_control_tokens_that_stand_in_texts_are_told() -> None:
+    tokens = ControlTokens({1: "<s>", 2: "<|open|>", 3: "<|sep|>", 4: "", 5: "[ARGS]"})
+    assert tokens.ids_in(["<|open|>tools<|sep|>", "[ARGS]"]) == {2, 3, 5}
+    assert tokens.ids_in([]) == frozenset()

@@ -7,7 +7,7 @@ write the grammar of a call (:mod:`engineroom.generation.tool_grammars`).
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, TypeAlias
 
 from engineroom.generation.literal_scanner import JSON, Dialect
@@ -104,6 +104,16 @@ class PythonicForm:
 class ChannelForm:
     """Messages with a header each, which names a channel and a recipient (OpenAI's Harmony)."""
 
+    marks: tuple[str, ...] = (
+        "<|start|>assistant",
+        "<|channel|>",
+        "<|constrain|>",
+        "<|message|>",
+        "<|end|>",
+        "<|call|>",
+        "<|return|>",
+    )
+
 
 CallForm: TypeAlias = JsonForm | NamedForm | TaggedForm | PythonicForm | ChannelForm
 
@@ -151,6 +161,18 @@ class ToolFormat:
     trims: bool = False
     ignored: tuple[str, ...] = ()
     templates: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def markers(self) -> frozenset[str]:
+        """All texts that tell what of an answer is what; control tokens of models are in them."""
+        values = [getattr(self.form, field.name) for field in fields(self.form)]
+        texts = {value for value in values if isinstance(value, str)}
+        if isinstance(self.form, ChannelForm):
+            texts |= set(self.form.marks)
+        if isinstance(self.form, NamedForm) and self.form.dialect.mark is not None:
+            texts |= set(self.form.dialect.mark.texts)
+        texts |= {self.begin, self.end, *self.section, *self.ignored}
+        return frozenset(text for text in map(str.strip, texts) if not text.isalnum() and text)
 
     @property
     def opening(self) -> str:

@@ -35,12 +35,11 @@ class ModelTraits:
 
     @property
     def markers(self) -> frozenset[str]:
-        """Texts that tell what of the output is what; some are control tokens of the model."""
-        form, reasoning = self.tools, self.reasoning
-        texts = {form.begin, form.end, *form.section, *form.ignored, form.opening}
-        if reasoning is not None:
-            texts |= {reasoning.begin, reasoning.end, *reasoning.also_ends}
-        return frozenset(text.strip() for text in texts if text.strip())
+        """Texts that tell what of the output is what; control tokens of the model are in them."""
+        markers = self.tools.markers
+        if (reasoning := self.reasoning) is not None:
+            markers |= {reasoning.begin, reasoning.end, *reasoning.also_ends}
+        return markers
 
     def parses(self, request: InferenceRequest) -> bool:
         """Whether there may be something beside content in the answer to a request."""

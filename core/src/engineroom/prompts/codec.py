@@ -47,7 +47,7 @@ class PromptCodec(ABC):
         self._control = control
         self.traits: Final = templates.traits
         """What the model writes beside content, and what its template can be told."""
-        self.shown: Final = control.ids_of(self.traits.markers)
+        self.shown: Final = control.ids_in(self.traits.markers)
         """Control tokens that are part of the text, since they tell what of it is what."""
         self._begin = list(begin)
         self._end = list(end)

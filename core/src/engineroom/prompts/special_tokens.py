@@ -46,9 +46,13 @@ class ControlTokens:
     def __contains__(self, token: int) -> bool:
         return token in self._texts
 
-    def ids_of(self, texts: Collection[str]) -> frozenset[int]:
-        """Ids of the control tokens that are one of these texts."""
-        return frozenset(number for number, text in self._texts.items() if text in texts)
+    def ids_in(self, texts: Collection[str]) -> frozenset[int]:
+        """Ids of the control tokens that stand in one of these texts."""
+        return frozenset(
+            number
+            for number, token in self._texts.items()
+            if token and any(token in text for text in texts)
+        )
 
     def occur(self, tokens: Iterable[int]) -> bool:
         """Whether there is a control token among these."""
