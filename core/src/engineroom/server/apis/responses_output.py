@@ -135,10 +135,7 @@ class ItemWriter:
 
     def message(self) -> bytes:
         """A message begins."""
-        item = OutputMessage(
-            id=self._id(OutputMessage, len(self._items)), status="in_progress", content=[]
-        )
-        begun = self._begin(item, OutputText(text=""))
+        begun = self._begin(OutputMessage, OutputText(text=""), content=[])
         kind = "response.output_text.delta"
         delta = dumps({"type": kind, **self._place(), "content_index": 0, "logprobs": []})
         self._before = b'event: %b\ndata: %b,"delta":' % (kind.encode(), delta[:-1])
@@ -188,13 +185,21 @@ class ItemWriter:
             self._items.pop()
         return begun + ended, self._items
 
-    def _begin(self, item: OutputItem, part: OutputText | ReasoningText | None = None) -> bytes:
-        ended = self._end("completed")
+    def _begin(
+        self,
+        kind: type[OutputItem],
+        part: OutputText | ReasoningText | None = None,
+        **fields: Any,
+    ) -> bytes:
+        """What is open ends, and another item begins."""
+        ended, place = self._end("completed"), len(self._items)
+        item = kind(id=self._id(kind, place), status="in_progress", **fields)
         self._open, self._parts, self._told = item, [], []
-        begun = self.event("response.output_item.added", output_index=len(self._items), item=item)
+        begun = self.event("response.output_item.added", output_index=place, item=item)
         if part is not None:
-            fields = {**self._place(), "content_index": 0, "part": part}
-            begun += self.event("response.content_part.added", **fields)
+            begun += self.event(
+                "response.content_part.added", **self._place(), content_index=0, part=part
+            )
         return ended + begun
 
     def _place(self) -> dict[str, Any]:
@@ -204,9 +209,7 @@ class ItemWriter:
     def _reason(self, text: str) -> bytes:
         begun = b""
         if not isinstance(self._open, ReasoningItem):
-            item_id = self._id(ReasoningItem, len(self._items))
-            item = ReasoningItem(id=item_id, status="in_progress", content=[])
-            begun = self._begin(item, ReasoningText(text=""))
+            begun = self._begin(ReasoningItem, ReasoningText(text=""), content=[])
         self._parts.append(text)
         fields = {**self._place(), "content_index": 0, "delta": text}
         return begun + self.event("response.reasoning_text.delta", **fields)
@@ -214,14 +217,9 @@ class ItemWriter:
     def _call(self, chunk: ToolCallDelta) -> bytes:
         begun = b""
         if chunk.id is not None:
-            item = FunctionCallItem(
-                id=self._id(FunctionCallItem, len(self._items)),
-                call_id=chunk.id,
-                name=chunk.name or "",
-                arguments="",
-                status="in_progress",
+            begun = self._begin(
+                FunctionCallItem, call_id=chunk.id, name=chunk.name or "", arguments=""
             )
-            begun = self._begin(item)
         if not chunk.arguments:
             return begun
         self._parts.append(chunk.arguments)
