@@ -1,0 +1,220 @@
+"""What has broken other servers, on the wire: whole and streamed, cut anywhere.
+
+The runtime is a fake that writes what a test has written down, some characters a token. What of it
+is content, reasoning or a call, is the core's doing, and how that is told is the server's.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+pytest.importorskip("uvicorn", reason="needs the extra engineroom[server]")
+pytest.importorskip("msgspec", reason="needs the extra engineroom[server]")
+pytest.importorskip("httpx", reason="needs httpx")
+
+import httpx
+from server_doubles import TalkHandler
+
+from engineroom import TokenStep
+from engineroom.engine import logprob_maker
+from engineroom.generation.tool_formats import REASONING_FORMATS
+from engineroom.generation.traits import ModelTraits
+
+THINK = next(form for form in REASONING_FORMATS if form.name == "think")
+TOOLS = [
+    {"type": "function", "function": {"name": name, "parameters": {"type": "object"}}}
+    for name in ("say", "run")
+]
+
+
+class ScriptHandler(TalkHandler):
+    """A fake runtime: writes ``text``, ``size`` bytes a token."""
+
+    name = "script"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text, self.size = "", 3
+
+    def traits(self, loaded_model: Any) -> ModelTraits:
+        return ModelTraits(reasoning=THINK)
+
+    async def generate_tokens(self, loaded_model: Any, request: Any) -> Any:
+        yield TokenStep(prompt_tokens=1)
+        data = self.text.encode("utf-8", "surrogatepass")
+        for at in range(0, len(data), self.size):
+            piece = data[at : at + self.size]
+            step = TokenStep((1,), piece)
+            if request.params.logprobs is not None:
+                step.logprobs = (logprob_maker(lambda _, own=piece: own)(1, -0.5, []),)
+            yield step
+        yield TokenStep(finish="eos_token")
+
+
+@pytest.fixture(scope="module")
+def run(start):
+    with start(handler=ScriptHandler()) as run:
+        yield run
+
+
+def call(name: str, arguments: str) -> str:
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+
+
+class Said:
+    """What came of a request: content, reasoning, calls, and why it ended."""
+
+    def __init__(self) -> None:
+        self.content = self.reasoning = self.finish = ""
+        self.calls: list[tuple[str, str]] = []
+        self.entries = self.tokens = 0
+
+
+def both(run: Any, text: str, size: int = 3, **body: Any) -> tuple[Said, Said]:
+    """The whole answer and the streamed one, which say the same but for calls that were cut."""
+    run.handler.text, run.handler.size = text, size
+    asked = {"model": "m", "messages": [{"role": "user", "content": "x"}], "tools": TOOLS, **body}
+    path = f"{run.url}/v1/chat/completions"
+    whole, streamed = Said(), Said()
+    answer = httpx.post(path, json=asked)
+    assert answer.status_code == 200, answer.text
+    (choice,) = answer.json()["choices"]
+    message = choice["message"]
+    whole.content, whole.finish = message["content"] or "", choice["finish_reason"]
+    whole.reasoning = message.get("reasoning_content", "")
+    made = [each["function"] for each in message.get("tool_calls", ())]
+    whole.calls = [(each["name"], each["arguments"]) for each in made]
+    whole.entries = len((choice["logprobs"] or {"content": ()})["content"])
+    whole.tokens = answer.json()["usage"]["completion_tokens"]
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    lines = httpx.post(path, json=asked | options).text.splitlines()
+    names: dict[int, list[str]] = {}
+    for chunk in (json.loads(line[6:]) for line in lines if line.startswith("data: {")):
+        if chunk["usage"] is not None:
+            streamed.tokens = chunk["usage"]["completion_tokens"]
+        for choice in chunk["choices"]:
+            delta = choice["delta"]
+            streamed.content += delta.get("content") or ""
+            streamed.reasoning += delta.get("reasoning_content", "")
+            streamed.finish = choice["finish_reason"] or streamed.finish
+            streamed.entries += len((choice["logprobs"] or {"content": ()})["content"])
+            for piece in delta.get("tool_calls", ()):
+                function = piece["function"]
+                if piece["index"] not in names:
+                    assert set(piece) == {"index", "id", "type", "function"}
+                    names[piece["index"]] = [function["name"], ""]
+                else:
+                    assert set(piece) == {"index", "function"} and set(function) == {"arguments"}
+                names[piece["index"]][1] += function["arguments"]
+    streamed.calls = [(name, arguments) for name, arguments in names.values()]
+    assert whole.content.strip() == streamed.content.strip()
+    assert (whole.reasoning, whole.finish) == (streamed.reasoning, streamed.finish)
+    assert whole.calls == streamed.calls[: len(whole.calls)]
+    assert whole.tokens == streamed.tokens
+    return whole, streamed
+
+
+INSIDE = [
+    '{"t": "a </tool_call> b"}',
+    '{"code": "if (x) { return y }"}',
+    '{"note": "a]b"}',
+    '{"city": "Zürich 🌸"}',
+    '{"drink": "\\ud83c\\udf78"}',
+    "{}",
+]
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 1000])
+@pytest.mark.parametrize("arguments", INSIDE)
+def test_what_looks_like_markup_inside_of_a_call(run, arguments, size):
+    whole, streamed = both(run, call("say", arguments), size)
+    assert not whole.content
+    ((name, written),) = whole.calls
+    assert name == "say" and json.loads(written) == json.loads(arguments)
+    assert streamed.calls == whole.calls
+    assert whole.finish == "tool_calls"
+
+
+def test_half_of_a_character_is_never_sent(run):
+    for arguments in ('{"t": "\\ud83c"}', '{"t": "\\ud83c', '{"t": "a\\udf78b"}'):
+        whole, streamed = both(run, call("say", arguments))
+        for _, written in [*whole.calls, *streamed.calls]:
+            written.encode()
+
+
+@pytest.mark.parametrize("limit", [10, 12, 16, 24, 32, 48])
+def test_a_limit_inside_of_a_call(run, limit):
+    text = "Yes. " + call("say", '{"t": "' + "a long story " * 9 + '"}')
+    whole, streamed = both(run, text, max_tokens=limit)
+    assert whole.finish == "length" and not whole.calls
+    assert whole.content.strip() == streamed.content.strip() == "Yes."
+    assert whole.tokens == limit
+
+
+@pytest.mark.parametrize("end", ["<tool_call>", '<tool_call>\n{"name": "say", "argu', "<tool_c"])
+def test_a_call_that_the_end_cuts_is_no_call_and_no_content(run, end):
+    whole, _ = both(run, f"Well. {end}")
+    assert (whole.content.strip(), whole.calls, whole.finish) == ("Well.", [], "stop")
+
+
+@pytest.mark.parametrize("what", ["{ is a brace", '{"a": 1}', "[1, 2]", "a < b and <b>"])
+def test_what_is_no_call_is_content(run, what):
+    whole, _ = both(run, what)
+    assert (whole.content, whole.calls) == (what, [])
+
+
+@pytest.mark.parametrize("stop", ["\n", "}", "a"])
+def test_stops_are_looked_for_in_content_alone(run, stop):
+    whole, _ = both(run, call("say", '{"t": "a}\\n"}'), stop=[stop])
+    assert len(whole.calls) == 1 and whole.finish == "tool_calls"
+    whole, _ = both(run, f"well{stop}then {call('say', '{}')}", stop=[stop])
+    assert (whole.content, whole.calls, whole.finish) == ("well", [], "stop")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["<think>so</think>yes", call("say", '{"t": 1}'), f"<think>so</think>ok {call('run', '{}')}"],
+)
+@pytest.mark.parametrize("size", [1, 4])
+def test_there_are_as_many_log_probabilities_as_tokens(run, text, size):
+    for said in both(run, text, size, logprobs=True):
+        assert said.entries == said.tokens == -(-len(text) // size)
+
+
+@pytest.mark.parametrize("size", [1, 4, 1000])
+def test_reasoning_is_no_content(run, size):
+    text = f"<think>\nI </thi {{ see\n</think>\n\nYes. {call('run', '{}')}"
+    whole, _ = both(run, text, size)
+    assert (whole.reasoning.strip(), whole.content.strip()) == ("I </thi { see", "Yes.")
+    assert whole.calls == [("run", "{}")]
+
+
+def test_a_tool_that_nobody_offered_ends_nothing(run):
+    whole, _ = both(run, call("fly", '{"to": "the moon"}'))
+    assert whole.finish in ("tool_calls", "stop")
+
+
+def test_several_calls(run):
+    whole, streamed = both(run, f"{call('say', '{}')}\n{call('run', '{}')}")
+    assert whole.calls == streamed.calls == [("say", "{}"), ("run", "{}")]
+
+
+def test_the_other_apis_tell_the_same(run):
+    flower = call("say", '{"t": "🌸"}')
+    run.handler.text = f"<think>so</think>ok {flower}"
+    asked = {"model": "m", "tools": [{"name": "say", "input_schema": {"type": "object"}}]}
+    say = [{"role": "user", "content": "x"}]
+    answer = httpx.post(
+        f"{run.url}/v1/messages", json={**asked, "messages": say, "max_tokens": 99}
+    ).json()
+    assert [block["type"] for block in answer["content"]] == ["thinking", "text", "tool_use"]
+    assert answer["content"][2]["input"] == {"t": "🌸"} and answer["stop_reason"] == "tool_use"
+    flat = [{"type": "function", "name": "say", "parameters": {"type": "object"}}]
+    answer = httpx.post(
+        f"{run.url}/v1/responses", json={"model": "m", "tools": flat, "input": "x"}
+    ).json()
+    assert [item["type"] for item in answer["output"]] == ["reasoning", "message", "function_call"]
+    assert json.loads(answer["output"][2]["arguments"]) == {"t": "🌸"}
