@@ -56,5 +56,8 @@ from .scheduler import (
     StepOutputs as StepOutputs,
     TextTask as TextTask,
 )
+from .step_watch import (
+    StepWatch as StepWatch,
+)
 
 __all__: list[str]

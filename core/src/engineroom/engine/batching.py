@@ -236,9 +236,10 @@ class BatchingEngine(Engine, Generic[_T]):
     def health(self) -> HandlerHealth:
         """Requests running and waiting, and how full the cache is."""
         with self._loop.condition:
+            stuck = self._loop.stuck()
             return HandlerHealth(
-                ok=self._dead is None and not self._closing,
-                detail=self._dead.message if self._dead else "",
+                ok=self._dead is None and not self._closing and not stuck,
+                detail=self._dead.message if self._dead else stuck,
                 dead=self._dead is not None,
                 num_requests_running=len(self.running),
                 num_requests_waiting=len(self.waiting) + len(self._incoming),

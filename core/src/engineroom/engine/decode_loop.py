@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Final, Protocol, TypeVar
 
 from engineroom.border import get_logger, log_failure, tame, words
+from engineroom.engine.step_watch import StepWatch
 from engineroom.forks import renew_in_child
 from engineroom.memory.machine import Limits, cpu
 from engineroom.prompts.threads import settle
@@ -27,7 +28,7 @@ logger = get_logger("engineroom.batching")
 
 _T = TypeVar("_T")
 _LOOK_S: Final = 1.0
-"""Seconds after which it is noticed that a thread was ended from outside of Python."""
+"""Seconds after which it is noticed that a thread was ended from outside of Python, or is stuck."""
 
 
 class Worker(Protocol):
@@ -69,6 +70,11 @@ class DecodeLoop:
         self._thread: threading.Thread | None = None
         self._retired = threading.Event()
         self._turn: Worker | None = None  # whose it is
+        self._steps = StepWatch(logger)
+
+    def stuck(self) -> str:
+        """What to tell of a turn that has been running for too long; empty: none has."""
+        return self._steps.look()
 
     def add(self, worker: Worker) -> None:
         """Let a worker take its turns."""
@@ -113,8 +119,10 @@ class DecodeLoop:
                 self.condition.wait()
         for worker in ready:
             self._turn = worker
+            self._steps.begins(str(getattr(worker, "name", "?")))
             goes_on = worker.turn()
             self._turn = None
+            self._steps.ends()
             if not goes_on and self._remove(worker):
                 return False
         return True
@@ -139,8 +147,9 @@ class DecodeLoop:
             return not self._workers
 
     def _watch(self, thread: threading.Thread, retired: threading.Event) -> None:
-        """A library may end the thread behind Python's back: nobody is told then."""
+        """A library may end the thread behind Python's back, or keep it: nobody is told then."""
         while not retired.wait(_LOOK_S):
+            self._steps.look()
             if not _runs(thread):
                 why = "the thread that computed it has ended"
                 logger.error("the thread %s has ended without a word", self._name)
@@ -153,6 +162,7 @@ class DecodeLoop:
             if self._thread is not thread:
                 return
             lost, self._turn, self._thread = self._turn, None, None
+            self._steps.ends()
             self._retired.set()
             if lost in self._workers:
                 self._workers.remove(lost)

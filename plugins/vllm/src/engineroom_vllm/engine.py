@@ -22,8 +22,9 @@ from engineroom import (
     QueueFullError,
     TokenStep,
     turn_of,
+    work_logger,
 )
-from engineroom.engine import Engine, Likeliest, grammar_of
+from engineroom.engine import Engine, Likeliest, StepWatch, grammar_of
 from engineroom.prompts import check_adapter, check_prompt, check_texts, check_token_ids
 from engineroom_vllm.beams import search
 from engineroom_vllm.folder import ModelFolder
@@ -35,6 +36,7 @@ from engineroom_vllm.options import VLLMOptions
 from engineroom_vllm.outputs import Outputs
 from engineroom_vllm.sampling import beam_search, check_params, sampling_arguments
 from engineroom_vllm.text import TextCodec
+from engineroom_vllm.turnstile import Turnstile
 
 __all__ = ["VLLMEngine"]
 
@@ -103,8 +105,15 @@ class VLLMEngine(Engine):
             for number, module in enumerate(options.lora_modules, 1)
         }
         self._one_large_bias = asyncio.Lock()
+        # Texts: as many as the engine computes in a step, and as many that wait for the next.
+        # Requests: as many as it has places for, and some that are at hand when one ends.
+        self._ahead = min(1 + self.parallel // 8, options.max_queue)
+        self._turnstile = Turnstile(
+            2 * self.parallel if self.embeds else self.parallel + self._ahead
+        )
         self._orders = itertools.count()
         self._running: dict[int, _Running] = {}
+        self._steps = StepWatch(logger)
         self.lifecycle = Lifecycle(library, llm, name, footprint, log, when_closed)
 
     # ── requests ─────────────────────────────────────────────────────────────────────────────
@@ -138,18 +147,27 @@ class VLLMEngine(Engine):
         :raises EngineDeadError: the engine has ended.
         """
         self._check(request, tokens)
-        self._admit()
+        if self.lifecycle.ended:
+            raise self.lifecycle.gone()
         order = next(self._orders)
         turn = int(1000 * turn_of(request.priority, time.monotonic()))
         running = self._running[order] = _Running(len(tokens), turn=turn, tail=tail)
         steps = self._beams if beam_search(request.params) else self._tokens
+        most = max(0, self.options.max_queue - self._ahead)
         try:
-            with self._typed_errors():
-                async with aclosing(steps(request, tokens, running, order)) as generated:
-                    async for step in generated:
-                        yield step
+            async with self._turnstile.passed(
+                request.key_name or "", request.priority, most=most, full=self._full
+            ):
+                if self.lifecycle.ended:  # it did while it waited
+                    raise self.lifecycle.gone()
+                self._came()
+                with self._typed_errors():
+                    async with aclosing(steps(request, tokens, running, order)) as generated:
+                        async for step in generated:
+                            self._steps.begins(self.name)  # the next one
+                            yield step
         finally:
-            del self._running[order]
+            self._went(order)
 
     async def embed(self, texts: Sequence[list[int]]) -> list[list[float]]:
         """Vectors of texts, each as token ids. Cancelling aborts what is in the engine.
@@ -159,7 +177,11 @@ class VLLMEngine(Engine):
         :raises EngineDeadError: the engine has ended.
         """
         check_texts(texts, self.n_ctx)
-        self._admit()
+        if self.lifecycle.ended:
+            raise self.lifecycle.gone()
+        if len(self._running) - self.parallel >= self.options.max_queue:
+            raise self._full()
+        owner = work_logger(logger).key_name
         order = next(self._orders)
         running = self._running[order] = _Running(0)
         vectors: list[list[float]] = [[] for _ in texts]
@@ -167,14 +189,24 @@ class VLLMEngine(Engine):
 
         async def work() -> None:
             for number, ids in todo:
-                vectors[number] = await self._vector(ids, f"{order}-{number}", running)
+                async with self._turnstile.passed(owner):  # each text: some requests have many
+                    self._came()
+                    vectors[number] = await self._vector(ids, f"{order}-{number}", running)
 
         try:
-            # As many as the engine computes in a step, and as many that wait for the next.
             await self._together([work() for _ in range(min(len(texts), 2 * self.parallel))])
         finally:
-            del self._running[order]
+            self._went(order)
         return vectors
+
+    def _came(self) -> None:
+        if self._turnstile.inside == 1:
+            self._steps.begins(self.name)
+
+    def _went(self, order: int) -> None:
+        del self._running[order]
+        if not self._running:
+            self._steps.ends()
 
     async def _vector(self, ids: list[int], request_id: str, running: _Running) -> list[float]:
         if self.lifecycle.ended:
@@ -186,6 +218,7 @@ class VLLMEngine(Engine):
             outputs = self._library.encode(self.lifecycle.llm, ids, request_id)
             async with aclosing(outputs):
                 async for output in outputs:
+                    self._steps.begins(self.name)
                     numbers = self._library.vector(output)
         finally:
             running.ids.remove(request_id)
@@ -252,15 +285,11 @@ class VLLMEngine(Engine):
                 "hf_transformers"
             )
 
-    def _admit(self) -> None:
-        if self.lifecycle.ended:
-            raise self.lifecycle.gone()
-        waiting = len(self._running) - self.parallel
-        if waiting >= self.options.max_queue:
-            raise QueueFullError(
-                f"{max(waiting, 0)} requests wait for model {self.name!r} already, which is the "
-                f"bound (option max_queue={self.options.max_queue}); send it again later"
-            )
+    def _full(self) -> QueueFullError:
+        return QueueFullError(
+            f"{self.options.max_queue} requests wait for model {self.name!r} already, which is the "
+            f"bound (option max_queue={self.options.max_queue}); send it again later"
+        )
 
     async def _tokens(
         self, request: InferenceRequest, tokens: list[int], running: _Running, order: int
@@ -340,6 +369,7 @@ class VLLMEngine(Engine):
             choices: Likeliest = ()
             async with aclosing(self._ask(request, ids, sampling, name, running)) as outputs:
                 async for output in outputs:
+                    self._steps.begins(self.name)
                     cached.append(max(output.num_cached_tokens or 0, 0))
                     answer = output.outputs[0]
                     if answer.finish_reason == "abort":
@@ -386,9 +416,10 @@ class VLLMEngine(Engine):
         if self.cache_tokens:
             used = sum(running.tokens for running in self._running.values())
             usage = min(1.0, used / self.cache_tokens)
+        stuck = "" if death else self._steps.look()
         return HandlerHealth(
-            ok=not death and not self.lifecycle.closing,
-            detail=death,
+            ok=not death and not self.lifecycle.closing and not stuck,
+            detail=death or stuck,
             dead=bool(death),
             num_requests_running=min(count, self.parallel),
             num_requests_waiting=max(0, count - self.parallel),
