@@ -169,7 +169,19 @@ sys.meta_path.insert(0, Slow())
 """
 
 
-@pytest.mark.parametrize("what", ["command", "plugin"])
+OF_SOCKETS = """
+def bind(self, address, bind=socket.socket.bind):
+    if isinstance(address, tuple):
+        print("importing", file=sys.stderr, flush=True)
+        time.sleep(0.5)
+    return bind(self, address)
+
+
+socket.socket.bind = bind
+"""
+
+
+@pytest.mark.parametrize("what", ["command", "plugin", "sockets"])
 def test_sigterm_before_it_listens_ends_it_well(site, spawn, what):
     if what == "plugin":
         site.module(
@@ -180,7 +192,8 @@ def test_sigterm_before_it_listens_ends_it_well(site, spawn, what):
         site.plugin("echo", "slow_to_come:EchoHandler")
     else:
         site.echo()
-        site.module("sitecustomize", f"import importlib.abc, sys, time\n{OF_TYPER}")
+        slow = OF_TYPER if what == "command" else OF_SOCKETS
+        site.module("sitecustomize", f"import importlib.abc, socket, sys, time\n{slow}")
     process = spawn("serve", "--model", "echo:", "--port", "0")
     assert process.stderr.readline() == b"importing\n"
     process.send_signal(TERM)

@@ -159,6 +159,18 @@ def test_who_is_admin_is_so_as_the_files_say_now(files, locked):
     assert [status(locked, k, admin) for k in (ANN, BOSS)] == [200, 403]
 
 
+def test_the_route_of_admins_reads_the_keys_anew_as_well(files, locked):
+    files.keys.write_text(f"bob {BOB}\ncarl carl-key-0123456789\n")
+    url = locked.url + "/v1/admin/reload"
+    answer = httpx.post(url, headers=bearer(BOSS)).json()
+    assert answer["keys"] == {"added": ["carl"], "removed": ["ann"], "changed": []}
+    assert [status(locked, k) for k in (ANN, BOB, "carl-key-0123456789")] == [401, 200, 200]
+    files.keys.write_text("bob short\n")
+    refused = httpx.post(url, headers=bearer(BOSS))
+    assert refused.status_code == 400 and "short" not in refused.text
+    assert status(locked, BOB) == 200
+
+
 @pytest.mark.parametrize("wrong", ["", "ann short\n", f"ann {ANN}\nann {BOB}\n", "\udc80", None])
 def test_a_broken_file_leaves_the_old_keys(files, locked, wrong, caplog):
     if wrong is None:

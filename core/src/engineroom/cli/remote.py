@@ -80,8 +80,11 @@ class RemoteManager:
         return _part(self._ask("GET", "/v1/admin/plan"), "plan")
 
     def reload(self) -> dict[str, Any]:
-        """Read the deployment file anew."""
-        return _part(self._ask("POST", "/v1/admin/reload"), "reload")
+        """Read the deployment file anew, and the key files."""
+        answer = self._ask("POST", "/v1/admin/reload")
+        keys = answer.get("keys") or {}
+        changes = {f"keys_{what}": names for what, names in keys.items() if names}
+        return {**_part(answer, "reload"), **changes}
 
     def _ask(self, method: str, path: str) -> dict[str, Any]:
         request = urllib.request.Request(  # noqa: S310 - the scheme was looked at

@@ -134,7 +134,6 @@ def serve(  # one parameter a flag: that is how typer is told of them
     if not options.logging:
         logging.getLogger(LOGGER_NAME).addHandler(errors)
     names = ", ".join(entry.model_id for entry in manager.config.models) or "no models"
-    options.sigterm.forget()  # from here on the server hears it
     if options.sigterm.came:
         return
     try:
@@ -145,6 +144,7 @@ def serve(  # one parameter a flag: that is how typer is told of them
             started=lambda url: say(f"engineroom serves {names} on {url} (Ctrl-C stops it)"),
             watch=watch,
             progress=_tell,
+            stopped=lambda: options.sigterm.came,
         )
     finally:
         logging.getLogger(LOGGER_NAME).removeHandler(errors)

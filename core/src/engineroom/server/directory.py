@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from engineroom.config.model import LoadedModel
-from engineroom.errors import EngineRoomError, ModelNotFoundError
+from engineroom.errors import ConfigurationError, EngineRoomError, ModelNotFoundError
 from engineroom.handlers.base import HandlerHealth, InferenceHandler
 from engineroom.handlers.dispatch import health_of
 from engineroom.models.manager import LLMModelManager
@@ -49,6 +49,14 @@ class ModelDirectory:
             return False
         name = self.canonical(model_id)
         return any(s.model_id == name and s.state == "failed" for s in self.models())
+
+    @property
+    def has_file(self) -> bool:
+        """Whether the deployment is that of a file, which can be read anew."""
+        try:
+            return self.manager is not None and bool(self.manager.config_path)
+        except ConfigurationError:
+            return False
 
     def health(self) -> list[tuple[LoadedModel, InferenceHandler, HandlerHealth]]:
         """The models in memory, what runs them, and how their engines are.

@@ -19,7 +19,6 @@ from typing import Any, Final
 
 from engineroom.border import get_logger, run_to_end
 from engineroom.errors import ConfigurationError, EngineRoomError
-from engineroom.models.manager import LLMModelManager
 from engineroom.models.reloading import at_hangup, reloading
 from engineroom.server.app import Front, with_cors
 from engineroom.server.descriptors import DescriptorWatch, raise_limit
@@ -152,7 +151,7 @@ class EngineRoomServer(Server):
         manager, keys = self.context.directory.manager, self.context.settings.keys
         async with contextlib.AsyncExitStack() as stack:
             now: list[Callable[[], object]] = [self._reread_keys] if keys.from_files else []
-            if manager is not None and (watch or _has_file(manager)):
+            if manager is not None and (watch or self.context.directory.has_file):
                 event = await stack.enter_async_context(
                     reloading(manager, on_signal=False, watch=watch)
                 )
@@ -218,14 +217,6 @@ class EngineRoomServer(Server):
                 signal.signal(number, handler)
 
 
-def _has_file(manager: LLMModelManager) -> bool:
-    try:
-        manager.config_path  # noqa: B018 - it raises where there is none
-    except ConfigurationError:
-        return False
-    return True
-
-
 def bind(settings: ServerSettings) -> socket.socket:
     """The socket to listen on.
 
@@ -272,6 +263,7 @@ def serve(
     started: Callable[[str], Any] = lambda _: None,
     watch: bool = False,
     progress: Callable[[PreloadProgress], None] | None = None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C. Blocks; closes the service in the end.
 
@@ -280,6 +272,7 @@ def serve(
     :param started: called with the server's URL once it listens.
     :param watch: read the deployment file anew whenever it changes, as SIGHUP does.
     :param progress: is told before and after each model that is preloaded.
+    :param stopped: asked once signals are heard here: whether one came before, which then ends it.
     :raises ConfigurationError: it cannot listen there, or cannot watch.
     :raises EngineRoomError: no model at all could be preloaded.
     :raises KeyboardInterrupt: a second signal came, and running requests were stopped.
@@ -293,6 +286,8 @@ def serve(
     server = EngineRoomServer(service, settings)
     # From before the loop to behind it: a signal then neither kills nor is lost.
     with server.hearing(), asyncio.Runner(loop_factory=loop_factory()) as runner:
+        if stopped():
+            server.signalled(signal.SIGTERM)
         work = server.run_until_stopped(
             [bound], preload, started=lambda: started(url), watch=watch, progress=progress
         )

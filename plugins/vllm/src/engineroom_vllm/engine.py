@@ -150,8 +150,7 @@ class VLLMEngine(Engine):
         if self.lifecycle.ended:
             raise self.lifecycle.gone()
         order = next(self._orders)
-        turn = int(1000 * turn_of(request.priority, time.monotonic()))
-        running = self._running[order] = _Running(len(tokens), turn=turn, tail=tail)
+        running = self._running[order] = _Running(len(tokens), tail=tail)
         steps = self._beams if beam_search(request.params) else self._tokens
         most = max(0, self.options.max_queue - self._ahead)
         try:
@@ -160,6 +159,8 @@ class VLLMEngine(Engine):
             ):
                 if self.lifecycle.ended:  # it did while it waited
                     raise self.lifecycle.gone()
+                # From here on: whoever waited for others' keys would wait for them once more.
+                running.turn = int(1000 * turn_of(request.priority, time.monotonic()))
                 self._came()
                 with self._typed_errors():
                     async with aclosing(steps(request, tokens, running, order)) as generated:

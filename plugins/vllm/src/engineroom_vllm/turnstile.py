@@ -2,7 +2,8 @@
 
 vLLM serves by priority and arrival. It knows of no keys, and a request cannot be taken out again to
 let another go first. So it is given only as many as it works on, and a few more, for it to have the
-next one at hand when one ends; the others wait here, key by key.
+next one at hand when one ends; the others wait here, key by key. In vLLM's own queue they go
+in the order in which they were let through, but for their priorities.
 """
 
 from __future__ import annotations

@@ -276,6 +276,25 @@ def test_a_higher_priority_goes_first_unless_the_other_has_waited_long(
     assert (ended.index("low") < ended.index("high")) is (waited > 0)
 
 
+def test_keys_go_in_turn_however_many_requests_one_has_waiting(smol: Any) -> None:
+    async def race() -> list[str]:
+        ended: list[str] = []
+
+        async def ask(key: str) -> None:
+            request = smol.request("Once upon a time", max_new_tokens=8, metadata={"api_key": key})
+            await smol.service.infer(request)
+            ended.append(key)
+
+        greedy = [asyncio.create_task(ask("greedy")) for _ in range(5 * smol.engine.parallel)]
+        await smol.until(lambda: smol.handler.health(smol.loaded).num_requests_waiting > 4)
+        mine = asyncio.create_task(ask("mine"))
+        await asyncio.gather(*greedy, mine)
+        return ended
+
+    ended = smol.run(race())
+    assert ended.index("mine") <= 2 * smol.engine.parallel, ended
+
+
 # ── what is refused ──────────────────────────────────────────────────────────────────────────────
 
 

@@ -53,10 +53,19 @@ class Plan(Answer, kw_only=True):
     plan: Any
 
 
+class ChangedKeys(Answer, kw_only=True):
+    """Names of keys, by what has become of them."""
+
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+    changed: tuple[str, ...]
+
+
 class Reload(Answer, kw_only=True):
-    """What the model manager's reload says."""
+    """What the model manager's reload says, and what has become of keys that are in files."""
 
     reload: Any
+    keys: ChangedKeys | None
 
 
 async def admin_models(call: Call) -> None:
@@ -90,8 +99,16 @@ async def plan(call: Call) -> None:
 
 
 async def reload(call: Call) -> None:
-    """Read the deployment anew, as the manager does it."""
-    await call.answer_json(Reload(reload=_plain(await _manager(call).reload())))
+    """Read the key files anew, if there are any, and the deployment, as the manager does it."""
+    manager = _manager(call)
+    keys: ChangedKeys | None = None
+    if call.context.settings.keys.from_files:
+        read = await call.context.callers.reload_keys()
+        keys = ChangedKeys(added=read.added, removed=read.removed, changed=read.changed)
+    report: Any = None
+    if keys is None or call.context.directory.has_file:
+        report = _plain(await manager.reload())
+    await call.answer_json(Reload(reload=report, keys=keys))
 
 
 def _plain(value: Any) -> Any:
@@ -161,7 +178,7 @@ ROUTES = (
         response=Plan, errors=(400, 500, 501, 503),
     ),
     _admin(
-        "POST", "/v1/admin/reload", reload, "Read the deployment anew",
+        "POST", "/v1/admin/reload", reload, "Read keys and deployment anew",
         work=True, response=Reload, errors=(400, 500, 501, 503),
     ),
 )  # fmt: skip
