@@ -41,6 +41,14 @@ ALSO: dict[str, tuple[set[str], str]] = {
         {"no-leaked-tasks"},
         "nothing can be checked on a loop that does not turn any more",
     ),
+    "structured-seeds": (
+        {"structured-output"},
+        "what holds for no seed holds for the likeliest text neither",
+    ),
+    "tool-calls": (
+        {"structured-output"},
+        "a call that has to be is a grammar",
+    ),
     "prompt-too-long": (
         {"prompt-token-ids-refused"},
         "token ids that are too many are a prompt that is too long",
@@ -1002,6 +1010,24 @@ def structured_output():
 def structured_output__no_kind():
     class Broken(_Claims):
         claims = frozenset({"structured_output"})
+
+    return Broken
+
+
+@defect
+def structured_seeds():
+    class Broken(_Claims):
+        claims = frozenset({"structured_output"})
+        kinds = frozenset({"json_schema"})
+
+    return Broken
+
+
+@defect
+def tool_calls():
+    class Broken(_Claims):
+        claims = frozenset({"structured_output"})
+        kinds = frozenset({"grammar"})
 
     return Broken
 

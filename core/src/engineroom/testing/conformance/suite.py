@@ -14,6 +14,7 @@ from engineroom.testing.conformance.concurrency import ConcurrencyChecks
 from engineroom.testing.conformance.discovery import DiscoveryChecks
 from engineroom.testing.conformance.embeddings import EmbeddingChecks
 from engineroom.testing.conformance.faults import FaultChecks
+from engineroom.testing.conformance.forms import FormChecks
 from engineroom.testing.conformance.hygiene import HygieneChecks
 from engineroom.testing.conformance.limits import LimitChecks
 from engineroom.testing.conformance.outcomes import BrokenRuleError
@@ -34,6 +35,7 @@ class HandlerConformance(
     FaultChecks,
     CancellationChecks,
     ConcurrencyChecks,
+    FormChecks,
     LimitChecks,
     ParameterChecks,
     TextChecks,

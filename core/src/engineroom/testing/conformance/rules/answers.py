@@ -174,6 +174,16 @@ PARAMETERS: Final = {
         "The text matches what was given, a JSON schema, any JSON object, a regular expression, "
         "one of several texts or a grammar, for each kind that capabilities() claims.",
     ),
+    "structured-seeds": Rule(
+        "A schema holds whatever is drawn",
+        "At temperature 1.5 fifty seeds give fifty texts that are valid by a schema, and a request "
+        "beside them has the text that it has alone.",
+    ),
+    "tool-calls": Rule(
+        "Calls that have to be are valid",
+        'With tool_choice="required" each seed gives a call of a tool that was offered, valid by '
+        "its schema, the same streamed and whole; and its result is answered.",
+    ),
 }
 
 CHAT: Final = {
