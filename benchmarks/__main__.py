@@ -13,6 +13,7 @@ import importlib
 import json
 import os
 import platform
+import signal
 import statistics
 import sys
 import textwrap
@@ -48,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="less work, 3 rounds: to try it out")
     parser.add_argument("--llm-python", metavar="PATH", help="bar 14: Python with llm installed")
     options = parser.parse_args(arguments)
+    with contextlib.suppress(ValueError):  # so that servers which were started end, too
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         bars = chosen(options.names)
     except LookupError as error:

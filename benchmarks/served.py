@@ -166,9 +166,10 @@ class Served(ServerProcess):
 
     @property
     def cpu(self) -> float:
-        """Seconds of the processor that it has spent."""
-        times = self._system().cpu_times()
-        return float(times.user + times.system)
+        """Seconds of the processor that it and its children have spent."""
+        process = self._system()
+        every = [p.cpu_times() for p in (process, *process.children(recursive=True))]
+        return float(sum(times.user + times.system for times in every))
 
     @property
     def mib(self) -> float:
