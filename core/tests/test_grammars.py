@@ -21,7 +21,7 @@ from engineroom import (
 )
 from engineroom.engine import GrammarCompiler
 from engineroom.generation.grammar_bounds import MAX_GRAMMAR_DEPTH
-from engineroom.generation.grammars import is_gbnf, json_rule
+from engineroom.generation.grammars import grammar_text, is_gbnf, json_rule
 from engineroom.prompts import ModelTokens
 
 END = 256
@@ -164,6 +164,13 @@ def test_white_space_in_json_is_bounded():
 def test_gbnf_is_told_by_its_rules():
     assert is_gbnf('root ::= "a"') and is_gbnf('# c\nroot-x  ::= "a"')
     assert not is_gbnf('start: "::="') and not is_gbnf("%llguidance {}\nstart: X")
+
+
+def test_gbnf_that_is_nested_too_deep_leaves_no_thousand_frames_for_the_log():
+    grammar = f'root ::= {"(" * 3000}"a"{")" * 3000}'
+    with pytest.raises(ConfigurationError, match="recursion") as caught:
+        grammar_text(StructuredOutput(grammar=grammar))
+    assert caught.value.__cause__.__traceback__ is None
 
 
 def test_a_constraint_can_be_copied_and_set_back():

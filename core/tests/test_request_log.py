@@ -266,6 +266,11 @@ FIELDS: dict[str, dict[str, Any]] = {
         "tools": [tool(NAME)],
         "tool_choice": {"name": NAME},
     },
+    "reasoning": {
+        "messages": [*MESSAGES, {"role": "assistant", "content": "b", "reasoning": CANARY}]
+    },
+    "template_args": {"messages": MESSAGES, "template_args": {"documents": [{CANARY: CANARY}]}},
+    "cache_salt": {"prompt": "a", "cache_salt": CANARY},
     "metadata": {"prompt": "a", "metadata": {"note": CANARY}},
     "structured_output": {"prompt": "a", "params": {"structured_output": {"regex": CANARY}}},
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import uuid
 from typing import Any
@@ -336,6 +337,25 @@ def test_a_message_without_content_is_refused(calls: object) -> None:
 
 def test_a_tool_call_is_content() -> None:
     assert ChatMessage(role="assistant", tool_calls=[{"id": "1"}]).content is None
+
+
+@pytest.mark.parametrize("as_text", [True, False])
+def test_arguments_of_calls_may_be_long_but_not_have_too_many_values(as_text: bool) -> None:
+    """Templates take them apart and write them: nobody else runs meanwhile."""
+
+    def message(*arguments: Any) -> ChatMessage:
+        functions = [
+            {"name": "f", "arguments": json.dumps(value) if as_text else value}
+            for value in arguments
+        ]
+        return ChatMessage(role="assistant", tool_calls=[{"function": f} for f in functions])
+
+    for many in ([0] * 140_000, [[]] * 24_000, ["a"] * 20_000):
+        with pytest.raises(ValidationError, match=r"tool_calls[\s\S]* is too much: it has"):
+            message({"a": many})
+    with pytest.raises(ValidationError, match=r"tool_calls[\s\S]* is too much: it has"):
+        message({"a": [0] * 70_000}, {"a": [0] * 70_000})
+    assert message({"a": "[{}, 1]" * 400_000}, {"a": [0] * 120_000}).tool_calls
 
 
 # ── InferenceRequest ─────────────────────────────────────────────────────────────────────────
@@ -712,6 +732,8 @@ def test_tools_are_put_into_one_form() -> None:
         ({"reasoning": "very"}, "reasoning"),
         ({"reasoning_budget": -1}, "greater than or equal to 0"),
         ({"template_args": {"a": object()}}, "must be JSON"),
+        ({"template_args": {"a": [0] * 140_000}}, "has 140015 values"),
+        ({"tools": [_tool("a", parameters={"enum": [0] * 140_000})]}, "at most 131072 are taken"),
     ],
 )
 def test_what_is_no_tool_is_refused_by_name(fields: dict[str, Any], words: str) -> None:

@@ -189,6 +189,18 @@ def test_a_tool_that_was_not_offered_is_passed_on_with_a_warning():
     assert "not offered" in response.warnings[0]
 
 
+def test_of_many_tools_that_were_not_offered_the_first_are_told_and_the_log_is_not(caplog):
+    """A response's warnings go into a header, and the log knows whose a request is."""
+    written = "".join(CALL.replace("weather", f"w{i}") for i in range(200))
+    response = answer(Scripted(written, size=500), ask())
+    assert len(response.tool_calls) == 200
+    assert [w for w in response.warnings if "not offered" in w] == [
+        *(f"the model calls 'w{i}', a tool that was not offered" for i in range(4)),
+        "the model calls 196 more tools that were not offered",
+    ]
+    assert not [record for record in caplog.records if not hasattr(record, "key_name")]
+
+
 @pytest.mark.parametrize("limit", [11, 12, 16, 24, 32, 48])
 def test_a_call_that_is_cut_is_none(limit):
     handler = Scripted(CALL, size=1)

@@ -22,6 +22,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticSerializationError, PydanticUseDefault, to_json
 
+from engineroom.json_shape import MAX_VALUES, excess
 from engineroom.printable import CONTROLS
 
 __all__ = [
@@ -33,11 +34,13 @@ __all__ = [
     "Int",
     "JsonObject",
     "LogitBias",
+    "MessageCalls",
     "NotEmpty",
     "OrDefault",
     "Text",
     "Texts",
     "TokenId",
+    "check_values",
     "either",
     "half_of_pair",
     "json_of",
@@ -85,9 +88,30 @@ def json_of(value: Any) -> bytes:
     raise ValueError(f"must be JSON, but cannot be written as such ({problem:.200})")
 
 
+def check_values(*parts: bytes) -> None:
+    """Refuse JSON of so many values that others would wait while it is read or written.
+
+    :raises ValueError: it has too many, together.
+    """
+    if (too_much := excess(b",".join(parts), MAX_VALUES)) is not None:
+        raise ValueError(f"is too much: {too_much}")
+
+
 def _json_can_be_encoded(value: dict[str, Any]) -> dict[str, Any]:
-    json_of(value)
+    check_values(json_of(value))
     return value
+
+
+def _arguments_can_be_read(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    functions = [call.get("function") for call in calls]
+    arguments = [part.get("arguments") for part in functions if isinstance(part, Mapping)]
+    check_values(
+        *(
+            part.encode("utf-8", "surrogatepass") if isinstance(part, str) else json_of(part)
+            for part in arguments
+        )
+    )
+    return calls
 
 
 def no_booleans(value: Any) -> Any:
@@ -109,6 +133,10 @@ Text = Annotated[str, AfterValidator(_can_be_encoded)]
 Texts = Annotated[dict[str, Any], AfterValidator(_texts_can_be_encoded)]
 """Of which keys and values that are strings are text; what else there is, is the caller's own."""
 JsonObject = Annotated[dict[str, Any], AfterValidator(_json_can_be_encoded)]
+MessageCalls = Annotated[
+    list[dict[str, Any]], Field(fail_fast=True), AfterValidator(_arguments_can_be_read)
+]
+"""Tool calls of a message, whose arguments may be JSON in a text: that is counted, too."""
 Int = Annotated[int, BeforeValidator(no_booleans)]
 Float = Annotated[float, BeforeValidator(no_booleans), Field(allow_inf_nan=False)]
 

@@ -22,6 +22,7 @@ from engineroom.field_types import (
     Int,
     JsonObject,
     LogitBias,
+    MessageCalls,
     NotEmpty,
     OrDefault,
     Text,
@@ -211,7 +212,7 @@ class ChatMessage(FewFields, FrozenSchema):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | None = None
     name: Text | None = None
-    tool_calls: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
+    tool_calls: MessageCalls | None = None
     tool_call_id: Text | None = None
     reasoning: Text | None = None
     """What the assistant thought before this message; templates show it or leave it out."""

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Final, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Tag
 
-from engineroom.field_types import either, json_of
+from engineroom.field_types import check_values, either, json_of
 
 __all__ = [
     "MAX_TOOLS",
@@ -111,8 +111,10 @@ def _distinct(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if len(set(names)) < len(names):
         twice = next(name for place, name in enumerate(names) if name in names[:place])
         raise ValueError(f"two tools are called {twice!r}; rename one of them")
-    if (size := len(json_of(tools))) > MAX_TOOL_BYTES:
-        raise ValueError(f"may have {MAX_TOOL_BYTES} bytes as JSON together, not {size}")
+    data = json_of(tools)
+    if len(data) > MAX_TOOL_BYTES:
+        raise ValueError(f"may have {MAX_TOOL_BYTES} bytes as JSON together, not {len(data)}")
+    check_values(data)
     return tools
 
 

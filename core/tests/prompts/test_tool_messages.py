@@ -2,8 +2,12 @@
 
 import json
 
+import pytest
+
 from engineroom import ChatMessage
+from engineroom.prompts import tool_messages
 from engineroom.prompts.tool_messages import tools_as_messages
+from engineroom.prompts.work import Reading, ReadingStoppedError
 
 TOOLS = [
     {"type": "function", "function": {"name": "weather", "description": "Größe", "parameters": {}}},
@@ -77,3 +81,20 @@ def test_a_history_without_tools_stays_as_it_is():
     history = [user("a"), ChatMessage(role="assistant", content="b"), user("c")]
     assert tools_as_messages(history, None) == history
     assert tools_as_messages(history, []) == history
+
+
+def test_many_results_one_after_another_are_written_once(monkeypatch):
+    """Each behind all before it: seconds for two thousand of them."""
+    written, write = [], tool_messages._said
+    monkeypatch.setattr(tool_messages, "_said", lambda *said: written.append(said) or write(*said))
+    history = [user("q"), *(result(str(i)) for i in range(200)), user("a"), result("last")]
+    (_, results, _, last) = tools_as_messages(history, None)
+    assert results.content.count("<tool_response>\n") == 200
+    assert results.content.endswith("\n<tool_response>\n199\n</tool_response>")
+    assert last == user("<tool_response>\nlast\n</tool_response>")
+    assert len(written) == 2
+
+
+def test_they_are_written_for_somebody_who_waits():
+    with pytest.raises(ReadingStoppedError), Reading(lambda: True):
+        tools_as_messages([user("q"), result("a")], TOOLS)

@@ -22,8 +22,8 @@ from hypothesis import given, strategies as st
 from server_doubles import TalkHandler
 
 from engineroom import Embeddings, InferenceResponse
+from engineroom.json_shape import SMALL_BODY
 from engineroom.server.http.frames import Answer, Pieces, dumps, slices
-from engineroom.server.http.json_shape import SMALL_BODY
 from engineroom.server.routes import APIS
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
+from typing import Final
 
 from pydantic import ValidationError
 
@@ -25,6 +27,9 @@ from engineroom.schemas import FinishReason, InferenceRequest, InferenceResponse
 from engineroom.tools import ToolCall, new_call_id, tool_names
 
 __all__ = ["Generation", "ParsedOutput"]
+
+_MOST_UNKNOWN: Final = 4
+"""Tools that were not offered, and are told by name."""
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -203,9 +208,11 @@ class Generation:
 
     def _unknown_tools(self, calls: Iterable[ToolCall] | None) -> Iterator[str]:
         offered = set(tool_names(self.request.tools or ()))
-        for name in dict.fromkeys(call.name for call in calls or ()):
-            if name not in offered:
-                yield f"the model calls {name[:64]!r}, a tool that was not offered"
+        names = dict.fromkeys(call.name for call in calls or () if call.name not in offered)
+        for name in islice(names, _MOST_UNKNOWN):
+            yield f"the model calls {name[:64]!r}, a tool that was not offered"
+        if len(names) > _MOST_UNKNOWN:
+            yield f"the model calls {len(names) - _MOST_UNKNOWN} more tools that were not offered"
 
     @property
     def text(self) -> str:

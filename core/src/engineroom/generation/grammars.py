@@ -117,6 +117,8 @@ def _lark(grammar: str) -> str:
     try:
         return str(gbnf_to_lark(grammar))
     except Exception as error:
+        # Of one that is nested too deep there are a thousand frames, which a log would write.
+        error.with_traceback(None)
         raise ConfigurationError(
             f"structured_output.grammar is not valid GBNF: {str(error)[:300]}"
         ) from error

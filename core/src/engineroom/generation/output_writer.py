@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Mapping
 from typing import Any, Final, TypeAlias
@@ -18,8 +17,6 @@ from engineroom.generation.output_events import (
 from engineroom.generation.text_source import MAX_BLANKS, MalformedError
 
 __all__ = ["OutputWriter"]
-
-logger = logging.getLogger("engineroom.outputs")
 
 _NAME: Final = re.compile(r"[\w.:/-]{1,128}")
 _Kind: TypeAlias = type[Content] | type[Reasoning] | int
@@ -135,10 +132,8 @@ class OutputWriter:
         """
         if not _NAME.fullmatch(name):
             raise MalformedError
-        if name not in self.tools:
-            if offered:
-                raise MalformedError
-            logger.warning("the model calls %r, a tool that was not offered", name)
+        if offered and name not in self.tools:
+            raise MalformedError
         blanks = self._content.cut(keep=not self.trims)
         if blanks:
             self._write(Content, blanks)

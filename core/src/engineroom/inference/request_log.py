@@ -234,9 +234,10 @@ def _written(request: InferenceRequest) -> Iterator[str]:
     """Each text that the request's author wrote, at whatever depth."""
     yield from _texts(request)
     yield from request.stop_sequences or ()
-    parts: tuple[Any, ...] = (request.tools, request.tool_choice, request.metadata)
-    for part in (*parts, *(message.tool_calls for message in request.messages or ())):
-        yield from strings(part)
+    for message in request.messages or ():
+        yield from strings([message.reasoning, message.name, message.tool_calls])
+    parts: tuple[Any, ...] = (request.tools, request.tool_choice, request.template_args)
+    yield from strings([*parts, request.metadata, request.cache_salt])
     if (structured := request.params.structured_output) is not None:
         yield from strings(structured.model_dump())
 

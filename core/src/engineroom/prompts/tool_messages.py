@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engineroom.prompts.messages import arguments_of
+from engineroom.prompts.work import check_stopped
 from engineroom.schemas import ChatMessage
 
 __all__ = ["tools_as_messages"]
@@ -32,21 +33,28 @@ def tools_as_messages(
         what the tools are.
     """
     told: list[ChatMessage] = []
-    results = False  # the last message is one of results
+    results: list[str] = []  # of one message
     for message in messages:
+        check_stopped()
         if message.role == "tool":
-            text = f"<tool_response>\n{message.content or ''}\n</tool_response>"
-            if results:
-                text = f"{told.pop().content}\n{text}"
-            told.append(_said("user", text))
-        elif message.tool_calls:
+            results.append(f"<tool_response>\n{message.content or ''}\n</tool_response>")
+            continue
+        _end(results, told)
+        if message.tool_calls:
             parts = [message.content or "", *map(_call, message.tool_calls)]
             text = "\n".join(filter(None, parts))
             told.append(_said(message.role, text, name=message.name, reasoning=message.reasoning))
         else:
             told.append(message)
-        results = message.role == "tool"
+    _end(results, told)
     return _with_definitions(told, tools, system) if tools else told
+
+
+def _end(results: list[str], told: list[ChatMessage]) -> None:
+    """Results, one after another, are one message."""
+    if results:
+        told.append(_said("user", "\n".join(results)))
+        results.clear()
 
 
 def _call(call: Mapping[str, Any]) -> str:

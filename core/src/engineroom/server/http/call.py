@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import msgspec
 
 from engineroom.errors import EngineRoomError
+from engineroom.json_shape import SMALL_BODY, excess
 from engineroom.server.http.bodies import BodyShare
 from engineroom.server.http.compat_uvicorn import WRITE, TextWriter
 from engineroom.server.http.context import ServerContext
 from engineroom.server.http.errors import ApiError, ErrorBody, OpenAIError
 from engineroom.server.http.frames import dumps
-from engineroom.server.http.json_shape import SMALL_BODY, excess
 from engineroom.server.keys import ANONYMOUS, Identity
 from engineroom.telemetry import RequestLogger
 

@@ -6,12 +6,9 @@ import json
 from typing import Any
 
 import pytest
-
-pytest.importorskip("msgspec", reason="needs the extra engineroom[server]")
-
 from hypothesis import example, given, strategies as st
 
-from engineroom.server.http.json_shape import (
+from engineroom.json_shape import (
     CONTAINER,
     MAX_DIGITS,
     SMALL_BODY,

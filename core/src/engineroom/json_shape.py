@@ -1,20 +1,24 @@
-"""How much work the JSON of a body makes, counted before it is decoded.
+"""How much work JSON makes, counted before it is read or written.
 
-A few megabytes can hold a million empty lists, and decoding them would hold the event loop: the
-decoder does not stop halfway. What is counted here are the characters that make values, which takes
-about a millisecond for each megabyte; those inside of texts are told apart only where it matters.
+A few megabytes can hold a million empty lists. To read or write them takes a second for which the
+event loop stands still, whichever thread does it: Python's own JSON keeps the interpreter, and does
+not stop halfway. What is counted here are the characters that make values, which takes about a
+millisecond for each megabyte; those inside of texts are told apart only where it matters.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["MAX_DIGITS", "SMALL_BODY", "excess"]
+__all__ = ["MAX_DIGITS", "MAX_VALUES", "SMALL_BODY", "excess"]
 
 SMALL_BODY: Final = 64 << 10
 """Bytes of a body that is decoded as it is, whatever it holds."""
 MAX_DIGITS: Final = 100
 """Digits of a number: to read longer ones takes time that grows with their square."""
+MAX_VALUES: Final = 131_072
+"""Values of what a request brings for a chat template, which reads and writes it in one go: some 20
+milliseconds each way."""
 CONTAINER: Final = 8
 """A list or object counts as so many values."""
 VALUES_A_TEXT: Final = 8
@@ -34,7 +38,7 @@ _LONG_NUMBER: Final = b"0" * (MAX_DIGITS + 1)
 
 
 def excess(data: bytes, most: int) -> str | None:
-    """What of a body's JSON is too much; ``None``: nothing.
+    """What of some JSON is too much; ``None``: nothing.
 
     :param most: how many values there may be, and eight times as many as texts.
     """
