@@ -41,6 +41,8 @@ DEFAULTS: dict[str, Any] = {
     "rope_freq_scale": None,
     "normalize": True,
     "chat_template": None,
+    "reasoning_format": None,
+    "tool_format": None,
 }
 INT_MAX = 2**31 - 1
 # The least and the most that an option may be; llama.cpp takes 32 bits.
