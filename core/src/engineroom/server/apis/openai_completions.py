@@ -124,6 +124,7 @@ async def completions(call: Call) -> None:
     request = parse(call, CompletionRequest, raw)
     prompt: Any = request.prompt
     prompts = [prompt] if _kind_of_prompt(prompt) in ("(text)", "(ids)") else list(prompt)
+    await call.context.rounds.next()  # token ids by the hundred thousand are looked at once more
     requests = _requests(call, request, prompts)
     await respond(call, requests, CompletionWriter(call, request, prompts))
 
