@@ -172,6 +172,71 @@ def test_a_prompt_that_is_too_long_is_refused(client):
         client.completions.create(model="default", prompt="word " * 5000)
 
 
+CITY = {"type": "string", "enum": ["Paris", "Rome"]}
+PARAMETERS = {
+    "type": "object",
+    "properties": {"city": CITY, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+TOOL = {"name": "weather", "description": "How the weather is", "parameters": PARAMETERS}
+
+
+def check_arguments(arguments):
+    assert set(arguments) == {"city", "days"}, arguments
+    assert arguments["city"] in CITY["enum"] and 1 <= arguments["days"] <= 9
+
+
+@pytest.mark.nightly
+def test_openais_client_calls_tools_and_hears_of_results(client):
+    tools = [{"type": "function", "function": TOOL}]
+    asked = {"model": "default", "max_tokens": 200, "tools": tools}
+    wanted = {**asked, "messages": SAY, "tool_choice": "required", "parallel_tool_calls": False}
+    for seed in range(2):
+        (choice,) = client.chat.completions.create(**wanted, seed=seed, temperature=1).choices
+        (call,) = choice.message.tool_calls
+        assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+        check_arguments(json.loads(call.function.arguments))
+    with client.chat.completions.stream(**wanted, temperature=0) as events:
+        for _ in events:
+            pass
+        (choice,) = events.get_final_completion().choices
+    (call,) = choice.message.tool_calls
+    check_arguments(json.loads(call.function.arguments))
+    made = {"id": call.id, "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    answer = client.chat.completions.create(
+        model="default",
+        messages=[
+            *SAY,
+            {"role": "assistant", "tool_calls": [made]},
+            {"role": "tool", "tool_call_id": call.id, "content": "sunny"},
+        ],
+        max_tokens=8,
+    )
+    assert answer.choices[0].message.content
+
+
+@pytest.mark.nightly
+def test_anthropics_client_calls_tools_and_hears_of_results(url):
+    tool = {"name": "weather", "description": "How it is", "input_schema": PARAMETERS}
+    asked = {"model": "default", "tools": [tool], "max_tokens": 200}
+    with anthropic.Anthropic(base_url=url, api_key="none") as client:
+        choice = {"type": "any", "disable_parallel_tool_use": True}
+        with client.messages.stream(**asked, messages=SAY, tool_choice=choice) as events:
+            message = events.get_final_message()
+        assert message.stop_reason == "tool_use"
+        (block,) = message.content
+        check_arguments(block.input)
+        result = {"type": "tool_result", "tool_use_id": block.id, "content": "sunny"}
+        said = {"role": "assistant", "content": message.content}
+        answer = client.messages.create(
+            **asked,
+            messages=[*SAY, said, {"role": "user", "content": [result]}],
+            tool_choice={"type": "none"},
+        )
+    assert [block.type for block in answer.content] == ["text"]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_clients_that_go_away_free_their_slots(client, url, stream):
     endless = {"0": -100, "2": -100}  # neither <|endoftext|> nor <|im_end|>
