@@ -19,7 +19,7 @@ from engineroom_ctranslate2 import CTranslate2Handler
 
 TEMPLATE = (
     "{% for m in messages %}"
-    "{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "{% if m.content == 'forbidden' %}{{ raise_exception('not that here') }}{% endif %}"
     "[{{ m.role }}] {{ m.content }}\n"
     "{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
 )

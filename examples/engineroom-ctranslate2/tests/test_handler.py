@@ -90,12 +90,12 @@ async def test_messages_are_the_text_that_the_template_makes_of_them(make, greed
 
     refused = InferenceRequest(
         model_id="m",
-        messages=[*messages, ChatMessage(role="tool", content="42")],
+        messages=[*messages, ChatMessage(role="assistant", content="forbidden")],
         params=greedy(),
     )
     response = await bench.service.infer(refused)
     assert response.error_type == "ConfigurationError"
-    assert "no tools here (roles: user → tool)" in response.error_message
+    assert "not that here (roles: user → assistant)" in response.error_message
 
 
 async def test_the_context_bounds_prompt_and_text(make, greedy):

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # for hf_benches.py, whatever th
 
 TEMPLATE = (
     "{% for m in messages %}"
-    "{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "{% if m.content == 'forbidden' %}{{ raise_exception('not that here') }}{% endif %}"
     "<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )

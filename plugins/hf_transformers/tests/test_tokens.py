@@ -38,7 +38,7 @@ SENTENCES = [
 ] * 3
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
-    "{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "{% if m.content == 'forbidden' %}{{ raise_exception('not that here') }}{% endif %}"
     "<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n"
     "{% endfor %}{% if tools %}{{ tools | tojson }}{% endif %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
@@ -529,8 +529,8 @@ def test_a_tokenizer_without_a_template_refuses_messages() -> None:
 
 def test_a_template_that_refuses_is_told_with_the_roles() -> None:
     known = vocabulary("byte-level")
-    messages = [user("hi"), ChatMessage(role="tool", content="x")]
-    with pytest.raises(ConfigurationError, match=r"refuses.*no tools here \(roles: user → tool\)"):
+    messages = [user("hi"), ChatMessage(role="assistant", content="forbidden")]
+    with pytest.raises(ConfigurationError, match=r"refuses.*not that here \(roles: user → ass"):
         known.prompt(None, messages)
 
 

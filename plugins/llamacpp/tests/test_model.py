@@ -414,8 +414,8 @@ def test_the_model_reads_every_character_of_such_a_message_and_no_other(
 
 
 def test_messages_that_the_template_refuses_are_a_configuration_error(model: LlamaModel) -> None:
-    with pytest.raises(ConfigurationError, match="no tools here.*roles: user → tool"):
-        model.render([*HELLO, ChatMessage(role="tool", content="x")])
+    with pytest.raises(ConfigurationError, match="not that here.*roles: user → assistant"):
+        model.render([*HELLO, ChatMessage(role="assistant", content="forbidden")])
 
 
 def test_without_a_template_only_a_prompt_is_taken(tiny_model_without_template: Path) -> None:

@@ -31,6 +31,10 @@ from .decode_loop import (
 from .handler import (
     EngineHandler as EngineHandler,
 )
+from .logprobs import (
+    MakeLogprob as MakeLogprob,
+    logprob_maker as logprob_maker,
+)
 from .prompt_lookup import (
     Drafter as Drafter,
     DraftRequest as DraftRequest,
@@ -39,12 +43,10 @@ from .prompt_lookup import (
 )
 from .sampling import (
     Logits as Logits,
-    MakeLogprob as MakeLogprob,
     NoNumbersError as NoNumbersError,
     Sampler as Sampler,
     SamplerState as SamplerState,
     largest as largest,
-    logprob_maker as logprob_maker,
     top_logprobs as top_logprobs,
 )
 from .scheduler import (

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Final, TypeAlias
 
@@ -21,24 +21,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engineroom.engine.constraint import Constraint
-from engineroom.schemas import GenerationParams, TokenLogprob
+from engineroom.schemas import GenerationParams
 
 __all__ = [
     "Logits",
-    "MakeLogprob",
     "NoNumbersError",
     "Sampler",
     "SamplerState",
     "largest",
-    "logprob_maker",
     "top_logprobs",
 ]
 
 Logits: TypeAlias = NDArray[np.float32]
 """A row of logits, one a token of the vocabulary."""
 TokenIds: TypeAlias = NDArray[np.int64]
-MakeLogprob: TypeAlias = Callable[[int, float, Sequence[tuple[int, float]]], TokenLogprob]
-"""Makes an answer's entry of a token, its log probability, and the likeliest tokens with theirs."""
 
 _BLOCK: Final = 1024
 _FIRST_GUESS: Final = 256
@@ -349,26 +345,3 @@ def top_logprobs(logits: Logits, token: int, count: int) -> tuple[float, list[tu
         scale = top + float(np.log(np.exp(logits - np.float32(top)).sum(dtype=np.float64)))
     ids = largest(logits, min(count, logits.size)) if count else ()
     return float(logits[token]) - scale, [(int(i), float(logits[i]) - scale) for i in ids]
-
-
-def logprob_maker(own: Callable[[int], bytes]) -> MakeLogprob:
-    """What makes a model's log probabilities as answers give them.
-
-    :param own: a token's own bytes, the text of special ones.
-    """
-
-    def make(token: int, value: float, likeliest: Sequence[tuple[int, float]]) -> TokenLogprob:
-        piece, pieces = own(token), [own(i) for i, _ in likeliest]
-        return TokenLogprob(
-            token_id=token,
-            token=piece.decode("utf-8", "replace"),
-            logprob=value,
-            top=[
-                (i, piece.decode("utf-8", "replace"), value)
-                for (i, value), piece in zip(likeliest, pieces, strict=True)
-            ],
-            bytes=list(piece),
-            top_bytes=list(map(list, pieces)),
-        )
-
-    return make

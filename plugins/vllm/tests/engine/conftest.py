@@ -100,7 +100,7 @@ def _convert(folder: Path) -> None:
 
 TEMPLATE = (
     "{% for m in messages %}"
-    "{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "{% if m.content == 'forbidden' %}{{ raise_exception('not that here') }}{% endif %}"
     "[{{ m.role }}] {{ m.content }}\n"
     "{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
 )
