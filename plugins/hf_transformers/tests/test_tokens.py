@@ -459,12 +459,14 @@ def test_special_tokens_are_text_in_calls_and_tools_too() -> None:
     template = "{% for m in messages %}{{ m | tojson }}<|end|>{% endfor %}{{ tools | tojson }}"
     own = Vocabulary(known._tokenizer, {EOS}, 400, template)
     tokens = own.prompt(None, messages, [{"name": "<|start|>"}])
-    assert tokens.count(SPECIAL.index("<|end|>")) == 2
+    # The template has no form of calls that is known: both are told in messages, of which the
+    # first is of the system.
+    assert tokens.count(SPECIAL.index("<|end|>")) == 3
     assert START not in tokens
     assert EOS not in tokens
     text = whole(own, tokens)
-    assert '"arguments": {"a": "<|end|>"}' in text  # a mapping, as templates want it
-    assert '[{"name": "<|start|>"}]' in text
+    assert '{\\"name\\": \\"<|start|>\\"}' in text
+    assert '\\"arguments\\": {\\"a\\": \\"<|end|>\\"}' in text
 
 
 @pytest.mark.parametrize("text", ["<|im_end|>", "<end_of_turn>", "</s>"])

@@ -97,7 +97,7 @@ class TestEightSlotsWithoutReuse(LlamaCppConformance):
 class TestLittleRoom(LlamaCppConformance):
     """Requests wait for each other's cells; small steps; proposals from the text."""
 
-    happens: ClassVar = {"reuse": True, "company": True, "preemption": True}
+    happens: ClassVar = {"reuse": True, "company": True}  # preemption: see the test below
     options: ClassVar[dict[str, Any]] = {
         **OPTIONS,
         "n_ctx": 256,

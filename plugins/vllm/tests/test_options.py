@@ -17,6 +17,8 @@ DEFAULTS: dict[str, Any] = {
     "n_parallel": None,
     "max_queue": 256,
     "runner": "auto",
+    "tool_format": None,
+    "reasoning_format": None,
     "dtype": "auto",
     "quantization": None,
     "gpu_memory_utilization": None,

@@ -105,8 +105,8 @@ def test_messages_without_a_template_are_refused() -> None:
 
 
 def test_a_template_that_fails_is_told_with_the_roles() -> None:
-    messages = [ChatMessage(role="user", content="a"), ChatMessage(role="tool", content="b")]
-    with pytest.raises(ConfigurationError, match=r"fails.*user → tool.*KeyError"):
+    messages = [ChatMessage(role="user", content="a"), ChatMessage(role="assistant", content="b")]
+    with pytest.raises(ConfigurationError, match=r"fails.*user → assistant.*KeyError"):
         codec(own="{{ '{content}'.format() }}").prompt(None, messages)
 
 
