@@ -232,3 +232,40 @@ def test_many_properties_compile_within_the_bounds():
     letters = string.ascii_lowercase
     schema = {"properties": {a + b: {"type": "integer"} for a in letters for b in letters}}
     assert compiled(json_schema=schema).allows(ord("{"))
+
+
+def test_an_ambiguous_grammar_ends_its_request_and_not_the_patience_of_others(monkeypatch):
+    """It takes more for each token than for the one before."""
+    monkeypatch.setattr("engineroom.engine.constraint.PER_TOKEN_S", 0.0002)
+    constraint = compiled(grammar='start: s\ns: s s | s s s | /./ | ""\n')
+    constraint._left_s = 0.02
+
+    def go_on():
+        for _ in range(300):
+            constraint.allowed()
+            constraint.take(97)
+
+    with pytest.raises(ConfigurationError, match=r"takes too long for each token.*\(s: x\*\)"):
+        go_on()
+
+
+def test_a_plain_grammar_has_time_to_spare():
+    constraint = compiled(json_schema={"type": "string"})
+    constraint.take(ord('"'))
+    for _ in range(100):
+        constraint.allowed()
+        constraint.copy().take(97)
+        constraint.take(97)
+    assert constraint._left_s > 2.0
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$ref": "#"},
+        {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"},
+    ],
+)
+def test_a_reference_that_leads_to_itself_is_told_in_plain_words(schema):
+    with pytest.raises(ConfigurationError, match="leads to nothing but itself"):
+        compiled(json_schema=schema)

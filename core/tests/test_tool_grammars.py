@@ -10,10 +10,11 @@ pytest.importorskip("llguidance", reason="needs the extra engineroom[structured]
 
 from engineroom import ConfigurationError, InferenceRequest
 from engineroom.engine import GrammarCompiler
+from engineroom.generation.call_forms import TaggedForm
 from engineroom.generation.format_choice import tool_formats
 from engineroom.generation.outputs import OutputParser, read_events, read_output
 from engineroom.generation.tool_formats import GENERIC, REASONING_FORMATS, TOOL_FORMATS
-from engineroom.generation.tool_grammars import writable
+from engineroom.generation.tool_grammars import call_rules, writable
 from engineroom.generation.traits import ModelTraits
 from engineroom.prompts import ModelTokens
 
@@ -215,3 +216,17 @@ def test_arguments_are_those_that_the_schema_names():
     assert allows('{"b": 1}', {**named, "additionalProperties": True})
     assert allows('{"b": 1}', {"type": "object"}) and not allows("[]", {"type": "object"})
     assert allows("{}", None) and not allows('{"b": 1}', {})
+
+
+def test_definitions_are_written_where_they_are_referred_to():
+    """In formats that have a rule for each argument; a thousand copies would be hundreds of MB."""
+    form = next(f for f in TOOL_FORMATS if isinstance(f.form, TaggedForm) and writable(f))
+    large = {"$defs": {"d": {"enum": ["x" * 90 + str(i) for i in range(900)]}}}
+
+    def rules(**property_):
+        fields = {f"p{i}": property_ for i in range(300)}
+        return "".join(call_rules(form, {"f": large | {"properties": fields}}, several=False))
+
+    assert len(rules(type="integer")) < 100_000
+    with pytest.raises(ConfigurationError, match="characters as it is written out, or more"):
+        rules(type="array", items={"$ref": "#/$defs/d"})

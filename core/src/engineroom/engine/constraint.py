@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import time
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,15 +13,28 @@ from engineroom.errors import ConfigurationError, InferenceError
 __all__ = ["Constraint", "first_line"]
 
 
+FREE_S: Final = 2.0
+"""Seconds of the processor that a request's grammar may take in all, and"""
+PER_TOKEN_S: Final = 0.02
+"""for each token besides. Usual ones take a hundredth of that; an ambiguous one (``s: s s | /./``)
+takes more for each token than for the one before, and all that decode beside it wait for it."""
+
+
 class Constraint:
-    """Where one request is in its grammar. Used by one thread at a time."""
+    """Where one request is in its grammar. Used by one thread at a time.
 
-    __slots__ = ("_ends", "_matcher", "_width")
+    :param left: seconds of the processor that it may still take.
+    """
 
-    def __init__(self, matcher: Any, width: int, ends: frozenset[int]) -> None:
+    __slots__ = ("_ends", "_left_s", "_matcher", "_width")
+
+    def __init__(
+        self, matcher: Any, width: int, ends: frozenset[int], left: float = FREE_S
+    ) -> None:
         self._matcher = matcher
         self._width = width
         self._ends = ends
+        self._left_s = left
 
     @property
     def complete(self) -> bool:
@@ -36,18 +50,23 @@ class Constraint:
         """Whether a token may come next."""
         if token in self._ends:
             return self.complete
-        return not self.ended and self._matcher.validate_tokens([token]) == 1
+        began = time.thread_time()
+        fits = not self.ended and self._matcher.validate_tokens([token]) == 1
+        self._left_s -= time.thread_time() - began
+        return fits
 
     def allowed(self) -> NDArray[np.bool_]:
         """Which tokens may come next, one value a logit.
 
         :raises ConfigurationError: the grammar is too complex to go on, or lets nothing follow.
         """
+        began = time.thread_time()
         mask = np.zeros(self._width, np.bool_)
         if not self.ended:
             bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
             bits = np.unpackbits(bits, count=self._width, bitorder="little")
             mask[: bits.size] = bits
+        self._left_s -= time.thread_time() - began
         self._check()
         mask[list(self._ends)] = self.complete
         if not mask.any():
@@ -62,9 +81,16 @@ class Constraint:
         :raises ConfigurationError: the grammar is too complex to go on.
         :raises InferenceError: it is not allowed.
         """
+        began = time.thread_time()
         if token not in self._ends and self._matcher.try_consume_tokens([token]) != 1:
             self._check()
             raise InferenceError(f"token {token} does not fit the grammar")
+        self._left_s += PER_TOKEN_S - (time.thread_time() - began)
+        if self._left_s < 0:
+            raise ConfigurationError(
+                "the grammar takes too long for each token, and would delay other requests; "
+                "an ambiguous rule (s: s s | …) may be written as a repetition (s: x*)"
+            )
 
     def undo(self, count: int) -> None:
         """Take the last ``count`` tokens back, none of which ended the text."""
@@ -74,7 +100,7 @@ class Constraint:
 
     def copy(self) -> Constraint:
         """Another one at the same place, for a beam; takes less than a tenth of a millisecond."""
-        return Constraint(self._matcher.deep_copy(), self._width, self._ends)
+        return Constraint(self._matcher.deep_copy(), self._width, self._ends, self._left_s)
 
     def _check(self) -> None:
         if self._matcher.is_error():

@@ -162,7 +162,10 @@ def _matcher(tokenizer: Any, grammar: str, asked: str, **limits: Any) -> Any:
                 matcher = beyond
                 break
     if matcher.is_error():
-        raise ConfigurationError(f"{asked} cannot be honoured: {first_line(matcher.get_error())}")
+        wrong = first_line(matcher.get_error())
+        # The name of llguidance's rule for a grammar that never writes anything.
+        wrong = wrong.replace("NoExtensionBias", "a rule, or a $ref, leads to nothing but itself")
+        raise ConfigurationError(f"{asked} cannot be honoured: {wrong}")
     return matcher
 
 

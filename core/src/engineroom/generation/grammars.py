@@ -19,6 +19,7 @@ from engineroom.schemas import MAX_GRAMMAR_CHARS, StructuredOutput
 __all__ = [
     "HEAD",
     "bounded",
+    "check_written",
     "content_rules",
     "grammar_text",
     "is_gbnf",
@@ -50,12 +51,17 @@ def grammar_text(output: StructuredOutput) -> str:
 
 def bounded(text: str) -> str:
     """A grammar, unless it is too long. :raises ConfigurationError: it is."""
-    if len(text) > _MAX_WRITTEN:
-        raise ConfigurationError(
-            f"the grammar of what was asked for (structured_output, tools) has {len(text)} "
-            f"characters as it is written out; {_MAX_WRITTEN} are the most"
-        )
+    check_written(len(text))
     return text
+
+
+def check_written(size: int) -> None:
+    """:raises ConfigurationError: a grammar of so many characters is too long."""
+    if size > _MAX_WRITTEN:
+        raise ConfigurationError(
+            f"the grammar of what was asked for (structured_output, tools) has {size} "
+            f"characters as it is written out, or more; {_MAX_WRITTEN} are the most"
+        )
 
 
 def content_rules(output: StructuredOutput) -> list[str]:

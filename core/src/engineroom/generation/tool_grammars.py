@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
 from engineroom.errors import ConfigurationError
+from engineroom.field_types import json_of
 from engineroom.generation.argument_types import argument_types
 from engineroom.generation.call_forms import (
     ChannelForm,
@@ -18,7 +19,7 @@ from engineroom.generation.call_forms import (
     TaggedForm,
     ToolFormat,
 )
-from engineroom.generation.grammars import json_rule, literal
+from engineroom.generation.grammars import check_written, json_rule, literal
 from engineroom.generation.literal_scanner import JSON
 from engineroom.generation.tool_formats import GENERIC
 
@@ -172,6 +173,7 @@ def _tagged(rule: str, fields: Mapping[str, Any], form: TaggedForm) -> Iterator[
     needed = fields.get("required")
     needed = needed if isinstance(needed, list) else []
     parts = []
+    written = 0
     for number, (name, schema) in enumerate(properties.items()):
         own = f"{rule}_{number}"
         parts.append(own if name in needed else f"{own}?")
@@ -179,6 +181,8 @@ def _tagged(rule: str, fields: Mapping[str, Any], form: TaggedForm) -> Iterator[
         end = f"\n{form.value_end}" if form.lines else form.value_end
         if types != {"string"}:
             value = f"{json_rule(_with_definitions(schema, fields))} {literal(end)}"
+            written += len(value)
+            check_written(written)  # definitions stand with each property that refers to some
         elif options := _texts_of(schema):
             value = f"({' | '.join(map(literal, options))}) {literal(end)}"
         else:
@@ -207,4 +211,7 @@ def _with_definitions(schema: Any, root: Mapping[str, Any]) -> Mapping[str, Any]
     """The schema of a property, with what its references name."""
     if not isinstance(schema, Mapping):
         return bool(schema)
+    text = json_of(schema)
+    if b'"$ref"' not in text and b'Ref"' not in text:  # nor $dynamicRef, $recursiveRef
+        return schema
     return {**{k: root[k] for k in ("$defs", "definitions") if k in root}, **schema}
