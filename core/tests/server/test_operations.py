@@ -185,7 +185,10 @@ def test_plan_and_reload_are_as_the_manager_has_them(start, monkeypatch):
         monkeypatch.setattr(manager, "reload", said)
         wanted = {"models": ["m"], "reason": "made of <path>"}
         assert httpx.get(run.url + "/v1/admin/plan").json() == {"plan": wanted}
-        assert httpx.post(run.url + "/v1/admin/reload").json() == {"reload": wanted}
+        assert httpx.post(run.url + "/v1/admin/reload").json() == {
+            "reload": wanted,
+            "keys": None,
+        }
 
 
 # ── /v1/embeddings ───────────────────────────────────────────────────────────────────────────
