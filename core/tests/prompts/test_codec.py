@@ -246,3 +246,11 @@ async def test_what_is_far_too_long_is_refused_before_it_is_listed(
     with pytest.raises(ConfigurationError, match="text 1 has 150 tokens, and .* 100 at most"):
         await tokens_of_texts(codec, ["a", "x" * 150], 100)
     assert await tokens_of_texts(codec, ["a", "b"], 100) == [[197], [198]]
+
+
+def test_a_codec_that_tells_no_bytes_says_what_cannot_be_had() -> None:
+    codec = Characters()
+    with pytest.raises(ConfigurationError, match="no log probabilities can be had"):
+        codec.token_text(100)
+    with pytest.raises(ConfigurationError, match="no structured output can be had"):
+        codec.model_tokens()

@@ -92,12 +92,6 @@ class Constraint:
                 "an ambiguous rule (s: s s | …) may be written as a repetition (s: x*)"
             )
 
-    def undo(self, count: int) -> None:
-        """Take the last ``count`` tokens back, none of which ended the text."""
-        if count and not self._matcher.rollback(count):
-            self._check()
-            raise InferenceError("the grammar cannot be set back")
-
     def copy(self) -> Constraint:
         """Another one at the same place, for a beam; takes less than a tenth of a millisecond."""
         return Constraint(self._matcher.deep_copy(), self._width, self._ends, self._left_s)

@@ -95,10 +95,6 @@ class BudgetedConstraint(Constraint):
             else:
                 self._read = self._read[-len(self._end) :]
 
-    def undo(self, count: int) -> None:
-        """Tokens are not taken back here; samplers copy."""
-        raise NotImplementedError
-
     def copy(self) -> BudgetedConstraint:
         """Another one at the same place, for a beam."""
         other = object.__new__(BudgetedConstraint)

@@ -148,8 +148,14 @@ class PromptCodec(ABC):
         return self._templates.choose(tools).render(messages, tools, **template_args)
 
     def token_bytes(self, token: int) -> bytes:
-        """A token's own bytes, the text of special ones, for log probabilities."""
-        raise NotImplementedError
+        """A token's own bytes, the text of special ones, for log probabilities.
+
+        :raises ConfigurationError: they are not known.
+        """
+        raise ConfigurationError(
+            "this runtime does not tell the bytes of a model's tokens; without them no log "
+            "probabilities can be had"
+        )
 
     def token_text(self, token: int) -> str:
         """The same as text; U+FFFD stands for bytes that are no whole character."""
