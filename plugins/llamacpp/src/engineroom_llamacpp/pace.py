@@ -63,6 +63,8 @@ class PromptPace:
         self._least = min(max(least, _LEAST), chunk)
         self.read_last = False
         """Whether the last step had tokens of prompts."""
+        self.read_alone = False
+        """Whether it had those alone, and requests that decode waited for it."""
         self._dearer = 0.0  # by what share a token is, for each that comes before it
         self._sums = [0.0] * 5  # of weights w, w·x, w·x², w·y, w·x·y
         self._seen = 0
@@ -121,6 +123,7 @@ class PromptPace:
         :param beside: whether decoding requests waited for it.
         """
         self.read_last = bool(self._taken)
+        self.read_alone = self.read_last and beside and not decoding
         if not decoding and not beside:  # no step of the kind that is to be planned
             return
         if not self._taken:
