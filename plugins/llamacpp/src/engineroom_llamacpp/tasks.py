@@ -101,7 +101,7 @@ def compose(
         parts.append((task, 1 + len(task.draft)))
     rows = needed + drafts + sum(len(task.tokens) - task.cached for task in reading)
     in_turn = 0 < context.tile <= rows and bool(parts)
-    # The end of a prompt, which is no block, does not come right behind a step for the prompt alone.
+    # The end of a prompt, which is no block, does not come right behind a step that read alone.
     waited = pace.read_last if in_turn else pace.read_alone and bool(parts)
     if reading and not waited:
         prompts = _prompts(tasks, reading, parts, context, sequences, pace)
