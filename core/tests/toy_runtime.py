@@ -190,6 +190,9 @@ class ToyHandler(TokenHandler):
         if any(token > EOS for token in request.params.logit_bias or ()):
             raise ConfigurationError("logit_bias names a token that is none; there are 257")
 
+    def logits(self, model: ToyModel, tail: tuple[int, ...]) -> Sequence[float]:
+        return toy_logits(tail)
+
     def random(self, request: InferenceRequest) -> random.Random:
         return random.Random(request.params.seed)
 
@@ -312,7 +315,7 @@ class ToyHandler(TokenHandler):
             yield TokenStep(prompt_tokens=len(prompt), cached_prompt_tokens=cached)
             while True:
                 await self.decode(model, request)
-                logits = toy_logits(tuple([*prompt[-3:], *new][-3:]))
+                logits = self.logits(model, tuple([*prompt[-3:], *new][-3:]))
                 token = self.choose(params, self.adjusted(params, logits, prompt, new), source)
                 if token == EOS:
                     yield TokenStep(finish="eos_token")

@@ -6,11 +6,12 @@ import asyncio
 from collections.abc import AsyncGenerator
 from typing import Any
 
+from engineroom.schemas import InferenceRequest, InferenceResponse
 from engineroom.testing.conformance.base import Checks, check
 from engineroom.testing.conformance.bench import again, said
 from engineroom.testing.conformance.kit import Kit
 from engineroom.testing.conformance.loop import where
-from engineroom.testing.conformance.outcomes import broken, same, skip, told
+from engineroom.testing.conformance.outcomes import broken, skip, told
 from engineroom.testing.conformance.patience import quietly
 
 __all__ = ["CancellationChecks"]
@@ -105,8 +106,9 @@ class CancellationChecks(Checks):
     async def test_cancel_while_queued(self, kit: Kit) -> None:
         async with kit.narrow_model() as bench:
             request = await kit.lengthy(bench)
-            alone = (await bench.answer(again(request))).generated_text
-            active = kit.spawn(bench.stream(again(request)))
+            request = kit.watched(request)
+            alone = await bench.answer(again(request))
+            active = kit.spawn(bench.answer(again(request)))
             await kit.until(lambda: active.done() or bench.health().num_requests_running > 0)
             queued = kit.spawn(kit.handler.infer(bench.loaded, again(request)))
             await kit.until(
@@ -121,10 +123,13 @@ class CancellationChecks(Checks):
                     expected="that it leaves the queue",
                     saw=f"{bench.health()}",
                 )
-            text = (await kit.within(active, "the request that was running")).text
-            if not kit.alike(alone, text):
-                did = "cancelled a request that was queued, while another ran"
-                same(did, "the text of the one that ran", alone, text)
+            beside = await kit.within(active, "the request that was running")
+            if (wrong := await kit.difference(request, alone, beside)) is not None:
+                broken(
+                    did="cancelled a request that was queued, while another ran",
+                    expected=f"the text of the one that ran, {alone.generated_text!r}",
+                    saw=wrong,
+                )
 
     @check()
     async def test_slots_return(self, kit: Kit) -> None:
@@ -155,8 +160,8 @@ class CancellationChecks(Checks):
     async def test_neighbours_go_on(self, kit: Kit) -> None:
         request = await kit.lengthy()
 
-        async def beside() -> str | None:
-            neighbour = kit.spawn(kit.bench.answer(again(request)))
+        async def beside(watched: InferenceRequest) -> InferenceResponse:
+            neighbour = kit.spawn(kit.bench.answer(again(watched)))
             closed = kit.bench.direct(again(request))
             cancelled = kit.spawn(kit.bench.infer(again(request)))
             await kit.within(anext(closed, ""), f"stream_infer({said(request)})")
@@ -164,11 +169,10 @@ class CancellationChecks(Checks):
             await kit.within(quietly(closed.aclose()), "aclose()")
             cancelled.cancel()
             await kit.within(quietly(cancelled), "infer, cancelled")
-            return (await kit.within(neighbour, f"infer({said(request)})")).generated_text
+            return await kit.within(neighbour, f"infer({said(request)})")
 
         did = f"infer({said(request)}), beside requests that were closed and cancelled"
-        alone = await kit.text(request)
-        await kit.unchanged(did, "the text that it has alone", alone, beside)
+        await kit.unchanged(did, "the text that it has alone", request, beside)
 
 
 def _busy(kit: Kit) -> int:

@@ -6,11 +6,11 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
-from engineroom.schemas import InferenceRequest
+from engineroom.schemas import InferenceRequest, InferenceResponse
 from engineroom.testing.conformance.base import Checks, check
 from engineroom.testing.conformance.bench import Bench, again, said
 from engineroom.testing.conformance.kit import Kit
-from engineroom.testing.conformance.outcomes import broken, same, skip
+from engineroom.testing.conformance.outcomes import broken, skip
 
 __all__ = ["ConcurrencyChecks"]
 
@@ -24,22 +24,27 @@ class ConcurrencyChecks(Checks):
     @check()
     async def test_requests_do_not_mix(self, kit: Kit) -> None:
         await kit.need_determinism()
-        requests = _different(kit)
-        alone = [await kit.text(r) for r in requests]
-        together: list[str | None] = []
+        requests = [kit.watched(r) for r in _different(kit)]
+        alone = [await kit.bench.answer(again(r)) for r in requests]
+        wrong: list[str | None] = ["nothing"] * len(requests)
         for _ in range(1 if kit.settings.batch_invariant else 4):
-            texts = await asyncio.gather(
+            answers = await asyncio.gather(
                 *(_either(kit, again(r), place % 2 == 1) for place, r in enumerate(requests))
             )
-            together = [
-                one if kit.alike(one, text) or (together and together[place] == one) else text
-                for place, (one, text) in enumerate(zip(alone, texts, strict=True))
-            ]
-            if together == alone:
+            for place, (request, one, other) in enumerate(
+                zip(requests, alone, answers, strict=True)
+            ):
+                if wrong[place] is not None:
+                    wrong[place] = await kit.difference(request, one, other)
+            if not any(wrong):
                 return
-        for request, one, other in zip(requests, alone, together, strict=True):
-            did = f"infer({said(request)}) beside {_MANY - 1} other requests"
-            same(did, "the text that it has alone", one, other)
+        for request, one, saw in zip(requests, alone, wrong, strict=True):
+            if saw is not None:
+                broken(
+                    did=f"infer({said(request)}) beside {_MANY - 1} other requests",
+                    expected=f"the text that it has alone, {one.generated_text!r}",
+                    saw=saw,
+                )
 
     @check()
     async def test_cache_scopes_apart(self, kit: Kit) -> None:
@@ -147,10 +152,15 @@ async def _usable(bench: Bench, request: InferenceRequest) -> None:
         )
 
 
-async def _either(kit: Kit, request: InferenceRequest, streamed: bool) -> str | None:
-    if streamed:
-        return (await kit.bench.stream(request)).text
-    return (await kit.bench.answer(request)).generated_text
+async def _either(kit: Kit, request: InferenceRequest, streamed: bool) -> InferenceResponse:
+    if not streamed:
+        return await kit.bench.answer(request)
+    stream = await kit.bench.stream(request)
+    if stream.response is None:
+        return InferenceResponse(
+            request_id=request.request_id, model_id=request.model_id, generated_text=stream.text
+        )
+    return stream.response.model_copy(update={"generated_text": stream.text})
 
 
 def _different(kit: Kit) -> list[InferenceRequest]:

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator
 from typing import Any, Final
 
 from engineroom.errors import EngineRoomError, ResourceNotAvailableError
-from engineroom.schemas import ChatMessage, InferenceRequest
+from engineroom.schemas import ChatMessage, InferenceRequest, InferenceResponse
 from engineroom.testing.conformance.base import Checks, check
 from engineroom.testing.conformance.bench import again, refused, said
 from engineroom.testing.conformance.kit import Kit
@@ -43,20 +43,21 @@ class FaultChecks(Checks):
         request = await kit.lengthy()
         bad = await _bad_requests(kit)
         well = kit.bench.health().ok
-        plain = await kit.text(request)
+        plain = await kit.bench.answer(kit.watched(request))
 
-        async def beside() -> str | None:
-            neighbour = kit.spawn(kit.bench.answer(again(request)))
+        async def beside(watched: InferenceRequest) -> InferenceResponse:
+            neighbour = kit.spawn(kit.bench.answer(again(watched)))
             await kit.turns(4)
             for bad_request in bad:
                 await kit.bench.infer(again(bad_request))
                 await _stream_error(kit, again(bad_request))
-            text = (await kit.within(neighbour, f"infer({said(request)})")).generated_text
-            after = await kit.text(request)
-            return after if kit.alike(plain, text) else text
+            answer = await kit.within(neighbour, f"infer({said(request)})")
+            if await kit.difference(watched, plain, answer) is not None:
+                return answer
+            return await kit.bench.answer(again(watched))
 
         did = f"infer({said(request)}) beside and after {len(bad)} requests that fail"
-        await kit.unchanged(did, "the text that it has without them", plain, beside)
+        await kit.unchanged(did, "the text that it has without them", request, beside)
         if well and not kit.bench.health().ok:
             broken(
                 did=f"{len(bad)} requests that fail",

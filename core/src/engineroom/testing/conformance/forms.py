@@ -50,7 +50,6 @@ class FormChecks(Checks):
         hot = {"temperature": _HOT} if kit.honours("temperature") else {}
         form = {"structured_output": {"json_schema": _SCHEMA}}
         neighbour = kit.likely(n=24)
-        alone = await kit.text(neighbour)
 
         async def ask(numbers: range) -> None:
             for number in numbers:
@@ -58,17 +57,17 @@ class FormChecks(Checks):
                 request = kit.request("Answer: ", 96, params=params)
                 _check_json(request, await kit.bench.answer(request))
 
-        async def beside() -> str:
+        async def beside(watched: InferenceRequest) -> InferenceResponse:
             asking = asyncio.gather(*(ask(range(n, _SEEDS, _AT_ONCE)) for n in range(_AT_ONCE)))
             try:
-                return await kit.text(neighbour)
+                return await kit.bench.answer(again(watched))
             finally:
                 await asking
 
         await kit.unchanged(
             f"infer({said(neighbour)}) beside {_SEEDS} requests with a schema",
             "the text that it has alone",
-            alone,
+            neighbour,
             beside,
         )
 

@@ -6,6 +6,8 @@ each thing that a handler is asked for has a time limit, so that one that hangs 
 
 from __future__ import annotations
 
+import asyncio
+import statistics
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from engineroom.testing.conformance.bench import Bench, again, said
 from engineroom.testing.conformance.loop import LoopThread
 from engineroom.testing.conformance.outcomes import BrokenRuleError, broken, skip, told
 from engineroom.testing.conformance.patience import Patience
+from engineroom.testing.conformance.ties import MOST_BOUND, TOP, bound_of, differences, parting
 
 __all__ = ["PROMPTS", "Kit", "Settings"]
 
@@ -270,31 +273,80 @@ class Kit(Patience):
         tokens_a_word = max((more.prompt_tokens - few.prompt_tokens) / 4, 0.25)
         return word * max(1, min(most, int((context * share - 8) / tokens_a_word)))
 
-    def alike(self, expected: str | None, actual: str | None) -> bool:
-        """Whether a text beside other requests is the one that the request has alone.
+    def watched(self, request: InferenceRequest) -> InferenceRequest:
+        """The request, with what tells a near tie from another text, where that is needed."""
+        if self.settings.batch_invariant or not self.honours("logprobs"):
+            return request
+        if not request.params.greedy:
+            return request
+        return again(request, params=request.params.model_copy(update={"logprobs": TOP}))
+
+    async def difference(
+        self, request: InferenceRequest, alone: InferenceResponse, beside: InferenceResponse
+    ) -> str | None:
+        """What is wrong with an answer beside other requests; ``None``: it is the one alone.
 
         Where the batch changes the last digits of the logits, greedy texts part sooner or later:
-        then their beginning must be the same, and none may be cut short.
+        it must be at two tokens that are nearly as likely. Without log probabilities, texts must
+        have the same beginning, and none may be cut short.
         """
-        if expected == actual or self.settings.batch_invariant:
-            return expected == actual
-        expected, actual = expected or "", actual or ""
+        expected, actual = alone.generated_text or "", beside.generated_text or ""
+        if expected == actual:
+            return None
+        if self.settings.batch_invariant:
+            return repr(actual)
+        if alone.logprobs and beside.logprobs and request.params.greedy:
+            reason = parting(request.params, alone, beside, await self.near())
+            return reason and f"{actual!r}: {reason}"
         begins = actual.startswith(expected[:_SURE_CHARS])
-        return begins and len(actual) * 4 >= len(expected)
+        return None if begins and len(actual) * 4 >= len(expected) else repr(actual)
+
+    async def near(self) -> float:
+        """Nats between two tokens that are as likely, as company changes them here.
+
+        :raises BrokenRuleError: company changes more than digits.
+        """
+
+        async def measure() -> float:
+            requests = [
+                self.watched(self.likely(f"{prompt} {n}")) for n in "12" for prompt in self.prompts
+            ]
+            alone = [await self.bench.answer(again(r)) for r in requests]
+            beside = await asyncio.gather(*(self.bench.answer(again(r)) for r in requests))
+            pairs = zip(alone, beside, strict=True)
+            noise = [gap for one, other in pairs for gap in differences(one, other)]
+            middle = statistics.median(noise) if noise else 0.0
+            if middle > MOST_BOUND:
+                broken(
+                    did=f"{len(requests)} requests, one by one and at once",
+                    expected="the same log probabilities for the same text, but for last digits",
+                    saw=f"differences of {middle:.2f} nats in the middle",
+                )
+            return bound_of(noise)
+
+        return await self.once("near", measure)
 
     async def unchanged(
-        self, did: str, what: str, alone: str | None, beside: Callable[[], Awaitable[str | None]]
+        self,
+        did: str,
+        what: str,
+        request: InferenceRequest,
+        beside: Callable[[InferenceRequest], Awaitable[InferenceResponse]],
     ) -> None:
-        """Whatever else happens, a text must be the one that its request has ``alone``.
+        """Whatever else happens, a text must be the one that its request has alone.
 
+        :param beside: the answer to that request while, or after, something else happens.
         :raises BrokenRuleError: it is another, where the batch changes digits four times.
         """
-        texts: list[str | None] = []
+        request = self.watched(request)
+        alone = await self.bench.answer(again(request))
+        seen: list[str] = []
         for _ in range(1 if self.settings.batch_invariant else 4):
-            texts.append(await beside())
-            if self.alike(alone, texts[-1]):
+            wrong = await self.difference(request, alone, await beside(request))
+            if wrong is None:
                 return
-        broken(did=did, expected=f"{what}, {alone!r}", saw=" / ".join(map(repr, texts)))
+            seen.append(wrong)
+        broken(did=did, expected=f"{what}, {alone.generated_text!r}", saw=" / ".join(seen))
 
     async def outcome(
         self, work: Awaitable[_T], did: str, *right: type[Exception]
@@ -342,11 +394,14 @@ class Kit(Patience):
 
     async def sampled(self, seed: int, prompt: str | None = None, **params: Any) -> str:
         """A seeded text at temperature 1."""
+        return await self.text(self.seeded(seed, prompt, **params))
+
+    def seeded(self, seed: int, prompt: str | None = None, **params: Any) -> InferenceRequest:
+        """A request for a seeded text at temperature 1."""
         params = {"seed": seed, **params}
         if self.honours("temperature"):
             params.setdefault("temperature", 1.0)
-        response = await self.bench.answer(self.request(prompt, params=params))
-        return response.generated_text or ""
+        return self.request(prompt, params=params)
 
     async def close(self) -> None:
         """Unload the model."""

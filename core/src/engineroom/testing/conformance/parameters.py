@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from engineroom.schemas import InferenceResponse, TokenLogprob
+from engineroom.schemas import InferenceRequest, InferenceResponse, TokenLogprob
 from engineroom.testing.conformance.base import Checks, check
-from engineroom.testing.conformance.bench import said
+from engineroom.testing.conformance.bench import again, said
 from engineroom.testing.conformance.kit import Kit
 from engineroom.testing.conformance.outcomes import broken, same, skip
 
@@ -122,18 +122,17 @@ class ParameterChecks(Checks):
         kit.need("seed")
         if not await kit.can_seed():
             skip("not checked: a seed alone does not make a text again")
-        alone = await kit.sampled(5)
 
-        async def beside() -> str:
+        async def beside(request: InferenceRequest) -> InferenceResponse:
             hot = kit.request(kit.prompts[1], 24, params=_hot(kit))
             neighbours = [kit.spawn(kit.bench.infer(hot)) for _ in range(3)]
-            text = await kit.sampled(5)
+            answer = await kit.bench.answer(again(request))
             for neighbour in neighbours:
                 await kit.within(neighbour, "infer, unseeded")
-            return text
+            return answer
 
         did = "infer(seed=5) beside three unseeded requests"
-        await kit.unchanged(did, "the text that it has alone", alone, beside)
+        await kit.unchanged(did, "the text that it has alone", kit.seeded(5), beside)
 
     test_top_k = _greedy_with("top-k", top_k=1)
     test_top_p = _greedy_with("top-p", top_p=1e-6)

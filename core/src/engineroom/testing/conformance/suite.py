@@ -71,8 +71,9 @@ class HandlerConformance(
         how often the model is loaded and unloaded to see what stays.
     ``batch_invariant``
         ``False`` where other requests in the batch change the last digits of a logit (quantised
-        or half-precision weights): texts beside others are then compared by their beginning, and
-        tried again up to four times.
+        or half-precision weights): a greedy text beside others may then part from the one alone
+        where log probabilities tell a near tie, by the noise that company makes here. Without
+        log probabilities beginnings are compared. Texts are tried up to four times.
     ``exclusive``
         ``True`` where two models at once do not fit: the shared one is unloaded meanwhile.
     ``queue_options``
