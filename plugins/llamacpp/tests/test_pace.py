@@ -215,7 +215,7 @@ async def test_the_engine_spares_decoding_requests(
 
 @pytest.mark.parametrize(
     ("waiting", "decoding", "most"),
-    [(1, 1, 128), (1, 8, 128), (2, 8, 128), (4, 4, 512), (7, 1, 6272)],
+    [(1, 1, 128), (1, 8, 128), (2, 8, 256), (4, 4, 1024), (7, 1, 6272)],
 )
 def test_where_many_prompts_wait_a_step_reads_more(waiting: int, decoding: int, most: int) -> None:
     pace = PromptPace(128)

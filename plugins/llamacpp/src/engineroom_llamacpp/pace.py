@@ -29,6 +29,9 @@ _MOST_OFF: Final = 1.5
 counts only for that."""
 _NEW: Final = 0.2
 """What the last step counts in the mean of those that only decode."""
+_FEW: Final = 2
+"""More requests that decode are not spared more, where prompts wait in a row: small steps would
+make the last of these wait longer by a third."""
 _ENOUGH: Final = 4
 """Observations after which something is expected."""
 
@@ -53,14 +56,14 @@ class PromptPace:
     :param chunk: most tokens of prompts of a step.
     :param masked: what a cell of another sequence, which is passed over, takes of the time of one
         of the token's own.
-    :param least: fewer tokens are not worth a step, as long as there are more.
+    :param least: fewer tokens of a prompt are not worth a step, as long as there are more.
     """
 
     def __init__(self, chunk: int, masked: float = 1.0, least: int = _LEAST) -> None:
         self.chunk = chunk
         self._masked = masked
         self._unit = min(_LEAST, chunk)
-        self._least = min(max(least, _LEAST), chunk)
+        self.least = min(max(least, _LEAST), chunk)
         self.read_last = False
         """Whether the last step had tokens of prompts."""
         self.read_alone = False
@@ -83,7 +86,7 @@ class PromptPace:
         :param decoding: requests that decode. They wait for a whole chunk, and for more where many
             prompts wait for them: each of their steps keeps all of these.
         """
-        self._share = max(1.0, waiting * waiting / max(1, decoding))
+        self._share = max(1.0, waiting * waiting / min(max(1, decoding), _FEW))
         self.most_tokens = int(self._share * self.chunk)
         self._taken = 0
         self._spent = 0.0
@@ -107,7 +110,7 @@ class PromptPace:
         if count < min(available, self.most_tokens):
             count -= count % self._unit
             if not self._taken:
-                count = max(count, self._least)
+                count = max(count, self.least)
         return min(count, available, self.most_tokens - self._taken)
 
     def add(self, position: int, count: int) -> None:

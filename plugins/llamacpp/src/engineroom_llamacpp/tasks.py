@@ -104,7 +104,9 @@ def compose(
     # The end of a prompt, which is no block, does not come right behind a step that read alone.
     waited = pace.read_last if in_turn else pace.read_alone and bool(parts)
     if reading and not waited:
-        prompts = _prompts(tasks, reading, parts, context, sequences, pace)
+        prompts = _prompts(
+            tasks, reading, 0 if in_turn else needed + drafts, context, sequences, pace
+        )
         if prompts and in_turn:
             for task in decoding:
                 task.draft = []
@@ -145,18 +147,17 @@ def _add_beams(task: Task, context: LlamaContext) -> BatchSlice[Task]:
 def _prompts(
     tasks: Sequence[Task],
     reading: Sequence[Task],
-    parts: Sequence[tuple[Task, int]],
+    taken: int,
     context: LlamaContext,
     sequences: Sequences,
     pace: PromptPace,
 ) -> list[tuple[Task, int]]:
     """Tokens of prompts, as many as there is room for; a beginning that many have only once.
 
-    :param parts: what those that decode have of the step.
+    :param taken: tokens that those that decode have of the step.
     """
-    taken = sum(count * len(task.sequences) for task, count in parts)
     budget = context.n_batch - taken
-    beside = bool(parts)
+    beside = len(reading) < len(tasks) and any(task.decodes for task in tasks)
     now: list[tuple[Task, int]] = []
     # A prompt that is shorter by half need not wait for those that came before. The first of these
     # gets half of the step nevertheless, so that none waits for ever.
@@ -181,6 +182,7 @@ def _prompts(
             count = min(count, half)
             if count < 1:
                 continue
+        rest = len(task.tokens) - task.cached
         cells = sequences.cells.used + taken if sequences.shared else 0
         place = pace.place(task.cached, cells)
         if beside:
@@ -189,6 +191,8 @@ def _prompts(
         count = min(count, sequences.cells.free - taken)
         if count < 1:
             break
+        if now and count < min(rest, pace.least):
+            continue
         pace.add(place, count)
         now.append((task, count))
         taken += count
