@@ -154,24 +154,23 @@ def test_a_draw_falls_where_the_contract_puts_it(
 ) -> None:
     """Of the tokens that are left, likeliest first, the one that the number points at."""
     params = GenerationParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    assume(not params.greedy)
     found = SamplerState(params, ())
+    assume(not params.greedy and found.truncates)  # else tokens race
     found._random = Fixed(number)  # type: ignore[assignment]
     token = sample(row, found)
 
     likely = probabilities(row.astype(np.float64), temperature)
     # What single precision cannot tell from nothing is nothing.
     likely = np.where(likely < SMALLEST * likely.max(), 0.0, likely)
-    order = np.argsort(-likely, kind="stable") if found.truncates else np.arange(row.size)
+    order = np.argsort(-likely, kind="stable")
     counts = {kept(likely, params, slack) for slack in (-1e-5, 0.0, 1e-5)}
     assume(not any(abs(a - b) > 0 for a in counts for b in counts))  # rounding decides
     left = likely[order[: counts.pop()]]
     first = last = int(np.flatnonzero(order == token)[0])
-    if found.truncates:
-        # Among tokens that differ by less than single precision tells, rounding decides the order.
-        near = np.abs(likely[order] - likely[token]) <= 1e-6 * likely[token]
-        if (likely[order][near] != likely[token]).any():
-            first, last = (int(place) for place in np.flatnonzero(near)[[0, -1]])
+    # Among tokens that differ by less than single precision tells, rounding decides the order.
+    near = np.abs(likely[order] - likely[token]) <= 1e-6 * likely[token]
+    if (likely[order][near] != likely[token]).any():
+        first, last = (int(place) for place in np.flatnonzero(near)[[0, -1]])
     assert first < len(left)
     last = min(last, len(left) - 1)
     cumulative = np.cumsum(left)
@@ -478,12 +477,8 @@ def test_what_truncation_leaves_out_is_never_drawn(number: float) -> None:
 def test_top_p_keeps_no_more_than_it_needs(top_p: float, count: int, top_k: int) -> None:
     row = np.zeros(8, np.float32)
     row[4:] = -np.inf  # four are equally likely
-    found = state(temperature=1.0, top_p=top_p, top_k=top_k)
-    draws = {
-        sample(row, found)
-        for number in np.linspace(0, ALMOST_ONE, 41)
-        if setattr(found, "_random", Fixed(float(number))) is None
-    }
+    params = {"temperature": 1.0, "top_p": top_p, "top_k": top_k}
+    draws = {sample(row, state(seed=seed, **params)) for seed in range(60)}
     assert draws == set(range(count))  # of equals those with the lower ids
 
 

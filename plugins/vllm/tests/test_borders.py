@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from engineroom import ConfigurationError, EngineDeadError, EngineRoomError, InferenceError
-from engineroom_vllm.engine import VLLMEngine
+from engineroom_vllm.failures import Failures
 from engineroom_vllm.library import Library
 
 
@@ -21,13 +21,12 @@ class DeadError(Exception):
     """Stands for vLLM's."""
 
 
-def engine(*, ended: bool = False) -> Any:
-    made: Any = VLLMEngine.__new__(VLLMEngine)
-    made._library = SimpleNamespace(dead_error=DeadError, request_errors=(ValueError,))
-    made.lifecycle = SimpleNamespace(
+def failures(*, ended: bool = False) -> Failures:
+    library: Any = SimpleNamespace(dead_error=DeadError, request_errors=(ValueError,))
+    lifecycle: Any = SimpleNamespace(
         ended=ended, gone=lambda why="": EngineDeadError(f"it has died: {why}")
     )
-    return made
+    return Failures(library, lifecycle)
 
 
 @pytest.mark.parametrize(
@@ -59,9 +58,9 @@ async def test_what_fails_in_one_task_of_several_is_typed_and_stops_the_others(
 
     # In a thread, where a KeyboardInterrupt is nobody's but a library's.
     with pytest.raises(kind, match=said):
-        await asyncio.to_thread(asyncio.run, engine()._together([wait(), fail()]))
+        await asyncio.to_thread(asyncio.run, failures().together([wait(), fail()]))
     assert stopped == ["another"]
-    assert await engine()._together([asyncio.sleep(0, "a"), asyncio.sleep(0, "b")]) == ["a", "b"]
+    assert await failures().together([asyncio.sleep(0, "a"), asyncio.sleep(0, "b")]) == ["a", "b"]
 
 
 @pytest.mark.parametrize("raised", [PanicException("a panic"), SystemExit(3), RuntimeError("odd")])
@@ -95,6 +94,6 @@ def test_what_an_engine_died_of_on_this_side_is_told() -> None:
     error.__cause__ = cause
     with (
         pytest.raises(EngineDeadError, match="it has died: vLLM: handing outputs over failed"),
-        engine(ended=True)._typed_errors(),
+        failures(ended=True).typed(),
     ):
         raise error

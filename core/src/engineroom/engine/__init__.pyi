@@ -16,11 +16,15 @@ from .beam_search import (
     Likeliest as Likeliest,
 )
 from .constraint import (
+    FREE_S as FREE_S,
+    PER_TOKEN_S as PER_TOKEN_S,
+    TOO_LONG as TOO_LONG,
     Constraint as Constraint,
 )
 from .constraints import (
     GrammarCompiler as GrammarCompiler,
     grammar_of as grammar_of,
+    reasoning_budget_of as reasoning_budget_of,
 )
 from .decode_loop import (
     CPU_LOOP as CPU_LOOP,
@@ -40,6 +44,9 @@ from .prompt_lookup import (
     DraftRequest as DraftRequest,
     PromptLookup as PromptLookup,
     common_prefix as common_prefix,
+)
+from .reasoning_budget import (
+    ReasoningBudget as ReasoningBudget,
 )
 from .sampling import (
     Logits as Logits,

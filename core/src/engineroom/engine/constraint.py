@@ -10,14 +10,18 @@ from numpy.typing import NDArray
 
 from engineroom.errors import ConfigurationError, InferenceError
 
-__all__ = ["Constraint", "first_line"]
-
+__all__ = ["FREE_S", "PER_TOKEN_S", "TOO_LONG", "Constraint", "first_line"]
 
 FREE_S: Final = 2.0
 """Seconds of the processor that a request's grammar may take in all, and"""
 PER_TOKEN_S: Final = 0.02
 """for each token besides. Usual ones take a hundredth of that; an ambiguous one (``s: s s | /./``)
 takes more for each token than for the one before, and all that decode beside it wait for it."""
+TOO_LONG: Final = (
+    "the grammar takes too long for each token, and would delay other requests; an ambiguous rule "
+    "(s: s s | …) may be written as a repetition (s: x*)"
+)
+"""What is said of one that has taken more."""
 
 
 class Constraint:
@@ -87,10 +91,7 @@ class Constraint:
             raise InferenceError(f"token {token} does not fit the grammar")
         self._left_s += PER_TOKEN_S - (time.thread_time() - began)
         if self._left_s < 0:
-            raise ConfigurationError(
-                "the grammar takes too long for each token, and would delay other requests; "
-                "an ambiguous rule (s: s s | …) may be written as a repetition (s: x*)"
-            )
+            raise ConfigurationError(TOO_LONG)
 
     def copy(self) -> Constraint:
         """Another one at the same place, for a beam; takes less than a tenth of a millisecond."""

@@ -18,7 +18,7 @@ from typing import Any, Final
 import numpy as np
 
 from engineroom.engine.constraint import Constraint, first_line
-from engineroom.engine.reasoning_budget import BudgetedConstraint
+from engineroom.engine.reasoning_budget import BudgetedConstraint, ReasoningBudget
 from engineroom.errors import ConfigurationError
 from engineroom.generation.grammars import missing_library
 from engineroom.generation.traits import PLAIN, ModelTraits
@@ -26,7 +26,7 @@ from engineroom.prompts.model_tokens import ModelTokens
 from engineroom.prompts.reading import in_lane
 from engineroom.schemas import InferenceRequest
 
-__all__ = ["GrammarCompiler", "grammar_of"]
+__all__ = ["GrammarCompiler", "grammar_of", "reasoning_budget_of"]
 
 MAX_COMPILED_CHARS: Final = 4_000_000
 """Characters of the grammars that a model's compiled ones are kept for; the oldest go first."""
@@ -71,15 +71,11 @@ class GrammarCompiler:
         return await in_lane(self._codec, work, key=request.key_name, size=_size(request))
 
     def _begin(self, request: InferenceRequest, tail: str | None) -> Constraint | None:
-        traits = _traits_of(self._codec)
         constraint = self._match(request, tail) if request.constrained else None
-        budget, thoughts = request.reasoning_budget, traits.thoughts(request, tail)
-        if budget is None or thoughts is None:
+        if (budget := reasoning_budget_of(self._codec, request, tail)) is None:
             return constraint
         table, width, _ = self._table()
-        closing = self._codec.read(f"{thoughts.end}\n\n")
-        piece = partial(_piece, table)
-        return BudgetedConstraint(constraint, thoughts, budget, closing, piece, width)
+        return BudgetedConstraint(constraint, budget, partial(_piece, table), width)
 
     def _match(self, request: InferenceRequest, tail: str | None) -> Constraint:
         grammar = _traits_of(self._codec).grammar(request, tail)
@@ -207,6 +203,21 @@ def _bytes_alone() -> Any:
 def _traits_of(codec: Any) -> ModelTraits:
     traits: ModelTraits = getattr(codec, "traits", PLAIN)
     return traits
+
+
+def reasoning_budget_of(
+    codec: Any, request: InferenceRequest, tail: str | None
+) -> ReasoningBudget | None:
+    """The bound of the reasoning of an answer; ``None``: it has none, or there is no reasoning.
+
+    :param codec: the model's.
+    :param tail: how the prompt ends that a chat template wrote.
+    """
+    if (budget := request.reasoning_budget) is None:
+        return None
+    if (thoughts := _traits_of(codec).thoughts(request, tail)) is None:
+        return None
+    return ReasoningBudget(thoughts, budget, codec.read(f"{thoughts.end}\n\n"))
 
 
 async def grammar_of(codec: Any, request: InferenceRequest, tail: str | None = None) -> str | None:

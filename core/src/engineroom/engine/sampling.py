@@ -1,9 +1,15 @@
 """Choosing the next token of a request: its state, and the choice over one row in numpy.
 
 The order of the steps is the contract's: ``logit_bias``, penalties, ``temperature``, ``top_k``,
-``top_p``, ``min_p``. Every request draws from a generator of its own, one number a token, so that
-neighbours never change what a seed gives. Of tokens that are equally likely the lower ids come
-first, so that the same seed draws the same token however a runtime sorts.
+``top_p``, ``min_p``. Every request draws from a generator of its own, as many numbers for each
+token, so that neighbours never change what a seed gives. Of tokens that are equally likely the
+lower ids come first, so that the same seed draws the same token however a runtime sorts.
+
+Beside others, a runtime computes logits that differ in their last digits. A number that points at
+a place of the cumulated probabilities would be moved by the sum of all these differences, and among
+thousands of unlikely tokens it would point at another one, every hundred tokens or so. So tokens
+race instead: each block of the vocabulary, then each token of the first block, has a random time
+divided by how likely it is. Only two that are as good as even change places then.
 
 Numpy is exact, the same on every runtime, and quick: greedy is one ``argmax`` over a view of a
 library's own buffer; sampling sorts only the few candidates that truncation leaves.
@@ -37,6 +43,9 @@ Logits: TypeAlias = NDArray[np.float32]
 TokenIds: TypeAlias = NDArray[np.int64]
 
 _BLOCK: Final = 1024
+_BLOCKS: Final = 256
+"""Blocks that have a time even where there are fewer, so that the width of a row, which runtimes
+pad, does not change what is drawn later."""
 _FIRST_GUESS: Final = 256
 _TINY: Final = float(np.finfo(np.float32).tiny)
 _HUGE: Final = float(np.finfo(np.float32).max)
@@ -147,6 +156,17 @@ class SamplerState:
         """The request's next random number, from 0 to 1 (excluded)."""
         return 0.0 if self.greedy else float(self._random.random())
 
+    def race(self, width: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """The request's next random times: of the blocks of so many tokens, and of the tokens of
+        a block.
+
+        They are exponential: divided by how likely it is, each is the least as often as that.
+        """
+        blocks = -(-width // _BLOCK)
+        most = max(blocks, _BLOCKS)
+        times = self._random.standard_exponential(most + _BLOCK) + _TINY
+        return times[:blocks], times[most:]
+
     def take(self, token: int) -> None:
         """The token was chosen. :raises InferenceError: it does not fit the grammar."""
         if self.constraint is not None:
@@ -203,7 +223,7 @@ class Sampler(SamplerState):
                 raise NoNumbersError
             return token
         if not self.truncates:
-            return _draw_from_all(_weights(row, _peak(row), self.temperature), self.draw())
+            return _race(_weights(row, _peak(row), self.temperature), self)
         ids, weights = self._candidates(row)
         cumulative = np.cumsum(weights)
         return int(ids[_place(cumulative, self.draw() * cumulative[-1])])
@@ -325,17 +345,14 @@ def _head(
     return ids, weights[ids].astype(np.float64)
 
 
-def _draw_from_all(weights: Logits, number: float) -> int:
-    """Draw in proportion to the weights: first a block, then a token of the block."""
+def _race(weights: Logits, state: SamplerState) -> int:
+    """Draw in proportion to the weights: first a block, then a token of it."""
+    of_blocks, of_tokens = state.race(weights.size)
     starts = np.arange(0, weights.size, _BLOCK)
-    blocks = np.cumsum(np.add.reduceat(weights, starts, dtype=np.float64))
-    target = number * blocks[-1]
-    block = _place(blocks, target)
-    if block:
-        target -= blocks[block - 1]
-    start = block * _BLOCK
-    part = np.cumsum(weights[start : start + _BLOCK], dtype=np.float64)
-    return start + _place(part, target)
+    blocks = np.add.reduceat(weights, starts, dtype=np.float64)
+    start = _BLOCK * int((blocks / of_blocks).argmax())
+    part = weights[start : start + _BLOCK]
+    return start + int((part / of_tokens[: part.size]).argmax())
 
 
 def top_logprobs(logits: Logits, token: int, count: int) -> tuple[float, list[tuple[int, float]]]:

@@ -219,8 +219,20 @@ def _place(cumulative: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def _draw_from_all(logits: torch.Tensor, rows: Sequence[SamplerState]) -> list[int]:
-    cumulative = _precise(_weights(logits, rows)).cumsum(dim=-1)
-    tokens: list[int] = _place(cumulative, _targets(rows, cumulative[:, -1:])).view(-1).tolist()
+    """A race of blocks, then of the tokens of one, as the core's sampler has it."""
+    import torch
+
+    weights = _weights(logits, rows)
+    count, width = weights.shape
+    times = [np.stack(part) for part in zip(*(row.race(width) for row in rows), strict=True)]
+    kind = torch.float32 if logits.device.type == "mps" else torch.float64
+    of_blocks, of_tokens = (torch.from_numpy(part).to(logits.device, kind) for part in times)
+    blocks, size = of_blocks.shape[1], of_tokens.shape[1]
+    parts = torch.nn.functional.pad(weights, (0, blocks * size - width)).view(count, blocks, size)
+    block = (parts.sum(dim=-1, dtype=kind) / of_blocks).argmax(dim=-1)
+    part = parts[torch.arange(count, device=logits.device), block]
+    token = (part / of_tokens).argmax(dim=-1)
+    tokens: list[int] = (block * size + token).tolist()
     return tokens
 
 

@@ -7,15 +7,14 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
 from engineroom import (
     Border,
     ConfigurationError,
-    EngineRoomError,
     HandlerHealth,
     InferenceError,
     InferenceRequest,
@@ -24,9 +23,17 @@ from engineroom import (
     turn_of,
     work_logger,
 )
-from engineroom.engine import Engine, Likeliest, StepWatch, grammar_of
+from engineroom.engine import (
+    TOO_LONG,
+    Engine,
+    Likeliest,
+    StepWatch,
+    grammar_of,
+    reasoning_budget_of,
+)
 from engineroom.prompts import check_adapter, check_prompt, check_texts, check_token_ids
 from engineroom_vllm.beams import search
+from engineroom_vllm.failures import Failures
 from engineroom_vllm.folder import ModelFolder
 from engineroom_vllm.footprint import Footprint
 from engineroom_vllm.library import Library
@@ -34,6 +41,7 @@ from engineroom_vllm.lifecycle import Lifecycle
 from engineroom_vllm.log import EngineLog
 from engineroom_vllm.options import VLLMOptions
 from engineroom_vllm.outputs import Outputs
+from engineroom_vllm.reasoning import within_budget
 from engineroom_vllm.sampling import beam_search, check_params, sampling_arguments
 from engineroom_vllm.text import TextCodec
 from engineroom_vllm.turnstile import Turnstile
@@ -115,6 +123,7 @@ class VLLMEngine(Engine):
         self._running: dict[int, _Running] = {}
         self._steps = StepWatch(logger)
         self.lifecycle = Lifecycle(library, llm, name, footprint, log, when_closed)
+        self._failures = Failures(library, self.lifecycle)
 
     # ── requests ─────────────────────────────────────────────────────────────────────────────
 
@@ -162,7 +171,7 @@ class VLLMEngine(Engine):
                 # From here on: whoever waited for others' keys would wait for them once more.
                 running.turn = int(1000 * turn_of(request.priority, time.monotonic()))
                 self._came()
-                with self._typed_errors():
+                with self._failures.typed():
                     async with aclosing(steps(request, tokens, running, order)) as generated:
                         async for step in generated:
                             self._steps.begins(self.name)  # the next one
@@ -195,7 +204,9 @@ class VLLMEngine(Engine):
                     vectors[number] = await self._vector(ids, f"{order}-{number}", running)
 
         try:
-            await self._together([work() for _ in range(min(len(texts), 2 * self.parallel))])
+            await self._failures.together(
+                [work() for _ in range(min(len(texts), 2 * self.parallel))]
+            )
         finally:
             self._went(order)
         return vectors
@@ -232,53 +243,18 @@ class VLLMEngine(Engine):
             )
         return numbers
 
-    @contextmanager
-    def _typed_errors(self) -> Iterator[None]:
-        """Make what vLLM raises about a request an error of engineroom's."""
-        try:
-            yield
-        except EngineRoomError:
-            raise
-        except self._library.dead_error as error:
-            # Without its traceback, whose frames would keep vLLM's objects alive.
-            raise self.lifecycle.gone() from error.with_traceback(None)
-        except self._library.request_errors as error:
-            raise ConfigurationError(f"vLLM refuses the request: {error}") from error
-        except Exception as error:
-            if self.lifecycle.ended:
-                cause = error.__cause__
-                why = cause.message if isinstance(cause, EngineRoomError) else ""
-                raise self.lifecycle.gone(why) from error
-            raise InferenceError(
-                f"vLLM failed on the request: {type(error).__name__}: {error.__cause__ or error}"
-            ) from error
-
-    async def _together(self, work: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
-        """What all of them return. If one fails the others are cancelled, and its error is raised.
-
-        It is typed within its task: what vLLM raises there may be what ends an event loop.
-        """
-
-        async def typed(one: Coroutine[Any, Any, _T]) -> _T:
-            with Border(logger, "vLLM: the request"), self._typed_errors():
-                return await one
-
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(typed(one)) for one in work]
-        except BaseExceptionGroup as group_of_errors:
-            raise group_of_errors.exceptions[0] from group_of_errors
-        finally:
-            for one in work:  # whose task was cancelled before it began
-                one.close()
-        return [task.result() for task in tasks]
-
     def _check(self, request: InferenceRequest, tokens: Sequence[int]) -> None:
         check_prompt(tokens, self.n_ctx, self.longer_context)
         check_token_ids(self.n_vocab, prompt=request.prompt_token_ids)
         check_adapter(request.adapter, self._adapters, "lora_modules")
         speculative = self.options.speculative_config is not None
         check_params(request.params, self.n_vocab, speculative=speculative)
+        limited = self.codec.traits.limits(request)
+        if limited and (beam_search(request.params) or not self.codec.knows_bytes):
+            raise ConfigurationError(
+                "reasoning_budget: with vLLM it is honoured without num_beams, and where the "
+                "model's tokeniser tells the bytes of its tokens; leave it out, or use llamacpp"
+            )
         if beam_search(request.params) and request.constrained:
             raise ConfigurationError(
                 "num_beams together with tools that must be called, or are strict: vLLM's beams "
@@ -292,9 +268,34 @@ class VLLMEngine(Engine):
             f"bound (option max_queue={self.options.max_queue}); send it again later"
         )
 
-    async def _tokens(
+    def _tokens(
         self, request: InferenceRequest, tokens: list[int], running: _Running, order: int
     ) -> AsyncGenerator[TokenStep, None]:
+        budget = reasoning_budget_of(self.codec, request, running.tail)
+        if budget is None:
+            return self._answer(request, tokens, running, f"{order}", running.tail)
+        numbers = itertools.count()
+
+        def part(
+            request: InferenceRequest, ids: list[int], tail: str | None, forced: int | None
+        ) -> AsyncGenerator[TokenStep, None]:
+            return self._answer(request, ids, running, f"{order}-{next(numbers)}", tail, forced)
+
+        room, piece = self.n_ctx - len(tokens), self.codec.piece
+        return within_budget(
+            request, tokens, budget, part, tail=running.tail, room=room, piece=piece
+        )
+
+    async def _answer(
+        self,
+        request: InferenceRequest,
+        tokens: list[int],
+        running: _Running,
+        name: str,
+        tail: str | None,
+        forced: int | None = None,
+    ) -> AsyncGenerator[TokenStep, None]:
+        """:param forced: the one token that may come, and is the last."""
         # Where there may be more than content, a stop sequence that is no content ends nothing.
         stops = () if self.codec.traits.parses(request) else request.stop_sequences or ()
         stop_tokens = await self.codec.find_stop_tokens(stops)
@@ -308,24 +309,31 @@ class VLLMEngine(Engine):
             n_vocab=self.n_vocab,
             stop_token_ids=stop_tokens,
         )
+        grammar = None
+        if forced is None:
+            grammar = await grammar_of(self.codec, request, tail)
+        else:
+            arguments |= {"max_tokens": 1, "allowed_token_ids": [forced]}
         sampling = self._library.sampling(
             arguments,
-            await grammar_of(self.codec, request, running.tail),
+            grammar,
             detokenize=not self.codec.knows_bytes,
         )
         first = True
-        async with aclosing(self._ask(request, tokens, sampling, f"{order}", running)) as outputs:
+        async with aclosing(self._ask(request, tokens, sampling, name, running)) as outputs:
             async for output in outputs:
                 if first:
                     first = False
                     yield TokenStep(
                         prompt_tokens=len(tokens),
                         cached_prompt_tokens=max(output.num_cached_tokens or 0, 0),
-                        prompt_tail=running.tail,
+                        prompt_tail=tail,
                     )
                 answer = output.outputs[0]
                 if answer.finish_reason == "abort":
                     raise self.lifecycle.gone()
+                if answer.finish_reason == "error" and grammar is not None:
+                    raise ConfigurationError(TOO_LONG)
                 for step in self._outputs.steps(answer, request.params.logprobs):
                     running.tokens += len(step.token_ids)
                     yield step
@@ -382,7 +390,7 @@ class VLLMEngine(Engine):
             return choices
 
         async def expand(sequences: list[tuple[int, ...]], count: int) -> list[Likeliest]:
-            return await self._together([likeliest(g, count) for g in sequences])
+            return await self._failures.together([likeliest(g, count) for g in sequences])
 
         best = await search(
             expand,

@@ -56,6 +56,7 @@ class VLLMHandler(EngineHandler):
             tools=True,
             template_args=True,
             structured_output=frozenset(STRUCTURED_KINDS),
+            reasoning_budget=True,
             adapters=True,
             embeddings=True,
             prompt_token_ids=True,

@@ -37,6 +37,7 @@ from engineroom_vllm.library import CONTEXT_FUNCTION, FORKED_IMPORTS, Library, l
 from engineroom_vllm.log import EngineLog
 from engineroom_vllm.memory import PROCESS_BYTES, MemoryPlan, plan, require
 from engineroom_vllm.options import VLLMOptions
+from engineroom_vllm.patient_grammars import OURS
 from engineroom_vllm.scratch import Scratch
 
 __all__ = ["EngineStart", "estimate", "explain"]
@@ -125,6 +126,7 @@ class EngineStart:
         settings = {
             "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
             "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
+            OURS: "1",
         }
         if library.cpu:
             threads, said = cpu_settings(

