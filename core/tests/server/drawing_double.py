@@ -17,6 +17,7 @@ from server_doubles import TalkHandler
 
 from engineroom import Capabilities, GenerationParams, InferenceRequest, LoadedModel, TokenStep
 from engineroom.engine import Constraint, GrammarCompiler
+from engineroom.generation.traits import PLAIN, ModelTraits
 from engineroom.prompts import ModelTokens
 
 KINDS = frozenset({"json_schema", "json_object", "regex", "choice", "grammar"})
@@ -34,20 +35,28 @@ CLOSING = (END, *b'"}],:')
 
 
 class _Codec:
-    def __init__(self) -> None:
+    def __init__(self, traits: ModelTraits) -> None:
         tokens = ModelTokens(PIECES, frozenset({END}), [END], lambda text: list(text.encode()))
         self.model_tokens = lambda: tokens
+        self.traits = traits
 
 
 @cache
-def compiler() -> GrammarCompiler:
-    return GrammarCompiler(_Codec())
+def compiler(traits: ModelTraits) -> GrammarCompiler:
+    return GrammarCompiler(_Codec(traits))
 
 
 class DrawingHandler(TalkHandler):
-    """A fake runtime, see above."""
+    """A fake runtime, see above. :param traits: what its model writes beside content."""
 
     name = "drawing"
+
+    def __init__(self, traits: ModelTraits = PLAIN) -> None:
+        super().__init__()
+        self._traits = traits
+
+    def traits(self, loaded_model: LoadedModel) -> ModelTraits:
+        return self._traits
 
     def capabilities(self) -> Capabilities:
         params = frozenset(GenerationParams.model_fields)
@@ -56,7 +65,8 @@ class DrawingHandler(TalkHandler):
     async def generate_tokens(
         self, loaded_model: LoadedModel, request: InferenceRequest
     ) -> AsyncGenerator[TokenStep, None]:
-        place = await compiler().compile(request)
+        place = await compiler(self._traits).compile(request)
+        assert place is not None
         assert request.messages is not None
         liked = list((request.messages[-1].content or "").encode())
         draws = random.Random(request.params.seed)

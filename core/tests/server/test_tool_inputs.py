@@ -16,6 +16,7 @@ pytest.importorskip("msgspec", reason="needs the extra engineroom[server]")
 pytest.importorskip("httpx", reason="needs httpx")
 
 import httpx
+from both_ways import Said, ask_both
 from server_doubles import TalkHandler
 
 from engineroom import TokenStep
@@ -64,57 +65,11 @@ def call(name: str, arguments: str) -> str:
     return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
 
 
-class Said:
-    """What came of a request: content, reasoning, calls, and why it ended."""
-
-    def __init__(self) -> None:
-        self.content = self.reasoning = self.finish = ""
-        self.calls: list[tuple[str, str]] = []
-        self.entries = self.tokens = 0
-
-
 def both(run: Any, text: str, size: int = 3, **body: Any) -> tuple[Said, Said]:
-    """The whole answer and the streamed one, which say the same but for calls that were cut."""
+    """What comes of a text, told whole and streamed."""
     run.handler.text, run.handler.size = text, size
-    asked = {"model": "m", "messages": [{"role": "user", "content": "x"}], "tools": TOOLS, **body}
-    path = f"{run.url}/v1/chat/completions"
-    whole, streamed = Said(), Said()
-    answer = httpx.post(path, json=asked)
-    assert answer.status_code == 200, answer.text
-    (choice,) = answer.json()["choices"]
-    message = choice["message"]
-    whole.content, whole.finish = message["content"] or "", choice["finish_reason"]
-    whole.reasoning = message.get("reasoning_content", "")
-    made = [each["function"] for each in message.get("tool_calls", ())]
-    whole.calls = [(each["name"], each["arguments"]) for each in made]
-    whole.entries = len((choice["logprobs"] or {"content": ()})["content"])
-    whole.tokens = answer.json()["usage"]["completion_tokens"]
-    options = {"stream": True, "stream_options": {"include_usage": True}}
-    lines = httpx.post(path, json=asked | options).text.splitlines()
-    names: dict[int, list[str]] = {}
-    for chunk in (json.loads(line[6:]) for line in lines if line.startswith("data: {")):
-        if chunk["usage"] is not None:
-            streamed.tokens = chunk["usage"]["completion_tokens"]
-        for choice in chunk["choices"]:
-            delta = choice["delta"]
-            streamed.content += delta.get("content") or ""
-            streamed.reasoning += delta.get("reasoning_content", "")
-            streamed.finish = choice["finish_reason"] or streamed.finish
-            streamed.entries += len((choice["logprobs"] or {"content": ()})["content"])
-            for piece in delta.get("tool_calls", ()):
-                function = piece["function"]
-                if piece["index"] not in names:
-                    assert set(piece) == {"index", "id", "type", "function"}
-                    names[piece["index"]] = [function["name"], ""]
-                else:
-                    assert set(piece) == {"index", "function"} and set(function) == {"arguments"}
-                names[piece["index"]][1] += function["arguments"]
-    streamed.calls = [(name, arguments) for name, arguments in names.values()]
-    assert whole.content.strip() == streamed.content.strip()
-    assert (whole.reasoning, whole.finish) == (streamed.reasoning, streamed.finish)
-    assert whole.calls == streamed.calls[: len(whole.calls)]
-    assert whole.tokens == streamed.tokens
-    return whole, streamed
+    asked = {"messages": [{"role": "user", "content": "x"}], "tools": TOOLS, **body}
+    return ask_both(run.url, **asked)
 
 
 INSIDE = [
@@ -192,9 +147,13 @@ def test_reasoning_is_no_content(run, size):
     assert whole.calls == [("run", "{}")]
 
 
-def test_a_tool_that_nobody_offered_ends_nothing(run):
-    whole, _ = both(run, call("fly", '{"to": "the moon"}'))
-    assert whole.finish in ("tool_calls", "stop")
+def test_a_tool_that_nobody_offered_is_passed_on_with_a_warning(run):
+    whole, streamed = both(run, call("fly", '{"to": "the moon"}'))
+    assert whole.finish == "tool_calls"
+    assert whole.calls == streamed.calls == [("fly", '{"to": "the moon"}')]
+    asked = {"model_id": "m", "messages": [{"role": "user", "content": "x"}], "tools": TOOLS}
+    (warning,) = httpx.post(f"{run.url}/v1/inference", json=asked).json()["warnings"]
+    assert "'fly'" in warning
 
 
 def test_several_calls(run):
