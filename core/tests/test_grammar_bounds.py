@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import time
+from functools import partial
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -21,7 +24,9 @@ from engineroom import (
 from engineroom.engine import GrammarCompiler, grammar_of
 from engineroom.generation.grammar_bounds import MAX_RULES, check_grammar, check_schema
 from engineroom.generation.grammars import grammar_text, is_gbnf
-from engineroom.prompts import ModelTokens
+from engineroom.prompts import ModelTokens, stop_reading
+from engineroom.prompts.threads import PromptLane
+from engineroom.prompts.work import ReadingStoppedError, check_stopped
 from engineroom.schemas import MAX_GRAMMAR_CHARS, MAX_LITERAL_CHARS
 
 BYTES = [bytes([byte]) for byte in range(256)]
@@ -204,3 +209,39 @@ references = st.sampled_from(["#", "#/a", "#/$defs/a", "#/a~1b", "#/%24defs/a", 
 @settings(max_examples=60)
 def test_no_small_schema_is_refused_whatever_it_refers_to(schema, reference):
     check_schema(schema | {"$ref": reference, "$defs": {"a": {"$ref": "#"}}})
+
+
+class StoppedCodec(FakeCodec):
+    """A codec whose reading has been stopped by the time the first text of a grammar is read."""
+
+    def __init__(self):
+        self.lane = PromptLane()
+        self.stop = None
+
+    def model_tokens(self):
+        self.stop()
+        with contextlib.suppress(ReadingStoppedError):
+            while True:
+                check_stopped()
+                time.sleep(0.001)
+        return ModelTokens([*BYTES, b""], frozenset(), [256], self.encode)
+
+    def encode(self, text):
+        check_stopped()
+        return list(text.encode())
+
+
+def test_a_grammar_that_nobody_waits_for_any_more_is_no_failure(caplog):
+    """llguidance panics where asking for the tokens of a text raises."""
+    codec, params = StoppedCodec(), {"structured_output": {"json_schema": {"type": "object"}}}
+    request = InferenceRequest(model_id="m", prompt="x", params=params)
+
+    async def compiled_and_dropped():
+        task = asyncio.create_task(GrammarCompiler(codec).compile(request))
+        codec.stop = partial(asyncio.get_running_loop().call_soon_threadsafe, task.cancel)
+        await asyncio.wait([task])
+        assert task.cancelled()
+
+    asyncio.run(compiled_and_dropped())
+    stop_reading(codec)  # waits for its end
+    assert not caplog.records

@@ -26,12 +26,10 @@ class Measured:
     """What came of a visit.
 
     :param told: what the server told after it.
-    :param late_s: the longest that a process which does nothing was woken late meanwhile.
     :param left: what was still held long after.
     """
 
     told: dict[str, Any]
-    late_s: float
     answers: list[Answer]
     left: dict[str, int]
 
@@ -39,7 +37,7 @@ class Measured:
     def gap_s(self) -> float:
         """The longest time for which the loop did nothing else, and not for the machine's sake."""
         longest: float = self.told["longest"]
-        return min(longest, max(self.told["worked"], self.told["in_all"] - self.late_s))
+        return longest
 
     def __str__(self) -> str:
         told = self.told
@@ -53,16 +51,15 @@ class Measured:
 class Room:
     """A server with models on one runtime, in a process of its own."""
 
-    def __init__(self, server: Any, metronome: Any, port: int, log: Path) -> None:
+    def __init__(self, server: Any, port: int, log: Path) -> None:
         self._server = server
-        self._metronome = metronome
         self.port = port
         self.log = log
 
-    async def _ask(self, process: Any, line: str) -> Any:
-        process.stdin.write(line.encode() + b"\n")
+    async def _ask(self, line: str) -> Any:
+        self.tell(line)
         async with asyncio.timeout(3 * LONG_S):
-            told = await process.stdout.readline()
+            told = await self._server.stdout.readline()
         assert told, f"the server has ended:\n{self.log.read_text(errors='replace')[-4000:]}"
         return json.loads(told)
 
@@ -72,7 +69,7 @@ class Room:
 
     async def settled(self, most: int = 0) -> dict[str, Any]:
         """What it tells once at most so many requests are there."""
-        told: dict[str, Any] = await self._ask(self._server, f"settle {most}")
+        told: dict[str, Any] = await self._ask(f"settle {most}")
         return told
 
     async def measure(self, visit: Visit, neighbours: int) -> Measured:
@@ -81,47 +78,38 @@ class Room:
         :param neighbours: how many requests are there beside it.
         """
         self.tell("mark")
-        await self._ask(self._metronome, "")
         answers = await visit(self.port)
         told = await self.settled(neighbours)
-        late = await self._ask(self._metronome, "")
         held = {what: count for what, count in told["held"].items() if count > neighbours}
-        return Measured(told, late, answers, held)
+        return Measured(told, answers, held)
 
 
 @contextlib.asynccontextmanager
 async def opened(deployment: Path, folder: Path, patience_s: float) -> AsyncIterator[Room]:
     """Start a server; end it in the end, in order. :param patience_s: that it has with clients."""
     log = folder / "log"
-    pipes = {"stdin": asyncio.subprocess.PIPE, "stdout": asyncio.subprocess.PIPE}
     with log.open("wb") as written:
         server = await asyncio.create_subprocess_exec(
             sys.executable,
             str(HERE / "hostile_server.py"),
             str(deployment),
             str(patience_s),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
             stderr=written,
-            **pipes,
         )
-    metronome = await asyncio.create_subprocess_exec(
-        sys.executable, "-S", "-E", str(HERE / "metronome.py"), **pipes
-    )
     try:
-        assert server.stdout is not None
+        assert server.stdin is not None and server.stdout is not None
         port = await server.stdout.readline()
         assert port, log.read_text(errors="replace")[-4000:]
-        yield Room(server, metronome, int(port), log)
-        for process in (metronome, server):
-            assert process.stdin is not None
-            process.stdin.close()
+        yield Room(server, int(port), log)
+        server.stdin.close()
         async with asyncio.timeout(LONG_S):
             assert await server.wait() == 0, log.read_text(errors="replace")[-4000:]
-            await metronome.wait()
     finally:
-        for process in (server, metronome):
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
+        if server.returncode is None:
+            server.kill()
+            await server.wait()
 
 
 # ── neighbours ───────────────────────────────────────────────────────────────────────────────

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from hypothesis import given, strategies as st
 
 pytest.importorskip("uvicorn", reason="needs the extra engineroom[server]")
 pytest.importorskip("psutil", reason="needs psutil")
@@ -14,31 +22,71 @@ pytest.importorskip("numpy", reason="the models are made with numpy")
 import corpus
 from corpus_apis import EVERY
 from corpus_base import SMALL, WHOLE
-from hostile_server import Work
-
-SECONDS = st.floats(0, 10)
-NOTHING = Work(busy=0, idle=0, ours=0, loop=0)
+from hostile_server import Beat, keep_the_interpreter
 
 
-@given(SECONDS, SECONDS, SECONDS, SECONDS, SECONDS)
-def test_what_the_loop_worked_is_never_laid_to_others(late, busy, idle, ours, loop):
-    held = Work(busy, idle, ours, loop).holds_out_of(late, NOTHING)
-    assert loop <= held <= max(loop, late)
+async def _measured(beat: Beat, until: threading.Event) -> None:
+    running = asyncio.create_task(beat.run())
+    while not until.is_set():
+        await asyncio.sleep(0.01)
+    running.cancel()
 
 
-@pytest.mark.parametrize(
-    ("work", "held"),
-    [
-        (Work(busy=1, idle=1, ours=1, loop=0), 1),  # a thread of ours kept the interpreter
-        (Work(busy=2, idle=0, ours=2, loop=0), 1),  # two of them
-        (Work(busy=2, idle=0, ours=0, loop=0), 0),  # others had both cores
-        (Work(busy=2, idle=0, ours=1, loop=0), 0),  # or the other one: we may have waited for it
-        (Work(busy=2, idle=0, ours=1, loop=1), 1),
-        (Work(busy=1, idle=1, ours=0, loop=0), 1),  # there was a core to be had
-    ],
-)
-def test_what_others_took_beyond_what_was_free_is_not_laid_to_us(work, held):
-    assert work.holds_out_of(1, NOTHING) == held
+def test_a_thread_that_keeps_the_interpreter_holds_the_loop_however_busy_the_machine_is():
+    beat, over = Beat(threading.get_ident()), threading.Event()
+
+    def keep() -> None:
+        time.sleep(0.1)
+        beat.forget()
+        keep_the_interpreter(0.5)
+        over.set()
+
+    with _busy_neighbours():
+        thread = threading.Thread(target=keep)
+        thread.start()
+        asyncio.run(_measured(beat, over))
+        thread.join()
+    assert beat.longest > 0.15  # its thread looks in every 5 ms, and waits for a core then
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the kernel must count the waits")
+def test_a_neighbour_that_has_the_core_does_not():
+    script = f"""
+import asyncio, os, subprocess, sys, threading
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from hostile_server import Beat, hold
+
+async def measured():
+    os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}})
+    busy = subprocess.Popen([sys.executable, "-S", "-E", "-c", "while True: pass"])
+    os.nice(10)
+    beat = Beat(threading.get_ident())
+    running = asyncio.create_task(beat.run())
+    asyncio.get_running_loop().call_later(0.2, hold, 0.03)
+    await asyncio.sleep(0.3)
+    print(beat.in_all, beat.longest, flush=True)
+    busy.kill()
+
+asyncio.run(measured())
+"""
+    told = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True, timeout=60
+    )
+    in_all, longest = map(float, told.stdout.split())
+    assert longest < in_all / 2
+
+
+@contextlib.contextmanager
+def _busy_neighbours() -> Iterator[None]:
+    """More processes that work than there are cores."""
+    busy = [sys.executable, "-S", "-E", "-c", "while True: pass"]
+    neighbours = [subprocess.Popen(busy) for _ in range((os.cpu_count() or 1) + 1)]
+    try:
+        yield
+    finally:
+        for neighbour in neighbours:
+            neighbour.kill()
+            neighbour.wait()
 
 
 def test_every_place_in_a_body_is_json():

@@ -289,6 +289,20 @@ def test_what_cannot_fit_is_refused_unread(
     assert caught.value.least == len(text) // len("<0x00>")
 
 
+def test_nor_are_too_many_tokens_listed_where_a_text_gets_a_thread_of_its_own(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "the cat " * 50_000
+    with contextlib.closing(
+        opened(write_bpe(tiny_model, tmp_path / "bpe.gguf", b"tekken"))
+    ) as model:
+        with Reading(lambda: False, 512), pytest.raises(TooManyTokensError):
+            model.read(text[:300_000])
+        monkeypatch.setattr(model.library, "llama_tokenize", None)
+        with Reading(lambda: False, 512), pytest.raises(TooManyTokensError):
+            model.read(text)
+
+
 @pytest.mark.parametrize(
     ("text", "beginning"),
     [

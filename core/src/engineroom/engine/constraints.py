@@ -24,6 +24,7 @@ from engineroom.generation.grammars import missing_library
 from engineroom.generation.traits import PLAIN, ModelTraits
 from engineroom.prompts.model_tokens import ModelTokens
 from engineroom.prompts.reading import in_lane
+from engineroom.prompts.work import Reading
 from engineroom.schemas import InferenceRequest
 
 __all__ = ["GrammarCompiler", "grammar_of", "reasoning_budget_of"]
@@ -166,7 +167,11 @@ def _matcher(tokenizer: Any, grammar: str, asked: str, **limits: Any) -> Any:
 
 
 class _Tokens:
-    """A vocabulary as llguidance asks for it."""
+    """A vocabulary as llguidance asks for it.
+
+    It panics where an answer is an error. So what it has read is read to its end, though nobody
+    may wait for the grammar any more.
+    """
 
     def __init__(self, tokens: ModelTokens) -> None:
         self.eos_token_id = tokens.ends[0]
@@ -176,7 +181,12 @@ class _Tokens:
         self._encode = tokens.encode
 
     def __call__(self, text: str | bytes) -> list[int]:
-        return self._encode(text if isinstance(text, str) else text.decode())
+        with Reading(stopped=_never):
+            return self._encode(text if isinstance(text, str) else text.decode())
+
+
+def _never() -> bool:
+    return False
 
 
 def _size(request: InferenceRequest) -> int:

@@ -198,14 +198,13 @@ class LlamaModel(PromptCodec):
         return tokens
 
     def _tokens(self, text: str, *, special: bool = True, add: bool = False) -> list[int]:
-        if self._has_expressions:
-            return with_stack_for(text, lambda: self._llama_tokenize(text, special, add))
-        return self._llama_tokenize(text, special, add)
-
-    def _llama_tokenize(self, text: str, special: bool, add: bool) -> list[int]:
+        # What is expected is known to this thread alone, not to one with a larger stack.
         if len(text) > _LONG and (least := self._least_tokens) is not None:
             expect_tokens(least(text), unread=True)
-        tokens = self._array(text, special, add)
+        if self._has_expressions:
+            tokens = with_stack_for(text, lambda: self._array(text, special, add))
+        else:
+            tokens = self._array(text, special, add)
         expect_tokens(len(tokens))
         ids: list[int] = tokens.tolist()
         return ids
