@@ -65,8 +65,8 @@ def test_a_key_is_needed(locked, headers, status, code):
 
 
 def test_what_load_balancers_ask_needs_none(locked):
-    assert httpx.get(locked.url + "/healthz").status_code == 200
-    assert httpx.get(locked.url + "/readyz").status_code == 200
+    for path in ("/healthz", "/health", "/ping", "/readyz"):
+        assert httpx.get(locked.url + path).status_code == 200
 
 
 @pytest.mark.parametrize("path", ["/v1/nonsense", "/v1/admin/models", "/", "/openapi.json"])

@@ -122,6 +122,8 @@ ROUTES = (
         tag="OpenAI", response=Model, errors=(404,),
     ),
     _get("/healthz", healthz, "The process answers", access="open", response=Health),
+    _get("/health", healthz, "The same, as routers ask", access="open", response=Health),
+    _get("/ping", healthz, "The same, as routers ask", access="open", response=Health),
     _get(
         "/readyz", readyz, "Whether requests should be sent here",
         access="open", response=Readiness, errors=(503,), own_errors=(503,),
