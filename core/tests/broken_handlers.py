@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import ClassVar
 
+from forms_toy import FormsToy, ThinkingToy
 from toy_runtime import HONOURED, ToyHandler, ToyModel
 
 from engineroom import (
@@ -28,6 +29,7 @@ from engineroom import (
     TextPipeline,
     TokenLogprob,
 )
+from engineroom.generation.deltas import ReasoningDelta
 
 BROKEN: dict[str, type[InferenceHandler]] = {}
 """Name of the defect → the handler that has it."""
@@ -40,10 +42,6 @@ ALSO: dict[str, tuple[set[str], str]] = {
     "loop-is-free__for_good": (
         {"no-leaked-tasks"},
         "nothing can be checked on a loop that does not turn any more",
-    ),
-    "tool-calls": (
-        {"structured-output"},
-        "a call that has to be is a grammar",
     ),
     "prompt-too-long": (
         {"prompt-token-ids-refused"},
@@ -1021,15 +1019,117 @@ def structured_seeds():
 
 @defect
 def tool_calls():
-    class Broken(_Claims):
-        claims = frozenset({"structured_output"})
-        kinds = frozenset({"grammar"})
+    class Broken(FormsToy):
+        """A tool that was not offered."""
 
-        def check(self, model, request, prompt):
-            """However short the context is: the definitions of tools are long."""
-            told = request.messages is not None and "<tools>" in str(request.messages[0])
-            if not told:
-                super().check(model, request, prompt)
+        async def infer(self, loaded_model, request):
+            response = await super().infer(loaded_model, request)
+            calls = [call.model_copy(update={"name": "fly"}) for call in response.tool_calls or ()]
+            response.tool_calls = calls or None
+            return response
+
+    return Broken
+
+
+@defect
+def hostile_grammar_neighbour():
+    class Broken(FormsToy):
+        """What the library says of a grammar that is none goes out as it is."""
+
+        async def compile(self, request):
+            try:
+                return await super().compile(request)
+            except ConfigurationError as error:
+                raise ValueError(error.message) from error
+
+    return Broken
+
+
+@defect
+def hostile_grammar_neighbour__ends_others():
+    class Broken(FormsToy):
+        """A grammar that is none ends whatever runs beside it."""
+
+        async def compile(self, request):
+            try:
+                return await super().compile(request)
+            except ConfigurationError:
+                self.failures = getattr(self, "failures", 0) + 1
+                raise
+
+        async def prefill(self, model, prompt, request):
+            request.params.__dict__["failures"] = getattr(self, "failures", 0)
+            await super().prefill(model, prompt, request)
+
+        def limit(self, params):
+            ended = getattr(self, "failures", 0) > params.__dict__.get("failures", 0)
+            return 1 if ended else super().limit(params)
+
+    return Broken
+
+
+@defect
+def reasoning_apart():
+    class Broken(ThinkingToy):
+        """Thoughts are content."""
+
+        async def infer(self, loaded_model, request):
+            response = await super().infer(loaded_model, request)
+            thoughts, response.reasoning = response.reasoning or "", None
+            response.generated_text = thoughts + (response.generated_text or "")
+            return response
+
+        async def stream_infer(self, loaded_model, request):
+            async for chunk in super().stream_infer(loaded_model, request):
+                if isinstance(chunk, StreamEnd):
+                    thoughts, chunk.response.reasoning = chunk.response.reasoning or "", None
+                    chunk.response.generated_text = thoughts + chunk.response.generated_text
+                    yield chunk
+                else:
+                    yield getattr(chunk, "text", chunk)
+
+    return Broken
+
+
+@defect
+def reasoning_apart__not_streamed():
+    class Broken(ThinkingToy):
+        """Thoughts are told at the end alone."""
+
+        async def stream_infer(self, loaded_model, request):
+            async for chunk in super().stream_infer(loaded_model, request):
+                if not isinstance(chunk, ReasoningDelta):
+                    yield chunk
+
+    return Broken
+
+
+@defect
+def reasoning_apart__stops():
+    class Broken(ThinkingToy):
+        """Stop sequences end thoughts, too."""
+
+        async def infer(self, loaded_model, request):
+            response = await super().infer(loaded_model, request)
+            for stop in request.stop_sequences or ():
+                if stop in (response.reasoning or ""):
+                    response.reasoning = response.reasoning.partition(stop)[0]
+                    response.generated_text = ""
+                    response.finish_reason = "stop_sequence"
+            return response
+
+    return Broken
+
+
+@defect
+def reasoning_apart__form():
+    class Broken(ThinkingToy):
+        """What has to have a form is not thought about."""
+
+        async def compile(self, request):
+            if request.params.structured_output is not None:
+                request = request.model_copy(update={"reasoning_budget": 0})
+            return await super().compile(request)
 
     return Broken
 

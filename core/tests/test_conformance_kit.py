@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from broken_handlers import ALSO, BROKEN, ELSEWHERE, ENDLESS
+from forms_toy import FormsToy, ThinkingToy
 from toy_runtime import ToyHandler
 
 import engineroom.handlers.discovery
@@ -36,6 +37,8 @@ pytest_plugins = ["pytester"]
 
 HERE = Path(__file__).parent
 TOY = ModelConfig(model_id="toy", source="toy:")
+ROOMY = ModelConfig(model_id="toy", source="toy:", options={"n_ctx": 1200})
+"""With room for the definitions of tools."""
 PATIENT = {"load_cycles": 8}
 IMPATIENT = {**PATIENT, "timeout_s": 4.0}
 """For handlers that hang: the kit's own patience would be the test's whole time."""
@@ -69,9 +72,18 @@ def test_the_toy_runtime_is_checked_in_whole():
     assert failed(results) == []
     assert set(skipped) == {
         "entry-point", "num-beams", "early-stopping", "structured-output", "structured-seeds",
-        "tool-calls",
+        "tool-calls", "hostile-grammar-neighbour", "reasoning-apart",
     }  # fmt: skip
     assert "does not claim num_beams" in skipped["num-beams"]
+
+
+@pytest.mark.parametrize("handler", [FormsToy, ThinkingToy])
+def test_the_toy_under_grammars_is_checked_in_whole(handler):
+    results = run(handler, ALL, ROOMY)
+    skipped = {name for name, r in results.items() if r.outcome == "skipped"}
+    assert failed(results) == []
+    thinks = {"chat-template"} if handler is ThinkingToy else {"reasoning-apart"}
+    assert skipped == {"entry-point", "num-beams", "early-stopping"} | thinks
 
 
 # ── rules and checks ─────────────────────────────────────────────────────────────────────────────
@@ -114,7 +126,8 @@ def rules_broken_by(name: str) -> set[str]:
 
 def breaks_exactly_its_rules(name: str, select: str, patience: dict) -> None:
     rule = name.partition("__")[0]
-    results = run(BROKEN[name], select, **(patience if name in ENDLESS else {}))
+    config = ROOMY if rule == "tool-calls" else TOY
+    results = run(BROKEN[name], select, config, **(patience if name in ENDLESS else {}))
     assert set(failed(results)) == rules_broken_by(name)
     reason = results[rule].reason
     assert reason.startswith(f"{RULES[rule].title}: this rule is broken\n")

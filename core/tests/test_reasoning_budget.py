@@ -62,6 +62,14 @@ def test_the_answer_has_its_form():
     assert place.allows(END) and not place.allows(ord("x"))
 
 
+@pytest.mark.parametrize("budget", range(6))
+def test_a_character_is_written_to_its_end(budget):
+    place = constraint(budget, "<think>\n", structured_output={"choice": ["yes"]})
+    thought, _, answer = write(place, "🌸".encode() * 5).partition("</think>")
+    assert thought == "🌸" * -(-budget // 4)
+    assert "yes".startswith(answer.replace("\n", "").replace("<end>", ""))
+
+
 def test_what_ends_by_itself_has_all_its_tokens():
     place = constraint(20, "<think>\n")
     assert write(place, [*b"ab", 257, *b"y" * 40]) == "ab</think>" + "y" * 40

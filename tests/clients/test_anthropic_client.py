@@ -14,7 +14,7 @@ TOOLS = [
     {"name": f["name"], "description": f["description"], "input_schema": f["parameters"]}
     for f in (FUNCTION, OTHER)
 ]
-HOW = {"model": "default", "max_tokens": 200}
+HOW = {"model": "default", "max_tokens": 600, "extra_body": {"temperature": 0}}
 ANY = {"type": "any"}
 
 

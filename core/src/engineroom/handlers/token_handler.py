@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeGuard
 from engineroom.border import Border, get_logger
 from engineroom.config.model import LoadedModel
 from engineroom.errors import InferenceError
+from engineroom.generation.answer_grammars import WholeAnswer
 from engineroom.generation.generation import Generation
 from engineroom.generation.mailbox import Mailbox
 from engineroom.generation.reader import StepReader
@@ -25,7 +26,7 @@ from engineroom.generation.traits import PLAIN, ModelTraits
 from engineroom.handlers.base import Capabilities, InferenceHandler, StreamEnd
 from engineroom.prompts.codec import PromptCodec
 from engineroom.prompts.tool_messages import tools_as_messages
-from engineroom.schemas import InferenceRequest, InferenceResponse, StructuredOutput
+from engineroom.schemas import InferenceRequest, InferenceResponse
 
 __all__ = [
     "TokenHandler",
@@ -164,7 +165,7 @@ def _for_handler(
         "tool_choice": None,
     }
     if request.offered_tools is not None and request.constrained:
-        grammar = StructuredOutput.model_construct(grammar=traits.grammar(request, None))
+        grammar = WholeAnswer.model_construct(grammar=traits.grammar(request, None))
         changes["params"] = request.params.model_copy(update={"structured_output": grammar})
     return request.model_copy(update=changes)
 

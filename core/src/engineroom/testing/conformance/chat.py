@@ -7,6 +7,7 @@ from engineroom.testing.conformance.base import Checks, check
 from engineroom.testing.conformance.bench import said
 from engineroom.testing.conformance.kit import Kit
 from engineroom.testing.conformance.outcomes import broken, same, skip
+from engineroom.testing.conformance.thoughts import traits_of
 
 __all__ = ["ChatChecks"]
 
@@ -45,6 +46,8 @@ class ChatChecks(Checks):
                     "messages) in the suite"
                 )
             request = kit.likely(messages=messages)
+            if traits_of(kit).reasoning is not None:
+                skip("the model thinks: of a prompt that is text, nothing tells its thoughts")
             texts = await kit.text(kit.likely(rendered)), await kit.text(request)
             same(f"infer({said(request)}), and with prompt={rendered!r}", "the same text", *texts)
             compared += 1

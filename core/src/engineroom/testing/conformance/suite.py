@@ -15,12 +15,14 @@ from engineroom.testing.conformance.discovery import DiscoveryChecks
 from engineroom.testing.conformance.embeddings import EmbeddingChecks
 from engineroom.testing.conformance.faults import FaultChecks
 from engineroom.testing.conformance.forms import FormChecks
+from engineroom.testing.conformance.grammars import GrammarChecks
 from engineroom.testing.conformance.hygiene import HygieneChecks
 from engineroom.testing.conformance.limits import LimitChecks
 from engineroom.testing.conformance.outcomes import BrokenRuleError
 from engineroom.testing.conformance.overriding import reason_of
 from engineroom.testing.conformance.parameters import ParameterChecks
 from engineroom.testing.conformance.text import TextChecks
+from engineroom.testing.conformance.thoughts import ReasoningChecks
 from engineroom.testing.conformance.token_ids import TokenIdChecks
 
 __all__ = ["CHECKS", "HandlerConformance"]
@@ -30,11 +32,13 @@ __all__ = ["CHECKS", "HandlerConformance"]
 class HandlerConformance(
     HygieneChecks,
     EmbeddingChecks,
+    ReasoningChecks,
     ChatChecks,
     TokenIdChecks,
     FaultChecks,
     CancellationChecks,
     ConcurrencyChecks,
+    GrammarChecks,
     FormChecks,
     LimitChecks,
     ParameterChecks,

@@ -184,6 +184,11 @@ PARAMETERS: Final = {
         'With tool_choice="required" each seed gives a call of a tool that was offered, valid by '
         "its schema, the same streamed and whole; and its result is answered.",
     ),
+    "hostile-grammar-neighbour": Rule(
+        "A hostile grammar harms nobody",
+        "A regular expression, schema or grammar that is none is a ConfigurationError, one that "
+        "grows is answered or refused, and beside and after them others have their own answers.",
+    ),
 }
 
 CHAT: Final = {
@@ -195,6 +200,11 @@ CHAT: Final = {
         "Roles in an unusual order are answered or refused",
         "Messages whose roles the model does not know, or not in that order, are answered or are a "
         "ConfigurationError that says what is wrong with them.",
+    ),
+    "reasoning-apart": Rule(
+        "Reasoning is told apart from content",
+        "What a model thinks is response.reasoning and ReasoningDelta in streams; no content has "
+        "it, and stop sequences and structured output are about content alone.",
     ),
 }
 

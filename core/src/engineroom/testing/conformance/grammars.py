@@ -1,0 +1,71 @@
+"""Checks of grammars that are none, or that grow."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from engineroom.schemas import InferenceRequest, InferenceResponse
+from engineroom.testing.conformance.base import Checks, check
+from engineroom.testing.conformance.bench import again, said
+from engineroom.testing.conformance.kit import Kit
+from engineroom.testing.conformance.outcomes import broken
+
+__all__ = ["GrammarChecks"]
+
+_ITSELF: Final = {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}
+_CHAIN: Final = "start: r0\n" + "".join(f'r{i}: r{i + 1} | "{i}"\n' for i in range(400))
+_WRONG: Final[dict[str, tuple[Any, ...]]] = {
+    "regex": ("(a", "a{9,3}", "[b-a]"),
+    "json_schema": ({"type": "no such type"}, _ITSELF),
+    "grammar": ("start: (", "start: nowhere"),
+}
+_GROWING: Final[dict[str, tuple[Any, ...]]] = {
+    "regex": ("(x{1000}){1000}", "((a|aa)+)+b"),
+    "json_schema": ({"type": "array", "minItems": 100_000, "maxItems": 1_000_000},),
+    "grammar": (_CHAIN + 'r400: "x"\n', 'start: start start | "a"\n'),
+}
+
+
+class GrammarChecks(Checks):
+    """What others bear of a request's grammar."""
+
+    @check()
+    async def test_hostile_grammar_neighbour(self, kit: Kit) -> None:
+        kit.need("structured_output")
+        hostile = [*_requests(kit, _WRONG), *_requests(kit, _GROWING)]
+        wrong = len([*_requests(kit, _WRONG)])
+        neighbour = kit.likely(n=24)
+
+        async def beside(watched: InferenceRequest) -> InferenceResponse:
+            asked = kit.spawn(kit.bench.answer(again(watched)))
+            await kit.turns(4)
+            for number, request in enumerate(hostile):
+                _check(request, await kit.bench.infer(again(request)), wrong=number < wrong)
+            response = await kit.within(asked, f"infer({said(watched)})")
+            after = await kit.bench.answer(again(watched))
+            return response if response.generated_text != watched_text else after
+
+        watched_text = await kit.text(neighbour)
+        did = f"infer({said(neighbour)}) beside and after {len(hostile)} hostile grammars"
+        await kit.unchanged(did, "the text that it has alone", neighbour, beside)
+
+
+def _requests(kit: Kit, values: dict[str, tuple[Any, ...]]) -> list[InferenceRequest]:
+    kinds = kit.capabilities.structured_output
+    return [
+        kit.likely(n=4, params={"structured_output": {kind: value}})
+        for kind in filter(kinds.__contains__, values)
+        for value in values[kind]
+    ]
+
+
+def _check(request: InferenceRequest, response: InferenceResponse, *, wrong: bool) -> None:
+    refused = response.error_type == "ConfigurationError"
+    if not refused and (wrong or response.error_message is not None):
+        broken(
+            did=f"infer({said(request)})",
+            expected="a ConfigurationError" if wrong else "an answer, or a ConfigurationError",
+            saw=f"{response.error_type}: {response.error_message}"
+            if response.error_message is not None
+            else f"an answer: {response.generated_text!r}",
+        )
