@@ -20,8 +20,9 @@ from engineroom_llamacpp.library import (
 )
 from engineroom_llamacpp.model import LlamaModel
 from engineroom_llamacpp.options import DEFAULT_CONTEXT, LlamaCppOptions
+from engineroom_llamacpp.saved import SavedSequence
 
-__all__ = ["LlamaContext", "SavedSequence", "context_params"]
+__all__ = ["LlamaContext", "context_params"]
 
 _SPARE: Final = 8
 """At least so many sequences beyond ``n_parallel``: each costs a row of logits, 200 kB with a
@@ -30,6 +31,10 @@ _TILE: Final = 64
 """``GGML_FA_TILE_Q``."""
 _MOST_SEQUENCES: Final = 256
 """llama.cpp's own bound."""
+_ROUNDED: Final = 256
+"""llama.cpp rounds a stream's cells up to a multiple of it."""
+_LEAST_STREAM: Final = 1024
+"""With fewer cells for each, what neighbours have costs little."""
 _BYTES: Final = ctypes.POINTER(ctypes.c_uint8)
 
 
@@ -48,22 +53,6 @@ def context_params(library: Any, options: LlamaCppOptions, threads: int, abort: 
     return params
 
 
-class SavedSequence:
-    """Cells of a sequence, outside of the cache. Its length is that in tokens."""
-
-    def __init__(self, data: NDArray[np.uint8], length: int) -> None:
-        self.data = data
-        self._length = length
-
-    def __len__(self) -> int:
-        return self._length
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return self.data.nbytes
-
-
 class LlamaContext:
     """One context over a cache that is unified, or has a part for each sequence.
 
@@ -73,27 +62,86 @@ class LlamaContext:
     :param outputs: most tokens of a sequence in a batch for which logits are computed.
     :raises ResourceNotAvailableError: there is no memory for it.
 
-    ``n_ctx`` are the cells that one sequence can have, ``cells`` all of them.
+    ``n_ctx`` are the cells that one request can have, ``stream`` those of a sequence while each
+    has its own, ``cells`` all that there are now.
     """
 
     def __init__(self, model: LlamaModel, options: LlamaCppOptions, *, outputs: int = 1) -> None:
-        self._library = library = model.library
-        self.abort = AbortFlag(library)
-        threads = options.n_threads or default_threads()
-        params = context_params(library, options, threads, self.abort)
-        params.n_ctx = options.n_ctx or min(model.n_ctx_train or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
-        params.n_batch = min(options.n_batch, params.n_ctx)
-        params.n_ubatch = min(options.n_ubatch, params.n_batch)
+        self._library = model.library
+        self._model, self._options = model, options
+        self.abort = AbortFlag(self._library)
+        self.threads = options.n_threads or default_threads()
+        self._n_ctx = options.n_ctx or min(model.n_ctx_train or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+        self._outputs_each = outputs
         parallel = options.n_parallel
-        self.unified = params.kv_unified = options.kv_unified
-        spare = 0 if model.has_states or not self.unified else max(parallel, _SPARE)
-        self.sequences = min(parallel + spare, _MOST_SEQUENCES - 1 if spare else _MOST_SEQUENCES)
+        # A state is not one of cells alone, and a window has a cache of its own.
+        self.keeps_all = not model.has_states and not model.n_window
+        self.on_gpu = options.n_gpu_layers != 0 and bool(self._library.llama_supports_gpu_offload())
+        self.stream = self._n_ctx // parallel // _ROUNDED * _ROUNDED
+        self.changes = (
+            options.kv_unified == "auto"
+            and parallel > 1
+            and self.stream >= _LEAST_STREAM
+            and self.keeps_all
+            and not self.on_gpu
+        )
+        """Whether the layout is chosen by what requests need."""
+        # Its address as a number: llama_cpp's own declaration makes two objects of it each time.
+        kind = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32)
+        self._logits_at: Any = ctypes.cast(self._library.llama_get_logits_ith, kind)
+        self._rows: dict[int, Logits] = {}
+        self._adapters, self._adapters_by_name = model.adapters, model.adapters_by_name
+        self._spare = 0 if model.has_states else max(parallel, _SPARE)
+        unified = bool(options.kv_unified)
+        self.most_sequences = min(
+            parallel + (self._spare if unified else 0),
+            _MOST_SEQUENCES - 1 if unified and self._spare else _MOST_SEQUENCES,
+        )
+        """Of a unified cache, if it may be one."""
+        self._open(unified=unified and not self.changes)
+        self.n_ctx = self._n_ctx if self.changes else self.cells
+        if not self.unified and not self.changes:
+            self.n_ctx = self.stream = self.cells // self.sequences
+        self.n_batch = int(self._library.llama_n_batch(self._handle))
+        self.n_vocab = model.n_vocab
+        fused = options.flash_attn != "off" and not self.on_gpu
+        self.tile = _TILE if fused else 0
+        """From so many tokens in a batch on attention computes blocks of them; 0: it never does."""
+        self._new_batch(self._library)
+
+    def lay_out(self, *, unified: bool) -> None:
+        """Begin anew with an empty cache of this layout.
+
+        :raises ResourceNotAvailableError: there is no memory for it; then it is as it was.
+        """
+        before = self.unified
+        self.close()
+        try:
+            self._open(unified)
+        except ResourceNotAvailableError:
+            try:
+                self._open(before)
+            except ResourceNotAvailableError as error:  # nothing can be computed any more
+                raise RuntimeError(error.message) from error
+            raise
+
+    def _open(self, unified: bool) -> None:
+        """Make a context of this layout."""
+        library, model, options = self._library, self._model, self._options
+        params = context_params(library, options, self.threads, self.abort)
+        parallel = options.n_parallel
+        params.n_ctx = self.stream * parallel if self.changes and not unified else self._n_ctx
+        params.n_batch = min(options.n_batch, self._n_ctx)
+        params.n_ubatch = min(options.n_ubatch, params.n_batch)
+        self.unified = params.kv_unified = unified
+        spare = self._spare if unified else 0
+        self.sequences = self.most_sequences if unified else parallel
         # One more, by way of which parts of others are copied out and in.
         self._part = self.sequences
         params.n_seq_max = self.sequences + (1 if spare else 0)
         # Rows of logits for sequences, not for each token of a batch. llama.cpp ends the process
         # where a batch asks for more.
-        self.n_outputs = params.n_outputs_max = max(params.n_seq_max, parallel * outputs)
+        self.n_outputs = params.n_outputs_max = max(params.n_seq_max, parallel * self._outputs_each)
         params.type_k = CACHE_TYPES[options.cache_type_k]
         params.type_v = CACHE_TYPES[options.cache_type_v]
         self._handle: Any = library.llama_init_from_model(model.handle, params)
@@ -103,11 +151,6 @@ class LlamaContext:
                 f"{last_error('it does not say why')}; set n_ctx lower, or another cache type"
             )
         self._memory = library.llama_get_memory(self._handle)
-        # Its address as a number: llama_cpp's own declaration makes two objects of it each time.
-        kind = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32)
-        self._logits_at: Any = ctypes.cast(library.llama_get_logits_ith, kind)
-        self._rows: dict[int, Logits] = {}
-        self._adapters, self._adapters_by_name = model.adapters, model.adapters_by_name
         self._adapter: str | None = None
         try:
             if not self._memory:
@@ -119,16 +162,7 @@ class LlamaContext:
         except ConfigurationError:
             self.close()
             raise
-        self.threads = threads
         self.cells = int(library.llama_n_ctx(self._handle))
-        self.n_ctx = self.cells if self.unified else self.cells // params.n_seq_max
-        self.n_batch = int(library.llama_n_batch(self._handle))
-        self.n_vocab = model.n_vocab
-        self.on_gpu = options.n_gpu_layers != 0 and bool(library.llama_supports_gpu_offload())
-        fused = options.flash_attn != "off" and not self.on_gpu
-        self.tile = _TILE if fused else 0
-        """From so many tokens in a batch on attention computes blocks of them; 0: it never does."""
-        self._new_batch(library)
 
     def _new_batch(self, library: Any) -> None:
         """Arrays of our own behind llama.cpp's struct: filled by slices, not item by item."""
@@ -218,40 +252,71 @@ class LlamaContext:
         """Let ``target``, which is empty, have the first ``length`` cells of ``source``."""
         if self.unified:
             self._library.llama_memory_seq_cp(self._memory, source, target, 0, length)
-        else:  # all or nothing
+            return
+        # Not by llama.cpp's own copying of streams, which waits for the next batch: the state of a
+        # sequence that is read before has not been copied then.
+        data = self._state(source) if self.keeps_all else None
+        if data is None:
             self._library.llama_memory_seq_cp(self._memory, source, target, -1, -1)
-            self.forget(target, length)
+        else:
+            self._set_state(target, data)
+        self.forget(target, length)
 
     def save(self, sequence: int, length: int, start: int = 0) -> SavedSequence | None:
-        """Copy ``length`` cells of a sequence from ``start`` on; ``None``: llama.cpp cannot."""
-        library, handle, part = self._library, self._handle, self._part
-        library.llama_memory_seq_cp(self._memory, sequence, part, start, start + length)
+        """Copy ``length`` cells of a sequence from ``start`` on; ``None``: llama.cpp cannot.
+
+        Where each sequence has a stream, they are all that it keeps, and ``start`` is 0.
+        """
+        part = self._part if self.unified else sequence
+        if self.unified:
+            self._library.llama_memory_seq_cp(self._memory, sequence, part, start, start + length)
+        else:
+            self.forget(sequence, length)
         try:
-            size = int(library.llama_state_seq_get_size(handle, part))
-            data = np.empty(size, np.uint8)
-            address = data.ctypes.data_as(_BYTES)
-            if not size or library.llama_state_seq_get_data(handle, address, size, part) != size:
-                return None
-            return SavedSequence(data, length)
+            data = self._state(part)
         finally:
-            self.forget(part)
+            if self.unified:
+                self.forget(part)
+        if data is None:
+            return None
+        if self.unified:
+            return SavedSequence(data, length)
+        return SavedSequence.of_stream(data, sequence, self.sequences, length)
+
+    def _state(self, sequence: int) -> NDArray[np.uint8] | None:
+        library, handle = self._library, self._handle
+        size = int(library.llama_state_seq_get_size(handle, sequence))
+        data = np.empty(size, np.uint8)
+        address = data.ctypes.data_as(_BYTES)
+        if not size or library.llama_state_seq_get_data(handle, address, size, sequence) != size:
+            return None
+        return data
 
     def restore(
         self, sequence: int, saved: SavedSequence, start: int = 0, end: int | None = None
     ) -> bool:
-        """Append what was saved to a sequence that has ``start`` cells.
+        """Append what was saved to a sequence that has ``start`` cells; none, where each has a
+        stream.
 
         :param end: leave it with so many cells; ``None``: with all that was saved.
         :returns: whether llama.cpp could; if not, the sequence is as it was.
         """
-        library, part = self._library, self._part
-        address = saved.data.ctypes.data_as(_BYTES)
-        copied = library.llama_state_seq_set_data(self._handle, address, saved.size, part)
+        if not self.unified:
+            copied = self._set_state(sequence, saved.for_streams(self.sequences))
+            self.forget(sequence, len(saved) if end is None else end)
+            return copied
+        part = self._part
+        copied = self._set_state(part, saved.data)
         if copied:
             stop = -1 if end is None else end
-            library.llama_memory_seq_cp(self._memory, part, sequence, start, stop)
+            self._library.llama_memory_seq_cp(self._memory, part, sequence, start, stop)
         self.forget(part)
-        return bool(copied)
+        return copied
+
+    def _set_state(self, sequence: int, data: NDArray[np.uint8]) -> bool:
+        address = data.ctypes.data_as(_BYTES)
+        set_data = self._library.llama_state_seq_set_data
+        return bool(set_data(self._handle, address, data.nbytes, sequence))
 
     def clear(self) -> None:
         """Free all cells, and write zeros where keys and values were."""

@@ -47,8 +47,9 @@ from engineroom.engine import (
     StepBatch,
 )
 from engineroom_llamacpp.beams import Beams
-from engineroom_llamacpp.context import LlamaContext, SavedSequence
+from engineroom_llamacpp.context import LlamaContext
 from engineroom_llamacpp.drafting import make_drafter
+from engineroom_llamacpp.layout import Layout
 from engineroom_llamacpp.library import last_error
 from engineroom_llamacpp.model import LlamaModel
 from engineroom_llamacpp.moving import Mover
@@ -65,10 +66,6 @@ __all__ = ["LlamaEngine", "Task"]
 
 logger = logging.getLogger("engineroom.llamacpp")
 
-_SAVED: Final = 2
-"""What is saved of requests that gave way has at most this fraction of the cache's tokens."""
-_WORTH_BRINGING: Final = 32
-"""Fewer tokens are read again: bringing them back would unshare what is shared."""
 _MASKED_FUSED: Final = 0.15
 """What a masked cell takes of the time of another, where attention is fused: 0.17 µs of 1.1 with
 SmolLM2 on one core. Where it is not, all of them are computed."""
@@ -111,20 +108,20 @@ class LlamaEngine(BatchingEngine[Task]):
         )
         self.threads = self._context.threads
         self.on_gpu = self._context.on_gpu
-        self.most_beams = min(self._context.sequences, self._context.n_batch)
+        self.most_beams = min(self._context.most_sequences, self._context.n_batch)
         """Most beams of a request."""
-        # A state cannot be set back, and a window's cells are used again when it has passed.
-        self._keeps_all = not model.has_states and not model.n_window
         self.sequences = Sequences(
             self._context,
             self._context.sequences,
             self._context.cells,
-            reuse=options.prefix_cache and self._keeps_all,
+            # A state cannot be set back, and a window's cells are used again when it has passed.
+            reuse=options.prefix_cache and self._context.keeps_all,
             shared=self._context.unified,
         )
         self.mover = Mover(self._context, self.sequences, prompt_cache)
+        self.layout = Layout(self._context, self.sequences, options.draft_tokens if drafts else 0)
         try:
-            drafter = make_drafter(draft, options, self._context.cells)
+            drafter = make_drafter(draft, options, max(self.n_ctx, self._context.cells))
         except BaseException:
             self._context.close()
             raise
@@ -219,8 +216,7 @@ class LlamaEngine(BatchingEngine[Task]):
             # request would find another text the second time.
             sequence = self.sequences.begin(task.origin)
         task.sequences = [sequence]
-        if task.saved is not None:
-            self._bring_back(task, task.saved)
+        self.mover.go_on(task)
         task.cache_invalid = False
         if task.beams is None:
             self.mover.look_up(task)
@@ -276,29 +272,28 @@ class LlamaEngine(BatchingEngine[Task]):
         task = max(self.running, key=lambda t: t.rank)
         self.preemptions += 1
         task.log.debug("%d tokens give way; the request waits for room", task.cached)
-        saved = sum(len(other.saved) for other in self.waiting if other.saved is not None)
-        room = self.n_ctx // _SAVED - saved
-        copied = self._keeps_all and self.sequences.shared
-        if copied and task.beams is None and _WORTH_BRINGING <= task.cached <= room:
-            task.saved = self._context.save(task.sequences[0].index, task.cached)
+        self.mover.pause(task, self.waiting)
         self.wait_again(task)
 
-    def _bring_back(self, task: Task, saved: SavedSequence) -> None:
-        """What a request had before it gave way, unless as good as all of it is there still."""
-        task.saved = None
-        (sequence,) = task.sequences
-        if len(saved) - task.cached < _WORTH_BRINGING or not self.sequences.make_room(len(saved)):
+    def _lay_out(self) -> None:
+        """Go over to the other layout of the cache; running requests pause."""
+        if (error := self.layout.refused) is not None:
+            logger.warning("model %r: %s", self.name, error)
+            self.fail([task for task in self.running if not self.layout.fits(task)], error)
             return
-        self.sequences.cut(sequence, 0)
-        task.cached = 0
-        if self._context.restore(sequence.index, saved):
-            task.cached = len(saved)
-            self.sequences.cells.grow(sequence.chain, task.cached)
+        for task in list(self.running):
+            self.mover.pause(task, self.waiting)
+            self.wait_again(task)
+        self.mover.keep_all()
+        self.layout.change()
 
     # ── a step ───────────────────────────────────────────────────────────────────────────────
 
     def step(self) -> None:
         """Schedule a batch, run it, and hand over what came of it."""
+        if self.layout.is_wrong(self.running):
+            self._lay_out()
+            return
         self.mover.begin(self.running, self._context.n_batch)
         slices = self._schedule()
         if not slices:

@@ -14,9 +14,10 @@ from collections.abc import Iterable, Sequence
 from time import perf_counter
 from typing import Final
 
-from engineroom_llamacpp.context import LlamaContext, SavedSequence
+from engineroom_llamacpp.context import LlamaContext
 from engineroom_llamacpp.pace import Usual
 from engineroom_llamacpp.prompt_store import PIECE, Piece, PromptStore
+from engineroom_llamacpp.saved import SavedSequence
 from engineroom_llamacpp.sequences import BLOCK, CellSequence, Sequences
 from engineroom_llamacpp.tasks import Task, contents
 
@@ -27,6 +28,10 @@ _FEW: Final = 256
 _PATIENCE: Final = 256
 """Computed tokens after which an idle sequence has cost about as much as to move it. Beside SmolLM2
 on two cores a cell costs a token some 0.06 µs, and is copied out and in again in some 20."""
+_SAVED: Final = 2
+"""What is saved of requests that pause has at most this fraction of the cache's tokens."""
+_WORTH_BRINGING: Final = 32
+"""Fewer tokens are read again: bringing them back would unshare what is shared."""
 _SHARE: Final = 0.2
 """Of what steps take, for copies beside requests that decode; but a piece a step at least."""
 
@@ -41,7 +46,7 @@ class Mover:
         self._context = context
         self._sequences = sequences
         self.store: PromptStore[SavedSequence] = PromptStore(
-            budget if sequences.reuse and sequences.shared else 0
+            budget if sequences.reuse and (sequences.shared or context.changes) else 0
         )
         self._out, self._into, self._reading = Usual(), Usual(), Usual()  # seconds a token
         self._step = Usual()
@@ -55,7 +60,7 @@ class Mover:
         :param tasks: running requests.
         :param most: tokens that a step has at most.
         """
-        if not self.store.budget:
+        if not self._moves:
             return
         beside = any(task.decodes for task in tasks)
         self._left = _SHARE * (self._step.value or 0.0) if beside else math.inf
@@ -70,7 +75,7 @@ class Mover:
 
     def look_up(self, task: Task) -> None:
         """See whether more of a prompt is in host memory than in the cache, for :meth:`bring`."""
-        if not self.store.budget:
+        if not self._moves:
             return
         path = self.store.find(task.origin, task.tokens[:-1])
         if not path:
@@ -105,6 +110,43 @@ class Mover:
             self._step.see(seconds)
         if 2 * read > rows and read >= BLOCK:
             self._reading.see(seconds / read)
+
+    def pause(self, task: Task, waiting: Iterable[Task]) -> None:
+        """Copy what a request has, before it gives it back for a while.
+
+        :param waiting: those that wait; copies of all take at most half of the cache's tokens.
+        """
+        saved = sum(len(other.saved) for other in waiting if other.saved is not None)
+        room = self._context.n_ctx // _SAVED - saved
+        copied = self._context.keeps_all and task.beams is None
+        if copied and _WORTH_BRINGING <= task.cached <= room:
+            task.saved = self._context.save(task.sequences[0].index, task.cached)
+
+    def go_on(self, task: Task) -> None:
+        """Bring back what a request had before it paused, unless as good as all of it is there."""
+        saved, task.saved = task.saved, None
+        if saved is None or len(saved) - task.cached < _WORTH_BRINGING:
+            return
+        (sequence,) = task.sequences
+        if not self._sequences.make_room(len(saved)):
+            return
+        self._sequences.cut(sequence, 0)
+        task.cached = 0
+        if self._context.restore(sequence.index, saved):
+            task.cached = len(saved)
+            self._sequences.cells.grow(sequence.chain, task.cached)
+
+    def keep_all(self) -> None:
+        """Copy what is idle, and leave the cache without it."""
+        self._left = math.inf
+        for sequence in self._sequences.idle_since(0) if self._moves else ():
+            self._keep(sequence)
+        self._sequences.forget_idle()
+
+    @property
+    def _moves(self) -> bool:
+        """Streams have no cells for others, and copies in pieces are made in a unified cache."""
+        return self.store.budget > 0 and self._sequences.shared
 
     def _worth_moving(self) -> bool:
         out, reading = self._out.value, self._reading.value
@@ -151,6 +193,8 @@ class Mover:
 
         :returns: whether that is all; else the step has no more time for it.
         """
+        if not self._moves:
+            return False
         tokens, origin = sequence.tokens, sequence.origin
         path = [p for p, common in self.store.find(origin, tokens) if common == len(p.tokens)]
         start = sum(len(piece.tokens) for piece in path if len(piece.tokens) == PIECE)

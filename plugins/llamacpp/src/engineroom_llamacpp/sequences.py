@@ -79,15 +79,19 @@ class Sequences:
     ) -> None:
         self._memory = memory
         self.reuse = reuse
+        self.lay_out(count, cells, shared=shared)
+        self.clock = 0
+        """Tokens that have been computed so far."""
+        self.leaving: Callable[[CellSequence], object] = lambda _: None
+        """Told of an idle sequence before it loses cells to others."""
+
+    def lay_out(self, count: int, cells: int, *, shared: bool) -> None:
+        """Begin anew with an empty cache; nobody has a sequence. Arguments are the class's."""
         self.shared = shared
         self.count = count
         self.cells = Cells(cells, shared=shared)
         self._free = list(range(count - 1, -1, -1))
         self._idle: list[CellSequence] = []  # the longest unused first
-        self.clock = 0
-        """Tokens that have been computed so far."""
-        self.leaving: Callable[[CellSequence], object] = lambda _: None
-        """Told of an idle sequence before it loses cells to others."""
 
     @property
     def room(self) -> int:

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from engineroom.engine import BatchSlice, BeamSearch, Sampler, TextTask, common_prefix
-from engineroom_llamacpp.context import LlamaContext, SavedSequence
+from engineroom_llamacpp.context import LlamaContext
 from engineroom_llamacpp.pace import PromptPace
 from engineroom_llamacpp.prompt_store import Piece
+from engineroom_llamacpp.saved import SavedSequence
 from engineroom_llamacpp.sequences import CellSequence, Origin, Sequences
 
 __all__ = ["Task", "compose", "contents"]

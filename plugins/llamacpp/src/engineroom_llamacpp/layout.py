@@ -1,0 +1,64 @@
+"""Which layout the cache has: one that all sequences share, or a stream for each.
+
+With streams nobody passes over cells of others, and none has more than its part. So each has a
+stream for as long as that is enough for every request, and else all share the whole. Going over
+takes copies of what running requests have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+from engineroom import ResourceNotAvailableError
+from engineroom_llamacpp.context import LlamaContext
+from engineroom_llamacpp.sequences import Sequences
+from engineroom_llamacpp.tasks import Task
+
+__all__ = ["Layout"]
+
+_PATIENCE: Final = 2
+"""Times a stream's cells: so many tokens are computed before it goes over to streams again."""
+
+
+class Layout:
+    """Says when the layout is to change, and changes it.
+
+    :param more: tokens that a request may have in a step beyond its next one.
+    """
+
+    def __init__(self, context: LlamaContext, sequences: Sequences, more: int) -> None:
+        self._context = context
+        self._sequences = sequences
+        self._more = more
+        self._since = -_PATIENCE * context.stream
+        self.refused: ResourceNotAvailableError | None = None
+        """Why it could not be changed: there was no memory for it. It stays as it is then."""
+
+    def fits(self, task: Task) -> bool:
+        """Whether a stream is enough for the request's next step."""
+        return task.width == 1 and len(task.tokens) + self._more <= self._context.stream
+
+    def is_wrong(self, running: Iterable[Task]) -> bool:
+        """Whether these requests are to be computed in the other layout."""
+        if not self._context.changes:
+            return False
+        if not self._context.unified:
+            return not all(map(self.fits, running))
+        if self.refused is not None:
+            return False
+        stream = self._context.stream
+        rested = self._sequences.clock - self._since >= _PATIENCE * stream
+        return rested and all(
+            task.width == 1 and 2 * len(task.tokens) <= stream for task in running
+        )
+
+    def change(self) -> None:
+        """Go over to the other one; nobody has a sequence, and none has anything in it."""
+        context = self._context
+        self._since = self._sequences.clock
+        try:
+            context.lay_out(unified=not context.unified)
+        except ResourceNotAvailableError as error:
+            self.refused = error
+        self._sequences.lay_out(context.sequences, context.cells, shared=context.unified)
