@@ -3,8 +3,9 @@
     python closed_streams.py < cases.json
 
 Each case is run in a child that is forked from here, so that nothing is imported twice. A case is
-``[arguments, numbers of the streams that are closed]``; of each are printed the exit status and
-what was written to the streams that are open.
+``[arguments, numbers of the streams that are closed]``, or ``"full"`` instead of the numbers where
+standard output is on a disk that is full; of each are printed the exit status and what was written
+to the streams that are open.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import tempfile
 from engineroom.cli import app, main  # noqa: F401 - the app, so that it is imported once
 
 
-def run(arguments: list[str], closed: list[int]) -> tuple[int, str]:
+def run(arguments: list[str], closed: list[int] | str) -> tuple[int, str]:
     with tempfile.TemporaryFile() as written:
         child = os.fork()
         if child == 0:
@@ -25,6 +26,9 @@ def run(arguments: list[str], closed: list[int]) -> tuple[int, str]:
             os.dup2(nowhere, 0)
             for number in (1, 2):
                 os.dup2(written.fileno(), number)
+            if closed == "full":
+                os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+                closed = []
             os.closerange(3, 256)
             for number in closed:
                 os.close(number)

@@ -54,6 +54,33 @@ def leaves(command, path=()):
         yield " ".join(path)
 
 
+def run(cases: list, environment: dict[str, str], folder: Path) -> list[list]:
+    """Exit status and what was written of each case; see ``closed_streams.py``."""
+    script = Path(__file__).with_name("closed_streams.py")
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        input=json.dumps(cases).encode(),
+        env=environment,
+        cwd=folder,
+        capture_output=True,
+        timeout=110,
+        check=True,
+    )
+    came: list[list] = json.loads(done.stdout)
+    return came
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is full")
+def test_what_cannot_be_written_is_said_in_one_line(site, environment, tmp_path):
+    site.echo()
+    commands = ["run echo: one", "chat echo:", "plugins", "plugins --json", "--version", "--help", ""]
+    cases = [(command.split(), "full") for command in commands]
+    for command, (status, written) in zip(commands, run(cases, environment, tmp_path), strict=True):
+        if command != "chat echo:":  # nothing was said, and nothing is answered
+            assert status == 1, command
+            assert written == "error: standard output cannot be written: No space left on device\n"
+
+
 def test_each_command_works_whatever_is_closed(site, environment, tmp_path):
     assert set(leaves(typer.main.get_command(app))) < set(COMMANDS)
     site.echo()
@@ -63,17 +90,7 @@ def test_each_command_works_whatever_is_closed(site, environment, tmp_path):
         for number, closed in enumerate(CLOSED):
             given = [f"made{number}"] if name == "new-plugin" else arguments
             cases.append(([*name.split(), *given], closed))
-    script = Path(__file__).with_name("closed_streams.py")
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        input=json.dumps(cases).encode(),
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        timeout=110,
-        check=True,
-    )
-    came = dict(zip(map(str, cases), json.loads(done.stdout), strict=True))
+    came = dict(zip(map(str, cases), run(cases, environment, tmp_path), strict=True))
     wrong = []
     for arguments, closed in cases:
         status, written = came[str((arguments, closed))]

@@ -34,7 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     :param argv: the arguments after the program's name; ``None``: the process's own.
     """
     from engineroom.border import words
-    from engineroom.cli.output import OutputClosedError, error_line, prepare_streams
+    from engineroom.cli.output import (
+        CommandError,
+        OutputClosedError,
+        error_line,
+        prepare_streams,
+    )
     from engineroom.cli.settings import Settings
     from engineroom.errors import EngineRoomError
 
@@ -48,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     except OutputClosedError:
         return EXIT_OUTPUT_CLOSED
+    except CommandError as error:
+        error_line(str(error))
+        return error.status
     except EngineRoomError as error:
         settings.show_traceback()
         error_line(error)
@@ -71,7 +79,7 @@ def _run(argv: Sequence[str] | None, settings: object) -> int:
 
     from engineroom.cli.app import app
     from engineroom.cli.compat_typer import parser_error
-    from engineroom.cli.output import CommandError, error_line
+    from engineroom.cli.output import write
 
     command = typer.main.get_command(app)
     try:
@@ -84,11 +92,11 @@ def _run(argv: Sequence[str] | None, settings: object) -> int:
         return status if isinstance(status, int) else 0
     except typer.Abort:
         return EXIT_INTERRUPTED
-    except CommandError as error:
-        error_line(str(error))
-        return error.status
     except parser_error() as error:
         return _refused(error)
+    except OSError:
+        write("")  # says so where it was the parser's own help that could not be written
+        raise
 
 
 def _refused(error: Exception) -> int:

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Final, TextIO
 
+from engineroom.cli import EXIT_FAILED
 from engineroom.errors import (
     ConfigurationError,
     EngineRoomError,
@@ -43,7 +44,7 @@ _SELF_EXPLAINING: Final = (ConfigurationError, ModelNotFoundError, NoSuitableHan
 
 
 class CommandError(Exception):
-    """The command line asks for what cannot be done; its text is the whole message.
+    """What is asked for cannot be done; its text is the whole message.
 
     :param status: exit status; 2 where the arguments are wrong.
     """
@@ -91,6 +92,7 @@ def write(text: str) -> None:
     """Write to standard output and flush; names in it are shown, and rewrite no screen.
 
     :raises OutputClosedError: its reader has gone.
+    :raises CommandError: it cannot be written, for instance to a disk that is full.
     """
     _put(printable_lines(text))
 
@@ -124,11 +126,13 @@ def _put(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
     except OSError as error:
-        # Windows says EINVAL where others say EPIPE.
-        if error.errno not in (errno.EPIPE, errno.EINVAL, errno.ESHUTDOWN):
-            raise
         _discard(sys.stdout)
-        raise OutputClosedError from error
+        # Windows says EINVAL where others say EPIPE.
+        if error.errno in (errno.EPIPE, errno.EINVAL, errno.ESHUTDOWN):
+            raise OutputClosedError from error
+        raise CommandError(
+            f"standard output cannot be written: {error.strerror or error}", EXIT_FAILED
+        ) from error
 
 
 def show(as_json: bool, facts: Any, text: str | Callable[[], str]) -> None:
