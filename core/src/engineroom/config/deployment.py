@@ -26,6 +26,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from engineroom.config.environment import CONFIG_VARIABLE, HANDLERS_VARIABLE
+from engineroom.config.interpolation import without_secrets
 from engineroom.config.mistakes import Mistake, mistakes
 from engineroom.config.model import ModelConfig, ModelVariant, source_mistake
 from engineroom.config.suggestions import did_you_mean, known_keys
@@ -141,7 +142,8 @@ def parse_deployment(
     except RecursionError as error:
         raise ConfigurationError(f"{name}: nested too deeply") from error
     if not isinstance(root, Mapping):
-        kind = "nothing" if root is None else f"a {type(plain).__name__}"
+        read_as = str if isinstance(plain, str) else type(plain)  # also what a variable holds
+        kind = "nothing" if root is None else f"a {read_as.__name__}"
         raise ConfigurationError(
             f"{name}:1: must be a mapping with the key 'models', but it is {kind}"
         )
@@ -150,7 +152,7 @@ def parse_deployment(
     unread = [at for _, at, _ in reader.problems]
     for mistake in reported:
         if not any(mistake.loc[: len(at)] == at for at in unread):
-            problems.add(_problem(root, mistake))
+            problems.add(_problem(root, plain, mistake))
     if config is None or problems:
         raise ConfigurationError(
             "\n".join(f"{name}:{line}: {problem}" for line, problem in sorted(problems))
@@ -181,18 +183,19 @@ def _validated(
         return None, [*reported, *_hidden(plain, reported)], error
 
 
-def _problem(root: Any, mistake: Mistake) -> tuple[int, str]:
+def _problem(root: Any, plain: Any, mistake: Mistake) -> tuple[int, str]:
     """The line, and ``key: what is wrong`` with the nearest known key for an unknown one."""
     line = 1
     node: Any = root
-    loc = mistake.cause.loc if isinstance(mistake.cause, _NameTakenError) else mistake.loc
+    loc, message = mistake.loc, mistake.message
+    if isinstance(mistake.cause, _NameTakenError):
+        loc, message = mistake.cause.loc, without_secrets(message, plain)
     for key in loc:
         line = line_of(node, key, line)
         try:
             node = node[key]
         except (KeyError, IndexError, TypeError):
             break
-    message = mistake.message
     if mistake.kind == "extra_forbidden":
         key = str(loc[-1])
         known = known_keys(DeploymentConfig, mistake.raw)
