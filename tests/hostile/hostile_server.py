@@ -4,9 +4,10 @@
 
 It waits so long for what clients send and read. It prints its port once its models are loaded.
 Then it reads lines. ``mark``: it forgets what it has measured. ``settle N``: it waits until at most
-``N`` requests are there, and prints what it has measured and what is held. ``hold S``: it holds its
-loop for so many seconds. ``keep S``: a thread beside it keeps the interpreter. It ends when its
-standard input does. Its log is its standard error.
+``N`` requests are there, and prints what it has measured and what is held. ``trim``: the allocator
+gives back what it keeps, where it can. ``hold S``: it holds its loop for so many seconds. ``keep
+S``: a thread beside it keeps the interpreter. It ends when its standard input does. Its log is its
+standard error.
 """
 
 from __future__ import annotations
@@ -99,11 +100,10 @@ class Beat:
 
     def _stacks(self) -> str:
         frames = sys._current_frames()
+        del frames[threading.get_ident()]  # this one, which would keep all of them alive
         names = {thread.ident: thread.name for thread in threading.enumerate()}
         shown = []
         for ident, frame in frames.items():
-            if ident == threading.get_ident():
-                continue
             calls = traceback.extract_stack(frame)
             if ident == self._loop_thread:
                 line = " < ".join(
@@ -191,6 +191,9 @@ async def serve(deployment: str, patience_s: float) -> None:
                 case ["mark"]:
                     loop.call_soon_threadsafe(beat.forget)
                     server.context.loop_meter.reset()
+                case ["trim"] if sys.platform == "linux":
+                    with contextlib.suppress(AttributeError):  # of glibc
+                        ctypes.CDLL(None).malloc_trim(0)
                 case ["hold", seconds]:
                     loop.call_soon_threadsafe(hold, float(seconds))
                 case ["keep", seconds]:

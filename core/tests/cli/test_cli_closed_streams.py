@@ -73,7 +73,15 @@ def run(cases: list, environment: dict[str, str], folder: Path) -> list[list]:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is full")
 def test_what_cannot_be_written_is_said_in_one_line(site, environment, tmp_path):
     site.echo()
-    commands = ["run echo: one", "chat echo:", "plugins", "plugins --json", "--version", "--help", ""]
+    commands = [
+        "run echo: one",
+        "chat echo:",
+        "plugins",
+        "plugins --json",
+        "--version",
+        "--help",
+        "",
+    ]
     cases = [(command.split(), "full") for command in commands]
     for command, (status, written) in zip(commands, run(cases, environment, tmp_path), strict=True):
         if command != "chat echo:":  # nothing was said, and nothing is answered

@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import threading
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Final
 
@@ -64,7 +65,7 @@ class EngineRoomServer(Server):
         self._guard.daemon = True
         super().__init__(
             with_cors(Front(self.context), settings),
-            connection_class(GuardedConnection, limits=settings),
+            connection_class(GuardedConnection, limits=settings, resting=OrderedDict()),
             settings,
         )
 

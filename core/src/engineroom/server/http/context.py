@@ -36,7 +36,7 @@ class ServerContext:
         self.service = service
         self.settings = settings
         self.limiter = Limiter(settings)
-        self.callers = Callers(settings.keys)
+        self.callers = Callers(settings, lambda: self.metrics.count_rejection("key_connections"))
         self.rounds = Rounds()
         self.directory = ModelDirectory(service)
         self.loop_meter = LoopMeter()

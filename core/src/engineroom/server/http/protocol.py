@@ -1,14 +1,16 @@
 """Limits of connections, which no ASGI application can keep: they are below it.
 
 How long headers may take and how large they may get, how long a reader may leave a full buffer
-unread, and how many connections there are. A connection whose time is up is aborted where closing
-it would wait for a peer that does not read.
+unread, and how many connections there are: who comes when all are taken gets the place of the one
+that was answered longest ago and asks nothing. A connection whose time is up is aborted where
+closing it would wait for a peer that does not read.
 """
 
 from __future__ import annotations
 
 import asyncio
 import secrets
+from collections import OrderedDict
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -27,6 +29,8 @@ class GuardedConnection(Connection):
     """A connection that keeps the limits."""
 
     limits: ServerSettings
+    resting: OrderedDict[GuardedConnection, None]
+    """Those of the server that were answered and ask nothing now; the longest ago is the first."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -42,7 +46,7 @@ class GuardedConnection(Connection):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        if self.crowd > self.limits.max_connections:
+        if self.crowd > self.limits.max_connections and not self._take_the_place_of_another():
             message = "the server has too many connections; try again"
             self._answer(ApiError(503, message, "too_many", retry_after_s=RETRY_AFTER_S))
             return
@@ -53,6 +57,7 @@ class GuardedConnection(Connection):
             if timer is not None:
                 timer.cancel()
         self._head_timer = self._write_timer = self._linger_timer = None
+        self.resting.pop(self, None)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -71,6 +76,7 @@ class GuardedConnection(Connection):
                 self.await_next_request()
                 return
         if self.answering:
+            self.resting.pop(self, None)
             self._head_bytes = 0
             self._cancel_head()
             if early:
@@ -114,6 +120,8 @@ class GuardedConnection(Connection):
     def answer_ended(self) -> None:
         if self._early_bytes and not self.waiting:
             self._early_bytes = self.unread_bytes
+        if not self.answering:
+            self.resting[self] = None
 
     def closing(self) -> None:
         """A peer that does not read must not keep the connection."""
@@ -121,6 +129,14 @@ class GuardedConnection(Connection):
             self._linger_timer = self.loop.call_later(LINGER_S, self.transport.abort)
 
     # ── ours ─────────────────────────────────────────────────────────────────────────────────
+
+    def _take_the_place_of_another(self) -> bool:
+        """Cut the connection that has rested longest; whether there is one."""
+        if not self.resting:
+            return False
+        other, _ = self.resting.popitem(last=False)
+        other.transport.abort()
+        return True
 
     def _end_after_this(self) -> None:
         """Nothing more is read; the answer that is on its way is the last one."""
