@@ -38,7 +38,7 @@ def test_a_thread_that_keeps_the_interpreter_holds_the_loop_however_busy_the_mac
     def keep() -> None:
         time.sleep(0.1)
         beat.forget()
-        keep_the_interpreter(0.5)
+        keep_the_interpreter(1.5)
         over.set()
 
     with _busy_neighbours():
@@ -46,7 +46,8 @@ def test_a_thread_that_keeps_the_interpreter_holds_the_loop_however_busy_the_mac
         thread.start()
         asyncio.run(_measured(beat, over))
         thread.join()
-    assert beat.longest > 0.15  # its thread looks in every 5 ms, and waits for a core then
+    # Its thread wakes every 5 ms to ask for it, and waits for a core each time.
+    assert beat.longest > 0.1
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the kernel must count the waits")

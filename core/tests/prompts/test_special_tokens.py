@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from engineroom.prompts import ControlTokens, special_tokens
-from engineroom.prompts.work import Reading, ReadingStoppedError
+from engineroom.prompts.work import Reading, ReadingStoppedError, TooManyTokensError
 
 LETTERS = "<|>a/"
 NAMES = st.lists(st.text(LETTERS, min_size=1, max_size=6), min_size=1, max_size=12, unique=True)
@@ -62,3 +62,16 @@ def test_control_tokens_that_stand_in_texts_are_told() -> None:
     tokens = ControlTokens({1: "<s>", 2: "<|open|>", 3: "<|sep|>", 4: "", 5: "[ARGS]"})
     assert tokens.ids_in(["<|open|>tools<|sep|>", "[ARGS]"]) == {2, 3, 5}
     assert tokens.ids_in([]) == frozenset()
+
+
+def test_more_literals_than_a_prompt_may_have_tokens_are_refused_before_they_are_listed() -> None:
+    control = ControlTokens({1: "<|end|>"})
+    with Reading(lambda: False, 1000):
+        assert len(control.segments(str, "<|end|>" * 1000)) == 2001
+        with pytest.raises(TooManyTokensError):
+            control.segments(str, "<|end|>" * 1001)
+
+
+def test_a_text_with_many_literals_comes_back_whole() -> None:
+    control, text = ControlTokens({1: "<|end|>"}), "a<|end|>b" * 30_000
+    assert "".join(control.segments(str, text)) == text

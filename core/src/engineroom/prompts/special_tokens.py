@@ -14,7 +14,7 @@ from itertools import takewhile
 from typing import Any, Final
 
 from engineroom.prompts.messages import map_strings, strings
-from engineroom.prompts.work import check_stopped
+from engineroom.prompts.work import check_stopped, expect_tokens
 
 __all__ = ["ControlTokens"]
 
@@ -24,6 +24,8 @@ as special, and a tokenizer reads them all the same."""
 
 _WINDOW: Final = 2**16
 """Characters that are searched at a time: a millisecond where each nearly begins a token."""
+_PIECES: Final = 10_000
+"""Of a text that are kept apart at one time."""
 
 
 class ControlTokens:
@@ -65,6 +67,7 @@ class ControlTokens:
         :param value: what it is rendered with: dictionaries, lists and strings.
         :returns: texts in which control tokens are meant and, at odd places between them, texts of
             control tokens that stood in the value.
+        :raises TooManyTokensError: there are more of those than the text may have tokens.
         """
         pattern, longest = self._pattern, self._longest
         if pattern is None or not any(_occurs(pattern, text, longest) for text in strings(value)):
@@ -79,12 +82,11 @@ class ControlTokens:
             check_stopped()
             if len(text) < _WINDOW:
                 return pattern.sub(lambda match: stand_in_of(match[0]), text)
-            pieces = _split(pattern, text, longest)
-            pieces[1::2] = map(stand_in_of, pieces[1::2])
-            return "".join(pieces)
+            return _replaced(pattern, text, longest, stand_in_of)
 
-        stand_in = re.compile(rf"{nonce}\d{{6}}")
-        segments = _split(stand_in, write(map_strings(value, shield)), len(nonce) + 6)
+        stand_in, written = re.compile(rf"{nonce}\d{{6}}"), write(map_strings(value, shield))
+        expect_tokens(written.count(nonce), unread=True)
+        segments = _split(stand_in, written, len(nonce) + 6)
         segments[1::2] = [self._names[int(number[-6:])] for number in segments[1::2]]
         return segments
 
@@ -141,6 +143,23 @@ def _occurs(pattern: re.Pattern[str], text: str, longest: int) -> bool:
     if len(text) < _WINDOW:
         return pattern.search(text) is not None
     return next(_matches(pattern, text, longest), None) is not None
+
+
+def _replaced(pattern: re.Pattern[str], text: str, longest: int, by: Callable[[str], str]) -> str:
+    """The text with matches replaced.
+
+    A part at a time: the collector keeps the interpreter while it goes through a list of a million.
+    """
+    parts: list[str] = []
+    pieces: list[str] = []
+    at = 0
+    for start, end in _matches(pattern, text, longest):
+        pieces += text[at:start], by(text[start:end])
+        at = end
+        if len(pieces) >= _PIECES:
+            parts.append("".join(pieces))
+            pieces.clear()
+    return "".join([*parts, *pieces, text[at:]])
 
 
 def _split(pattern: re.Pattern[str], text: str, longest: int) -> list[str]:
