@@ -357,3 +357,15 @@ def test_a_long_piece_of_a_text_in_a_message_is_seen_wherever_it_stands(text, be
 def test_what_quotes_nothing_is_not_withheld():
     request = InferenceRequest(model_id="m", prompt="Tell me of tokens and contexts, please")
     assert not _quotes("the prompt has 9000 tokens, but the context has 4096", request)
+
+
+def test_a_quotation_is_seen_wherever_it_begins():
+    from engineroom import GenerationParams, StructuredOutput
+    from engineroom.inference.request_log import _quotes
+
+    grammar = "anybodys ::= foo bar baz qux ("
+    params = GenerationParams(structured_output=StructuredOutput(grammar=grammar))
+    request = InferenceRequest(model_id="m", prompt="x " * 20_000, params=params)
+    for start in range(len(grammar) - 16):
+        assert _quotes(f"expected ')' at {grammar[start : start + 16]!r}", request)
+    assert not _quotes("the prompt has 5 tokens", request)

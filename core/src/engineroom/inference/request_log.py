@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Final, Literal, TypeAlias
 
 from engineroom.border import MOST_CHARACTERS, get_logger, log_failure, related, words
@@ -41,6 +41,8 @@ _QUOTED: Final = 16
 """So many characters of a request in a message are a quotation."""
 _LOOKED_AT: Final = 1 << 19
 """Characters of a request in which quotations are looked for: milliseconds, on the event loop."""
+_CLOSELY: Final = 1 << 13
+"""In so many of them, the first ones, a quotation of ``_QUOTED`` is seen wherever it begins."""
 _MOST_TEXTS: Final = 20_000
 """Texts of a request that are looked at."""
 _WITHHELD: Final = "its message quotes the request, and is left out"
@@ -226,20 +228,21 @@ def _quotes(said: str, request: InferenceRequest) -> bool:
     # Blocks of the request against each place of the message: as quick whatever they consist of.
     looked_at = "\0".join(texts)[:_LOOKED_AT]
     pieces = {said[at : at + _QUOTED] for at in range(len(said) - _QUOTED + 1)}
-    blocks = (looked_at[at : at + _QUOTED] for at in range(0, len(looked_at), _QUOTED))
+    places = chain(range(min(len(looked_at), _CLOSELY)), range(0, len(looked_at), _QUOTED))
+    blocks = (looked_at[at : at + _QUOTED] for at in places)
     return not pieces.isdisjoint(blocks)
 
 
 def _written(request: InferenceRequest) -> Iterator[str]:
-    """Each text that the request's author wrote, at whatever depth."""
+    """Each text that the request's author wrote, at whatever depth; first what parsers quote."""
+    if (structured := request.params.structured_output) is not None:
+        yield from strings(structured.model_dump())
     yield from _texts(request)
     yield from request.stop_sequences or ()
     for message in request.messages or ():
         yield from strings([message.reasoning, message.name, message.tool_calls])
     parts: tuple[Any, ...] = (request.tools, request.tool_choice, request.template_args)
     yield from strings([*parts, request.metadata, request.cache_salt])
-    if (structured := request.params.structured_output) is not None:
-        yield from strings(structured.model_dump())
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
