@@ -34,11 +34,11 @@ class GrammarChecks(Checks):
         kit.need("structured_output")
         hostile = [*_requests(kit, _WRONG), *_requests(kit, _GROWING)]
         wrong = len([*_requests(kit, _WRONG)])
-        neighbour = kit.likely(n=24)
+        neighbour = await kit.lengthy()
 
         async def beside(watched: InferenceRequest) -> InferenceResponse:
             asked = kit.spawn(kit.bench.answer(again(watched)))
-            await kit.turns(4)
+            await kit.turns(1)
             for number, request in enumerate(hostile):
                 _check(request, await kit.bench.infer(again(request)), wrong=number < wrong)
             response = await kit.within(asked, f"infer({said(watched)})")
