@@ -382,7 +382,7 @@ class TokenLogprob(FrozenSchema):
     """The likeliest alternatives as ``(token_id, token, logprob)``, likeliest first."""
     bytes: list[int] | None = None
     """The token's own bytes, which may be no whole character; ``None``: not known."""
-    top_bytes: list[list[int]] | None = None
+    top_bytes: list[tuple[int, ...]] | None = None
     """Those of the alternatives, in their order."""
 
 

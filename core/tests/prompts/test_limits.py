@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 
 from engineroom import ConfigurationError
-from engineroom.prompts import check_adapter, check_prompt, check_texts, check_token_ids
+from engineroom.prompts import (
+    check_adapter,
+    check_beams,
+    check_prompt,
+    check_texts,
+    check_token_ids,
+)
 
 
 def test_a_prompt_has_tokens_and_leaves_room_for_one() -> None:
@@ -32,6 +38,17 @@ def test_an_adapter_is_one_of_those_that_are_loaded() -> None:
         check_adapter("c", ["b", "a"], "lora")
     with pytest.raises(ConfigurationError, match=r"it has none \(see the option lora\)"):
         check_adapter("c", [], "lora")
+
+
+@pytest.mark.parametrize("beams", [None, 1, 64])
+def test_beams_may_be_many(beams: int | None) -> None:
+    check_beams(beams)
+
+
+@pytest.mark.parametrize("beams", [65, 2**63, 10**30])
+def test_beams_are_bounded(beams: int) -> None:
+    with pytest.raises(ConfigurationError, match=f"num_beams={beams}: at most 64"):
+        check_beams(beams)
 
 
 def test_texts_have_tokens_and_fit() -> None:

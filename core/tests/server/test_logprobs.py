@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from typing import Any, ClassVar
 
@@ -141,3 +142,13 @@ def test_entries_are_made_of_bytes():
         bytes=[0xC3],
         top_bytes=[[0xA9], [0x78]],
     )
+
+
+def test_the_collector_has_little_to_walk_over() -> None:
+    """A long answer with many alternatives would hold up everybody while it is walked over."""
+    make = logprob_maker(lambda token: b"abc")
+    gc.collect()
+    before = len(gc.get_objects())
+    entries = [make(1, -0.5, [(i, -float(i)) for i in range(20)]) for _ in range(100)]
+    gc.collect()
+    assert len(gc.get_objects()) - before < 10 * len(entries)

@@ -175,9 +175,10 @@ async def test_explain_says_who_runs_the_model(
     [
         ({"structured_output": {"regex": "("}}, "structured_output cannot be honoured"),
         ({"logit_bias": {300: 1.0}}, "token 300; the model's tokens are 0 to 299"),
+        ({"num_beams": 2**63}, "at most 64 are searched with"),
         ({"num_beams": 2, "logprobs": 1}, "logprobs cannot be told with num_beams"),
     ],
-    ids=["structured_output", "logit_bias", "beams"],
+    ids=["structured_output", "logit_bias", "many beams", "beams"],
 )
 async def test_what_cannot_be_done_is_refused_by_name(
     make: Make, params: dict[str, Any], said: str

@@ -30,7 +30,8 @@ def logprob_maker(own: Callable[[int], bytes]) -> MakeLogprob:
                 for (i, value), piece in zip(likeliest, pieces, strict=True)
             ],
             bytes=list(piece),
-            top_bytes=list(map(list, pieces)),
+            # Tuples of numbers are none of the collector's business, and there are many.
+            top_bytes=list(map(tuple, pieces)),
         )
 
     return make

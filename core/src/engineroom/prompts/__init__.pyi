@@ -15,6 +15,7 @@ from .least_tokens import (
 )
 from .limits import (
     check_adapter as check_adapter,
+    check_beams as check_beams,
     check_prompt as check_prompt,
     check_texts as check_texts,
     check_token_ids as check_token_ids,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Final
 
 from engineroom.errors import ConfigurationError
 from engineroom.field_types import half_of_pair
 
 __all__ = [
     "check_adapter",
+    "check_beams",
     "check_prompt",
     "check_text",
     "check_texts",
@@ -16,6 +18,8 @@ __all__ = [
     "prompt_too_long",
     "text_too_long",
 ]
+
+_MOST_BEAMS: Final = 64
 
 
 def check_text(what: str, text: str) -> None:
@@ -80,6 +84,17 @@ def check_adapter(name: str | None, loaded: Collection[str], option: str) -> Non
         raise ConfigurationError(
             f"adapter {name!r} is not loaded with this model; "
             f"it has {', '.join(sorted(loaded)) or f'none (see the option {option})'}"
+        )
+
+
+def check_beams(beams: int | None) -> None:
+    """Refuse more beams than anybody searches with: each is a sequence with a memory of its own.
+
+    :raises ConfigurationError: there are more than 64.
+    """
+    if (beams or 1) > _MOST_BEAMS:
+        raise ConfigurationError(
+            f"num_beams={beams}: at most {_MOST_BEAMS} are searched with here; ask for fewer"
         )
 
 

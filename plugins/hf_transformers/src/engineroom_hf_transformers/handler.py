@@ -17,6 +17,7 @@ from engineroom import (
     ModelConfig,
     parse_options,
 )
+from engineroom.prompts import check_beams
 from engineroom_hf_transformers.checkpoint import find_checkpoint, looks_native
 from engineroom_hf_transformers.loading import load_engine, release
 from engineroom_hf_transformers.options import HfTransformersOptions
@@ -125,8 +126,9 @@ class HuggingFaceTransformersHandler(EngineHandler):
         return engine
 
     def check(self, engine: HfEngine, request: InferenceRequest, tokens: list[int]) -> None:
-        """Refuse beams with log probabilities, as well."""
+        """Refuse too many beams, and beams with log probabilities, as well."""
         super().check(engine, request, tokens)
+        check_beams(request.params.num_beams)
         if (request.params.num_beams or 1) > 1 and request.params.logprobs is not None:
             raise ConfigurationError(
                 "logprobs cannot be told with num_beams: beam search weighs whole texts, not "

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from engineroom import ConfigurationError, GenerationParams
-from engineroom.prompts import check_token_ids
+from engineroom.prompts import check_beams, check_token_ids
 
 __all__ = ["beam_search", "check_params", "sampling_arguments", "stops_alone"]
 
@@ -29,7 +29,6 @@ _WITHOUT_BEAMS: Final = (
 )
 """What changes the choice of beams; ``top_k`` and the like change nothing where the likeliest is
 taken."""
-MOST_BEAMS: Final = 64
 
 
 def beam_search(params: GenerationParams) -> bool:
@@ -66,10 +65,7 @@ def _check_beams(params: GenerationParams) -> None:
             "num_beams with sampling (beam sampling): vLLM has none; set do_sample=False or "
             "temperature=0, or use hf_transformers"
         )
-    if (params.num_beams or 1) > MOST_BEAMS:
-        raise ConfigurationError(
-            f"num_beams={params.num_beams}: at most {MOST_BEAMS} are searched with here"
-        )
+    check_beams(params.num_beams)
     asked = [name for name in _WITHOUT_BEAMS if name in params.requested()]
     if asked:
         raise ConfigurationError(

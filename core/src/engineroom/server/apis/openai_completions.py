@@ -217,7 +217,7 @@ class _Offsets:
         return before
 
 
-def _shown(token: str, known: list[int] | None) -> str:
+def _shown(token: str, known: Sequence[int] | None) -> str:
     """A token's text; its bytes, as OpenAI writes them, where they are no whole character."""
     if known is None or "\ufffd" not in token:
         return token

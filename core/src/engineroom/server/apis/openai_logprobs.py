@@ -18,7 +18,7 @@ ENTRIES: Final = 64
 """Log probabilities of so many tokens are encoded at a time."""
 
 
-class TopLogprob(Answer, kw_only=True):
+class TopLogprob(Answer, kw_only=True, gc=False):
     """A token that was likely.
 
     :param bytes: ``None`` where a runtime tells only texts, and the token is no whole character.
@@ -26,16 +26,16 @@ class TopLogprob(Answer, kw_only=True):
 
     token: str
     logprob: float
-    bytes: list[int] | None
+    bytes: Sequence[int] | None
 
 
-class TokenEntry(TopLogprob, kw_only=True):
+class TokenEntry(TopLogprob, kw_only=True, gc=False):
     """A token of the answer."""
 
     top_logprobs: list[TopLogprob]
 
 
-def bytes_of(token: str, known: list[int] | None) -> list[int] | None:
+def bytes_of(token: str, known: Sequence[int] | None) -> Sequence[int] | None:
     """A token's bytes, as the runtime tells them, or by its text where that is whole."""
     if known is not None:
         return known
