@@ -19,13 +19,16 @@ sys.path.insert(0, str(Path(__file__).parent))  # whatever the import mode
 COMMAND = ("--model", SMOLLM2, "--runtime", "llamacpp")
 OPTIONS = ("-o", "n_ctx=8192", "-o", "n_parallel=4", "-o", "n_threads=1")
 """One thread: beside other work two would wait for each other."""
+FAST = ("test_openai_client", "test_anthropic_client")
+"""What the session `tests` runs as well, on one worker: it starts one server."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Clients warn of what is theirs."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.nightly)
+            fast = item.path.stem in FAST
+            item.add_marker(pytest.mark.xdist_group("clients") if fast else pytest.mark.nightly)
             item.add_marker(pytest.mark.real_model)
             item.add_marker(pytest.mark.filterwarnings("default"))
 
