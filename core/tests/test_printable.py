@@ -18,7 +18,7 @@ from engineroom import (
     __all__ as public,
     errors,
 )
-from engineroom.printable import printable, printable_lines, terminal_text
+from engineroom.printable import MAX_TRACE, printable, printable_lines, terminal_text
 
 EVIL = "\x1b[2J\x9b31m\r\b\x07\u202egpj.exe\u2066\u200b\u2028\x85\ud800\U000e0041\ufeff"
 TURNING = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
@@ -141,6 +141,19 @@ def test_no_record_of_ours_carries_them(written: list[str]) -> None:
     assert written[2].endswith("\nof two lines")
     assert written[3] == "a text '\\x1b', as Python writes it"
     assert "Traceback" in written[6] and "\\x1b[2J" in written[6]
+
+
+def test_a_traceback_has_a_bound(written: list[str]) -> None:
+    try:
+        try:
+            raise KeyError("first " + "x" * 3_000_000)
+        except KeyError as error:
+            raise ValueError("y" * 3_000_000 + " last") from error
+    except ValueError:
+        logging.getLogger("engineroom.of.anybody").debug("failed", exc_info=True)
+    assert len(written[0]) < MAX_TRACE + 200
+    assert "first" in written[0] and written[0].endswith(" last")
+    assert "characters left out" in written[0]
 
 
 def test_a_record_that_cannot_be_written_is_left_to_its_handlers(written: list[str]) -> None:

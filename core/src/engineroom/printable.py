@@ -16,6 +16,7 @@ from typing import Any, Final
 
 __all__ = [
     "CONTROLS",
+    "MAX_TRACE",
     "UNSAFE",
     "printable",
     "printable_lines",
@@ -36,6 +37,9 @@ UNSAFE: Final = re.compile(f"[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029{_BIDI}{_UNSE
 """What is not seen or would be obeyed; line feeds and tabs are neither."""
 _LINE_END: Final = re.compile("\r\n?|[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
 _OBEYED: Final = re.compile(f"\r|[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f{_TURNING}]")
+
+MAX_TRACE: Final = 32_768
+"""Characters of a traceback in a log: a chain of errors of a library's, each in whole."""
 
 
 def printable(text: str) -> str:
@@ -60,15 +64,24 @@ def printable_record(record: logging.LogRecord) -> None:
     """Make a log record safe to write, whoever writes it.
 
     Its message keeps its arguments; texts among them come onto one line. A traceback is made safe
-    where it needs it.
+    where it needs it, and loses its middle where it is very long.
     """
     with suppress(Exception):  # one that cannot be written is for its handlers to tell
         if not record.getMessage().isprintable():
             _clean_message(record)
     if record.exc_info and record.exc_info[0] is not None and not record.exc_text:
         trace = "".join(traceback.format_exception(*record.exc_info)).rstrip("\n")
-        if (safe := printable_lines(trace)) != trace:
+        safe = printable_lines(_shortened(trace))
+        if safe != trace:
             record.exc_text = safe
+
+
+def _shortened(trace: str) -> str:
+    """A traceback without its middle, where it quotes what somebody sent at length."""
+    if (count := len(trace) - MAX_TRACE) <= 0:
+        return trace
+    half = MAX_TRACE // 2
+    return f"{trace[:half]}\n  … {count} characters left out …\n{trace[-half:]}"
 
 
 def _clean_message(record: logging.LogRecord) -> None:
