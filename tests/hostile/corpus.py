@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Final
 
+import corpus_calls
 import corpus_fields
 import corpus_forms
 import corpus_texts
@@ -28,6 +29,7 @@ PARTS: Final[Mapping[str, tuple[Row, ...]]] = {
     **_by_route("lists", corpus_fields.LISTS),
     **_by_route("fields", corpus_fields.ROWS),
     "forms": corpus_forms.ROWS,
+    "calls": corpus_calls.ROWS,
     **_by_route("texts", corpus_texts.ROWS),
     "wire": corpus_wire.ROWS,
 }

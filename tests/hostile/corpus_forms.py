@@ -14,12 +14,12 @@ def _body(**output: Any) -> bytes:
     return as_json({"model_id": "m", "prompt": CANARY, "params": params})
 
 
-def _properties(count: int) -> dict[str, Any]:
+def properties(count: int) -> dict[str, Any]:
     properties = {f"p{i}": {"type": "string"} for i in range(count)}
     return {"type": "object", "properties": properties}
 
 
-def _deep(levels: int) -> dict[str, Any]:
+def deep_schema(levels: int) -> dict[str, Any]:
     schema: dict[str, Any] = {"type": "string", "pattern": "(a+)+$"}
     for _ in range(levels):
         schema = {"type": "object", "properties": {"a": schema}}
@@ -30,7 +30,7 @@ def _rules(count: int) -> str:
     return "start: r0\n" + "".join(f'r{i}: r{i + 1} | "{i}"\n' for i in range(count))
 
 
-def _definitions(count: int) -> dict[str, Any]:
+def definitions(count: int) -> dict[str, Any]:
     chain = {f"d{i}": {"items": {"$ref": f"#/$defs/d{i + 1}"}} for i in range(count)}
     return {"$ref": "#/$defs/d0", "$defs": chain}
 
@@ -40,12 +40,12 @@ def _alternatives(count: int) -> str:
 
 
 FORMS: Final[dict[str, Callable[[Sizes], bytes]]] = {
-    "a schema of ours, deep": lambda _: _body(json_schema=_deep(200)),
-    "a schema of ours, wide": lambda sizes: _body(json_schema=_properties(sizes.body // 80)),
-    "a schema of ours, as wide as may be": lambda _: _body(json_schema=_properties(1000)),
+    "a schema of ours, deep": lambda _: _body(json_schema=deep_schema(200)),
+    "a schema of ours, wide": lambda sizes: _body(json_schema=properties(sizes.body // 80)),
+    "a schema of ours, as wide as may be": lambda _: _body(json_schema=properties(1000)),
     "rules in a chain": lambda sizes: _body(grammar=_rules(sizes.body // 80)),
     "as many rules in a chain as may be": lambda _: _body(grammar=_rules(990) + 'r990: "x"\n'),
-    "definitions in a chain": lambda sizes: _body(json_schema=_definitions(sizes.body // 200)),
+    "definitions in a chain": lambda sizes: _body(json_schema=definitions(sizes.body // 200)),
     "thousands of choices": lambda _: _body(choice=[f"choice {i} of many" for i in range(9000)]),
     "long choices": lambda _: _body(choice=["x" * 16_000 + str(i) for i in range(16)]),
     "thousands of alternatives": lambda _: _body(grammar=_alternatives(7000)),
