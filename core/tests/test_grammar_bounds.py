@@ -245,3 +245,19 @@ def test_a_grammar_that_nobody_waits_for_any_more_is_no_failure(caplog):
     asyncio.run(compiled_and_dropped())
     stop_reading(codec)  # waits for its end
     assert not caplog.records
+
+
+@pytest.mark.parametrize("spelt", ["x-guidance", "x\\u002dguidance", "\\u0078-guidance"])
+def test_no_grammar_switches_checks_off(spelt):
+    schema = json.dumps({"type": "string", "not": {}, "GUIDE": {"lenient": True}})
+    schema = schema.replace("GUIDE", spelt)
+    with pytest.raises(ConfigurationError, match="switches checks"):
+        compiled(grammar=f"start: %json {schema}")
+
+
+def test_characters_of_gbnf_as_llama_cpp_writes_them():
+    place = compiled(grammar='root ::= "\\u00e9" [\\u00e0-\\u00ff] "\\U0001F338"')
+    for byte in "é\u00f6🌸".encode():
+        assert place.allows(byte)
+        place.take(byte)
+    assert place.complete

@@ -149,6 +149,12 @@ def held(server: EngineRoomServer) -> dict[str, int]:
     }
 
 
+async def marked(server: EngineRoomServer, beat: Beat) -> None:
+    """What is told from now on has come since."""
+    beat.forget()
+    server.context.loop_meter.reset()
+
+
 async def settled(server: EngineRoomServer, beat: Beat, most: int) -> dict[str, Any]:
     end = time.monotonic() + CALM_S
     while max(held(server).values()) > most and time.monotonic() < end:
@@ -188,9 +194,8 @@ async def serve(deployment: str, patience_s: float) -> None:
     def obey() -> None:
         for line in sys.stdin:
             match line.split():
-                case ["mark"]:
-                    loop.call_soon_threadsafe(beat.forget)
-                    server.context.loop_meter.reset()
+                case ["mark"]:  # done before the next line, which may hold the loop
+                    asyncio.run_coroutine_threadsafe(marked(server, beat), loop).result()
                 case ["trim"] if sys.platform == "linux":
                     with contextlib.suppress(AttributeError):  # of glibc
                         ctypes.CDLL(None).malloc_trim(0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 pytest.importorskip("uvicorn", reason="needs the extra engineroom[server]")
@@ -14,6 +16,7 @@ from engineroom import STRUCTURED_KINDS, Capabilities, GenerationParams
 from engineroom.testing import EchoHandler
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+TEXT_OF_SCHEMA = json.dumps(SCHEMA)
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 TEXT = {"model": "m", "prompt": "hi"}
 CHAT_ROUTE, TEXT_ROUTE = "/v1/chat/completions", "/v1/completions"
@@ -77,6 +80,28 @@ ASKED = [
     (TEXT_ROUTE, {"structured_outputs": {"choice": ["a"]}}, {"choice": ["a"]}),
     (TEXT_ROUTE, {"structured_outputs": {"json_object": True}}, {"json_object": True}),
     (TEXT_ROUTE, {"structured_outputs": {}}, None),
+    (CHAT_ROUTE, {"structured_outputs": {"json": TEXT_OF_SCHEMA}}, {"json_schema": SCHEMA}),
+    (CHAT_ROUTE, {"guided_json": TEXT_OF_SCHEMA}, {"json_schema": SCHEMA}),
+    (CHAT_ROUTE, {"json_schema": SCHEMA}, {"json_schema": SCHEMA}),
+    (TEXT_ROUTE, {"json_schema": SCHEMA}, {"json_schema": SCHEMA}),
+    (CHAT_ROUTE, {"format": SCHEMA}, {"json_schema": SCHEMA}),
+    (TEXT_ROUTE, {"format": "json"}, {"json_object": True}),
+    (CHAT_ROUTE, {"format": ""}, None),
+    (
+        CHAT_ROUTE,
+        {"response_format": {"type": "json_object", "schema": SCHEMA}},
+        {"json_schema": SCHEMA},
+    ),
+    (
+        CHAT_ROUTE,
+        {"response_format": {"type": "json_schema", "schema": SCHEMA}},
+        {"json_schema": SCHEMA},
+    ),
+    (
+        MESSAGES,
+        {"output_format": {"type": "json_schema", "schema": SCHEMA}},
+        {"json_schema": SCHEMA},
+    ),
     (RESPONSES, {"text": flat(SCHEMA)}, {"json_schema": SCHEMA}),
     (RESPONSES, {"text": {"format": {"type": "json_object"}}}, {"json_object": True}),
     (RESPONSES, {"text": {"format": {"type": "text"}, "verbosity": "medium"}}, None),
@@ -104,6 +129,12 @@ def test_every_name_for_it_reaches_the_runtime(server, echo, route, fields, aske
         (CHAT_ROUTE, {"response_format": {"type": "json_schema"}}, "json_schema has no schema"),
         (CHAT_ROUTE, {"response_format": {"type": "xml"}}, "response_format.type"),
         (TEXT_ROUTE, {"guided_choice": []}, "guided_choice"),
+        (CHAT_ROUTE, {"structured_outputs": {"structural_tag": "x"}}, "structural_tag"),
+        (CHAT_ROUTE, {"guided_json": "{"}, "is a text that is no JSON"),
+        (CHAT_ROUTE, {"guided_json": "[" * 300_000}, "more than 262144 characters"),
+        (CHAT_ROUTE, {"guided_json": "[" * 200_000}, "is a text that is no JSON"),
+        (CHAT_ROUTE, {"format": "xml"}, "format"),
+        (MESSAGES, {"thread": {"type": "continue"}}, "send the whole conversation"),
         (RESPONSES, {"text": {"verbosity": "high"}}, "text.verbosity is not supported"),
         (MESSAGES, {"output_config": {"effort": "lots"}}, "output_config.effort: Input should be"),
     ],
@@ -125,3 +156,12 @@ def test_a_runtime_without_it_refuses(shared):
     answer = httpx.post(shared.url + CHAT_ROUTE, json=body)
     assert answer.status_code == 400
     assert "structured_output.json_object" in answer.json()["error"]["message"]
+
+
+def test_clients_with_threads_are_told_to_go_on_without(server):
+    answer = httpx.post(
+        server.url + MESSAGES, json=LEAST[MESSAGES] | {"thread": {"type": "create"}}
+    )
+    assert answer.json()["error"]["details"] == {"error_code": "thread_unsupported_request"}
+    other = httpx.post(server.url + MESSAGES, json=LEAST[MESSAGES] | {"max_tokens": 0})
+    assert "details" not in other.json()["error"]

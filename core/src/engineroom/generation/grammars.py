@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -33,6 +34,9 @@ __all__ = [
 _WHITESPACE: Final = r"[ \n]{0,2}"
 """Between the tokens of JSON. Bounded: a small model writes blanks until it is stopped."""
 _MARKS: Final = (("item", ","), ("key", ":"))
+_LETTER: Final = re.compile(r"\\u([0-9a-fA-F]{4})|\\U([0-9a-fA-F]{8})")
+"""How llama.cpp writes characters in GBNF, which llguidance does not read."""
+_UNICODE: Final = re.compile(r"\\u([0-9a-fA-F]{4})")
 _GBNF_RULE: Final = re.compile(r"^[ \t]*+[A-Za-z][A-Za-z0-9_-]*+\s*+::=", re.MULTILINE)
 _MAX_WRITTEN: Final = 2 * MAX_GRAMMAR_CHARS
 """Characters of a whole grammar, escapes and all."""
@@ -124,7 +128,12 @@ def is_gbnf(grammar: str) -> bool:
 
 
 def _own(grammar: str) -> str:
-    """A client's own, to which ours is added: what comes last counts."""
+    """A client's own, to which ours is added: what comes last counts.
+
+    :raises ConfigurationError: it would switch checks off.
+    """
+    if "x-guidance" in _UNICODE.sub(lambda found: chr(int(found[1], 16)), grammar):
+        raise ConfigurationError("x-guidance switches checks of schemas off; leave it out")
     text = grammar
     if is_gbnf(grammar):
         check_rules(grammar.count("::="))
@@ -133,13 +142,20 @@ def _own(grammar: str) -> str:
     return text
 
 
+def _letter(found: re.Match[str]) -> str:
+    """The character itself, where it means nothing to a grammar."""
+    code = int(found[1] or found[2], 16)
+    seen = 0xA0 < code < 0xD800 or 0xE000 <= code <= sys.maxunicode
+    return chr(code) if seen else found[0]
+
+
 def _lark(grammar: str) -> str:
     try:
         from llguidance.gbnf_to_lark import gbnf_to_lark
     except ImportError as error:
         raise missing_library(error) from error
     try:
-        return str(gbnf_to_lark(grammar))
+        return str(gbnf_to_lark(_LETTER.sub(_letter, grammar)))
     except Exception as error:
         # Of one that is nested too deep there are a thousand frames, which a log would write.
         error.with_traceback(None)

@@ -124,7 +124,7 @@ def _of_blocks(role: str, blocks: Sequence[InputBlock], where: str) -> list[Chat
         at = f"{where}.content.{place}"
         if block.type == "tool_result" and role == "user":
             end()
-            result = text_of(block.content, at) or ""
+            result = text_of(block.content, at) or ("error" if block.is_error else "")
             of = _needed(block.tool_use_id, at, "tool_use_id")
             made.append(chat_message("tool", result, at, tool_call_id=of))
         elif block.type == "tool_use" and role == "assistant":

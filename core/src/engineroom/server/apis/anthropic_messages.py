@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias
 
+import msgspec
 from pydantic import Field
 
 from engineroom.inference.streams import InferenceStream
@@ -33,6 +34,7 @@ from engineroom.server.apis.request_fields import (
 )
 from engineroom.server.apis.routing import SSE, work_route
 from engineroom.server.apis.structured_fields import (
+    AnthropicFormat,
     AnthropicOutputConfig,
     structured_output,
 )
@@ -57,6 +59,7 @@ _STOP_REASONS: Final[Mapping[str, StopReason]] = {
     "length": "max_tokens",
     "tool_calls": "tool_use",
 }
+_NO_THREADS: Final = "thread_unsupported_request"
 _ERROR_TYPES: Final[Mapping[int, str]] = {
     401: "authentication_error",
     403: "permission_error",
@@ -82,6 +85,10 @@ class MessagesRequest(TemplateFields, Sampling):
     stop_sequences: StopList | None = None
     metadata: dict[str, Any] | None = None
     output_config: AnthropicOutputConfig | None = None
+    thread: dict[str, Any] | None = None
+    """A conversation that the server keeps: there is none, and clients send it in whole then."""
+    output_format: AnthropicFormat | None = None
+    """What ``output_config.format`` was called before."""
     tools: AnthropicTools | None = None
     tool_choice: AnthropicToolChoice | None = None
     thinking: Thinking | None = None
@@ -114,6 +121,8 @@ class AnthropicErrorDetail(Answer, kw_only=True):
 
     type: str
     message: str
+    details: dict[str, str] | msgspec.UnsetType = msgspec.UNSET
+    """What its clients act upon."""
 
 
 class AnthropicError(ErrorBody, kw_only=True):
@@ -129,6 +138,8 @@ class AnthropicError(ErrorBody, kw_only=True):
     def of(cls, error: ApiError, request_id: str) -> AnthropicError:
         kind = _ERROR_TYPES.get(error.status, "invalid_request_error")
         detail = AnthropicErrorDetail(type=kind, message=error.message)
+        if error.code == _NO_THREADS:
+            detail.details = {"error_code": error.code}
         return cls(error=detail, request_id=request_id)
 
 
@@ -165,13 +176,23 @@ async def messages(call: Call) -> None:
 
 
 def _request(call: Call, request: MessagesRequest) -> InferenceRequest:
+    if request.thread is not None:
+        raise ApiError(
+            400,
+            "thread: conversations are not kept here; send the whole conversation without it",
+            _NO_THREADS,
+            "thread",
+        )
     system: list[ChatMessage] = []
     if (text := text_of(request.system, "system")) is not None:
         system.append(chat_message("system", text, "system"))
     config = request.output_config or AnthropicOutputConfig()
     thinking = request.thinking or UNTOLD
     schema = None if config.format is None else config.format.schema_
-    output = structured_output({"output_config": {"json_schema": schema}})
+    older = None if request.output_format is None else request.output_format.schema_
+    output = structured_output(
+        {"output_config": {"json_schema": schema}, "output_format": {"json_schema": older}}
+    )
     params = {"max_new_tokens": request.max_tokens, "structured_output": output}
     return build(
         call,

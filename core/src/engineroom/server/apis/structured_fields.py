@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+import msgspec
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 
-from engineroom.schemas import StructuredOutput
+from engineroom.schemas import MAX_GRAMMAR_CHARS, StructuredOutput
 from engineroom.server.apis.request_fields import Sampling, SubSchema
 from engineroom.server.apis.tool_fields import Effort
 from engineroom.server.http.errors import ApiError, invalid_fields, unsupported
 
 __all__ = [
+    "AnthropicFormat",
     "AnthropicOutputConfig",
     "ResponseFormat",
     "StructuredSampling",
@@ -22,6 +24,21 @@ __all__ = [
 ]
 
 _Schema = dict[str, Any] | bool
+
+
+def _from_text(value: Any) -> Any:
+    """A schema may come as a text, as vLLM takes it."""
+    if not isinstance(value, str):
+        return value
+    if len(value) > MAX_GRAMMAR_CHARS:
+        raise ValueError(f"has more than {MAX_GRAMMAR_CHARS} characters")
+    try:
+        return msgspec.json.decode(value)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ValueError("is a text that is no JSON; send the schema itself") from error
+
+
+_SchemaOrText = Annotated[_Schema, BeforeValidator(_from_text)]
 
 
 class NamedSchema(SubSchema):
@@ -38,11 +55,14 @@ class ResponseFormat(SubSchema):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: NamedSchema | None = None
+    schema_: Annotated[_Schema | None, Field(alias="schema")] = None
+    """The same without a name, with either type, as llama-server takes it."""
 
     def asked(self, where: str) -> dict[str, Any]:
         """Fields of ``StructuredOutput``."""
-        schema = None if self.json_schema is None else self.json_schema.schema_
-        return _format(self.type, schema, where)
+        if self.json_schema is not None and self.type == "json_schema":
+            return {"json_schema": self.json_schema.schema_}
+        return _format(self.type, self.schema_, where)
 
 
 class TextFormat(SubSchema):
@@ -83,9 +103,11 @@ class AnthropicOutputConfig(SubSchema):
 
 
 class StructuredOutputs(SubSchema):
-    """As vLLM has it: one of these."""
+    """As vLLM has it: one of these, and nothing else: it would be a promise that is not kept."""
 
-    json_: Annotated[_Schema | None, Field(alias="json")] = None
+    model_config = ConfigDict(extra="forbid")
+
+    json_: Annotated[_SchemaOrText | None, Field(alias="json")] = None
     regex: str | None = None
     choice: Annotated[list[str], Field(fail_fast=True)] | None = None
     grammar: str | None = None
@@ -96,12 +118,16 @@ class StructuredSampling(Sampling):
     """Extensions by which vLLM's clients, and llama-server's, ask for a form."""
 
     structured_outputs: StructuredOutputs | None = None
-    guided_json: _Schema | None = None
+    guided_json: _SchemaOrText | None = None
     guided_regex: str | None = None
     guided_choice: Annotated[list[str], Field(fail_fast=True)] | None = None
     guided_grammar: str | None = None
     grammar: str | None = None
     """In Lark, or in GBNF."""
+    json_schema: _SchemaOrText | None = None
+    """As llama-server has it."""
+    format: _SchemaOrText | Literal["json", ""] | None = None
+    """As Ollama has it: a schema, or ``json``."""
 
     def extensions(self) -> dict[str, dict[str, Any]]:
         """What they ask for, by the field's name."""
@@ -111,6 +137,8 @@ class StructuredSampling(Sampling):
             "guided_choice": {"choice": self.guided_choice},
             "guided_grammar": {"grammar": self.guided_grammar},
             "grammar": {"grammar": self.grammar or None},
+            "json_schema": {"json_schema": self.json_schema},
+            "format": _of_ollama(self.format),
         }
         if (of_vllm := self.structured_outputs) is not None:
             asked["structured_outputs"] = {
@@ -149,10 +177,16 @@ def structured_output(
         raise invalid_fields(error, dict.fromkeys(fields, name)) from error
 
 
+def _of_ollama(form: Any) -> dict[str, Any]:
+    if form == "json":
+        return {"json_object": True}
+    return {"json_schema": None if form == "" else form}
+
+
 def _format(kind: str, schema: Any, where: str) -> dict[str, Any]:
     if kind == "text":
         return {}
-    if kind == "json_object":
+    if kind == "json_object" and schema is None:
         return {"json_object": True}
     if schema is None:
         raise ApiError(400, f"{where}: json_schema has no schema", "invalid_value", where)
