@@ -77,7 +77,8 @@ def test_all_together_keep_the_limit_and_leave_room_for_the_next_one(events):
         assert budget.held == held.total()
         # Of n who have all that they may get, none has more than is left, so that is a share, too.
         most = max(held.values(), default=0)
-        assert free >= LIMIT // (sum(1 for n in held.values() if n) + 1) or most <= free
+        many = sum(1 for n in held.values() if n)
+        assert free + many >= LIMIT // (many + 1) or most <= free  # bytes are whole
         assert newcomer(budget, FREE_BYTES + free // 2), "whoever comes next finds room"
         assert newcomer(budget, FREE_BYTES), "and a small request always does"
     for share in running:
