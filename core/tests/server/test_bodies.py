@@ -7,7 +7,7 @@ import socket
 from collections import Counter
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import example, given, strategies as st
 
 pytest.importorskip("uvicorn", reason="needs the extra engineroom[server]")
 pytest.importorskip("msgspec", reason="needs the extra engineroom[server]")
@@ -50,7 +50,32 @@ def newcomer(budget: BodyBudget, size: int) -> bool:
     return True
 
 
+@given(st.integers(1, 6), st.integers(FREE_BYTES // 16, FREE_BYTES))
+def test_those_who_come_together_have_as_much_as_is_left(count, piece):
+    budget = BodyBudget(LIMIT)
+    going = {owner: budget.share(owner) for owner in OWNERS[:count]}
+    shares = list(going.values())
+    for share in shares:
+        share.add(FREE_BYTES)
+    while going:
+        for owner, share in list(going.items()):
+            size = share.size
+            try:
+                share.add(piece)
+            except ApiError:
+                share.size = size
+                del going[owner]
+    fair = LIMIT / (count + 1)
+    for part in (*(share.counted for share in shares), LIMIT - budget.held):
+        assert abs(part - fair) <= (count + 1) * piece
+
+
+HALF, QUARTER = (LIMIT // part + FREE_BYTES for part in (2, 4))
+
+
 @given(EVENTS)
+@example([("send", "a", [HALF]), ("send", "b", [QUARTER])])
+@example([("send", "a", [2 * LIMIT // 3])])
 def test_all_together_keep_the_limit_and_leave_room_for_the_next_one(events):
     refused: list[None] = []
     budget = BodyBudget(LIMIT, lambda: refused.append(None))
@@ -75,10 +100,9 @@ def test_all_together_keep_the_limit_and_leave_room_for_the_next_one(events):
             assert share.counted == max(0, share.size - FREE_BYTES)
         free = LIMIT - budget.held
         assert budget.held == held.total()
-        # Of n who have all that they may get, none has more than is left, so that is a share, too.
-        most = max(held.values(), default=0)
-        many = sum(1 for n in held.values() if n)
-        assert free + many >= LIMIT // (many + 1) or most <= free  # bytes are whole
+        # Whoever came last has no more than is left, the one before no more than both, and so on:
+        # that they hold half, a quarter, an eighth is the worst of it.
+        assert free << sum(1 for count in held.values() if count) >= LIMIT
         assert newcomer(budget, FREE_BYTES + free // 2), "whoever comes next finds room"
         assert newcomer(budget, FREE_BYTES), "and a small request always does"
     for share in running:

@@ -4,9 +4,10 @@ A body counts from when its bytes come until its request is answered: the prompt
 whoever waits for a place, or for a long answer, keeps it as long. The first bytes of each are free,
 for the limit of connections bounds them: so small requests get through whatever the large ones do.
 
-Each caller may have as many as are left for all others. One alone comes to half of them, two to a
-third each, and so on; there is always a share left for the next one, and nobody has to say how many
-callers there will be (Choudhury and Hahne's dynamic threshold, 1998, over bytes).
+Each caller may have as many as are left for all others. One alone comes to half of them, two who
+come together to a third each, and so on; who comes after others have their fill has half of the
+rest. There is always a share left for the next one, and nobody has to say how many callers there
+will be (Choudhury and Hahne's dynamic threshold, 1998, over bytes).
 """
 
 from __future__ import annotations
