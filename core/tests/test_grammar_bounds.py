@@ -256,8 +256,8 @@ def test_no_grammar_switches_checks_off(spelt):
 
 
 def test_characters_of_gbnf_as_llama_cpp_writes_them():
-    place = compiled(grammar='root ::= "\\u00e9" [\\u00e0-\\u00ff] "\\U0001F338"')
-    for byte in "é\u00f6🌸".encode():
+    place = compiled(grammar='root ::= "\\u00e9" [\\u00e0-\\u00ff] "\\U0001F338" "\\\\u00e9"')
+    for byte in "é\u00f6🌸\\u00e9".encode():
         assert place.allows(byte)
         place.take(byte)
     assert place.complete

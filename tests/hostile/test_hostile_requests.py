@@ -116,6 +116,7 @@ async def test_a_loop_that_is_held_is_seen(stage: Stage, how: str) -> None:
         measured = await stage.room.measure(hold, 1)
     assert measured.gap_s > 0.1, measured
     assert measured.told["by_the_meter"] > 0.15, measured
+    assert how == "keep" or "obey" not in measured.told["where"]
 
 
 @pytest.mark.parametrize("part", corpus.PARTS)

@@ -34,8 +34,9 @@ __all__ = [
 _WHITESPACE: Final = r"[ \n]{0,2}"
 """Between the tokens of JSON. Bounded: a small model writes blanks until it is stopped."""
 _MARKS: Final = (("item", ","), ("key", ":"))
-_LETTER: Final = re.compile(r"\\u([0-9a-fA-F]{4})|\\U([0-9a-fA-F]{8})")
-"""How llama.cpp writes characters in GBNF, which llguidance does not read."""
+_LETTER: Final = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|.)", re.DOTALL)
+"""How llama.cpp writes characters in GBNF, which llguidance does not read; and other escapes, whose
+second character begins none."""
 _UNICODE: Final = re.compile(r"\\u([0-9a-fA-F]{4})")
 _GBNF_RULE: Final = re.compile(r"^[ \t]*+[A-Za-z][A-Za-z0-9_-]*+\s*+::=", re.MULTILINE)
 _MAX_WRITTEN: Final = 2 * MAX_GRAMMAR_CHARS
@@ -144,7 +145,7 @@ def _own(grammar: str) -> str:
 
 def _letter(found: re.Match[str]) -> str:
     """The character itself, where it means nothing to a grammar."""
-    code = int(found[1] or found[2], 16)
+    code = int(found[1] or found[2] or "0", 16)
     seen = 0xA0 < code < 0xD800 or 0xE000 <= code <= sys.maxunicode
     return chr(code) if seen else found[0]
 

@@ -30,8 +30,8 @@ counts only for that."""
 _NEW: Final = 0.2
 """What the last step counts in the mean of those that only decode."""
 _FEW: Final = 2
-"""More requests that decode are not spared more, where prompts wait in a row: small steps would
-make the last of these wait longer by a third."""
+"""More requests that decode are not spared more, where prompts wait in a row: the last of these
+would wait for many small steps."""
 _ENOUGH: Final = 4
 """Observations after which something is expected."""
 

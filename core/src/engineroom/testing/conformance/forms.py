@@ -30,7 +30,14 @@ _SCHEMA: Final = {
 }
 _UNITS: Final = ("C", "K")
 _TOOLS: Final = (
-    {"name": "heat", "parameters": {"type": "object", "properties": {"in": {"enum": [*_UNITS]}}}},
+    {
+        "name": "heat",
+        "parameters": {
+            "type": "object",
+            "properties": {"in": {"enum": [*_UNITS]}},
+            "required": ["in"],
+        },
+    },
     {"name": "now"},
 )
 """Short: the context of a tiny model has no room for more."""
@@ -88,10 +95,10 @@ class FormChecks(Checks):
         for seed in range(1, 9):
             request = ask(seed, parallel_tool_calls=False)
             response = await kit.bench.answer(request)
-            calls = _check_calls(request, response)
+            calls = _check_calls(kit, request, response)
         if await kit.can_seed():
             streamed = (await kit.bench.stream(again(request))).response
-            told = [] if streamed is None else _check_calls(request, streamed)
+            told = [] if streamed is None else _check_calls(kit, request, streamed)
             did = f"infer({said(request)}), and stream with the same"
             same(did, "the same call", *(str(_told(some)) for some in (calls, told)))
         used = (response.prompt_tokens or 0) + 2 * (response.generated_tokens or 0) + _RESULT
@@ -121,9 +128,13 @@ def _check_json(request: InferenceRequest, response: InferenceResponse) -> None:
         )
 
 
-def _check_calls(request: InferenceRequest, response: InferenceResponse) -> list[ToolCall]:
+def _check_calls(
+    kit: Kit, request: InferenceRequest, response: InferenceResponse
+) -> list[ToolCall]:
     calls = response.tool_calls or []
-    if response.finish_reason == "length" and not response.generated_text:
+    context = kit.bench.loaded.max_context_tokens
+    used = (response.prompt_tokens or 0) + (response.generated_tokens or 0)
+    if response.finish_reason == "length" and context is not None and used >= context:
         skip("the context has no room for tools and a call")
     if response.finish_reason != "tool_calls" or len(calls) != 1 or not _is_valid(calls[0]):
         broken(
@@ -142,8 +153,8 @@ def _is_valid(call: ToolCall) -> bool:
         return False
     if call.name == "now":
         return bool(arguments == {})
-    known = isinstance(arguments, dict) and arguments.keys() <= {"in"}
-    return known and call.name == "heat" and arguments.get("in", "C") in _UNITS
+    known = isinstance(arguments, dict) and arguments.keys() == {"in"}
+    return known and call.name == "heat" and arguments["in"] in _UNITS
 
 
 def _told(calls: list[ToolCall]) -> list[tuple[str, str]]:
