@@ -300,7 +300,77 @@ def test_a_call_that_turns_out_to_be_none_has_no_end_and_comes_back_as_content()
     assert [event.call for event in events if isinstance(event, CallEnd)] == [1]
 
 
+def limited(name, text, **options):
+    """What comes of a text that a limit ends, and whether it ended within a call."""
+    parser = parser_of(name, **options)
+    output = read_output(parser.feed(text) + parser.finish(limited=True))
+    return (output.content, output.reasoning, len(output.calls)), parser.cut_call
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected", "cut"),
+    [
+        # The beginning of a marker, however short, where one may begin.
+        ("hermes", "<", ("", "", 0), True),
+        ("hermes", "Yes. <to", ("Yes.", "", 0), True),
+        ("hermes", "Yes.\n<", ("Yes.", "", 0), True),
+        ("hermes", "<th", ("", "", 0), False),
+        ("hermes", "<think>So</t", ("", "So", 0), False),
+        ("hermes", "<think>So<", ("", "So", 0), False),
+        ("mistral", "Yes.[TO", ("Yes.", "", 0), True),
+        ("mistral", "[TH", ("", "", 0), False),
+        ("qwen3-xml", "Yes.\n<tool_call>\n<fun", ("Yes.", "", 0), True),
+        ("harmony", " to", ("", "", 0), False),
+        ("llama3-json", '{"name": "sa', ("", "", 0), True),
+        ("llama3-json", '{"name": "now", "parameters": {}}; {"na', ("", "", 1), True),
+        ("pythonic", "[now(), sa", ("", "", 1), True),
+        ("qwen3-xml", "<think>So.\n<tool_call>\n<function=say>\n", ("", "So.", 0), True),
+        # What may well be text.
+        ("hermes", "if a<", ("if a<", "", 0), False),
+        ("hermes", "Yes </", ("Yes </", "", 0), False),
+        ("hermes", "Yes <th", ("Yes <th", "", 0), False),
+        ("mistral", "list[", ("list[", "", 0), False),
+        ("llama3-json", '{"na', ('{"na', "", 0), False),
+        ("llama3-json", '{"name": "Bob', ('{"name": "Bob', "", 0), False),
+        # The model has ended it: nothing is cut.
+        ("hermes", "Yes. <to", None, False),
+        ("hermes", "<th", None, False),
+        ("mistral", "Yes.[TO", None, False),
+    ],
+)
+def test_what_a_limit_cuts(name, text, expected, cut):
+    if expected is None:
+        assert read(name, text) == (text, "", [])
+    else:
+        assert limited(name, text) == (expected, cut)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("generic", '<tool_call>\n{"name": "say", "arguments": {"t": "x"}}\n</tool_call>'),
+        ("hermes", '\n<tool_call>\n{"name": "say", "arguments": {"t": "x"}}\n</tool_call>'),
+        ("llama3-json", '{"name": "say", "parameters": {"t": "x"}}; {"name": "now"'),
+        ("mistral", '[TOOL_CALLS]say[ARGS]{"t": "x"}[TOOL_CALLS]now[ARGS]{}'),
+        ("mistral-list", '[TOOL_CALLS][{"name": "say", "arguments": {}}, {"name": "now"'),
+        ("qwen3-xml", "<tool_call>\n<function=say>\n<parameter=t>\nx\n</parameter>\n</function>"),
+        ("harmony", ' to=functions.say<|channel|>commentary <|constrain|>json<|message|>{"t": 1}'),
+        (
+            "deepseek-v3",
+            "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>say\n```json\n{",
+        ),
+    ],
+)  # fmt: skip
+def test_where_there_have_to_be_calls_a_limit_leaves_no_content(name, text):
+    for at in range(1, len(text)):
+        (content, reasoning, _), _ = limited(name, text[:at], only_calls=True)
+        assert (content, reasoning) == ("", ""), text[:at]
+
+
 def test_without_tools_nothing_is_a_call():
+    for text in ("a <", "a <to", "[TO"):
+        parser = OutputParser(FORMATS["hermes"], None)
+        assert read_output(parser.feed(text) + parser.finish(limited=True)).content == text
     for tools in (None, []):
         parser = OutputParser(FORMATS["hermes"], tools, reasoning=REASONING["think"])
         text = f"<think>a</think><tool_call>{CALL}</tool_call>"

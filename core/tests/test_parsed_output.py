@@ -63,8 +63,14 @@ class MarkupReader:
                 events.append(CallArguments(self.calls, char))
         return events
 
-    def finish(self):
+    def finish(self, *, limited=False):
         return []
+
+    reasoned = None
+
+    @property
+    def cut_call(self):
+        return self.state in ("name", "arguments")
 
 
 def request(**fields):

@@ -516,12 +516,14 @@ def test_the_defaults_of_a_response() -> None:
     response = InferenceResponse(request_id="r", model_id="m")
     values = response.model_dump(exclude={"request_id", "model_id"})
     assert values.pop("warnings") == []
+    assert values.pop("cut_call") is False
     assert set(values) == {
         "generated_text",
         "error_message",
         "finish_reason",
         "prompt_tokens",
         "generated_tokens",
+        "reasoning_tokens",
         "inference_time_ms",
         "error_type",
         "time_to_first_token_ms",

@@ -214,6 +214,7 @@ def _finish(span: Span, request: InferenceRequest, response: InferenceResponse) 
     for name, value in (
         ("gen_ai.usage.input_tokens", response.prompt_tokens),
         ("gen_ai.usage.output_tokens", response.generated_tokens),
+        ("gen_ai.usage.reasoning.output_tokens", response.reasoning_tokens),
         ("gen_ai.usage.cache_read.input_tokens", response.cached_prompt_tokens),
         ("engineroom.handler", response.handler),
     ):

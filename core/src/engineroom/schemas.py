@@ -400,6 +400,9 @@ class InferenceResponse(BaseModel):
     prompt_tokens: int | None = None
     generated_tokens: int | None = None
     """Tokens generated, the end-of-sequence token not counted."""
+    reasoning_tokens: int | None = None
+    """Those of them that are reasoning, the markers around it not counted; ``None``: the model
+    does not reason."""
     inference_time_ms: float | None = None
     """From the service's acceptance of the request to its end."""
     error_type: str | None = None
@@ -415,6 +418,8 @@ class InferenceResponse(BaseModel):
     """What the model thought before it answered, without its markers; ``None``: nothing."""
     tool_calls: list[ToolCall] | None = None
     """The calls that it has written in whole; ``None``: there are none."""
+    cut_call: bool = False
+    """The answer ends within a call, which for this reason is not among the ``tool_calls``."""
     stop_sequence: str | None = None
     """The stop sequence that ended the text, where ``finish_reason`` is ``stop_sequence``."""
 

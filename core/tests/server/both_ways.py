@@ -15,7 +15,7 @@ class Said:
     def __init__(self) -> None:
         self.content = self.reasoning = self.finish = ""
         self.calls: list[tuple[str, str]] = []
-        self.entries = self.tokens = 0
+        self.entries = self.tokens = self.thought = 0
 
 
 def ask_both(url: str, **body: Any) -> tuple[Said, Said]:
@@ -24,7 +24,7 @@ def ask_both(url: str, **body: Any) -> tuple[Said, Said]:
     assert whole.content.strip() == streamed.content.strip()
     assert (whole.reasoning, whole.finish) == (streamed.reasoning, streamed.finish)
     assert whole.calls == streamed.calls[: len(whole.calls)]
-    assert whole.tokens == streamed.tokens
+    assert (whole.tokens, whole.thought) == (streamed.tokens, streamed.thought)
     return whole, streamed
 
 
@@ -40,7 +40,9 @@ def refused_both(url: str, **body: Any) -> str:
 
 
 def _post(url: str, body: dict[str, Any]) -> httpx.Response:
-    return httpx.post(f"{url}/v1/chat/completions", json={"model": "m", **body}, timeout=60)
+    return httpx.post(
+        f"{url}/v1/chat/completions", json={"model": "m", **body}, timeout=60, verify=False
+    )
 
 
 def _ask_whole(url: str, body: dict[str, Any]) -> Said:
@@ -54,7 +56,7 @@ def _ask_whole(url: str, body: dict[str, Any]) -> Said:
     made = [each["function"] for each in message.get("tool_calls", ())]
     said.calls = [(each["name"], each["arguments"]) for each in made]
     said.entries = len((choice["logprobs"] or {"content": ()})["content"])
-    said.tokens = answer.json()["usage"]["completion_tokens"]
+    _count(said, answer.json()["usage"])
     return said
 
 
@@ -67,7 +69,7 @@ def _ask_streamed(url: str, body: dict[str, Any]) -> Said:
     for chunk in (json.loads(line[6:]) for line in lines if line.startswith("data: {")):
         assert "error" not in chunk, chunk
         if chunk["usage"] is not None:
-            said.tokens = chunk["usage"]["completion_tokens"]
+            _count(said, chunk["usage"])
         for choice in chunk["choices"]:
             delta = choice["delta"]
             said.content += delta.get("content") or ""
@@ -78,6 +80,11 @@ def _ask_streamed(url: str, body: dict[str, Any]) -> Said:
                 _add(calls, piece)
     said.calls = [(name, arguments) for name, arguments in calls.values()]
     return said
+
+
+def _count(said: Said, usage: dict[str, Any]) -> None:
+    said.tokens = usage["completion_tokens"]
+    said.thought = usage.get("completion_tokens_details", {}).get("reasoning_tokens", 0)
 
 
 def _add(calls: dict[int, list[str]], piece: dict[str, Any]) -> None:

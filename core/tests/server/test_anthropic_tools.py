@@ -178,8 +178,28 @@ def test_a_conversation_with_calls_and_results(run, client):
         ("d", {"name": "time", "arguments": "{}"}),
     ]
     assert (first.role, first.tool_call_id, first.content) == ("tool", "c", "sunny")
-    assert (second.tool_call_id, second.content) == ("d", "no clock")
+    assert (second.tool_call_id, second.content) == ("d", "Error: no clock")
     assert (said.role, said.content) == ("user", "thanks")
+
+
+@pytest.mark.parametrize(
+    ("block", "result"),
+    [
+        ({"content": "no clock", "is_error": True}, "Error: no clock"),
+        ({"content": "Error 7: no clock", "is_error": True}, "Error 7: no clock"),
+        ({"content": [], "is_error": True}, "Error"),
+        ({"is_error": True}, "Error"),
+        ({"content": "no clock", "is_error": False}, "no clock"),
+        ({}, ""),
+    ],
+)
+def test_a_result_that_is_an_error_says_so(run, client, block, result):
+    run.handler.say("x")
+    use = {"type": "tool_use", "id": "c", "name": "time", "input": {}}
+    given = {"type": "tool_result", "tool_use_id": "c", **block}
+    talk = [{"role": "assistant", "content": [use]}, {"role": "user", "content": [given]}]
+    ask(client, messages=[*ASK, *talk])
+    assert run.handler.seen[-1].messages[-1].content == result
 
 
 @pytest.mark.parametrize(

@@ -17,52 +17,18 @@ pytest.importorskip("httpx", reason="needs httpx")
 
 import httpx
 from both_ways import Said, ask_both
-from server_doubles import TalkHandler
+from tool_doubles import ScriptHandler, call
 
-from engineroom import TokenStep
-from engineroom.engine import logprob_maker
-from engineroom.generation.tool_formats import REASONING_FORMATS
-from engineroom.generation.traits import ModelTraits
-
-THINK = next(form for form in REASONING_FORMATS if form.name == "think")
 TOOLS = [
     {"type": "function", "function": {"name": name, "parameters": {"type": "object"}}}
     for name in ("say", "run")
 ]
 
 
-class ScriptHandler(TalkHandler):
-    """A fake runtime: writes ``text``, ``size`` bytes a token."""
-
-    name = "script"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.text, self.size = "", 3
-
-    def traits(self, loaded_model: Any) -> ModelTraits:
-        return ModelTraits(reasoning=THINK)
-
-    async def generate_tokens(self, loaded_model: Any, request: Any) -> Any:
-        yield TokenStep(prompt_tokens=1)
-        data = self.text.encode("utf-8", "surrogatepass")
-        for at in range(0, len(data), self.size):
-            piece = data[at : at + self.size]
-            step = TokenStep((1,), piece)
-            if request.params.logprobs is not None:
-                step.logprobs = (logprob_maker(lambda _, own=piece: own)(1, -0.5, []),)
-            yield step
-        yield TokenStep(finish="eos_token")
-
-
 @pytest.fixture(scope="module")
 def run(start):
     with start(handler=ScriptHandler()) as run:
         yield run
-
-
-def call(name: str, arguments: str) -> str:
-    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
 
 
 def both(run: Any, text: str, size: int = 3, **body: Any) -> tuple[Said, Said]:

@@ -1,4 +1,4 @@
-"""A fake runtime that yields what a test has written down, whatever it is asked."""
+"""Fake runtimes that yield what a test has written down, whatever they are asked."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from typing import Any
 
 from server_doubles import TalkHandler
 
-from engineroom import Capabilities, GenerationParams, InferenceResponse, ToolCall
+from engineroom import Capabilities, GenerationParams, InferenceResponse, TokenStep, ToolCall
+from engineroom.engine import logprob_maker
 from engineroom.generation.deltas import ReasoningDelta, ToolCallDelta
+from engineroom.generation.tool_formats import REASONING_FORMATS
+from engineroom.generation.traits import ModelTraits
 from engineroom.handlers.base import InferenceHandler, StreamEnd
 
 KINDS = frozenset({"json_schema", "json_object", "regex", "choice", "grammar"})
@@ -24,6 +27,36 @@ PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "req
 FUNCTION = {"name": "weather", "description": "how it is", "parameters": PARAMETERS}
 TIME = {"name": "time"}
 TOOLS = [{"type": "function", "function": function} for function in (FUNCTION, TIME)]
+THINK = next(form for form in REASONING_FORMATS if form.name == "think")
+
+
+def call(name: str, arguments: str) -> str:
+    """A call as the model of :class:`ScriptHandler` writes it."""
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+
+
+class ScriptHandler(TalkHandler):
+    """Writes ``text``, ``size`` bytes a token."""
+
+    name = "script"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text, self.size = "", 3
+
+    def traits(self, loaded_model: Any) -> ModelTraits:
+        return ModelTraits(reasoning=THINK)
+
+    async def generate_tokens(self, loaded_model: Any, request: Any) -> Any:
+        yield TokenStep(prompt_tokens=1)
+        data = self.text.encode("utf-8", "surrogatepass")
+        for at in range(0, len(data), self.size):
+            piece = data[at : at + self.size]
+            step = TokenStep((1,), piece)
+            if request.params.logprobs is not None:
+                step.logprobs = (logprob_maker(lambda _, own=piece: own)(1, -0.5, []),)
+            yield step
+        yield TokenStep(finish="eos_token")
 
 
 class DeltaHandler(InferenceHandler):
@@ -92,6 +125,7 @@ class DeltaHandler(InferenceHandler):
             finish_reason=self.finish,
             reasoning="".join(thoughts) or None,
             tool_calls=[*calls.values()] or None,
+            cut_call=self.cut,
             prompt_tokens=5,
             generated_tokens=len(self.script),
         )

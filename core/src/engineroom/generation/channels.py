@@ -53,7 +53,7 @@ def channel_messages(source: TextSource, writer: OutputWriter) -> Reading[None]:
             yield from _body(source, _unread)
         elif _CHANNEL.findall(header)[-1:] == ["analysis"]:
             writer.begin_reasoning()
-            yield from _body(source, writer.reasoning)
+            yield from _body(source, writer.reasoning, glued=True)
             writer.end_reasoning()
         else:
             yield from _body(source, writer.content)
@@ -65,6 +65,8 @@ def _header(source: TextSource, writer: OutputWriter) -> Reading[str]:
     if not (yield from source.follows(0, _HEADER_BEGIN)):
         if (yield from source.passes(_HEADER_TAGS)):
             raise CutError
+        if source.limited and source.begun(_HEADER_BEGIN):
+            raise CutError
         return ""
     source.keep()
     try:
@@ -74,6 +76,8 @@ def _header(source: TextSource, writer: OutputWriter) -> Reading[str]:
     except CutError:
         if not _CUT_HEADER.fullmatch(text := source.kept()):
             writer.content(text)
+        elif "to=functions" in text:
+            writer.cut()
         raise
     source.kept()
     if end != "<|message|>":
@@ -101,13 +105,21 @@ def _call(source: TextSource, writer: OutputWriter, name: str) -> Reading[None]:
         yield from source.blanks()
     except MalformedError:
         writer.content(source.kept())
+    except CutError:
+        writer.cut()
+        raise
     source.kept()
     yield from _body(source, writer.content)
 
 
-def _body(source: TextSource, write: Callable[[str], None]) -> Reading[None]:
+def _body(
+    source: TextSource, write: Callable[[str], None], *, glued: bool = False
+) -> Reading[None]:
     """Read to the end of a message. What ends one may stand in its text as well."""
-    while (marker := (yield from source.until(_BODY_END, write, drop=2))) is not None:
+    while True:
+        marker = yield from source.until(_BODY_END, write, drop=2, glued=glued)
+        if marker is None:
+            return
         if marker == _START:
             if (yield from source.follows(len(marker), _HEADER_BEGIN)):
                 return

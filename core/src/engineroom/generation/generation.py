@@ -23,6 +23,7 @@ from engineroom.generation.output_events import (
 )
 from engineroom.generation.steps import TokenStep
 from engineroom.generation.text import TextPipeline
+from engineroom.generation.token_places import TokenPlaces
 from engineroom.schemas import FinishReason, InferenceRequest, InferenceResponse, TokenLogprob
 from engineroom.tools import ToolCall, new_call_id, tool_names
 
@@ -51,24 +52,38 @@ class ParsedOutput:
     """How the prompt ends, which may have begun the reasoning."""
     _begun: bool = False
     _utf8: TextPipeline = field(default_factory=TextPipeline)
+    _places: TokenPlaces | None = field(init=False)
     _reasoning: list[str] = field(default_factory=list)
     _calls: list[tuple[str, str, list[str]]] = field(default_factory=list)
     _complete: list[int] = field(default_factory=list)
 
-    def feed(self, piece: str | bytes) -> None:
-        """Take the text of a step."""
-        if not self._begun:
+    def __post_init__(self) -> None:
+        self._places = None if self.reader.reasoned is None else TokenPlaces()
+
+    def feed(self, piece: str | bytes, tokens: int) -> None:
+        """Take the text of a step, and how many tokens it has."""
+        if piece and not self._begun:
             self._begun = True
             self.reader.begin(self.tail)
-        if text := self._utf8.feed(piece):
+        text = self._utf8.feed(piece)
+        if self._places is not None:
+            self._places.add(tokens, len(text))
+        if text:
             self._take(self.reader.feed(text))
 
-    def finish(self) -> None:
-        """The text has ended."""
+    def finish(self, *, limited: bool = False) -> None:
+        """The text has ended; ``limited``: from outside."""
         if text := self._utf8.finish():
+            if self._places is not None:
+                self._places.add(0, len(text))
             self._take(self.reader.feed(text))
-        self._take(self.reader.finish())
+        self._take(self.reader.finish(limited=limited))
         self._flush()
+
+    @property
+    def cut_call(self) -> bool:
+        """Whether the text has ended within a call."""
+        return self.pipeline.matched is None and self.reader.cut_call
 
     def take_chunks(self) -> list[str]:
         """Content and deltas since the last call, in their order."""
@@ -79,6 +94,13 @@ class ParsedOutput:
     def reasoning(self) -> str | None:
         """The reasoning so far; ``None``: there was none."""
         return "".join(self._reasoning) if self._reasoning else None
+
+    @property
+    def reasoning_tokens(self) -> int | None:
+        """The tokens of it; ``None``: the model never reasons."""
+        if self._places is None:
+            return None
+        return sum(self._places.between(*part) for part in self.reader.reasoned or ())
 
     @property
     def calls(self) -> list[ToolCall] | None:
@@ -173,11 +195,10 @@ class Generation:
         if step.prompt_tail is not None and self.parsed is not None:
             self.parsed.tail = step.prompt_tail
         pipeline, shown = self._pipeline, ""
-        if text := step.text:
-            if self.parsed is None:
-                shown = pipeline.feed(text)
-            else:
-                self.parsed.feed(text)
+        if self.parsed is not None:
+            self.parsed.feed(step.text, len(tokens))
+        elif text := step.text:
+            shown = pipeline.feed(text)
         if pipeline.matched is not None:
             self.finish_reason = "stop_sequence"
         elif step.finish is not None:
@@ -195,7 +216,7 @@ class Generation:
             rest = self._pipeline.finish()
         else:
             rest = ""
-            self.parsed.finish()
+            self.parsed.finish(limited=self.finish_reason == "length")
         if self._pipeline.matched is not None:
             self.finish_reason = "stop_sequence"
         elif self.finish_reason is None:
@@ -234,11 +255,13 @@ class Generation:
                 generated_text=self.text,
                 reasoning=None if self.parsed is None else self.parsed.reasoning,
                 tool_calls=calls,
+                cut_call=self.parsed is not None and self.parsed.cut_call,
                 warnings=[*self.warnings, *self._unknown_tools(calls)],
                 finish_reason=self.finish_reason,
                 stop_sequence=self._pipeline.matched,
                 prompt_tokens=self.prompt_tokens,
                 generated_tokens=self.generated_tokens,
+                reasoning_tokens=None if self.parsed is None else self.parsed.reasoning_tokens,
                 cached_prompt_tokens=self.cached_prompt_tokens,
                 inference_time_ms=(now - self._started) * 1000,
                 time_to_first_token_ms=None if first is None else (first - self._started) * 1000,

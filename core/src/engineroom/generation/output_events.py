@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol, TypeAlias
 
 __all__ = [
@@ -62,5 +63,16 @@ class OutputReader(Protocol):
     def feed(self, text: str) -> list[OutputEvent]:
         """Take the next piece of the model's text."""
 
-    def finish(self) -> list[OutputEvent]:
-        """The text has ended: what was held back."""
+    def finish(self, *, limited: bool = False) -> list[OutputEvent]:
+        """The text has ended: what was held back.
+
+        :param limited: it was ended from outside, perhaps in the midst of a marker.
+        """
+
+    @property
+    def cut_call(self) -> bool:
+        """Whether the text has ended within a call."""
+
+    @property
+    def reasoned(self) -> Sequence[tuple[int, int]] | None:
+        """From where to where there is reasoning in the text; ``None``: there is never any."""

@@ -14,7 +14,7 @@ from engineroom.generation.output_events import (
     OutputEvent,
     Reasoning,
 )
-from engineroom.generation.text_source import MAX_BLANKS, MalformedError
+from engineroom.generation.text_source import MAX_BLANKS, MalformedError, TextSource
 
 __all__ = ["OutputWriter"]
 
@@ -57,17 +57,25 @@ class _Blanks:
 class OutputWriter:
     """Collects events.
 
+    :param source: what is read; where it stands when reasoning comes is told with it.
     :param tools: the JSON schemas of the tools' arguments, by name.
     :param trims: blanks in front of a call are no content.
     """
 
-    def __init__(self, tools: Mapping[str, Any], *, trims: bool) -> None:
+    def __init__(self, source: TextSource, tools: Mapping[str, Any], *, trims: bool) -> None:
         self.tools = tools
+        self.reasoned: list[tuple[int, int]] = []
+        """From where to where the text is reasoning."""
+        self._source = source
         self.trims = trims
         self.calls = 0
         """Calls that have begun."""
         self.named = False
         """It is known which tool the call that comes is of."""
+        self.mute = False
+        """What comes as content is none, for there can be none."""
+        self.cut_call = False
+        """The text has ended within a call."""
         self._content = _Blanks(leading=True)
         self._reasoning = _Blanks(leading=False)
         self._after_call = False
@@ -85,12 +93,19 @@ class OutputWriter:
 
     def content(self, text: str) -> None:
         """Text of the answer."""
-        if shown := self._content.push(text):
+        if self.mute:
+            self.cut_call = True
+        elif shown := self._content.push(text):
             self._write(Content, shown)
             self._after_call = False
 
     def reasoning(self, text: str) -> None:
-        """Text of the reasoning."""
+        """Text of the reasoning, which was read right now."""
+        end = self._source.position
+        start = end - len(text)
+        if self.reasoned and self.reasoned[-1][1] == start:
+            start, _ = self.reasoned.pop()
+        self.reasoned.append((start, end))
         if shown := self._reasoning.push(text):
             self._write(Reasoning, shown)
 
@@ -111,6 +126,7 @@ class OutputWriter:
 
     def cut(self) -> None:
         """The text has ended within a call, behind the blanks in front of it."""
+        self.cut_call = True
         if self.trims:
             self._content.cut(keep=False)
 
@@ -119,7 +135,7 @@ class OutputWriter:
         if blanks := self._reasoning.cut(keep=True):
             self._write(Reasoning, blanks)
         pending = self._content.pending
-        if pending and not self._after_call:
+        if pending and not (self._after_call or self.mute):
             self._write(Content, pending)
 
     # ── Calls ────────────────────────────────────────────────────────────────────────────────

@@ -7,8 +7,9 @@ is no call, and its markup no content.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from engineroom.generation.call_forms import (
     ChannelForm,
@@ -41,6 +42,11 @@ MAX_NOISE = 256
 MARKUP = 4
 """Characters of a marker from which on it is taken for one where the end of the text cuts it."""
 
+_CUT_NAME: Final = re.compile(
+    r'\s*(?:\[?\s*\{\s*"(?:name|tool_name|function)"\s*:\s*"(?P<json>[\w.:/-]+)"?'
+    rf"|\[\s*(?P<python>[\w.-]{{{MARKUP},}}))\s*"
+)
+
 
 class OutputParser:
     """Reads the answer of one request: an ``OutputReader``.
@@ -50,6 +56,7 @@ class OutputParser:
         call.
     :param prompt_tail: how the prompt ends, which may have begun the reasoning.
     :param reasoning: what stands around reasoning; ``None``: there is none.
+    :param only_calls: there is no content, for something sees to it that there are calls.
     """
 
     def __init__(
@@ -59,16 +66,20 @@ class OutputParser:
         *,
         prompt_tail: str = "",
         reasoning: ReasoningFormat | None = None,
+        only_calls: bool = False,
     ) -> None:
         schemas = _schemas(tools or ())
         self._format = format_
         self._tools = tools
         self._reasoning = reasoning
+        self._only_calls = only_calls
         self._in_reasoning = False
         self._calls = format_ if schemas else None
         self._channels = format_ is not None and isinstance(format_.form, ChannelForm)
         self._source = TextSource()
-        self._writer = OutputWriter(schemas, trims=format_ is not None and format_.trims)
+        self._writer = OutputWriter(
+            self._source, schemas, trims=format_ is not None and format_.trims
+        )
         self._machine: Reading[None] | None = None
         if prompt_tail:
             self.begin(prompt_tail)
@@ -76,7 +87,9 @@ class OutputParser:
     def begin(self, prompt_tail: str) -> None:
         """Before the first text: how the prompt ends."""
         if self._channels:
-            self._source.feed(header_begun(prompt_tail))
+            header = header_begun(prompt_tail)
+            self._source.feed(header)
+            self._source.position = -len(header)
         elif self._reasoning is not None:
             self._in_reasoning = prompt_tail.rstrip().endswith(self._reasoning.begin)
 
@@ -85,10 +98,21 @@ class OutputParser:
         self._source.feed(text)
         return self._resume()
 
-    def finish(self) -> list[OutputEvent]:
+    def finish(self, *, limited: bool = False) -> list[OutputEvent]:
         """The text has ended: what was held back."""
-        self._source.ended = True
+        self._source.ended, self._source.limited = True, limited
+        self._writer.mute = limited and self._only_calls
         return self._resume()
+
+    @property
+    def cut_call(self) -> bool:
+        """Whether the text has ended within a call."""
+        return self._writer.cut_call
+
+    @property
+    def reasoned(self) -> Sequence[tuple[int, int]] | None:
+        """From where to where there is reasoning in the text; ``None``: there is never any."""
+        return self._writer.reasoned if self._channels or self._reasoning is not None else None
 
     def _resume(self) -> list[OutputEvent]:
         if self._machine is None:
@@ -121,6 +145,8 @@ class OutputParser:
                     return
             marker = yield from source.until(markers, writer.content, drop=MARKUP)
             if marker is None:
+                if source.dropped and self._opens(source.dropped):
+                    writer.cut()
                 return
             bare = False
             if self._reasoning is not None and marker == self._reasoning.begin:
@@ -143,16 +169,27 @@ class OutputParser:
             texts += [self._calls.section[0].strip(), self._calls.opening.strip()]
         return Markers(texts)
 
+    def _opens(self, text: str) -> bool:
+        """Whether a call, or a section of them, may begin like this."""
+        calls = self._calls
+        return calls is not None and any(
+            opening.strip().startswith(text) for opening in (calls.section[0], calls.opening)
+        )
+
     def _thinks(self) -> Reading[bool]:
         """Whether the text begins with reasoning, whose beginning is read."""
         if self._reasoning is None:
             return False
-        begin = Markers([self._reasoning.begin])
-        if not (yield from self._source.follows(0, begin)):
-            return False
-        yield from self._source.blanks()
-        yield from self._source.take_one(begin)
-        return True
+        source, begin = self._source, Markers([self._reasoning.begin])
+        if (yield from source.follows(0, begin)):
+            yield from source.blanks()
+            yield from source.take_one(begin)
+            return True
+        if source.limited and (begun := source.begun(begin)):
+            if self._opens(begun):
+                self._writer.cut()
+            raise CutError
+        return False
 
     def _read_reasoning(self) -> Reading[None]:
         source, writer, reasoning = self._source, self._writer, self._reasoning
@@ -162,7 +199,7 @@ class OutputParser:
         end_markers = Markers(ends)
         markers = Markers([*ends, *(text.strip() for text in calls)])
         while True:
-            marker = yield from source.until(markers, writer.reasoning, drop=MARKUP)
+            marker = yield from source.until(markers, writer.reasoning, drop=MARKUP, glued=True)
             if marker is None:
                 return
             if marker in ends:
@@ -176,11 +213,14 @@ class OutputParser:
             if marker is not None:
                 writer.reasoning("".join(held))
                 break
-            inner = read_events(OutputParser(self._format, self._tools), "".join(held))
+            parser = OutputParser(self._format, self._tools)
+            inner = parser.feed("".join(held)) + parser.finish(limited=source.limited)
             output = read_output(inner)
-            if output.calls and not output.content.strip():
+            if (output.calls or parser.cut_call) and not output.content.strip():
                 writer.end_reasoning()
                 writer.again(inner)
+                if parser.cut_call:
+                    writer.cut()
             else:
                 writer.reasoning("".join(held))
             return
@@ -193,7 +233,7 @@ class OutputParser:
     def _read_bare(self, format_: ToolFormat) -> Reading[bool]:
         """Read calls that nothing marks, if they come; return whether nothing has come at all."""
         source, writer = self._source, self._writer
-        listed = isinstance(format_.form, PythonicForm)
+        listed, before = isinstance(format_.form, PythonicForm), writer.calls
         if not (yield from source.follows(0, Markers(["[" if listed else "{"]))):
             return False
         source.keep()
@@ -207,11 +247,21 @@ class OutputParser:
             writer.content(source.kept())
         except CutError:
             kept = source.kept()
-            if not writer.named:
+            likely = source.limited and self._names_begin(kept)
+            if writer.named or writer.calls > before or writer.mute or likely:
+                writer.cut()
+            else:
                 writer.content(kept)
             raise
         source.kept()
         return False
+
+    def _names_begin(self, text: str) -> bool:
+        """Whether a bare call ends within the name of one of the tools."""
+        match = _CUT_NAME.fullmatch(text)
+        return match is not None and any(
+            name.startswith(match["json"] or match["python"]) for name in self._writer.tools
+        )
 
     def _read_calls(self, format_: ToolFormat, marker: str) -> Reading[None]:
         source, writer = self._source, self._writer
@@ -261,7 +311,8 @@ class OutputParser:
             try:
                 noise, marker = yield from source.until_short(markers, MAX_NOISE)
             except CutError:
-                if writer.calls == before and source.kept().strip() != format_.section[0].strip():
+                noise = source.kept().strip().removeprefix(format_.section[0].strip()).strip()
+                if writer.calls == before and not format_.opening.startswith(noise):
                     raise MalformedError from None
                 raise
             if marker == end:

@@ -64,13 +64,20 @@ def _begun(marker: str) -> str:
 class TextSource:
     """What has come of a text and is not read yet."""
 
-    __slots__ = ("_at", "_kept", "_text", "ended")
+    __slots__ = ("_at", "_kept", "_last", "_text", "dropped", "ended", "limited", "position")
 
     def __init__(self) -> None:
         self._text = ""
         self._at = 0
         self._kept: list[str] | None = None
+        self._last = ""
+        self.position = 0
+        """Characters that were read."""
         self.ended = False
+        self.limited = False
+        """It was ended from outside, in the midst of what would have come."""
+        self.dropped = ""
+        """The beginning of a marker that was read over at the end."""
 
     def feed(self, text: str) -> None:
         """The next piece has come."""
@@ -94,6 +101,8 @@ class TextSource:
         """Read characters that are known to have come."""
         text = self._text[self._at : self._at + count]
         self._at += count
+        self.position += len(text)
+        self._last = text[-1:] or self._last
         if self._kept is not None:
             self._kept.append(text)
         return text
@@ -195,12 +204,19 @@ class TextSource:
             yield
 
     def until(
-        self, markers: Markers, write: Callable[[str], None], *, drop: int | None = None
+        self,
+        markers: Markers,
+        write: Callable[[str], None],
+        *,
+        drop: int | None = None,
+        glued: bool = False,
     ) -> Reading[str | None]:
         """Read up to the first marker, which stays unread; ``None``: there was none to the end.
 
         :param write: takes what is read, piece by piece.
-        :param drop: read over a marker that the end of the text cuts behind so many characters.
+        :param drop: read over a marker that the end of the text cuts behind so many characters, or
+            anywhere where the text was :attr:`limited`.
+        :param glued: a marker's first character is taken for one behind a letter as well.
         """
         while True:
             text, at = self._text, self._at
@@ -211,20 +227,31 @@ class TextSource:
             else:
                 match = None
                 if self.ended and drop is not None:
-                    safe = self._without_cut(markers, drop)
+                    safe = self._without_cut(markers, drop, glued=glued)
             if safe > at:
                 write(self.take(safe - at))
             if match is not None:
                 return match[0]
             if self.ended:
-                self.take(len(text) - safe)
+                self.dropped = self.take(len(text) - safe)
                 return None
             yield
 
-    def _without_cut(self, markers: Markers, drop: int) -> int:
+    def _without_cut(self, markers: Markers, drop: int, *, glued: bool) -> int:
         """Where the text ends, without a marker that is cut."""
-        end = markers.may_begin(self._text, self._at)
-        return end if len(self._text) - end >= drop else len(self._text)
+        text, end = self._text, markers.may_begin(self._text, self._at)
+        count = len(text) - end
+        if count == 1 and not glued:  # text as well: "a<b", "list[int]"
+            before = text[end - 1] if end > self._at else self._last
+            limited = self.limited and not before.isalnum()
+        else:
+            limited = self.limited
+        return end if limited or count >= drop else len(text)
+
+    def begun(self, markers: Markers) -> str:
+        """The beginning of a marker, where the text that has come is that and no more."""
+        rest = self._text[self._at :].lstrip()
+        return rest if any(marker.startswith(rest) for marker in markers.texts) else ""
 
     def until_short(
         self, markers: Markers, most: int, shape: re.Pattern[str] = ANY

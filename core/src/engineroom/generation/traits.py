@@ -62,7 +62,10 @@ class ModelTraits:
         from engineroom.generation.outputs import OutputParser  # most requests need none
 
         return OutputParser(
-            self.written_as(request), request.offered_tools, reasoning=self.reasoning
+            self.written_as(request),
+            request.offered_tools,
+            reasoning=self.reasoning,
+            only_calls=request.requires_call,
         )
 
     def written_as(self, request: InferenceRequest) -> ToolFormat:

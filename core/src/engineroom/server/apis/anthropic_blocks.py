@@ -12,7 +12,7 @@ from engineroom.field_types import either
 from engineroom.generation.deltas import ReasoningDelta, ToolCallDelta
 from engineroom.schemas import ChatMessage, InferenceResponse
 from engineroom.server.apis.request_fields import Content, SubSchema, chat_message, text_of
-from engineroom.server.apis.tool_fields import FunctionDefinition
+from engineroom.server.apis.tool_fields import FunctionDefinition, is_object
 from engineroom.server.http.errors import ApiError
 from engineroom.server.http.frames import Answer, Framer, dumps, named_event
 from engineroom.tools import MAX_TOOLS, ToolCall
@@ -124,7 +124,9 @@ def _of_blocks(role: str, blocks: Sequence[InputBlock], where: str) -> list[Chat
         at = f"{where}.content.{place}"
         if block.type == "tool_result" and role == "user":
             end()
-            result = text_of(block.content, at) or ("error" if block.is_error else "")
+            result = text_of(block.content, at) or ""
+            if block.is_error:
+                result = _as_error(result)
             of = _needed(block.tool_use_id, at, "tool_use_id")
             made.append(chat_message("tool", result, at, tool_call_id=of))
         elif block.type == "tool_use" and role == "assistant":
@@ -137,6 +139,13 @@ def _of_blocks(role: str, blocks: Sequence[InputBlock], where: str) -> list[Chat
             texts.append(text_of([block], at) or "")
     end()
     return made or [chat_message(role, "", where, reasoning="".join(thoughts) or None)]
+
+
+def _as_error(result: str) -> str:
+    """A result that says that it is an error; no template has another place for that."""
+    if result.lower().startswith("error"):
+        return result
+    return f"Error: {result}" if result else "Error"
 
 
 def _needed(value: str | None, where: str, name: str) -> str:
@@ -173,7 +182,7 @@ Block: TypeAlias = TextBlock | ThinkingBlock | ToolUseBlock
 
 
 def blocks_of(response: InferenceResponse) -> list[Block]:
-    """A whole answer's content: no block is empty, unless the answer is."""
+    """A whole answer's content: no block is empty, unless the answer is, and no call was cut."""
     blocks: list[Block] = []
     if response.reasoning:
         blocks.append(ThinkingBlock(thinking=response.reasoning))
@@ -183,16 +192,12 @@ def blocks_of(response: InferenceResponse) -> list[Block]:
         ToolUseBlock(id=call.id, name=call.name, input=_input(call.arguments))
         for call in response.tool_calls or ()
     ]
-    return blocks or [TextBlock(text="")]
+    return blocks if blocks or response.cut_call else [TextBlock(text="")]
 
 
 def _input(arguments: str) -> Any:
     """The arguments as they were written, where they are an object."""
-    try:
-        value = msgspec.json.decode(arguments)
-    except (msgspec.DecodeError, RecursionError):
-        value = None
-    return msgspec.Raw(arguments.encode()) if isinstance(value, dict) else {}
+    return msgspec.Raw(arguments.encode()) if is_object(arguments) else {}
 
 
 class BlockWriter:
@@ -227,6 +232,8 @@ class BlockWriter:
         """The events of a chunk."""
         if isinstance(chunk, ReasoningDelta):
             begun = b""
+            if not chunk.text:
+                return b""
             if self._kind != "thinking":
                 begun = self._begin({"type": "thinking", "thinking": "", "signature": ""})
             return begun + self._delta({"type": "thinking_delta", "thinking": chunk.text})
@@ -248,10 +255,15 @@ class BlockWriter:
             return self.of_text(chunk)
         return self.text_block() + self.of_text(chunk) if chunk else b""
 
-    def end(self) -> bytes:
-        """The last block ends. There is one, if only an empty one of text."""
-        begun = self.text_block() if self._index < 0 else b""
-        return begun + _event("content_block_stop", index=self._index)
+    def end(self, *, cut_call: bool = False) -> bytes:
+        """The last block ends. There is one, if only an empty one of text, unless the end of the
+        answer cut a call before there was anything of it.
+        """
+        if self._index < 0:
+            if cut_call:
+                return b""
+            return self.text_block() + self.end()
+        return _event("content_block_stop", index=self._index)
 
     def _begin(self, block: Mapping[str, Any]) -> bytes:
         ended = b"" if self._index < 0 else self.end()

@@ -143,13 +143,23 @@ class AnthropicError(ErrorBody, kw_only=True):
         return cls(error=detail, request_id=request_id)
 
 
+class ThinkingTokens(Answer, kw_only=True):
+    """What of the answer was thinking."""
+
+    thinking_tokens: int
+
+
 class AnthropicUsage(Answer, kw_only=True):
-    """Tokens read, those from the cache apart, and written."""
+    """Tokens read, those from the cache apart, and written.
+
+    :param output_tokens_details: absent where the model does not think.
+    """
 
     input_tokens: int
     cache_creation_input_tokens: int = 0
     cache_read_input_tokens: int
     output_tokens: int
+    output_tokens_details: ThinkingTokens | msgspec.UnsetType = msgspec.UNSET
 
 
 class Message(Answer, kw_only=True):
@@ -235,11 +245,13 @@ def _stop_reason(response: InferenceResponse) -> StopReason:
 
 def _usage(response: InferenceResponse) -> AnthropicUsage:
     """Anthropic counts what came from the cache apart from what was read."""
-    cached = response.cached_prompt_tokens or 0
+    cached, thought = response.cached_prompt_tokens or 0, response.reasoning_tokens
+    details = msgspec.UNSET if thought is None else ThinkingTokens(thinking_tokens=thought)
     return AnthropicUsage(
         input_tokens=(response.prompt_tokens or 0) - cached,
         cache_read_input_tokens=cached,
         output_tokens=response.generated_tokens or 0,
+        output_tokens_details=details,
     )
 
 
@@ -281,7 +293,7 @@ class MessagesWriter(Writer):
         """The block ends; why the message does, and the usage."""
         delta = {"stop_reason": _stop_reason(response), "stop_sequence": response.stop_sequence}
         return (
-            self._blocks.end()
+            self._blocks.end(cut_call=response.cut_call)
             + _event("message_delta", delta=delta, usage=_usage(response))
             + _event("message_stop")
         )

@@ -92,13 +92,23 @@ class CachedTokens(Answer, kw_only=True):
     cached_tokens: int
 
 
+class CompletionDetails(Answer, kw_only=True):
+    """What of the answers was reasoning."""
+
+    reasoning_tokens: int
+
+
 class Usage(Answer, kw_only=True):
-    """Tokens read and written."""
+    """Tokens read and written.
+
+    :param completion_tokens_details: absent where the model does not reason.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
+    completion_tokens_details: CompletionDetails | UnsetType = UNSET
 
 
 class Completed(Answer, kw_only=True):
@@ -284,11 +294,14 @@ class OpenAIWriter(Writer):
         read = sum(r.prompt_tokens or 0 for r in firsts)
         written = sum(r.generated_tokens or 0 for r in responses)
         cached = sum(r.cached_prompt_tokens or 0 for r in firsts)
+        reasoned = [r.reasoning_tokens for r in responses if r.reasoning_tokens is not None]
+        details = CompletionDetails(reasoning_tokens=sum(reasoned)) if reasoned else UNSET
         return Usage(
             prompt_tokens=read,
             completion_tokens=written,
             total_tokens=read + written,
             prompt_tokens_details=CachedTokens(cached_tokens=cached),
+            completion_tokens_details=details,
         )
 
 

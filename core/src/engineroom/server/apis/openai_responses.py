@@ -225,7 +225,7 @@ def _usage(answer: InferenceResponse) -> ResponseUsage:
         input_tokens=read,
         input_tokens_details=InputTokensDetails(cached_tokens=answer.cached_prompt_tokens or 0),
         output_tokens=written,
-        output_tokens_details=OutputTokensDetails(),
+        output_tokens_details=OutputTokensDetails(reasoning_tokens=answer.reasoning_tokens or 0),
         total_tokens=read + written,
     )
 

@@ -10,6 +10,7 @@ import msgspec
 from engineroom.generation.deltas import ReasoningDelta, ToolCallDelta
 from engineroom.schemas import InferenceResponse, TokenLogprob
 from engineroom.server.apis.openai_logprobs import TokenEntry, token_entries
+from engineroom.server.apis.tool_fields import is_object
 from engineroom.server.http.frames import Answer, dumps, json_text, named_event
 
 __all__ = [
@@ -96,20 +97,23 @@ class ItemWriter:
     def items_of(
         self, response: InferenceResponse, status: ItemStatus, logprobs: Any = ()
     ) -> list[OutputItem]:
-        """Those of a whole answer.
+        """Those of a whole answer: what a stream's last event has.
 
         :param logprobs: entries for its text, or what they are encoded.
         """
         items: list[OutputItem] = []
+        text, calls = response.generated_text or "", response.tool_calls or ()
+        # What is last is as complete as the answer, unless the end cut a call behind it.
+        last: ItemStatus = "completed" if calls or response.cut_call else status
         if response.reasoning:
-            text = ReasoningText(text=response.reasoning)
-            item_id = self._id(ReasoningItem, 0)
-            items.append(ReasoningItem(id=item_id, status="completed", content=[text]))
-        if response.generated_text or not response.tool_calls:
-            part = OutputText(text=response.generated_text or "", logprobs=logprobs)
+            thought = ReasoningText(text=response.reasoning)
+            item_id, ended = self._id(ReasoningItem, 0), "completed" if text else last
+            items.append(ReasoningItem(id=item_id, status=ended, content=[thought]))
+        if text or not (items or calls or response.cut_call):
+            part = OutputText(text=text, logprobs=logprobs)
             item_id = self._id(OutputMessage, len(items))
-            items.append(OutputMessage(id=item_id, status=status, content=[part]))
-        for made in response.tool_calls or ():
+            items.append(OutputMessage(id=item_id, status=last, content=[part]))
+        for made in calls:
             item_id = self._id(FunctionCallItem, len(items))
             items.append(
                 FunctionCallItem(
@@ -147,7 +151,11 @@ class ItemWriter:
             return self._reason(chunk.text)
         if isinstance(chunk, ToolCallDelta):
             return self._call(chunk)
-        begun = b"" if isinstance(self._open, OutputMessage) else self.message()
+        begun = b""
+        if not isinstance(self._open, OutputMessage):
+            if not chunk:
+                return b""
+            begun = self.message()
         self._parts.append(chunk)
         number = self._number
         self._number = number + 1
@@ -176,14 +184,24 @@ class ItemWriter:
     def end(
         self, response: InferenceResponse, status: ItemStatus
     ) -> tuple[bytes, list[OutputItem]]:
-        """The last item ends; with it, all that there are. A call that was cut short is none."""
-        begun = b"" if self._items or self._open else self.message()
+        """The last item ends; with it, all that there are. A call that was cut short is none, nor
+        is one that went on as something else.
+        """
         known = {made.id for made in response.tool_calls or ()}
-        cut = isinstance(self._open, FunctionCallItem) and self._open.call_id not in known
-        ended = self._end("incomplete" if cut else status)
-        if cut:
-            self._items.pop()
-        return begun + ended, self._items
+        ended = b""
+        if isinstance(self._open, FunctionCallItem):
+            ended = self._end("completed" if self._open.call_id in known else "incomplete")
+        elif self._open is not None:
+            ended = self._end("completed" if response.cut_call else status)
+        items = [
+            item
+            for item in self._items
+            if not isinstance(item, FunctionCallItem) or item.call_id in known
+        ]
+        if not items and not response.cut_call:
+            ended += self.message() + self._end(status)
+            items.append(self._items[-1])
+        return ended, items
 
     def _begin(
         self,
@@ -192,7 +210,7 @@ class ItemWriter:
         **fields: Any,
     ) -> bytes:
         """What is open ends, and another item begins."""
-        ended, place = self._end("completed"), len(self._items)
+        ended, place = self._end(self._status()), len(self._items)
         item = kind(id=self._id(kind, place), status="in_progress", **fields)
         self._open, self._parts, self._told = item, [], []
         begun = self.event("response.output_item.added", output_index=place, item=item)
@@ -202,12 +220,20 @@ class ItemWriter:
             )
         return ended + begun
 
+    def _status(self) -> ItemStatus:
+        """Of what is open, where something else comes: a call may have turned out to be none."""
+        if isinstance(self._open, FunctionCallItem) and not is_object("".join(self._parts)):
+            return "incomplete"
+        return "completed"
+
     def _place(self) -> dict[str, Any]:
         assert self._open is not None
         return {"item_id": self._open.id, "output_index": len(self._items)}
 
     def _reason(self, text: str) -> bytes:
         begun = b""
+        if not text:
+            return b""
         if not isinstance(self._open, ReasoningItem):
             begun = self._begin(ReasoningItem, ReasoningText(text=""), content=[])
         self._parts.append(text)

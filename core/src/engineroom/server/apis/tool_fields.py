@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, Final, Literal, TypeAlias
 
+import msgspec
 from pydantic import Field, Tag
 
 from engineroom.field_types import either
@@ -25,6 +26,7 @@ __all__ = [
     "ToolChoice",
     "ToolList",
     "chosen_tools",
+    "is_object",
     "reasoning_of",
 ]
 
@@ -52,6 +54,14 @@ class FunctionDefinition(SubSchema):
         if self.strict:
             function["strict"] = True
         return {"type": "function", "function": function}
+
+
+def is_object(arguments: str) -> bool:
+    """Whether the arguments of a call are whole: an object in JSON."""
+    try:
+        return isinstance(msgspec.json.decode(arguments), dict)
+    except (msgspec.DecodeError, RecursionError):
+        return False
 
 
 class ChatTool(SubSchema):
