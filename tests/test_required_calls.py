@@ -42,7 +42,8 @@ RUNTIMES: dict[str, tuple[str, dict[str, Any]]] = {
     "vllm": ("vllm", {"n_ctx": 1024, "n_parallel": 8}),
 }
 """Runtime → what it needs, and its options: eight requests at a time."""
-CITY = {"city": {"type": "string"}}
+# A small model at temperature 1 now and then babbles in a string without a bound up to the limit.
+CITY = {"city": {"type": "string", "maxLength": 40}}
 UNIT = {"unit": {"enum": ["celsius", "fahrenheit"]}}
 TOOLS = [
     {
