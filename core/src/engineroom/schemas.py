@@ -372,17 +372,21 @@ class EmbeddingRequest(InferenceRequest):
 
 
 class TokenLogprob(FrozenSchema):
-    """One generated token, how likely it was, and what else was likely."""
+    """One generated token, how likely it was, and what else was likely.
+
+    All of it is tuples: the garbage collector has nothing to do with those that hold texts and
+    numbers alone, and an answer may have hundreds of thousands.
+    """
 
     token_id: int
     token: str
     """The token's own text; U+FFFD stands for bytes that are no whole character."""
     logprob: float
-    top: list[tuple[int, str, float]] = Field(default_factory=list)
+    top: tuple[tuple[int, str, float], ...] = ()
     """The likeliest alternatives as ``(token_id, token, logprob)``, likeliest first."""
-    bytes: list[int] | None = None
+    bytes: tuple[int, ...] | None = None
     """The token's own bytes, which may be no whole character; ``None``: not known."""
-    top_bytes: list[tuple[int, ...]] | None = None
+    top_bytes: tuple[tuple[int, ...], ...] | None = None
     """Those of the alternatives, in their order."""
 
 

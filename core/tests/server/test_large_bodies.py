@@ -23,7 +23,7 @@ from server_doubles import TalkHandler
 
 from engineroom import Embeddings, InferenceResponse
 from engineroom.json_shape import SMALL_BODY
-from engineroom.server.http.frames import Answer, Pieces, dumps, slices
+from engineroom.server.http.frames import Answer, Pieces, dumps, slices, taken
 from engineroom.server.routes import APIS
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
@@ -264,6 +264,7 @@ def test_slices_are_all_of_it(items, size):
     cut = list(slices(items, size))
     assert [item for some in cut for item in some] == items
     assert cut and all(len(some) <= size for some in cut)
+    assert list(taken(items, size)) == cut and not items
 
 
 @pytest.mark.parametrize("words", [0, 1, 63, 64, 65, 200, 600])

@@ -17,6 +17,8 @@ from server_doubles import TalkHandler
 
 from engineroom import TokenLogprob, TokenStep
 from engineroom.engine import logprob_maker
+from engineroom.server.apis.openai_logprobs import ENTRIES, encoded
+from engineroom.server.http.rounds import Rounds
 
 TEXT = "é 🌸x"
 PIECES = (b"\xc3", b"\xa9", b" ", b"\xf0\x9f", b"\x8c", b"\xb8", b"x")
@@ -139,8 +141,8 @@ def test_entries_are_made_of_bytes():
         token="�",
         logprob=-1.0,
         top=[(1, "�", -0.5), (6, "x", -2.0)],
-        bytes=[0xC3],
-        top_bytes=[[0xA9], [0x78]],
+        bytes=(0xC3,),
+        top_bytes=((0xA9,), (0x78,)),
     )
 
 
@@ -151,4 +153,24 @@ def test_the_collector_has_little_to_walk_over() -> None:
     before = len(gc.get_objects())
     entries = [make(1, -0.5, [(i, -float(i)) for i in range(20)]) for _ in range(100)]
     gc.collect()
-    assert len(gc.get_objects()) - before < 10 * len(entries)
+    assert len(gc.get_objects()) - before < 3 * len(entries)
+
+
+async def test_entries_are_let_go_of_as_they_are_encoded() -> None:
+    """All at once would take as long as a round of the loop may."""
+    alive: list[int] = []
+
+    class Entry(TokenLogprob):
+        def __del__(self) -> None:
+            alive.remove(self.token_id)
+
+    class Counting(Rounds):
+        async def next(self) -> None:
+            left.append(len(alive))
+
+    left: list[int] = []
+    alive += range(5 * ENTRIES)
+    entries = [Entry(token_id=i, token="a", logprob=-0.5) for i in alive]
+    body = await encoded(Counting(), entries)
+    assert len(json.loads(bytes(body))) == 5 * ENTRIES
+    assert left == [n * ENTRIES for n in (5, 4, 3, 2, 1)] and not alive

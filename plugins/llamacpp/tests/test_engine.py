@@ -124,7 +124,7 @@ async def test_logprobs_have_the_bytes_of_halves_of_characters(make: Make) -> No
     bias = {3 + first: 100.0}
     response = await bench.service.infer(ask(logit_bias=bias, max_new_tokens=2, logprobs=20))
     for entry in response.logprobs:
-        assert (entry.token, entry.bytes) == ("\ufffd", [first])
+        assert (entry.token, entry.bytes) == ("\ufffd", (first,))
         assert [bytes(own) for own in entry.top_bytes] == [
             bench.engine.model.token_bytes(token) for token, _, _ in entry.top
         ]

@@ -25,13 +25,14 @@ def logprob_maker(own: Callable[[int], bytes]) -> MakeLogprob:
             token_id=token,
             token=piece.decode("utf-8", "replace"),
             logprob=value,
-            top=[
-                (i, piece.decode("utf-8", "replace"), value)
-                for (i, value), piece in zip(likeliest, pieces, strict=True)
-            ],
-            bytes=list(piece),
-            # Tuples of numbers are none of the collector's business, and there are many.
-            top_bytes=list(map(tuple, pieces)),
+            top=tuple(
+                [
+                    (i, piece.decode("utf-8", "replace"), value)
+                    for (i, value), piece in zip(likeliest, pieces, strict=True)
+                ]
+            ),
+            bytes=tuple(piece),
+            top_bytes=tuple(map(tuple, pieces)),
         )
 
     return make

@@ -14,7 +14,7 @@ from engineroom.server.apis.routing import SSE, work_route
 from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ApiError, OpenAIError, invalid_fields
 from engineroom.server.http.exchange import Writer, respond
-from engineroom.server.http.frames import Framer, event, named_event, slices
+from engineroom.server.http.frames import Framer, event, named_event, taken
 
 __all__ = ["ROUTES"]
 
@@ -52,13 +52,13 @@ class InferenceWriter(Writer):
         self._rounds = call.context.rounds
         self._logprobs = _NO_LOGPROBS
 
-    async def prepare(self, index: int, response: InferenceResponse) -> None:
+    async def prepare(self, index: int, logprobs: list[TokenLogprob] | None) -> None:
         """Encode its log probabilities."""
-        if response.logprobs is not None:
+        if logprobs is not None:
             parts: list[bytes] = []
-            for some in slices(response.logprobs, _ENTRIES):
+            for some in taken(logprobs, _ENTRIES):
                 await self._rounds.next()
-                parts.append(_LOGPROBS.dump_json(list(some))[1:-1])
+                parts.append(_LOGPROBS.dump_json(some)[1:-1])
             self._logprobs = b'"logprobs":[' + b",".join(parts) + b"]"
 
     def whole(self, responses: Sequence[InferenceResponse]) -> bytes:

@@ -30,7 +30,7 @@ from engineroom.server.apis.structured_fields import (
 from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ApiError, OpenAIError
 from engineroom.server.http.exchange import Writer
-from engineroom.server.http.frames import DONE, Answer, Framer, Pieces, dumps, event, slices
+from engineroom.server.http.frames import DONE, Answer, Framer, Pieces, dumps, event, taken
 
 __all__ = [
     "Chunk",
@@ -215,11 +215,11 @@ class OpenAIWriter(Writer):
             "id": f"{self.PREFIX}-{call.id}", "created": int(time.time()), "model": request.model,
         }  # fmt: skip
 
-    async def prepare(self, index: int, response: InferenceResponse) -> None:
+    async def prepare(self, index: int, logprobs: list[TokenLogprob] | None) -> None:
         """Encode the log probabilities of a whole answer."""
         if self.wants_logprobs and not self._streams:
             pieces = Pieces[Answer]()
-            for some in slices(response.logprobs or (), ENTRIES):
+            for some in taken(logprobs or [], ENTRIES):
                 await self._rounds.next()
                 pieces.add(self.entries(index, some))
             self._prepared[index] = pieces.whole()

@@ -9,7 +9,7 @@ from typing import Final
 import msgspec
 
 from engineroom.schemas import TokenLogprob
-from engineroom.server.http.frames import Answer, dumps, slices
+from engineroom.server.http.frames import Answer, dumps, taken
 from engineroom.server.http.rounds import Rounds
 
 __all__ = ["ENTRIES", "TokenEntry", "TopLogprob", "bytes_of", "encoded", "token_entries"]
@@ -60,10 +60,10 @@ def token_entries(logprobs: Sequence[TokenLogprob]) -> list[TokenEntry]:
     ]
 
 
-async def encoded(rounds: Rounds, logprobs: Sequence[TokenLogprob]) -> msgspec.Raw:
-    """The entries, some in each round of the event loop."""
+async def encoded(rounds: Rounds, logprobs: list[TokenLogprob]) -> msgspec.Raw:
+    """The entries, some in each round of the event loop; they are taken out of the list."""
     parts: list[bytes] = []
-    for some in slices(logprobs, ENTRIES):
+    for some in taken(logprobs, ENTRIES):
         await rounds.next()
         parts.append(dumps(token_entries(some))[1:-1])
     return msgspec.Raw(b"[" + b",".join(parts) + b"]")

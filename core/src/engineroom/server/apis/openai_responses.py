@@ -247,10 +247,10 @@ class ResponsesWriter(Writer):
         self._streams = bool(request.stream)
         self._entries: Any = []
 
-    async def prepare(self, index: int, response: InferenceResponse) -> None:
+    async def prepare(self, index: int, logprobs: list[TokenLogprob] | None) -> None:
         """Encode the log probabilities of a whole answer."""
-        if response.logprobs and not self._streams:
-            self._entries = await encoded(self._rounds, response.logprobs)
+        if logprobs and not self._streams:
+            self._entries = await encoded(self._rounds, logprobs)
 
     def whole(self, responses: Sequence[InferenceResponse]) -> bytes:
         (response,) = responses

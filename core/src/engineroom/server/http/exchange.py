@@ -49,9 +49,11 @@ class Writer(ABC):
         """The answers where no stream was asked for."""
         raise NotImplementedError
 
-    async def prepare(self, index: int, response: InferenceResponse) -> None:
+    async def prepare(self, index: int, logprobs: list[TokenLogprob] | None) -> None:
         """Encode what is long of an answer, a piece in each round of the loop; called before its
         end, and before :meth:`whole`.
+
+        :param logprobs: those of all its tokens, to be taken out of the list.
         """
 
     def begin(self, streams: Sequence[InferenceStream]) -> bytes:
@@ -91,9 +93,16 @@ async def respond(call: Call, requests: Sequence[InferenceRequest], writer: Writ
         await stream_all(call, requests, writer)
     else:
         responses = await answer_all(call, requests)
-        for index, response in enumerate(responses):
-            await writer.prepare(index, response)
+        for index in range(len(responses)):
+            logprobs = _logprobs_of(responses[index])
+            # Nothing else may hold them when they are taken: to let go of all at once takes long.
+            responses[index] = responses[index].model_copy(update={"logprobs": None})
+            await writer.prepare(index, logprobs)
         await call.answer(200, writer.whole(responses))
+
+
+def _logprobs_of(response: InferenceResponse) -> list[TokenLogprob] | None:
+    return None if response.logprobs is None else list(response.logprobs)
 
 
 async def answer_all(call: Call, requests: Sequence[InferenceRequest]) -> list[InferenceResponse]:
@@ -217,7 +226,7 @@ async def _stream_one(
         chunk = failed
     response = stream.response
     assert response is not None
-    await writer.prepare(0, response)
+    await writer.prepare(0, _logprobs_of(response))
     if isinstance(chunk, StreamError):
         tail = writer.fail(call.api_error_of(chunk.error), [response])
     else:
@@ -275,7 +284,7 @@ async def _stream_many(
                 left -= 1
                 response = streams[index].response
                 assert response is not None
-                await writer.prepare(index, response)
+                await writer.prepare(index, _logprobs_of(response))
                 frame += writer.finish(index, response)
             await call.send({"type": "http.response.body", "body": head + frame, "more_body": True})
             head = b""

@@ -23,6 +23,7 @@ __all__ = [
     "json_text",
     "named_event",
     "slices",
+    "taken",
 ]
 
 _encode = msgspec.json.Encoder().encode
@@ -90,6 +91,18 @@ class Pieces(Generic[_A]):
 def slices(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
     """The items, so many at a time; once nothing where there are none."""
     return (items[start : start + size] for start in range(0, max(1, len(items)), size))
+
+
+def taken(items: list[_T], size: int) -> Iterator[list[_T]]:
+    """The items like :func:`slices`, out of the list: to let go of many takes as long as to make
+    them.
+    """
+    while True:
+        some = items[:size]
+        del items[:size]
+        yield some
+        if not items:
+            return
 
 
 def event(value: Any) -> bytes:
