@@ -86,6 +86,12 @@ def test_the_toy_under_grammars_is_checked_in_whole(handler):
     assert skipped == {"entry-point", "num-beams", "early-stopping"} | thinks
 
 
+def test_a_context_of_512_letters_has_room_for_calls():
+    small = TOY.model_copy(update={"options": {"n_ctx": 512}})
+    results = run(FormsToy, "tool_calls", small)
+    assert [(r.outcome, r.reason) for r in results.values()] == [("passed", "")]
+
+
 # ── rules and checks ─────────────────────────────────────────────────────────────────────────────
 
 
