@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))  # whatever the import mode
 
 if TYPE_CHECKING:
+    import openai
     from server_running import Running
 
 
@@ -38,6 +40,32 @@ def start() -> Any:
     from server_running import running
 
     return running
+
+
+@pytest.fixture(scope="module")
+def run(start: Any) -> Iterator[Running]:
+    """A server whose runtime says what a test has written down."""
+    from tool_doubles import DeltaHandler
+
+    with start(handler=DeltaHandler()) as run:
+        yield run
+
+
+@pytest.fixture(scope="module")
+def openai_at() -> Iterator[Callable[[str], openai.OpenAI]]:
+    """What makes a client of OpenAI's for a server's address."""
+    import openai
+
+    with ExitStack() as clients:
+        yield lambda url: clients.enter_context(
+            openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
+        )
+
+
+@pytest.fixture(scope="module")
+def client(run: Running, openai_at: Callable[[str], openai.OpenAI]) -> openai.OpenAI:
+    """OpenAI's client of that server."""
+    return openai_at(run.url)
 
 
 @pytest.fixture(params=["httptools", "h11"])

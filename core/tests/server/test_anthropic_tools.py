@@ -12,18 +12,12 @@ pytest.importorskip("anthropic", reason="needs Anthropic's client")
 
 import anthropic
 import httpx
-from tool_doubles import ARGUMENTS, CALL, PARAMETERS, SECOND, THOUGHT, DeltaHandler
+from tool_doubles import ARGUMENTS, CALL, PARAMETERS, SECOND, THOUGHT
 
 PICTURE = {"type": "tool_result", "tool_use_id": "c", "content": [{"type": "image"}]}
 ASK = [{"role": "user", "content": "how is it?"}]
 WEATHER = {"name": "weather", "description": "how it is", "input_schema": PARAMETERS}
 TOOLS = [WEATHER, {"name": "time", "input_schema": {"type": "object"}}]
-
-
-@pytest.fixture(scope="module")
-def run(start):
-    with start(handler=DeltaHandler()) as run:
-        yield run
 
 
 @pytest.fixture(scope="module")

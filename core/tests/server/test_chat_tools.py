@@ -12,22 +12,10 @@ pytest.importorskip("openai", reason="needs OpenAI's client")
 
 import httpx
 import openai
-from tool_doubles import ARGUMENTS, CALL, FUNCTION, SECOND, THOUGHT, TOOLS, DeltaHandler
+from tool_doubles import ARGUMENTS, CALL, FUNCTION, SECOND, THOUGHT, TOOLS
 
 ASK = [{"role": "user", "content": "how is it?"}]
 MADE = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
-
-
-@pytest.fixture(scope="module")
-def run(start):
-    with start(handler=DeltaHandler()) as run:
-        yield run
-
-
-@pytest.fixture(scope="module")
-def client(run):
-    with openai.OpenAI(base_url=f"{run.url}/v1", api_key="any", max_retries=0) as client:
-        yield client
 
 
 def say(run, *chunks, **how):

@@ -12,9 +12,8 @@ import openai
 
 
 @pytest.fixture(scope="module")
-def client(shared):
-    with openai.OpenAI(base_url=f"{shared.url}/v1", api_key="any", max_retries=0) as client:
-        yield client
+def client(shared, openai_at):
+    return openai_at(shared.url)
 
 
 def test_a_text_is_answered(client):

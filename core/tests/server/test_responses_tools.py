@@ -9,21 +9,9 @@ pytest.importorskip("msgspec", reason="needs the extra engineroom[server]")
 pytest.importorskip("openai", reason="needs OpenAI's client")
 
 import openai
-from tool_doubles import ARGUMENTS, CALL, FUNCTION, SECOND, THOUGHT, DeltaHandler
+from tool_doubles import ARGUMENTS, CALL, FUNCTION, SECOND, THOUGHT
 
 TOOLS = [{"type": "function", **FUNCTION}, {"type": "function", "name": "time"}]
-
-
-@pytest.fixture(scope="module")
-def run(start):
-    with start(handler=DeltaHandler()) as run:
-        yield run
-
-
-@pytest.fixture(scope="module")
-def client(run):
-    with openai.OpenAI(base_url=f"{run.url}/v1", api_key="any", max_retries=0) as client:
-        yield client
 
 
 def ask(client, **body):

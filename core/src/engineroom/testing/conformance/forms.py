@@ -100,8 +100,8 @@ class FormChecks(Checks):
         result = ChatMessage(role="tool", content="21", tool_call_id=call.id)
         history = [question, ChatMessage(role="assistant", tool_calls=[call.as_message()]), result]
         # A history is told without the tools as well.
-        tools = {"tools": list(_TOOLS)} if room else {}
-        await kit.bench.answer(kit.likely(n=4, messages=history, **tools))
+        tools = [*_TOOLS] if room else None
+        await kit.bench.answer(kit.likely(n=4, messages=history, tools=tools))
 
 
 def _seed(kit: Kit, number: int) -> Mapping[str, Any]:
