@@ -7,12 +7,16 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from llama_benches import ask, no_leak
+from llama_benches import ask, move_eagerly, no_leak
 
 from engineroom import ResourceNotAvailableError
-from engineroom_llamacpp import context as context_module
+from engineroom_llamacpp import context as context_module, layout as layout_module
 from engineroom_llamacpp.cells import Cells
 from engineroom_llamacpp.context import LlamaContext
+from engineroom_llamacpp.layout import Layout
+from engineroom_llamacpp.moving import Mover
+from engineroom_llamacpp.prompt_store import PIECE
+from engineroom_llamacpp.sequences import Sequences
 
 Make = Callable[..., Awaitable[Any]]
 TEXT = "all of this is written by someone who knows how long a prompt can become, and why. " * 4
@@ -50,9 +54,92 @@ async def test_what_was_read_is_copied_for_others(make: Make) -> None:
     cached = sorted(r.cached_prompt_tokens or 0 for r in found)
     assert cached[0] == 0
     assert all(count > 300 for count in cached[1:])
-    assert fresh.engine.mover.store.budget == 0
     await fresh.idle()
     no_leak(fresh.engine)
+
+
+OTHERS = [f"{i}: something else that is long enough to be moved, too; " * 5 for i in range(6)]
+
+
+async def test_what_has_lost_its_part_comes_back_from_host_memory(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    move_eagerly(monkeypatch)
+    bench = await make(n_ctx=2048, n_parallel=2, kv_unified=False)
+    store = bench.engine.mover.store
+    first = await bench.service.infer(ask(TEXT))
+    assert store.used == 0
+    for text in OTHERS[:3]:
+        await bench.service.infer(ask(text))
+    assert store.used > 0
+    again = await bench.service.infer(ask(TEXT))
+    assert again.cached_prompt_tokens == first.prompt_tokens - 1 > 300
+    assert again.generated_text == first.generated_text
+    for text in OTHERS[:3]:
+        await bench.service.infer(ask(text))
+    longer = await bench.service.infer(ask(TEXT + first.generated_text + "and more"))
+    assert longer.cached_prompt_tokens >= first.prompt_tokens // 16 * 16
+    other = await bench.service.infer(ask(TEXT, cache_salt="another"))
+    assert other.cached_prompt_tokens == 0
+    # Only a part of what waits.
+    for text in OTHERS[:3]:
+        await bench.service.infer(ask(text))
+    some = await bench.service.infer(ask(TEXT[:200] + "and otherwise"))
+    assert 150 < some.cached_prompt_tokens < 220
+    fresh = await make(n_ctx=2048, prefix_cache=False)
+    expected = await fresh.service.infer(ask(TEXT[:200] + "and otherwise"))
+    assert some.generated_text == expected.generated_text
+    await bench.idle()
+    no_leak(bench.engine)
+
+
+async def test_those_that_come_together_each_get_it_back(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    move_eagerly(monkeypatch)
+    bench = await make(n_ctx=4096, n_parallel=4, kv_unified=False)
+    fresh = await make(n_ctx=4096, prefix_cache=False)
+    for text in (TEXT, *OTHERS[:4]):
+        await bench.service.infer(ask(text))
+    prompts = [f"{TEXT}{letter} and on" for letter in "abcdef"]
+    expected = [(await fresh.service.infer(ask(p))).generated_text for p in prompts]
+    answers = await asyncio.gather(*(bench.service.infer(ask(p)) for p in prompts))
+    assert [r.generated_text for r in answers] == expected
+    assert all((r.cached_prompt_tokens or 0) > 300 for r in answers)
+    await bench.idle()
+    no_leak(bench.engine)
+
+
+async def test_a_piece_that_has_gone_before_it_was_brought_is_read(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    move_eagerly(monkeypatch)
+    bench = await make(n_ctx=2048, n_parallel=2, kv_unified=False)
+    first = await bench.service.infer(ask(TEXT))
+    for text in OTHERS[:3]:
+        await bench.service.infer(ask(text))
+    mover = bench.engine.mover
+    look_up = Mover.look_up
+
+    def then_the_end_goes(self: Mover, task: Any) -> None:
+        look_up(self, task)
+        for piece, _ in task.coming[:2]:  # the last ones
+            self.store._remove(piece)
+
+    monkeypatch.setattr(Mover, "look_up", then_the_end_goes)
+    again = await bench.service.infer(ask(TEXT))
+    assert again.generated_text == first.generated_text
+    assert 0 < again.cached_prompt_tokens < first.prompt_tokens - 1
+    assert again.cached_prompt_tokens % PIECE == 0
+    assert mover.store.used > 0
+    monkeypatch.setattr(LlamaContext, "restore", lambda *_: False)
+    for text in OTHERS[:3]:
+        await bench.service.infer(ask(text))
+    third = await bench.service.infer(ask(TEXT))
+    assert third.generated_text == first.generated_text
+    assert third.cached_prompt_tokens == 0
+    await bench.idle()
+    no_leak(bench.engine)
 
 
 def test_where_nothing_is_shared_a_copy_counts() -> None:
@@ -88,9 +175,31 @@ async def test_a_request_that_is_too_long_for_its_part_has_the_whole(make: Make)
     # Also one that only grows out of it, and all of the context.
     full = await bench.service.infer(ask("x", max_new_tokens=None))
     assert (full.prompt_tokens or 0) + (full.generated_tokens or 0) == 1024
-    for _ in range(2):
-        assert (await bench.service.infer(asked[0])).generated_text == alone[0].generated_text
+    for letter in "defgh":
+        await bench.service.infer(ask(letter * 100, max_new_tokens=100))
+    assert (await bench.service.infer(asked[0])).generated_text == alone[0].generated_text
     assert not engine._context.unified
+    await bench.idle()
+    no_leak(engine)
+
+
+@pytest.mark.usefixtures("small")
+async def test_idle_prompts_stay_when_the_layout_changes(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    move_eagerly(monkeypatch)
+    monkeypatch.setattr(layout_module, "_PATIENCE", 0)
+    monkeypatch.setattr(layout_module, "_MOST_PATIENCE", 0)
+    bench = await make(n_ctx=1024, n_parallel=4, kv_unified="auto")
+    engine = bench.engine
+    short = TEXT[:100]
+    first = await bench.service.infer(ask(short))
+    for prompt, unified in ((TEXT + "!", True), ("x", False)):
+        await bench.service.infer(ask(prompt))
+        assert engine._context.unified == unified
+        again = await bench.service.infer(ask(short))
+        assert again.cached_prompt_tokens == first.prompt_tokens - 1
+        assert again.generated_text == first.generated_text
     await bench.idle()
     no_leak(engine)
 
@@ -109,6 +218,34 @@ async def test_without_memory_for_the_other_layout_only_those_end_that_need_it(
     assert (await bench.service.infer(ask("short"))).error_message is None
     await bench.idle()
     no_leak(bench.engine)
+
+
+def test_where_streams_are_too_small_soon_they_are_tried_again_later_each_time() -> None:
+    class Context:
+        """A fake."""
+
+        stream, changes, unified, sequences, cells = 100, True, False, 4, 400
+
+        def lay_out(self, *, unified: bool) -> None:
+            self.unified = unified
+
+    context: Any = Context()
+    sequences = Sequences(context, 4, 400, reuse=True, shared=False)
+    layout = Layout(context, sequences, 0)
+
+    def waits() -> int:
+        """Goes over to the whole; tokens until streams would do again."""
+        layout.change()
+        assert context.unified
+        began = sequences.clock
+        while not layout.is_wrong([]):
+            sequences.clock += 10
+        layout.change()
+        return sequences.clock - began
+
+    assert [waits() for _ in range(8)] == [200, 400, 800, 1600, 3200, 6400, 6400, 6400]
+    sequences.clock += 20000
+    assert waits() == 200
 
 
 def refuse(context: LlamaContext, *, unified: bool) -> None:

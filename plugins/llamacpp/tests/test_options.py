@@ -13,7 +13,7 @@ from engineroom_llamacpp.options import CacheType, LoraAdapter
 
 DEFAULTS: dict[str, Any] = {
     "n_ctx": None,
-    "kv_unified": True,
+    "kv_unified": "auto",
     "n_parallel": 8,
     "n_batch": 512,
     "n_ubatch": 512,

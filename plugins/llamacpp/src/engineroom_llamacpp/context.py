@@ -255,33 +255,34 @@ class LlamaContext:
             return
         # Not by llama.cpp's own copying of streams, which waits for the next batch: the state of a
         # sequence that is read before has not been copied then.
-        data = self._state(source) if self.keeps_all else None
-        if data is None:
+        whole = self._save_stream(source) if self.keeps_all else None
+        if whole is None or not self.restore(target, whole.part(0, length)):
             self._library.llama_memory_seq_cp(self._memory, source, target, -1, -1)
-        else:
-            self._set_state(target, data)
-        self.forget(target, length)
+            self.forget(target, length)
 
     def save(self, sequence: int, length: int, start: int = 0) -> SavedSequence | None:
         """Copy ``length`` cells of a sequence from ``start`` on; ``None``: llama.cpp cannot.
 
-        Where each sequence has a stream, they are all that it keeps, and ``start`` is 0.
+        Where each sequence has a stream, all of it is copied for that.
         """
-        part = self._part if self.unified else sequence
-        if self.unified:
-            self._library.llama_memory_seq_cp(self._memory, sequence, part, start, start + length)
-        else:
-            self.forget(sequence, length)
+        if not self.unified:
+            whole = self._save_stream(sequence)
+            if whole is None or len(whole) < start + length:
+                return None
+            return whole.part(start, start + length)
+        library, part = self._library, self._part
+        library.llama_memory_seq_cp(self._memory, sequence, part, start, start + length)
         try:
             data = self._state(part)
         finally:
-            if self.unified:
-                self.forget(part)
+            self.forget(part)
+        return None if data is None else SavedSequence(data, length)
+
+    def _save_stream(self, sequence: int) -> SavedSequence | None:
+        data = self._state(sequence)
         if data is None:
             return None
-        if self.unified:
-            return SavedSequence(data, length)
-        return SavedSequence.of_stream(data, sequence, self.sequences, length)
+        return SavedSequence.of_stream(data, sequence, self.sequences)
 
     def _state(self, sequence: int) -> NDArray[np.uint8] | None:
         library, handle = self._library, self._handle
@@ -303,7 +304,8 @@ class LlamaContext:
         """
         if not self.unified:
             copied = self._set_state(sequence, saved.for_streams(self.sequences))
-            self.forget(sequence, len(saved) if end is None else end)
+            if end is not None:
+                self.forget(sequence, end)
             return copied
         part = self._part
         copied = self._set_state(part, saved.data)

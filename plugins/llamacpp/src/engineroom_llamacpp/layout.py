@@ -19,6 +19,8 @@ __all__ = ["Layout"]
 
 _PATIENCE: Final = 2
 """Times a stream's cells: so many tokens are computed before it goes over to streams again."""
+_MOST_PATIENCE: Final = 64
+"""The same where streams were too small soon each time: it doubles until there."""
 
 
 class Layout:
@@ -31,7 +33,8 @@ class Layout:
         self._context = context
         self._sequences = sequences
         self._more = more
-        self._since = -_PATIENCE * context.stream
+        self._patience = _PATIENCE
+        self._since = -_MOST_PATIENCE * context.stream
         self.refused: ResourceNotAvailableError | None = None
         """Why it could not be changed: there was no memory for it. It stays as it is then."""
 
@@ -48,17 +51,23 @@ class Layout:
         if self.refused is not None:
             return False
         stream = self._context.stream
-        rested = self._sequences.clock - self._since >= _PATIENCE * stream
-        return rested and all(
+        return self._rested(self._patience) and all(
             task.width == 1 and 2 * len(task.tokens) <= stream for task in running
         )
 
     def change(self) -> None:
         """Go over to the other one; nobody has a sequence, and none has anything in it."""
         context = self._context
+        if not context.unified:
+            soon = not self._rested(2 * self._patience)
+            self._patience = min(2 * self._patience, _MOST_PATIENCE) if soon else _PATIENCE
         self._since = self._sequences.clock
         try:
             context.lay_out(unified=not context.unified)
         except ResourceNotAvailableError as error:
             self.refused = error
         self._sequences.lay_out(context.sequences, context.cells, shared=context.unified)
+
+    def _rested(self, patience: int) -> bool:
+        """Whether so many times a stream's cells were computed since it changed."""
+        return self._sequences.clock - self._since >= patience * self._context.stream

@@ -5,6 +5,9 @@ with. So they stay only where that is cheap: when they are few, and for as many 
 make moving them the smaller loss. Copies are made in pieces, a few in a step beside requests
 that decode, so that nobody waits long for them. What copying takes and what reading takes is
 measured on the way: pieces come back only where that is quicker.
+
+A stream of a sequence's own costs nobody anything. What is idle there stays until its stream is
+needed, and is copied then, at one go as llama.cpp has it; so it comes back, too.
 """
 
 from __future__ import annotations
@@ -45,9 +48,7 @@ class Mover:
     def __init__(self, context: LlamaContext, sequences: Sequences, budget: int) -> None:
         self._context = context
         self._sequences = sequences
-        self.store: PromptStore[SavedSequence] = PromptStore(
-            budget if sequences.reuse and (sequences.shared or context.changes) else 0
-        )
+        self.store: PromptStore[SavedSequence] = PromptStore(budget if sequences.reuse else 0)
         self._out, self._into, self._reading = Usual(), Usual(), Usual()  # seconds a token
         self._step = Usual()
         self._left = math.inf  # seconds of copying that this step still may take
@@ -60,12 +61,14 @@ class Mover:
         :param tasks: running requests.
         :param most: tokens that a step has at most.
         """
-        if not self._moves:
+        if not self.store.budget:
             return
         beside = any(task.decodes for task in tasks)
         self._left = _SHARE * (self._step.value or 0.0) if beside else math.inf
         cells = self._sequences.cells
-        if cells.used - cells.busy <= _FEW or not self._worth_moving():
+        if not self._sequences.shared or cells.used - cells.busy <= _FEW:
+            return
+        if not self._worth_moving():
             return
         rows = min(most, sum(max(1, len(task.tokens) - task.cached) for task in tasks))
         for sequence in self._sequences.idle_since(_PATIENCE - rows):
@@ -75,14 +78,15 @@ class Mover:
 
     def look_up(self, task: Task) -> None:
         """See whether more of a prompt is in host memory than in the cache, for :meth:`bring`."""
-        if not self._moves:
+        if not self.store.budget:
             return
         path = self.store.find(task.origin, task.tokens[:-1])
         if not path:
             return
         last, common = path[-1]
         gain = last.start + common - task.cached
-        pieces = [(piece, length) for piece, length in path if piece.end > task.cached]
+        known = task.cached if self._sequences.shared else 0
+        pieces = [(piece, length) for piece, length in path if piece.end > known]
         copied = sum(len(piece.tokens) for piece, _ in pieces)
         if gain < BLOCK or not self._worth_bringing(copied, gain):
             return
@@ -139,14 +143,9 @@ class Mover:
     def keep_all(self) -> None:
         """Copy what is idle, and leave the cache without it."""
         self._left = math.inf
-        for sequence in self._sequences.idle_since(0) if self._moves else ():
+        for sequence in self._sequences.idle_since(0):
             self._keep(sequence)
         self._sequences.forget_idle()
-
-    @property
-    def _moves(self) -> bool:
-        """Streams have no cells for others, and copies in pieces are made in a unified cache."""
-        return self.store.budget > 0 and self._sequences.shared
 
     def _worth_moving(self) -> bool:
         out, reading = self._out.value, self._reading.value
@@ -164,6 +163,9 @@ class Mover:
         if known > task.cached:
             task.cached = known
             task.reused = max(task.reused or 0, known)
+        if not self._sequences.shared:
+            self._bring_stream(task)
+            return
         piece, common = task.coming.pop()
         end = piece.start + common
         if end <= task.cached:
@@ -173,6 +175,28 @@ class Mover:
             task.reused = min(task.reused or 0, task.cached)
         else:
             task.cached = end
+
+    def _bring_stream(self, task: Task) -> None:
+        """All of it, in place of what is in the stream."""
+        (sequence,) = task.sequences
+        parts, end = [], 0
+        while task.coming:
+            piece, common = task.coming.pop()
+            if piece.data is None:  # it has gone, and with it what comes after it
+                task.coming.clear()
+                break
+            parts.append(piece.data)
+            end = piece.start + common
+        if end - task.cached >= BLOCK:
+            self._sequences.cut(sequence, 0)
+            task.cached = 0
+            began = perf_counter()
+            copied = self._context.restore(sequence.index, SavedSequence.joined(parts), 0, end)
+            self._spent(self._into, began, sum(map(len, parts)))
+            if copied:
+                self._sequences.cells.grow(sequence.chain, end)
+                task.cached = end
+        task.reused = min(task.reused or 0, task.cached)
 
     def _copy_in(
         self, sequence: CellSequence, piece: Piece[SavedSequence], start: int, end: int
@@ -193,26 +217,40 @@ class Mover:
 
         :returns: whether that is all; else the step has no more time for it.
         """
-        if not self._moves:
+        if not self.store.budget:
             return False
-        tokens, origin = sequence.tokens, sequence.origin
+        tokens, origin, shared = sequence.tokens, sequence.origin, self._sequences.shared
         path = [p for p, common in self.store.find(origin, tokens) if common == len(p.tokens)]
         start = sum(len(piece.tokens) for piece in path if len(piece.tokens) == PIECE)
         if sum(len(piece.tokens) for piece in path) == len(tokens):
             start = len(tokens)
         if len(tokens) - start < BLOCK:
             self.store.touch(path)
+            return True
+        whole = None if shared or not self._worth_moving() else self._copy_out(sequence, 0)
+        if not shared and whole is None:
+            return True
         while len(tokens) - start >= BLOCK:
-            if self._left <= 0:
-                return False
             end = min(start + PIECE, len(tokens))
-            began = perf_counter()
-            data = self._context.save(sequence.index, end - start, start)
-            self._spent(self._out, began, end - start)
+            if whole is not None:
+                data: SavedSequence | None = whole.part(start, end)
+            elif self._left <= 0:
+                return False
+            else:
+                data = self._copy_out(sequence, start, end)
             if data is None or not self.store.add(origin, start, tokens[:end], data):
                 break
             start = end
         return True
+
+    def _copy_out(
+        self, sequence: CellSequence, start: int, end: int | None = None
+    ) -> SavedSequence | None:
+        count = (len(sequence.tokens) if end is None else end) - start
+        began = perf_counter()
+        data = self._context.save(sequence.index, count, start)
+        self._spent(self._out, began, count)
+        return data
 
     def _spent(self, usual: Usual, began: float, tokens: int) -> None:
         seconds = perf_counter() - began

@@ -60,12 +60,12 @@ class LlamaCppOptions(ChatOptions):
     n_ctx: Annotated[_Int, Field(ge=8)] | None = None
     """Cells of the key/value cache, shared by all sequences; one request may use them all.
     ``None``: what the model was trained for, at most 8192."""
-    kv_unified: bool | Literal["auto"] = True
+    kv_unified: bool | Literal["auto"] = "auto"
     """``False``: each of ``n_parallel`` requests has ``n_ctx / n_parallel`` cells of its own and no
-    more, and pays nothing for what others have: many long prompts at once are read a third
-    faster. What is reused is then copied instead of shared, and nothing waits in host memory.
-    ``auto``: likewise, as long as that is enough for each request; then it goes over to the whole
-    for all, and back. On CPUs, with 1,024 cells or more for each; else as ``True``."""
+    more, and pays nothing for what others have. What is reused is copied then, not shared.
+    ``True``: all have the whole in common. ``auto``: each has its own, as long as that is enough
+    for each request; then it goes over to the whole for all, and back. On CPUs, with 1,024 cells or
+    more for each; else as ``True``."""
     n_parallel: Annotated[_Int, Field(ge=1, le=256)] = 8
     """Requests that are decoded at one time; more wait."""
     n_batch: Annotated[_Int, Field(ge=1, le=65536)] = 512

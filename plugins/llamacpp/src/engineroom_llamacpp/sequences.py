@@ -133,6 +133,8 @@ class Sequences:
         is_idle = not best.chain.busy
         alone = is_idle and not self._free and len(self._idle) == 1
         if alone or (is_idle and len(best.tokens) - common < BLOCK):
+            if len(best.tokens) - common >= BLOCK:
+                self.leaving(best)
             self._idle.remove(best)
             self.cut(best, common)
             self.cells.wake(best.chain)

@@ -123,7 +123,7 @@ def prompt_cache(header: GgufHeader, options: LlamaCppOptions, free: int | None)
     cut = not header.number("attention.sliding_window") and not any(
         key.startswith(f"{header.architecture}.ssm.") for key in header.metadata
     )
-    if not options.prefix_cache or not options.kv_unified or not cut or is_encoder(header):
+    if not options.prefix_cache or not cut or is_encoder(header):
         return 0
     if options.prompt_cache_memory is not None:
         return options.prompt_cache_memory
