@@ -9,7 +9,8 @@ import itertools
 import json
 import re
 import struct
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -23,7 +24,9 @@ from server_doubles import TalkHandler
 
 from engineroom import Embeddings, InferenceResponse
 from engineroom.json_shape import SMALL_BODY
+from engineroom.server.http.call import Call
 from engineroom.server.http.frames import Answer, Pieces, dumps, slices, taken
+from engineroom.server.http.rounds import Rounds
 from engineroom.server.routes import APIS
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
@@ -265,6 +268,25 @@ def test_slices_are_all_of_it(items, size):
     assert [item for some in cut for item in some] == items
     assert cut and all(len(some) <= size for some in cut)
     assert list(taken(items, size)) == cut and not items
+
+
+@pytest.mark.parametrize("size", [0, 1, 256 << 10, (256 << 10) + 1, 1 << 20])
+async def test_a_long_answer_is_sent_in_pieces(size):
+    """All that copies it on its way would hold the loop at one go."""
+
+    class Sent(list[dict[str, Any]]):
+        context = SimpleNamespace(rounds=Rounds())
+
+        async def send(self, message: dict[str, Any]) -> None:
+            self.append(message)
+
+    sent, body = Sent(), bytes(range(256)) * (size // 256) + b"x" * (size % 256)
+    await Call.finish(cast("Call", sent), body)
+    assert b"".join(message["body"] for message in sent) == body
+    assert [message.get("more_body", False) for message in sent[:-1]] == [True] * (len(sent) - 1)
+    assert not sent[-1].get("more_body", False)
+    assert max(len(message["body"]) for message in sent) <= 256 << 10
+    assert len(sent) == max(1, -(-size // (256 << 10)))
 
 
 @pytest.mark.parametrize("words", [0, 1, 63, 64, 65, 200, 600])

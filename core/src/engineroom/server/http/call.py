@@ -41,6 +41,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _decoder: Final = msgspec.json.Decoder()
 _MAX_DISCARDED: Final = 512 << 20
 _DISCARD_S: Final = 10.0
+_PIECE: Final = 256 << 10
 
 
 class ClientGoneError(Exception):
@@ -238,7 +239,16 @@ class Call:
         """Send a whole answer."""
         length = (b"content-length", str(len(body)).encode())
         await self.start(status, (*headers, length))
-        await self.send({"type": "http.response.body", "body": body})
+        await self.finish(body)
+
+    async def finish(self, body: bytes) -> None:
+        """Send the last of the body; what is long in pieces, since each is copied on its way."""
+        last = max(0, len(body) - 1) // _PIECE * _PIECE
+        for start in range(0, last, _PIECE):
+            await self.context.rounds.next()
+            piece = body[start : start + _PIECE]
+            await self.send({"type": "http.response.body", "body": piece, "more_body": True})
+        await self.send({"type": "http.response.body", "body": body[last:]})
 
     async def answer_json(self, value: Any, status: int = 200) -> None:
         """Send a value as JSON."""

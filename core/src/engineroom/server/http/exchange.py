@@ -232,7 +232,7 @@ async def _stream_one(
     else:
         tail = writer.finish(0, response) + writer.end([response])
     await heartbeat.stop()
-    await send({"type": "http.response.body", "body": head + tail})
+    await call.finish(head + tail)
 
 
 async def _stream_many(
@@ -291,7 +291,7 @@ async def _stream_many(
         else:
             tail = writer.end([s.response for s in streams if s.response is not None])
         await heartbeat.stop()
-        await call.send({"type": "http.response.body", "body": tail})
+        await call.finish(tail)
     finally:
         for task in tasks:
             task.cancel()
