@@ -320,7 +320,7 @@ async def test_its_log_names_request_and_model_and_never_a_text(
     told = [(r.levelname, r.getMessage()) for r in mine if r.name == "engineroom.requests"]
     assert [level for level, _ in told] == ["DEBUG", "INFO", "DEBUG", "WARNING"]
     assert "started (embed)" in told[0][1]
-    assert "finished: embed, eos_token, 1 prompt tokens in" in told[1][1]
+    assert "finished: embed, done, 1 prompt tokens in" in told[1][1]
     assert [r.name for r in mine if r.exc_info] == ["engineroom.service"]
     assert "confidential" not in caplog.text
 

@@ -148,6 +148,7 @@ from .telemetry import (
     RequestLogger as RequestLogger,
     request_logger as request_logger,
     work_logger as work_logger,
+    work_priority as work_priority,
 )
 from .tools import (
     NamedTool as NamedTool,

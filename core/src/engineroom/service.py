@@ -119,6 +119,7 @@ class LLMInferenceService:
         *,
         timeout_s: float | None = None,
         request_id: str | None = None,
+        priority: int | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> Embeddings:
         """Turn texts into vectors, with a model that is made for it.
@@ -128,12 +129,18 @@ class LLMInferenceService:
         :param texts: at least one, none of them empty.
         :param timeout_s: seconds that it may take, waiting and loading included.
         :param request_id: what logs and observers call it; ``None``: an id of its own.
+        :param priority: as a request's, -100 to 100; ``None``: 0.
         :param metadata: the caller's own; handed to observers, never to the model.
         :raises ConfigurationError: there is no text, or the model makes no embeddings.
         :raises EngineRoomError: what else a request may fail with.
         """
         request = _embedding_request(
-            model_id, texts, timeout_s=timeout_s, request_id=request_id, metadata=metadata
+            model_id,
+            texts,
+            timeout_s=timeout_s,
+            request_id=request_id,
+            priority=priority,
+            metadata=metadata,
         )
         scope = RequestScope(request)
         embeddings: Embeddings | None = None

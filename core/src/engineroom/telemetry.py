@@ -19,6 +19,7 @@ __all__ = [
     "RequestLogger",
     "request_logger",
     "work_logger",
+    "work_priority",
 ]
 
 LOGGER_NAME: Final = "engineroom"
@@ -78,6 +79,12 @@ def work_logger(logger: logging.Logger, model_id: str = "-") -> RequestLogger:
         extra = {"request_id": "-", "model_id": model_id, "key_name": "-"}
         return RequestLogger(logger, extra)
     return request_logger(logger, request)
+
+
+def work_priority() -> int:
+    """The priority of the request that such a call is made for; 0: there is none."""
+    request = WORK.get()
+    return 0 if request is None else request.priority
 
 
 class LoggingObserver:

@@ -224,8 +224,8 @@ def deployed(site, spawn, tmp_path, command):
     file.write_text(MODELS)
     made = {}
 
-    def serve(*args: str):
-        process = made["process"] = spawn("serve", "-c", str(file), "--port", "0", *args)
+    def serve(*args: str, log: tuple[str, ...] = ()):
+        process = made["process"] = spawn(*log, "serve", "-c", str(file), "--port", "0", *args)
         url = url_of(process)
         read_until(process, "two is ready")
         return process, file, lambda *words: command("models", *words, "--url", url)
@@ -274,14 +274,17 @@ def test_a_deployment_is_reloaded_on_demand(deployed):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="the system has no SIGHUP")
-def test_sighup_reloads_the_deployment(deployed):
-    process, file, models_of = deployed()
+@pytest.mark.parametrize("log", [(), ("--log-level", "info")])
+def test_sighup_reloads_the_deployment(deployed, log):
+    process, file, models_of = deployed(log=log)
     file.write_text(MODELS + "  - {model_id: three, source: 'echo:'}\n")
     process.send_signal(signal.SIGHUP)
     read_until(process, "the deployment was reloaded: added: three")
     file.write_text("models: 3\n")
     process.send_signal(signal.SIGHUP)
-    assert "the old one goes on" in read_until(process, "was not reloaded")[-1]
+    lines = read_until(process, "was not reloaded")
+    assert "the old one goes on" in lines[-1]
+    assert not any("was reloaded" in line for line in lines), "it is told once"
     assert "three" in models_of("ls").out
 
 

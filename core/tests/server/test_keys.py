@@ -15,8 +15,10 @@ pytest.importorskip("httpx", reason="needs httpx")
 import httpx
 from hypothesis import example, given, settings, strategies as st
 
+from engineroom import work_priority
 from engineroom.errors import ConfigurationError
 from engineroom.server.keys import KeyRing, KeySpec, new_key
+from engineroom.testing import EchoHandler
 
 ANN, BOB, BOSS, LOW = (f"{name}-key-0123456789" for name in ("ann", "bob", "boss", "low"))
 CHAT = "/v1/chat/completions"
@@ -338,6 +340,7 @@ def test_no_key_goes_before_others_by_more_than_it_may(
         return
     assert told == f"priority {asked} is more than this key may ask for; it goes as {runs_with}"
     assert len(lowered) == 1 and lowered[0].key_name == ranked.handler.seen[-1].key_name
+    assert lowered[0].levelname == "WARNING"
     if path == "/v1/inference":
         data = answer.text.rpartition("data: ")[2] if stream else answer.text
         assert json.loads(data)["warnings"] == [told]
@@ -347,3 +350,47 @@ def test_without_a_word_nobody_goes_before_others(start):
     with start(max_priority=0) as run:
         httpx.post(run.url + CHAT, json=talk(priority=1))
         assert run.handler.seen[-1].priority == 0
+
+
+class Ranks(EchoHandler):
+    """Says with which priority it was asked for vectors."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    async def embed(self, loaded_model, texts):
+        self.seen.append(work_priority())
+        return await super().embed(loaded_model, texts)
+
+
+@pytest.fixture(scope="module")
+def vectors(start):
+    keys = [KeySpec("ann", ANN), KeySpec("bob", BOB, 7), KeySpec("low", LOW, -20)]
+    models = [{"model_id": "m", "source": "echo:"}]
+    with start(models, Ranks(), keys=KeyRing(keys), max_priority=3) as run:
+        yield run
+
+
+@pytest.mark.parametrize(
+    ("key", "asked", "runs_with"),
+    [(ANN, 4, 3), (ANN, -9, -9), (ANN, None, 0), (BOB, 9, 7), (LOW, 0, -20), (LOW, None, -20)],
+)
+def test_nor_do_texts_for_vectors(vectors, key, asked, runs_with, caplog):
+    caplog.set_level("DEBUG", logger="engineroom")
+    body = {"model": "m", "input": "a", **({} if asked is None else {"priority": asked})}
+    answer = httpx.post(f"{vectors.url}/v1/embeddings", json=body, headers=bearer(key))
+    assert answer.status_code == 200 and vectors.handler.seen[-1] == runs_with
+    lowered = "x-engineroom-warning" in answer.headers
+    assert lowered == (asked not in (None, runs_with)) == (" was lowered to " in caplog.text)
+    assert "unknown field" not in caplog.text
+    vectors.until(lambda: "finished: embed, done" in caplog.text)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"priority": "x"}, {"priority": 101}, {"timeout_s": "x"}, {"timeout_s": -1}]
+)
+def test_what_such_a_request_asks_for_is_checked(vectors, wrong):
+    body = {"model": "m", "input": "a", **wrong}
+    answer = httpx.post(f"{vectors.url}/v1/embeddings", json=body, headers=bearer(ANN))
+    assert answer.status_code == 400 and answer.json()["error"]["param"] in wrong

@@ -247,12 +247,13 @@ def _tell(progress: PreloadProgress) -> None:
 
 
 class _Reloads:
-    """Says what a reload of the deployment changed."""
+    """Says what a reload of the deployment changed, where the log does not."""
 
     @hookimpl
     def engineroom_deployment_reloaded(self, report: ReloadReport) -> None:
         """A line for each."""
-        say(f"the deployment was reloaded: {report}")
+        if not logging.getLogger(LOGGER_NAME).isEnabledFor(logging.INFO):
+            say(f"the deployment was reloaded: {report}")
 
 
 class _Errors(logging.Handler):

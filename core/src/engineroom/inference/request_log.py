@@ -28,7 +28,16 @@ from engineroom.prompts.messages import strings
 from engineroom.schemas import InferenceRequest, InferenceResponse
 from engineroom.telemetry import request_logger
 
-__all__ = ["Whose", "defect", "finished", "origin", "rejected", "started", "whose_mistake"]
+__all__ = [
+    "Whose",
+    "defect",
+    "end_of",
+    "finished",
+    "origin",
+    "rejected",
+    "started",
+    "whose_mistake",
+]
 
 logger = get_logger("engineroom.requests")
 service_logger = get_logger("engineroom.service")
@@ -72,6 +81,12 @@ def rejected(request: InferenceRequest, reason: str) -> None:
     )
 
 
+def end_of(request: InferenceRequest, response: InferenceResponse) -> str:
+    """How it ended, in a word. No end of a text is the reason why vectors are there."""
+    reason = response.finish_reason or "error"
+    return "done" if (request.kind, reason) == ("embed", "eos_token") else reason
+
+
 def finished(scope: RequestScope, response: InferenceResponse, level: int) -> None:
     """How it ended.
 
@@ -82,7 +97,7 @@ def finished(scope: RequestScope, response: InferenceResponse, level: int) -> No
         level = logging.ERROR if _is_news(scope) else logging.WARNING
     if not logger.isEnabledFor(level):
         return
-    generates = request.kind == "generate"
+    generates, end = request.kind == "generate", end_of(request, response)
     first = response.time_to_first_token_ms
     request_logger(logger, request).log(
         level,
@@ -90,7 +105,7 @@ def finished(scope: RequestScope, response: InferenceResponse, level: int) -> No
         "waited %.0f ms%s)%s",
         request.request_id,
         request.model_id,
-        response.finish_reason if generates else f"{request.kind}, {response.finish_reason}",
+        end if generates else f"{request.kind}, {end}",
         _count(response.prompt_tokens),
         f"and {_count(response.generated_tokens)} generated tokens" if generates else "tokens",
         response.inference_time_ms or 0.0,

@@ -80,15 +80,13 @@ async def _reload_when(reload_now: asyncio.Event, manager: LLMModelManager) -> N
         await reload_now.wait()
         reload_now.clear()
         try:
-            report = await manager.reload()
+            await manager.reload()  # which tells of it
         except EngineRoomError as error:
             logger.error("the deployment was not reloaded, the old one goes on: %s", error)
         except BaseException as error:
             if passes(error):
                 raise
             log_failure(logger, error, "the deployment was not reloaded")
-        else:
-            logger.info("the deployment was reloaded: %s", report)
 
 
 def _changes(manager: LLMModelManager) -> AsyncIterator[set[tuple[Any, str]]]:

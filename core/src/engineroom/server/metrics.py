@@ -21,6 +21,7 @@ from prometheus_client.utils import floatToGoString
 from engineroom.border import in_thread
 from engineroom.config.model import LoadedModel
 from engineroom.handlers.markers import hookimpl
+from engineroom.inference.request_log import end_of
 from engineroom.printable import printable
 from engineroom.schemas import InferenceRequest, InferenceResponse
 from engineroom.server.directory import ModelDirectory
@@ -203,9 +204,7 @@ class PrometheusObserver:
             self._latency.labels(*labels).observe(response.inference_time_ms / 1000)
         reason = response.finish_reason or "error"
         self._success.labels(*labels, reason).inc()
-        # No end of a text is the reason why vectors are there.
-        why = "done" if (request.kind, reason) == ("embed", "eos_token") else reason
-        self._ended.labels(*labels, request.kind, why).inc()
+        self._ended.labels(*labels, request.kind, end_of(request, response)).inc()
         if reason == "cancelled":
             stage = "decoding" if generated else "waiting" if prompt is None else "prefill"
             self._cancelled.labels(*labels, stage).inc()

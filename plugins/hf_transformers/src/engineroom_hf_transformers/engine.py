@@ -28,6 +28,7 @@ from engineroom import (
     ResourceNotAvailableError,
     request_logger,
     work_logger,
+    work_priority,
 )
 from engineroom.engine import Constraint, SamplerState, Scheduler, StepBatch, logprob_maker
 from engineroom.sources import PoolingRecipe
@@ -159,7 +160,8 @@ class HfEngine(BatchingEngine[Job]):
         assert self.recipe is not None
         most, stopped = self._max_batch_tokens, self._is_interrupted
         work = EmbeddingJob(self.parts, self.recipe, texts, most, stopped)
-        await self.run(EmbeddingTask(work=work, log=work_logger(logger, self.name)))
+        log = work_logger(logger, self.name)
+        await self.run(EmbeddingTask(work=work, log=log, priority=work_priority()))
         return work.vectors
 
     def health(self) -> HandlerHealth:

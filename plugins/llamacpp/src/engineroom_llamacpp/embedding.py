@@ -26,6 +26,7 @@ from engineroom import (
     TokenStep,
     default_threads,
     work_logger,
+    work_priority,
 )
 from engineroom_llamacpp.adapters import set_adapters
 from engineroom_llamacpp.context import context_params
@@ -92,6 +93,7 @@ class EmbeddingEngine(BatchingEngine[EmbeddingTask]):
             vectors=[[] for _ in texts],
             todo=list(range(len(texts) - 1, -1, -1)),
             log=work_logger(logger, self.name),
+            priority=work_priority(),
         )
         await self.run(task)
         return task.vectors

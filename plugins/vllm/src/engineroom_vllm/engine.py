@@ -22,6 +22,7 @@ from engineroom import (
     TokenStep,
     turn_of,
     work_logger,
+    work_priority,
 )
 from engineroom.engine import (
     TOO_LONG,
@@ -191,15 +192,15 @@ class VLLMEngine(Engine):
             raise self.lifecycle.gone()
         if len(self._running) - self.parallel >= self.options.max_queue:
             raise self._full()
-        owner = work_logger(logger).key_name
+        owner, priority = work_logger(logger).key_name, work_priority()
         order = next(self._orders)
         running = self._running[order] = _Running(0)
         vectors: list[list[float]] = [[] for _ in texts]
-        todo = iter(enumerate(texts))
+        todo = iter(enumerate(texts))  # some requests have many
 
         async def work() -> None:
             for number, ids in todo:
-                async with self._turnstile.passed(owner):  # each text: some requests have many
+                async with self._turnstile.passed(owner, priority):
                     self._came()
                     vectors[number] = await self._vector(ids, f"{order}-{number}", running)
 

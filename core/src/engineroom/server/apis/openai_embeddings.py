@@ -11,7 +11,14 @@ from pydantic import BeforeValidator, Field, Tag, ValidationError
 
 from engineroom.field_types import either
 from engineroom.schemas import EmbeddingRequest, GenerationParams
-from engineroom.server.apis.request_fields import ApiRequest, ModelName, common_fields, parse
+from engineroom.server.apis.request_fields import (
+    ApiRequest,
+    ModelName,
+    Priority,
+    TimeoutS,
+    common_fields,
+    parse,
+)
 from engineroom.server.apis.routing import work_route
 from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ApiError, invalid_fields
@@ -45,6 +52,8 @@ class EmbeddingsRequest(ApiRequest):
     ]
     encoding_format: Literal["float", "base64"] | None = None
     user: str | None = None
+    timeout_s: TimeoutS | None = None
+    priority: Priority | None = None
 
     REFUSED: ClassVar[Mapping[str, Collection[Any]]] = {"dimensions": ()}
 
@@ -88,6 +97,7 @@ async def embeddings(call: Call) -> None:
             request_id=call.id,
             params=GenerationParams(max_new_tokens=1),  # nothing is generated
             timeout_s=common["timeout_s"],
+            priority=common["priority"],
             metadata=common["metadata"],
         )
     except ValidationError as error:
@@ -98,6 +108,7 @@ async def embeddings(call: Call) -> None:
             asked.texts,
             timeout_s=slot.left_of(asked.timeout_s),
             request_id=asked.request_id,
+            priority=asked.priority,
             metadata=asked.metadata,
         )
         slot.used = tokens = made.prompt_tokens

@@ -27,11 +27,13 @@ __all__ = [
     "Content",
     "ModelName",
     "Number",
+    "Priority",
     "Sampling",
     "StopList",
     "StreamOptions",
     "SubSchema",
     "TextPart",
+    "TimeoutS",
     "build",
     "chat_message",
     "check_counts",
@@ -59,6 +61,10 @@ ModelName = Annotated[
     str, Field(min_length=1, max_length=256, examples=["default"]), AfterValidator(_no_control)
 ]
 Number = Annotated[float, Field(allow_inf_nan=False)]
+TimeoutS = Annotated[Number, Field(gt=0)]
+"""Seconds for the request; the server may allow less."""
+Priority = Annotated[int, Field(ge=-100, le=100)]
+"""Waiting requests of a higher priority go first; two seconds of waiting are worth one step."""
 StopList = Annotated[
     list[Annotated[str, Field(min_length=1)]], Field(fail_fast=True, max_length=64)
 ]
@@ -127,10 +133,8 @@ class Sampling(ApiRequest):
     repetition_penalty: Annotated[Number, Field(ge=1)] | None = None
     num_beams: Annotated[int, Field(ge=1)] | None = None
     early_stopping: bool | None = None
-    timeout_s: Annotated[Number, Field(gt=0)] | None = None
-    """Seconds for the request; the server may allow less."""
-    priority: Annotated[int, Field(ge=-100, le=100)] | None = None
-    """Waiting requests of a higher priority go first; two seconds of waiting are worth one step."""
+    timeout_s: TimeoutS | None = None
+    priority: Priority | None = None
     adapter: Annotated[str, Field(min_length=1, max_length=200)] | None = None
     """Name of an adapter (LoRA) that was loaded with the model."""
     cache_salt: Annotated[str, Field(min_length=1, max_length=128)] | None = None
@@ -237,7 +241,7 @@ def _priority(call: Call, request: Any) -> int:
     warning = f"priority {asked} is more than this key may ask for; it goes as {most}"
     if warning not in call.warnings:  # of several answers, once
         call.warnings.append(warning)
-        call.log(logger).info("priority %d was lowered to %d", asked, most)
+        call.log(logger).warning("priority %d was lowered to %d", asked, most)
     return most
 
 
