@@ -31,8 +31,9 @@ __all__ = [
     "missing_library",
 ]
 
-_WHITESPACE: Final = r"[ \n]{0,2}"
-"""Between the tokens of JSON. Bounded: a small model writes blanks until it is stopped."""
+_WHITESPACE: Final = r"(?: |\n {0,16})?"
+"""Between the tokens of JSON: a blank, or a line break with what a line is indented by. Bounded: a
+small model writes blanks until it is stopped."""
 _MARKS: Final = (("item", ","), ("key", ":"))
 _LETTER: Final = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|.)", re.DOTALL)
 """How llama.cpp writes characters in GBNF, which llguidance does not read; and other escapes, whose
