@@ -205,6 +205,39 @@ async def test_idle_prompts_stay_when_the_layout_changes(
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("first", [0, 2])
+async def test_those_that_have_nearly_all_in_common_have_it_once(
+    make: Make, monkeypatch: pytest.MonkeyPatch, first: int
+) -> None:
+    bench = await make(n_ctx=2048, n_parallel=8, kv_unified="auto")
+    fresh = await make(n_ctx=512, n_parallel=1, prefix_cache=False)
+    engine = bench.engine
+    # One of them is read before, or two run when the others come.
+    asked = [ask(f"{TEXT[:205]}{letter}", max_new_tokens=40) for letter in "abcdefgh"]
+    alone = [(await fresh.service.infer(request)).generated_text for request in asked]
+    used: list[int] = []
+    decode = LlamaContext.decode
+
+    def noted(context: LlamaContext) -> int:
+        if context is engine._context and context.unified and len(engine.running) == 8:
+            used.append(engine.sequences.cells.busy)
+        return decode(context)
+
+    monkeypatch.setattr(LlamaContext, "decode", noted)
+    early = [asyncio.create_task(bench.service.infer(request)) for request in asked[:first]]
+    while len([task for task in engine.running if task.decodes]) < first:
+        await asyncio.sleep(0.001)
+    assert not engine._context.unified
+    late = [bench.service.infer(request) for request in asked[first:]]
+    answers = await asyncio.gather(*early, *late)
+    assert [r.generated_text for r in answers] == alone
+    assert engine._context.unified
+    assert max(used) <= 210 + 8 * 45
+    await bench.idle()
+    no_leak(engine)
+
+
+@pytest.mark.usefixtures("small")
 async def test_without_memory_for_the_other_layout_only_those_end_that_need_it(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,6 +249,30 @@ async def test_without_memory_for_the_other_layout_only_those_end_that_need_it(
     assert short.error_message is None
     assert "no memory" in (long.error_message or "")
     assert (await bench.service.infer(ask("short"))).error_message is None
+    await bench.idle()
+    no_leak(bench.engine)
+
+
+@pytest.mark.usefixtures("small")
+async def test_without_memory_for_the_whole_what_is_in_common_is_copied(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = await make(n_ctx=2048, n_parallel=8, kv_unified="auto")
+    tried: list[bool] = []
+
+    def noted(context: LlamaContext, *, unified: bool) -> None:
+        tried.append(unified)
+        refuse(context, unified=unified)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaContext, "lay_out", noted)
+        for _ in range(2):
+            asked = [ask(f"{TEXT[:205]}{letter}", max_new_tokens=40) for letter in "abcdefgh"]
+            answers = await asyncio.gather(*(bench.service.infer(request) for request in asked))
+            assert all(r.error_message is None for r in answers)
+        assert tried == [True]
+    # Where it has to be, it is tried again.
+    assert (await bench.service.infer(ask(TEXT))).error_message is None
     await bench.idle()
     no_leak(bench.engine)
 

@@ -216,6 +216,7 @@ class LlamaEngine(BatchingEngine[Task]):
             # request would find another text the second time.
             sequence = self.sequences.begin(task.origin)
         task.sequences = [sequence]
+        self.layout.started(task, self.running)
         self.mover.go_on(task)
         task.cache_invalid = False
         if task.beams is None:

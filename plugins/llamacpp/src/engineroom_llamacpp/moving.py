@@ -134,11 +134,13 @@ class Mover:
         (sequence,) = task.sequences
         if not self._sequences.make_room(len(saved)):
             return
-        self._sequences.cut(sequence, 0)
-        task.cached = 0
-        if self._context.restore(sequence.index, saved):
+        if not self._sequences.shared:
+            self._sequences.cut(sequence, 0)
+            task.cached = 0
+        # In a cache for all, what it has by now in common with others stays so.
+        if self._context.restore(sequence.index, saved, task.cached):
+            self._sequences.cells.grow(sequence.chain, len(saved) - task.cached)
             task.cached = len(saved)
-            self._sequences.cells.grow(sequence.chain, task.cached)
 
     def keep_all(self) -> None:
         """Copy what is idle, and leave the cache without it."""

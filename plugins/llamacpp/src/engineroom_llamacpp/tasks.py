@@ -28,6 +28,7 @@ class Task(TextTask):
     :param saved: what it had in the cache when it gave way.
     :param coming: pieces of its prompt that are still to be brought from host memory, and how many
         tokens of each, the first ones last.
+    :param common: tokens at its beginning that another had in common with it when it started.
     :param adapter: the named LoRA adapter that it is computed with.
     :param sequences: its sequences in the context: one, or one a beam; none: it waits.
     """
@@ -37,6 +38,7 @@ class Task(TextTask):
     run_alone: bool = False
     saved: SavedSequence | None = None
     coming: list[tuple[Piece[SavedSequence], int]] = field(default_factory=list)
+    common: int = 0
     adapter: str | None = None
     sequences: list[CellSequence] = field(default_factory=list)
     origin: Origin = field(init=False)
