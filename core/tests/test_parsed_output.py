@@ -8,7 +8,7 @@ import re
 import pytest
 from hypothesis import given, strategies as st
 
-from engineroom import InferenceRequest, Mailbox, TokenStep, deliver
+from engineroom import ChatMessage, InferenceRequest, Mailbox, TokenStep, deliver
 from engineroom.generation.deltas import ReasoningDelta, ToolCallDelta
 from engineroom.generation.generation import Generation
 from engineroom.generation.output_events import (
@@ -19,6 +19,12 @@ from engineroom.generation.output_events import (
     Reasoning,
 )
 from engineroom.generation.reader import StepReader
+from engineroom.generation.token_places import TokenPlaces
+from engineroom.generation.tool_formats import REASONING_FORMATS, TOOL_FORMATS
+from engineroom.generation.traits import ModelTraits
+
+FORMATS = {item.name: item for item in TOOL_FORMATS}
+THINK = next(form for form in REASONING_FORMATS if form.name == "think")
 
 
 class MarkupReader:
@@ -224,6 +230,57 @@ def test_without_a_reader_all_is_content():
     chunks, response = asyncio.run(by_steps(steps_of(TEXT, 1), plain))
     assert "".join(chunks) == response.generated_text == TEXT
     assert response.reasoning is None and response.tool_calls is None
+
+
+SAY = {"type": "function", "function": {"name": "say"}}
+
+
+def answered(text, size, limit=None, **fields):
+    """The answer of a model that writes ``text``, so many characters a token."""
+    params = {} if limit is None else {"max_new_tokens": limit}
+    asked = InferenceRequest(
+        model_id="m", messages=[ChatMessage(role="user", content="x")], params=params, **fields
+    )
+    traits = ModelTraits(FORMATS["llama3-json"], reasoning=THINK)
+    new = Generation(asked, "fake", traits.reader(asked))
+    return asyncio.run(by_steps(steps_of(text, size), new))[1]
+
+
+@pytest.mark.parametrize("choice", ["required", {"name": "say"}])
+def test_where_a_call_has_to_be_a_limit_leaves_no_content(choice):
+    text = '{"name": "say", "parameters": {}}'
+    for limit in range(1, len(text)):
+        response = answered(text, 1, limit, tools=[SAY], tool_choice=choice)
+        assert (response.generated_text, response.tool_calls) == ("", None), text[:limit]
+        assert response.cut_call and response.finish_reason == "length"
+    response = answered(text, 1, 4, tools=[SAY])
+    assert (response.generated_text, response.cut_call) == (text[:4], False)
+
+
+@given(
+    thought=st.text(st.sampled_from("ab é🌸\n"), max_size=9),
+    content=st.text(st.sampled_from("ab é"), max_size=9),
+    size=st.integers(1, 5),
+)
+def test_tokens_of_reasoning_are_those_with_characters_of_it(thought, content, size):
+    text = f"<think>{thought}</think>{content}"
+    start = len("<think>")
+    end = start + len(thought.encode())
+    if not thought.isascii():
+        size = 1  # else half of a character is told with the other half
+    expected = -(-end // size) - start // size if thought else 0
+    assert answered(text, size).reasoning_tokens == expected
+    assert answered(content, size).reasoning_tokens == 0
+
+
+def test_tokens_are_counted_where_a_step_has_several():
+    places = TokenPlaces()
+    places.add(0, 0)
+    places.add(4, 8)
+    places.add(1, 0)  # half of a character
+    places.add(1, 1)
+    assert [places.between(0, end) for end in (0, 1, 2, 8, 9, 99)] == [0, 1, 1, 4, 6, 6]
+    assert (places.between(7, 9), places.between(2, 6), places.total) == (3, 2, 6)
 
 
 @pytest.mark.parametrize(

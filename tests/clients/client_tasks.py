@@ -47,6 +47,13 @@ class Weather(BaseModel):
     degrees: Literal[0, 10, 20, 30]
 
 
+class Place(BaseModel):
+    """Where it is."""
+
+    model_config = ConfigDict(extra="forbid")
+    city: Literal["Paris", "Rome", "Oslo"]
+
+
 def fits(name: str, arguments: dict[str, Any]) -> bool:
     """Whether a call is one that the tools allow."""
     if arguments.get("city") not in CITIES:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from client_tasks import ASK, FUNCTION, OTHER, RESULT, Weather, fits
+from client_tasks import ASK, CITIES, FUNCTION, OTHER, RESULT, Place, Weather, fits
 
 SAY = [{"role": "user", "content": ASK}]
 TOOLS = [{"type": "function", "function": function} for function in (FUNCTION, OTHER)]
@@ -14,15 +14,37 @@ HOW = {"temperature": 0, "max_tokens": 200}
 # ── instructor ───────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("mode", ["TOOLS", "TOOLS_STRICT", "JSON_SCHEMA"])
-def test_instructor_makes_a_form(url, mode):
+@pytest.fixture
+def instructed(url):
+    """What makes a client of Instructor's, by its mode."""
     instructor = pytest.importorskip("instructor", reason="needs instructor")
     from openai import OpenAI
 
     plain = OpenAI(base_url=f"{url}/v1", api_key="none")
-    client = instructor.from_openai(plain, mode=instructor.Mode[mode])
+    return lambda mode: instructor.from_openai(plain, mode=instructor.Mode[mode])
+
+
+@pytest.mark.parametrize("mode", ["TOOLS", "TOOLS_STRICT", "JSON_SCHEMA"])
+def test_instructor_makes_a_form(instructed, mode):
     to = {"model": "default", "messages": SAY, "max_retries": 0, **HOW}
-    assert isinstance(client.create(response_model=Weather, **to), Weather)
+    assert isinstance(instructed(mode).create(response_model=Weather, **to), Weather)
+
+
+@pytest.mark.parametrize("mode", ["TOOLS", "TOOLS_STRICT"])
+def test_instructor_hears_of_the_result_of_its_call(instructed, mode):
+    """It runs no tools: whoever uses it sends the call and its result, as in OpenAI's client."""
+    client, to = instructed(mode), {"model": "default", "max_retries": 0, **HOW}
+    place, whole = client.create_with_completion(response_model=Place, messages=SAY, **to)
+    assert place.city in CITIES
+    message = whole.choices[0].message
+    (call,) = message.tool_calls
+    assert call.function.name == "Place"
+    result = {"role": "tool", "tool_call_id": call.id, "content": RESULT}
+    made = {"content": "", **message.model_dump(exclude_none=True)}  # it takes none without
+    said = [*SAY, made, result]
+    assert isinstance(client.create(response_model=Weather, messages=said, **to), Weather)
+    plain = client.create(response_model=None, messages=said, **to)
+    assert plain.choices[0].message.content
 
 
 # ── LlamaIndex ───────────────────────────────────────────────────────────────────────────────

@@ -100,7 +100,8 @@ class ParsedOutput:
         """The tokens of it; ``None``: the model never reasons."""
         if self._places is None:
             return None
-        return sum(self._places.between(*part) for part in self.reader.reasoned or ())
+        parts = self.reader.reasoned or ()
+        return min(sum(self._places.between(*part) for part in parts), self._places.total)
 
     @property
     def calls(self) -> list[ToolCall] | None:

@@ -19,6 +19,11 @@ class TokenPlaces:
         self._counts = array("q", [0])  # and tokens
         self._waiting = 0  # tokens that had no characters yet
 
+    @property
+    def total(self) -> int:
+        """Tokens that have characters."""
+        return self._counts[-1]
+
     def add(self, tokens: int, characters: int) -> None:
         """A step has come. A token without characters belongs to those that come next."""
         self._waiting += tokens

@@ -154,6 +154,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
+@pytest.fixture(scope="session")
+def make_tiny_model() -> Callable[..., Path]:
+    """:func:`write_tiny_model`."""
+    return write_tiny_model
+
+
 def write_encoder(folder: Path, *, head: str = "BertModel", heads: int = 4) -> Path:
     """A BERT with random weights and a vocabulary of words."""
     import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,14 @@ from engineroom import LoadedModel, ModelConfig
 from engineroom.handlers.base import InferenceHandler
 from engineroom.testing import HandlerConformance
 from engineroom.testing.conformance import overrides
+from engineroom.testing.conformance.runner import Job, run_suite
 from engineroom_vllm import VLLMHandler
 
 SMALL = {"n_ctx": 512, "n_parallel": 8, "kv_cache_memory": "256MiB", "keep_ready_s": 60}
+THINKS = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] <think>\n{% endif %}"
+)
 
 
 class VLLMConformance(HandlerConformance):
@@ -72,6 +78,19 @@ class TestOneEngine(VLLMOneEngine):
     @pytest.fixture(scope="class")
     def model_config(self, tiny_model: Path) -> ModelConfig:
         return ModelConfig(model_id="tiny", source=str(tiny_model), options=SMALL)
+
+
+@pytest.mark.nightly
+def test_a_model_that_thinks_with_room_for_tools(
+    make_tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = make_tiny_model(tmp_path / "roomy", context=1024)
+    options = {**SMALL, "n_ctx": 1024, "chat_template": THINKS}
+    config = ModelConfig(model_id="tiny", source=str(source), options=options)
+    settings = {"timeout_s": 240, "load_cycles": 0}
+    results = run_suite(Job(OneEngine, config, settings), "reasoning_apart or tool_calls")
+    assert "".join(r.reason for r in results) == ""
+    assert [r.outcome for r in results] == ["passed", "passed"]
 
 
 @pytest.mark.real_model
