@@ -16,6 +16,7 @@ from engineroom_llamacpp.context import LlamaContext
 from engineroom_llamacpp.layout import Layout
 from engineroom_llamacpp.moving import Mover
 from engineroom_llamacpp.prompt_store import PIECE
+from engineroom_llamacpp.saved import SavedSequence
 from engineroom_llamacpp.sequences import Sequences
 
 Make = Callable[..., Awaitable[Any]]
@@ -93,6 +94,23 @@ async def test_what_has_lost_its_part_comes_back_from_host_memory(
     no_leak(bench.engine)
 
 
+async def test_what_comes_back_is_no_more_than_the_part_has(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    move_eagerly(monkeypatch)
+    bench = await make(n_ctx=512, n_parallel=2, kv_unified=False)
+    fresh = await make(n_ctx=512, n_parallel=1, prefix_cache=False)
+    for text in (TEXT[:240], OTHERS[0][:150], OTHERS[1][:150], OTHERS[2][:150]):
+        await bench.service.infer(ask(text, max_new_tokens=4))
+    asked = ask(TEXT[:160] + "?" * 70, max_new_tokens=10)
+    expected = await fresh.service.infer(asked)
+    answer = await bench.service.infer(asked)
+    assert answer.generated_text == expected.generated_text
+    assert 150 < answer.cached_prompt_tokens < 170
+    await bench.idle()
+    no_leak(bench.engine)
+
+
 async def test_those_that_come_together_each_get_it_back(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,6 +150,14 @@ async def test_a_piece_that_has_gone_before_it_was_brought_is_read(
     assert 0 < again.cached_prompt_tokens < first.prompt_tokens - 1
     assert again.cached_prompt_tokens % PIECE == 0
     assert mover.store.used > 0
+    monkeypatch.setattr(Mover, "look_up", look_up)
+    for text in OTHERS[:3]:
+        await bench.service.infer(ask(text))
+    with monkeypatch.context() as patch:  # as the other layout may have saved it
+        patch.setattr(SavedSequence, "blocks", lambda _: [])
+        unknown = await bench.service.infer(ask(TEXT))
+    assert unknown.generated_text == first.generated_text
+    assert unknown.cached_prompt_tokens == 0
     monkeypatch.setattr(LlamaContext, "restore", lambda *_: False)
     for text in OTHERS[:3]:
         await bench.service.infer(ask(text))

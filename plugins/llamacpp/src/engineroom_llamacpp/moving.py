@@ -184,16 +184,17 @@ class Mover:
         parts, end = [], 0
         while task.coming:
             piece, common = task.coming.pop()
-            if piece.data is None:  # it has gone, and with it what comes after it
+            # It may have gone, with what comes after it; or only the other layout can use it.
+            if piece.data is None or not piece.data.blocks():
                 task.coming.clear()
                 break
-            parts.append(piece.data)
-            end = piece.start + common
+            end = piece.start + common  # all of the last one may be more than a stream has
+            parts.append(piece.data.part(piece.start, end))
         if end - task.cached >= BLOCK:
             self._sequences.cut(sequence, 0)
             task.cached = 0
             began = perf_counter()
-            copied = self._context.restore(sequence.index, SavedSequence.joined(parts), 0, end)
+            copied = self._context.restore(sequence.index, SavedSequence.joined(parts))
             self._spent(self._into, began, sum(map(len, parts)))
             if copied:
                 self._sequences.cells.grow(sequence.chain, end)
