@@ -88,6 +88,15 @@ PERSON = {
         ({"regex": r"^hello there indeed\!$"}, ["hello there indeed!"], ["hello there indeed"]),
         ({"choice": ["red", "dark red"]}, ["red", "dark red"], ["dark", "redred"]),
         ({"grammar": 'root ::= "a" [0-9]+'}, ["a12"], ["a", "b1"]),
+        ({"grammar": 'root ::= start "x"\nstart ::= "a" | "(" start ")"'}, ["ax", "(a)x"], ["a"]),
+        (
+            {
+                "grammar": 'root ::= foo Foo a-b a_b\nfoo ::= "1"\nFoo ::= [a#"] "2"\n'
+                'a-b ::= "start" # a_b ::= \na_b ::= "a-b"'
+            },
+            ["1#2starta-b", '1"2starta-b'],
+            ["1#2startstart", "1#1starta-b"],
+        ),
         ({"grammar": 'start: "x"+'}, ["xxx"], ["", "y"]),
     ],
 )

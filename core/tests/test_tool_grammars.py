@@ -17,6 +17,7 @@ from engineroom.generation.tool_formats import GENERIC, REASONING_FORMATS, TOOL_
 from engineroom.generation.tool_grammars import call_rules, writable
 from engineroom.generation.traits import ModelTraits
 from engineroom.prompts import ModelTokens
+from engineroom.tools import callable_tools
 
 END = 256
 PIECES = [bytes([b]) for b in range(256)] + [b"<end>"]
@@ -196,7 +197,7 @@ def test_reasoning_is_free_and_what_comes_behind_it_is_not(tail, allowed, refuse
     ("parameters", "words"),
     [
         ({"type": "string"}, "tool 'f': its parameters must be of type object"),
-        ({"type": "object", "properties": {"a": {"not": {}}}}, "tools cannot be honoured: .*not"),
+        ({"type": "object", "properties": {"a": {"not": {}}}}, "tool 'f' cannot be .*not"),
     ],
 )
 def test_what_cannot_hold_is_refused_by_name(parameters, words):
@@ -225,7 +226,10 @@ def test_definitions_are_written_where_they_are_referred_to():
 
     def rules(**property_):
         fields = {f"p{i}": property_ for i in range(300)}
-        return "".join(call_rules(form, {"f": large | {"properties": fields}}, several=False))
+        tools = callable_tools(
+            [{"function": {"name": "f", "parameters": large | {"properties": fields}}}]
+        )
+        return "".join(call_rules(form, tools, several=False))
 
     assert len(rules(type="integer")) < 100_000
     with pytest.raises(ConfigurationError, match="characters as it is written out, or more"):

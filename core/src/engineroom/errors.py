@@ -109,6 +109,29 @@ class ConfigurationError(EngineRoomError, ValueError):
 
     label = "Configuration error"
 
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        field: str = "",
+        request_id: str | None = None,
+        model_id: str | None = None,
+    ) -> None:
+        """:param field: what of a request it is about, with dots; the message begins with it."""
+        message = f"{field}: {message}" if field else message
+        super().__init__(message, request_id=request_id, model_id=model_id)
+        self.field = printable_lines(field)
+
+    def put_within(self, field: str, what: str = "") -> None:
+        """It is about a field, or what it is about is in that field.
+
+        :param what: who it is about, to stand before the message.
+        """
+        message = self.message.removeprefix(f"{self.field}: ") if self.field else self.message
+        self.field = printable_lines(f"{field}.{self.field}" if self.field else field)
+        self.message = f"{self.field}: {what}: {message}" if what else f"{self.field}: {message}"
+        self.args = (self.message,)
+
 
 class InferenceError(EngineRoomError, RuntimeError):
     """The model or its runtime failed while it worked on the request."""

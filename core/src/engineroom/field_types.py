@@ -5,6 +5,8 @@ Each says what is wrong once, and stops there: a list of a million mistakes is t
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from itertools import islice
 from math import isfinite
@@ -48,6 +50,11 @@ __all__ = [
 ]
 
 
+_HALF: Final = "half of a surrogate pair"
+_ESCAPED_HALF: Final = re.compile(r"\\u[dD][89a-fA-F]")
+_MAX_PLACE: Final = 200
+
+
 def _no_control_characters(value: str) -> str:
     if CONTROLS.search(value):
         raise ValueError(
@@ -68,7 +75,7 @@ def half_of_pair(text: str) -> int | None:
 
 def _can_be_encoded(value: str) -> str:
     if (place := half_of_pair(value)) is not None:
-        raise ValueError(f"must be text, but character {place} is half of a surrogate pair")
+        raise ValueError(f"must be text, but character {place} is {_HALF}")
     return value
 
 
@@ -102,15 +109,40 @@ def _json_can_be_encoded(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
+def _check_texts(value: Any, place: str) -> None:
+    """:raises ValueError: a text in a value, or a key, cannot be encoded; names the place."""
+    todo: list[tuple[Any, str]] = [(value, place)]
+    while todo:
+        part, at = todo.pop()
+        if isinstance(part, Mapping):
+            for key, item in part.items():
+                if isinstance(key, str) and (half := half_of_pair(key)) is not None:
+                    raise ValueError(f"{at} has a key whose character {half} is {_HALF}")
+                todo.append((item, f"{at}.{key}"[:_MAX_PLACE]))
+        elif isinstance(part, list | tuple):
+            todo.extend((item, f"{at}.{number}"[:_MAX_PLACE]) for number, item in enumerate(part))
+        elif isinstance(part, str) and (half := half_of_pair(part)) is not None:
+            raise ValueError(f"{at} must be text, but character {half} is {_HALF}")
+
+
+def _call_can_be_encoded(call: dict[str, Any]) -> dict[str, Any]:
+    """A template is given arguments as what they say: escapes are read there."""
+    _check_texts(call, "the call")
+    function = call.get("function")
+    arguments = function.get("arguments") if isinstance(function, Mapping) else None
+    if isinstance(arguments, str) and _ESCAPED_HALF.search(arguments):
+        try:
+            parsed = json.loads(arguments)
+        except (ValueError, RecursionError):  # it stays a text
+            return call
+        _check_texts(parsed, "function.arguments")
+    return call
+
+
 def _arguments_can_be_read(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
     functions = [call.get("function") for call in calls]
     arguments = [part.get("arguments") for part in functions if isinstance(part, Mapping)]
-    check_values(
-        *(
-            part.encode("utf-8", "surrogatepass") if isinstance(part, str) else json_of(part)
-            for part in arguments
-        )
-    )
+    check_values(*(part.encode() if isinstance(part, str) else json_of(part) for part in arguments))
     return calls
 
 
@@ -134,7 +166,9 @@ Texts = Annotated[dict[str, Any], AfterValidator(_texts_can_be_encoded)]
 """Of which keys and values that are strings are text; what else there is, is the caller's own."""
 JsonObject = Annotated[dict[str, Any], AfterValidator(_json_can_be_encoded)]
 MessageCalls = Annotated[
-    list[dict[str, Any]], Field(fail_fast=True), AfterValidator(_arguments_can_be_read)
+    list[Annotated[dict[str, Any], AfterValidator(_call_can_be_encoded)]],
+    Field(fail_fast=True),
+    AfterValidator(_arguments_can_be_read),
 ]
 """Tool calls of a message, whose arguments may be JSON in a text: that is counted, too."""
 Int = Annotated[int, BeforeValidator(no_booleans)]

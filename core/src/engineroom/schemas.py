@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal, Self, TypeAlias, ge
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
-from engineroom.errors import EngineRoomError, error_class
+from engineroom.errors import ConfigurationError, EngineRoomError, error_class
 from engineroom.field_types import (
     FewFields,
     Float,
@@ -436,9 +436,12 @@ class InferenceResponse(BaseModel):
         """
         if self.error_message is None:
             return
-        raise error_class(self.error_type)(
+        error = error_class(self.error_type)(
             self.error_message, request_id=self.request_id, model_id=self.model_id
-        ) from self._cause
+        )
+        if isinstance(error, ConfigurationError) and isinstance(self._cause, ConfigurationError):
+            error.field = self._cause.field  # with which the message begins
+        raise error from self._cause
 
     def record_error(self, error: EngineRoomError) -> None:
         """Make this the response of a request that failed with ``error``."""

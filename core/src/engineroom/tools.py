@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Final, Literal, TypeAlias
+from typing import Annotated, Any, Final, Literal, NamedTuple, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Tag
 
@@ -19,13 +19,15 @@ from engineroom.field_types import check_values, either, json_of
 __all__ = [
     "MAX_TOOLS",
     "MAX_TOOL_BYTES",
+    "CallableTool",
     "NamedTool",
     "ToolCall",
     "ToolChoice",
     "Tools",
+    "callable_tools",
     "new_call_id",
+    "schema_field",
     "tool_names",
-    "tool_parameters",
 ]
 
 MAX_TOOLS: Final = 128
@@ -93,9 +95,14 @@ def _tool(value: Any) -> dict[str, Any]:
     if not isinstance(function, Mapping):
         raise ValueError("function must be a mapping with name, description and parameters")
     name = function.get("name")
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    if not isinstance(name, str):
         raise ValueError(
-            f"{str(name)[:40]!r} is no name of a tool; use letters, digits and _ . : -, 128 at most"
+            f"{str(name)[:40]!r} is no name of a tool; write "
+            '{"type": "function", "function": {"name": "…", "parameters": {…}}}'
+        )
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"{name[:40]!r} is no name of a tool; use letters, digits and _ . : -, 128 at most"
         )
     description = function.get("description")
     if description is not None and not isinstance(description, str):
@@ -131,10 +138,30 @@ def tool_names(tools: Iterable[Mapping[str, Any]]) -> list[str]:
     return [tool["function"]["name"] for tool in tools]
 
 
-def tool_parameters(tools: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """The JSON schema of each tool's arguments, by the tool's name."""
-    schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
-    return {
-        name: {"type": "object"} if schema is True else schema or _NO_PARAMETERS
-        for name, schema in schemas.items()
-    }
+class CallableTool(NamedTuple):
+    """What a call's arguments must be.
+
+    :param parameters: their JSON schema.
+    :param field: where that is in a request.
+    :param strict: they must be valid by all of it.
+    """
+
+    parameters: Mapping[str, Any]
+    field: str
+    strict: bool
+
+
+def callable_tools(tools: Sequence[Mapping[str, Any]]) -> dict[str, CallableTool]:
+    """What the arguments of each tool's calls must be, by the tool's name."""
+    made: dict[str, CallableTool] = {}
+    for place, function in enumerate(tool["function"] for tool in tools):
+        schema = function.get("parameters")
+        schema = {"type": "object"} if schema is True else schema or _NO_PARAMETERS
+        strict = function.get("strict") is True
+        made[function["name"]] = CallableTool(schema, schema_field(place), strict)
+    return made
+
+
+def schema_field(place: int) -> str:
+    """Where the JSON schema of a tool's parameters is in a request."""
+    return f"tools.{place}.function.parameters"

@@ -173,7 +173,7 @@ async def test_explain_says_who_runs_the_model(
 @pytest.mark.parametrize(
     ("params", "said"),
     [
-        ({"structured_output": {"regex": "("}}, "structured_output cannot be honoured"),
+        ({"structured_output": {"regex": "("}}, "structured_output.regex: cannot be honoured"),
         ({"logit_bias": {300: 1.0}}, "token 300; the model's tokens are 0 to 299"),
         ({"num_beams": 2**63}, "at most 64 are searched with"),
         ({"num_beams": 2, "logprobs": 1}, "logprobs cannot be told with num_beams"),

@@ -38,6 +38,50 @@ REASONING_FLAG: Final = flag(
     "Whether the model thinks before it answers, or how hard.  [default: the model's own way]",
     "--reasoning",
 )
+_TOOL: Final = '{"type": "function", "function": {"name": "…", "parameters": {…}}}'
+_KEYWORDS: Final = frozenset(
+    [
+        "type",
+        "properties",
+        "required",
+        "items",
+        "prefixItems",
+        "enum",
+        "const",
+        "anyOf",
+        "oneOf",
+        "allOf",
+        "not",
+        "if",
+        "pattern",
+        "format",
+        "additionalProperties",
+        "patternProperties",
+        "minLength",
+        "maxLength",
+        "minimum",
+        "maximum",
+        "minItems",
+        "maxItems",
+        "multipleOf",
+        "contains",
+        "propertyNames",
+        "minProperties",
+        "maxProperties",
+        "exclusiveMinimum",
+        "uniqueItems",
+        "exclusiveMaximum",
+        "$schema",
+        "$defs",
+        "definitions",
+        "$ref",
+        "$id",
+        "$comment",
+        "title",
+        "description",
+    ]
+)
+"""Of which a JSON schema has one at least, if it says anything."""
 _WORDS: Final = ("none", "auto", "required")
 
 
@@ -82,12 +126,10 @@ def agent_fields(
         raise CommandError("--tool-choice needs tools; add --tools FILE")
     listed = None if tools is None else _read_json(tools, "--tools")
     if isinstance(listed, dict):
-        listed = listed.get("tools", [listed])
-    if listed is not None and not (isinstance(listed, list) and listed):
-        raise CommandError(
-            f"--tools {str(tools)!r} has no list of tools; write "
-            '[{"type": "function", "function": {"name": "…", "parameters": {…}}}]'
-        )
+        alone = [listed] if {"function", "name"} & listed.keys() else None
+        listed = listed.get("tools", alone)
+    if tools is not None and not (isinstance(listed, list) and listed):
+        raise CommandError(f"--tools {str(tools)!r} has no list of tools; write [{_TOOL}]")
     named = tool_choice is not None and tool_choice not in _WORDS
     choice = {"name": tool_choice} if named and tool_choice is not None else tool_choice
     return AgentFields(listed, choice, None if reasoning is None else reasoning.field)
@@ -101,9 +143,16 @@ def read_schema(file: Path | None) -> dict[str, Any] | None:
     if file is None:
         return None
     schema = _read_json(file, "--schema")
-    if not isinstance(schema, dict | bool):
-        raise CommandError(f"--schema {str(file)!r} is no JSON schema: it must be a JSON object")
+    if not isinstance(schema, dict | bool) or (schema and not _says_something(schema)):
+        raise CommandError(
+            f"--schema {str(file)!r} is no JSON schema: it must be a JSON object with keywords, as "
+            '{"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}'
+        )
     return {"json_schema": schema}
+
+
+def _says_something(schema: dict[str, Any] | bool) -> bool:
+    return isinstance(schema, bool) or bool(_KEYWORDS & schema.keys())
 
 
 def _read_json(file: Path, name: str) -> Any:

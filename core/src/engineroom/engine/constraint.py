@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engineroom.errors import ConfigurationError, InferenceError
+from engineroom.generation.grammars import first_line
 
-__all__ = ["FREE_S", "PER_TOKEN_S", "TOO_LONG", "Constraint", "first_line"]
+__all__ = ["FREE_S", "PER_TOKEN_S", "TOO_LONG", "Constraint"]
 
 FREE_S: Final = 2.0
 """Seconds of the processor that a request's grammar may take in all, and"""
@@ -103,11 +104,3 @@ class Constraint:
                 f"the grammar became too complex at this place of the text: "
                 f"{first_line(self._matcher.get_error())}; simplify it"
             )
-
-
-def first_line(message: str) -> str:
-    """What is wrong, without the grammar, which a message must not repeat at length."""
-    first, *rest = message.strip().splitlines() or ["?"]
-    # What is wrong with a regular expression stands below it.
-    wrong = next((line for line in rest if line.startswith("error: ")), "")
-    return f"{first[:300]} {wrong[7:300]}".rstrip()

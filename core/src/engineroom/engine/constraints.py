@@ -17,9 +17,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from engineroom.engine.constraint import Constraint, first_line
+from engineroom.engine.constraint import Constraint
 from engineroom.engine.reasoning_budget import BudgetedConstraint, ReasoningBudget
 from engineroom.errors import ConfigurationError
+from engineroom.generation.answer_grammars import refusal
 from engineroom.generation.grammars import missing_library
 from engineroom.generation.traits import PLAIN, ModelTraits
 from engineroom.prompts.model_tokens import ModelTokens
@@ -84,17 +85,17 @@ class GrammarCompiler:
             if (matcher := self._compiled.get(grammar)) is not None:
                 self._compiled.move_to_end(grammar)
         if matcher is None:
-            matcher = self._compile(grammar, _asked(request))
+            matcher = self._compile(grammar, request)
         _, width, ends = self._table()
         with self._lock:  # no two threads may be at one matcher
             return Constraint(matcher.deep_copy(), width, ends)
 
-    def _compile(self, grammar: str, asked: str) -> Any:
+    def _compile(self, grammar: str, request: InferenceRequest) -> Any:
         tokenizer, _, _ = self._table()
         matcher = _matcher(
             tokenizer,
             grammar,
-            asked,
+            request,
             initial_lexer_fuel=_COMPILE_FUEL,
             max_grammar_size=_LARGEST_GRAMMAR,
             max_items_in_row=_LONGEST_ROW,
@@ -135,13 +136,12 @@ def _piece(table: Any, token: int) -> bytes:
     return piece
 
 
-def _matcher(tokenizer: Any, grammar: str, asked: str, **limits: Any) -> Any:
+def _matcher(tokenizer: Any, grammar: str, request: InferenceRequest, **limits: Any) -> Any:
     """A grammar, compiled, and tried out with its first token.
 
     The first mask is the dearest, and is kept with the grammar.
 
-    :param asked: what of a request the grammar is made of.
-
+    :param request: what the grammar is made of.
     :raises ConfigurationError: it is not valid, or too large.
     """
     from llguidance import LLMatcher, LLParserLimits
@@ -159,10 +159,7 @@ def _matcher(tokenizer: Any, grammar: str, asked: str, **limits: Any) -> Any:
                 matcher = beyond
                 break
     if matcher.is_error():
-        wrong = first_line(matcher.get_error())
-        # The name of llguidance's rule for a grammar that never writes anything.
-        wrong = wrong.replace("NoExtensionBias", "a rule, or a $ref, leads to nothing but itself")
-        raise ConfigurationError(f"{asked} cannot be honoured: {wrong}")
+        raise refusal(request, grammar, matcher.get_error())
     return matcher
 
 
@@ -194,12 +191,6 @@ def _size(request: InferenceRequest) -> int:
     output = request.params.structured_output
     tools = _CHARS_OF_TOOL * len(request.tools or ())
     return tools if output is None else tools + len(output.regex or output.grammar or "")
-
-
-def _asked(request: InferenceRequest) -> str:
-    """What of a request a grammar is made of."""
-    names = ["structured_output"] if request.params.structured_output is not None else []
-    return " and ".join([*names, "tools"] if request.offered_tools else names)
 
 
 @cache
@@ -245,7 +236,7 @@ async def grammar_of(codec: Any, request: InferenceRequest, tail: str | None = N
 
     def read() -> str:
         grammar = _traits_of(codec).grammar(request, tail)
-        _matcher(_bytes_alone(), grammar, _asked(request))
+        _matcher(_bytes_alone(), grammar, request)
         return grammar
 
     return await in_lane(codec, read, key=request.key_name, size=_size(request))

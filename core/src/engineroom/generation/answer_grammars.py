@@ -5,15 +5,28 @@ Pure text, as :mod:`.grammars`.
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+import re
+from typing import Any, Final, NamedTuple
 
+from pydantic import SkipValidation
+
+from engineroom.errors import ConfigurationError
 from engineroom.generation.call_forms import ToolFormat
-from engineroom.generation.grammars import HEAD, bounded, content_rules, grammar_text, literal
+from engineroom.generation.grammars import (
+    FORM,
+    HEAD,
+    bounded,
+    content_rules,
+    first_line,
+    grammar_text,
+    literal,
+)
+from engineroom.generation.json_schemas import place_of
 from engineroom.generation.tool_grammars import call_rules, calls_in_text_rules
 from engineroom.schemas import InferenceRequest, StructuredOutput
-from engineroom.tools import NamedTool, tool_parameters
+from engineroom.tools import CallableTool, NamedTool, callable_tools
 
-__all__ = ["Thoughts", "WholeAnswer", "answer_grammar"]
+__all__ = ["Thoughts", "WholeAnswer", "answer_grammar", "refusal"]
 
 _TEXT: Final = "TEXT: /(.|\\n)*/\n"
 _BLANKS: Final = "BLANKS: /[ \\n]{0,4}/\n"
@@ -31,6 +44,9 @@ class Thoughts(NamedTuple):
 
 class WholeAnswer(StructuredOutput):
     """The grammar of an answer, reasoning and calls and all: nothing is added to it any more."""
+
+    asked: SkipValidation[InferenceRequest | None] = None
+    """The request that it was made for."""
 
 
 def answer_grammar(
@@ -53,14 +69,12 @@ def answer_grammar(
         rules += content_rules(output)
         bodies.append("content")
     if tools is not None:
-        schemas, choice = tool_parameters(tools), request.tool_choice
-        several = request.parallel_tool_calls is not False
-        if isinstance(choice, NamedTool):
-            schemas, several = {choice.name: schemas[choice.name]}, False
+        named = isinstance(request.tool_choice, NamedTool)
+        several = request.parallel_tool_calls is not False and not named
         free = output is None and not request.requires_call
         make = calls_in_text_rules if free else call_rules
         bodies.append("calls_in_text" if free else "calls")
-        rules += make(format_, schemas, several=several)
+        rules += make(format_, _tools_of(request), several=several)
     start = f"({' | '.join(bodies)})"
     if thoughts is not None:
         begin = f"{literal(thoughts.begin)} " if thoughts.begin else ""
@@ -70,3 +84,75 @@ def answer_grammar(
     if any("TEXT" in rule for rule in rules):
         rules.append(_TEXT)
     return bounded(f"{HEAD}start: {start}\n{''.join(rules)}")
+
+
+def _tools_of(request: InferenceRequest) -> dict[str, CallableTool]:
+    """The tools that may be called, in the order of their rules."""
+    tools, choice = callable_tools(request.offered_tools or ()), request.tool_choice
+    return {choice.name: tools[choice.name]} if isinstance(choice, NamedTool) else tools
+
+
+# ── what cannot be one ───────────────────────────────────────────────────────────────────────
+
+_AT: Final = re.compile(r"at (\d+)\((\d+)\): (?:failed to compile JSON schema: )?")
+_ARGUMENTS: Final = re.compile(r"args_(\d+)(?:_(\d+))?: ")
+_PATTERN: Final = re.compile(r"regex parse error:\n\s*(.*)\n| in regex /(.*)/$", re.MULTILINE)
+_HINT: Final = re.compile(r"\s*\bEnable '\w+' option[^.;\n]*|json-schema:///")
+"""Of options that no client can give, and names of llguidance's own."""
+_IN_OTHER_WORDS: Final = {
+    "oneOf constraints are not supported.": "oneOf is not supported where more than one of its "
+    "schemas may hold; write anyOf",
+    # The name of llguidance's rule for a grammar that never writes anything.
+    "NoExtensionBias": "a rule, or a $ref, leads to nothing but itself",
+}
+
+
+def refusal(request: InferenceRequest, grammar: str, error: str) -> ConfigurationError:
+    """What is said where the grammar of the answer to a request cannot be compiled.
+
+    :param error: what llguidance says.
+    """
+    output = request.params.structured_output
+    if isinstance(output, WholeAnswer) and output.asked is not None:
+        request = output.asked
+        output = request.params.structured_output
+    at = _AT.match(error)
+    wrong = first_line(error)
+    if at is not None and (output is None or output.grammar is None):
+        wrong = wrong[at.end() :]
+    field, what, schema = _accused(request, grammar, at)
+    if schema is not None:
+        pattern = _PATTERN.search(error)
+        quoted = None if pattern is None else pattern[1] or pattern[2]
+        place = place_of(schema, wrong, quoted)
+        field = f"{field}.{place}" if place else field
+    wrong = _HINT.sub("", wrong)
+    for words, other in _IN_OTHER_WORDS.items():
+        wrong = wrong.replace(words, other)
+    if not field:
+        tools = request.offered_tools
+        what = " and ".join(
+            ["structured_output"] * (output is not None) + ["tools"] * (tools is not None)
+        )
+    return ConfigurationError(f"{what} cannot be honoured: {wrong}".lstrip(), field=field)
+
+
+def _accused(
+    request: InferenceRequest, grammar: str, at: re.Match[str] | None
+) -> tuple[str, str, Any]:
+    """The field that a part of the grammar was made of, whose it is, and its JSON schema."""
+    output, tools = request.params.structured_output, request.offered_tools
+    lines = grammar.splitlines()
+    line = lines[int(at[1]) - 1] if at is not None and int(at[1]) <= len(lines) else ""
+    own = output is not None and output.grammar is not None  # which has lines of its own
+    rule = None if own and tools is not None else _ARGUMENTS.match(line)
+    if tools is not None and rule is not None and "%json" in line:
+        name, tool = list(_tools_of(request).items())[int(rule[1])]
+        field, schema = tool.field, tool.parameters
+        if rule[2] is not None:
+            property_, schema = list(schema["properties"].items())[int(rule[2])]
+            field = f"{field}.properties.{property_}"
+        return field, f"tool {name!r}", schema
+    if output is None or not (tools is None or line.startswith("content: ")):
+        return "", "", None
+    return f"{FORM}.{output.kind}", "", output.json_schema

@@ -12,9 +12,17 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from engineroom.errors import ConfigurationError
+from engineroom.generation.json_schemas import pointed_at
 from engineroom.schemas import MAX_GRAMMAR_CHARS, MAX_LITERAL_CHARS
 
-__all__ = ["MAX_GRAMMAR_DEPTH", "MAX_RULES", "check_grammar", "check_rules", "check_schema"]
+__all__ = [
+    "MAX_GRAMMAR_DEPTH",
+    "MAX_RULES",
+    "check_grammar",
+    "check_rules",
+    "check_schema",
+    "schemas_in",
+]
 
 MAX_GRAMMAR_DEPTH: Final = 64
 """Most levels of mappings and lists in a JSON schema."""
@@ -45,33 +53,29 @@ def check_grammar(text: str) -> None:
         is too large.
     """
     if len(text) > MAX_GRAMMAR_CHARS:
-        raise ConfigurationError(
-            f"structured_output.grammar has {len(text)} characters; {MAX_GRAMMAR_CHARS} are the "
-            "most"
-        )
+        raise ConfigurationError(f"it has {len(text)} characters; {MAX_GRAMMAR_CHARS} are the most")
     rules = 0
     for match in _TOKEN.finditer(text):
         if text[match.start()] not in '"/':
             rules += _AFTER_NAME.match(text, match.end()) is not None
         elif match.end() - match.start() > MAX_LITERAL_CHARS + 2:
             raise ConfigurationError(
-                "structured_output.grammar has a text or regular expression of more than "
+                "it has a text or regular expression of more than "
                 f"{MAX_LITERAL_CHARS} characters; make it shorter"
             )
     check_rules(rules)
-    for schema in _schemas_in(text):
+    for schema in schemas_in(text):
         check_schema(schema)
 
 
 def check_rules(count: int) -> None:
     """:raises ConfigurationError: a grammar of so many rules has too many."""
     if count > MAX_RULES:
-        raise ConfigurationError(
-            f"structured_output.grammar has {count} rules; {MAX_RULES} are the most"
-        )
+        raise ConfigurationError(f"it has {count} rules; {MAX_RULES} are the most")
 
 
-def _schemas_in(text: str) -> Iterator[Any]:
+def schemas_in(text: str) -> Iterator[Any]:
+    """The JSON schemas in a grammar in Lark. :raises ConfigurationError: they are too many."""
     decoder = json.JSONDecoder()
     for count, match in enumerate(_JSON.finditer(text)):
         check_rules(count)
@@ -146,25 +150,13 @@ def _check_references(
 ) -> None:
     levels = height
     for reference in references:
-        target = _pointed_at(schema, reference)
+        target = pointed_at(schema, reference)
         levels += height if target is None else height_of.get(id(target), 1)
         if levels > MAX_REFERRED_DEPTH:
             raise ConfigurationError(
                 f"the JSON schema and what it refers to have more than {MAX_REFERRED_DEPTH} levels "
                 "together; use fewer or flatter definitions"
             )
-
-
-def _pointed_at(schema: Any, reference: str) -> Any:
-    """What a reference within the schema leads to; ``None`` where that is not plain to see."""
-    if not reference.startswith("#/") or "%" in reference:
-        return None
-    node = schema
-    for step in reference[2:].split("/"):
-        if not isinstance(node, Mapping):
-            return None
-        node = node.get(step.replace("~1", "/").replace("~0", "~"))
-    return node
 
 
 def _too_deep() -> ConfigurationError:

@@ -22,6 +22,7 @@ from engineroom.generation.call_forms import (
 from engineroom.generation.grammars import check_written, json_rule, literal
 from engineroom.generation.literal_scanner import JSON
 from engineroom.generation.tool_formats import GENERIC
+from engineroom.tools import CallableTool
 
 __all__ = ["MAX_CALLS", "call_rules", "calls_in_text_rules", "writable"]
 
@@ -29,7 +30,7 @@ MAX_CALLS: Final = 16
 """Most calls of an answer that has to have some."""
 _JOINS: Final = frozenset({"$ref", "allOf", "anyOf", "oneOf", "patternProperties"})
 """With these, a schema may name properties elsewhere."""
-_Schemas = Mapping[str, Mapping[str, Any]]
+_Tools = Mapping[str, CallableTool]
 
 
 class _Shape(NamedTuple):
@@ -56,39 +57,39 @@ def writable(format_: ToolFormat) -> ToolFormat:
     return format_ if isinstance(form, NamedForm) and form.dialect is JSON else GENERIC
 
 
-def call_rules(format_: ToolFormat, schemas: _Schemas, *, several: bool) -> list[str]:
+def call_rules(format_: ToolFormat, tools: _Tools, *, several: bool) -> list[str]:
     """Rules for one call, or more; the first one is ``calls``.
 
-    :param schemas: the JSON schemas of the arguments, by the names of the tools.
+    :param tools: by their names.
     :raises ConfigurationError: a schema cannot be honoured; names the tool.
     """
     shape = _shape(format_)
-    call = " | ".join(_call(name, i, shape, shape.begin) for i, name in enumerate(schemas))
+    call = " | ".join(_call(name, i, shape, shape.begin) for i, name in enumerate(tools))
     more = _more(shape, several=several)
     around = f"{literal(shape.opening)} call{more} {literal(shape.closing)}"
-    return [f"calls: {around}\n", f"call: {call}\n", *_arguments(format_, schemas)]
+    return [f"calls: {around}\n", f"call: {call}\n", *_arguments(format_, tools)]
 
 
-def calls_in_text_rules(format_: ToolFormat, schemas: _Schemas, *, several: bool) -> list[str]:
+def calls_in_text_rules(format_: ToolFormat, tools: _Tools, *, several: bool) -> list[str]:
     """Rules for text in which calls may stand; the first one is ``calls_in_text``. They refer to
     ``TEXT``, any text. The same parameters as of :func:`call_rules`.
     """
     shape = _shape(format_)
     if not shape.trigger:
         text = "calls_in_text: calls | /([^{\\[](.|\\n)*)?/\n"
-        return [text, *call_rules(format_, schemas, several=several)]
+        return [text, *call_rules(format_, tools, several=several)]
     begin = (shape.opening + shape.begin).removeprefix(shape.trigger)
-    first = " | ".join(_call(name, i, shape, begin) for i, name in enumerate(schemas))
+    first = " | ".join(_call(name, i, shape, begin) for i, name in enumerate(tools))
     rules = [f"trigger[lazy]: TEXT {literal(shape.trigger)}\n", f"first: {first}\n"]
     more = ""
     if several and shape.opening:  # else each call has a trigger of its own
-        call = " | ".join(_call(name, i, shape, shape.begin) for i, name in enumerate(schemas))
+        call = " | ".join(_call(name, i, shape, shape.begin) for i, name in enumerate(tools))
         rules.append(f"call: {call}\n")
         more = _more(shape, several=several)
     rules.append(f"called: trigger first{more} {literal(shape.closing)}\n")
     several = several and not shape.one
     text = "calls_in_text: called* TEXT\n" if several else "calls_in_text: called | TEXT\n"
-    return [text, *rules, *_arguments(format_, schemas)]
+    return [text, *rules, *_arguments(format_, tools)]
 
 
 def _more(shape: _Shape, *, several: bool) -> str:
@@ -141,30 +142,33 @@ def _shape(format_: ToolFormat) -> _Shape:
 # ── arguments ────────────────────────────────────────────────────────────────────────────────
 
 
-def _arguments(format_: ToolFormat, schemas: _Schemas) -> Iterator[str]:
-    for number, (name, schema) in enumerate(schemas.items()):
-        fields = _of_an_object(name, schema)
+def _arguments(format_: ToolFormat, tools: _Tools) -> Iterator[str]:
+    for number, (name, tool) in enumerate(tools.items()):
         try:
+            fields = _of_an_object(tool.parameters)
             if isinstance(form := format_.form, TaggedForm):
-                yield from _tagged(f"args_{number}", fields, form)
+                yield from _tagged(f"args_{number}", fields, form, strict=tool.strict)
             else:
-                yield f"args_{number}: {json_rule(fields)}\n"
+                yield f"args_{number}: {json_rule(fields, strict=tool.strict)}\n"
         except ConfigurationError as error:
-            raise ConfigurationError(f"tool {name!r}: {error.message}") from error
+            error.put_within(tool.field, f"tool {name!r}")
+            raise
 
 
-def _of_an_object(name: str, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+def _of_an_object(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     """The schema of an object with no properties but those that it names, where it names some and
     does not speak of others.
     """
     if fields.get("type", "object") != "object":
-        raise ConfigurationError(f"tool {name!r}: its parameters must be of type object")
+        raise ConfigurationError("its parameters must be of type object")
     closed = "properties" in fields and not _JOINS & fields.keys()
     others = {"additionalProperties": False} if closed else {}
     return {"type": "object", **others, **fields}
 
 
-def _tagged(rule: str, fields: Mapping[str, Any], form: TaggedForm) -> Iterator[str]:
+def _tagged(
+    rule: str, fields: Mapping[str, Any], form: TaggedForm, *, strict: bool
+) -> Iterator[str]:
     """Each property between tags, in the schema's order; those that are not required may be
     missing.
     """
@@ -180,7 +184,7 @@ def _tagged(rule: str, fields: Mapping[str, Any], form: TaggedForm) -> Iterator[
         types = argument_types(schema, fields)
         end = f"\n{form.value_end}" if form.lines else form.value_end
         if types != {"string"}:
-            value = f"{json_rule(_with_definitions(schema, fields))} {literal(end)}"
+            value = f"{_rule_of(name, _with_definitions(schema, fields), strict)} {literal(end)}"
             written += len(value)
             check_written(written)  # definitions stand with each property that refers to some
         elif options := _texts_of(schema):
@@ -190,6 +194,14 @@ def _tagged(rule: str, fields: Mapping[str, Any], form: TaggedForm) -> Iterator[
             yield f"{own}_text[lazy]: TEXT {literal(end)}\n"
         yield f"{own}: {literal(_before_value(name, form, types))} {value} {literal(form.gap)}\n"
     yield f"{rule}: {' '.join(parts) or literal('')}\n"
+
+
+def _rule_of(name: str, schema: Mapping[str, Any] | bool, strict: bool) -> str:
+    try:
+        return json_rule(schema, strict=strict)
+    except ConfigurationError as error:
+        error.put_within(f"properties.{name}")
+        raise
 
 
 def _before_value(name: str, form: TaggedForm, types: frozenset[str]) -> str:

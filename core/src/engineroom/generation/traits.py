@@ -8,10 +8,12 @@ from typing import Final
 
 from engineroom.generation.answer_grammars import Thoughts, answer_grammar
 from engineroom.generation.call_forms import ChannelForm, ReasoningFormat, ToolFormat
+from engineroom.generation.json_schemas import unkept
 from engineroom.generation.output_events import OutputReader
 from engineroom.generation.tool_formats import GENERIC
 from engineroom.generation.tool_grammars import writable
 from engineroom.schemas import InferenceRequest
+from engineroom.tools import callable_tools
 
 __all__ = ["PLAIN", "ModelTraits"]
 
@@ -87,6 +89,11 @@ class ModelTraits:
         """What is asked of the model in vain."""
         if request.reasoning is not None and request.messages is not None and not self.told:
             yield "reasoning was ignored: the model's chat template cannot be told of it"
+        if request.requires_call:
+            for name, tool in callable_tools(request.offered_tools or ()).items():
+                for path, form in () if tool.strict else unkept(tool.parameters):
+                    where = ".".join((tool.field, *path))
+                    yield f"{where}: the format {form!r} of tool {name!r} is not kept to"
 
     def thoughts(self, request: InferenceRequest, tail: str | None) -> Thoughts | None:
         """What stands around the reasoning of the answer; ``None``: there is none.

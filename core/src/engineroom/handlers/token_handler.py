@@ -165,7 +165,7 @@ def _for_handler(
         "tool_choice": None,
     }
     if request.offered_tools is not None and request.constrained:
-        grammar = WholeAnswer.model_construct(grammar=traits.grammar(request, None))
+        grammar = WholeAnswer.model_construct(grammar=traits.grammar(request, None), asked=request)
         changes["params"] = request.params.model_copy(update={"structured_output": grammar})
     return request.model_copy(update=changes)
 

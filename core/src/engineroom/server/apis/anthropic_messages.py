@@ -24,7 +24,6 @@ from engineroom.server.apis.anthropic_blocks import (
 from engineroom.server.apis.request_fields import (
     Content,
     Number,
-    Sampling,
     StopList,
     build,
     chat_message,
@@ -36,6 +35,7 @@ from engineroom.server.apis.routing import SSE, work_route
 from engineroom.server.apis.structured_fields import (
     AnthropicFormat,
     AnthropicOutputConfig,
+    StructuredSampling,
     structured_output,
 )
 from engineroom.server.apis.tool_fields import (
@@ -73,7 +73,7 @@ _ERROR_TYPES: Final[Mapping[int, str]] = {
 }
 
 
-class MessagesRequest(TemplateFields, Sampling):
+class MessagesRequest(TemplateFields, StructuredSampling):
     """A conversation to be continued."""
 
     max_tokens: Annotated[int, Field(ge=1)]
@@ -200,9 +200,8 @@ def _request(call: Call, request: MessagesRequest) -> InferenceRequest:
     thinking = request.thinking or UNTOLD
     schema = None if config.format is None else config.format.schema_
     older = None if request.output_format is None else request.output_format.schema_
-    output = structured_output(
-        {"output_config": {"json_schema": schema}, "output_format": {"json_schema": older}}
-    )
+    asked = {"output_config": {"json_schema": schema}, "output_format": {"json_schema": older}}
+    output = structured_output(call, asked | request.extensions())
     params = {"max_new_tokens": request.max_tokens, "structured_output": output}
     return build(
         call,
@@ -211,7 +210,7 @@ def _request(call: Call, request: MessagesRequest) -> InferenceRequest:
         messages=[*system, *messages_of(request.messages)],
         stop_sequences=request.stop_sequences or None,
         template_args=request.chat_template_kwargs or None,
-        **_tools(request),
+        **_tools(call, request),
         **reasoning_of(
             {
                 # Effort is more than thinking; where none is wanted, it says nothing about it.
@@ -226,7 +225,7 @@ def _request(call: Call, request: MessagesRequest) -> InferenceRequest:
     )
 
 
-def _tools(request: MessagesRequest) -> dict[str, Any]:
+def _tools(call: Call, request: MessagesRequest) -> dict[str, Any]:
     asked = request.tool_choice
     choice: str | ToolChoiceOf | None = None
     if asked is not None:
@@ -236,7 +235,7 @@ def _tools(request: MessagesRequest) -> dict[str, Any]:
             choice = "required" if asked.type == "any" else asked.type
     parallel = False if asked is not None and asked.disable_parallel_tool_use else None
     tools = [tool.as_function() for tool in request.tools or ()]
-    return chosen_tools(tools, choice, parallel)
+    return chosen_tools(call, tools, choice, parallel, "input_schema")
 
 
 def _stop_reason(response: InferenceResponse) -> StopReason:

@@ -197,9 +197,11 @@ def _requests(call: Call, request: ChatRequest) -> list[InferenceRequest]:
         "messages": messages,
         "template_args": request.chat_template_kwargs or None,
         **chosen_tools(
+            call,
             [tool.function for tool in request.tools or ()],
             request.tool_choice,
             request.parallel_tool_calls,
+            "function.parameters",
         ),
         **reasoning_of(
             {

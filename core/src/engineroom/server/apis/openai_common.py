@@ -163,7 +163,9 @@ def requests_for(
     seed, stop = request.seed, request.stop or None
     form = request.response_format
     asked = {"response_format": form.asked("response_format") if form else {}}
-    params = {**params, "structured_output": structured_output(asked | request.extensions())}
+    schema_in = form.schema_in if form else None
+    output = structured_output(call, asked | request.extensions(), schema_in)
+    params = {**params, "structured_output": output}
     first = params_of(call, request, params, {"temperature": None, "max_new_tokens": max_tokens})
     choices = [first]
     for choice in range(1, n):

@@ -75,7 +75,11 @@ class CompletionRequest(OpenAIRequest):
         "tools": ([],),
         "tool_choice": ("none", "auto"),
         "chat_template_kwargs": ({},),
+        "functions": ([],),
+        "function_call": ("none", "auto"),
         "reasoning_effort": ("none",),
+        "reasoning": ({},),
+        "thinking": ({"type": "disabled"}, {"type": "auto"}),
         "reasoning_budget": (),
     }
 

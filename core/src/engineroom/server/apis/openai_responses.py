@@ -188,7 +188,7 @@ def _request(call: Call, request: ResponsesRequest) -> InferenceRequest:
     text = request.text or TextConfig()
     check_neutral(text.verbosity, "medium", "text.verbosity")
     asked = {"text.format": text.format.asked("text.format") if text.format else {}}
-    output = structured_output(asked | request.extensions())
+    output = structured_output(call, asked | request.extensions())
     top = request.top_logprobs or 0
     if top and not request.include:
         raise ApiError(
@@ -208,9 +208,11 @@ def _request(call: Call, request: ResponsesRequest) -> InferenceRequest:
         messages=messages,
         template_args=request.chat_template_kwargs or None,
         **chosen_tools(
+            call,
             request.tools,
             request.tool_choice,
             request.parallel_tool_calls,
+            "parameters",
         ),
         **reasoning_of(
             {"reasoning": config.asked},

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 
+from engineroom.generation.grammars import FORM
 from engineroom.schemas import MAX_GRAMMAR_CHARS, StructuredOutput
 from engineroom.server.apis.request_fields import Sampling, SubSchema
 from engineroom.server.apis.tool_fields import Effort
+from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ApiError, invalid_fields, unsupported
 
 __all__ = [
@@ -57,6 +59,11 @@ class ResponseFormat(SubSchema):
     json_schema: NamedSchema | None = None
     schema_: Annotated[_Schema | None, Field(alias="schema")] = None
     """The same without a name, with either type, as llama-server takes it."""
+
+    @property
+    def schema_in(self) -> str | None:
+        """Where its schema is, if not in ``json_schema``."""
+        return None if self.schema_ is None else "response_format.schema"
 
     def asked(self, where: str) -> dict[str, Any]:
         """Fields of ``StructuredOutput``."""
@@ -151,13 +158,24 @@ class StructuredSampling(Sampling):
         return asked
 
 
+_SCHEMAS_IN: Final[Mapping[str, str]] = {
+    "response_format": "response_format.json_schema.schema",
+    "text.format": "text.format.schema",
+    "output_config": "output_config.format.schema",
+    "output_format": "output_format.schema",
+    "structured_outputs": "structured_outputs.json",
+}
+
+
 def structured_output(
-    asked: Mapping[str, Mapping[str, Any]],
+    call: Call, asked: Mapping[str, Mapping[str, Any]], schema_in: str | None = None
 ) -> StructuredOutput | None:
     """What the request asks for.
 
+    :param call: whose errors will name the field.
     :param asked: fields of the body → fields of ``StructuredOutput``, those that are none left out
         or ``None``.
+    :param schema_in: where ``response_format`` has its schema, if not where OpenAI has it.
     :raises ApiError: 400: two fields ask for something, or one is not as it should be.
     """
     given = {
@@ -171,10 +189,16 @@ def structured_output(
         names = " and ".join(given)
         raise ApiError(400, f"give one of {names}", "invalid_value", next(iter(given)))
     ((name, fields),) = given.items()
+    inner = name == "structured_outputs"
+    places = {kind: f"{name}.{kind}" if inner else name for kind in fields}
+    if "json_schema" in fields:
+        own = schema_in if name == "response_format" else None
+        places["json_schema"] = own or _SCHEMAS_IN.get(name, name)
+    call.places |= {f"{FORM}.{kind}": place for kind, place in places.items()}
     try:
         return StructuredOutput(**fields)
     except ValidationError as error:
-        raise invalid_fields(error, dict.fromkeys(fields, name)) from error
+        raise invalid_fields(error, places) from error
 
 
 def _of_ollama(form: Any) -> dict[str, Any]:

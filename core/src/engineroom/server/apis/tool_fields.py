@@ -10,8 +10,9 @@ from pydantic import Field, Tag
 
 from engineroom.field_types import either
 from engineroom.server.apis.request_fields import SubSchema
+from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ApiError
-from engineroom.tools import MAX_TOOLS, ToolCall
+from engineroom.tools import MAX_TOOLS, ToolCall, schema_field
 
 __all__ = [
     "UNTOLD",
@@ -138,12 +139,16 @@ ToolList = Annotated[list[ChatTool], Field(fail_fast=True, max_length=MAX_TOOLS)
 
 
 def chosen_tools(
+    call: Call,
     tools: Sequence[FunctionDefinition] | None,
     choice: str | ToolChoiceOf | None,
     parallel: bool | None,
+    schema_in: str,
 ) -> dict[str, Any]:
     """Fields of ``InferenceRequest``.
 
+    :param call: whose errors will name the tool.
+    :param schema_in: where in a tool the API has the schema of its parameters.
     :raises ApiError: 400: the choice names no tool, or one that there is not.
     """
     offered = {tool.name: tool.as_tool() for tool in tools or ()}
@@ -159,6 +164,8 @@ def chosen_tools(
         raise _wrong("tool_choice asks for a call, but there are no tools")
     if not offered:
         return {}
+    of_api = {tool.name: f"tools.{place}.{schema_in}" for place, tool in enumerate(tools or ())}
+    call.places |= {schema_field(place): of_api[name] for place, name in enumerate(offered)}
     return {
         "tools": list(offered.values()),
         "tool_choice": named or choice,

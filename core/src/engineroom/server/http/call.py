@@ -76,6 +76,8 @@ class Call:
     """The service tells the log how it ends."""
     warnings: list[str] = field(default_factory=list)
     """What the client is told beside its answer."""
+    places: dict[str, str] = field(default_factory=dict)
+    """Fields of the service's request → what its API calls them, with dots."""
     body_share: BodyShare | None = None
     """What its body takes of the server's memory."""
     _id: str = ""
@@ -204,7 +206,9 @@ class Call:
 
     def api_error_of(self, error: EngineRoomError) -> ApiError:
         """What the client is told of an error."""
-        return self.refused or self.context.api_error_of(error, logged=self.logged)
+        return self.refused or self.context.api_error_of(
+            error, logged=self.logged, places=self.places
+        )
 
     # ── what is answered ─────────────────────────────────────────────────────────────────────
 

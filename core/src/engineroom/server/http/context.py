@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from engineroom.border import get_logger, log_failure
@@ -70,12 +71,16 @@ class ServerContext:
                     return trace
         return None
 
-    def api_error_of(self, error: EngineRoomError, *, logged: bool = False) -> ApiError:
+    def api_error_of(
+        self, error: EngineRoomError, *, logged: bool = False, places: Mapping[str, str]
+    ) -> ApiError:
         """What the client is told of an error; what it is not told goes to the log.
 
         :param logged: it is there already.
+        :param places: fields of the service's request → what the API calls them.
         """
-        answer = api_error_of(error, load_failed=self.directory.load_failed(error.model_id))
+        load_failed = self.directory.load_failed(error.model_id)
+        answer = api_error_of(error, load_failed=load_failed, places=places)
         if answer.status >= 500 and not logged and not _logged(error):
             logger.error("%s", error.describe())
         return answer

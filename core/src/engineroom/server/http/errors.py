@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import ClassVar, Final
 
 from pydantic import ValidationError
@@ -133,11 +134,22 @@ class OpenAIError(ErrorBody, kw_only=True):
         return cls(error=detail)
 
 
-def api_error_of(error: EngineRoomError, *, load_failed: bool = False) -> ApiError:
+def api_error_of(
+    error: EngineRoomError,
+    *,
+    load_failed: bool = False,
+    places: Mapping[str, str] = MappingProxyType({}),
+) -> ApiError:
     """What a client is told of an error of the service.
 
     :param load_failed: the model could not be loaded, which is no fault of the request.
+    :param places: fields of the service's request → what the API calls them.
     """
+    if isinstance(error, ConfigurationError) and error.field and not load_failed:
+        # It quotes the client, whose regular expressions may look like paths.
+        where = _place(error.field, places)
+        message = error.describe().replace(error.field, where, 1)
+        return ApiError(400, message, "invalid_request", where.partition(".")[0])
     message = without_paths(error.describe())
     if isinstance(error, ModelNotFoundError) and not load_failed:
         return ApiError(404, message, "model_not_found", "model")
@@ -209,13 +221,21 @@ def invalid_fields(error: ValidationError, names: Mapping[str, str] | None = Non
     for problem in error.errors(include_url=False, include_context=False):
         loc = [str(part)[:_MAX_NAME] for part in problem["loc"] if not _is_branch(part)]
         if loc and names:
-            loc[0] = names.get(loc[0], loc[0])
+            loc[0] = names.get(loc[0], loc[0])  # may have several steps
         where = ".".join(loc) or "the request"
-        first = first or (loc[0] if loc else None)
+        first = first or (loc[0].partition(".")[0] if loc else None)
         shown = _shown(problem.get("input"))
         problems.append(f"{where}: {problem['msg'].removeprefix('Value error, ')}{shown}")
     more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
     return ApiError(400, "; ".join(problems[:5]) + more, "invalid_value", first)
+
+
+def _place(field: str, places: Mapping[str, str]) -> str:
+    """What an API calls a field of the service's request, or a part of it."""
+    for name, own in places.items():
+        if field == name or field.startswith(f"{name}."):
+            return own + field[len(name) :]
+    return field
 
 
 def _is_branch(part: object) -> bool:
