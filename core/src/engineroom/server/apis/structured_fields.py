@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from engineroom.generation.grammars import FORM
 from engineroom.schemas import MAX_GRAMMAR_CHARS, StructuredOutput
@@ -109,10 +109,24 @@ class AnthropicOutputConfig(SubSchema):
     """How hard to think."""
 
 
+_FORMS: Final = ("json", "regex", "choice", "grammar", "json_object")
+
+
 class StructuredOutputs(SubSchema):
     """As vLLM has it: one of these, and nothing else: it would be a promise that is not kept."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        """What is switched off may be anything else, too."""
+        if not isinstance(value, Mapping):
+            return value
+        for key, switch in value.items():
+            if key not in _FORMS and switch is not None and switch is not False:
+                raise ValueError(f"cannot have {key[:64]!r} here; give one of {', '.join(_FORMS)}")
+        return {key: value[key] for key in _FORMS if key in value}
 
     json_: Annotated[_SchemaOrText | None, Field(alias="json")] = None
     regex: str | None = None
@@ -135,9 +149,14 @@ class StructuredSampling(Sampling):
     """As llama-server has it."""
     format: _SchemaOrText | Literal["json", ""] | None = None
     """As Ollama has it: a schema, or ``json``."""
+    guided_decoding_backend: str | None = None
+    """There is one, so that there is nothing to choose."""
+    guided_whitespace_pattern: str | None = None
+    """Only ``None``: white space in JSON is the same for all."""
 
     def extensions(self) -> dict[str, dict[str, Any]]:
-        """What they ask for, by the field's name."""
+        """What they ask for, by the field's name. :raises ApiError: 400: it cannot be had."""
+        check_neutral(self.guided_whitespace_pattern, None, "guided_whitespace_pattern")
         asked: dict[str, dict[str, Any]] = {
             "guided_json": {"json_schema": self.guided_json},
             "guided_regex": {"regex": self.guided_regex},
