@@ -22,7 +22,7 @@ from pydantic import (
     WrapValidator,
     model_validator,
 )
-from pydantic_core import PydanticSerializationError, PydanticUseDefault, to_json
+from pydantic_core import PydanticSerializationError, PydanticUseDefault, from_json, to_json
 
 from engineroom.json_shape import MAX_VALUES, excess
 from engineroom.printable import CONTROLS
@@ -53,6 +53,7 @@ __all__ = [
 _HALF: Final = "half of a surrogate pair"
 _ESCAPED_HALF: Final = re.compile(r"\\u[dD][89a-fA-F]")
 _MAX_PLACE: Final = 200
+_MAX_LOOKED_THROUGH: Final = 10_000
 
 
 def _no_control_characters(value: str) -> str:
@@ -110,40 +111,71 @@ def _json_can_be_encoded(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_texts(value: Any, place: str) -> None:
-    """:raises ValueError: a text in a value, or a key, cannot be encoded; names the place."""
+    """Say where the text is that cannot be encoded. No more than is read at once is looked through.
+
+    :raises ValueError: it is among them.
+    """
     todo: list[tuple[Any, str]] = [(value, place)]
-    while todo:
+    for _ in range(_MAX_LOOKED_THROUGH):
+        if not todo:
+            return
         part, at = todo.pop()
         if isinstance(part, Mapping):
-            for key, item in part.items():
+            for key, item in islice(part.items(), _MAX_LOOKED_THROUGH):
                 if isinstance(key, str) and (half := half_of_pair(key)) is not None:
                     raise ValueError(f"{at} has a key whose character {half} is {_HALF}")
                 todo.append((item, f"{at}.{key}"[:_MAX_PLACE]))
         elif isinstance(part, list | tuple):
-            todo.extend((item, f"{at}.{number}"[:_MAX_PLACE]) for number, item in enumerate(part))
+            some = enumerate(islice(part, _MAX_LOOKED_THROUGH))
+            todo.extend((item, f"{at}.{number}"[:_MAX_PLACE]) for number, item in some)
         elif isinstance(part, str) and (half := half_of_pair(part)) is not None:
             raise ValueError(f"{at} must be text, but character {half} is {_HALF}")
+    raise ValueError(f"{place} must be text, but a character in it is {_HALF}")
 
 
 def _call_can_be_encoded(call: dict[str, Any]) -> dict[str, Any]:
     """A template is given arguments as what they say: escapes are read there."""
-    _check_texts(call, "the call")
+    try:
+        to_json(call)
+    except PydanticSerializationError as error:
+        if "surrogate" in str(error):  # else it is no JSON, and a caller's own
+            _check_texts(call, "the call")
     function = call.get("function")
     arguments = function.get("arguments") if isinstance(function, Mapping) else None
     if isinstance(arguments, str) and _ESCAPED_HALF.search(arguments):
         try:
-            parsed = json.loads(arguments)
-        except (ValueError, RecursionError):  # it stays a text
-            return call
-        _check_texts(parsed, "function.arguments")
+            from_json(arguments)
+        except ValueError as error:
+            if "surrogate" in str(error) or "hex escape" in str(error):
+                _check_escapes(arguments)
     return call
 
 
-def _arguments_can_be_read(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    functions = [call.get("function") for call in calls]
+def _check_escapes(arguments: str) -> None:
+    try:
+        parsed = json.loads(arguments)
+    except (ValueError, RecursionError):  # it stays a text
+        return
+    _check_texts(parsed, "function.arguments")
+
+
+def _arguments_can_be_read(calls: Any) -> Any:
+    """Before anything walks through them."""
+    if not isinstance(calls, list | tuple):
+        return calls
+    functions = [call.get("function") for call in calls if isinstance(call, Mapping)]
     arguments = [part.get("arguments") for part in functions if isinstance(part, Mapping)]
-    check_values(*(part.encode() if isinstance(part, str) else json_of(part) for part in arguments))
+    check_values(*map(_as_written, arguments))
     return calls
+
+
+def _as_written(arguments: Any) -> bytes:
+    if isinstance(arguments, str):
+        return arguments.encode(errors="surrogatepass")
+    try:
+        return to_json(arguments)
+    except PydanticSerializationError:  # told later, by its place
+        return b""
 
 
 def no_booleans(value: Any) -> Any:
@@ -168,7 +200,7 @@ JsonObject = Annotated[dict[str, Any], AfterValidator(_json_can_be_encoded)]
 MessageCalls = Annotated[
     list[Annotated[dict[str, Any], AfterValidator(_call_can_be_encoded)]],
     Field(fail_fast=True),
-    AfterValidator(_arguments_can_be_read),
+    BeforeValidator(_arguments_can_be_read),
 ]
 """Tool calls of a message, whose arguments may be JSON in a text: that is counted, too."""
 Int = Annotated[int, BeforeValidator(no_booleans)]

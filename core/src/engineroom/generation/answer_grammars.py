@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Any, Final, NamedTuple
 
-from pydantic import SkipValidation
+from pydantic import Field, SkipValidation
 
 from engineroom.errors import ConfigurationError
 from engineroom.generation.call_forms import ToolFormat
@@ -45,7 +45,7 @@ class Thoughts(NamedTuple):
 class WholeAnswer(StructuredOutput):
     """The grammar of an answer, reasoning and calls and all: nothing is added to it any more."""
 
-    asked: SkipValidation[InferenceRequest | None] = None
+    asked: SkipValidation[InferenceRequest | None] = Field(default=None, exclude=True, repr=False)
     """The request that it was made for."""
 
 
