@@ -157,15 +157,15 @@ def read(url: str, body: dict[str, Any], begun: Callable[[], None] = lambda: Non
 class Asking(threading.Thread):
     """A client in a thread of its own."""
 
-    def __init__(self, stage: Stage, body: dict[str, Any]) -> None:
+    def __init__(self, url: str, body: dict[str, Any]) -> None:
         super().__init__(daemon=True)
-        self._stage, self._body = stage, body
+        self._url, self._body = url, body
         self.begun = threading.Event()
         self.text: str | None = None
         self.start()
 
     def run(self) -> None:
-        self.text = read(self._stage.url, self._body, self.begun.set)
+        self.text = read(self._url, self._body, self.begun.set)
 
     def answer(self) -> str:
         self.join(120)
@@ -237,8 +237,8 @@ def _hostile_outputs(patch: pytest.MonkeyPatch, raised: dict[int, BaseException]
 
 
 @contextlib.asynccontextmanager
-async def held(manager: LLMModelManager) -> AsyncIterator[None]:
-    async with manager.lease("bad"):
+async def held(manager: LLMModelManager, model: str = "bad") -> AsyncIterator[None]:
+    async with manager.lease(model):
         yield
 
 
@@ -255,12 +255,12 @@ def test_an_engine_that_dies_is_told_of_and_loaded_anew(
     alone = read(stage.url, ask("m", NEIGHBOUR, True))
     expected = read(stage.url, ask("bad", 20, False))
     assert not alone.startswith("!") and not expected.startswith("!") and stage.ready()
-    neighbour = Asking(stage, ask("m", NEIGHBOUR, True))
+    neighbour = Asking(stage.url, ask("m", NEIGHBOUR, True))
     assert neighbour.begun.wait(60)
     lease = held(stage.manager)  # so that the dead engine stays to be looked at
     stage.call(lease.__aenter__)
     try:
-        victims = [Asking(stage, ask("bad", 900, True)) for _ in range(2)]
+        victims = [Asking(stage.url, ask("bad", 900, True)) for _ in range(2)]
         assert all(victim.begun.wait(60) for victim in victims)
         stage.break_it(RAISED[name])
         assert [victim.answer() for victim in victims] == ["!engine_dead"] * 2

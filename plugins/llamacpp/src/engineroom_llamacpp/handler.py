@@ -13,7 +13,9 @@ from engineroom import (
     ConfigurationError,
     EngineHandler,
     GenerationParams,
+    HandlerHealth,
     InferenceRequest,
+    LoadedModel,
     ModelConfig,
     parse_options,
 )
@@ -130,6 +132,22 @@ class LlamaCppHandler(EngineHandler):
                 "whose file says how to pool (pooling_type)"
             )
         return embedder
+
+    def health(self, loaded_model: LoadedModel) -> HandlerHealth:
+        """That of both engines, where texts and vectors have one each."""
+        health = super().health(loaded_model)
+        embedder: EmbeddingEngine | None = getattr(loaded_model.model_object, "embedder", None)
+        if embedder is None:
+            return health
+        other = embedder.health()
+        return HandlerHealth(
+            ok=health.ok and other.ok,
+            detail=(health if other.ok or not health.ok else other).detail,
+            num_requests_running=health.num_requests_running + other.num_requests_running,
+            num_requests_waiting=health.num_requests_waiting + other.num_requests_waiting,
+            kv_cache_usage=health.kv_cache_usage,
+            dead=health.dead or other.dead,
+        )
 
     def check(self, engine: LlamaEngine, request: InferenceRequest, tokens: list[int]) -> None:
         """Refuse adapters that are not loaded, and beams that cannot be searched with, as well."""

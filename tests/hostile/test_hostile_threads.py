@@ -1,0 +1,378 @@
+"""Whatever a runtime raises, on each thread that works for it, over HTTP with real sockets.
+
+The threads are those of a real runtime with a real tiny model: ``…-load``, where models are loaded;
+``engineroom-prompts``, where templates, tokenizers and grammars are worked on; ``engineroom-cpu``,
+where vectors are computed (for the steps of texts see ``test_hostile_engines``);
+``hf_transformers-generate``; the event loop's, where short prompts are read; and those of the
+loop's pool, where runtimes are imported and freed. Beside each failure a neighbour streams, whose
+text stays what it is alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("uvicorn", reason="needs the extra engineroom[server]")
+pytest.importorskip("numpy", reason="the models are made with numpy")
+pytest.importorskip("httpx", reason="needs httpx")
+
+import httpx
+from hostile_models import deployment
+from test_hostile_engines import RUNTIMES, Asking, PanicException, ask, held, read, served
+from test_hostile_requests import NEEDED
+
+from engineroom import EngineRoomError, LLMModelManager
+
+RAISED: dict[str, Callable[[], BaseException]] = {
+    "panic": lambda: PanicException("a Rust panic"),
+    "exit": lambda: SystemExit(3),
+    "interrupt": KeyboardInterrupt,
+}
+PROMPTS, CPU, GENERATE, POOL, LOOP = (
+    "engineroom-prompts", "engineroom-cpu", "hf_transformers-generate", ("asyncio_", "uvloop_"),
+    "Thread-",
+)  # fmt: skip
+
+
+@dataclass
+class Stage:
+    """A server with ``m``, which streams, ``bad``, which fails, and ``e``, which makes vectors."""
+
+    runtime: str
+    manager: LLMModelManager
+    url: str
+    loop: asyncio.AbstractEventLoop
+    alone: str = ""
+    threads: list[str] = field(default_factory=list)
+    """Those on which something was raised."""
+
+    def call(self, work: Callable[[], Any]) -> Any:
+        """Run something on the server's loop."""
+
+        async def run() -> Any:
+            result = work()
+            return await result if asyncio.iscoroutine(result) else result
+
+        return asyncio.run_coroutine_threadsafe(run(), self.loop).result(60)
+
+    def ready(self) -> bool:
+        answer = httpx.get(f"{self.url}/readyz")
+        assert (answer.status_code == 200) == (answer.json()["status"] == "ready")
+        return answer.status_code == 200
+
+    def state(self, model: str = "bad") -> str:
+        return next(s.state for s in self.manager.list_models() if s.model_id == model)
+
+    def engine(self, model: str = "bad") -> Any:
+        loaded = self.manager.get_loaded_model(model)
+        assert loaded is not None
+        return loaded.model_object
+
+    @property
+    def handler(self) -> Any:
+        return self.manager.registry.get(self.runtime)
+
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        body = {"model": "bad", "max_tokens": 4, "temperature": 0, **body}
+        return httpx.post(f"{self.url}{path}", json=body, timeout=60)
+
+    def text(self, **more: Any) -> httpx.Response:
+        return self.post("/v1/completions", **{"prompt": "once upon a time", **more})
+
+    def talk(self) -> httpx.Response:
+        return self.post("/v1/chat/completions", messages=[{"role": "user", "content": "one"}])
+
+    def form(self) -> httpx.Response:
+        return self.text(structured_outputs={"choice": ["one", "two"]}, max_tokens=None)
+
+    def vectors(self) -> httpx.Response:
+        body = {"model": "e", "input": ["one", "two"]}
+        return httpx.post(f"{self.url}/v1/embeddings", json=body, timeout=60)
+
+    def unload(self) -> None:
+        self.call(lambda: self.manager.unload("bad"))
+
+    def failing(self, error: Callable[[], BaseException]) -> Callable[..., Any]:
+        """What stands in for something of the runtime's."""
+
+        def fail(*_: Any, **__: Any) -> Any:
+            self.threads.append(threading.current_thread().name)
+            raise error()
+
+        return fail
+
+
+@pytest.fixture(scope="module", params=RUNTIMES)
+def stage(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Stage]:
+    runtime = request.param
+    for module in NEEDED[runtime]:
+        pytest.importorskip(module)
+    talks, _, vectors = deployment(Path(tmp_path_factory.mktemp(runtime)), runtime, 1024)["models"]
+    talks = {**talks, "aliases": []}
+    models = [talks, {**talks, "model_id": "bad"}, *([] if runtime == "vllm" else [vectors])]
+    manager = LLMModelManager(config={"models": models})
+    with served(manager) as (url, loop):
+        made = Stage(runtime, manager, url, loop)
+        end = time.monotonic() + 60
+        while not made.ready() and time.monotonic() < end:  # until all are loaded
+            time.sleep(0.05)
+        assert made.ready()
+        made.alone = read(url, ask("m", NEIGHBOUR, True))
+        assert made.alone and not made.alone.startswith("!")
+        yield made
+
+
+NEIGHBOUR = 200
+"""Tokens of the neighbour's answer."""
+
+
+@contextmanager
+def neighbour(stage: Stage) -> Iterator[None]:
+    """Somebody streams from the first to the last moment."""
+    streams = [Asking(stage.url, ask("m", NEIGHBOUR, True))]
+    assert streams[0].begun.wait(60)
+    ended = threading.Event()
+
+    def go_on() -> None:
+        while not ended.is_set():
+            streams[-1].join(60)
+            streams.append(Asking(stage.url, ask("m", NEIGHBOUR, True)))
+
+    keeper = threading.Thread(target=go_on, daemon=True)
+    keeper.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        keeper.join(60)
+    assert {stream.answer() for stream in streams} == {stage.alone}
+
+
+def refused(answer: httpx.Response, status: int = 500) -> None:
+    assert answer.status_code == status, answer.text
+    assert answer.json()["error"]["message"] and len(answer.content) < 10_000
+
+
+def for_each(
+    stage: Stage,
+    where: tuple[Callable[[], Any], str],
+    works: Callable[[], httpx.Response],
+    thread: str | tuple[str, ...],
+    caplog: pytest.LogCaptureFixture,
+    *,
+    status: int = 500,
+    again: bool = False,
+) -> None:
+    """Have something raise each of what there is, while a neighbour streams.
+
+    :param where: whose it is, asked each time, and its name.
+    :param works: a request that comes by there.
+    :param thread: how the name of the thread begins.
+    :param again: the model is unloaded before each.
+    """
+    expected = works()
+    assert expected.status_code == 200, expected.text
+    with neighbour(stage):
+        for name, error in RAISED.items():
+            caplog.clear()
+            stage.threads.clear()
+            if again:
+                stage.unload()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(where[0](), where[1], stage.failing(error))
+                refused(works(), status)
+                assert stage.ready(), name  # it was one request's, and no model is unwell
+            assert stage.threads and all(t.startswith(thread) for t in stage.threads), stage.threads
+            assert "Traceback" in caplog.text and type(error()).__name__ in caplog.text
+            after = works()
+            assert after.status_code == 200, f"after {name}: {after.text}"
+            assert _content(after) == _content(expected)
+
+
+def _content(answer: httpx.Response) -> Any:
+    told = answer.json()
+    return told.get("data") or [{**choice} for choice in told["choices"]]
+
+
+def test_a_template(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
+    for_each(stage, (lambda: stage.engine().codec, "chat"), stage.talk, PROMPTS, caplog)
+
+
+def test_a_tokenizer(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
+    for_each(stage, (lambda: stage.engine().codec, "read"), stage.talk, PROMPTS, caplog)
+
+
+def test_a_tokenizer_of_short_prompts(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
+    for_each(stage, (lambda: stage.engine().codec, "read"), stage.text, LOOP, caplog)
+
+
+def test_a_grammar(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("llguidance")
+    constraints = importlib.import_module("engineroom.engine.constraints")
+
+    def forget() -> Any:  # what was compiled is kept
+        if getattr(stage.engine(), "grammars", None) is not None:
+            stage.engine().grammars = None
+        return constraints
+
+    for_each(stage, (forget, "_matcher"), stage.form, PROMPTS, caplog)
+
+
+def test_a_tokenizer_of_texts_for_vectors(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
+    if stage.runtime == "vllm":
+        pytest.skip("one engine more would take a minute")
+    assert stage.vectors().status_code == 200
+    for_each(stage, (lambda: stage.engine("e").codec, "whole"), stage.vectors, PROMPTS, caplog)
+
+
+LOADING = {
+    "llamacpp": [("engineroom_llamacpp.model", "load_adapters"),
+                 ("engineroom_llamacpp.engine", "LlamaContext")],
+    "hf_transformers": [("engineroom_hf_transformers.engine", "neutral")],
+    "vllm": [("engineroom_vllm.loading", "engine_arguments")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_load(stage: Stage, number: int, caplog: pytest.LogCaptureFixture) -> None:
+    if number >= len(LOADING[stage.runtime]):
+        pytest.skip("one place is enough")
+    module, name = LOADING[stage.runtime][number]
+    for_each(
+        stage, (lambda: importlib.import_module(module), name), stage.text,
+        f"{stage.runtime}-load", caplog, status=503, again=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["import_runtime", "free_engine"])
+def test_the_threads_of_the_pool(
+    stage: Stage, place: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    if stage.runtime == "vllm":
+        pytest.skip("its engines take a minute each")
+    if place == "import_runtime":
+        for_each(
+            stage, (lambda: stage.handler, place), stage.text, POOL, caplog, status=503, again=True
+        )
+        return
+    expected, free = stage.text(), stage.handler.free_engine
+    with neighbour(stage):
+        for error in RAISED.values():
+            fail = stage.failing(error)
+
+            def freed(engine: Any, fail: Callable[..., Any] = fail) -> None:
+                free(engine)
+                fail()
+
+            stage.threads.clear()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(stage.handler, "free_engine", freed)
+                with pytest.raises(EngineRoomError):
+                    stage.unload()
+                assert stage.ready() and stage.threads[0].startswith(POOL)
+            assert _content(stage.text()) == _content(expected)
+
+
+def _dies_and_comes_back(
+    stage: Stage, model: str, break_it: Callable[[Callable[..., Any]], None],
+    works: Callable[[], httpx.Response], thread: str,
+) -> None:  # fmt: skip
+    expected = works()
+    assert expected.status_code == 200
+    with neighbour(stage):
+        for error in RAISED.values():
+            stage.threads.clear()
+            lease = held(stage.manager, model)  # so that the dead engine stays to be looked at
+            stage.call(lease.__aenter__)
+            try:
+                break_it(stage.failing(error))
+                refused(works(), 503)
+                assert not stage.ready() and stage.state(model) == "draining"
+            finally:
+                stage.call(lambda lease=lease: lease.__aexit__(None, None, None))
+            assert stage.threads == [thread]
+            assert _content(works()) == _content(expected)
+            end = time.monotonic() + 30
+            while not stage.ready() and time.monotonic() < end:
+                time.sleep(0.01)
+            assert stage.ready()
+
+
+def test_the_thread_that_computes_vectors(stage: Stage) -> None:
+    if stage.runtime == "vllm":
+        pytest.skip("its engines are processes; see its own tests")
+
+    def break_it(fail: Callable[..., Any]) -> None:
+        engine = stage.engine("e")
+        if stage.runtime == "hf_transformers":
+            engine.parts.model.base_model.forward = fail
+        else:
+            stage.handler.embedder(engine).step = fail
+
+    stage.vectors()
+    _dies_and_comes_back(stage, "e", break_it, stage.vectors, CPU)
+
+
+def test_the_thread_of_generate(stage: Stage) -> None:
+    if stage.runtime != "hf_transformers":
+        pytest.skip("only Transformers has one")
+
+    def break_it(fail: Callable[..., Any]) -> None:
+        stage.engine().parts.model.generate = fail
+
+    def beams() -> httpx.Response:
+        return stage.text(num_beams=2)
+
+    _dies_and_comes_back(stage, "bad", break_it, beams, GENERATE)
+
+
+@pytest.mark.parametrize("name", RAISED)
+@pytest.mark.parametrize("where", ["import", "constructor"])
+def test_a_plugin_that_cannot_be_used(
+    where: str,
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The one that is installed for another runtime; the server begins, and serves its own."""
+    for module in NEEDED["llamacpp"]:
+        pytest.importorskip(module)
+    pytest.importorskip("engineroom_hf_transformers")
+    load: Any = EntryPoint.load
+
+    def fail(*_: Any) -> Any:
+        error = RAISED[name]()
+        raise error
+
+    def hostile(self: EntryPoint) -> Any:
+        if self.name != "hf_transformers":
+            return load(self)
+        return fail() if where == "import" else type("Hostile", (), {"__init__": fail})
+
+    monkeypatch.setattr(EntryPoint, "load", hostile)
+    talks = deployment(tmp_path, "llamacpp", 256)["models"][0]
+    other = {"model_id": "bad", "source": str(tmp_path), "runtime": "hf_transformers"}
+    with served(LLMModelManager(config={"models": [talks, {**other, "preload": False}]})) as at:
+        url = at[0]
+        answers = [
+            httpx.post(f"{url}/v1/completions", json=ask(model, 4, False), timeout=60)
+            for model in ("m", "bad", "m")
+        ]
+        assert [answer.status_code == 200 for answer in answers] == [True, False, True]
+        assert answers[1].json()["error"]["code"] == "model_not_loaded"
+        assert "quarantined" in caplog.text and "Traceback" in caplog.text
+        assert httpx.get(f"{url}/readyz").status_code == 200
