@@ -436,12 +436,14 @@ class InferenceResponse(BaseModel):
         """
         if self.error_message is None:
             return
-        error = error_class(self.error_type)(
-            self.error_message, request_id=self.request_id, model_id=self.model_id
-        )
+        raise self._error(self.error_message) from self._cause  # a local of it would be a cycle
+
+    def _error(self, message: str) -> EngineRoomError:
+        error_type = error_class(self.error_type)
+        error = error_type(message, request_id=self.request_id, model_id=self.model_id)
         if isinstance(error, ConfigurationError) and isinstance(self._cause, ConfigurationError):
             error.field = self._cause.field  # with which the message begins
-        raise error from self._cause
+        return error
 
     def record_error(self, error: EngineRoomError) -> None:
         """Make this the response of a request that failed with ``error``."""

@@ -210,7 +210,7 @@ def test_embeddings_of_a_service_that_has_them(start, monkeypatch):
         vectors: list[list[float]]
         prompt_tokens: int
 
-    async def embed(model_id, texts, *, timeout_s, request_id, metadata):
+    async def embed(model_id, texts, *, timeout_s, request_id, priority, metadata):
         return Embeddings([[float(len(text)), 0.5] for text in texts], 4)
 
     with start() as run:

@@ -164,7 +164,7 @@ def test_a_vocabulary_that_does_not_tell_bytes_leaves_the_text_to_vllm() -> None
         token_ids=[1], text="a", finish_reason=None, logprobs=[{1: entry, 2: entry}]
     )
     (step,) = Outputs(found, frozenset()).steps(output, 2)
-    assert [(e.token, e.bytes) for e in step.logprobs or ()] == [("a", [97])]
+    assert [(e.token, e.bytes) for e in step.logprobs or ()] == [("a", (97,))]
 
 
 def test_a_tokeniser_of_another_kind_is_refused() -> None:
