@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from engineroom import ChatMessage, ConfigurationError, InferenceRequest, resolve_source
 from engineroom.prompts import (
@@ -311,7 +312,11 @@ async def test_half_of_a_surrogate_pair_is_refused_wherever_it_stands(codec: Cod
         opened.count(HALF)
     with pytest.raises(ConfigurationError, match="each text must be text"):
         await tokens_of_texts(opened, ["a", HALF], 100)
-    called = ChatMessage(role="assistant", tool_calls=[{"id": "i", **ASKED}])
+    with pytest.raises(
+        ValidationError, match=r"function\.name must be text, but character 1 is half"
+    ):
+        ChatMessage(role="assistant", tool_calls=[{"id": "i", **ASKED}])
+    called = ChatMessage.model_construct(role="assistant", tool_calls=[{"id": "i", **ASKED}])
     request = InferenceRequest(model_id="m", messages=[user("a"), called])
     with pytest.raises(ConfigurationError, match="surrogate"):
         await tokens_of(opened, request)
