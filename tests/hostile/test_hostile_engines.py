@@ -75,14 +75,13 @@ TRIED = {"hf_transformers": ("panic", "exit", "mute"), "vllm": ("panic", "exit")
 
 
 @dataclass
-class Stage:
-    """A server, and what its runtime's steps are made to raise."""
+class Running:
+    """A server that runs in a thread, and its manager."""
 
     runtime: str
     manager: LLMModelManager
     url: str
     loop: asyncio.AbstractEventLoop
-    raised: dict[int, BaseException] = field(default_factory=dict)  # by the engine's id
 
     def call(self, work: Callable[[], Any]) -> Any:
         """Run something on the server's loop."""
@@ -93,20 +92,32 @@ class Stage:
 
         return asyncio.run_coroutine_threadsafe(run(), self.loop).result(60)
 
-    def state(self) -> str:
-        return next(s.state for s in self.manager.list_models() if s.model_id == "bad")
+    def state(self, model: str = "bad") -> str:
+        return next(s.state for s in self.manager.list_models() if s.model_id == model)
 
-    def ready(self) -> bool:
+    def reasons(self) -> list[str] | None:
+        """Why it is not ready; ``None``: it is."""
         answer = httpx.get(f"{self.url}/readyz")
-        assert (answer.status_code == 200) == (answer.json()["status"] == "ready")
-        if answer.status_code != 200:
-            assert answer.json()["reasons"] == ["the engine of bad is not well"]
-        return bool(answer.status_code == 200)
+        body = answer.json()
+        assert (answer.status_code == 200) == (body["status"] == "ready")
+        return None if answer.status_code == 200 else list(body["reasons"])
 
-    def engine(self) -> Any:
-        loaded = self.manager.get_loaded_model("bad")
+    def engine(self, model: str = "bad") -> Any:
+        loaded = self.manager.get_loaded_model(model)
         assert loaded is not None
         return loaded.model_object
+
+
+@dataclass
+class Stage(Running):
+    """A server, and what its runtime's steps are made to raise."""
+
+    raised: dict[int, BaseException] = field(default_factory=dict)  # by the engine's id
+
+    def ready(self) -> bool:
+        reasons = self.reasons()
+        assert reasons in (None, ["the engine of bad is not well"])
+        return reasons is None
 
     def break_it(self, error: BaseException) -> None:
         """From the next step on, the engine of ``bad`` raises this."""

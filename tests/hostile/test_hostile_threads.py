@@ -10,7 +10,6 @@ text stays what it is alone.
 
 from __future__ import annotations
 
-import asyncio
 import importlib
 import threading
 import time
@@ -29,7 +28,7 @@ pytest.importorskip("httpx", reason="needs httpx")
 
 import httpx
 from hostile_models import deployment
-from test_hostile_engines import RUNTIMES, Asking, PanicException, ask, held, read, served
+from test_hostile_engines import RUNTIMES, Asking, PanicException, Running, ask, held, read, served
 from test_hostile_requests import NEEDED
 
 from engineroom import EngineRoomError, LLMModelManager
@@ -46,38 +45,15 @@ PROMPTS, CPU, GENERATE, POOL, LOOP = (
 
 
 @dataclass
-class Stage:
+class Stage(Running):
     """A server with ``m``, which streams, ``bad``, which fails, and ``e``, which makes vectors."""
 
-    runtime: str
-    manager: LLMModelManager
-    url: str
-    loop: asyncio.AbstractEventLoop
     alone: str = ""
     threads: list[str] = field(default_factory=list)
     """Those on which something was raised."""
 
-    def call(self, work: Callable[[], Any]) -> Any:
-        """Run something on the server's loop."""
-
-        async def run() -> Any:
-            result = work()
-            return await result if asyncio.iscoroutine(result) else result
-
-        return asyncio.run_coroutine_threadsafe(run(), self.loop).result(60)
-
     def ready(self) -> bool:
-        answer = httpx.get(f"{self.url}/readyz")
-        assert (answer.status_code == 200) == (answer.json()["status"] == "ready")
-        return answer.status_code == 200
-
-    def state(self, model: str = "bad") -> str:
-        return next(s.state for s in self.manager.list_models() if s.model_id == model)
-
-    def engine(self, model: str = "bad") -> Any:
-        loaded = self.manager.get_loaded_model(model)
-        assert loaded is not None
-        return loaded.model_object
+        return self.reasons() is None
 
     @property
     def handler(self) -> Any:
