@@ -102,7 +102,8 @@ def _tool(value: Any) -> dict[str, Any]:
         )
     if not _NAME.fullmatch(name):
         raise ValueError(
-            f"{name[:40]!r} is no name of a tool; use letters, digits and _ . : -, 128 at most"
+            f"{name[:40]!r} is no name of a tool; use ASCII letters, digits and _ . : -, "
+            "128 at most"
         )
     description = function.get("description")
     if description is not None and not isinstance(description, str):

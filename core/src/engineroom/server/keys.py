@@ -114,8 +114,8 @@ class KeyRing:
                 name, key, max_priority, all_metrics = KeySpec(*spec)
                 if not _NAME.fullmatch(name):
                     raise ConfigurationError(
-                        f"{name[:64]!r} is no name of a key; use letters, digits and . _ @ -, "
-                        "64 at most"
+                        f"{name[:64]!r} is no name of a key; use ASCII letters, digits and "
+                        ". _ @ -, 64 at most"
                     )
                 if name in owners:
                     raise ConfigurationError(f"two keys are called {name!r}; rename one of them")

@@ -21,13 +21,13 @@ __all__ = ["Layout"]
 
 _PATIENCE: Final = 2
 """Times a stream's cells: so many tokens are computed before it goes over to streams again."""
+_MOST_PATIENCE: Final = 64
+"""The same where streams were too small soon each time: it doubles until there."""
 _MUCH: Final = 2
 """Times a stream's cells: what is in common is worth going over for."""
 _NEARLY_ALL: Final = 0.75
 """Of their tokens. With 32 requests of 128 tokens, of which 96 are in common, streams read a fifth
 faster and decode a tenth slower; with 2,000 in common of 2,070, all takes twice as long."""
-_MOST_PATIENCE: Final = 64
-"""The same where streams were too small soon each time: it doubles until there."""
 
 
 class Layout:
