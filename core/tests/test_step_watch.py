@@ -11,7 +11,7 @@ import pytest
 
 from engineroom import DecodeLoop
 from engineroom.engine import BatchingEngine, EngineTask, StepWatch
-from engineroom.engine.step_watch import STUCK_VARIABLE, stuck_after_s
+from engineroom.hangs import STUCK_VARIABLE, stuck_after_s
 from engineroom.telemetry import work_logger
 
 LOGGER = logging.getLogger("engineroom.batching")

@@ -32,6 +32,7 @@ from test_hostile_engines import RUNTIMES, Asking, PanicException, Running, ask,
 from test_hostile_requests import NEEDED
 
 from engineroom import EngineRoomError, LLMModelManager
+from engineroom.hangs import STUCK_VARIABLE
 
 RAISED: dict[str, Callable[[], BaseException]] = {
     "panic": lambda: PanicException("a Rust panic"),
@@ -189,6 +190,33 @@ def test_a_template(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
 
 def test_a_tokenizer(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
     for_each(stage, (lambda: stage.engine().codec, "read"), stage.talk, PROMPTS, caplog)
+
+
+def test_a_tokenizer_that_hangs(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
+    """Its request is told, its model is unwell and answers others, and no neighbour notices."""
+    expected, codec = stage.talk(), stage.engine().codec
+    goes_on, read_text, hung = threading.Event(), codec.read, list[str]()
+
+    def hang(text: str) -> Any:
+        if not hung:
+            hung.append(threading.current_thread().name)
+            assert goes_on.wait(60)
+        return read_text(text)
+
+    with neighbour(stage), pytest.MonkeyPatch.context() as patch:
+        patch.setenv(STUCK_VARIABLE, "1.5")
+        patch.setattr(codec, "read", hang)
+        try:
+            refused(stage.talk())
+            assert hung == [PROMPTS] and not stage.ready()
+            assert _content(stage.talk()) == _content(expected)
+            assert "reading a prompt has not come to an end after 1.5 s" in caplog.text
+        finally:
+            goes_on.set()
+        end = time.monotonic() + 30
+        while not stage.ready() and time.monotonic() < end:
+            time.sleep(0.01)
+        assert stage.ready()
 
 
 def test_a_tokenizer_of_short_prompts(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:

@@ -13,6 +13,7 @@ from functools import partial
 import pytest
 
 from engineroom import InferenceError, QueueFullError, ResourceNotAvailableError
+from engineroom.hangs import STUCK_VARIABLE
 from engineroom.prompts import PromptLane, check_stopped, expect_tokens, threads as module, work
 from engineroom.prompts.threads import MOST_THREADS
 from engineroom.prompts.work import ReadingStoppedError, TooManyTokensError, taking_turns
@@ -293,3 +294,83 @@ async def test_a_turn_is_given_back_whatever_ends_it(lane: PromptLane) -> None:
             await lane.run(fails)
     with taking_turns():  # nor does anybody take one elsewhere
         assert await lane.run(lambda: 1) == 1
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(STUCK_VARIABLE, "0.1")
+    monkeypatch.setattr(module, "_LOOK_S", 0.02)
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_prompt_that_never_ends_is_given_up_and_the_others_are_read(
+    lane: PromptLane, caplog: pytest.LogCaptureFixture
+) -> None:
+    gate, other = Gate(), PromptLane()
+
+    def hang(name: str) -> str:  # and has the turn of those that render
+        with taking_turns():
+            return gate.pass_through(name)
+
+    def render() -> int:
+        with taking_turns():
+            return 7
+
+    for count in range(1, 4):
+        with pytest.raises(InferenceError, match=r"not come to an end after 0\.1 s") as caught:
+            await lane.run(partial(hang, f"{count}"))
+        assert type(caught.value) is InferenceError
+        assert f"in {count} of 3 threads" in lane.stuck()
+        # The place of the key and the turn are free again, for this model as well.
+        assert await other.run(render) == 7 and not other.stuck()
+        if count < 3:
+            assert await asyncio.gather(*(lane.run(render) for _ in range(20))) == [7] * 20
+    with pytest.raises(ResourceNotAvailableError, match="3 do not come to an end"):
+        await lane.run(render)
+    assert len(own_threads()) <= 3 + MOST_THREADS
+    gate.open.set()
+    await until(lambda: not lane.stuck())
+    assert await asyncio.gather(*(lane.run(render) for _ in range(20))) == [7] * 20
+    await asyncio.to_thread(other.close)
+    told = [r.getMessage() for r in caplog.records if r.name == "engineroom.prompts"]
+    assert sum(STUCK_VARIABLE in line for line in told) == 3
+    await until(lambda: caplog.text.count("given up has come to an end") == 3)
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_those_that_wait_behind_threads_that_are_all_stuck_are_told(lane: PromptLane) -> None:
+    gate = Gate()
+    stuck = [
+        asyncio.create_task(lane.run(partial(gate.pass_through, f"{i}"), key=f"{i}"))
+        for i in range(3)
+    ]
+    await until(lambda: len(gate.running) == 3)
+    waiting = [asyncio.create_task(lane.run(lambda: 1, key=f"{i % 2}")) for i in range(6)]
+    ended = await asyncio.gather(*stuck, *waiting, return_exceptions=True)
+    assert [type(error) for error in ended[:3]] == [InferenceError] * 3
+    assert {type(error) for error in ended[3:]} == {ResourceNotAvailableError}
+    gate.open.set()
+    await until(lambda: not lane.stuck())
+    assert await lane.run(lambda: 1, key="0") == 1
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_nothing_that_a_stuck_prompt_reads_with_is_freed_under_it() -> None:
+    lane, gate = PromptLane(), Gate()
+    with pytest.raises(InferenceError):
+        await lane.run(partial(gate.pass_through, "x"))
+    closing = asyncio.create_task(asyncio.to_thread(lane.close))
+    await asyncio.sleep(0.05)
+    assert not closing.done()
+    gate.open.set()
+    await closing
+    await until(lambda: not own_threads())
+
+
+async def test_what_takes_long_and_ends_in_time_is_not_given_up(
+    lane: PromptLane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(STUCK_VARIABLE, "0")
+    monkeypatch.setattr(module, "_LOOK_S", 0.01)
+    assert await lane.run(lambda: time.sleep(0.1)) is None
+    assert not lane.stuck()

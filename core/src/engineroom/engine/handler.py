@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -26,7 +27,7 @@ from engineroom.generation.traits import PLAIN, ModelTraits
 from engineroom.handlers.base import Embeddings, HandlerHealth
 from engineroom.handlers.token_handler import TokenHandler
 from engineroom.prompts.limits import check_prompt, check_token_ids
-from engineroom.prompts.reading import read_prompt, stop_reading, tokens_of_texts
+from engineroom.prompts.reading import read_prompt, stop_reading, stuck_in_reading, tokens_of_texts
 from engineroom.schemas import InferenceRequest
 from engineroom.sources.source import find_source
 
@@ -154,8 +155,11 @@ class EngineHandler(TokenHandler):
         return count
 
     def health(self, loaded_model: LoadedModel) -> HandlerHealth:
-        """The engine's own word."""
-        health: HandlerHealth = loaded_model.model_object.health()
+        """The engine's own word, unless reading its prompts does not come to an end."""
+        engine = loaded_model.model_object
+        health: HandlerHealth = engine.health()
+        if health.ok and (stuck := stuck_in_reading(getattr(engine, "codec", None))):
+            return replace(health, ok=False, detail=stuck)
         return health
 
     async def embed(self, loaded_model: LoadedModel, texts: Sequence[str]) -> Embeddings:

@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import time
-from typing import Any, Final
+from typing import Any
 
-__all__ = ["STUCK_VARIABLE", "StepWatch", "stuck_after_s"]
+from engineroom.hangs import STUCK_VARIABLE, stuck_after_s
 
-STUCK_VARIABLE: Final = "ENGINEROOM_STUCK_AFTER_S"
-"""Environment: seconds after which a step is taken for stuck; 0: never."""
-_STUCK_AFTER_S: Final = 300.0
-
-
-def stuck_after_s() -> float:
-    """Seconds after which a step is taken for stuck."""
-    try:
-        seconds = float(os.environ.get(STUCK_VARIABLE, ""))
-    except ValueError:
-        return _STUCK_AFTER_S
-    return seconds if seconds > 0 else float("inf")
+__all__ = ["StepWatch"]
 
 
 class StepWatch:

@@ -21,7 +21,15 @@ from engineroom.prompts.threads import PromptLane
 from engineroom.prompts.work import TooManyTokensError, check_stopped
 from engineroom.schemas import InferenceRequest
 
-__all__ = ["ReadPrompt", "in_lane", "read_prompt", "stop_reading", "tokens_of", "tokens_of_texts"]
+__all__ = [
+    "ReadPrompt",
+    "in_lane",
+    "read_prompt",
+    "stop_reading",
+    "stuck_in_reading",
+    "tokens_of",
+    "tokens_of_texts",
+]
 
 _T = TypeVar("_T")
 
@@ -162,6 +170,11 @@ def stop_reading(codec: Any) -> None:
     """
     if (lane := _lane_of(codec)) is not _OTHERS:
         lane.close()
+
+
+def stuck_in_reading(codec: Any) -> str:
+    """What to tell of prompts whose reading does not come to an end; empty: there are none."""
+    return _lane_of(codec).stuck()
 
 
 def _lane_of(codec: Any) -> PromptLane:

@@ -17,12 +17,15 @@ from contextlib import contextmanager
 from time import perf_counter, sleep
 from typing import Final
 
+from engineroom.forks import renew_in_child
+
 __all__ = [
     "Reading",
     "ReadingStoppedError",
     "TooManyTokensError",
     "check_stopped",
     "expect_tokens",
+    "take_turn_from",
     "taking_turns",
 ]
 
@@ -55,7 +58,35 @@ class _Current(threading.local):
 
 
 _current: Final = _Current()
-_turn: Final = threading.Lock()
+
+
+class _Turn:
+    """A lock that can be taken from a thread that will not give it back."""
+
+    def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Nobody has it; in a process that is forked, too, which has none of the threads."""
+        self._freed = threading.Condition()
+        self._holder: int | None = None
+
+    def acquire(self) -> None:
+        """Wait until nobody has it."""
+        with self._freed:
+            self._freed.wait_for(lambda: self._holder is None)
+            self._holder = threading.get_ident()
+
+    def release(self, thread: int) -> None:
+        """Nothing happens where another thread has it."""
+        with self._freed:
+            if self._holder == thread:
+                self._holder = None
+                self._freed.notify()
+
+
+_turn: Final = _Turn()
+renew_in_child(_turn.begin)
 
 
 class Reading:
@@ -90,7 +121,7 @@ def check_stopped() -> None:
         raise ReadingStoppedError
     began = _current.turn_began
     if began is not None and perf_counter() - began > _SLICE_S:
-        _turn.release()
+        _turn.release(threading.get_ident())
         try:
             sleep(_REST_S)  # whoever waits has the turn meanwhile, or the interpreter
         finally:
@@ -108,12 +139,18 @@ def taking_turns() -> Iterator[None]:
     if _current.stopped is None or _current.turn_began is not None:
         yield
         return
-    with _turn:
-        _current.turn_began = perf_counter()
-        try:
-            yield
-        finally:
-            _current.turn_began = None
+    _turn.acquire()
+    _current.turn_began = perf_counter()
+    try:
+        yield
+    finally:
+        _current.turn_began = None
+        _turn.release(threading.get_ident())
+
+
+def take_turn_from(thread: int) -> None:
+    """Let others render where a thread that is stuck has the turn."""
+    _turn.release(thread)
 
 
 def expect_tokens(least: int, *, unread: bool = False) -> None:
