@@ -179,3 +179,64 @@ def test_a_damaged_template_of_the_model_is_told_and_one_of_the_option_refused()
         templates.choose()
     with pytest.raises(ConfigurationError, match="the chat template is not valid"):
         ModelTemplates("{% if %}", "own", {}, warned.append)
+
+
+# ── calls, as templates have them ────────────────────────────────────────────────────────────────
+
+TOLD = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+    "{% for c in m.tool_calls %}{{ c.id }}:{{ c.function.name }}{% endfor %}"
+    "{{ m.tool_call_id }}{% endfor %}"
+)
+SHORT_IDS = (
+    "{% for m in messages %}{% for c in m.tool_calls %}{% if c.id | length != 9 %}"
+    "{{ raise_exception('nine characters') }}{% endif %}{% endfor %}"
+    "{% if m.role == 'tool' and m.tool_call_id | length != 9 %}"
+    "{{ raise_exception('nine characters') }}{% endif %}{% endfor %}"
+) + TOLD
+ONE_CALL = (
+    "{% for m in messages %}{% if m.tool_calls | length > 1 %}"
+    "{{ raise_exception('one call at once') }}{% endif %}{% endfor %}"
+) + TOLD
+FIRST_CALL = TOLD.replace("in m.tool_calls", "in (m.tool_calls or [])[:1]")
+LOOKS_INTO_OLD_CONTENT = (
+    "{% for m in messages %}{% if not loop.last and m.role == 'assistant' %}"
+    "{{ m.content.split('</think>')[-1] }}{% endif %}{% endfor %}"
+) + TOLD
+NO_CALLS = "{% for m in messages %}<{{ m.role }}>{{ m.content | tojson }}{% endfor %}"
+
+
+def calls(*names: str) -> ChatMessage:
+    several = [{"id": f"call_{n}", "function": {"name": n, "arguments": "{}"}} for n in names]
+    return ChatMessage(role="assistant", tool_calls=several)
+
+
+def result(name: str) -> ChatMessage:
+    return ChatMessage(role="tool", tool_call_id=f"call_{name}", content=f"({name})")
+
+
+def test_ids_of_calls_and_results_fit_where_a_template_wants_short_ones() -> None:
+    told = ChatTemplate(SHORT_IDS, {}).conversation([user("a"), calls("f", "g"), result("f")])
+    ids = [call["id"] for call in told[1]["tool_calls"]]
+    assert told[2]["tool_call_id"] == ids[0] != ids[1]
+    assert all(len(one) == 9 and one.isalnum() and one.isascii() for one in ids)
+    kept = for_template([ChatMessage(role="assistant", tool_calls=[CALL])], short_ids=True)
+    assert kept[0]["tool_calls"][0]["id"] == CALL["id"]
+    assert "call_f:f" in ChatTemplate(TOLD, {}).render([user("a"), calls("f"), result("f")])
+
+
+@pytest.mark.parametrize("source", [ONE_CALL, FIRST_CALL])
+def test_each_call_is_a_message_with_its_result_where_a_template_has_one_at_once(source) -> None:
+    turns = [user("a"), calls("f", "g", "h"), result("x"), result("h"), result("f"), user("b")]
+    assert ChatTemplate(source, {}).render(turns) == (
+        "<user>a<assistant>call_f:f<tool>(f)call_f<assistant>call_g:g"
+        "<assistant>call_h:h<tool>(h)call_h<tool>(x)call_x<user>b"
+    )
+    together = "<user>a<assistant>call_f:fcall_g:g<tool>(g)call_g"
+    assert ChatTemplate(TOLD, {}).render([user("a"), calls("f", "g"), result("g")]) == together
+
+
+@pytest.mark.parametrize("source", [LOOKS_INTO_OLD_CONTENT, NO_CALLS])
+def test_calls_have_content_where_only_later_messages_show_that_a_template_needs_it(source) -> None:
+    rendered = ChatTemplate(source, {}).render([user("a"), calls("f"), result("f"), user("b")])
+    assert "(f)" in rendered

@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import cache
-from itertools import product
+from itertools import product, repeat
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from engineroom.errors import ConfigurationError
@@ -31,7 +31,16 @@ __all__ = ["ChatTemplate", "ModelTemplates"]
 
 _PROBE: Final = "90817263545362718"
 """Digits: filters leave them alone."""
-_ARGUMENTS: Final = {"probe": _PROBE}
+_CALLS: Final[list[dict[str, Any]]] = [
+    {
+        "id": f"call_{_PROBE}_{name}",
+        "type": "function",
+        "function": {"name": f"probe_{name}", "arguments": json.dumps({"probe": _PROBE})},
+    }
+    for name in ("one", "two")
+]
+_SHAPES: Final = ("short_ids", "empty_content", "text_arguments")
+"""Of messages with calls, the ones that are tried last first."""
 _HELLO: Final = (ChatMessage(role="user", content="a"),)
 TAIL: Final = 64
 """Characters of a prompt's end that tell where the answer begins."""
@@ -79,22 +88,23 @@ class ChatTemplate:
             self._template = environment.compiled(source)
         except Exception as error:  # syntax errors of Jinja's, and of the Python it makes
             raise ConfigurationError(f"the chat template is not valid: {error}") from error
-        self.parts = self.text_arguments = self.empty_content = self.takes_tools = False
+        self.takes_tools = False
         self.knows_system = True
+        self._shape: dict[str, bool] = {}
         self._endless = False
         try:
             self._probe()
         except OverflowError:
             self._endless = True  # each request is told
 
+    @property
+    def parts(self) -> bool:
+        """The template walks ``content`` as a list of parts."""
+        return self._shape.get("parts", False)
+
     def conversation(self, messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
         """The messages in the shape that this template walks."""
-        return for_template(
-            messages,
-            parts=self.parts,
-            text_arguments=self.text_arguments,
-            empty_content=self.empty_content,
-        )
+        return for_template(messages, **self._shape)
 
     def render(
         self,
@@ -156,7 +166,8 @@ class ChatTemplate:
             return ""
         self._environment.begin()
         try:
-            return self._tried(self.conversation(messages), tools) or ""
+            shape = self._shape | {"single_calls": False}  # how several look is what is tried
+            return self._tried(for_template(messages, **shape), tools) or ""
         except OverflowError:
             self._endless = True
             return ""
@@ -166,13 +177,40 @@ class ChatTemplate:
         of one rendering.
         """
         self._environment.begin()
-        self.parts = not self._shows_text() and self._shows_text(parts=True)
-        for empty, as_text in product((False, True), repeat=2):
-            if self._takes_calls(as_text=as_text, empty=empty):
-                self.text_arguments, self.empty_content = as_text, empty
-                break
+        self._shape["parts"] = not self._shows_text() and self._shows_text(parts=True)
+        self._try_calls()
         self.takes_tools = self._shows_tools()
         self.knows_system = self._shows_system()
+
+    def _try_calls(self) -> None:
+        for results, any_prompt, *flags in product((True, False), *repeat((False, True), 4)):
+            shape = self._shape | dict(zip(_SHAPES, flags, strict=True))
+            prompt = self._with_calls(shape, _CALLS[:1], results=results)
+            empty = shape["empty_content"] and not any_prompt
+            if prompt is not None and (not empty or "probe_one" in prompt):
+                self._shape = shape
+                break
+        else:
+            return
+        together, apart = (self._shows_both_calls(single=single) for single in (False, True))
+        self._shape["single_calls"] = apart and not together
+
+    def _shows_both_calls(self, *, single: bool) -> bool:
+        prompt = self._with_calls(self._shape | {"single_calls": single}, _CALLS) or ""
+        return all(call["function"]["name"] in prompt for call in _CALLS)
+
+    def _with_calls(
+        self, shape: Mapping[str, bool], calls: Sequence[dict[str, Any]], *, results: bool = True
+    ) -> str | None:
+        turns = [
+            ChatMessage(role="user", content=_PROBE),
+            ChatMessage(role="assistant", tool_calls=list(calls)),
+        ]
+        if results:
+            turns += [
+                ChatMessage(role="tool", tool_call_id=call["id"], content="a") for call in calls
+            ]
+        return self._tried(for_template(turns, **shape))
 
     def _shows_text(self, *, parts: bool = False) -> bool:
         def content(text: str) -> Any:
@@ -181,15 +219,6 @@ class ChatTemplate:
         user = {"role": "user", "content": content(_PROBE)}
         system = {"role": "system", "content": content("")}
         return any(_PROBE in (self._tried(turns) or "") for turns in ([user], [system, user]))
-
-    def _takes_calls(self, *, as_text: bool, empty: bool) -> bool:
-        arguments = json.dumps(_ARGUMENTS) if as_text else _ARGUMENTS
-        function = {"name": "probe", "arguments": arguments}
-        call = {"id": "probe1234", "type": "function", "function": function}
-        user = ChatMessage(role="user", content=_PROBE)
-        answer = {"role": "assistant", "tool_calls": [call]} | ({"content": ""} if empty else {})
-        prompt = self._tried([*self.conversation([user]), answer])
-        return prompt is not None and (not empty or "probe" in prompt)
 
     def _shows_tools(self) -> bool:
         function = {"name": f"f{_PROBE}", "description": "", "parameters": _NO_PARAMETERS}

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final
 
 from engineroom.prompts.work import check_stopped
 from engineroom.schemas import ChatMessage
 
 __all__ = ["arguments_of", "for_template", "map_strings", "strings"]
+
+_SHORT_ID: Final = re.compile("[A-Za-z0-9]{9}")
 
 
 def for_template(
@@ -18,6 +22,8 @@ def for_template(
     parts: bool = False,
     text_arguments: bool = False,
     empty_content: bool = False,
+    short_ids: bool = False,
+    single_calls: bool = False,
 ) -> list[dict[str, Any]]:
     """The conversation as dictionaries of the template's own; what a message lacks has no key.
 
@@ -27,11 +33,12 @@ def for_template(
     :param parts: ``content`` is a list of parts, ``[{"type": "text", "text": …}]``.
     :param text_arguments: leave the arguments of tool calls as JSON in a string.
     :param empty_content: a message with tool calls has content all the same, if only an empty one.
+    :param short_ids: ids of calls are nine letters and digits, which others are made into.
+    :param single_calls: a message has one call at most, and its result stands behind it.
     """
     conversation = []
-    for sent in messages:
-        check_stopped()
-        message = sent.model_dump(exclude_none=True)
+    sent = map(_as_mapping, messages)
+    for message in _with_single_calls(sent) if single_calls else sent:
         if (reasoning := message.pop("reasoning", None)) is not None:
             message["reasoning_content"] = message["thinking"] = reasoning
         conversation.append(message)
@@ -39,12 +46,56 @@ def for_template(
             message.setdefault("content", "")  # templates ask what is in it
         if parts and "content" in message:
             message["content"] = [{"type": "text", "text": message["content"]}]
+        if short_ids and "tool_call_id" in message:
+            message["tool_call_id"] = _short_id(message["tool_call_id"])
         for call in message.get("tool_calls", ()):
+            if short_ids and "id" in call:
+                call["id"] = _short_id(call["id"])
             function = call.get("function")
             if isinstance(function, dict) and "arguments" in function:
                 shape = _as_text if text_arguments else arguments_of
                 function["arguments"] = shape(function["arguments"])
     return conversation
+
+
+def _as_mapping(message: ChatMessage) -> dict[str, Any]:
+    check_stopped()
+    return message.model_dump(exclude_none=True)
+
+
+def _with_single_calls(messages: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    waiting: list[dict[str, Any]] = []  # the calls of one message, each in a message of its own
+    results: dict[str, list[dict[str, Any]]] = {}  # of those calls, by id
+    for message in messages:
+        if waiting and message["role"] == "tool":
+            results.setdefault(str(message.get("tool_call_id")), []).append(message)
+            continue
+        yield from _with_results(waiting, results)
+        waiting, results = [], {}
+        if len(calls := message.get("tool_calls", ())) > 1:
+            alone = ({"role": message["role"], "tool_calls": [call]} for call in calls[1:])
+            waiting = [{**message, "tool_calls": calls[:1]}, *alone]
+        else:
+            yield message
+    yield from _with_results(waiting, results)
+
+
+def _with_results(
+    calls: Iterable[dict[str, Any]], results: Mapping[str, list[dict[str, Any]]]
+) -> Iterator[dict[str, Any]]:
+    for message in calls:
+        yield message
+        if own := results.get(str(message["tool_calls"][0].get("id"))):
+            yield own.pop(0)
+    for others in results.values():
+        yield from others
+
+
+def _short_id(name: Any) -> str:
+    text = str(name)
+    if _SHORT_ID.fullmatch(text):
+        return text
+    return hashlib.sha256(text.encode(errors="replace")).hexdigest()[:9]
 
 
 def arguments_of(arguments: Any) -> Any:
