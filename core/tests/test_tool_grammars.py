@@ -1,27 +1,22 @@
 """Grammars of answers with tools: what they allow is what the parser reads back."""
 
-import asyncio
 import json
-import random
 
 import pytest
 
 pytest.importorskip("llguidance", reason="needs the extra engineroom[structured]")
 
+from grammar_doubles import constraint, draw, matches
+
 from engineroom import ConfigurationError, InferenceRequest
-from engineroom.engine import GrammarCompiler
 from engineroom.generation.call_forms import TaggedForm
 from engineroom.generation.format_choice import tool_formats
 from engineroom.generation.outputs import OutputParser, read_events, read_output
 from engineroom.generation.tool_formats import GENERIC, REASONING_FORMATS, TOOL_FORMATS
 from engineroom.generation.tool_grammars import call_rules, writable
 from engineroom.generation.traits import ModelTraits
-from engineroom.prompts import ModelTokens
 from engineroom.tools import callable_tools
 
-END = 256
-PIECES = [bytes([b]) for b in range(256)] + [b"<end>"]
-TEXTS = b'abc \n"<>{}\\/[]:,'
 PARAMETERS = {
     "type": "object",
     "properties": {
@@ -42,56 +37,9 @@ BY_NAME = {format_.name: format_ for format_ in (GENERIC, *TOOL_FORMATS)}
 CALL = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
 
 
-class Codec:
-    """Knows a vocabulary of bytes, and what its model writes."""
-
-    def __init__(self, traits):
-        self.traits = traits
-        self.tokens = ModelTokens(PIECES, frozenset({END}), [END], lambda t: list(t.encode()))
-
-    def model_tokens(self):
-        return self.tokens
-
-
 def ask(**fields):
     message = {"role": "user", "content": "q"}
     return InferenceRequest(model_id="m", messages=[message], **{"tools": TOOLS, **fields})
-
-
-def constraint(traits, request, tail=None):
-    return asyncio.run(GrammarCompiler(Codec(traits)).compile(request, tail))
-
-
-def matches(place, text, *, whole=True):
-    for byte in text.encode():
-        if not place.allows(byte):
-            return False
-        place.take(byte)
-    return place.complete or not whole
-
-
-def draw(place, seed, end="", most=3000):
-    """A text that is drawn out of what is allowed.
-
-    :param end: what ends free text, which would take for ever to be drawn.
-    """
-    source, text = random.Random(seed), bytearray()
-    while len(text) < most:
-        if end and source.random() < 0.1 and matches(ended := place.copy(), end, whole=False):
-            place = ended
-            text += end.encode()
-        mask = place.allowed()
-        if place.complete and (place.ended or source.random() < 0.2):
-            return text.decode(errors="replace")
-        allowed = [token for token in range(END) if mask[token]]
-        if not allowed:
-            return text.decode(errors="replace")
-        likely = [token for token in allowed if token in TEXTS] or allowed
-        ending = [token for token in allowed if token in b'"<\n}]/'] if len(text) > 200 else []
-        token = source.choice(ending or likely)
-        place.take(token)
-        text.append(token)
-    return None
 
 
 WRITABLE = [name for name, format_ in BY_NAME.items() if writable(format_) is format_]

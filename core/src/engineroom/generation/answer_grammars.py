@@ -11,6 +11,7 @@ from typing import Any, Final, NamedTuple
 from pydantic import Field, SkipValidation
 
 from engineroom.errors import ConfigurationError
+from engineroom.generation.argument_grammars import members_of
 from engineroom.generation.call_forms import ToolFormat
 from engineroom.generation.grammars import (
     FORM,
@@ -95,7 +96,7 @@ def _tools_of(request: InferenceRequest) -> dict[str, CallableTool]:
 # ── what cannot be one ───────────────────────────────────────────────────────────────────────
 
 _AT: Final = re.compile(r"at (\d+)\((\d+)\): (?:failed to compile JSON schema: )?")
-_ARGUMENTS: Final = re.compile(r"args_(\d+)(?:_(\d+))?: ")
+_ARGUMENTS: Final = re.compile(r"args_(\d+)(?:_(\d+))?(?:_json)?: ")
 _PATTERN: Final = re.compile(r"regex parse error:\n\s*(.*)\n| in regex /(.*)/$", re.MULTILINE)
 _HINT: Final = re.compile(r"\s*\bEnable '\w+' option[^.;\n]*|json-schema:///")
 """Of options that no client can give, and names of llguidance's own."""
@@ -150,8 +151,9 @@ def _accused(
         name, tool = list(_tools_of(request).items())[int(rule[1])]
         field, schema = tool.field, tool.parameters
         if rule[2] is not None:
-            property_, schema = list(schema["properties"].items())[int(rule[2])]
-            field = f"{field}.properties.{property_}"
+            members = members_of(schema)
+            property_, schema = list(members.schemas.items())[int(rule[2])]
+            field = f"{field}.{members.place}.{property_}"
         return field, f"tool {name!r}", schema
     if output is None or not (tools is None or line.startswith("content: ")):
         return "", "", None

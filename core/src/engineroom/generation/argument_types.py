@@ -7,9 +7,10 @@ import json
 from collections.abc import Mapping
 from typing import Any, Final
 
+from engineroom.generation.json_schemas import pointed_at, reference_steps
 from engineroom.generation.literal_scanner import clean_json, json_text
 
-__all__ = ["argument_json", "argument_types", "property_schema"]
+__all__ = ["argument_json", "argument_types", "property_schema", "schema_of_arguments"]
 
 _TYPES: Final = frozenset({"string", "number", "integer", "boolean", "null", "array", "object"})
 _WORDS: Final = {"True": True, "False": False, "None": None, "true": True, "false": False}
@@ -17,23 +18,47 @@ _MAX_CHARS: Final = 1_000_000
 """Of a value that is read as JSON; a longer one is text."""
 _MAX_PYTHON_CHARS: Final = 10_000
 _MAX_REFERENCES: Final = 16
+_MAX_DEPTH: Final = 64
+
+
+def schema_of_arguments(parameters: Any) -> tuple[tuple[str, ...], Mapping[str, Any]]:
+    """The schema that has a tool's properties, where the schema of its parameters is a reference;
+    and where in it that is.
+    """
+    node: Any = parameters
+    place: tuple[str, ...] = ()
+    for _ in range(_MAX_REFERENCES):
+        if not isinstance(node, Mapping):
+            break
+        if "properties" in node or not isinstance(reference := node.get("$ref"), str):
+            return place, node
+        node, place = pointed_at(parameters, reference), reference_steps(reference)
+    return (), {}
 
 
 def property_schema(parameters: Any, name: str) -> Any:
     """The schema of an argument; ``None``: the tool knows of none such."""
-    properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
+    properties = schema_of_arguments(parameters)[1].get("properties")
     return properties.get(name) if isinstance(properties, Mapping) else None
 
 
-def argument_types(schema: Any, root: Any = None, depth: int = 0) -> frozenset[str]:
+def argument_types(schema: Any, root: Any = None) -> frozenset[str]:
     """The types that a schema allows; empty: it does not say.
 
     :param root: the schema that references are looked up in.
     """
-    if not isinstance(schema, Mapping) or depth > _MAX_REFERENCES:
+    return _types(schema, root, {}, 0)
+
+
+def _types(schema: Any, root: Any, known: dict[str, frozenset[str]], depth: int) -> frozenset[str]:
+    """:param known: of references; each is followed once, or some would be without an end."""
+    if not isinstance(schema, Mapping) or depth > _MAX_DEPTH:
         return frozenset()
     if isinstance(reference := schema.get("$ref"), str):
-        return argument_types(_referenced(root, reference), root, depth + 1)
+        if reference not in known:
+            known[reference] = frozenset()
+            known[reference] = _types(pointed_at(root, reference), root, known, depth + 1)
+        return known[reference]
     kind = schema.get("type")
     if kind is not None:
         kinds = {kind} if isinstance(kind, str) else set(kind) if isinstance(kind, list) else set()
@@ -41,7 +66,7 @@ def argument_types(schema: Any, root: Any = None, depth: int = 0) -> frozenset[s
         return types | {"null"} if schema.get("nullable") is True and types else types
     for key in ("anyOf", "oneOf", "allOf"):
         if isinstance(choices := schema.get(key), list):
-            named = [argument_types(choice, root, depth + 1) for choice in choices]
+            named = [_types(choice, root, known, depth + 1) for choice in choices]
             if all(named) or key == "allOf":
                 return frozenset().union(*named)
     values = schema.get("enum")
@@ -50,15 +75,6 @@ def argument_types(schema: Any, root: Any = None, depth: int = 0) -> frozenset[s
     if isinstance(values, list) and values:
         return frozenset(_type_of(value) for value in values)
     return frozenset()
-
-
-def _referenced(root: Any, reference: str) -> Any:
-    if not reference.startswith("#/"):
-        return None
-    for part in reference[2:].split("/"):
-        key = part.replace("~1", "/").replace("~0", "~")
-        root = root.get(key) if isinstance(root, Mapping) else None
-    return root
 
 
 def _type_of(value: Any) -> str:

@@ -37,6 +37,7 @@ __all__ = [
     "json_rule",
     "literal",
     "missing_library",
+    "regex_literal",
 ]
 
 _WHITESPACE: Final = r"(?: |\n {0,16})?"
@@ -95,7 +96,7 @@ def content_rules(output: StructuredOutput) -> list[str]:
     if output.grammar is not None:
         return [f"content: %lark {{\n{_own(output.grammar)}\n}}\n"]
     if output.regex is not None:
-        return [f"content: /{_regex(output.regex)}/\n"]
+        return [f"content: /{regex_literal(output.regex)}/\n"]
     if output.choice is not None:
         # One terminal, and so one automaton: as many rules would be as many rows of a parser.
         return ["content: CHOICE\n", f"CHOICE: {' | '.join(map(literal, output.choice))}\n"]
@@ -250,8 +251,8 @@ def missing_library(error: ImportError) -> ConfigurationError:
     )
 
 
-def _regex(pattern: str) -> str:
-    """As it stands between slashes, on one line."""
+def regex_literal(pattern: str) -> str:
+    """A regular expression as it stands between slashes, on one line."""
     special = {"/": "\\/", "\n": "\\n", "\\\n": "\\n"}
     return _ESCAPED.sub(lambda match: special.get(match[0], match[0]), pattern)
 

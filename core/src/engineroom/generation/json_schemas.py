@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from itertools import takewhile
 from typing import Any, Final
 
-__all__ = ["endless", "place_of", "pointed_at", "unkept", "without_formats"]
+__all__ = ["endless", "place_of", "pointed_at", "reference_steps", "unkept", "without_formats"]
 
 _Path = tuple[str, ...]
 _MAPS: Final = ("properties", "patternProperties", "dependentSchemas")
@@ -93,7 +93,7 @@ def endless(schema: Any) -> _Path | None:
             return None
         todo += [((*path, *step), part) for step, part in _parts(node, definitions=False)]
         if isinstance(reference := node.get("$ref"), str):
-            todo.append((_steps(reference), pointed_at(schema, reference)))
+            todo.append((reference_steps(reference), pointed_at(schema, reference)))
     needs = {key: _needs(schema, node) for key, (_, node) in nodes.items()}
     unmet = {key: len(groups) for key, groups in needs.items()}
     asked: dict[int, list[tuple[int, int]]] = {}  # who needs it, and for which of its needs
@@ -137,7 +137,8 @@ def _list(value: Any) -> list[Any]:
     return [*value] if isinstance(value, list | tuple) else []
 
 
-def _steps(reference: str) -> _Path:
+def reference_steps(reference: str) -> _Path:
+    """The path of what a reference within a schema leads to."""
     return tuple(filter(None, reference.removeprefix("#").split("/")))
 
 

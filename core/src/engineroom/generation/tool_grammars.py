@@ -6,12 +6,10 @@ arguments of each call are valid by its tool's JSON schema.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, Final, NamedTuple
+from collections.abc import Mapping
+from typing import Final, NamedTuple
 
-from engineroom.errors import ConfigurationError
-from engineroom.field_types import json_of
-from engineroom.generation.argument_types import argument_types
+from engineroom.generation.argument_grammars import argument_rules
 from engineroom.generation.call_forms import (
     ChannelForm,
     JsonForm,
@@ -19,7 +17,7 @@ from engineroom.generation.call_forms import (
     TaggedForm,
     ToolFormat,
 )
-from engineroom.generation.grammars import check_written, json_rule, literal
+from engineroom.generation.grammars import literal
 from engineroom.generation.literal_scanner import JSON
 from engineroom.generation.tool_formats import GENERIC
 from engineroom.tools import CallableTool
@@ -28,8 +26,6 @@ __all__ = ["MAX_CALLS", "call_rules", "calls_in_text_rules", "writable"]
 
 MAX_CALLS: Final = 16
 """Most calls of an answer that has to have some."""
-_JOINS: Final = frozenset({"$ref", "allOf", "anyOf", "oneOf", "patternProperties"})
-"""With these, a schema may name properties elsewhere."""
 _Tools = Mapping[str, CallableTool]
 
 
@@ -67,7 +63,7 @@ def call_rules(format_: ToolFormat, tools: _Tools, *, several: bool) -> list[str
     call = " | ".join(_call(name, i, shape, shape.begin) for i, name in enumerate(tools))
     more = _more(shape, several=several)
     around = f"{literal(shape.opening)} call{more} {literal(shape.closing)}"
-    return [f"calls: {around}\n", f"call: {call}\n", *_arguments(format_, tools)]
+    return [f"calls: {around}\n", f"call: {call}\n", *argument_rules(format_, tools)]
 
 
 def calls_in_text_rules(format_: ToolFormat, tools: _Tools, *, several: bool) -> list[str]:
@@ -89,7 +85,7 @@ def calls_in_text_rules(format_: ToolFormat, tools: _Tools, *, several: bool) ->
     rules.append(f"called: trigger first{more} {literal(shape.closing)}\n")
     several = several and not shape.one
     text = "calls_in_text: called* TEXT\n" if several else "calls_in_text: called | TEXT\n"
-    return [text, *rules, *_arguments(format_, tools)]
+    return [text, *rules, *argument_rules(format_, tools)]
 
 
 def _more(shape: _Shape, *, several: bool) -> str:
@@ -137,93 +133,3 @@ def _shape(format_: ToolFormat) -> _Shape:
     assert isinstance(form, ChannelForm)
     to = "<|channel|>commentary to=functions."
     return _Shape(to, " <|constrain|>json<|message|>", "", trigger=to, one=True)
-
-
-# ── arguments ────────────────────────────────────────────────────────────────────────────────
-
-
-def _arguments(format_: ToolFormat, tools: _Tools) -> Iterator[str]:
-    for number, (name, tool) in enumerate(tools.items()):
-        try:
-            fields = _of_an_object(tool.parameters)
-            if isinstance(form := format_.form, TaggedForm):
-                yield from _tagged(f"args_{number}", fields, form, strict=tool.strict)
-            else:
-                yield f"args_{number}: {json_rule(fields, strict=tool.strict)}\n"
-        except ConfigurationError as error:
-            error.put_within(tool.field, f"tool {name!r}")
-            raise
-
-
-def _of_an_object(fields: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The schema of an object with no properties but those that it names, where it names some and
-    does not speak of others.
-    """
-    if fields.get("type", "object") != "object":
-        raise ConfigurationError("its parameters must be of type object")
-    closed = "properties" in fields and not _JOINS & fields.keys()
-    others = {"additionalProperties": False} if closed else {}
-    return {"type": "object", **others, **fields}
-
-
-def _tagged(
-    rule: str, fields: Mapping[str, Any], form: TaggedForm, *, strict: bool
-) -> Iterator[str]:
-    """Each property between tags, in the schema's order; those that are not required may be
-    missing.
-    """
-    properties = fields.get("properties")
-    properties = properties if isinstance(properties, Mapping) else {}
-    needed = fields.get("required")
-    needed = needed if isinstance(needed, list) else []
-    parts = []
-    written = 0
-    for number, (name, schema) in enumerate(properties.items()):
-        own = f"{rule}_{number}"
-        parts.append(own if name in needed else f"{own}?")
-        types = argument_types(schema, fields)
-        end = f"\n{form.value_end}" if form.lines else form.value_end
-        if types != {"string"}:
-            value = f"{_rule_of(name, _with_definitions(schema, fields), strict)} {literal(end)}"
-            written += len(value)
-            check_written(written)  # definitions stand with each property that refers to some
-        elif options := _texts_of(schema):
-            value = f"({' | '.join(map(literal, options))}) {literal(end)}"
-        else:
-            value = f"{own}_text"
-            yield f"{own}_text[lazy]: TEXT {literal(end)}\n"
-        yield f"{own}: {literal(_before_value(name, form, types))} {value} {literal(form.gap)}\n"
-    yield f"{rule}: {' '.join(parts) or literal('')}\n"
-
-
-def _rule_of(name: str, schema: Mapping[str, Any] | bool, strict: bool) -> str:
-    try:
-        return json_rule(schema, strict=strict)
-    except ConfigurationError as error:
-        error.put_within(f"properties.{name}")
-        raise
-
-
-def _before_value(name: str, form: TaggedForm, types: frozenset[str]) -> str:
-    written = form.written_parameter.replace("{type}", min(types, default="object"))
-    written = written.replace("{string}", "true" if types == {"string"} else "false")
-    line = "\n" if form.lines else ""
-    named = written.replace("{name}", name)
-    return f"{form.parameter}{named}{form.parameter_end}{form.key_gap}{line}"
-
-
-def _texts_of(schema: Any) -> list[str]:
-    """The texts that a value has to be one of; empty: any."""
-    options = schema.get("enum", [schema.get("const")]) if isinstance(schema, Mapping) else None
-    options = options if isinstance(options, list) else []
-    return options if all(isinstance(option, str) for option in options) else []
-
-
-def _with_definitions(schema: Any, root: Mapping[str, Any]) -> Mapping[str, Any] | bool:
-    """The schema of a property, with what its references name."""
-    if not isinstance(schema, Mapping):
-        return bool(schema)
-    text = json_of(schema)
-    if b'"$ref"' not in text and b'Ref"' not in text:  # nor $dynamicRef, $recursiveRef
-        return schema
-    return {**{k: root[k] for k in ("$defs", "definitions") if k in root}, **schema}
