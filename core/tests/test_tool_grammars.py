@@ -126,7 +126,11 @@ def test_content_of_a_form_or_calls():
     [
         ("<think>\n", ["hm</think>\n\nyes", "</think>yes"], ["yes", "hm</think>maybe"]),
         ("<think>\n\n</think>\n\n", ["yes"], ["hm</think>yes", "<think>hm</think>yes"]),
-        ("assistant\n", ["yes", "<think>hm</think>\nyes", "\nyes"], ["hm</think>yes"]),
+        (
+            "assistant\n",
+            ["yes", "<think>hm</think>\nyes", "\n<think>hm</think>yes"],
+            ["hm</think>yes", "\nyes", " yes"],  # blanks before content would be content
+        ),
     ],
 )
 def test_reasoning_is_free_and_what_comes_behind_it_is_not(tail, allowed, refused):

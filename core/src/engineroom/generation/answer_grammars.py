@@ -80,7 +80,8 @@ def answer_grammar(
     if thoughts is not None:
         begin = f"{literal(thoughts.begin)} " if thoughts.begin else ""
         thought = f"{begin}thought BLANKS"
-        start = f"BLANKS ({thought})? {start}" if begin else f"{thought} {start}"
+        # Blanks stand before thoughts alone: before content they would be content.
+        start = f"(BLANKS {thought})? {start}" if begin else f"{thought} {start}"
         rules += [f"thought[lazy]: TEXT {literal(thoughts.end)}\n", _BLANKS]
     if any("TEXT" in rule for rule in rules):
         rules.append(_TEXT)
