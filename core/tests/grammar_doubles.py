@@ -56,3 +56,12 @@ def draw(place, seed, end="", most=3000):
         place.take(token)
         text.append(token)
     return None
+
+
+def text_end(form):
+    """What a text that stands as it is ends with."""
+    dialect = getattr(form, "dialect", None)
+    if dialect is not None and dialect.mark is not None:
+        return dialect.mark.texts[0]
+    end = getattr(form, "value_end", "")
+    return f"\n{end}" if getattr(form, "lines", False) else end

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("llguidance", reason="needs the extra engineroom[structured]")
 
 import jsonschema
-from grammar_doubles import constraint, draw, matches
+from grammar_doubles import constraint, draw, matches, text_end
 from hypothesis import HealthCheck, assume, given, settings, strategies as st
 
 from engineroom import ConfigurationError, InferenceRequest
@@ -215,8 +215,7 @@ def test_whatever_is_allowed_is_read_as_a_valid_call(schema, name, seed, size):
         place = constraint(traits, request)
     except ConfigurationError:
         assume(False)
-    end = TAGGED[name].form.value_end
-    text = draw(place, seed, f"\n{end}" if TAGGED[name].form.lines else end)
+    text = draw(place, seed, text_end(TAGGED[name].form))
     assume(text is not None)
     parser = OutputParser(traits.written_as(request), request.tools, only_calls=True)
     events = [e for i in range(0, len(text), size) for e in parser.feed(text[i : i + size])]

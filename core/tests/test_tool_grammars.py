@@ -6,14 +6,14 @@ import pytest
 
 pytest.importorskip("llguidance", reason="needs the extra engineroom[structured]")
 
-from grammar_doubles import constraint, draw, matches
+from grammar_doubles import constraint, draw, matches, text_end
 
 from engineroom import ConfigurationError, InferenceRequest
 from engineroom.generation.call_forms import TaggedForm
 from engineroom.generation.format_choice import tool_formats
 from engineroom.generation.outputs import OutputParser, read_events, read_output
 from engineroom.generation.tool_formats import GENERIC, REASONING_FORMATS, TOOL_FORMATS
-from engineroom.generation.tool_grammars import call_rules, writable
+from engineroom.generation.tool_grammars import call_rules
 from engineroom.generation.traits import ModelTraits
 from engineroom.tools import callable_tools
 
@@ -42,15 +42,10 @@ def ask(**fields):
     return InferenceRequest(model_id="m", messages=[message], **{"tools": TOOLS, **fields})
 
 
-WRITABLE = [name for name, format_ in BY_NAME.items() if writable(format_) is format_]
-
-
-@pytest.mark.parametrize("name", WRITABLE)
+@pytest.mark.parametrize("name", BY_NAME)
 def test_calls_that_are_allowed_are_read_back(name):
     traits = ModelTraits(BY_NAME[name], native=True)
-    form = BY_NAME[name].form
-    end = getattr(form, "value_end", "")
-    end = f"\n{end}" if getattr(form, "lines", False) else end
+    end = text_end(BY_NAME[name].form)
     for choice in ("required", {"name": "weather"}):
         request = ask(tool_choice=choice)
         compiled = constraint(traits, request)
@@ -74,12 +69,17 @@ def test_calls_that_are_allowed_are_read_back(name):
         assert drawn
 
 
-def test_formats_that_no_grammar_writes_are_called_generically():
+def test_names_that_a_format_cannot_write_are_called_generically():
+    named = [{"name": "f", "parameters": {"properties": {"first name": {"type": "string"}}}}]
     for format_ in tool_formats():
-        request, traits = ask(tool_choice="required"), ModelTraits(format_, native=True)
-        assert traits.written_as(ask()) is format_
+        traits = ModelTraits(format_, native=True)
+        assert traits.written_as(ask(tool_choice="required")) is format_
+        request = ask(tools=named, tool_choice="required")
         assert constraint(traits, request).allowed().any()
-    assert {"pythonic", "gemma4"}.isdisjoint(WRITABLE) and "hermes" in WRITABLE
+        assert traits.written_as(ask(tools=named)) is format_
+    for name in ("pythonic", "gemma4", "glm"):
+        assert ModelTraits(BY_NAME[name]).written_as(request) is GENERIC
+    assert ModelTraits(BY_NAME["hermes"]).written_as(request) is BY_NAME["hermes"]
 
 
 def test_how_many_calls_there_may_be():
@@ -104,7 +104,9 @@ def test_a_strict_tool_holds_from_what_a_call_begins_with():
     one = constraint(ModelTraits(), ask(tools=STRICT, parallel_tool_calls=False))
     assert matches(one.copy(), f"hi {strict}") and matches(one.copy(), "hi")
     assert not matches(one.copy(), f"{strict}{strict}")
+    marked = '<|python_tag|>{"name": "x", "parameters": {}}'
     llama = constraint(ModelTraits(BY_NAME["llama3-json"], native=True), ask(tools=STRICT))
+    assert not matches(llama.copy(), marked) and not matches(llama.copy(), ' {"name": "x"}')
     assert matches(llama.copy(), "hi {}") and not matches(llama.copy(), '{"name": "x"}')
     assert matches(llama.copy(), '{"name": "weather", "parameters": {"city": "a", "days": 1}}')
 
@@ -173,7 +175,7 @@ def test_arguments_are_those_that_the_schema_names():
 
 def test_definitions_are_written_where_they_are_referred_to():
     """In formats that have a rule for each argument; a thousand copies would be hundreds of MB."""
-    form = next(f for f in TOOL_FORMATS if isinstance(f.form, TaggedForm) and writable(f))
+    form = next(f for f in TOOL_FORMATS if isinstance(f.form, TaggedForm))
     large = {"$defs": {"d": {"enum": ["x" * 90 + str(i) for i in range(900)]}}}
 
     def rules(**property_):

@@ -97,7 +97,7 @@ def _tools_of(request: InferenceRequest) -> dict[str, CallableTool]:
 # ── what cannot be one ───────────────────────────────────────────────────────────────────────
 
 _AT: Final = re.compile(r"at (\d+)\((\d+)\): (?:failed to compile JSON schema: )?")
-_ARGUMENTS: Final = re.compile(r"args_(\d+)(?:_(\d+))?(?:_json)?: ")
+_ARGUMENTS: Final = re.compile(r"args_(\d+)(?:_(\d+))?\w*: ")
 _PATTERN: Final = re.compile(r"regex parse error:\n\s*(.*)\n| in regex /(.*)/$", re.MULTILINE)
 _HINT: Final = re.compile(r"\s*\bEnable '\w+' option[^.;\n]*|json-schema:///")
 """Of options that no client can give, and names of llguidance's own."""

@@ -6,18 +6,27 @@ its own, and keywords that speak of all of them together are kept to, or refused
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
 from engineroom.errors import ConfigurationError
-from engineroom.field_types import json_of
 from engineroom.generation.argument_types import argument_types, schema_of_arguments
-from engineroom.generation.call_forms import TaggedForm, ToolFormat
-from engineroom.generation.grammars import check_written, json_rule, literal
-from engineroom.generation.text_grammars import NoTextError, text_terms, text_without
+from engineroom.generation.call_forms import (
+    CallForm,
+    ChannelForm,
+    JsonForm,
+    NamedForm,
+    PythonicForm,
+    TaggedForm,
+    ToolFormat,
+)
+from engineroom.generation.grammars import json_rule, literal
+from engineroom.generation.literal_scanner import JSON
+from engineroom.generation.value_grammars import ANNOTATIONS, ValueRules, in_order, is_bare
 from engineroom.tools import CallableTool
 
-__all__ = ["argument_rules", "members_of"]
+__all__ = ["argument_rules", "can_write", "members_of"]
 
 _JOINS: Final = frozenset({"$ref", "allOf", "anyOf", "oneOf", "patternProperties"})
 """With these, a schema may name properties elsewhere."""
@@ -27,8 +36,7 @@ _OF_ALL: Final = (
     "$ref", "$dynamicRef", "$recursiveRef",
 )  # fmt: skip
 """Keywords that speak of all arguments together."""
-_ANNOTATIONS: Final = frozenset({"type", "title", "description", "default", "examples", "$comment"})
-"""Keywords that ask nothing of a text."""
+_IN_TAGS: Final = re.compile(r"[^\s<>\"&=]{1,64}")
 
 
 def argument_rules(format_: ToolFormat, tools: Mapping[str, CallableTool]) -> Iterator[str]:
@@ -38,18 +46,39 @@ def argument_rules(format_: ToolFormat, tools: Mapping[str, CallableTool]) -> It
     :raises ConfigurationError: a schema cannot be honoured; names the tool.
     """
     form = format_.form
-    if isinstance(form, TaggedForm):
-        yield f"PLAIN: ({_plain(form)}) {_end(form)}\nNEVER: {_NEVER}\n"
+    by_itself = not isinstance(form, JsonForm | ChannelForm)
+    if isinstance(form, NamedForm):
+        by_itself = form.dialect is not JSON
+    if by_itself:
+        yield _values(form, {}).shared()
     for number, (name, tool) in enumerate(tools.items()):
         try:
             fields = _of_an_object(tool.parameters)
-            if isinstance(form, TaggedForm):
-                yield from _tagged(f"args_{number}", fields, form, strict=tool.strict)
+            if by_itself:
+                yield from _own_rules(f"args_{number}", fields, form, strict=tool.strict)
             else:
                 yield f"args_{number}: {json_rule(fields, strict=tool.strict)}\n"
         except ConfigurationError as error:
             error.put_within(tool.field, f"tool {name!r}")
             raise
+
+
+def can_write(form: CallForm, tools: Mapping[str, CallableTool]) -> bool:
+    """Whether the names of tools and of their arguments can stand in calls of this form."""
+    if isinstance(form, JsonForm | ChannelForm) or (
+        isinstance(form, NamedForm) and form.dialect is JSON
+    ):
+        return True
+    if isinstance(form, PythonicForm) and not all(map(is_bare, tools)):
+        return False
+    names = (
+        name
+        for tool in tools.values()
+        for node in [schema_of_arguments(tool.parameters)[1]]
+        for name in [*_mapping(node.get("properties")), *_required(node)]
+    )
+    in_tags = isinstance(form, TaggedForm)
+    return all(_IN_TAGS.fullmatch(name) if in_tags else is_bare(name) for name in names)
 
 
 def _of_an_object(fields: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -86,8 +115,7 @@ def members_of(parameters: Mapping[str, Any]) -> Members:
         names the keyword.
     """
     path, node = schema_of_arguments(parameters)
-    properties = node.get("properties")
-    schemas = {**properties} if isinstance(properties, Mapping) else {}
+    schemas = {**_mapping(node.get("properties"))}
     needs = [_required(node)]
     for key in _OF_ALL:
         if key in node:
@@ -103,6 +131,10 @@ def members_of(parameters: Mapping[str, Any]) -> Members:
 def _required(node: Any) -> frozenset[str]:
     names = node.get("required") if isinstance(node, Mapping) else None
     return frozenset(filter(_is_text, names)) if isinstance(names, list) else frozenset()
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _is_text(value: Any) -> bool:
@@ -136,82 +168,83 @@ def _needs(
 
 MAX_GROUPS: Final = 64
 """Most groups of arguments of which one has to be there."""
-_NEEDS: Final = _ANNOTATIONS | {"required"}
+_NEEDS: Final = ANNOTATIONS | {"required"}
 
 
-# ── between tags ─────────────────────────────────────────────────────────────────────────────
+# ── as a model writes them ───────────────────────────────────────────────────────────────────
 
 
-_NEVER: Final = "/a/ & /b/"
+class _Style(NamedTuple):
+    """How the arguments of a call are written, each by itself."""
+
+    comma: str
+    opening: str = ""
+    closing: str = ""
 
 
-def _plain(form: TaggedForm) -> str:
-    """A term for what a text may be that no mark ends before its end."""
-    line = "\n" if form.lines else ""
-    marks = [f"{line}{form.value_end}", f"\n{form.parameter}", f"{line}{form.call_end}"]
-    return text_without([*marks, *["<![CDATA["] * form.cdata])
+_PYTHON: Final = _Style(", ")
+_GEMMA: Final = _Style(",", "{", "}")
 
 
-def _end(form: TaggedForm) -> str:
-    return literal(f"\n{form.value_end}" if form.lines else form.value_end)
+def _values(form: CallForm, fields: Mapping[str, Any], *, strict: bool = False) -> ValueRules:
+    if isinstance(form, TaggedForm):
+        line = "\n" if form.lines else ""
+        end = f"{line}{form.value_end}"
+        marks = [end, f"\n{form.parameter}", f"{line}{form.call_end}", *["<![CDATA["] * form.cdata]
+        return ValueRules(fields, strict=strict, marks=marks, end=end)
+    if isinstance(form, NamedForm) and form.dialect.mark is not None:
+        mark = form.dialect.mark.texts[0]
+        return ValueRules(fields, strict=strict, marks=[mark], begin=mark, end=mark)
+    return ValueRules(fields, strict=strict)
+
+
+def _own_rules(
+    rule: str, fields: Mapping[str, Any], form: CallForm, *, strict: bool
+) -> Iterator[str]:
+    """Each property by itself, in the schema's order; some may be missing."""
+    schemas, place, needs = members_of(fields)
+    values = _values(form, fields, strict=strict)
+    for number, (name, schema) in enumerate(schemas.items()):
+        own = f"{rule}_{number}"
+        try:
+            if isinstance(form, TaggedForm):
+                member = _tagged(own, name, schema, form, values, fields)
+            elif isinstance(form, PythonicForm):
+                member = f"{literal(f'{name}=')} {values.python(schema)}"
+            else:
+                member = f"{literal(f'{name}:')} {values.gemma(own, schema)}"
+        except ConfigurationError as error:
+            error.put_within(f"{place}.{name}")
+            raise
+        yield f"{own}: {member}\n"
+    yield from values.rules
+    bodies = []
+    for number, need in enumerate(needs):
+        members = [(f"{rule}_{i}", name in need) for i, name in enumerate(schemas)]
+        if isinstance(form, TaggedForm):
+            body = " ".join(own if needed else f"{own}?" for own, needed in members)
+            bodies.append(body or literal(""))
+            continue
+        style = _PYTHON if isinstance(form, PythonicForm) else _GEMMA
+        yield from in_order(f"{rule}_all{number}", members, style.comma)
+        bodies.append(f"{literal(style.opening)} {rule}_all{number} {literal(style.closing)}")
+    yield f"{rule}: {' | '.join(bodies)}\n"
 
 
 def _tagged(
-    rule: str, fields: Mapping[str, Any], form: TaggedForm, *, strict: bool
-) -> Iterator[str]:
-    """Each property between tags, in the schema's order; those that are not required may be
-    missing.
-    """
-    schemas, place, needs = members_of(fields)
-    plain, end = _plain(form), _end(form)
-    written = 0
-    for number, (name, schema) in enumerate(schemas.items()):
-        own = f"{rule}_{number}"
-        types = argument_types(schema, fields)
-        value = "PLAIN"
-        if types != {"string"} or schema.keys() - _ANNOTATIONS:
-            try:
-                checked = json_rule(_with_definitions(schema, fields), strict=strict)
-                terms = text_terms(schema, fields) if types == {"string"} else []
-            except NoTextError:
-                terms = [_NEVER]
-            except ConfigurationError as error:
-                error.put_within(f"{place}.{name}")
-                raise
-            if types != {"string"}:
-                value = f"{checked} {end}"
-            else:  # what llguidance refuses of a string in JSON is refused here in the same words
-                yield f"{own}_json: {checked}\n"
-                value = f"(NEVER {own}_json | {own}_text)"
-                text = f"({' & '.join([f'({plain})', *terms])}) {end}"
-                yield f"{own}_text: %lark {{\nstart: TEXT\nTEXT: {text}\n}}\n"
-                written += len(checked) + len(text)
-            written += len(value)
-            check_written(written)  # definitions stand with each property that refers to some
-        yield f"{own}: {literal(_before_value(name, form, types))} {value} {literal(form.gap)}\n"
-    bodies = (
-        " ".join(
-            f"{rule}_{number}" if name in need else f"{rule}_{number}?"
-            for number, name in enumerate(schemas)
-        )
-        for need in needs
-    )
-    yield f"{rule}: {' | '.join(body or literal('') for body in bodies)}\n"
-
-
-def _before_value(name: str, form: TaggedForm, types: frozenset[str]) -> str:
-    written = form.written_parameter.replace("{type}", min(types, default="object"))
-    written = written.replace("{string}", "true" if types == {"string"} else "false")
+    own: str,
+    name: str,
+    schema: Any,
+    form: TaggedForm,
+    values: ValueRules,
+    fields: Mapping[str, Any],
+) -> str:
+    types = argument_types(schema, fields)
+    is_text = types == {"string"}
     line = "\n" if form.lines else ""
-    named = written.replace("{name}", name)
-    return f"{form.parameter}{named}{form.parameter_end}{form.key_gap}{line}"
-
-
-def _with_definitions(schema: Any, root: Mapping[str, Any]) -> Mapping[str, Any] | bool:
-    """The schema of a property, with what its references name."""
-    if not isinstance(schema, Mapping):
-        return bool(schema)
-    text = json_of(schema)
-    if b'"$ref"' not in text and b'Ref"' not in text:  # nor $dynamicRef, $recursiveRef
-        return schema
-    return {**{k: root[k] for k in ("$defs", "definitions") if k in root}, **schema}
+    written = form.written_parameter.replace("{type}", min(types, default="object"))
+    written = written.replace("{string}", "true" if is_text else "false").replace("{name}", name)
+    before = f"{form.parameter}{written}{form.parameter_end}{form.key_gap}{line}"
+    end = literal(f"{line}{form.value_end}")
+    value = values.text(own, schema) if is_text else f"{values.json(schema)} {end}"
+    return f"{literal(before)} {value} {literal(form.gap)}"

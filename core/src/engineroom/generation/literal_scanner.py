@@ -146,7 +146,7 @@ def _key(
     source: TextSource, dialect: Dialect, write: Write, blank: Write, colon: str
 ) -> Reading[None]:
     character = yield from source.peek()
-    if character in dialect.quotes and not dialect.bare_keys:
+    if character in dialect.quotes:
         yield from scan_string(source, dialect, write)
         if text := (yield from source.blanks()):
             blank(text)

@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
-from engineroom.generation.argument_grammars import argument_rules
+from engineroom.generation.argument_grammars import argument_rules, can_write
 from engineroom.generation.call_forms import (
     ChannelForm,
     JsonForm,
     NamedForm,
+    PythonicForm,
     TaggedForm,
     ToolFormat,
 )
 from engineroom.generation.grammars import literal
-from engineroom.generation.literal_scanner import JSON
 from engineroom.generation.tool_formats import GENERIC
 from engineroom.tools import CallableTool
 
@@ -45,12 +45,9 @@ class _Shape(NamedTuple):
     """There can be no more than one."""
 
 
-def writable(format_: ToolFormat) -> ToolFormat:
-    """The format, if calls in it can be made to be valid; else the generic one."""
-    form = format_.form
-    if isinstance(form, JsonForm | TaggedForm | ChannelForm):
-        return format_
-    return format_ if isinstance(form, NamedForm) and form.dialect is JSON else GENERIC
+def writable(format_: ToolFormat, tools: _Tools) -> ToolFormat:
+    """The format, if the names of these tools can stand in it; else the generic one."""
+    return format_ if can_write(format_.form, tools) else GENERIC
 
 
 def call_rules(format_: ToolFormat, tools: _Tools, *, several: bool) -> list[str]:
@@ -72,7 +69,10 @@ def calls_in_text_rules(format_: ToolFormat, tools: _Tools, *, several: bool) ->
     """
     shape = _shape(format_)
     if not shape.trigger:
-        text = "calls_in_text: calls | /([^{\\[](.|\\n)*)?/\n"
+        text = "/\\s*([^\\s{\\[](.|\\n)*)?/"
+        if format_.begin:
+            text += f" & ~(/(.|\\n)*/ {literal(format_.begin)} /(.|\\n)*/)"
+        text = f"calls_in_text: calls | UNMARKED\nUNMARKED: {text}\n"
         return [text, *call_rules(format_, tools, several=several)]
     begin = (shape.opening + shape.begin).removeprefix(shape.trigger)
     first = " | ".join(_call(name, i, shape, begin) for i, name in enumerate(tools))
@@ -117,6 +117,11 @@ def _shape(format_: ToolFormat) -> _Shape:
         return _Shape(
             begin + before, middle, f"}}{end}", between, opening, closing, trigger, one=not between
         )
+    if isinstance(form, PythonicForm):
+        if not form.brackets:
+            return _Shape("", "(", ")", "\n", opening + begin, end + closing, trigger)
+        opening, closing = f"{opening}{begin}[", f"]{end}{closing}"
+        return _Shape("", "(", ")", ", ", opening, closing, trigger)
     if isinstance(form, NamedForm):
         before, behind = form.written.replace("{index}", "0").split("{name}")
         return _Shape(

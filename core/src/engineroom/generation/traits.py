@@ -75,7 +75,9 @@ class ModelTraits:
         grammar can be made.
         """
         must = request.requires_call or request.has_strict_tools
-        return writable(self.tools) if must else self.tools
+        if not must:
+            return self.tools
+        return writable(self.tools, callable_tools(request.offered_tools or ()))
 
     def grammar(self, request: InferenceRequest, tail: str | None) -> str:
         """The grammar of the answer to a request that must match something.
