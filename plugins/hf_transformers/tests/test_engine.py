@@ -758,6 +758,19 @@ async def test_nan_by_generate_names_the_remedy(
         assert "dtype: float32 or bfloat16" in str(answer.error)
 
 
+@pytest.mark.parametrize("text", ["yes", "yes, and no, and so on"])
+async def test_beams_that_are_drawn_keep_to_a_grammar_that_allows_less_than_there_are(
+    make: Make, text: str
+) -> None:
+    pytest.importorskip("llguidance")
+    bench = await make()
+    form = {"choice": [text]}
+    for seed in range(3):
+        how = {"num_beams": 4, "temperature": 1.0, "seed": seed, "structured_output": form}
+        answer = await bench.service.infer(ask(max_new_tokens=60, logit_bias=None, **how))
+        assert (answer.generated_text, answer.finish_reason) == (text, "eos_token")
+
+
 # ── closing ──────────────────────────────────────────────────────────────────────────────────
 
 

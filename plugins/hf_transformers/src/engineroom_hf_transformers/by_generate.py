@@ -17,7 +17,7 @@ from collections.abc import Callable
 from copy import copy
 from typing import TYPE_CHECKING, Any, Final
 
-from engineroom import EngineRoomError, TokenStep
+from engineroom import EngineRoomError, InferenceError, TokenStep
 from engineroom.engine import MakeLogprob, NoNumbersError, SamplerState
 from engineroom_hf_transformers.attention import StepStoppedError, stopping
 from engineroom_hf_transformers.sampling import adjusted, choose, logprobs_of
@@ -261,7 +261,12 @@ class GenerateCall:
 
         scores = scores.clone()
         for beam, tokens in enumerate(generated.tolist()):
-            place = self._task.sampling.constraint_after(tuple(tokens))
+            try:
+                place = self._task.sampling.constraint_after(tuple(tokens))
+            except InferenceError:
+                # Beam sampling draws as many as it has beams, whether as many are possible or not.
+                scores[beam] = -torch.inf
+                continue
             allowed = torch.from_numpy(place.allowed()[: scores.shape[-1]]).to(scores.device)
             scores[beam].masked_fill_(~allowed, -torch.inf)
         return scores
