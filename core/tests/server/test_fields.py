@@ -91,6 +91,25 @@ def test_what_is_not_honoured_is_refused_by_name(shared, route, name):
 
 
 @pytest.mark.parametrize(
+    ("route", "name"), [(route, name) for route in APIS for name in APIS[route][0].INSTEAD]
+)
+def test_what_another_api_calls_otherwise_is_refused_with_its_name_here(shared, route, name):
+    schema, _, least = APIS[route]
+    answer = httpx.post(shared.url + route, json={"model": "m", **least, name: {"a": 1}})
+    _, _, instead = answer.json()["error"]["message"].partition("; ")
+    assert instead.startswith("use ")
+    for other in instead.removeprefix("use ").split(" and "):
+        assert other.partition(".")[0].partition(":")[0] in schema.model_fields
+
+
+@pytest.mark.parametrize("route", ["/v1/responses", "/v1/messages"])
+def test_a_form_is_never_left_out_in_silence(shared, route):
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}}
+    body = {"model": "m", **APIS[route][2], "response_format": form}
+    assert httpx.post(shared.url + route, json=body).status_code == 400
+
+
+@pytest.mark.parametrize(
     ("route", "name"), [(route, name) for route in APIS for name in APIS[route][0].WITHOUT_EFFECT]
 )
 def test_what_can_have_no_effect_is_no_unknown_field(start, route, name):

@@ -109,6 +109,28 @@ class MessagesRequest(TemplateFields, StructuredSampling):
         "inference_geo": (),
         "user_profile_id": (),
         "workspace_id": (),
+        # Of other APIs: what they ask for would not be.
+        "response_format": ({"type": "text"},),
+        "text": ({}, {"format": {"type": "text"}}),
+        "reasoning_effort": (),
+        "reasoning": ({},),
+        "parallel_tool_calls": (True,),
+        "functions": ([],),
+        "function_call": ("none", "auto"),
+        "logprobs": (False,),
+        "top_logprobs": (0,),
+        "n": (1,),
+        "stop": ([], ""),
+    }
+    INSTEAD: ClassVar[Mapping[str, str]] = {
+        "response_format": "use output_config.format",
+        "text": "use output_config.format",
+        "reasoning_effort": "use output_config.effort",
+        "reasoning": "use thinking and output_config.effort",
+        "parallel_tool_calls": "use tool_choice.disable_parallel_tool_use",
+        "functions": "use tools",
+        "function_call": "use tool_choice",
+        "stop": "use stop_sequences",
     }
     WITHOUT_EFFECT: ClassVar[Collection[str]] = ("cache_control",)
 

@@ -98,6 +98,19 @@ class ChatRequest(TemplateFields, OpenAIRequest):
         "store": (False,),
         "service_tier": ("auto", "default"),
         "moderation": (),
+        # Of other APIs: what they ask for would not be.
+        "text": ({}, {"format": {"type": "text"}}),
+        "output_config": ({},),
+        "output_format": (),
+        "stop_sequences": ([],),
+    }
+    INSTEAD: ClassVar[Mapping[str, str]] = {
+        "text": "use response_format",
+        "output_config": "use response_format and reasoning_effort",
+        "output_format": "use response_format",
+        "stop_sequences": "use stop",
+        "functions": "use tools",
+        "function_call": "use tool_choice",
     }
     WITHOUT_EFFECT: ClassVar[Collection[str]] = (
         "prompt_cache_key",

@@ -81,6 +81,16 @@ class CompletionRequest(OpenAIRequest):
         "reasoning": ({},),
         "thinking": ({"type": "disabled"}, {"type": "auto"}),
         "reasoning_budget": (),
+        "text": ({}, {"format": {"type": "text"}}),
+        "output_config": ({},),
+        "output_format": (),
+        "stop_sequences": ([],),
+    }
+    INSTEAD: ClassVar[Mapping[str, str]] = {
+        "text": "use response_format",
+        "output_config": "use response_format",
+        "output_format": "use response_format",
+        "stop_sequences": "use stop",
     }
 
 

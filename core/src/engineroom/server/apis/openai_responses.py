@@ -99,6 +99,28 @@ class ResponsesRequest(TemplateFields, OpenAISampling):
         "service_tier": ("auto", "default"),
         "context_management": ([],),
         "moderation": (),
+        # Of other APIs: what they ask for would not be.
+        "response_format": ({"type": "text"},),
+        "output_config": ({},),
+        "output_format": (),
+        "reasoning_effort": (),
+        "thinking": ({"type": "auto"},),
+        "functions": ([],),
+        "function_call": ("none", "auto"),
+        "logprobs": (False,),
+        "n": (1,),
+        "stop": ([], ""),
+        "stop_sequences": ([],),
+    }
+    INSTEAD: ClassVar[Mapping[str, str]] = {
+        "response_format": "use text.format",
+        "output_config": "use text.format and reasoning.effort",
+        "output_format": "use text.format",
+        "reasoning_effort": "use reasoning.effort",
+        "thinking": "use reasoning.effort",
+        "functions": "use tools",
+        "function_call": "use tool_choice",
+        "logprobs": 'use include: ["message.output_text.logprobs"]',
     }
     WITHOUT_EFFECT: ClassVar[Collection[str]] = (
         "max_tool_calls",

@@ -86,6 +86,8 @@ class ApiRequest(FewFields, SubSchema):
     REFUSED: ClassVar[Mapping[str, Collection[Any]]] = {}
     """Fields that this server does not honour → the values that ask for nothing. Any other value
     is refused by name."""
+    INSTEAD: ClassVar[Mapping[str, str]] = {}
+    """Some of these, which other APIs have → what a client may do instead."""
     WITHOUT_EFFECT: ClassVar[Collection[str]] = ()
     """Fields that can have no effect here, whatever they say: they speak of tools, which are
     refused, or of the prices and lifetimes of a cache, which change no answer."""
@@ -159,7 +161,7 @@ def parse(call: Call, schema: type[_Request], raw: Any) -> _Request:
     for name, neutral in schema.REFUSED.items():
         value = raw.get(name)
         if value is not None and not any(v == value and type(v) is type(value) for v in neutral):
-            raise unsupported(name, name)
+            raise unsupported(name, name, schema.INSTEAD.get(name, "leave it out"))
     check_counts(call, raw, schema.COUNTED)
     try:
         request = schema.model_validate(raw)
