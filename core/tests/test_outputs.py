@@ -322,6 +322,17 @@ def limited(name, text, **options):
         ("qwen3-xml", "Yes.\n<tool_call>\n<fun", ("Yes.", "", 0), True),
         ("harmony", " to", ("", "", 0), False),
         ("llama3-json", '{"name": "sa', ("", "", 0), True),
+        # A tool's name, before it is complete or has come.
+        ("llama3-json", "{", ("", "", 0), True),
+        ("llama3-json", ' {"na', ("", "", 0), True),
+        ("llama3-json", '{"name": ', ("", "", 0), True),
+        ("llama3-json", '{"type": "function", "nam', ("", "", 0), True),
+        ("pythonic", "[", ("", "", 0), True),
+        ("pythonic", "[s", ("", "", 0), True),
+        # Nothing but markup is missing: what a stream has told of the arguments is not complete.
+        ("hermes", '<tool_call>\n{"name": "now", "arguments": {}', ("", "", 0), True),
+        ("llama3-json", '{"name": "now", "parameters": {}', ("", "", 0), True),
+        ("apertus", '<|tools_prefix|>[{"now": {}', ("", "", 0), True),
         ("llama3-json", '{"name": "now", "parameters": {}}; {"na', ("", "", 1), True),
         ("pythonic", "[now(), sa", ("", "", 1), True),
         ("qwen3-xml", "<think>So.\n<tool_call>\n<function=say>\n", ("", "So.", 0), True),
@@ -330,7 +341,10 @@ def limited(name, text, **options):
         ("hermes", "Yes </", ("Yes </", "", 0), False),
         ("hermes", "Yes <th", ("Yes <th", "", 0), False),
         ("mistral", "list[", ("list[", "", 0), False),
-        ("llama3-json", '{"na', ('{"na', "", 0), False),
+        ("llama3-json", '{"city', ('{"city', "", 0), False),
+        ("llama3-json", '{"type": "obj', ('{"type": "obj', "", 0), False),
+        ("pythonic", "[1, 2", ("[1, 2", "", 0), False),
+        ("pythonic", "[saw", ("[saw", "", 0), False),
         ("llama3-json", '{"name": "Bob', ('{"name": "Bob', "", 0), False),
         # The model has ended it: nothing is cut.
         ("hermes", "Yes. <to", None, False),
@@ -343,6 +357,22 @@ def test_what_a_limit_cuts(name, text, expected, cut):
         assert read(name, text) == (text, "", [])
     else:
         assert limited(name, text) == (expected, cut)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("hermes", '<tool_call>\n{"name": "now", "arguments": {"a": {}}'),
+        ("hermes", '<tool_call>\n{"name": "now", "arguments": {"a": {}}]'),
+        ("llama3-json", '{"name": "now", "parameters": {"a": {}}, "id": 3'),
+    ],
+)
+def test_arguments_of_what_is_no_call_are_never_complete(name, text):
+    parser = parser_of(name)
+    events = [event for character in text for event in parser.feed(character)]
+    events += parser.finish()
+    told = "".join(event.text for event in events if isinstance(event, CallArguments))
+    assert told == '{"a": {}' and not any(isinstance(event, CallEnd) for event in events)
 
 
 @pytest.mark.parametrize(

@@ -254,7 +254,9 @@ def test_where_a_call_has_to_be_a_limit_leaves_no_content(choice):
         assert (response.generated_text, response.tool_calls) == ("", None), text[:limit]
         assert response.cut_call and response.finish_reason == "length"
     response = answered(text, 1, 4, tools=[SAY])
-    assert (response.generated_text, response.cut_call) == (text[:4], False)
+    assert (response.generated_text, response.cut_call) == ("", True)
+    response = answered('{"city": 1}', 1, 4, tools=[SAY])
+    assert (response.generated_text, response.cut_call) == ('{"ci', False)
 
 
 @given(

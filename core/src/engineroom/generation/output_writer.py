@@ -72,6 +72,9 @@ class OutputWriter:
         """Calls that have begun."""
         self.named = False
         """It is known which tool the call that comes is of."""
+        self._brace = ""
+        """What may be the end of the arguments, held back until the call is known to be one: those
+        of a call that is cut, or is none, are never complete in a stream."""
         self.mute = False
         """What comes as content is none, for there can be none."""
         self.cut_call = False
@@ -157,18 +160,29 @@ class OutputWriter:
         self._content.leading = True
         self._events.append(CallBegin(self.calls, name))
         self.calls += 1
-        self.named = True
+        self.named, self._brace = True, ""
 
     def arguments(self, text: str) -> None:
         """More of the arguments, in JSON."""
-        self._write(self.calls - 1, text)
+        text = self._brace + text
+        self._brace = "}" if text.endswith("}") else ""
+        if shown := text.removesuffix(self._brace):
+            self._write(self.calls - 1, shown)
 
     def end(self) -> None:
         """The call is complete."""
+        if self._brace:
+            self._write(self.calls - 1, self._brace)
+            self._brace = ""
         self._flush()
         self._events.append(CallEnd(self.calls - 1))
         self.named = False
         self._after_call = True
+
+    def no_call(self, text: str) -> None:
+        """What seemed to be a call is none, but content."""
+        self.named, self._brace = False, ""
+        self.content(text)
 
     def again(self, events: list[OutputEvent]) -> None:
         """Calls that another parser has found in a part of the text."""

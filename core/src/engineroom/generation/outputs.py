@@ -8,10 +8,11 @@ is no call, and its markup no content.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from engineroom.generation.call_forms import (
+    CallForm,
     ChannelForm,
     JsonForm,
     NamedForm,
@@ -43,9 +44,12 @@ MARKUP = 4
 """Characters of a marker from which on it is taken for one where the end of the text cuts it."""
 
 _CUT_NAME: Final = re.compile(
-    r'\s*(?:\[?\s*\{\s*"(?:name|tool_name|function)"\s*:\s*"(?P<json>[\w.:/-]+)"?'
-    rf"|\[\s*(?P<python>[\w.-]{{{MARKUP},}}))\s*"
+    r'\s*(?:\[?\s*(?:\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?(?P<key>"\w*"?)?\s*'
+    r'(?P<colon>:\s*(?:"(?P<name>[\w.:/-]*)"?)?\s*)?)?)'
 )
+"""How an object begins that ends within the name of a tool, or before."""
+_CUT_PYTHON: Final = re.compile(r"\s*\[\s*(?P<name>[\w.-]*)\s*")
+_NAME_KEYS: Final = ('"name"', '"tool_name"', '"function"', '"type"')
 
 
 class OutputParser:
@@ -243,11 +247,10 @@ class OutputParser:
             else:
                 yield from json_calls(source, format_, writer, bare=True)
         except MalformedError:
-            writer.named = False
-            writer.content(source.kept())
+            writer.no_call(source.kept())
         except CutError:
             kept = source.kept()
-            likely = source.limited and self._names_begin(kept)
+            likely = source.limited and self._names_begin(format_.form, kept)
             if writer.named or writer.calls > before or writer.mute or likely:
                 writer.cut()
             else:
@@ -256,12 +259,17 @@ class OutputParser:
         source.kept()
         return False
 
-    def _names_begin(self, text: str) -> bool:
-        """Whether a bare call ends within the name of one of the tools."""
-        match = _CUT_NAME.fullmatch(text)
-        return match is not None and any(
-            name.startswith(match["json"] or match["python"]) for name in self._writer.tools
-        )
+    def _names_begin(self, form: CallForm, text: str) -> bool:
+        """Whether a bare call ends within the name of one of the tools, or before it."""
+        python = isinstance(form, PythonicForm)
+        match = (_CUT_PYTHON if python else _CUT_NAME).fullmatch(text)
+        if match is None:
+            return False
+        if not python:
+            key = match["key"] or ""
+            if not (key in _NAME_KEYS if match["colon"] else _begins(_NAME_KEYS, key)):
+                return False
+        return _begins(self._writer.tools, match["name"] or "")
 
     def _read_calls(self, format_: ToolFormat, marker: str) -> Reading[None]:
         source, writer = self._source, self._writer
@@ -275,8 +283,7 @@ class OutputParser:
                 yield from self._read_call(format_)
                 yield from self._read_stray_end(format_)
         except MalformedError:
-            writer.named = False
-            writer.content(source.kept())
+            writer.no_call(source.kept())
         except CutError:
             writer.cut()
             raise
@@ -321,6 +328,10 @@ class OutputParser:
                 source.take(len(end))
                 return
             yield from self._read_call(format_)
+
+
+def _begins(names: Iterable[str], text: str) -> bool:
+    return any(name.startswith(text) for name in names)
 
 
 class Output(NamedTuple):
