@@ -14,6 +14,8 @@ import anthropic
 import httpx
 from tool_doubles import ARGUMENTS, CALL, PARAMETERS, SECOND, THOUGHT
 
+from engineroom import ReasoningDelta
+
 PICTURE = {"type": "tool_result", "tool_use_id": "c", "content": [{"type": "image"}]}
 ASK = [{"role": "user", "content": "how is it?"}]
 WEATHER = {"name": "weather", "description": "how it is", "input_schema": PARAMETERS}
@@ -51,6 +53,24 @@ def test_calls_are_blocks(run, client):
         "tool_use", "call_1", "weather", {"city": "Zürich 🌸"},
     )  # fmt: skip
     assert (second.name, second.input) == ("time", {})
+
+
+def test_thoughts_are_left_out_of_their_block_where_that_is_asked_for(run, client):
+    run.handler.say(*THOUGHT, "42")
+    thinking = {"type": "adaptive", "display": "omitted"}
+    thought, text = ask(client, thinking=thinking).content
+    assert (thought.type, thought.thinking, text.text) == ("thinking", "", "42")
+    told = [event for event in events(run, thinking=thinking) if "content_block" in event["type"]]
+    kinds = ["start", "stop", "start", "delta", "stop"]
+    assert [event["type"].rpartition("_")[2] for event in told] == kinds
+    assert told[0]["content_block"]["type"] == "thinking"
+
+
+def test_an_empty_piece_does_not_end_a_stream(run, client):
+    run.handler.say(ReasoningDelta("hm"), ReasoningDelta(""), "4", "", "2", *CALL[:1], *CALL[1:])
+    with client.messages.stream(model="m", max_tokens=9, messages=ASK, tools=TOOLS) as stream:
+        thought, text, call = stream.get_final_message().content
+    assert (thought.thinking, text.text, call.input) == ("hm", "42", {"city": "Zürich 🌸"})
 
 
 def test_there_is_no_empty_block_of_text(run, client):

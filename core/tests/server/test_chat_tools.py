@@ -236,6 +236,23 @@ def test_reasoning_is_told_apart(run, client):
 
 
 @pytest.mark.parametrize(
+    "body",
+    [
+        {"include_reasoning": False},
+        {"reasoning": {"exclude": True}},
+        {"thinking": {"type": "enabled", "display": "omitted"}},
+    ],
+)
+def test_reasoning_is_left_out_where_that_is_asked_for(run, client, body):
+    say(run, *THOUGHT, "42")
+    answer = client.chat.completions.create(model="m", messages=ASK, extra_body=body)
+    message = answer.choices[0].message.model_dump(exclude_unset=True)
+    assert message["content"] == "42" and not [name for name in message if "reasoning" in name]
+    told, finish = deltas(run, **body)
+    assert [delta for delta in told[1:] if delta] == [{"content": "42"}] and finish == "stop"
+
+
+@pytest.mark.parametrize(
     ("body", "reasoning", "budget"),
     [
         ({}, None, None),

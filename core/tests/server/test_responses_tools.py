@@ -193,6 +193,7 @@ def test_the_answer_goes_back_in(run, client, stream):
         ({"tool_choice": {"type": "function", "name": "other"}}, "tool_choice"),
         ({"tools": [], "tool_choice": "required"}, "tool_choice"),
         ({"reasoning": {"effort": "lots"}}, "reasoning"),
+        ({"reasoning": {"exclude": True}}, "reasoning"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input"),
         ({"input": [{"type": "function_call_output", "output": "x"}]}, "input"),
     ],

@@ -181,11 +181,14 @@ class ToolUseBlock(Answer, kw_only=True, tag_field="type", tag="tool_use"):
 Block: TypeAlias = TextBlock | ThinkingBlock | ToolUseBlock
 
 
-def blocks_of(response: InferenceResponse) -> list[Block]:
-    """A whole answer's content: no block is empty, unless the answer is, and no call was cut."""
+def blocks_of(response: InferenceResponse, *, shows_thoughts: bool = True) -> list[Block]:
+    """A whole answer's content: no block is empty, unless the answer is, and no call was cut.
+
+    :param shows_thoughts: else the block of thoughts says only that there were some.
+    """
     blocks: list[Block] = []
     if response.reasoning:
-        blocks.append(ThinkingBlock(thinking=response.reasoning))
+        blocks.append(ThinkingBlock(thinking=response.reasoning if shows_thoughts else ""))
     if response.generated_text:
         blocks.append(TextBlock(text=response.generated_text))
     blocks += [
@@ -203,7 +206,8 @@ def _input(arguments: str) -> Any:
 class BlockWriter:
     """The events of a stream's blocks: one after another, each of one kind."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, shows_thoughts: bool = True) -> None:
+        self._shows_thoughts = shows_thoughts
         self._index = -1
         self._kind = ""
         self._of_text: Framer | None = None
@@ -236,6 +240,8 @@ class BlockWriter:
                 return b""
             if self._kind != "thinking":
                 begun = self._begin({"type": "thinking", "thinking": "", "signature": ""})
+            if not self._shows_thoughts:
+                return begun
             return begun + self._delta({"type": "thinking_delta", "thinking": chunk.text})
         if isinstance(chunk, ToolCallDelta):
             begun = b""

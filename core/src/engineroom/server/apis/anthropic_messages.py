@@ -113,6 +113,7 @@ class MessagesRequest(TemplateFields, StructuredSampling):
         "response_format": ({"type": "text"},),
         "text": ({}, {"format": {"type": "text"}}),
         "reasoning_effort": (),
+        "include_reasoning": (True,),
         "reasoning": ({},),
         "parallel_tool_calls": (True,),
         "functions": ([],),
@@ -127,6 +128,7 @@ class MessagesRequest(TemplateFields, StructuredSampling):
         "text": "use output_config.format",
         "reasoning_effort": "use output_config.effort",
         "reasoning": "use thinking and output_config.effort",
+        "include_reasoning": "use thinking.display",
         "parallel_tool_calls": "use tool_choice.disable_parallel_tool_use",
         "functions": "use tools",
         "function_call": "use tool_choice",
@@ -203,7 +205,7 @@ class Message(Answer, kw_only=True):
 async def messages(call: Call) -> None:
     """Continue a conversation."""
     request = parse(call, MessagesRequest, await call.json())
-    writer = MessagesWriter(f"msg_{call.id}", request.model)
+    writer = MessagesWriter(f"msg_{call.id}", request)
     await respond(call, [_request(call, request)], writer)
 
 
@@ -279,10 +281,11 @@ def _usage(response: InferenceResponse) -> AnthropicUsage:
 class MessagesWriter(Writer):
     """A message, or its events."""
 
-    def __init__(self, message_id: str, model: str) -> None:
+    def __init__(self, message_id: str, request: MessagesRequest) -> None:
         self._id = message_id
-        self._model = model
-        self._blocks = BlockWriter()
+        self._model = request.model
+        self._shows_thoughts = (request.thinking or UNTOLD).display != "omitted"
+        self._blocks = BlockWriter(shows_thoughts=self._shows_thoughts)
 
     def whole(self, responses: Sequence[InferenceResponse]) -> bytes:
         (response,) = responses
@@ -290,7 +293,7 @@ class MessagesWriter(Writer):
             Message(
                 id=self._id,
                 model=self._model,
-                content=blocks_of(response),
+                content=blocks_of(response, shows_thoughts=self._shows_thoughts),
                 stop_reason=_stop_reason(response),
                 stop_sequence=response.stop_sequence,
                 usage=_usage(response),

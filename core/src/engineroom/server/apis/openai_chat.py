@@ -85,6 +85,8 @@ class ChatRequest(TemplateFields, OpenAIRequest):
     reasoning_effort: Effort | None = None
     thinking: Thinking | None = None
     reasoning: ReasoningConfig | None = None
+    include_reasoning: bool | None = None
+    """``false``: what the model thought is left out, as in vLLM."""
 
     COUNTED: ClassVar[Collection[str]] = ("messages",)
     REFUSED: ClassVar[Mapping[str, Collection[Any]]] = {
@@ -183,7 +185,7 @@ class ChatCompletion(Completed, kw_only=True):
 async def chat_completions(call: Call) -> None:
     """Continue a conversation."""
     request = parse(call, ChatRequest, await call.json())
-    writer = ChatWriter(call, request, bool(request.logprobs))
+    writer = ChatWriter(call, request)
     await respond(call, _requests(call, request), writer)
 
 
@@ -263,12 +265,19 @@ class ChatWriter(OpenAIWriter):
     COMPLETED = ChatCompletion
     CHUNK = "chat.completion.chunk"
 
+    def __init__(self, call: Call, request: ChatRequest) -> None:
+        super().__init__(call, request, bool(request.logprobs))
+        config, thinking = request.reasoning or ReasoningConfig(), request.thinking or UNTOLD
+        hidden = config.exclude or thinking.display == "omitted"
+        self._shows_reasoning = not hidden and request.include_reasoning is not False
+
     def choice(self, response: InferenceResponse, **fields: Any) -> ChatChoice:
         calls = [
             FunctionCall(id=made.id, function=Function(name=made.name, arguments=made.arguments))
             for made in response.tool_calls or ()
         ]
-        reasoning = UNSET if response.reasoning is None else response.reasoning
+        shown = response.reasoning if self._shows_reasoning else None
+        reasoning = UNSET if shown is None else shown
         message = AssistantMessage(
             content=response.generated_text or (None if calls else ""),
             tool_calls=calls or UNSET,
@@ -278,7 +287,8 @@ class ChatWriter(OpenAIWriter):
         return ChatChoice(message=message, **fields)
 
     def addition(self, chunk: str | None) -> dict[str, Any]:
-        return {"delta": _delta(chunk)}
+        hidden = isinstance(chunk, ReasoningDelta) and not self._shows_reasoning
+        return {"delta": {} if hidden else _delta(chunk)}
 
     def entries(self, index: int, logprobs: Sequence[TokenLogprob]) -> ChatLogprobs:
         return ChatLogprobs(content=token_entries(logprobs))

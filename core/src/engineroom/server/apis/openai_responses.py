@@ -43,7 +43,7 @@ from engineroom.server.apis.tool_fields import (
     reasoning_of,
 )
 from engineroom.server.http.call import Call
-from engineroom.server.http.errors import ApiError
+from engineroom.server.http.errors import ApiError, unsupported
 from engineroom.server.http.exchange import Writer, respond
 from engineroom.server.http.frames import Answer, dumps
 
@@ -104,6 +104,7 @@ class ResponsesRequest(TemplateFields, OpenAISampling):
         "output_config": ({},),
         "output_format": (),
         "reasoning_effort": (),
+        "include_reasoning": (True,),
         "thinking": ({"type": "auto"},),
         "functions": ([],),
         "function_call": ("none", "auto"),
@@ -223,6 +224,8 @@ def _request(call: Call, request: ResponsesRequest) -> InferenceRequest:
     }
     absent = {"temperature": None, "max_new_tokens": None}
     config = request.reasoning or ReasoningConfig()
+    if config.exclude:
+        raise unsupported("reasoning.exclude", "reasoning")
     return build(
         call,
         request,

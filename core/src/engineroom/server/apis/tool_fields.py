@@ -220,6 +220,8 @@ class Thinking(SubSchema):
     type: Literal["enabled", "disabled", "adaptive", "auto"]
     budget_tokens: Annotated[int, Field(ge=0)] | None = None
     """Most tokens of it."""
+    display: Literal["summarized", "omitted"] | None = None
+    """``omitted``: the answer says that the model thought, and not what."""
 
     @property
     def asked(self) -> bool | None:
@@ -239,6 +241,8 @@ class ReasoningConfig(SubSchema):
     """Without effect: reasoning is told as it is."""
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     enabled: bool | None = None
+    exclude: bool | None = None
+    """What the model thought is left out of the answer."""
 
     @property
     def asked(self) -> bool | str | None:

@@ -134,10 +134,15 @@ class Framer:
         return self.before + json_text(text) + self.after
 
 
+def _chunk(frame: bytes) -> bytes:
+    """Nothing for an empty one: an empty chunk ends a body."""
+    return b"%x\r\n%b\r\n" % (len(frame), frame) if frame else b""
+
+
 def chunker(frame_of: Callable[[str], bytes]) -> Callable[[str], bytes]:
     """What makes a chunk, as HTTP 1.1 sends bodies of unknown length, of a text's frame."""
     if not isinstance(frame_of, Framer):
-        return lambda text: b"%x\r\n%b\r\n" % (len(frame := frame_of(text)), frame)
+        return lambda text: _chunk(frame_of(text))
     encode, before = _encode, frame_of.before
     after = frame_of.after + b"\r\n"
     around = len(before) + len(frame_of.after)
