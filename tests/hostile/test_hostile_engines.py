@@ -185,9 +185,14 @@ class Asking(threading.Thread):
 
 
 @contextlib.contextmanager
-def served(manager: LLMModelManager) -> Iterator[tuple[str, asyncio.AbstractEventLoop]]:
-    """A server whose loop runs without the guard that ``serve`` has around it."""
-    settings = ServerSettings(port=0, drain_timeout_s=0)
+def served(
+    manager: LLMModelManager, **more: Any
+) -> Iterator[tuple[str, asyncio.AbstractEventLoop]]:
+    """A server whose loop runs without the guard that ``serve`` has around it.
+
+    :param more: of its settings.
+    """
+    settings = ServerSettings(port=0, drain_timeout_s=0, **more)
     bound = bind(settings)
     server = EngineRoomServer(LLMInferenceService(manager), settings)
     started, loops = threading.Event(), []

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from itertools import islice
+from itertools import islice, takewhile
 from math import isfinite
 from typing import Annotated, Any, ClassVar, Final
 
@@ -163,7 +163,9 @@ def _arguments_can_be_read(calls: Any) -> Any:
     """Before anything walks through them."""
     if not isinstance(calls, list | tuple):
         return calls
-    functions = [call.get("function") for call in calls if isinstance(call, Mapping)]
+    # The first that is no object is what is refused, however many come after it.
+    some = takewhile(lambda call: isinstance(call, Mapping), calls)
+    functions = [call.get("function") for call in some]
     arguments = [part.get("arguments") for part in functions if isinstance(part, Mapping)]
     check_values(*map(_as_written, arguments))
     return calls
