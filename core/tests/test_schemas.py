@@ -747,3 +747,18 @@ def test_what_is_no_tool_is_refused_by_name(fields: dict[str, Any], words: str) 
 def test_tools_are_for_messages() -> None:
     with pytest.raises(ValidationError, match="a prompt is taken as it is"):
         InferenceRequest(model_id="m", prompt="p", tools=[_tool("a")])
+
+
+def test_calls_are_looked_through_up_to_the_first_that_is_none() -> None:
+    class Counted(list[Any]):
+        seen = 0
+
+        def __iter__(self) -> Any:
+            for item in super().__iter__():
+                self.seen += 1
+                yield item
+
+    calls = Counted([1] * 1000)
+    with pytest.raises(ValidationError, match=r"tool_calls\.0"):
+        ChatMessage(role="assistant", tool_calls=calls)
+    assert calls.seen <= 2

@@ -99,7 +99,11 @@ def stage(
         pytest.importorskip(module)
     talks, _, vectors = deployment(Path(tmp_path_factory.mktemp(runtime)), runtime, 1024)["models"]
     talks = {**talks, "aliases": []}
-    models = [talks, {**talks, "model_id": "bad"}, *([] if runtime == "vllm" else [vectors])]
+    models = [talks, {**talks, "model_id": "bad"}]
+    if runtime != "vllm":
+        asked = {k: v for k, v in talks.items() if k != "runtime"}  # so that handlers are
+        free = [{**asked, "model_id": f"free {name}", "preload": False} for name in RAISED]
+        models += [vectors, *free]
     manager = LLMModelManager(config={"models": models})
     with served(manager) as (url, loop):
         made = Stage(runtime, manager, url, loop)
@@ -259,6 +263,27 @@ def test_a_load(stage: Stage, number: int, caplog: pytest.LogCaptureFixture) -> 
         stage, (lambda: importlib.import_module(module), name), stage.text,
         f"{stage.runtime}-load", caplog, status=503, again=True,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RAISED)
+def test_what_a_handler_is_asked_before_a_load(
+    stage: Stage, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    if stage.runtime == "vllm":
+        pytest.skip("its engines take a minute each, and it is core that asks")
+    model, fail = f"free {name}", stage.failing(RAISED[name])
+    with neighbour(stage):
+        for question, status in (("can_load", 503), ("estimate_memory", 200)):
+            stage.threads.clear()
+            caplog.clear()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(stage.handler, question, fail)
+                answer = stage.text(model=model)
+                assert answer.status_code == status, answer.text
+                assert stage.ready(), question
+            assert stage.threads and "Traceback" in caplog.text, question
+        assert stage.text(model=model).status_code == 200
+        stage.call(lambda: stage.manager.unload(model))
 
 
 @pytest.mark.parametrize("place", ["import_runtime", "free_engine"])
