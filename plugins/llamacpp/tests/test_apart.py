@@ -59,6 +59,33 @@ async def test_what_was_read_is_copied_for_others(make: Make) -> None:
     no_leak(fresh.engine)
 
 
+async def test_the_end_of_a_prompt_does_not_wait_for_another_ones_beginning(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = await make(n_ctx=2048, n_parallel=4, kv_unified=False, n_batch=64, prefix_cache=False)
+    steps: list[dict[int, int]] = []
+    compute = LlamaContext.decode
+
+    def decode(context: LlamaContext) -> int:
+        rows = context._sequences[: int(context._batch.n_tokens)].tolist()
+        steps.append({sequence: rows.count(sequence) for sequence in rows})
+        return compute(context)
+
+    monkeypatch.setattr(LlamaContext, "decode", decode)
+    prompts = [letter * 150 for letter in "abcd"]
+    await asyncio.gather(*(bench.service.infer(ask(p, max_new_tokens=1)) for p in prompts))
+    left = dict.fromkeys(range(4), 151)
+    for step in steps:
+        left = {sequence: rest - step.get(sequence, 0) for sequence, rest in left.items()}
+        assert len({left[sequence] > 0 for sequence in step}) == 1
+    assert set(left.values()) == {0}
+    # Those that are short are read together.
+    steps.clear()
+    await asyncio.gather(*(bench.service.infer(ask(p[:9], max_new_tokens=1)) for p in prompts))
+    assert max(map(len, steps)) > 1
+    await bench.idle()
+
+
 OTHERS = [f"{i}: something else that is long enough to be moved, too; " * 5 for i in range(6)]
 
 

@@ -166,6 +166,7 @@ def _prompts(
     # gets half of the step nevertheless, so that none waits for ever.
     half = (min(budget, pace.most_tokens) if beside else budget) // 2
     oldest = reading[0]
+    ends = False
     for task in sorted(reading, key=lambda task: (len(task.tokens) - task.cached).bit_length()):
         if sequences.reuse and len(tasks) > 1 and task.beams is None:
             # What has to be copied is copied once, when all of it has been read.
@@ -196,6 +197,11 @@ def _prompts(
             break
         if now and count < min(rest, pace.least):
             continue
+        # Parts are computed one after another: who has its last tokens in the step would wait for
+        # those of the next prompt, which come no sooner here than in the step after this one.
+        if ends and count < rest and task is not oldest and not sequences.shared:
+            continue
+        ends = ends or count == rest
         pace.add(place, count)
         now.append((task, count))
         taken += count
