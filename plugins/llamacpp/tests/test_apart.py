@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from llama_benches import ask, move_eagerly, no_leak
 
 from engineroom import ResourceNotAvailableError
-from engineroom_llamacpp import context as context_module, layout as layout_module
+from engineroom_llamacpp import context as context_module, layout as layout_module, moving
 from engineroom_llamacpp.cells import Cells
 from engineroom_llamacpp.context import LlamaContext
 from engineroom_llamacpp.layout import Layout
@@ -117,6 +118,34 @@ async def test_what_has_lost_its_part_comes_back_from_host_memory(
     fresh = await make(n_ctx=2048, prefix_cache=False)
     expected = await fresh.service.infer(ask(TEXT[:200] + "and otherwise"))
     assert some.generated_text == expected.generated_text
+    await bench.idle()
+    no_leak(bench.engine)
+
+
+async def test_those_that_have_started_wait_for_no_copies_but_a_share_of_the_step(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    move_eagerly(monkeypatch)
+    bench = await make(n_ctx=4096, n_parallel=4, kv_unified=False)
+    await asyncio.gather(*(bench.service.infer(ask(text)) for text in OTHERS[:4]))
+    done: list[str] = []
+    now = itertools.count()
+    compute, save = LlamaContext.decode, LlamaContext.save
+
+    def decode(context: LlamaContext) -> int:
+        done.append("step")
+        return compute(context)
+
+    def copy(context: LlamaContext, *arguments: int) -> SavedSequence | None:
+        done.append("copy")
+        return save(context, *arguments)
+
+    monkeypatch.setattr(LlamaContext, "decode", decode)
+    monkeypatch.setattr(LlamaContext, "save", copy)
+    monkeypatch.setattr(moving, "perf_counter", lambda: next(now))  # a copy takes a second
+    await asyncio.gather(*(bench.service.infer(ask(text[9:])) for text in OTHERS[:4]))
+    assert done.count("copy") == 4
+    assert ("copy", "copy") not in itertools.pairwise(done)
     await bench.idle()
     no_leak(bench.engine)
 

@@ -45,7 +45,7 @@ def in_stream(state: bytes, stream: int, streams: int) -> bytes:
 
 
 def array(data: bytes) -> Any:
-    return np.frombuffer(data, np.uint8)
+    return np.frombuffer(bytearray(data), np.uint8)
 
 
 kinds = st.fixed_dictionaries(

@@ -198,6 +198,8 @@ class LlamaEngine(BatchingEngine[Task]):
         # More beams than there are requests at one time are searched with alone.
         if sum(other.width for other in running) + task.width > self.options.n_parallel:
             return False
+        if not self.mover.may_displace(running, self._context.n_batch):
+            return False
         # Promised is all that running requests still have to read, and a token each.
         promised = self.sequences.cells.busy + sum(other.cells_needed for other in running)
         room = self.sequences.cells.count - promised - len(task.tokens) - task.width

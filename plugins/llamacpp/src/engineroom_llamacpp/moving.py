@@ -7,7 +7,8 @@ that decode, so that nobody waits long for them. What copying takes and what rea
 measured on the way: pieces come back only where that is quicker.
 
 A stream of a sequence's own costs nobody anything. What is idle there stays until its stream is
-needed, and is copied then, at one go as llama.cpp has it; so it comes back, too.
+needed, and is copied then, at one go as llama.cpp has it; so it comes back, too. Of several requests
+that come together, those start in later steps for whose streams too much would have to be copied.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class Mover:
         self._out, self._into, self._reading = Usual(), Usual(), Usual()  # seconds a token
         self._step = Usual()
         self._left = math.inf  # seconds of copying that this step still may take
+        self._copied = 0.0  # seconds of copying since the last step began
         if self.store.budget:
             sequences.leaving = self._keep
 
@@ -61,6 +63,7 @@ class Mover:
         :param tasks: running requests.
         :param most: tokens that a step has at most.
         """
+        self._copied = 0.0
         if not self.store.budget:
             return
         beside = any(task.decodes for task in tasks)
@@ -70,11 +73,23 @@ class Mover:
             return
         if not self._worth_moving():
             return
-        rows = min(most, sum(max(1, len(task.tokens) - task.cached) for task in tasks))
-        for sequence in self._sequences.idle_since(_PATIENCE - rows):
+        for sequence in self._sequences.idle_since(_PATIENCE - _rows(tasks, most)):
             if cells.used - cells.busy <= _FEW or not self._keep(sequence):
                 return
             self._sequences.drop_idle(sequence)
+
+    def may_displace(self, tasks: Sequence[Task], most: int) -> bool:
+        """Whether another request may start before the step, if what is idle in a stream has to be
+        copied for that. Those that have started wait for the copy.
+
+        :param tasks: running requests.
+        :param most: tokens that a step has at most.
+        """
+        sequences = self._sequences
+        if sequences.shared or sequences.unused > sequences.idle:
+            return True
+        read = _rows(tasks, most) * (self._reading.value or 0.0)
+        return self._copied <= _SHARE * max(read, self._step.value or 0.0)
 
     def look_up(self, task: Task) -> None:
         """See whether more of a prompt is in host memory than in the cache, for :meth:`bring`."""
@@ -258,4 +273,10 @@ class Mover:
     def _spent(self, usual: Usual, began: float, tokens: int) -> None:
         seconds = perf_counter() - began
         self._left -= seconds
+        self._copied += seconds
         usual.see(seconds / tokens)
+
+
+def _rows(tasks: Iterable[Task], most: int) -> int:
+    """Tokens that the next step computes of these."""
+    return min(most, sum(max(1, len(task.tokens) - task.cached) for task in tasks))

@@ -66,14 +66,19 @@ class SavedSequence:
     def of_stream(cls, data: _Bytes, stream: int, streams: int) -> SavedSequence | None:
         """What llama.cpp wrote of a sequence that has a stream of its own, one of ``streams``.
 
+        Nothing is copied: ``data`` is changed, and kept.
+
         :returns: ``None``: it is of another kind than is known here.
         """
         start = _COUNTS + 4 * stream
         end = data.nbytes - 4 * (streams - 1 - stream)
         if end < start + 4 or _number(data, _STREAMS) != streams:
             return None
-        one = np.array([1], np.uint32).view(np.uint8)
-        whole = cls(np.concatenate([data[:_STREAMS], one, data[start:end]]), _number(data, start))
+        head = data[:_STREAMS].copy()
+        begin = start - _COUNTS  # of the same with one stream, over the counts of those before it
+        data[begin : begin + _STREAMS] = head
+        data[begin + _STREAMS : start].view(np.uint32)[:] = 1
+        whole = cls(data[begin:end], _number(data, start))
         return whole if whole.blocks() else None
 
     @classmethod
