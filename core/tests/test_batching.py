@@ -136,6 +136,30 @@ async def hold(engine: FakeEngine) -> CountTask:
     return task
 
 
+async def test_nobody_waits_for_what_a_request_needs_to_start(engine: FakeEngine) -> None:
+    starting, go_on = threading.Event(), threading.Event()
+    give = engine.started
+
+    def started(task: CountTask) -> None:
+        starting.set()
+        assert go_on.wait(30)
+        give(task)
+
+    engine.started = started  # type: ignore[method-assign]
+    first = engine.task()
+    try:
+        await until(starting.is_set)
+        health = await asyncio.wait_for(asyncio.to_thread(engine.health), 10)
+        assert (health.num_requests_running, health.num_requests_waiting) == (1, 0)
+        second = engine.task()
+        engine.cancel(first)
+    finally:
+        go_on.set()
+    assert await read(second) == [1, 2, 3]
+    assert first.given == 0
+    assert sorted(engine.free) == [0, 1]
+
+
 async def test_requests_run_together_and_each_gets_all_of_its_own(engine: FakeEngine) -> None:
     engine.held = True
     tasks = [engine.task(length) for length in (5, 2, 3)]

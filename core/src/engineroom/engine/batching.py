@@ -134,7 +134,9 @@ class BatchingEngine(Engine, Generic[_T]):
         return True
 
     def started(self, task: _T) -> None:
-        """The request was given a slot: give it what it needs."""
+        """The request was given a slot: give it what it needs. On the thread, and not under the
+        loop's condition: it may take its time.
+        """
 
     def released(self, task: _T) -> None:
         """The request has left ``running``: take back what :meth:`started` gave."""
@@ -347,30 +349,38 @@ class BatchingEngine(Engine, Generic[_T]):
 
     def _take_in(self) -> bool:
         """Drop what was cancelled, start what can start. False: the engine is to end."""
-        with self._loop.condition:
-            if self._closing:
-                return False
-            self._interrupt(False)
-            self._sort_in()
-            if self._cancelling:
-                self._cancelling = False
-                for task in [t for t in self.waiting if t.cancelled]:
-                    self.waiting.remove(task)
-                    task.done = True
-                for task in [t for t in self.running if t.cancelled]:
-                    self.leave(task)
-            self._admit()
-            self._alone = self.running[0] if len(self.running) == 1 else None
-        return True
+        while True:
+            with self._loop.condition:
+                if self._closing:
+                    return False
+                self._interrupt(False)
+                self._sort_in()
+                if self._cancelling:
+                    self._drop_cancelled()
+                task = self._admit()
+                if task is None:
+                    self._alone = self.running[0] if len(self.running) == 1 else None
+                    return True
+            self.started(task)  # may take its time: nobody else waits for it
 
-    def _admit(self) -> None:
-        while self.waiting and len(self.running) < self._max_running:
-            task = self.waiting.heads()[0]
-            if self.running and not self.may_start(task):
-                return
-            self.waiting.serve(task, time.monotonic())
-            self.running.append(task)
-            self.started(task)
+    def _drop_cancelled(self) -> None:
+        self._cancelling = False
+        for task in [t for t in self.waiting if t.cancelled]:
+            self.waiting.remove(task)
+            task.done = True
+        for task in [t for t in self.running if t.cancelled]:
+            self.leave(task)
+
+    def _admit(self) -> _T | None:
+        """The next request that can have a slot, in ``running`` by now."""
+        if not self.waiting or len(self.running) >= self._max_running:
+            return None
+        task = self.waiting.heads()[0]
+        if self.running and not self.may_start(task):
+            return None
+        self.waiting.serve(task, time.monotonic())
+        self.running.append(task)
+        return task
 
     def _release(self, task: _T) -> None:
         self.running.remove(task)
