@@ -7,8 +7,8 @@ that decode, so that nobody waits long for them. What copying takes and what rea
 measured on the way: pieces come back only where that is quicker.
 
 A stream of a sequence's own costs nobody anything. What is idle there stays until its stream is
-needed, and is copied then, at one go as llama.cpp has it; so it comes back, too. Of several requests
-that come together, those start in later steps for whose streams too much would have to be copied.
+needed, and is copied then, at one go as llama.cpp has it; so it comes back, too. Of several
+requests that come together, those start in later steps whose streams take too long to copy.
 """
 
 from __future__ import annotations
