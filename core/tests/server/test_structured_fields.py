@@ -135,7 +135,11 @@ def test_every_name_for_it_reaches_the_runtime(server, echo, route, fields, aske
     ("route", "fields", "said"),
     [
         (CHAT_ROUTE, {"guided_regex": "a", "guided_choice": ["b"]}, "give one of guided_regex and"),
-        (CHAT_ROUTE, {"structured_outputs": {"regex": "a", "choice": ["b"]}}, "exactly one"),
+        (
+            CHAT_ROUTE,
+            {"structured_outputs": {"regex": "a", "choice": ["b"]}},
+            "structured_outputs: give exactly one",
+        ),
         (CHAT_ROUTE, {"response_format": {"type": "json_schema"}}, "json_schema has no schema"),
         (CHAT_ROUTE, {"response_format": {"type": "xml"}}, "response_format.type"),
         (TEXT_ROUTE, {"guided_choice": []}, "guided_choice"),

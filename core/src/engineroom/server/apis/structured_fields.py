@@ -174,6 +174,14 @@ class StructuredSampling(Sampling):
                 "grammar": of_vllm.grammar,
                 "json_object": of_vllm.json_object or None,
             }
+            values = asked["structured_outputs"].values()
+            if sum(value is not None for value in values) > 1:
+                raise ApiError(
+                    400,
+                    f"structured_outputs: give exactly one of {', '.join(_FORMS)}",
+                    "invalid_value",
+                    "structured_outputs",
+                )
         return asked
 
 
