@@ -32,6 +32,7 @@ from engineroom.schemas import (
     StructuredOutput,
     TokenLogprob,
 )
+from engineroom.tools import ToolCall
 
 # A busy machine is no failure.
 untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -762,3 +763,16 @@ def test_calls_are_looked_through_up_to_the_first_that_is_none() -> None:
     with pytest.raises(ValidationError, match=r"tool_calls\.0"):
         ChatMessage(role="assistant", tool_calls=calls)
     assert calls.seen <= 2
+
+
+def test_parts_of_an_answer_come_in_their_order():
+    calls = [ToolCall(id=name, name=name, arguments="{}") for name in "ab"]
+    answer = InferenceResponse(
+        request_id="r", model_id="m", generated_text="onetwo", tool_calls=calls
+    )
+    assert answer.parts == ["onetwo", *calls]
+    answer.place_calls([(0, True), (3, False), (3, True)])
+    assert answer.parts == [calls[0], "one", calls[1], "two"]
+    answer.place_calls([(6, True)])
+    assert answer.parts == ["onetwo", *calls]
+    assert InferenceResponse(request_id="r", model_id="m").parts == []

@@ -16,6 +16,7 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
+    ConfigDict,
     Discriminator,
     Field,
     ValidatorFunctionWrapHandler,
@@ -32,6 +33,7 @@ __all__ = [
     "MAX_TOKEN_ID",
     "FewFields",
     "Float",
+    "FrozenSchema",
     "Identifier",
     "Int",
     "JsonObject",
@@ -307,6 +309,12 @@ def either(what: str, kinds: Mapping[type, str]) -> Discriminator:
         return next((tag for kind, tag in kinds.items() if isinstance(value, kind)), None)
 
     return Discriminator(tag_of, custom_error_type="kind", custom_error_message=f"must be {what}")
+
+
+class FrozenSchema(BaseModel):
+    """A schema whose values do not change, and which refuses unknown fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
 class FewFields(BaseModel):

@@ -1,4 +1,4 @@
-"""What goes in and what comes out: the same on every runtime.
+"""What goes in: the same on every runtime. What comes out is in :mod:`engineroom.responses`.
 
 Every schema refuses unknown fields. ``None`` always means the neutral value (no limit but the
 context, temperature 1, no truncation, no penalty), never a default of the runtime or of the
@@ -10,14 +10,14 @@ from __future__ import annotations
 import hashlib
 import uuid
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Final, Literal, Self, TypeAlias, get_args
+from typing import Annotated, Any, ClassVar, Final, Literal, Self, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
-from engineroom.errors import ConfigurationError, EngineRoomError, error_class
 from engineroom.field_types import (
     FewFields,
     Float,
+    FrozenSchema,
     Identifier,
     Int,
     JsonObject,
@@ -29,7 +29,8 @@ from engineroom.field_types import (
     Texts,
     TokenId,
 )
-from engineroom.tools import NamedTool, ToolCall, ToolChoice, Tools, tool_names
+from engineroom.responses import FINISH_REASONS, FinishReason, InferenceResponse, TokenLogprob
+from engineroom.tools import NamedTool, ToolChoice, Tools, tool_names
 
 __all__ = [
     "FINISH_REASONS",
@@ -52,12 +53,6 @@ __all__ = [
     "TokenLogprob",
 ]
 
-FinishReason: TypeAlias = Literal[
-    "eos_token", "length", "stop_sequence", "tool_calls", "cancelled", "timeout", "error"
-]
-FINISH_REASONS: Final = frozenset(get_args(FinishReason))
-"""Why a generation ended; see ``docs/usage.md`` for what each means."""
-
 ReasoningEffort: TypeAlias = Literal["minimal", "low", "medium", "high"]
 
 OnUnsupported: TypeAlias = Literal["error", "warn"]
@@ -75,12 +70,6 @@ MAX_LITERAL_CHARS: Final = 16_384
 """Most characters of a regular expression, or of one text in a grammar, schema or choice: what may
 come next costs the thread that decodes a time that grows with them."""
 MAX_CHOICES: Final = 10_000
-
-
-class FrozenSchema(BaseModel):
-    """A schema whose values do not change, and which refuses unknown fields."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
 STRUCTURED_KINDS: Final = ("json_schema", "json_object", "regex", "choice", "grammar")
@@ -369,86 +358,3 @@ class EmbeddingRequest(InferenceRequest):
     texts: Annotated[
         list[Annotated[Text, Field(min_length=1)]], Field(fail_fast=True, min_length=1)
     ]
-
-
-class TokenLogprob(FrozenSchema):
-    """One generated token, how likely it was, and what else was likely.
-
-    All of it is tuples: the garbage collector has nothing to do with those that hold texts and
-    numbers alone, and an answer may have hundreds of thousands.
-    """
-
-    token_id: int
-    token: str
-    """The token's own text; U+FFFD stands for bytes that are no whole character."""
-    logprob: float
-    top: tuple[tuple[int, str, float], ...] = ()
-    """The likeliest alternatives as ``(token_id, token, logprob)``, likeliest first."""
-    bytes: tuple[int, ...] | None = None
-    """The token's own bytes, which may be no whole character; ``None``: not known."""
-    top_bytes: tuple[tuple[int, ...], ...] | None = None
-    """Those of the alternatives, in their order."""
-
-
-class InferenceResponse(BaseModel):
-    """What came of a request."""
-
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
-
-    request_id: str
-    model_id: str
-    generated_text: str | None = None
-    """The text, without the stop sequence that ended it; whatever there was so far on failure."""
-    error_message: str | None = None
-    finish_reason: FinishReason | None = None
-    prompt_tokens: int | None = None
-    generated_tokens: int | None = None
-    """Tokens generated, the end-of-sequence token not counted."""
-    reasoning_tokens: int | None = None
-    """Those of them that are reasoning, the markers around it not counted; ``None``: the model
-    does not reason."""
-    inference_time_ms: float | None = None
-    """From the service's acceptance of the request to its end."""
-    error_type: str | None = None
-    """Name of the class of :mod:`engineroom.errors` that :meth:`raise_for_error` raises."""
-    time_to_first_token_ms: float | None = None
-    cached_prompt_tokens: int | None = None
-    """Prompt tokens whose work was not done again because an earlier request had done it."""
-    logprobs: list[TokenLogprob] | None = None
-    warnings: list[str] = Field(default_factory=list)
-    handler: str | None = None
-    """Name of the handler that did the work."""
-    reasoning: str | None = None
-    """What the model thought before it answered, without its markers; ``None``: nothing."""
-    tool_calls: list[ToolCall] | None = None
-    """The calls that it has written in whole; ``None``: there are none."""
-    cut_call: bool = False
-    """The answer ends within a call, which for this reason is not among the ``tool_calls``."""
-    stop_sequence: str | None = None
-    """The stop sequence that ended the text, where ``finish_reason`` is ``stop_sequence``."""
-
-    _cause: BaseException | None = PrivateAttr(default=None)
-
-    def raise_for_error(self) -> None:
-        """Raise the typed error if the request failed; do nothing otherwise.
-
-        :raises EngineRoomError: the class that ``error_type`` names.
-        """
-        if self.error_message is None:
-            return
-        raise self._error(self.error_message) from self._cause  # a local of it would be a cycle
-
-    def _error(self, message: str) -> EngineRoomError:
-        error_type = error_class(self.error_type)
-        error = error_type(message, request_id=self.request_id, model_id=self.model_id)
-        if isinstance(error, ConfigurationError) and isinstance(self._cause, ConfigurationError):
-            error.field = self._cause.field  # with which the message begins
-        return error
-
-    def record_error(self, error: EngineRoomError) -> None:
-        """Make this the response of a request that failed with ``error``."""
-        self.error_message = error.describe()
-        self.error_type = next(
-            cls.__name__ for cls in type(error).__mro__ if cls is error_class(cls.__name__)
-        )
-        self._cause = error

@@ -23,6 +23,8 @@ TEXTS = {
     "all": TEXT,
     "thought and calls": f"<think>{THOUGHT}</think>{CALLS}",
     "calls": CALLS,
+    "text behind calls": f"One. {call('run', '{}')}\nTwo. {CALLS}\nThree.",
+    "text behind a call that is none": f"One. {call('say', '{]')} Two. {call('run', '{}')} é.",
     "no call after all": call("say", '{"t": 1]}') + " so",
     "no call behind its arguments": call("say", '{"t": 1}').replace("}}", "}]") + " so",
 }

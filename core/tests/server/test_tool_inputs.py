@@ -66,6 +66,34 @@ def test_half_of_a_character_is_never_sent(run):
             written.encode()
 
 
+HALVES = '{"t": "\\ud83c", "\\udf78": ["a\\ud83cb", {"\\\\ud83c": 1}]}'
+
+
+@pytest.mark.parametrize("written", [HALVES, json.dumps(HALVES)])
+def test_what_a_model_writes_of_half_a_character_can_be_sent_back(run, written):
+    run.handler.text = call("say", written)
+    said, functions = {"role": "user", "content": "x"}, [tool["function"] for tool in TOOLS]
+
+    def post(path, **body):
+        answer = httpx.post(run.url + path, json={"model": "m", **body}, timeout=60)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    body = {"messages": [said], "tools": TOOLS}
+    message = post("/v1/chat/completions", **body)["choices"][0]["message"]
+    (made,) = message["tool_calls"]
+    assert "\\ud83c" not in made["function"]["arguments"].replace("\\\\", "")
+    result = {"role": "tool", "tool_call_id": made["id"], "content": "ok"}
+    post("/v1/chat/completions", **{**body, "messages": [said, message, result]})
+    body = {"max_tokens": 99, "tools": [{"name": f["name"], "input_schema": {}} for f in functions]}
+    content = post("/v1/messages", messages=[said], **body)["content"]
+    post("/v1/messages", messages=[said, {"role": "assistant", "content": content}, said], **body)
+    body = {"tools": [{"type": "function", **f} for f in functions]}
+    items = post("/v1/responses", input="x", **body)["output"]
+    assert [item["type"] for item in items] == ["function_call"]
+    post("/v1/responses", input=[said, *items], **body)
+
+
 @pytest.mark.parametrize("limit", [10, 12, 16, 24, 32, 48])
 def test_a_limit_inside_of_a_call(run, limit):
     text = "Yes. " + call("say", '{"t": "' + "a long story " * 9 + '"}')

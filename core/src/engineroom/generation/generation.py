@@ -56,6 +56,8 @@ class ParsedOutput:
     _reasoning: list[str] = field(default_factory=list)
     _calls: list[tuple[str, str, list[str]]] = field(default_factory=list)
     _complete: list[int] = field(default_factory=list)
+    _before: list[int] = field(default_factory=list)  # characters of content in front of each call
+    _shown: int = 0
 
     def __post_init__(self) -> None:
         self._places = None if self.reader.reasoned is None else TokenPlaces()
@@ -110,6 +112,12 @@ class ParsedOutput:
         calls = [ToolCall(id=i, name=name, arguments="".join(a)) for i, name, a in complete]
         return calls or None
 
+    @property
+    def begun(self) -> list[tuple[int, bool]]:
+        """As :meth:`InferenceResponse.place_calls` takes it."""
+        complete = set(self._complete)
+        return [(place, call in complete) for call, place in enumerate(self._before)]
+
     def _take(self, events: Iterable[OutputEvent]) -> None:
         for event in events:
             if self.pipeline.matched is not None:
@@ -125,6 +133,7 @@ class ParsedOutput:
                 if self.pipeline.matched is None:
                     call_id = new_call_id()
                     self._calls.append((call_id, event.name, []))
+                    self._before.append(self._shown)
                     self.chunks.append(ToolCallDelta(event.call, call_id, event.name))
             elif isinstance(event, CallArguments):
                 self._calls[event.call][2].append(event.text)
@@ -140,6 +149,7 @@ class ParsedOutput:
     def _show(self, text: str) -> None:
         if text:
             self.content.append(text)
+            self._shown += len(text)
             self.chunks.append(text)
 
 
@@ -250,7 +260,7 @@ class Generation:
         first = self._first_at
         calls = None if self.parsed is None else self.parsed.calls
         try:
-            return InferenceResponse(
+            response = InferenceResponse(
                 request_id=self.request.request_id,
                 model_id=self.request.model_id,
                 generated_text=self.text,
@@ -277,3 +287,6 @@ class Generation:
                 f"handler {self.handler!r} yielded steps that make no response: {problems}; "
                 "mend the plugin"
             ) from None
+        if self.parsed is not None:
+            response.place_calls(self.parsed.begun)
+        return response

@@ -189,12 +189,11 @@ def blocks_of(response: InferenceResponse, *, shows_thoughts: bool = True) -> li
     blocks: list[Block] = []
     if response.reasoning:
         blocks.append(ThinkingBlock(thinking=response.reasoning if shows_thoughts else ""))
-    if response.generated_text:
-        blocks.append(TextBlock(text=response.generated_text))
-    blocks += [
-        ToolUseBlock(id=call.id, name=call.name, input=_input(call.arguments))
-        for call in response.tool_calls or ()
-    ]
+    for part in response.parts:
+        if isinstance(part, str):
+            blocks.append(TextBlock(text=part))
+        else:
+            blocks.append(ToolUseBlock(id=part.id, name=part.name, input=_input(part.arguments)))
     return blocks if blocks or response.cut_call else [TextBlock(text="")]
 
 

@@ -99,21 +99,26 @@ class ItemWriter:
     ) -> list[OutputItem]:
         """Those of a whole answer: what a stream's last event has.
 
-        :param logprobs: entries for its text, or what they are encoded.
+        :param logprobs: entries for its first text, or what they are encoded.
         """
         items: list[OutputItem] = []
-        text, calls = response.generated_text or "", response.tool_calls or ()
+        parts = response.parts
         # What is last is as complete as the answer, unless the end cut a call behind it.
-        last: ItemStatus = "completed" if calls or response.cut_call else status
+        last: ItemStatus = "completed" if response.cut_call else status
         if response.reasoning:
             thought = ReasoningText(text=response.reasoning)
-            item_id, ended = self._id(ReasoningItem, 0), "completed" if text else last
+            item_id, ended = self._id(ReasoningItem, 0), "completed" if parts else last
             items.append(ReasoningItem(id=item_id, status=ended, content=[thought]))
-        if text or not (items or calls or response.cut_call):
-            part = OutputText(text=text, logprobs=logprobs)
-            item_id = self._id(OutputMessage, len(items))
-            items.append(OutputMessage(id=item_id, status=last, content=[part]))
-        for made in calls:
+        elif not (parts or response.cut_call):
+            parts = [""]
+        for place, made in enumerate(parts, 1):
+            if isinstance(made, str):
+                text = OutputText(text=made, logprobs=logprobs)
+                item_id = self._id(OutputMessage, len(items))
+                ended = last if place == len(parts) else "completed"
+                items.append(OutputMessage(id=item_id, status=ended, content=[text]))
+                logprobs = ()
+                continue
             item_id = self._id(FunctionCallItem, len(items))
             items.append(
                 FunctionCallItem(
