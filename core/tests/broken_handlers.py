@@ -29,7 +29,8 @@ from engineroom import (
     TextPipeline,
     TokenLogprob,
 )
-from engineroom.generation.deltas import ReasoningDelta
+from engineroom.generation.deltas import ReasoningDelta, ToolCallDelta
+from engineroom.prompts.tool_messages import tools_as_messages
 
 BROKEN: dict[str, type[InferenceHandler]] = {}
 """Name of the defect → the handler that has it."""
@@ -42,6 +43,14 @@ ALSO: dict[str, tuple[set[str], str]] = {
     "loop-is-free__for_good": (
         {"no-leaked-tasks"},
         "nothing can be checked on a loop that does not turn any more",
+    ),
+    "structured-output": (
+        {"hostile-grammar-neighbour"},
+        "what knows of no grammar cannot refuse one that is none",
+    ),
+    "structured-seeds": (
+        {"hostile-grammar-neighbour"},
+        "what knows of no grammar cannot refuse one that is none",
     ),
     "prompt-too-long": (
         {"prompt-token-ids-refused"},
@@ -1031,6 +1040,183 @@ def tool_calls():
     return Broken
 
 
+class _Forgets(FormsToy):
+    """Its grammar is forgotten where ``forgets(params)`` says so."""
+
+    def adjusted(self, params, logits, prompt, new):
+        if self.forgets(params):
+            return ToyHandler.adjusted(self, params, logits, prompt, new)
+        return super().adjusted(params, logits, prompt, new)
+
+
+@defect
+def structured_output__any_json():
+    class Broken(_Forgets):
+        def forgets(self, params):
+            return params.structured_output is not None and params.structured_output.json_object
+
+    return Broken
+
+
+@defect
+def structured_output__stops():
+    class Broken(FormsToy):
+        """Stop sequences are forgotten beside a form."""
+
+        async def infer(self, loaded_model, request):
+            if request.params.structured_output is not None:
+                request = request.model_copy(update={"stop_sequences": None})
+            return await super().infer(loaded_model, request)
+
+    return Broken
+
+
+@defect
+def structured_output__unknown_kind():
+    class Broken(FormsToy):
+        def capabilities(self):
+            return dataclasses.replace(
+                super().capabilities(), structured_output=frozenset({"regex", "xml"})
+            )
+
+    return Broken
+
+
+@defect
+def structured_seeds__penalties():
+    class Broken(_Forgets):
+        def forgets(self, params):
+            return bool(params.presence_penalty)
+
+    return Broken
+
+
+@defect
+def structured_seeds__logprobs():
+    class Broken(FormsToy):
+        """The first token has no log probability beside a form."""
+
+        async def infer(self, loaded_model, request):
+            response = await super().infer(loaded_model, request)
+            if request.params.structured_output is not None and response.logprobs:
+                response.logprobs = response.logprobs[1:]
+            return response
+
+    return Broken
+
+
+@defect
+def structured_seeds__draws_anew():
+    class Broken(FormsToy):
+        """Among what is allowed, it draws from a generator of its own."""
+
+        def choose(self, params, logits, source):
+            if params.structured_output is None or params.greedy:
+                return super().choose(params, logits, source)
+            allowed = [token for token, value in enumerate(logits) if value > -1e8]
+            return random.choice(allowed)
+
+    return Broken
+
+
+class _OwnTools(FormsToy):
+    """Tells the model of tools itself."""
+
+    def capabilities(self):
+        return dataclasses.replace(super().capabilities(), tools=True)
+
+    def tokens(self, loaded_model, request):
+        if request.messages is not None:
+            messages = tools_as_messages(self.history(request), self.offered(request))
+            request = request.model_copy(update={"messages": messages})
+        return super().tokens(loaded_model, request)
+
+    def history(self, request):
+        return request.messages
+
+    def offered(self, request):
+        return request.offered_tools
+
+
+@defect
+def tool_calls__untold():
+    class Broken(_OwnTools):
+        def offered(self, request):
+            return None
+
+    return Broken
+
+
+@defect
+def tool_calls__told_in_vain():
+    class Broken(_OwnTools):
+        def offered(self, request):
+            return request.tools
+
+    return Broken
+
+
+@defect
+def tool_calls__results():
+    class Broken(_OwnTools):
+        def history(self, request):
+            return [message for message in request.messages if message.role != "tool"]
+
+    return Broken
+
+
+@defect
+def tool_calls__another_one():
+    class Broken(_OwnTools):
+        """Any tool will do where one is named."""
+
+        async def compile(self, request):
+            if request.requires_call:
+                request = request.model_copy(update={"tool_choice": "required"})
+            return await super().compile(request)
+
+    return Broken
+
+
+@defect
+def tool_calls__same_id():
+    class Broken(FormsToy):
+        async def infer(self, loaded_model, request):
+            response = await super().infer(loaded_model, request)
+            calls = [call.model_copy(update={"id": "call_0"}) for call in response.tool_calls or ()]
+            response.tool_calls = calls or None
+            return response
+
+    return Broken
+
+
+@defect
+def tool_calls__at_the_end():
+    class Broken(FormsToy):
+        """Streams tell of calls in their response alone."""
+
+        async def stream_infer(self, loaded_model, request):
+            async for chunk in super().stream_infer(loaded_model, request):
+                if not isinstance(chunk, ToolCallDelta):
+                    yield chunk
+
+    return Broken
+
+
+@defect
+def tool_calls__thoughts():
+    class Broken(ThinkingToy):
+        """Thoughts are content beside calls."""
+
+        async def infer(self, loaded_model, request):
+            response = await super().infer(loaded_model, request)
+            if response.tool_calls:
+                response.generated_text = response.reasoning
+            return response
+
+    return Broken
+
+
 @defect
 def hostile_grammar_neighbour():
     class Broken(FormsToy):
@@ -1100,6 +1286,19 @@ def reasoning_apart__not_streamed():
             async for chunk in super().stream_infer(loaded_model, request):
                 if not isinstance(chunk, ReasoningDelta):
                     yield chunk
+
+    return Broken
+
+
+@defect
+def reasoning_apart__streamed_forms():
+    class Broken(ThinkingToy):
+        """Thoughts are content where what has to have a form is streamed."""
+
+        async def stream_infer(self, loaded_model, request):
+            form = request.params.structured_output
+            async for chunk in super().stream_infer(loaded_model, request):
+                yield chunk.text if form and isinstance(chunk, ReasoningDelta) else chunk
 
     return Broken
 

@@ -1,43 +1,91 @@
-"""Checks of what has a form whatever is drawn: schemas, and calls of tools."""
+"""Checks of texts that have a form whatever is drawn."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, Final
 
-from engineroom.schemas import ChatMessage, InferenceRequest, InferenceResponse
+from engineroom.schemas import STRUCTURED_KINDS, InferenceRequest, InferenceResponse
 from engineroom.testing.conformance.base import Checks, check
 from engineroom.testing.conformance.bench import again, said
+from engineroom.testing.conformance.entries import has_all_entries
 from engineroom.testing.conformance.kit import Kit
+from engineroom.testing.conformance.limits import UNUSUAL
 from engineroom.testing.conformance.outcomes import broken, same, skip
-from engineroom.testing.conformance.thoughts import bound
-from engineroom.tools import ToolCall
 
-__all__ = ["FormChecks"]
+__all__ = ["FormChecks", "seed_of"]
 
 _SEEDS: Final = 50
 _AT_ONCE: Final = 3
 _HOT: Final = 1.5
-_RESULT: Final = 64
-"""Tokens that the result of a call takes, and the answer to it, at most."""
 _SCHEMA: Final = {
     "type": "object",
     "properties": {"ok": {"type": "boolean"}, "of": {"enum": ["a", "b", None]}},
     "required": ["ok", "of"],
     "additionalProperties": False,
 }
-_UNITS: Final = ("C", "K")
-_TOOLS: Final = (
-    {"name": "t", "parameters": {"properties": {"u": {"enum": [*_UNITS]}}, "required": ["u"]}},
-    {"name": "now"},
+_BESIDES: Final = (
+    (),
+    ("repetition_penalty",),
+    ("presence_penalty", "frequency_penalty"),
+    ("logit_bias",),
+    ("top_k",),
+    ("top_p", "min_p"),
+    ("logprobs",),
 )
-"""Short: a tiny model has a token a letter, and a context of 512."""
+"""What is asked for beside a schema, in turn."""
+_PATTERN: Final = "(yes|no)"
+_VALUES: Final[Mapping[str, Any]] = {
+    "regex": _PATTERN,
+    "json_schema": {
+        "type": "object",
+        "properties": {"ok": {"type": "boolean"}},
+        "required": ["ok"],
+        "additionalProperties": False,
+    },
+    "grammar": 'root ::= "yes" | "no"',
+    "choice": ["yes", "no"],
+    "json_object": True,
+}
+_JSON: Final = ("json_schema", "json_object")
+"""Kinds whose text may be cut, for a small model may write on for ever."""
+_WORDS: Final = ("true", "false", "null")
 
 
 class FormChecks(Checks):
     """What a grammar holds."""
+
+    @check()
+    async def test_structured_output(self, kit: Kit) -> None:
+        kit.need("structured_output")
+        kinds = kit.capabilities.structured_output
+        if not kinds or not kinds.issubset(STRUCTURED_KINDS):
+            broken(
+                did="capabilities()",
+                expected=f"the kinds of structured_output, of {', '.join(STRUCTURED_KINDS)}",
+                saw=f"structured_output among params, and the kinds {sorted(kinds)}",
+            )
+        for kind in filter(kinds.__contains__, _VALUES):
+            params = {"structured_output": {kind: _VALUES[kind]}}
+            request = kit.likely("Is the sky blue? Answer: ", 96, params=params)
+            response = await kit.bench.answer(again(request))
+            text, cut = response.generated_text or "", response.finish_reason == "length"
+            expected, saw = f"a text that matches the {kind}", repr(text)
+            if cut:
+                expected = "the end of the text once it matches"
+                saw = f"{response.generated_tokens} tokens: {text!r}"
+            if not (kind in _JSON and _begins_json(text) if cut else _matches(kind, text)):
+                broken(did=f"infer({said(request)})", expected=expected, saw=saw)
+            if kit.greedy() and kind != "json_object":
+                streamed = await kit.bench.stream(again(request))
+                same(f"stream({said(request)})", "the text of infer", text, streamed.text)
+                if kind not in _JSON and kit.capabilities.stop_sequences:
+                    stopping = again(request, stop_sequences=[text[-1]])
+                    stopped = await kit.text(stopping)
+                    same(f"infer({said(stopping)})", "the text before it", text[:-1], stopped)
 
     @check()
     async def test_structured_seeds(self, kit: Kit) -> None:
@@ -48,11 +96,15 @@ class FormChecks(Checks):
         form = {"structured_output": {"json_schema": _SCHEMA}}
         neighbour = kit.likely(n=24)
 
+        def of(number: int) -> InferenceRequest:
+            names = filter(kit.honours, _BESIDES[number % len(_BESIDES)])
+            besides = {name: UNUSUAL[name] for name in names}
+            params = {**hot, **form, **seed_of(kit, number), **besides}
+            return kit.request("Answer: ", 96, params=params)
+
         async def ask(numbers: range) -> None:
-            for number in numbers:
-                params = {**hot, **form, **_seed(kit, number)}
-                request = kit.request("Answer: ", 96, params=params)
-                _check_json(request, await kit.bench.answer(request))
+            for request in map(of, numbers):
+                _check_json(request, await kit.bench.infer(again(request)))
 
         async def beside(watched: InferenceRequest) -> InferenceResponse:
             asking = asyncio.gather(*(ask(range(n, _SEEDS, _AT_ONCE)) for n in range(_AT_ONCE)))
@@ -67,50 +119,53 @@ class FormChecks(Checks):
             neighbour,
             beside,
         )
-
-    @check()
-    async def test_tool_calls(self, kit: Kit) -> None:
-        if not kit.capabilities.chat:
-            skip("capabilities() does not claim chat; the service refuses messages by name")
-        if "grammar" not in kit.capabilities.structured_output:
-            skip("capabilities() does not claim grammars; calls that have to be are refused")
-        hot = {"temperature": 1.0} if kit.honours("temperature") else {}
-        question = ChatMessage(role="user", content="Warm?")
-
-        def ask(seed: int, **fields: Any) -> InferenceRequest:
-            params = {**hot, **_seed(kit, seed)}
-            fields = {"messages": [question], "tool_choice": "required", **bound(kit), **fields}
-            return kit.request(None, 256, params=params, tools=list(_TOOLS), **fields)
-
-        first = await kit.bench.infer(ask(0))
-        if first.error_type == "ConfigurationError":
-            skip(f"the model takes no conversation with tools ({first.error_message})")
-        for seed in range(1, 9):
-            request = ask(seed, parallel_tool_calls=False)
-            response = await kit.bench.answer(request)
-            calls = _check_calls(kit, request, response)
         if await kit.can_seed():
-            streamed = (await kit.bench.stream(again(request))).response
-            told = [] if streamed is None else _check_calls(kit, request, streamed)
-            did = f"infer({said(request)}), and stream with the same"
-            same(did, "the same call", *(str(_told(some)) for some in (calls, told)))
-        used = (response.prompt_tokens or 0) + 2 * (response.generated_tokens or 0) + _RESULT
-        room = used <= (kit.bench.loaded.max_context_tokens or used)
-        call = calls[0]
-        result = ChatMessage(role="tool", content="21", tool_call_id=call.id)
-        history = [question, ChatMessage(role="assistant", tool_calls=[call.as_message()]), result]
-        # A history is told without the tools as well.
-        tools = [*_TOOLS] if room else None
-        await kit.bench.answer(kit.likely(n=4, messages=history, tools=tools))
+            request = of(0)
+            texts = [await kit.text(request) for _ in range(2)]
+            same(f"infer({said(request)}), twice", "one text", texts[:1] * 2, texts)
 
 
-def _seed(kit: Kit, number: int) -> Mapping[str, Any]:
+def seed_of(kit: Kit, number: int) -> Mapping[str, Any]:
+    """A seed, where the handler takes one."""
     return {"seed": number} if kit.honours("seed") else {}
 
 
-def _check_json(request: InferenceRequest, response: InferenceResponse) -> None:
+def _matches(kind: str, text: str) -> bool:
+    if kind not in _JSON:
+        return re.fullmatch(_PATTERN, text) is not None
     try:
-        value = json.loads(response.generated_text or "")
+        value = json.loads(text)
+    except ValueError:
+        return False
+    if not isinstance(value, dict) or kind == "json_object":
+        return isinstance(value, dict)
+    return set(value) == {"ok"} and isinstance(value["ok"], bool)
+
+
+def _begins_json(text: str) -> bool:
+    """Whether an object may begin like that."""
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        rest = text[error.pos :].strip()
+        cut = not rest or rest == "-" or any(word.startswith(rest) for word in _WORDS)
+        return text.lstrip().startswith("{") and (cut or error.msg.startswith(_CUT))
+    return False  # it is whole, and should have ended
+
+
+_CUT: Final = ("Unterminated string", "Invalid \\")
+"""How ``json`` tells of a text that ends within a string."""
+
+
+def _check_json(request: InferenceRequest, response: InferenceResponse) -> None:
+    besides = len(request.params.model_fields_set & UNUSUAL.keys() - _ALWAYS)
+    if besides and response.error_type == "ConfigurationError":
+        return  # what cannot be had together is refused
+    text = response.generated_text or ""
+    if besides and response.finish_reason == "length" and _begins_json(text):
+        return  # truncation, for one, lets blanks come again and again
+    try:
+        value = json.loads(text)
     except ValueError:
         value = None
     valid = isinstance(value, dict) and value.keys() == {"ok", "of"}
@@ -118,38 +173,10 @@ def _check_json(request: InferenceRequest, response: InferenceResponse) -> None:
         broken(
             did=f"infer({said(request)})",
             expected="JSON that is valid by the schema",
-            saw=f"{response.finish_reason}: {response.generated_text!r}",
+            saw=f"{response.finish_reason}: {response.error_message or response.generated_text!r}",
         )
+    has_all_entries(request, response)
 
 
-def _check_calls(
-    kit: Kit, request: InferenceRequest, response: InferenceResponse
-) -> list[ToolCall]:
-    calls = response.tool_calls or []
-    context = kit.bench.loaded.max_context_tokens
-    used = (response.prompt_tokens or 0) + (response.generated_tokens or 0)
-    if response.finish_reason == "length" and context is not None and used >= context:
-        skip("the context has no room for tools and a call")
-    if response.finish_reason != "tool_calls" or len(calls) != 1 or not _is_valid(calls[0]):
-        broken(
-            did=f"infer({said(request)}, tool_choice='required')",
-            expected="one call of a tool that was offered, with arguments that are valid by its "
-            "schema",
-            saw=f"{response.finish_reason}: {_told(calls)}, {response.generated_text!r}",
-        )
-    return calls
-
-
-def _is_valid(call: ToolCall) -> bool:
-    try:
-        arguments = json.loads(call.arguments)
-    except ValueError:
-        return False
-    if call.name == "now":
-        return bool(arguments == {})
-    known = isinstance(arguments, dict) and arguments.keys() == {"u"}
-    return known and call.name == "t" and arguments["u"] in _UNITS
-
-
-def _told(calls: list[ToolCall]) -> list[tuple[str, str]]:
-    return [(call.name, call.arguments) for call in calls]
+_ALWAYS: Final = {"temperature", "structured_output", "seed", "max_new_tokens"}
+"""What each request with a schema has."""

@@ -1,13 +1,10 @@
-"""Checks of counts and limits, of what is not claimed, of beams and of structure."""
+"""Checks of counts and limits, of what is not claimed, and of beams."""
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping
 from typing import Any, Final
 
-from engineroom.schemas import STRUCTURED_KINDS
 from engineroom.testing.conformance.base import Checks, check
 from engineroom.testing.conformance.bench import again, refused, said
 from engineroom.testing.conformance.kit import Kit
@@ -34,16 +31,6 @@ UNUSUAL: Final[Mapping[str, Any]] = {
 }
 """A value of each field that asks for something."""
 
-_PATTERN: Final = "(yes|no)"
-_SCHEMA: Final = {
-    "type": "object",
-    "properties": {"ok": {"type": "boolean"}},
-    "required": ["ok"],
-    "additionalProperties": False,
-}
-_JSON: Final = ("json_schema", "json_object")
-"""Kinds whose text may be cut, for a small model may write on for ever."""
-_GRAMMAR: Final = 'root ::= "yes" | "no"'
 _FILLED: Final = 1 << 14
 """Tokens of the largest context that is filled: with more, a slow model reads for minutes."""
 _MOST_ADDED: Final = 16
@@ -200,44 +187,3 @@ class LimitChecks(Checks):
                     expected=f"at most {counts[0]} tokens, as without early_stopping",
                     saw=f"{counts[1]} tokens",
                 )
-
-    @check()
-    async def test_structured_output(self, kit: Kit) -> None:
-        kit.need("structured_output")
-        kinds = kit.capabilities.structured_output
-        if not kinds:
-            broken(
-                did="capabilities()",
-                expected=f"the kinds of structured_output, of {', '.join(STRUCTURED_KINDS)}",
-                saw="structured_output among params, and no kind",
-            )
-        values = {
-            "regex": _PATTERN,
-            "json_schema": _SCHEMA,
-            "grammar": _GRAMMAR,
-            "choice": ["yes", "no"],
-            "json_object": True,
-        }
-        for kind in filter(kinds.__contains__, values):
-            params = {"structured_output": {kind: values[kind]}}
-            request = kit.likely("Is the sky blue? Answer: ", 96, params=params)
-            response = await kit.bench.answer(request)
-            text, cut = response.generated_text or "", response.finish_reason == "length"
-            expected, saw = f"a text that matches the {kind}", repr(text)
-            if cut:
-                expected = "the end of the text once it matches"
-                saw = f"{response.generated_tokens} tokens: {text!r}"
-            if (kind not in _JSON) if cut else not _matches(kind, text):
-                broken(did=f"infer({said(request)})", expected=expected, saw=saw)
-
-
-def _matches(kind: str, text: str) -> bool:
-    if kind not in _JSON:
-        return re.fullmatch(_PATTERN, text) is not None
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return False
-    if not isinstance(value, dict) or kind == "json_object":
-        return isinstance(value, dict)
-    return set(value) == {"ok"} and isinstance(value["ok"], bool)

@@ -8,6 +8,7 @@ from typing import Any, Final
 import pytest
 
 from engineroom.testing.conformance.base import explain
+from engineroom.testing.conformance.calls import CallChecks
 from engineroom.testing.conformance.cancellation import CancellationChecks
 from engineroom.testing.conformance.chat import ChatChecks
 from engineroom.testing.conformance.concurrency import ConcurrencyChecks
@@ -39,6 +40,7 @@ class HandlerConformance(
     CancellationChecks,
     ConcurrencyChecks,
     GrammarChecks,
+    CallChecks,
     FormChecks,
     LimitChecks,
     ParameterChecks,

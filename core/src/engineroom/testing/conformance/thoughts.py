@@ -11,6 +11,7 @@ from engineroom.handlers.token_handler import TokenHandler
 from engineroom.schemas import ChatMessage, InferenceRequest, InferenceResponse
 from engineroom.testing.conformance.base import Checks, check
 from engineroom.testing.conformance.bench import again, said
+from engineroom.testing.conformance.entries import has_all_entries
 from engineroom.testing.conformance.kit import Kit
 from engineroom.testing.conformance.outcomes import broken, same, skip
 
@@ -55,6 +56,9 @@ class ReasoningChecks(Checks):
         did = f"stream({said(request)})"
         same(f"{did}, its ReasoningDeltas", "the reasoning", plain.reasoning, "".join(thoughts))
         same(f"{did}, its text", "the content", plain.generated_text, stream.text)
+        if kit.honours("logprobs"):
+            counted = _ask(kit, logprobs=1)
+            has_all_entries(counted, await kit.bench.answer(again(counted)))
         await _check_stops(kit, request, plain)
         await _check_forms(kit)
 
@@ -89,6 +93,8 @@ async def _check_forms(kit: Kit) -> None:
         fits = re.fullmatch(_PATTERN, text) if kind == "regex" else text in _CHOICE
         if not response.reasoning or not fits:
             _broken(request, f"reasoning, and content that matches the {kind}", response)
+        streamed = await kit.bench.stream(again(request))
+        same(f"stream({said(request)}), its text", "the content", text, streamed.text)
 
 
 def _broken(request: InferenceRequest, expected: str, response: InferenceResponse) -> None:

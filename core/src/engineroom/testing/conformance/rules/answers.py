@@ -176,13 +176,15 @@ PARAMETERS: Final = {
     ),
     "structured-seeds": Rule(
         "A schema holds whatever is drawn",
-        "At temperature 1.5 fifty seeds give fifty texts that are valid by a schema, and a request "
-        "beside them has the text that it has alone.",
+        "At temperature 1.5 fifty seeds give fifty texts that are valid by a schema, whatever else "
+        "is asked for, the same seed the same text, and a request beside them has the text that it "
+        "has alone.",
     ),
     "tool-calls": Rule(
         "Calls that have to be are valid",
         'With tool_choice="required" each seed gives a call of a tool that was offered, valid by '
-        "its schema, the same streamed and whole; and its result is answered.",
+        "its schema, the same streamed and whole; and the model reads its tools, its calls and "
+        "what they returned.",
     ),
     "hostile-grammar-neighbour": Rule(
         "A hostile grammar harms nobody",
