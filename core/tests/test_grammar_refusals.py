@@ -182,3 +182,11 @@ def test_formats_that_no_grammar_has_are_left_out_of_tools_with_a_warning():
     assert GrammarCompiler(Codec())._match(request, None)
     (warning,) = PLAIN.warnings(request)
     assert warning.startswith("tools.0.function.parameters.properties.city.items: the format 'iri'")
+
+
+def test_what_only_a_chat_template_can_be_told_is_warned_of_where_there_is_a_prompt() -> None:
+    fields = {"reasoning": "high", "reasoning_budget": 3, "template_args": {"a": 1}}
+    request = InferenceRequest(model_id="m", prompt="a", **fields)
+    warnings = list(PLAIN.warnings(request))
+    assert [warning.partition(" ")[0] for warning in warnings] == list(fields)
+    assert all("send messages instead" in warning for warning in warnings)

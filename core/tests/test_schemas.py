@@ -712,6 +712,10 @@ def _tool(name, **fields):
 def test_tools_are_put_into_one_form() -> None:
     request = _asking(tools=[{"name": "a", "parameters": {}}, _tool("b")], tool_choice="required")
     assert request.tools == [_tool("a", parameters={}), _tool("b")]
+    beside = _asking(
+        tools=[{**_tool("a"), "strict": True}, {**_tool("b", strict=True), "strict": None}]
+    )
+    assert beside.tools == [_tool("a", strict=True), _tool("b", strict=True)]
     named = [{"type": "function", "function": {"name": "b"}}, {"type": "function", "name": "b"}]
     for choice in (*named, {"name": "b"}, NamedTool(name="b")):
         assert _asking(tools=request.tools, tool_choice=choice).tool_choice == NamedTool(name="b")
@@ -724,6 +728,10 @@ def test_tools_are_put_into_one_form() -> None:
         ({"tools": [_tool("a b")]}, "'a b' is no name of a tool"),
         ({"tools": [_tool("a"), _tool("a")]}, "two tools are called 'a'"),
         ({"tools": [_tool("a", parameters=[])]}, "parameters must be a JSON schema"),
+        ({"tools": [{"name": "a", "input_schema": {}}]}, "input_schema is called parameters here"),
+        ({"tools": [_tool("a", inputSchema={})]}, "inputSchema is called parameters here"),
+        ({"tools": [_tool("a", strict="true")]}, "strict must be true or false"),
+        ({"tools": [{**_tool("a"), "strict": 1}]}, "strict must be true or false"),
         ({"tools": [_tool("a", description="\ud83c")]}, "must be JSON"),
         ({"tools": [_tool(f"t{i}") for i in range(129)]}, "at most 128"),
         ({"tools": [_tool("a", description="x" * 1_000_000)]}, "may have 1000000 bytes"),

@@ -252,7 +252,7 @@ class FakeEntry:
         self.name, self.value = name, value
 
     def load(self):
-        if isinstance(self.value, Exception):
+        if isinstance(self.value, BaseException):
             raise self.value
         return self.value
 
@@ -283,3 +283,28 @@ def test_other_packages_add_formats_which_come_first(entries, caplog):
     assert find_format(None, None, "hermes") is mine
     assert "'broken'" in caplog.text and "'wrong'" in caplog.text
     assert {format_.name for format_ in tool_formats()} == set(FORMATS) | {"odd"}
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"templates": ("<<tool ",)}, "templates must be a tuple of groups"),
+        ({"templates": "<<tool "}, "templates must be a tuple of groups"),
+        ({"templates": None}, "templates must be a tuple of groups"),
+        ({"begin": 3}, "begin must be text"),
+        ({"form": "json"}, "form must be a form of calls, not str"),
+        ({"section": ("a",)}, "section must be two texts"),
+        ({"ignored": "ab"}, "ignored must be a tuple of texts"),
+    ],
+)
+def test_a_format_of_another_package_with_wrong_parts_is_left_out(entries, caplog, values, problem):
+    entries(FakeEntry("odd", ToolFormat(**{"name": "odd", "form": JsonForm(), **values})))
+    with caplog.at_level(logging.WARNING):
+        assert "odd" not in {format_.name for format_ in tool_formats()}
+    assert problem in caplog.text
+
+
+def test_a_format_whose_import_ends_the_process_ends_nothing(entries, caplog):
+    entries(FakeEntry("odd", SystemExit(1)))
+    assert find_format("((") is GENERIC
+    assert "'odd' cannot be loaded" in caplog.text

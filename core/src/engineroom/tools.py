@@ -35,6 +35,8 @@ MAX_TOOLS: Final = 128
 MAX_TOOL_BYTES: Final = 1_000_000
 """Most bytes that the definitions of a request's tools may have together, as JSON."""
 _NAME: Final = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+_SCHEMAS: Final = ("input_schema", "inputSchema")
+"""What Anthropic's API and MCP call the schema of a tool's parameters."""
 _NO_PARAMETERS: Final[Mapping[str, Any]] = {"type": "object", "properties": {}}
 
 
@@ -111,7 +113,14 @@ def _tool(value: Any) -> dict[str, Any]:
     parameters = function.get("parameters")
     if parameters is not None and not isinstance(parameters, Mapping | bool):
         raise ValueError(f"tool {name!r}: parameters must be a JSON schema")
-    return {"type": "function", "function": dict(function)}
+    if parameters is None and (other := next(filter(function.__contains__, _SCHEMAS), None)):
+        raise ValueError(f"tool {name!r}: {other} is called parameters here")
+    made = dict(function)
+    if made.get("strict") is None and value.get("strict") is not None:  # beside the function
+        made["strict"] = value["strict"]
+    if not isinstance(made.get("strict"), bool | None):
+        raise ValueError(f"tool {name!r}: strict must be true or false")
+    return {"type": "function", "function": made}
 
 
 def _distinct(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -31,6 +31,7 @@ class Agent(EchoHandler):
         last = request.messages[-1]
         thoughts = ["let me ", "think\x1b[5m"] if request.reasoning is not False else []
         calls = []
+        cut = "cut" in last.content
         for thought in thoughts:
             yield ReasoningDelta(thought)
         text = f"it returned {last.content}" if last.role == "tool" else "I look"
@@ -40,6 +41,8 @@ class Agent(EchoHandler):
             for place in range(2 if "twice" in last.content else 1):
                 yield ToolCallDelta(place, f"call_{place}", name)
                 yield ToolCallDelta(place, arguments='{"city": ')
+                if cut and place == request.messages[-1].content.count("twice"):
+                    continue
                 yield ToolCallDelta(place, arguments=f'"Zürich {place}"}}')
                 calls.append(
                     ToolCall(
@@ -51,8 +54,9 @@ class Agent(EchoHandler):
                 request_id=request.request_id,
                 model_id=request.model_id,
                 generated_text=text,
-                finish_reason="tool_calls" if calls else "eos_token",
+                finish_reason="length" if cut else "tool_calls" if calls else "eos_token",
                 tool_calls=calls or None,
+                cut_call=cut,
                 reasoning="".join(thoughts) or None,
                 prompt_tokens=1,
                 generated_tokens=1,

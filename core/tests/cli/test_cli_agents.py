@@ -100,15 +100,23 @@ def test_mistakes_name_the_flag_and_the_file(agent, command_name, content, args,
     assert result.status in (1, 2) and said in result.error
 
 
-def test_tools_need_the_chat_template(agent):
-    assert "--raw leaves it out" in agent("run", "agent:", "a", "--raw", *TOOLS).error
+@pytest.mark.parametrize("flags", [TOOLS, ("--reasoning", "high")])
+def test_tools_and_reasoning_need_the_chat_template(agent, flags):
+    assert "--raw leaves it out" in agent("run", "agent:", "a", "--raw", *flags).error
+
+
+def test_a_cut_call_is_told_of(agent):
+    result = agent("run", "agent:", "twice, cut", *TOOLS)
+    assert (result.status, len(result.out.splitlines())) == (0, 2)  # the text, and a whole call
+    assert "warning: the answer ends within a call" in result.err
+    assert "--max-new-tokens allows more" in result.err
 
 
 # ── chat ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_who_is_at_the_keyboard_is_the_tools(agent):
-    lines = ["twice", "rain", '"""', "snow", "and ice", '"""', "thanks", "/save talk.json"]
+    lines = ["twice", "rain", '"""', "snow", "and ice", '"""', "thanks", "/home"]
     result = agent("chat", "agent:", *TOOLS, stdin="".join(f"{s}\n" for s in lines).encode())
     assert result.out.startswith("I look\nit returned snow\nand ice\nI look\n")
     assert 'weather({"city": "Zürich 0"})\nweather({"city": "Zürich 1"})\n' in result.err
@@ -116,8 +124,38 @@ def test_who_is_at_the_keyboard_is_the_tools(agent):
     assert [m.role for m in asked] == ["user", "assistant", "tool", "tool"]
     assert [m.tool_call_id for m in asked[2:]] == ["call_0", "call_1"]
     assert [call["id"] for call in asked[1].tool_calls] == ["call_0", "call_1"]
-    # "/save …" was what the last call returned; what it asked for then is not part of it.
-    assert agent.seen()[-1].messages[-1].content == "/save talk.json"
+    assert agent.seen()[-1].messages[-1].content == "/home"  # no command: what the call returned
+
+
+def test_commands_stay_commands_where_a_result_is_awaited(agent):
+    lines = ["one", "/save talk.json", "sun", "two", "/new", "three", "/quit", "four"]
+    result = agent("chat", "agent:", *TOOLS, stdin="".join(f"{s}\n" for s in lines).encode())
+    assert (result.status, result.out) == (0, "I look\nit returned sun\nI look\nI look\n")
+    assert json.loads(Path("talk.json").read_text())["messages"] == []  # a turn that has not ended
+    said = [
+        [m.content for m in request.messages if m.role != "assistant"] for request in agent.seen()
+    ]
+    assert said == [["one"], ["one", "sun"], ["one", "sun", "two"], ["three"]]
+
+
+@pytest.mark.parametrize(
+    ("choice", "then"), [("required", None), ("weather", None), ("none", "none")]
+)
+def test_a_call_has_to_be_in_the_first_answer_of_a_turn_only(agent, choice, then):
+    agent("chat", "agent:", *TOOLS, "--tool-choice", choice, stdin=b"one\nsun\ntwo\nrain\n")
+    first, second, third, fourth = (request.tool_choice for request in agent.seen())
+    assert (second, fourth) == (then, then)
+    assert first == third and getattr(first, "name", first) == choice
+
+
+def test_no_result_is_asked_for_of_a_cut_call(agent):
+    result = agent("chat", "agent:", *TOOLS, stdin=b"cut\ntwo, twice cut\nsun\n")
+    assert result.out.startswith("I look\nI look\n")
+    assert result.err.count("warning: the answer ends within a call") == 2
+    assert result.err.count("weather(") == 1  # the one in front of it
+    _, second, third = agent.seen()
+    assert second.messages[1].tool_calls is None
+    assert [len(m.tool_calls or ()) for m in third.messages] == [0, 0, 0, 1, 0]
 
 
 def test_a_call_without_its_result_is_forgotten(agent):

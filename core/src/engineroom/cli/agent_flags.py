@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
@@ -112,6 +112,10 @@ class AgentFields:
     def given(self) -> dict[str, Any]:
         """Those that were given."""
         return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def after_results(self) -> AgentFields:
+        """Those of an answer to results: it may be one, where the first had to be a call."""
+        return self if self.tool_choice == "none" else replace(self, tool_choice=None)
 
 
 def agent_fields(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Final
 
 from engineroom.cli.output import Dimmed, write, write_document, write_text
 from engineroom.generation.deltas import ReasoningDelta, ToolCallDelta
 from engineroom.tools import ToolCall
 
-__all__ = ["AnswerWriter", "call_line"]
+__all__ = ["CUT_CALL", "AnswerWriter", "call_line"]
+
+CUT_CALL: Final = "the answer ends within a call, which is left out; {} allows more"
+"""With the name of what bounds the answer."""
 
 
 class AnswerWriter:
@@ -31,8 +34,13 @@ class AnswerWriter:
 
     @property
     def calls(self) -> list[ToolCall]:
-        """The calls so far; the last one may be cut short."""
-        return list(self._calls.values())
+        """Those that are whole: the arguments of others are no JSON."""
+        return [call for call in self._calls.values() if _is_whole(call)]
+
+    @property
+    def cut_call(self) -> bool:
+        """The answer ends within a call."""
+        return len(self.calls) < len(self._calls)
 
     def write(self, chunk: str) -> None:
         """Show a chunk."""
@@ -61,6 +69,14 @@ class AnswerWriter:
         self._calls[delta.call] = call.model_copy(
             update={"arguments": call.arguments + delta.arguments}
         )
+
+
+def _is_whole(call: ToolCall) -> bool:
+    try:
+        json.loads(call.arguments)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def call_line(call: ToolCall) -> None:

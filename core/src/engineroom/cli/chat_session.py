@@ -13,9 +13,9 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from engineroom.cli.agent_flags import AgentFields
-from engineroom.cli.answer_writer import AnswerWriter
+from engineroom.cli.answer_writer import CUT_CALL, AnswerWriter
 from engineroom.cli.chat_talkers import Talker
-from engineroom.cli.output import CommandError, error_line, say, write
+from engineroom.cli.output import CommandError, error_line, say, warning_line, write
 from engineroom.cli.parameters import make_params, parse_options
 from engineroom.config.suggestions import did_you_mean
 from engineroom.errors import EngineRoomError
@@ -27,6 +27,7 @@ __all__ = ["ChatSession"]
 _PROMPT: Final = "> "
 _MORE: Final = ". "
 _FENCE: Final = '"""'
+_LEAVE: Final = ("/quit", "/exit")
 _HELP: Final = """\
 /model NAME           talk to another model; the conversation goes on
 /system TEXT          set the system message; without TEXT: take it out
@@ -61,6 +62,7 @@ class ChatSession:
         self._chosen = {name: value for name, value in params.items() if value is not None}
         self._asked = asked
         self._said: list[ChatMessage] = []
+        self._left = False
         self._lines = _Lines()
         self._commands: dict[str, Callable[[str], None]] = {
             "help": self._help,
@@ -76,10 +78,12 @@ class ChatSession:
         if sys.stdin is not None and sys.stdin.isatty():
             say(f"{self._model}: /help shows what there is, Ctrl-D leaves")
         while (text := self._message(_PROMPT)) is not None:
-            if text.strip() in ("/quit", "/exit"):
+            if text.strip() in _LEAVE:
                 return
             try:
                 self._take(text)
+                if self._left:
+                    return
             except KeyboardInterrupt:  # between one thing and the next
                 write("\n")
 
@@ -111,8 +115,10 @@ class ChatSession:
             error_line("the line is not valid text; check its encoding")
             return
         turn: list[ChatMessage] = [question]
-        while (answer := self._answer([*self._said, *turn])) is not None:
+        asked = self._asked
+        while (answer := self._answer([*self._said, *turn], asked)) is not None:
             turn.append(answer)
+            asked = self._asked.after_results()
             if not answer.tool_calls:
                 break
             if (results := self._results(answer)) is None:
@@ -121,13 +127,13 @@ class ChatSession:
         # A question that was not answered is not part of it: it can be asked again.
         self._said += turn if answer is not None else []
 
-    def _answer(self, said: list[ChatMessage]) -> ChatMessage | None:
+    def _answer(self, said: list[ChatMessage], asked: AgentFields) -> ChatMessage | None:
         """Show the answer; ``None``: there was none."""
         if self._system is not None:
             said.insert(0, ChatMessage(role="system", content=self._system))
         writer = AnswerWriter()
         stopped = False
-        answer = self._talker.answer(self._model, said, self._params(), self._asked)
+        answer = self._talker.answer(self._model, said, self._params(), asked)
         try:
             for chunk in answer:
                 writer.write(chunk)
@@ -146,6 +152,8 @@ class ChatSession:
             write("\n")
         if stopped:
             say("(stopped)")
+        elif writer.cut_call:
+            warning_line(CUT_CALL.format("/params max_new_tokens=N"))
         if not (writer.content or calls):
             return None
         return ChatMessage(
@@ -155,12 +163,12 @@ class ChatSession:
         )
 
     def _results(self, answer: ChatMessage) -> list[ChatMessage] | None:
-        """What the calls return, as whoever is at the keyboard says; ``None``: the input ended."""
+        """What the calls return, as whoever is at the keyboard says; ``None``: the turn ended."""
         results = []
         for call in answer.tool_calls or ():
             name = call["function"]["name"]
             say(f"{name}({call['function']['arguments']})")
-            if (text := self._message(f"{printable(name)} returns> ")) is None:
+            if (text := self._result(f"{printable(name)} returns> ")) is None:
                 return None
             try:
                 result = ChatMessage(role="tool", content=text, tool_call_id=call["id"], name=name)
@@ -169,6 +177,20 @@ class ChatSession:
                 return None
             results.append(result)
         return results
+
+    def _result(self, prompt: str) -> str | None:
+        """The next message that is no command; ``None``: there is none for this turn."""
+        while (text := self._message(prompt)) is not None:
+            name = text.strip().partition(" ")[0]
+            if name in _LEAVE:
+                self._left = True
+                return None
+            if "\n" in text or name.removeprefix("/") not in self._commands or name[0] != "/":
+                return text
+            self._command(text.strip())
+            if name == "/new":
+                return None
+        return None
 
     def _params(self) -> GenerationParams:
         return make_params(self._chosen)

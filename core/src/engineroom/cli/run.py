@@ -20,6 +20,7 @@ from engineroom.cli.agent_flags import (
     read_schema,
 )
 from engineroom.cli.answer import answer
+from engineroom.cli.answer_writer import CUT_CALL
 from engineroom.cli.flags import CONFIG_OPTION, MODEL_ARGUMENT, TEMPERATURE_FLAG, flag
 from engineroom.cli.interrupt import run_interruptible
 from engineroom.cli.output import CommandError, say, warning_line, write_document
@@ -173,14 +174,12 @@ def run(  # one parameter a flag: that is how typer is told of them
     settings: Settings = ctx.obj
     if logprobs is not None and not as_json:
         raise CommandError("--logprobs are shown by --json only; add --json")
-    if raw and system is not None:
-        raise CommandError(
-            "--system needs the chat template, and --raw leaves it out; give one of them"
-        )
-    if raw and tools is not None:
-        raise CommandError(
-            "--tools needs the chat template, and --raw leaves it out; give one of them"
-        )
+    of_templates = {"--system": system, "--tools": tools, "--reasoning": reasoning}
+    for name, value in of_templates.items() if raw else ():
+        if value is not None:
+            raise CommandError(
+                f"{name} needs the chat template, and --raw leaves it out; give one of them"
+            )
     asked = agent_fields(tools, tool_choice, reasoning)
     params = make_params(
         {
@@ -227,6 +226,8 @@ def run(  # one parameter a flag: that is how typer is told of them
         raise
     for warning in response.warnings:
         warning_line(warning)
+    if response.cut_call:
+        warning_line(CUT_CALL.format("--max-new-tokens"))
     if as_json:
         write_document(response.model_dump_json())
     if (failure := _error_of(response)) is not None:

@@ -21,6 +21,7 @@ __all__ = [
     "ReasoningFormat",
     "TaggedForm",
     "ToolFormat",
+    "problem_of",
 ]
 
 
@@ -178,3 +179,30 @@ class ToolFormat:
     def opening(self) -> str:
         """What a single call begins with; empty: nothing."""
         return self.begin or (self.form.call if isinstance(self.form, TaggedForm) else "")
+
+
+def problem_of(format_: ToolFormat) -> str:
+    """What keeps a format that another package made from being used; empty: nothing does."""
+    if not isinstance(format_.form, CallForm):
+        return f"form must be a form of calls, not {type(format_.form).__name__}"
+    for name in ("name", "begin", "end", "between"):
+        if not isinstance(getattr(format_, name), str):
+            return f"{name} must be text"
+    if not _are_texts(format_.section, 2):
+        return "section must be two texts"
+    if not _are_texts(format_.ignored):
+        return "ignored must be a tuple of texts"
+    templates = format_.templates
+    if not (_is_list(templates) and all(map(_are_texts, templates))):
+        return "templates must be a tuple of groups, each of them a tuple of texts"
+    return ""
+
+
+def _are_texts(values: object, count: int | None = None) -> bool:
+    if not isinstance(values, tuple | list) or count not in (None, len(values)):
+        return False
+    return all(isinstance(value, str) for value in values)
+
+
+def _is_list(values: object) -> bool:
+    return isinstance(values, tuple | list)

@@ -14,8 +14,9 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, Final, TypeVar
 
+from engineroom.border import is_interrupt
 from engineroom.errors import ConfigurationError
-from engineroom.generation.call_forms import ReasoningFormat, ToolFormat
+from engineroom.generation.call_forms import ReasoningFormat, ToolFormat, problem_of
 from engineroom.generation.outputs import OutputParser, read_events, read_output
 from engineroom.generation.tool_formats import GENERIC, REASONING_FORMATS, TOOL_FORMATS
 from engineroom.schemas import ChatMessage
@@ -67,13 +68,17 @@ def tool_formats() -> tuple[ToolFormat, ...]:
     for entry in entry_points(group=GROUP):
         try:
             format_ = entry.load()
-        except Exception:
+        except BaseException as error:
+            if is_interrupt(error):
+                raise
             logger.warning("the tool format %r cannot be loaded", entry.name, exc_info=True)
             continue
-        if isinstance(format_, ToolFormat):
-            added[format_.name] = format_
-        else:
+        if not isinstance(format_, ToolFormat):
             logger.warning("the tool format %r is no ToolFormat", entry.name)
+        elif problem := problem_of(format_):
+            logger.warning("the tool format %r is left out: %s", entry.name, problem)
+        else:
+            added[format_.name] = format_
     own = (*TOOL_FORMATS, GENERIC)
     return (*added.values(), *(format_ for format_ in own if format_.name not in added))
 

@@ -89,7 +89,11 @@ class ModelTraits:
 
     def warnings(self, request: InferenceRequest) -> Iterator[str]:
         """What is asked of the model in vain."""
-        if request.reasoning is not None and request.messages is not None and not self.told:
+        if request.messages is None:
+            for name in ("reasoning", "reasoning_budget", "template_args"):
+                if getattr(request, name) is not None:
+                    yield f"{name} was ignored: a prompt is taken as it is; send messages instead"
+        elif request.reasoning is not None and not self.told:
             yield "reasoning was ignored: the model's chat template cannot be told of it"
         if request.requires_call:
             for name, tool in callable_tools(request.offered_tools or ()).items():
