@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -86,6 +87,7 @@ def test_a_second_interrupt_forces_the_end(site, spawn):
     process = spawn("run", "echo:", "x")
     assert process.stdout.readline() == b"loading\n"
     process.send_signal(signal.SIGINT)
+    time.sleep(0.5)  # two that wait to be delivered are one
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
