@@ -200,7 +200,7 @@ def test_a_broken_foundation_fails_the_first_check_where_its_own_is_not_run():
 def test_where_it_hangs_is_said():
     reason = run(BROKEN["stream-ends"], "stream_ends", timeout_s=1.0)["stream-ends"].reason
     assert "Broken.stream_infer (" in reason
-    assert "broken_handlers.py" in reason
+    assert "broken_text.py" in reason
 
 
 def test_a_suite_of_hanging_checks_ends(monkeypatch):

@@ -1,0 +1,377 @@
+"""The toy runtime with one defect at a time: of beams, structured output, calls and reasoning."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+from broken_table import defect
+from forms_toy import FormsToy, ThinkingToy
+from toy_runtime import ToyHandler
+
+from engineroom import (
+    ConfigurationError,
+    StreamEnd,
+)
+from engineroom.generation.deltas import ReasoningDelta, ToolCallDelta
+from engineroom.prompts.tool_messages import tools_as_messages
+
+
+class _Claims(ToyHandler):
+    claims: frozenset[str] = frozenset()
+    kinds: frozenset[str] = frozenset()
+
+    def capabilities(self):
+        found = super().capabilities()
+        return dataclasses.replace(
+            found, params=found.params | self.claims, structured_output=self.kinds
+        )
+
+
+@defect
+def num_beams():
+    class Broken(_Claims):
+        claims = frozenset({"num_beams"})
+
+    return Broken
+
+
+@defect
+def early_stopping():
+    class Broken(_Claims):
+        claims = frozenset({"early_stopping"})
+
+    return Broken
+
+
+@defect
+def structured_output():
+    class Broken(_Claims):
+        claims = frozenset({"structured_output"})
+        kinds = frozenset({"regex"})
+
+    return Broken
+
+
+@defect
+def structured_output__no_kind():
+    class Broken(_Claims):
+        claims = frozenset({"structured_output"})
+
+    return Broken
+
+
+@defect
+def structured_seeds():
+    class Broken(_Claims):
+        claims = frozenset({"structured_output"})
+        kinds = frozenset({"json_schema"})
+
+    return Broken
+
+
+@defect
+def tool_calls():
+    class Broken(FormsToy):
+        """A tool that was not offered."""
+
+        async def infer(self, loaded_model, request):
+            response = await super().infer(loaded_model, request)
+            calls = [call.model_copy(update={"name": "fly"}) for call in response.tool_calls or ()]
+            response.tool_calls = calls or None
+            return response
+
+    return Broken
+
+
+class _Forgets(FormsToy):
+    """Its grammar is forgotten where ``forgets(params)`` says so."""
+
+    def adjusted(self, params, logits, prompt, new):
+        if self.forgets(params):
+            return ToyHandler.adjusted(self, params, logits, prompt, new)
+        return super().adjusted(params, logits, prompt, new)
+
+
+@defect
+def structured_output__any_json():
+    class Broken(_Forgets):
+        def forgets(self, params):
+            return params.structured_output is not None and params.structured_output.json_object
+
+    return Broken
+
+
+@defect
+def structured_output__stops():
+    class Broken(FormsToy):
+        """Stop sequences are forgotten beside a form."""
+
+        async def infer(self, loaded_model, request):
+            if request.params.structured_output is not None:
+                request = request.model_copy(update={"stop_sequences": None})
+            return await super().infer(loaded_model, request)
+
+    return Broken
+
+
+@defect
+def structured_output__unknown_kind():
+    class Broken(FormsToy):
+        def capabilities(self):
+            return dataclasses.replace(
+                super().capabilities(), structured_output=frozenset({"regex", "xml"})
+            )
+
+    return Broken
+
+
+@defect
+def structured_seeds__penalties():
+    class Broken(_Forgets):
+        def forgets(self, params):
+            return bool(params.presence_penalty)
+
+    return Broken
+
+
+@defect
+def structured_seeds__logprobs():
+    class Broken(FormsToy):
+        """The first token has no log probability beside a form."""
+
+        async def infer(self, loaded_model, request):
+            response = await super().infer(loaded_model, request)
+            if request.params.structured_output is not None and response.logprobs:
+                response.logprobs = response.logprobs[1:]
+            return response
+
+    return Broken
+
+
+@defect
+def structured_seeds__draws_anew():
+    class Broken(FormsToy):
+        """Among what is allowed, it draws from a generator of its own."""
+
+        def choose(self, params, logits, source):
+            if params.structured_output is None or params.greedy:
+                return super().choose(params, logits, source)
+            allowed = [token for token, value in enumerate(logits) if value > -1e8]
+            return random.choice(allowed)
+
+    return Broken
+
+
+class _OwnTools(FormsToy):
+    """Tells the model of tools itself."""
+
+    def capabilities(self):
+        return dataclasses.replace(super().capabilities(), tools=True)
+
+    def tokens(self, loaded_model, request):
+        if request.messages is not None:
+            messages = tools_as_messages(self.history(request), self.offered(request))
+            request = request.model_copy(update={"messages": messages})
+        return super().tokens(loaded_model, request)
+
+    def history(self, request):
+        return request.messages
+
+    def offered(self, request):
+        return request.offered_tools
+
+
+@defect
+def tool_calls__untold():
+    class Broken(_OwnTools):
+        def offered(self, request):
+            return None
+
+    return Broken
+
+
+@defect
+def tool_calls__told_in_vain():
+    class Broken(_OwnTools):
+        def offered(self, request):
+            return request.tools
+
+    return Broken
+
+
+@defect
+def tool_calls__results():
+    class Broken(_OwnTools):
+        def history(self, request):
+            return [message for message in request.messages if message.role != "tool"]
+
+    return Broken
+
+
+@defect
+def tool_calls__another_one():
+    class Broken(_OwnTools):
+        """Any tool will do where one is named."""
+
+        async def compile(self, request):
+            if request.requires_call:
+                request = request.model_copy(update={"tool_choice": "required"})
+            return await super().compile(request)
+
+    return Broken
+
+
+@defect
+def tool_calls__same_id():
+    class Broken(FormsToy):
+        async def infer(self, loaded_model, request):
+            response = await super().infer(loaded_model, request)
+            calls = [call.model_copy(update={"id": "call_0"}) for call in response.tool_calls or ()]
+            response.tool_calls = calls or None
+            return response
+
+    return Broken
+
+
+@defect
+def tool_calls__at_the_end():
+    class Broken(FormsToy):
+        """Streams tell of calls in their response alone."""
+
+        async def stream_infer(self, loaded_model, request):
+            async for chunk in super().stream_infer(loaded_model, request):
+                if not isinstance(chunk, ToolCallDelta):
+                    yield chunk
+
+    return Broken
+
+
+@defect
+def tool_calls__thoughts():
+    class Broken(ThinkingToy):
+        """Thoughts are content beside calls."""
+
+        async def infer(self, loaded_model, request):
+            response = await super().infer(loaded_model, request)
+            if response.tool_calls:
+                response.generated_text = response.reasoning
+            return response
+
+    return Broken
+
+
+@defect
+def hostile_grammar_neighbour():
+    class Broken(FormsToy):
+        """What the library says of a grammar that is none goes out as it is."""
+
+        async def compile(self, request):
+            try:
+                return await super().compile(request)
+            except ConfigurationError as error:
+                raise ValueError(error.message) from error
+
+    return Broken
+
+
+@defect
+def hostile_grammar_neighbour__ends_others():
+    class Broken(FormsToy):
+        """A grammar that is none ends whatever runs beside it."""
+
+        async def compile(self, request):
+            try:
+                return await super().compile(request)
+            except ConfigurationError:
+                self.failures = getattr(self, "failures", 0) + 1
+                raise
+
+        async def prefill(self, model, prompt, request):
+            request.params.__dict__["failures"] = getattr(self, "failures", 0)
+            await super().prefill(model, prompt, request)
+
+        def limit(self, params):
+            ended = getattr(self, "failures", 0) > params.__dict__.get("failures", 0)
+            return 1 if ended else super().limit(params)
+
+    return Broken
+
+
+@defect
+def reasoning_apart():
+    class Broken(ThinkingToy):
+        """Thoughts are content."""
+
+        async def infer(self, loaded_model, request):
+            response = await super().infer(loaded_model, request)
+            thoughts, response.reasoning = response.reasoning or "", None
+            response.generated_text = thoughts + (response.generated_text or "")
+            return response
+
+        async def stream_infer(self, loaded_model, request):
+            async for chunk in super().stream_infer(loaded_model, request):
+                if isinstance(chunk, StreamEnd):
+                    thoughts, chunk.response.reasoning = chunk.response.reasoning or "", None
+                    chunk.response.generated_text = thoughts + chunk.response.generated_text
+                    yield chunk
+                else:
+                    yield getattr(chunk, "text", chunk)
+
+    return Broken
+
+
+@defect
+def reasoning_apart__not_streamed():
+    class Broken(ThinkingToy):
+        """Thoughts are told at the end alone."""
+
+        async def stream_infer(self, loaded_model, request):
+            async for chunk in super().stream_infer(loaded_model, request):
+                if not isinstance(chunk, ReasoningDelta):
+                    yield chunk
+
+    return Broken
+
+
+@defect
+def reasoning_apart__streamed_forms():
+    class Broken(ThinkingToy):
+        """Thoughts are content where what has to have a form is streamed."""
+
+        async def stream_infer(self, loaded_model, request):
+            form = request.params.structured_output
+            async for chunk in super().stream_infer(loaded_model, request):
+                yield chunk.text if form and isinstance(chunk, ReasoningDelta) else chunk
+
+    return Broken
+
+
+@defect
+def reasoning_apart__stops():
+    class Broken(ThinkingToy):
+        """Stop sequences end thoughts, too."""
+
+        async def infer(self, loaded_model, request):
+            response = await super().infer(loaded_model, request)
+            for stop in request.stop_sequences or ():
+                if stop in (response.reasoning or ""):
+                    response.reasoning = response.reasoning.partition(stop)[0]
+                    response.generated_text = ""
+                    response.finish_reason = "stop_sequence"
+            return response
+
+    return Broken
+
+
+@defect
+def reasoning_apart__form():
+    class Broken(ThinkingToy):
+        """What has to have a form is not thought about."""
+
+        async def compile(self, request):
+            if request.params.structured_output is not None:
+                request = request.model_copy(update={"reasoning_budget": 0})
+            return await super().compile(request)
+
+    return Broken
