@@ -4,6 +4,7 @@ import asyncio
 import random
 
 from engineroom.engine import GrammarCompiler
+from engineroom.generation.outputs import OutputParser, read_output
 from engineroom.prompts import ModelTokens
 
 END = 256
@@ -65,3 +66,17 @@ def text_end(form):
         return dialect.mark.texts[0]
     end = getattr(form, "value_end", "")
     return f"\n{end}" if getattr(form, "lines", False) else end
+
+
+def drawn_calls(traits, request, seed, size):
+    """Calls as they are read out of a text that is drawn out of what a request's grammar allows,
+    fed in pieces of some characters; ``None``: it has no end.
+    """
+    place, form = constraint(traits, request), traits.written_as(request)
+    if (text := draw(place, seed, text_end(traits.tools.form))) is None:
+        return None
+    parser = OutputParser(form, request.tools, only_calls=True)
+    events = [e for i in range(0, len(text), size) for e in parser.feed(text[i : i + size])]
+    output = read_output(events + parser.finish())
+    assert output.calls and not output.content.strip(), text
+    return output.calls

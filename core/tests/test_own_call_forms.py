@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("llguidance", reason="needs the extra engineroom[structured]")
 
 import jsonschema
-from grammar_doubles import constraint, draw, matches, text_end
+from grammar_doubles import constraint, drawn_calls, matches
 from hypothesis import HealthCheck, assume, given, settings, strategies as st
 
 from engineroom import ConfigurationError, InferenceRequest
@@ -148,12 +148,14 @@ LEAF = st.one_of(
     st.just({"const": False}),
     st.just({"enum": ['x"', "y\\"]}),
 )
+KINDS = ["null", "integer", "boolean", "string"]
 VALUES = st.recursive(
     LEAF,
     lambda inner: st.one_of(
         st.builds(lambda i: {"type": "array", "items": i, "minItems": 1, "maxItems": 2}, inner),
         st.builds(lambda i: {"type": "array", "items": i, "maxItems": 3}, inner),
         st.builds(lambda i: {"anyOf": [i, {"type": "null"}]}, inner),
+        st.builds(lambda i, k: {"oneOf": [i, {"type": k}]}, inner, st.sampled_from(KINDS)),
         st.builds(
             lambda i, names: {
                 "type": "object",
@@ -182,15 +184,17 @@ def test_whatever_is_allowed_is_read_as_valid_calls(properties, required, name, 
     parameters = {"type": "object", "properties": properties, "required": needed}
     request, traits = ask(parameters), ModelTraits(BY_NAME[name], native=True)
     try:
-        place = constraint(traits, request)
+        calls = drawn_calls(traits, request, seed, size)
     except ConfigurationError:
         assume(False)
-    text = draw(place, seed, text_end(BY_NAME[name].form))
-    assume(text is not None)
-    parser = OutputParser(traits.written_as(request), request.tools, only_calls=True)
-    events = [e for i in range(0, len(text), size) for e in parser.feed(text[i : i + size])]
-    output = read_output(events + parser.finish())
-    assert output.calls and not output.content.strip(), text
-    for called, arguments in output.calls:
+    assume(calls is not None)
+    for called, arguments in calls:
         if called == "f":
             jsonschema.validate(json.loads(arguments), parameters)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_what_may_hold_twice_of_one_of_several_is_refused(name):
+    both = {"oneOf": [{"type": "integer", "minimum": 0}, {"type": "integer", "maximum": 10}]}
+    with pytest.raises(ConfigurationError, match="oneOf"):
+        grammar(name, {"type": "object", "properties": {"a": both}})

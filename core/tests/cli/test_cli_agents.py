@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -185,3 +187,37 @@ def test_a_server_is_asked_in_its_own_words(agent, start_server):
     assert first.reasoning == "high"
     assert first.params.structured_output.json_schema == SCHEMA
     assert [m.role for m in second.messages] == ["user", "assistant", "tool"]
+
+
+class ForeignServer(BaseHTTPRequestHandler):
+    """A fake of other people's servers: one call that has no arguments, and its answer."""
+
+    reason = ""
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        name = {"index": 0, "id": "c", "function": {"name": "weather", "arguments": ""}}
+        delta = {"tool_calls": [name]} if len(body["messages"]) == 1 else {"content": "fine"}
+        event = {"choices": [{"index": 0, "delta": delta, "finish_reason": self.reason}]}
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(f"data: {json.dumps(event)}\n\ndata: [DONE]\n\n".encode())
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("reason", "whole"), [("tool_calls", True), ("stop", True), ("length", False)]
+)
+def test_a_server_may_write_no_arguments_of_a_call_that_is_whole(agent, monkeypatch, reason, whole):
+    pytest.importorskip("httpx", reason="needs the extra engineroom[chat]")
+    monkeypatch.setattr(ForeignServer, "reason", reason)
+    with HTTPServer(("127.0.0.1", 0), ForeignServer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        result = agent("chat", "--url", url, *TOOLS, stdin=b"one\nsun\n")
+        server.shutdown()
+    assert ("weather({})" in result.err) is whole
+    assert ("the answer ends within a call" in result.err) is not whole
+    assert ("fine" in result.out) is whole

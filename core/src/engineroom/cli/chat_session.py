@@ -181,14 +181,14 @@ class ChatSession:
     def _result(self, prompt: str) -> str | None:
         """The next message that is no command; ``None``: there is none for this turn."""
         while (text := self._message(prompt)) is not None:
-            name = text.strip().partition(" ")[0]
-            if name in _LEAVE:
+            word = text.strip().partition(" ")[0]
+            if word in _LEAVE:
                 self._left = True
                 return None
-            if "\n" in text or name.removeprefix("/") not in self._commands or name[0] != "/":
+            if "\n" in text or word not in {f"/{name}" for name in self._commands}:
                 return text
             self._command(text.strip())
-            if name == "/new":
+            if word == "/new":
                 return None
         return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
 from typing import Any
@@ -119,6 +120,7 @@ class ServerTalker(Talker):
     ) -> Generator[str, None, None]:
         """See :class:`Talker`."""
         body = _chat_body(model, messages, params, asked)
+        written = Counter[int]()  # characters of each call's arguments
         with ExitStack() as stack:
             try:
                 answer = stack.enter_context(
@@ -132,7 +134,15 @@ class ServerTalker(Talker):
                     if error := event.get("error"):
                         raise InferenceError(str(error.get("message") or error))
                     for choice in event.get("choices", ()):
-                        yield from _chunks(choice["delta"])
+                        for chunk in _chunks(choice["delta"]):
+                            if isinstance(chunk, ToolCallDelta):
+                                written[chunk.call] += len(chunk.arguments)
+                            yield chunk
+                        if choice.get("finish_reason") not in (None, "length"):
+                            # Some servers write none for a tool that takes none.
+                            for call in [call for call, count in written.items() if not count]:
+                                yield ToolCallDelta(call, arguments="{}")
+                                written[call] = 2
             except (
                 self._httpx.HTTPError, ValueError, KeyError, TypeError, AttributeError,
             ) as error:  # fmt: skip

@@ -36,6 +36,9 @@ _OF_ALL: Final = (
     "$ref", "$dynamicRef", "$recursiveRef",
 )  # fmt: skip
 """Keywords that speak of all arguments together."""
+_MAX_GROUPS: Final = 64
+"""Most groups of arguments of which one has to be there."""
+_NEEDS: Final = ANNOTATIONS | {"required"}
 _IN_TAGS: Final = re.compile(r"[^\s<>\"&=]{1,64}")
 
 
@@ -148,7 +151,7 @@ def _needs(
     if key in ("allOf", "anyOf") and isinstance(value, list):
         parts = [part for part in value if not isinstance(part, Mapping) or part.keys() <= _NEEDS]
         groups = [_required(part) for part in parts]
-        if len(parts) == len(value) <= MAX_GROUPS // len(needs) and False not in value:
+        if len(parts) == len(value) <= _MAX_GROUPS // len(needs) and False not in value:
             if key == "allOf":
                 return [need.union(*groups) for need in needs]
             return [need | group for need in needs for group in groups]
@@ -164,11 +167,6 @@ def _needs(
         f"{key} of all parameters is nothing that calls as this model writes them can keep to; "
         "leave it out, or load the model with the option tool_format: generic"
     )
-
-
-MAX_GROUPS: Final = 64
-"""Most groups of arguments of which one has to be there."""
-_NEEDS: Final = ANNOTATIONS | {"required"}
 
 
 # ── as a model writes them ───────────────────────────────────────────────────────────────────

@@ -105,7 +105,9 @@ class ValueRules:
             return self.json(schema)
         keys = schema.keys() - ANNOTATIONS
         if len(keys) == 1 and (key := min(keys)) in _CHOICES and "type" not in schema:
-            return self._one_of(own, schema[key])
+            options = self._one_of(own, schema[key])
+            # llguidance refuses a oneOf of which more than one may hold.
+            return options if key == "anyOf" else f"(NEVER {self.json(schema)} | {options})"
         if "string" in types and isinstance(kinds := schema.get("type"), list):
             others = [kind for kind in kinds if kind != "string"]
             parts = ({**schema, "type": kind} for kind in ("string", others) if kind)

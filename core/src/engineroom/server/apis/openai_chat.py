@@ -12,6 +12,7 @@ from engineroom.generation.deltas import ReasoningDelta, ToolCallDelta
 from engineroom.inference.streams import InferenceStream
 from engineroom.schemas import ChatMessage, InferenceRequest, InferenceResponse, TokenLogprob
 from engineroom.server.apis.openai_common import (
+    OF_ANTHROPIC,
     Completed,
     FinishReason,
     OpenAIRequest,
@@ -102,9 +103,7 @@ class ChatRequest(TemplateFields, OpenAIRequest):
         "moderation": (),
         # Of other APIs: what they ask for would not be.
         "text": ({}, {"format": {"type": "text"}}),
-        "output_config": ({},),
-        "output_format": (),
-        "stop_sequences": ([],),
+        **OF_ANTHROPIC,
     }
     INSTEAD: ClassVar[Mapping[str, str]] = {
         "text": "use response_format",

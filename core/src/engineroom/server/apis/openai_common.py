@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias
 
 from msgspec import UNSET, UnsetType
@@ -33,6 +33,7 @@ from engineroom.server.http.exchange import Writer
 from engineroom.server.http.frames import DONE, Answer, Framer, Pieces, dumps, event, taken
 
 __all__ = [
+    "OF_ANTHROPIC",
     "Chunk",
     "Completed",
     "FinishReason",
@@ -45,6 +46,12 @@ __all__ = [
 ]
 
 FinishReason: TypeAlias = Literal["stop", "length", "tool_calls"]
+OF_ANTHROPIC: Final[Mapping[str, Collection[Any]]] = {
+    "output_config": ({},),
+    "output_format": (),
+    "stop_sequences": ([],),
+}
+"""Fields of Anthropic's API that ask for what OpenAI's call otherwise, for ``REFUSED``."""
 _SEED_STEP: Final = 0x9E3779B97F4A7C15
 """Between the seeds of several answers; the first has the one that was asked for."""
 

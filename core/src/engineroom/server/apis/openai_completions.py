@@ -14,6 +14,7 @@ from engineroom.generation.text import Utf8Decoder
 from engineroom.inference.streams import InferenceStream
 from engineroom.schemas import InferenceRequest, InferenceResponse, TokenLogprob
 from engineroom.server.apis.openai_common import (
+    OF_ANTHROPIC,
     Completed,
     FinishReason,
     OpenAIRequest,
@@ -82,9 +83,7 @@ class CompletionRequest(OpenAIRequest):
         "thinking": ({"type": "disabled"}, {"type": "auto"}),
         "reasoning_budget": (),
         "text": ({}, {"format": {"type": "text"}}),
-        "output_config": ({},),
-        "output_format": (),
-        "stop_sequences": ([],),
+        **OF_ANTHROPIC,
     }
     INSTEAD: ClassVar[Mapping[str, str]] = {
         "text": "use response_format",

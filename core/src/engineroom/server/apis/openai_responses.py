@@ -12,7 +12,7 @@ from pydantic import Field, Tag
 from engineroom.field_types import either
 from engineroom.inference.streams import InferenceStream
 from engineroom.schemas import ChatMessage, InferenceRequest, InferenceResponse, TokenLogprob
-from engineroom.server.apis.openai_common import OpenAISampling
+from engineroom.server.apis.openai_common import OF_ANTHROPIC, OpenAISampling
 from engineroom.server.apis.openai_logprobs import encoded
 from engineroom.server.apis.request_fields import (
     build,
@@ -101,8 +101,7 @@ class ResponsesRequest(TemplateFields, OpenAISampling):
         "moderation": (),
         # Of other APIs: what they ask for would not be.
         "response_format": ({"type": "text"},),
-        "output_config": ({},),
-        "output_format": (),
+        **OF_ANTHROPIC,
         "reasoning_effort": (),
         "include_reasoning": (True,),
         "thinking": ({"type": "auto"},),
@@ -111,7 +110,6 @@ class ResponsesRequest(TemplateFields, OpenAISampling):
         "logprobs": (False,),
         "n": (1,),
         "stop": ([], ""),
-        "stop_sequences": ([],),
     }
     INSTEAD: ClassVar[Mapping[str, str]] = {
         "response_format": "use text.format",

@@ -89,8 +89,9 @@ class ApiRequest(FewFields, SubSchema):
     INSTEAD: ClassVar[Mapping[str, str]] = {}
     """Some of these, which other APIs have → what a client may do instead."""
     WITHOUT_EFFECT: ClassVar[Collection[str]] = ()
-    """Fields that can have no effect here, whatever they say: they speak of tools, which are
-    refused, or of the prices and lifetimes of a cache, which change no answer."""
+    """Fields that can have no effect here, whatever they say: they speak of tools that
+    run at the server, of which there are none, or of the prices and lifetimes of a cache, which
+    change no answer."""
     RENAMED: ClassVar[Mapping[str, str]] = {}
     """Fields of ``GenerationParams`` and ``InferenceRequest`` → what this API calls them."""
     COUNTED: ClassVar[Collection[str]] = ()

@@ -73,7 +73,9 @@ class CallChecks(Checks):
         await _check_results(kit, calls[0], response)
 
 
-def _ask(kit: Kit, seed: int, more: dict[str, Any] | None = None, **fields: Any) -> Any:
+def _ask(
+    kit: Kit, seed: int, more: dict[str, Any] | None = None, **fields: Any
+) -> InferenceRequest:
     hot = {"temperature": 1.0} if kit.honours("temperature") else {}
     params = {**hot, **seed_of(kit, seed), **(more or {})}
     fields = {"messages": [_QUESTION], "tool_choice": "required", **bound(kit), **fields}
