@@ -352,14 +352,20 @@ async def test_loading_and_unloading_again_and_again_keeps_memory_flat(
             assert (await handler.infer(loaded, request)).generated_tokens is not None
         await handler.unload_model(loaded)
 
-    for _ in range(4):
-        await cycle()
-    before = process.memory_info().rss
-    for _ in range(12):
-        await cycle()
-    # Weights and cache of a cycle are several MiB: keeping those of each would show.
-    grown = process.memory_info().rss - before
-    assert grown < 12 << 20
+    async def grown(cycles: int) -> int:
+        before = process.memory_info().rss
+        for _ in range(cycles):
+            await cycle()
+        return process.memory_info().rss - before
+
+    await grown(4)
+    # What a process takes once (an allocator's arena, a pool of a library) is taken in one of
+    # these; weights and cache that were kept would show in each, at several MiB a cycle.
+    for _ in range(3):
+        if (more := await grown(12)) < 12 << 20:
+            break
+    else:
+        pytest.fail(f"each twelve cycles take more, the last ones {more >> 20} MiB")
     assert not generate_threads()
 
 
