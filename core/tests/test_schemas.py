@@ -742,6 +742,10 @@ def test_tools_are_put_into_one_form() -> None:
         ({"tools": [_tool("a")], "tool_choice": {"type": "function"}}, "valid string"),
         ({"reasoning": "very"}, "reasoning"),
         ({"reasoning_budget": -1}, "greater than or equal to 0"),
+        (
+            {"reasoning": True, "template_args": {"enable_thinking": False}},
+            "reasoning and template_args.enable_thinking contradict each other",
+        ),
         ({"template_args": {"a": object()}}, "must be JSON"),
         ({"template_args": {"a": [0] * 140_000}}, "has 140015 values"),
         ({"tools": [_tool("a", parameters={"enum": [0] * 140_000})]}, "at most 131072 are taken"),

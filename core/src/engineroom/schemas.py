@@ -30,6 +30,7 @@ from engineroom.field_types import (
     TokenId,
 )
 from engineroom.responses import FINISH_REASONS, FinishReason, InferenceResponse, TokenLogprob
+from engineroom.thinking import contradictions, told_to_template
 from engineroom.tools import NamedTool, ToolChoice, Tools, tool_names
 
 __all__ = [
@@ -342,6 +343,11 @@ class InferenceRequest(FewFields, FrozenSchema):
                     f"tool_choice names {self.tool_choice.name[:64]!r}, but the tools are "
                     f"{', '.join(names[:8])}"
                 )
+        told = told_to_template(self.template_args)
+        if names := contradictions({"reasoning": self.reasoning}, told):
+            raise ValueError(
+                f"{names[0]} and template_args.{names[1]} contradict each other; give one of them"
+            )
         if sum(map(len, self.stop_sequences or ())) > MAX_STOP_CHARS:
             raise ValueError(f"stop_sequences may have {MAX_STOP_CHARS} characters together")
         return self

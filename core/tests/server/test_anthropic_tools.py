@@ -233,6 +233,10 @@ def test_a_result_that_is_an_error_says_so(run, client, block, result):
         ({"messages": [{"role": "user", "content": [PICTURE]}]}, "image"),
         ({"thinking": {"type": "enabled", "budget_tokens": -1}}, "thinking"),
         ({"output_config": {"effort": "lots"}}, "output_config"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 9}, "chat_template_kwargs":
+          {"enable_thinking": False}}, "thinking and chat_template_kwargs.enable_thinking"),
+        ({"thinking": {"type": "disabled"}, "chat_template_kwargs": {"thinking": True}},
+         "thinking and chat_template_kwargs.thinking"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_by_name(run, client, change, param):
@@ -252,8 +256,10 @@ def test_what_cannot_be_is_refused_by_name(run, client, change, param):
         ({"thinking": {"type": "adaptive"}, "output_config": {"effort": "low"}}, "low", None),
         ({"output_config": {"effort": "max"}}, "high", None),
         ({"thinking": {"type": "disabled"}, "output_config": {"effort": "low"}}, False, None),
+        ({"chat_template_kwargs": {"enable_thinking": False},
+          "output_config": {"effort": "low"}}, None, None),
     ],
-)
+)  # fmt: skip
 def test_whether_and_how_hard_to_think(run, body, reasoning, budget):
     run.handler.say("x")
     events(run, **body)

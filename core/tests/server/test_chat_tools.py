@@ -295,6 +295,53 @@ def test_contradictions_are_refused(run, client, body, param):
     assert caught.value.param == param
 
 
+@pytest.mark.parametrize(
+    ("body", "told", "name"),
+    [
+        ({"reasoning_effort": "high"}, {"enable_thinking": False}, "reasoning_effort"),
+        ({"reasoning": {"effort": "high"}}, {"thinking": False}, "reasoning"),
+        ({"reasoning": {"enabled": True}}, {"reasoning_effort": "none"}, "reasoning"),
+        ({"thinking": {"type": "enabled"}}, {"enable_thinking": False}, "thinking"),
+        ({"thinking": {"type": "disabled"}}, {"enable_thinking": True}, "thinking"),
+        ({"reasoning_effort": "none"}, {"enable_thinking": True}, "reasoning_effort"),
+        ({"reasoning_effort": "none"}, {"reasoning_effort": "high"}, "reasoning_effort"),
+        ({"reasoning_effort": "low"}, {"reasoning_effort": "high"}, "reasoning_effort"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_template_is_told_nothing_else_than_the_request_says(run, body, told, name, stream):
+    body = {"model": "m", "messages": ASK, "stream": stream, "chat_template_kwargs": told, **body}
+    answer = httpx.post(f"{run.url}/v1/chat/completions", json=body)
+    error = answer.json()["error"]
+    (inner,) = told
+    assert (answer.status_code, error["param"], error["code"]) == (400, name, "invalid_value")
+    assert f"{name} and chat_template_kwargs.{inner} contradict each other" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ({"reasoning_effort": "high"}, {"enable_thinking": True, "thinking": None}),
+        ({"reasoning_effort": "minimal"}, {"reasoning_effort": "low"}),
+        ({"reasoning_effort": "max"}, {"reasoning_effort": "high"}),
+        ({"reasoning_effort": "none"}, {"enable_thinking": False, "reasoning_effort": "none"}),
+        ({"thinking": {"type": "adaptive"}}, {"enable_thinking": False}),
+        ({}, {"enable_thinking": False}),
+    ],
+)
+def test_the_template_may_be_told_the_same(run, body, told):
+    say(run, "x")
+    deltas(run, chat_template_kwargs=told, **body)
+    assert asked(run).template_args == told
+
+
+def test_the_own_api_names_contradictions_by_its_fields(run):
+    body = {"model_id": "m", "messages": ASK, "template_args": {"enable_thinking": False}}
+    answer = httpx.post(f"{run.url}/v1/inference", json={**body, "reasoning": "high"})
+    assert answer.status_code == 400
+    assert "reasoning and template_args.enable_thinking contradict" in answer.text
+
+
 def test_the_template_is_told_more_names(run):
     say(run, "x")
     deltas(run, chat_template_kwargs={"enable_thinking": False})

@@ -194,10 +194,12 @@ def test_the_answer_goes_back_in(run, client, stream):
         ({"tools": [], "tool_choice": "required"}, "tool_choice"),
         ({"reasoning": {"effort": "lots"}}, "reasoning"),
         ({"reasoning": {"exclude": True}}, "reasoning"),
+        ({"reasoning": {"effort": "high"}, "chat_template_kwargs": {"enable_thinking": False}},
+         "reasoning"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input"),
         ({"input": [{"type": "function_call_output", "output": "x"}]}, "input"),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_is_refused_by_name(run, client, change, param):
     run.handler.say("x")
     body = {"model": "m", "input": "x", "tools": TOOLS, **change}

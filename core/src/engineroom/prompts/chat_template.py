@@ -23,6 +23,7 @@ from engineroom.prompts.chat_options import ChatOptions
 from engineroom.prompts.messages import for_template
 from engineroom.prompts.work import ReadingStoppedError
 from engineroom.schemas import ChatMessage
+from engineroom.thinking import REASONING_NAMES
 
 if TYPE_CHECKING:
     from jinja2.ext import Extension
@@ -44,8 +45,6 @@ _SHAPES: Final = ("short_ids", "empty_content", "text_arguments")
 _HELLO: Final = (ChatMessage(role="user", content="a"),)
 TAIL: Final = 64
 """Characters of a prompt's end that tell where the answer begins."""
-REASONING_NAMES: Final = ("enable_thinking", "thinking", "reasoning_effort")
-"""By which templates are told whether the model is to reason, and how hard."""
 _NO_PARAMETERS: Final = {"type": "object", "properties": {}, "required": []}
 _SHOWN_ROLES: Final = 20
 """Of a conversation that is refused."""

@@ -123,7 +123,8 @@ def _template_args(request: InferenceRequest) -> dict[str, Any]:
     names: dict[str, Any] = {"enable_thinking": thinks, "thinking": thinks}
     if isinstance(reasoning, str):
         names["reasoning_effort"] = "low" if reasoning == "minimal" else reasoning
-    return names | stated
+    # What is ``None`` says nothing.
+    return names | {n: v for n, v in stated.items() if v is not None or n not in names}
 
 
 async def tokens_of_texts(codec: PromptCodec, texts: Sequence[str], n_ctx: int) -> list[list[int]]:

@@ -50,6 +50,7 @@ from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ApiError, ErrorBody
 from engineroom.server.http.exchange import Writer, respond
 from engineroom.server.http.frames import Answer, dumps, named_event
+from engineroom.thinking import told_to_template
 
 __all__ = ["ROUTES", "AnthropicError", "MessagesRequest"]
 
@@ -222,6 +223,9 @@ def _request(call: Call, request: MessagesRequest) -> InferenceRequest:
         system.append(chat_message("system", text, "system"))
     config = request.output_config or AnthropicOutputConfig()
     thinking = request.thinking or UNTOLD
+    off = (
+        thinking.asked is False or False in told_to_template(request.chat_template_kwargs).values()
+    )
     schema = None if config.format is None else config.format.schema_
     older = None if request.output_format is None else request.output_format.schema_
     asked = {"output_config": {"json_schema": schema}, "output_format": {"json_schema": older}}
@@ -238,13 +242,14 @@ def _request(call: Call, request: MessagesRequest) -> InferenceRequest:
         **reasoning_of(
             {
                 # Effort is more than thinking; where none is wanted, it says nothing about it.
-                "output_config.effort": None if thinking.asked is False else config.effort,
+                "output_config.effort": None if off else config.effort,
                 "thinking": thinking.asked,
             },
             {
                 "thinking": thinking.budget_tokens,
                 "reasoning_budget": request.reasoning_budget,
             },
+            request.chat_template_kwargs,
         ),
     )
 

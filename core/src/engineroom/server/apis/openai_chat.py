@@ -228,6 +228,7 @@ def _requests(call: Call, request: ChatRequest) -> list[InferenceRequest]:
                 "thinking": thinking.budget_tokens,
                 "reasoning": config.max_tokens,
             },
+            request.chat_template_kwargs,
         ),
     }
     return requests_for(call, request, params, None, [fields])

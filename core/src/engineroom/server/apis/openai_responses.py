@@ -240,6 +240,7 @@ def _request(call: Call, request: ResponsesRequest) -> InferenceRequest:
         **reasoning_of(
             {"reasoning": config.asked},
             {"reasoning": config.max_tokens, "reasoning_budget": request.reasoning_budget},
+            request.chat_template_kwargs,
         ),
     )
 

@@ -12,6 +12,7 @@ from engineroom.field_types import either
 from engineroom.server.apis.request_fields import SubSchema
 from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ApiError
+from engineroom.thinking import EFFORTS, contradictions, told_to_template
 from engineroom.tools import MAX_TOOLS, ToolCall, schema_field
 
 __all__ = [
@@ -202,7 +203,6 @@ def _wrong(message: str, param: str = "tool_choice") -> ApiError:
 
 Effort: TypeAlias = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 """How hard the model is to think; ``none``: not at all. What is above ``high`` is ``high``."""
-_EFFORTS: Final[Mapping[str, bool | str]] = {"none": False, "xhigh": "high", "max": "high"}
 
 
 class TemplateFields(SubSchema):
@@ -251,21 +251,32 @@ class ReasoningConfig(SubSchema):
 
 
 def reasoning_of(
-    asked: Mapping[str, bool | str | None], budgets: Mapping[str, int | None]
+    asked: Mapping[str, bool | str | None],
+    budgets: Mapping[str, int | None],
+    template_args: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """Fields of ``InferenceRequest``.
 
     :param asked: fields of the body → whether to think, or how hard.
     :param budgets: fields of the body → most tokens of it.
+    :param template_args: the body's ``chat_template_kwargs``, which may say it as well.
     :raises ApiError: 400: they contradict each other.
     """
-    wishes = {name: _EFFORTS.get(v, v) if isinstance(v, str) else v for name, v in asked.items()}
+    wishes = {name: EFFORTS.get(v, v) if isinstance(v, str) else v for name, v in asked.items()}
     given = {name: wish for name, wish in wishes.items() if wish is not None}
     # That it thinks at all is no contradiction to how hard.
     distinct = set(given.values())
     if len(distinct - {True}) > 1 or {True, False} <= distinct:
         raise ApiError(
             400, f"{' and '.join(given)} contradict each other", "invalid_value", next(iter(given))
+        )
+    told = {f"chat_template_kwargs.{n}": v for n, v in told_to_template(template_args).items()}
+    if names := contradictions(given, told):
+        raise ApiError(
+            400,
+            f"{' and '.join(names)} contradict each other; give one of them",
+            "invalid_value",
+            names[0],
         )
     most = {name: budget for name, budget in budgets.items() if budget is not None}
     if len(set(most.values())) > 1:
