@@ -419,6 +419,42 @@ def test_the_end_of_the_prompt_says_whether_reasoning_has_begun(tail, reasoning,
     assert read("hermes", "a</think>b", prompt_tail=tail) == (content, reasoning, [])
 
 
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        ("hm</think>\n\n</think>\n\nyes", "yes"),
+        ("hm</think></think>yes", "yes"),
+        ("hm</think>\n</think> </think>yes", "yes"),
+        ("</think>\n\n</think>yes", "yes"),
+        ("<think>hm</think>\n\n</think>yes", "yes"),
+        ("hm</think>\n\nyes</think>", "yes</think>"),
+        ("hm</think>\n\n< yes", "< yes"),
+        ("hm</think>\n\n</thin", ""),
+        ("hm</think>\n\n</think>", ""),
+        ('hm</think>\n\n</think>\n<tool_call>\n{"name": "now"}\n</tool_call>', ""),
+    ],
+)
+def test_a_model_whose_reasoning_was_ended_may_end_it_once_more(text, content):
+    options = {"prompt_tail": "" if text.startswith("<think>") else "<think>\n", "bounded": True}
+    assert read("hermes", text, **options)[0] == content
+    whole = merged(in_pieces(parser_of("hermes", **options), text, ()))
+    for cut in range(1, len(text)):
+        assert merged(in_pieces(parser_of("hermes", **options), text, (cut,))) == whole
+    assert merged(in_pieces(parser_of("hermes", **options), text, range(1, len(text)))) == whole
+
+
+def test_nothing_is_left_of_a_second_end_that_a_limit_cuts():
+    text = "hm</think>\n\n</think>yes"
+    for end in range(text.index("\n"), len(text)):
+        parser = parser_of("hermes", prompt_tail="<think>\n", bounded=True)
+        output = read_output(parser.feed(text[:end]) + parser.finish(limited=True))
+        assert "yes".startswith(output.content) and output.reasoning == "hm"
+
+
+def test_without_a_bound_the_end_of_reasoning_is_content_behind_it():
+    assert read("hermes", "hm</think>\n</think>yes", prompt_tail="<think>\n")[0] == "</think>yes"
+
+
 def test_a_reasoning_format_may_stand_alone():
     parser = OutputParser(None, TOOLS, reasoning=ReasoningFormat("x", "<a>", "</a>"))
     assert read_output(read_events(parser, "<a>b</a>c")) == ("c", "b", [])

@@ -6,8 +6,9 @@ import pytest
 
 pytest.importorskip("llguidance", reason="needs the extra engineroom[structured]")
 
-from engineroom import InferenceRequest
+from engineroom import InferenceRequest, TokenStep
 from engineroom.engine import GrammarCompiler
+from engineroom.generation.generation import Generation
 from engineroom.generation.tool_formats import REASONING_FORMATS
 from engineroom.generation.traits import ModelTraits
 from engineroom.prompts import ModelTokens
@@ -92,3 +93,17 @@ def test_a_copy_goes_its_own_way():
     assert write(place, b"y" * 2) == "y<" and not place.complete
     rest = write(other, b"y" * 8).replace("\n", "")
     assert rest.replace("<end>", "") == ">yes" and other.complete
+
+
+@pytest.mark.parametrize(("budget", "content"), [(2, "yes"), (None, "</think>\n\nyes")])
+def test_a_model_that_ends_its_reasoning_once_more(budget, content):
+    request = InferenceRequest(
+        model_id="m", messages=[{"role": "user", "content": "q"}], reasoning_budget=budget
+    )
+    generation = Generation(request, "h", reader=Codec.traits.reader(request), tail="<think>\n")
+    for char in "xx</think>\n\n</think>\n\nyes":
+        generation.take(TokenStep((1,), char.encode()))
+    generation.finish()
+    answer = generation.response()
+    assert (answer.reasoning, answer.generated_text) == ("xx", content)
+    assert "".join(generation.parsed.take_chunks()) == content

@@ -61,6 +61,8 @@ class OutputParser:
     :param prompt_tail: how the prompt ends, which may have begun the reasoning.
     :param reasoning: what stands around reasoning; ``None``: there is none.
     :param only_calls: there is no content, for something sees to it that there are calls.
+    :param bounded: reasoning may be ended from outside. A model that did not expect it ends it once
+        more, which is no content.
     """
 
     def __init__(
@@ -71,12 +73,14 @@ class OutputParser:
         prompt_tail: str = "",
         reasoning: ReasoningFormat | None = None,
         only_calls: bool = False,
+        bounded: bool = False,
     ) -> None:
         schemas = _schemas(tools or ())
         self._format = format_
         self._tools = tools
         self._reasoning = reasoning
         self._only_calls = only_calls
+        self._bounded = bounded
         self._in_reasoning = False
         self._calls = format_ if schemas else None
         self._channels = format_ is not None and isinstance(format_.form, ChannelForm)
@@ -230,7 +234,21 @@ class OutputParser:
             return
         if marker == reasoning.end:
             source.take(len(marker))
+            if self._bounded:
+                yield from self._read_ends_again(Markers([marker]))
         writer.end_reasoning()
+
+    def _read_ends_again(self, end: Markers) -> Reading[None]:
+        """The end of reasoning that is over already, also where the end of the text cuts it."""
+        source = self._source
+        while (yield from source.follows(0, end)):
+            yield from source.blanks()
+            yield from source.take_one(end)
+        begun = source.begun(end)
+        if source.ended and begun and (source.limited or len(begun) >= MARKUP):
+            if self._opens(begun):
+                self._writer.cut()
+            raise CutError
 
     # ── Calls ────────────────────────────────────────────────────────────────────────────────
 

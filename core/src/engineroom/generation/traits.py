@@ -68,6 +68,7 @@ class ModelTraits:
             request.offered_tools,
             reasoning=self.reasoning,
             only_calls=request.requires_call,
+            bounded=self.limits(request),
         )
 
     def written_as(self, request: InferenceRequest) -> ToolFormat:
