@@ -2,7 +2,8 @@
 
 Nothing in a value is escaped, so a tag in it may be text. It ends a value only where something
 follows that the format has there. Models forget tags as well: what can only be the next argument,
-or the end of the call, ends a value too.
+or the end of the call, ends a value too. Where a value has to be JSON, a tag in one of its strings
+is text whatever follows.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ _ATTRIBUTE: Final = re.compile(r'\s*([\w.:-]+)\s*=\s*"([^"]*)"')
 _CDATA: Final = "<![CDATA["
 _CDATA_END: Final = Markers(["]]>"])
 _STRING: Final = frozenset({"string"})
+_IN_STRINGS: Final = re.compile(r'\\[\s\S]?|["\x00-\x1f]')
 _ENTITIES: Final = (("&quot;", '"'), ("&lt;", "<"), ("&gt;", ">"), ("&amp;", "&"))
 
 
@@ -141,6 +143,31 @@ def _types(
     return _STRING if schema is None else argument_types(schema, parameters)
 
 
+class _JsonStrings:
+    """Whether a text that comes in pieces stands within a string of JSON."""
+
+    def __init__(self) -> None:
+        self.inside = False
+        self._is_json: bool | None = None  # not known before the first character
+        self._escaped = False
+
+    def write(self, text: str) -> None:
+        """The next piece."""
+        if self._is_json is None and (body := text.lstrip()):
+            self._is_json = body[0] in "{["
+        if not (self._is_json and text):
+            return
+        escaped = False
+        for match in _IN_STRINGS.finditer(text, 1 if self._escaped else 0):
+            escaped = match[0] == "\\"  # at the end: what it escapes comes next
+            if match[0] == '"':
+                self.inside = not self.inside
+            elif self.inside and match[0] < " ":  # it is none: a tag is to end it
+                self.inside = self._is_json = False
+                return
+        self._escaped = escaped
+
+
 class _Value:
     """A value as it comes: text goes out at once, what has another type when it is whole."""
 
@@ -150,6 +177,7 @@ class _Value:
         self._lines = form.lines
         self._parts: list[str] = []
         self._is_text = types == _STRING
+        self._strings = None if "string" in types else _JsonStrings()
         self._first = True
         self.line = False
         """A line break was the last that came; it may belong to the tag that follows."""
@@ -167,6 +195,11 @@ class _Value:
         self.line = text.endswith("\n")
         self._take(text[:-1] if self.line and self._lines else text)
 
+    @property
+    def in_string(self) -> bool:
+        """What comes stands within a string of JSON; nothing does behind a line break."""
+        return self._strings is not None and self._strings.inside and not self.line
+
     def end(self) -> None:
         self._calls.arguments(
             '"' if self._is_text else argument_json("".join(self._parts), self._types)
@@ -177,6 +210,8 @@ class _Value:
             self._calls.arguments(json_text(text))
         else:
             self._parts.append(text)
+            if self._strings is not None:
+                self._strings.write(text)
 
 
 def _value(
@@ -189,7 +224,7 @@ def _value(
     value = _Value(form, calls, types)
     if tags.cdata.texts and (yield from source.take_one(tags.cdata)):
         while (marker := (yield from source.until(_CDATA_END, value.write))) is not None:
-            if (yield from source.follows(len(marker), tags.value_end)):
+            if not value.in_string and (yield from source.follows(len(marker), tags.value_end)):
                 source.take(len(marker))
                 break
             value.write(source.take(1))
@@ -198,7 +233,9 @@ def _value(
         marker = yield from source.until(tags.value, value.write)
         if marker is None:
             raise CutError
-        if marker == form.value_end:
+        if value.in_string:
+            pass
+        elif marker == form.value_end:
             if (yield from source.follows(len(marker), tags.members)):
                 source.take(len(marker))
                 break
