@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
+import signal
 import threading
+import time
 
 import pytest
 from core_doubles import echo_bench, gate_bench, plain_bench
@@ -231,7 +234,7 @@ def test_an_interrupt_of_the_caller_stops_the_work(monkeypatch):
 
         class Interrupted:
             def __init__(self, future):
-                self.cancel, self._future = future.cancel, future
+                self.cancel, self.done = future.cancel, lambda: True
 
             def result(self):
                 async def decoding():
@@ -252,6 +255,32 @@ def test_an_interrupt_of_the_caller_stops_the_work(monkeypatch):
         service._portal.run(ended)
         assert bench.recorder.reasons == ["cancelled"]
         assert bench.handler.ended == [request.request_id]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_an_interrupt_that_another_thread_is_given_is_not_waited_for():
+    """The main thread sleeps in a wait, which a signal of another thread does not end."""
+    bench = gate_bench()
+    request = bench.request("one two")
+
+    def strike():
+        while not bench.handler.decoding(request):
+            time.sleep(0.01)
+        time.sleep(0.1)
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+        if not ended.wait(5):
+            late.append("it was waited for")
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    ended, late = threading.Event(), []
+    with bench.service as service:
+        striking = InThread(strike)
+        with pytest.raises(KeyboardInterrupt):
+            service.run(request)
+        ended.set()
+        striking.result()
+    assert not late
+    assert bench.recorder.reasons == ["cancelled"]
 
 
 @pytest.mark.parametrize("name", ["leave", "interrupt", "panic"])

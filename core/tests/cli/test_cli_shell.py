@@ -80,6 +80,47 @@ def test_an_interrupt_while_the_prompt_is_read(site, spawn):
     assert process.stderr.read() == b""
 
 
+ELSEWHERE = """
+import os, signal, sys, threading, time
+from engineroom.testing import EchoHandler
+
+
+def strike():
+    time.sleep(1)  # the loop has nothing to do by then, and waits
+    signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+
+
+class Struck(EchoHandler):
+    # While it is at work, the signal is delivered to a thread that is not the main one.
+
+    name = "echo"
+
+    def begin(self):
+        threading.Thread(target=strike, daemon=True).start()
+
+    async def load_model(self, config):
+        if "load_delay_s" in config.options:
+            self.begin()
+        return await super().load_model(config)
+
+    async def generate_tokens(self, loaded_model, request):
+        self.begin()
+        async for step in super().generate_tokens(loaded_model, request):
+            yield step
+"""
+
+
+@POSIX
+@pytest.mark.parametrize("where", ["load_delay_s=3600", "token_delay_s=3600"])
+def test_an_interrupt_that_another_thread_is_given_is_not_waited_for(site, spawn, where):
+    site.module("command_test_struck", ELSEWHERE)
+    site.plugin("echo", "command_test_struck:Struck")
+    process = spawn("run", "echo:", "x", "-o", where)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out) == (130, b"")
+    assert err == b""
+
+
 @POSIX
 def test_a_second_interrupt_forces_the_end(site, spawn):
     site.module("command_test_busy", BUSY)

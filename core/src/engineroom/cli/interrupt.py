@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Any, Final, TypeVar
 
 from engineroom.border import run_to_end
@@ -46,6 +47,8 @@ def run_interruptible(work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
         signal.signal(signal.SIGINT, interruption)
     try:
         with asyncio.Runner() as runner:
+            if replace:
+                _wake_by_signals(runner.get_loop(), interruption)
             result = run_to_end(runner, followed())
     except BaseException as error:
         if interruption.count:
@@ -58,6 +61,17 @@ def run_interruptible(work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
     if interruption.count:
         raise KeyboardInterrupt
     return result
+
+
+def _wake_by_signals(loop: asyncio.AbstractEventLoop, handler: Callable[..., None]) -> None:
+    """Have a signal end the loop's wait, whichever thread of the process it was delivered to.
+
+    Python's handlers run in the main thread, once that is awake; only a signal of its own wakes it.
+    The loop has a descriptor for that, where it handles one itself. On Windows it always has.
+    """
+    with suppress(NotImplementedError):
+        loop.add_signal_handler(signal.SIGINT, int)  # nothing: ``handler`` does what there is to do
+        signal.signal(signal.SIGINT, handler)
 
 
 class _Interruption:

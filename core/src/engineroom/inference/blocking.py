@@ -7,9 +7,10 @@ other threads go there; otherwise the portal starts a thread with a loop, which 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import threading
 from collections.abc import Callable, Coroutine, Iterator
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from engineroom.border import get_logger, log_failure
 from engineroom.errors import ConfigurationError
@@ -20,6 +21,9 @@ from engineroom.schemas import InferenceResponse
 __all__ = ["BlockingPortal", "BlockingStream"]
 
 logger = get_logger("engineroom.service")
+
+_HEARS_S: Final = 0.2
+"""So long, and the main thread hears of signals that were given to others."""
 
 _T = TypeVar("_T")
 
@@ -60,6 +64,7 @@ class BlockingPortal:
         loop = self._loop()
         future = asyncio.run_coroutine_threadsafe(work(), loop)
         try:
+            _wait(future)
             return future.result()
         except BaseException:
             future.cancel()
@@ -106,6 +111,15 @@ class BlockingPortal:
                 self._thread.start()
                 self._own = own
             return self._own
+
+
+def _wait(future: concurrent.futures.Future[Any]) -> None:
+    """Until it is done. Python's handlers of signals run in the main thread, between its waits: one
+    without end would hold them up on Windows, and where another thread was given the signal.
+    """
+    if threading.current_thread() is threading.main_thread():
+        while not future.done():
+            concurrent.futures.wait([future], timeout=_HEARS_S)
 
 
 def _serve(loop: asyncio.AbstractEventLoop) -> None:
