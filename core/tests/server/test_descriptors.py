@@ -107,10 +107,22 @@ def test_a_server_raises_its_limit_and_tells_when_it_is_reached(tmp_path):
             ["/bin/sh", "-c", command], stdout=subprocess.PIPE, stderr=written
         )
     connections = []
+
+    def status(connection: socket.socket) -> bytes:
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        answer = b""
+        while not answer.endswith(b"}") and (part := connection.recv(65536)):
+            answer += part
+        return answer.split(b"\r\n")[0]
+
     try:
         port = int(process.stdout.readline().rsplit(b":", 1)[1])
         assert resource.prlimit(process.pid, resource.RLIMIT_NOFILE) == (90, 90)
         assert "too few for 200 connections" in log.read_text()
+        for _ in range(20):
+            connections += [socket.create_connection(("127.0.0.1", port), timeout=10)]
+        early = connections[5]
+        assert status(early) == b"HTTP/1.1 200 OK"
         for _ in range(100):
             connections += [socket.create_connection(("127.0.0.1", port), timeout=10)]
         for _ in range(400):
@@ -119,13 +131,14 @@ def test_a_server_raises_its_limit_and_tells_when_it_is_reached(tmp_path):
             time.sleep(0.05)
         else:
             raise AssertionError(log.read_text())
+        # Who has a connection is answered on it as before, and whoever comes later once others go.
+        assert [status(early) for _ in range(3)] == [b"HTTP/1.1 200 OK"] * 3
         for connection in connections:
             connection.close()
         for _ in range(400):
             with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
-                connection.sendall(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n")
                 try:
-                    if connection.recv(12) == b"HTTP/1.1 200":
+                    if status(connection) == b"HTTP/1.1 200 OK":
                         break
                 except OSError:
                     pass
