@@ -95,6 +95,22 @@ def test_a_refusal_names_the_kind(kind, wrong):
     assert refused(params={"structured_output": {kind: wrong}}).startswith(f"{FORM}.{kind}: ")
 
 
+@pytest.mark.parametrize("traits", [PLAIN, XML])
+def test_what_is_too_deep_is_told_where_and_by_how_much(traits):
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(50):
+        schema = {"type": "object", "properties": {"a": schema, "b": {"type": "string"}}}
+    advice = "64 levels of objects and lists, and is deeper at properties"
+    message = refused(params={"structured_output": {"json_schema": city(schema)}})
+    assert message.startswith(f"{FORM}.json_schema: ") and len(message) < 500
+    assert f"{advice}.city.properties.a.properties.a" in message
+    assert "it has 103; move what is deep into $defs, and refer to it by $ref" in message
+    tools = [{"name": "f", "parameters": city(schema)}]
+    message = refused(traits, tools=tools, tool_choice="required")
+    assert message.startswith("tools.0.function.parameters") and "tool 'f'" in message
+    assert advice in message and "refer to it by $ref" in message
+
+
 def test_a_schema_in_a_grammar_is_looked_at_as_well():
     grammar = 'start: %json {"properties": {"a": {"$ref": "#/properties/a"}}}'
     message = refused(params={"structured_output": {"grammar": grammar}})

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import islice, takewhile
 from math import isfinite
 from typing import Annotated, Any, ClassVar, Final
@@ -48,6 +48,7 @@ __all__ = [
     "either",
     "half_of_pair",
     "json_of",
+    "levels_exceeded",
     "no_booleans",
 ]
 
@@ -56,6 +57,10 @@ _HALF: Final = "half of a surrogate pair"
 _ESCAPED_HALF: Final = re.compile(r"\\u[dD][89a-fA-F]")
 _MAX_PLACE: Final = 200
 _MAX_LOOKED_THROUGH: Final = 10_000
+MAX_LEVELS: Final = 254
+"""Of objects and lists in a JSON value; deeper ones cannot be written."""
+_TOO_DEEP: Final = "serialization depth"
+"""In what pydantic says of them."""
 
 
 def _no_control_characters(value: str) -> str:
@@ -95,7 +100,38 @@ def json_of(value: Any) -> bytes:
         return to_json(value)
     except PydanticSerializationError as error:
         problem = str(error)
+    if _TOO_DEEP in problem:
+        raise ValueError(f"{levels_exceeded(value, MAX_LEVELS)}; make it flatter")
     raise ValueError(f"must be JSON, but cannot be written as such ({problem:.200})")
+
+
+def levels_exceeded(value: Any, most: int) -> str:
+    """What to say of a JSON value of more than so many levels of objects and lists."""
+    place = _deepest(value, most)
+    where = f", and is deeper at {place}" if place else ""
+    return f"may have {most} levels of objects and lists{where}"
+
+
+def _deepest(value: Any, most: int) -> str:
+    """How the way to what is deeper begins; empty where that is not found at once."""
+    todo: list[tuple[Any, int, str]] = [(value, 1, "")]
+    for _ in range(_MAX_LOOKED_THROUGH):
+        if not todo:
+            break
+        part, level, at = todo.pop()
+        if level > most:
+            return at if len(at) < _MAX_PLACE else f"{at}…"
+        items: Iterable[tuple[Any, Any]] = ()
+        if isinstance(part, Mapping):
+            items = islice(part.items(), _MAX_LOOKED_THROUGH)
+        elif isinstance(part, list | tuple):
+            items = enumerate(islice(part, _MAX_LOOKED_THROUGH))
+        todo += [
+            (item, level + 1, f"{at}.{key}"[:_MAX_PLACE].lstrip("."))
+            for key, item in items
+            if isinstance(item, Mapping | list | tuple)
+        ]
+    return ""
 
 
 def check_values(*parts: bytes) -> None:

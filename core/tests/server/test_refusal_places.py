@@ -120,6 +120,34 @@ def test_a_reference_to_itself_is_refused_before_the_stream_begins(url, route):
     assert "guided_json.properties.a: a $ref" in message
 
 
+DEEPER = "levels of objects and lists, and is deeper at "
+
+
+@pytest.mark.parametrize(
+    ("route", "field", "levels", "said"),
+    [
+        (CHAT, "guided_json", 70, f"guided_json: the JSON schema may have 64 {DEEPER}items.items"),
+        (CHAT, "guided_json", 400, f"guided_json: may have 254 {DEEPER}items.items"),
+        (CHAT, "tools", 70, f"tool 'f': the JSON schema may have 64 {DEEPER}items.items"),
+        (CHAT, "tools", 400, f"tools: may have 254 {DEEPER}0.function.parameters.items"),
+        (CHAT, "chat_template_kwargs", 400, f"chat_template_kwargs: may have 254 {DEEPER}items"),
+        (RESPONSES, "guided_json", 400, f"guided_json: may have 254 {DEEPER}items"),
+        (MESSAGES, "guided_json", 400, f"guided_json: may have 254 {DEEPER}items"),
+        (OWN, "template_args", 400, f"template_args: may have 254 {DEEPER}items"),
+    ],
+)
+def test_what_is_too_deep_is_told_by_its_place(url, route, field, levels, said):
+    deep: Any = {}
+    for _ in range(levels):
+        deep = {"items": deep}
+    fields: dict[str, Any] = {field: deep}
+    if field == "tools":
+        fields = {"tools": [function("f", deep)], "tool_choice": "required"}
+    message = refused(url, route, fields)["message"]
+    assert said in message
+    assert ("make it flatter" if levels == 400 else "refer to it by $ref") in message
+
+
 def test_half_a_character_in_arguments_is_refused_by_field(url):
     def history(arguments: str) -> dict[str, Any]:
         call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from engineroom.errors import ConfigurationError
+from engineroom.field_types import levels_exceeded
 from engineroom.generation.json_schemas import pointed_at
 from engineroom.schemas import MAX_GRAMMAR_CHARS, MAX_LITERAL_CHARS
 
@@ -43,6 +44,7 @@ _AFTER_NAME: Final = re.compile(r"(?:[\[{][^\]}\n]{0,200}[\]}]\s*+){0,2}:")
 _JSON: Final = re.compile(r"%json\s*+(?=[{\[])")
 _WORDS: Final = frozenset({"title", "description", "$comment", "default", "examples"})
 """Keys whose values constrain nothing."""
+_FLATTER: Final = "move what is deep into $defs, and refer to it by $ref"
 _REFERENCES: Final = ("$ref", "$dynamicRef", "$recursiveRef")
 
 
@@ -82,7 +84,10 @@ def schemas_in(text: str) -> Iterator[Any]:
         try:
             yield decoder.raw_decode(text, match.end())[0]
         except RecursionError:
-            raise _too_deep() from None
+            raise ConfigurationError(
+                f"a JSON schema in it may have {MAX_GRAMMAR_DEPTH} levels of objects and lists, "
+                f"and has many more; {_FLATTER}"
+            ) from None
         except ValueError:  # llguidance says where it is wrong
             continue
 
@@ -113,7 +118,8 @@ def check_schema(schema: Any) -> None:
         parent = nodes[place][1]
         heights[parent] = max(heights[parent], heights[place] + 1)
     if heights[0] > MAX_GRAMMAR_DEPTH:
-        raise _too_deep()
+        said = levels_exceeded(schema, MAX_GRAMMAR_DEPTH)
+        raise ConfigurationError(f"the JSON schema {said}; it has {heights[0]}; {_FLATTER}")
     height_of = {id(node): height for (node, _), height in zip(nodes, heights, strict=True)}
     _check_references(schema, references, height_of, heights[0])
 
@@ -157,7 +163,3 @@ def _check_references(
                 f"the JSON schema and what it refers to have more than {MAX_REFERRED_DEPTH} levels "
                 "together; use fewer or flatter definitions"
             )
-
-
-def _too_deep() -> ConfigurationError:
-    return ConfigurationError(f"the JSON schema is nested deeper than {MAX_GRAMMAR_DEPTH} levels")

@@ -192,7 +192,11 @@ class Call:
         try:
             return _decode(data)
         except (RecursionError, msgspec.MsgspecError, UnicodeDecodeError) as error:
-            why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+            why = (
+                "it is nested too deeply; make it flatter"
+                if isinstance(error, RecursionError)
+                else str(error)
+            )
             raise ApiError(400, f"the body is no valid JSON: {why}", "invalid_json") from error
 
     # ── what is refused ──────────────────────────────────────────────────────────────────────
