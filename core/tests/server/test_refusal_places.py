@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -118,6 +119,18 @@ def test_a_reference_to_itself_is_refused_before_the_stream_begins(url, route):
     itself = {"type": "object", "properties": {"a": {"$ref": "#/properties/a"}}}
     message = refused(url, route, {"guided_json": itself, "stream": True})["message"]
     assert "guided_json.properties.a: a $ref" in message
+
+
+def test_without_llguidance_a_refusal_says_what_was_asked(url, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    tools = [function("now", GOOD)]
+    error = refused(url, CHAT, {"tools": tools, "tool_choice": "required"})
+    assert error["param"] == "tool_choice"
+    assert " tool_choice: 'required' needs the library llguidance" in error["message"]
+    schema = refused(url, CHAT, {"response_format": NAMED})
+    assert " response_format.json_schema.schema: structured output needs" in schema["message"]
+    for found in (error, schema):
+        assert 'pip install "engineroom[structured]"' in found["message"]
 
 
 DEEPER = "levels of objects and lists, and is deeper at "

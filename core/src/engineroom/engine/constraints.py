@@ -20,8 +20,7 @@ import numpy as np
 from engineroom.engine.constraint import Constraint
 from engineroom.engine.reasoning_budget import BudgetedConstraint, ReasoningBudget
 from engineroom.errors import ConfigurationError
-from engineroom.generation.answer_grammars import refusal
-from engineroom.generation.grammars import missing_library
+from engineroom.generation.answer_grammars import lacking, refusal
 from engineroom.generation.traits import PLAIN, ModelTraits
 from engineroom.prompts.model_tokens import ModelTokens
 from engineroom.prompts.reading import in_lane
@@ -73,8 +72,11 @@ class GrammarCompiler:
         return await in_lane(self._codec, work, key=request.key_name, size=_size(request))
 
     def _begin(self, request: InferenceRequest, tail: str | None) -> Constraint | None:
+        budget = reasoning_budget_of(self._codec, request, tail)
+        if request.constrained or budget is not None:
+            _check_library(request)
         constraint = self._match(request, tail) if request.constrained else None
-        if (budget := reasoning_budget_of(self._codec, request, tail)) is None:
+        if budget is None:
             return constraint
         table, width, _ = self._table()
         return BudgetedConstraint(constraint, budget, partial(_piece, table), width)
@@ -116,12 +118,18 @@ class GrammarCompiler:
             return self._vocabulary
 
 
+def _check_library(request: InferenceRequest) -> None:
+    """:raises ConfigurationError: llguidance is not installed; names what needs it."""
+    try:
+        import llguidance  # noqa: F401 - whether it is there
+    except ImportError as error:
+        raise lacking(request, error) from error
+
+
 def _vocabulary(tokens: ModelTokens) -> tuple[Any, int, frozenset[int]]:
     """The vocabulary in llguidance's form, how many logits it has, and what ends a text."""
-    try:
-        from llguidance import LLTokenizer, TokenizerWrapper
-    except ImportError as error:
-        raise missing_library(error) from error
+    from llguidance import LLTokenizer, TokenizerWrapper
+
     if not tokens.ends:
         raise ConfigurationError("the model has no token that ends a text; a grammar needs one")
     width = len(tokens.pieces)
@@ -235,6 +243,7 @@ async def grammar_of(codec: Any, request: InferenceRequest, tail: str | None = N
         return None
 
     def read() -> str:
+        _check_library(request)
         grammar = _traits_of(codec).grammar(request, tail)
         _matcher(_bytes_alone(), grammar, request)
         return grammar

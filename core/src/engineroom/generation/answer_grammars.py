@@ -21,13 +21,14 @@ from engineroom.generation.grammars import (
     first_line,
     grammar_text,
     literal,
+    missing_library,
 )
 from engineroom.generation.json_schemas import place_of
 from engineroom.generation.tool_grammars import call_rules, calls_in_text_rules
 from engineroom.schemas import InferenceRequest, StructuredOutput
 from engineroom.tools import CallableTool, NamedTool, callable_tools
 
-__all__ = ["Thoughts", "WholeAnswer", "answer_grammar", "refusal"]
+__all__ = ["Thoughts", "WholeAnswer", "answer_grammar", "lacking", "refusal"]
 
 _TEXT: Final = "TEXT: /(.|\\n)*/\n"
 _BLANKS: Final = "BLANKS: /[ \\n]{0,4}/\n"
@@ -137,6 +138,22 @@ def refusal(request: InferenceRequest, grammar: str, error: str) -> Configuratio
             ["structured_output"] * (output is not None) + ["tools"] * (tools is not None)
         )
     return ConfigurationError(f"{what} cannot be honoured: {wrong}".lstrip(), field=field)
+
+
+def lacking(request: InferenceRequest, error: ImportError) -> ConfigurationError:
+    """What is said where the answer to a request must match something, without llguidance."""
+    output, choice = request.params.structured_output, request.tool_choice
+    if isinstance(output, WholeAnswer) and output.asked is not None:
+        return lacking(output.asked, error)
+    if request.requires_call:
+        named = f"tool {choice.name!r}" if isinstance(choice, NamedTool) else repr(choice)
+        return missing_library(error, "tool_choice", named)
+    for name, tool in callable_tools(request.offered_tools or ()).items():
+        if tool.strict:
+            return missing_library(error, tool.field, f"strict of tool {name!r}")
+    if output is not None:
+        return missing_library(error, f"{FORM}.{output.kind}", "structured output")
+    return missing_library(error, "reasoning_budget", "a bound of the reasoning")
 
 
 def _accused(

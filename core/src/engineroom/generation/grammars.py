@@ -235,7 +235,7 @@ def _lark(grammar: str) -> str:
     try:
         from llguidance.gbnf_to_lark import gbnf_to_lark
     except ImportError as error:
-        raise missing_library(error) from error
+        raise missing_library(error, f"{FORM}.grammar", "GBNF") from error
     try:
         return str(gbnf_to_lark(_distinct(_LETTER.sub(_letter, grammar))))
     except Exception as error:
@@ -244,10 +244,16 @@ def _lark(grammar: str) -> str:
         raise ConfigurationError(f"it is not valid GBNF: {str(error)[:300]}") from error
 
 
-def missing_library(error: ImportError) -> ConfigurationError:
-    """What to say where llguidance is not installed."""
+def missing_library(error: ImportError, field: str, what: str) -> ConfigurationError:
+    """What to say where llguidance is not installed.
+
+    :param field: of the request, which cannot be honoured without it.
+    :param what: of that field needs it.
+    """
     return ConfigurationError(
-        f'structured output needs llguidance ({error}); pip install "engineroom[structured]"'
+        f"{what} needs the library llguidance, which is not installed ({error}); "
+        'pip install "engineroom[structured]"',
+        field=field,
     )
 
 
