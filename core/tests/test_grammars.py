@@ -150,7 +150,7 @@ def test_a_schema_that_is_nested_too_deep_is_refused():
     schema = {}
     for _ in range(MAX_GRAMMAR_DEPTH):
         schema = {"items": schema}
-    with pytest.raises(ConfigurationError, match="may have 64 levels .* and is deeper at items\\.items"):
+    with pytest.raises(ConfigurationError, match=r"64 levels .* deeper at items\.items"):
         json_rule(schema)
 
 

@@ -78,14 +78,31 @@ class InferenceResponse(BaseModel):
 
     _cause: BaseException | None = PrivateAttr(default=None)
     _begun: tuple[tuple[int, bool], ...] = PrivateAttr(default=())
+    _entries: tuple[int, ...] = PrivateAttr(default=())
 
-    def place_calls(self, begun: Iterable[tuple[int, bool]]) -> None:
+    def place_calls(
+        self, begun: Iterable[tuple[int, bool]], entries: Iterable[int] | None = None
+    ) -> None:
         """Where calls have begun.
 
         :param begun: for each that did, in their order, how many characters of the text stand
             before it, and whether it is one of the ``tool_calls``, or was cut or none after all.
+        :param entries: for each, how many of the ``logprobs`` came with the text before it.
         """
         self._begun = tuple(begun)
+        self._entries = (0,) * len(self._begun) if entries is None else tuple(entries)
+
+    @property
+    def logprobs_of_texts(self) -> list[int]:
+        """For each text among the :attr:`parts` but the last, how many of the ``logprobs`` have
+        come up to its end. What comes then, those of calls among them, belongs to the next text.
+        """
+        ends: list[int] = []
+        start = 0
+        for (place, _), entries in zip(self._begun, self._entries, strict=True):
+            ends += [entries] if place > start else []
+            start = max(start, place)
+        return ends if start < len(self.generated_text or "") else ends[:-1]
 
     @property
     def parts(self) -> list[str | ToolCall]:

@@ -17,7 +17,7 @@ from server_doubles import TalkHandler
 
 from engineroom import TokenLogprob, TokenStep
 from engineroom.engine import logprob_maker
-from engineroom.server.apis.openai_logprobs import ENTRIES, encoded
+from engineroom.server.apis.openai_logprobs import ENTRIES, encoded, listed
 from engineroom.server.http.rounds import Rounds
 
 TEXT = "é 🌸x"
@@ -172,5 +172,5 @@ async def test_entries_are_let_go_of_as_they_are_encoded() -> None:
     alive += range(5 * ENTRIES)
     entries = [Entry(token_id=i, token="a", logprob=-0.5) for i in alive]
     body = await encoded(Counting(), entries)
-    assert len(json.loads(bytes(body))) == 5 * ENTRIES
+    assert len(json.loads(bytes(listed(body)))) == 5 * ENTRIES
     assert left == [n * ENTRIES for n in (5, 4, 3, 2, 1)] and not alive

@@ -133,6 +133,54 @@ def test_there_are_as_many_log_probabilities_as_tokens(run, text, size):
         assert said.entries == said.tokens == -(-len(text) // size)
 
 
+TWO_TEXTS = f"one. {call('say', '{}')}\ntwo. {call('run', '{}')}\nthree."
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        TWO_TEXTS,
+        f"<think>so</think>{TWO_TEXTS}",
+        f"{TWO_TEXTS}{call('say', '{}')}",
+        f"{call('say', '{}')}one.{call('say', '{}')}",
+        f"one.{call('say', '{oh')}two.",
+        "just text",
+    ],
+)
+@pytest.mark.parametrize("size", [1, 3, 7, 1000])
+def test_log_probabilities_are_divided_alike_in_whole_and_in_streams(run, text, size):
+    run.handler.text, run.handler.size = text, size
+    body = {
+        "model": "m",
+        "input": "x",
+        "tools": [{"type": "function", **tool["function"]} for tool in TOOLS],
+        "include": ["message.output_text.logprobs"],
+    }
+
+    def post(**more):
+        answer = httpx.post(f"{run.url}/v1/responses", json={**body, **more}, timeout=60)
+        assert answer.status_code == 200, answer.text
+        return answer
+
+    def of_texts(response):
+        parts = [part for item in response["output"] for part in item.get("content", ())]
+        texts = [part for part in parts if part["type"] == "output_text"]
+        return [(part["text"], [e["token"] for e in part["logprobs"]]) for part in texts]
+
+    whole = post().json()
+    lines = post(stream=True).text.splitlines()
+    events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    assert of_texts(whole) == of_texts(events[-1]["response"])
+    written = "".join(token for _, tokens in of_texts(whole) for token in tokens)
+    assert written == text
+    told = [e for e in events if e["type"] == "response.output_text.delta"]
+    streamed = "".join(entry["token"] for event in told for entry in event["logprobs"])
+    assert text.startswith(streamed)
+    chat = {"model": "m", "messages": [{"role": "user", "content": "x"}], "tools": TOOLS}
+    answer = httpx.post(f"{run.url}/v1/chat/completions", json={**chat, "logprobs": True}).json()
+    assert "".join(e["token"] for e in answer["choices"][0]["logprobs"]["content"]) == text
+
+
 @pytest.mark.parametrize("size", [1, 4, 1000])
 def test_reasoning_is_no_content(run, size):
     text = f"<think>\nI </thi {{ see\n</think>\n\nYes. {call('run', '{}')}"

@@ -58,6 +58,11 @@ class ParsedOutput:
     _complete: list[int] = field(default_factory=list)
     _before: list[int] = field(default_factory=list)  # characters of content in front of each call
     _shown: int = 0
+    entries: int = 0
+    """Log probabilities that have come."""
+    entries_before: list[int] = field(default_factory=list)
+    """For each call that has begun, how many of them came up to the last content before it."""
+    _entries_shown: int = 0
 
     def __post_init__(self) -> None:
         self._places = None if self.reader.reasoned is None else TokenPlaces()
@@ -134,6 +139,7 @@ class ParsedOutput:
                     call_id = new_call_id()
                     self._calls.append((call_id, event.name, []))
                     self._before.append(self._shown)
+                    self.entries_before.append(self._entries_shown)
                     self.chunks.append(ToolCallDelta(event.call, call_id, event.name))
             elif isinstance(event, CallArguments):
                 self._calls[event.call][2].append(event.text)
@@ -150,6 +156,7 @@ class ParsedOutput:
         if text:
             self.content.append(text)
             self._shown += len(text)
+            self._entries_shown = self.entries
             self.chunks.append(text)
 
 
@@ -199,6 +206,8 @@ class Generation:
             if self.logprobs is None:
                 self.logprobs = []
             self.logprobs.extend(step.logprobs)
+            if self.parsed is not None:
+                self.parsed.entries = len(self.logprobs)
         if tokens := step.token_ids:
             if self._first_at is None:
                 self._first_at = time.perf_counter()
@@ -288,5 +297,5 @@ class Generation:
                 "mend the plugin"
             ) from None
         if self.parsed is not None:
-            response.place_calls(self.parsed.begun)
+            response.place_calls(self.parsed.begun, self.parsed.entries_before)
         return response

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import repeat
 from typing import Final
 
@@ -12,7 +12,7 @@ from engineroom.schemas import TokenLogprob
 from engineroom.server.http.frames import Answer, dumps, taken
 from engineroom.server.http.rounds import Rounds
 
-__all__ = ["ENTRIES", "TokenEntry", "TopLogprob", "bytes_of", "encoded", "token_entries"]
+__all__ = ["ENTRIES", "TokenEntry", "TopLogprob", "bytes_of", "encoded", "listed", "token_entries"]
 
 ENTRIES: Final = 64
 """Log probabilities of so many tokens are encoded at a time."""
@@ -60,10 +60,15 @@ def token_entries(logprobs: Sequence[TokenLogprob]) -> list[TokenEntry]:
     ]
 
 
-async def encoded(rounds: Rounds, logprobs: list[TokenLogprob]) -> msgspec.Raw:
+async def encoded(rounds: Rounds, logprobs: list[TokenLogprob]) -> list[bytes]:
     """The entries, some in each round of the event loop; they are taken out of the list."""
-    parts: list[bytes] = []
+    entries: list[bytes] = []
     for some in taken(logprobs, ENTRIES):
         await rounds.next()
-        parts.append(dumps(token_entries(some))[1:-1])
-    return msgspec.Raw(b"[" + b",".join(parts) + b"]")
+        entries += map(dumps, token_entries(some))
+    return entries
+
+
+def listed(entries: Iterable[bytes]) -> msgspec.Raw:
+    """Encoded entries, as the list of them."""
+    return msgspec.Raw(b"[" + b",".join(entries) + b"]")

@@ -271,7 +271,7 @@ class ResponsesWriter(Writer):
         self._items = ItemWriter(call.id)
         self._rounds = call.context.rounds
         self._streams = bool(request.stream)
-        self._entries: Any = []
+        self._entries: list[bytes] = []
 
     async def prepare(self, index: int, logprobs: list[TokenLogprob] | None) -> None:
         """Encode the log probabilities of a whole answer."""

@@ -9,7 +9,7 @@ import msgspec
 
 from engineroom.generation.deltas import ReasoningDelta, ToolCallDelta
 from engineroom.schemas import InferenceResponse, TokenLogprob
-from engineroom.server.apis.openai_logprobs import TokenEntry, token_entries
+from engineroom.server.apis.openai_logprobs import TokenEntry, listed, token_entries
 from engineroom.server.apis.tool_fields import is_object
 from engineroom.server.http.frames import Answer, dumps, json_text, named_event
 
@@ -95,14 +95,16 @@ class ItemWriter:
     # ── whole ────────────────────────────────────────────────────────────────────────────────
 
     def items_of(
-        self, response: InferenceResponse, status: ItemStatus, logprobs: Any = ()
+        self, response: InferenceResponse, status: ItemStatus, entries: Sequence[bytes] = ()
     ) -> list[OutputItem]:
         """Those of a whole answer: what a stream's last event has.
 
-        :param logprobs: entries for its first text, or what they are encoded.
+        :param entries: its log probabilities, encoded; each text has those that come with it, and
+            those of what stands before it. The last one has all that are left.
         """
         items: list[OutputItem] = []
-        parts = response.parts
+        parts, start = response.parts, 0
+        ends = [*response.logprobs_of_texts, len(entries)]
         # What is last is as complete as the answer, unless the end cut a call behind it.
         last: ItemStatus = "completed" if response.cut_call else status
         if response.reasoning:
@@ -113,11 +115,12 @@ class ItemWriter:
             parts = [""]
         for place, made in enumerate(parts, 1):
             if isinstance(made, str):
-                text = OutputText(text=made, logprobs=logprobs)
+                end = ends.pop(0)
+                own: Any = listed(entries[start:end])
+                text, start = OutputText(text=made, logprobs=own), end
                 item_id = self._id(OutputMessage, len(items))
                 ended = last if place == len(parts) else "completed"
                 items.append(OutputMessage(id=item_id, status=ended, content=[text]))
-                logprobs = ()
                 continue
             item_id = self._id(FunctionCallItem, len(items))
             items.append(
@@ -206,7 +209,21 @@ class ItemWriter:
         if not items and not response.cut_call:
             ended += self.message() + self._end(status)
             items.append(self._items[-1])
+        self._add_waiting(items)
         return ended, items
+
+    def _add_waiting(self, items: list[OutputItem]) -> None:
+        """Log probabilities behind the last text go with it, in the final response."""
+        places = [n for n, item in enumerate(items) if isinstance(item, OutputMessage)]
+        if not (places and self._waiting):
+            return
+        item = items[places[-1]]
+        assert isinstance(item, OutputMessage)
+        (part,) = item.content
+        told = [dumps(part.logprobs)[1:-1]] if part.logprobs != msgspec.Raw(b"[]") else []
+        own: Any = listed([*told, *map(dumps, token_entries(self._waiting))])
+        part = msgspec.structs.replace(part, logprobs=own)
+        items[places[-1]] = msgspec.structs.replace(item, content=[part])
 
     def _begin(
         self,
