@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +226,52 @@ def test_a_tokenizer_of_short_prompts(stage: Stage, caplog: pytest.LogCaptureFix
     for_each(stage, (lambda: stage.engine().codec, "read"), stage.text, LOOP, caplog)
 
 
+def test_the_thread_that_long_texts_have(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
+    """Where llama.cpp's tokenizer needs a stack as deep as the text is long."""
+    if stage.runtime != "llamacpp":
+        pytest.skip("only llama.cpp has one")
+
+    def long() -> httpx.Response:
+        return stage.text(prompt="once upon a time, " * 80)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for model in ("m", "bad"):
+            patch.setattr(stage.engine(model).codec, "_has_expressions", True)
+        where = (lambda: stage.engine().codec, "_array")
+        for_each(stage, where, long, "llamacpp-tokenize", caplog)
+
+
+@pytest.mark.parametrize("question", ["generate_tokens", "traits", "health"])
+def test_what_a_handler_is_asked_about_one_model(
+    stage: Stage, question: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the event loop. A model of which it cannot say how it is, is not well until it can."""
+    expected, asked = stage.text(), getattr(stage.handler, question)
+    with neighbour(stage):
+        for name, error in RAISED.items():
+            fail = stage.failing(error)
+            caplog.clear()
+            stage.threads.clear()
+
+            def about_bad(
+                loaded: Any, *more: Any, fail: Callable[..., Any] = fail, **named: Any
+            ) -> Any:
+                return (fail if loaded.model_id == "bad" else asked)(loaded, *more, **named)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(stage.handler, question, about_bad)
+                if question == "health":
+                    assert stage.reasons() == ["the engine of bad is not well"], name
+                    assert httpx.get(f"{stage.url}/metrics").status_code == 200
+                else:
+                    refused(stage.text())
+                    assert stage.ready(), name
+                assert stage.text(model="m", max_tokens=2).status_code == 200
+            assert stage.threads and all(t.startswith(LOOP) for t in stage.threads), stage.threads
+            assert "Traceback" in caplog.text
+            assert stage.ready() and _content(stage.text()) == _content(expected), name
+
+
 def test_a_grammar(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("llguidance")
     constraints = importlib.import_module("engineroom.engine.constraints")
@@ -366,42 +411,3 @@ def test_the_thread_of_generate(stage: Stage) -> None:
         return stage.text(num_beams=2)
 
     _dies_and_comes_back(stage, "bad", break_it, beams, GENERATE)
-
-
-@pytest.mark.parametrize("name", RAISED)
-@pytest.mark.parametrize("where", ["import", "constructor"])
-def test_a_plugin_that_cannot_be_used(
-    where: str,
-    name: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """The one that is installed for another runtime; the server begins, and serves its own."""
-    for module in NEEDED["llamacpp"]:
-        pytest.importorskip(module)
-    pytest.importorskip("engineroom_hf_transformers")
-    load: Any = EntryPoint.load
-
-    def fail(*_: Any) -> Any:
-        error = RAISED[name]()
-        raise error
-
-    def hostile(self: EntryPoint) -> Any:
-        if self.name != "hf_transformers":
-            return load(self)
-        return fail() if where == "import" else type("Hostile", (), {"__init__": fail})
-
-    monkeypatch.setattr(EntryPoint, "load", hostile)
-    talks = deployment(tmp_path, "llamacpp", 256)["models"][0]
-    other = {"model_id": "bad", "source": str(tmp_path), "runtime": "hf_transformers"}
-    with served(LLMModelManager(config={"models": [talks, {**other, "preload": False}]})) as at:
-        url = at[0]
-        answers = [
-            httpx.post(f"{url}/v1/completions", json=ask(model, 4, False), timeout=60)
-            for model in ("m", "bad", "m")
-        ]
-        assert [answer.status_code == 200 for answer in answers] == [True, False, True]
-        assert answers[1].json()["error"]["code"] == "model_not_loaded"
-        assert "quarantined" in caplog.text and "Traceback" in caplog.text
-        assert httpx.get(f"{url}/readyz").status_code == 200

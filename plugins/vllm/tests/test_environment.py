@@ -112,3 +112,18 @@ def test_the_main_module_is_shown_again_once_the_processes_run() -> None:
         while main.__spec__ is not before[1] or getattr(main, "__file__", None) != before[0]:
             pass
     assert (getattr(main, "__file__", None), main.__spec__) == before
+
+
+def test_it_is_shown_again_where_it_cannot_be_said_whether_they_run() -> None:
+    main = sys.modules["__main__"]
+    before = (getattr(main, "__file__", None), main.__spec__)
+
+    asked = threading.Event()
+
+    def fail() -> bool:
+        asked.set()
+        raise SystemExit(3)
+
+    with environment.hidden_main(fail):
+        assert asked.wait(20)
+    assert (getattr(main, "__file__", None), main.__spec__) == before

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import logging.config
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -58,6 +61,48 @@ def test_another_process_writes_where_it_is_told(
     assert ("engineroom.vllm", "INFO", "model 'm': the weights were loaded in 2.50 s") in said
     assert ("engineroom.vllm.library", "WARNING", "it went wrong") in said
     assert Path(config).parent == tmp_path
+
+
+@pytest.mark.usefixtures("plain")
+@pytest.mark.parametrize("whose", ["log handler", "log handler of all", "footprint"])
+def test_the_thread_that_tells_goes_on_whatever_is_raised_in_it(tmp_path: Path, whose: str) -> None:
+    log, raised, looks = EngineLog("m", tmp_path), list[str](), itertools.count(1)
+    file = file_of(log)
+    heard: list[str] = []
+    went_on = threading.Event()
+
+    class Hostile(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            heard.append(record.getMessage())
+            if "second" in heard[-1]:
+                went_on.set()
+            if whose != "footprint" and not went_on.is_set():
+                raised.append(record.getMessage())
+                raise SystemExit(3)
+
+    def look() -> None:
+        if whose == "footprint" and next(looks) == 1:
+            raised.append("looked")
+            raise SystemExit(3)
+
+    handler = Hostile()
+    told = logging.getLogger(
+        "engineroom.vllm" if whose == "log handler of all" else "engineroom.vllm.library"
+    )
+    told.addHandler(handler)
+    told.setLevel(logging.DEBUG)
+    try:
+        log.follow(look)
+        file.write_text("INFO\tfirst\n", encoding="utf-8")
+        while not raised:
+            time.sleep(0.01)
+        with file.open("a", encoding="utf-8") as more:
+            more.write("INFO\tsecond\n")
+        assert went_on.wait(20)
+    finally:
+        log.rest()
+        told.removeHandler(handler)
+        told.setLevel(logging.NOTSET)
 
 
 @pytest.mark.usefixtures("plain")

@@ -73,10 +73,12 @@ def hidden_main(started: Callable[[], bool]) -> Iterator[None]:
     done = threading.Event()
 
     def wait() -> None:
-        while not done.wait(0.05) and not started():
-            pass
-        for name, value in before.items():
-            setattr(main, name, value)
+        try:
+            while not done.wait(0.05) and not started():
+                pass
+        finally:
+            for name, value in before.items():
+                setattr(main, name, value)
 
     if "__file__" in before:
         del main.__file__

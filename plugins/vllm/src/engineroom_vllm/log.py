@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from engineroom import Border
 from engineroom_vllm.library import logging_is_the_users
 
 __all__ = ["EngineLog"]
@@ -116,9 +117,17 @@ class EngineLog:
 
     def _follow(self, meanwhile: Callable[[], None]) -> None:
         while not self._done.wait(_LOOK_S):
-            self._tell()
-            meanwhile()
-        self._tell()
+            self._undisturbed(self._tell)
+            self._undisturbed(meanwhile)
+        self._undisturbed(self._tell)
+
+    def _undisturbed(self, call: Callable[[], None]) -> None:
+        """Call what may raise anything, as an application's log handlers: the thread goes on."""
+        try:
+            with Border(logger, "following the log of vLLM's processes", self._name):
+                call()
+        except BaseException:  # noqa: BLE001, S110 - it was logged, or it is the log that fails
+            pass
 
     def _tell(self) -> None:
         try:
