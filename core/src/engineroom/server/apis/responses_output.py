@@ -220,8 +220,8 @@ class ItemWriter:
         item = items[places[-1]]
         assert isinstance(item, OutputMessage)
         (part,) = item.content
-        told = [dumps(part.logprobs)[1:-1]] if part.logprobs != msgspec.Raw(b"[]") else []
-        own: Any = listed([*told, *map(dumps, token_entries(self._waiting))])
+        told = dumps(part.logprobs)[1:-1]
+        own: Any = listed([*filter(None, [told]), *map(dumps, token_entries(self._waiting))])
         part = msgspec.structs.replace(part, logprobs=own)
         items[places[-1]] = msgspec.structs.replace(item, content=[part])
 
