@@ -114,6 +114,7 @@ def test_the_main_module_is_shown_again_once_the_processes_run() -> None:
     assert (getattr(main, "__file__", None), main.__spec__) == before
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_it_is_shown_again_where_it_cannot_be_said_whether_they_run() -> None:
     main = sys.modules["__main__"]
     before = (getattr(main, "__file__", None), main.__spec__)
