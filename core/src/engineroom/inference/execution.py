@@ -131,6 +131,7 @@ class Execution:
         loaded_model = await lease.__aenter__()
         self._lease = lease
         handler, self._warnings = self.choose(scope, loaded_model)
+        scope.warnings = self._warnings
         self._entered = time.perf_counter()
         scope.queued_s += self._entered - scope.started
         return handler, loaded_model

@@ -42,6 +42,7 @@ class RequestScope:
         self.generation: Generation | None = None  # how far it has come, where that is known
         self.handler: str | None = None  # its name, once one is chosen
         self.handler_module = ""  # where its class is written
+        self.warnings: list[str] = []  # about what its handler does not honour
         self.queued_s = WAITED_S.get()  # until the handler was asked
         self.whose: str = "nobody"  # who has to mend what made it fail
         self.turned_away = False  # by a limit; it never began

@@ -56,6 +56,12 @@ class InferenceStream(AsyncGenerator[str, None]):
         return self._scope.response
 
     @property
+    def warnings(self) -> list[str]:
+        """What is asked for in vain, as far as it is known by now."""
+        generation = self._scope.generation
+        return [*self._scope.warnings, *(generation.warnings if generation is not None else ())]
+
+    @property
     def logprobs(self) -> Sequence[TokenLogprob]:
         """The log probabilities so far, where the request asked for them. It grows; copy it."""
         generation = self._scope.generation

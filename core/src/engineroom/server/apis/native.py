@@ -48,7 +48,7 @@ class InferenceWriter(Writer):
     """
 
     def __init__(self, call: Call) -> None:
-        self._warnings = call.warnings
+        self._warnings = [*call.warnings]  # to which those of the answer are added
         self._rounds = call.context.rounds
         self._logprobs = _NO_LOGPROBS
 

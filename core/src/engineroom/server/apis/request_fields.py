@@ -243,7 +243,7 @@ def _priority(call: Call, request: Any) -> int:
         return asked
     warning = f"priority {asked} is more than this key may ask for; it goes as {most}"
     if warning not in call.warnings:  # of several answers, once
-        call.warnings.append(warning)
+        call.warn([warning])
         call.log(logger).warning("priority %d was lowered to %d", asked, most)
     return most
 

@@ -16,6 +16,7 @@ import msgspec
 
 from engineroom.errors import EngineRoomError
 from engineroom.json_shape import SMALL_BODY, excess
+from engineroom.printable import printable
 from engineroom.server.http.bodies import BodyShare
 from engineroom.server.http.compat_uvicorn import WRITE, TextWriter
 from engineroom.server.http.context import ServerContext
@@ -37,6 +38,8 @@ SSE_HEADERS: Final = (
     (b"x-accel-buffering", b"no"),  # proxies would hold frames back
 )
 WARNING_HEADER: Final = b"x-engineroom-warning"
+_MAX_WARNING: Final = 1000
+"""Characters of it; clients and proxies bound what they take."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _decoder: Final = msgspec.json.Decoder()
 _MAX_DISCARDED: Final = 512 << 20
@@ -216,13 +219,17 @@ class Call:
 
     # ── what is answered ─────────────────────────────────────────────────────────────────────
 
+    def warn(self, warnings: Iterable[str]) -> None:
+        """Tell the client beside its answer; of several answers, once."""
+        self.warnings += [text for text in dict.fromkeys(warnings) if text not in self.warnings]
+
     async def start(self, status: int, headers: Headers) -> None:
         """Send status and headers."""
         self.started = True
         name = self.id.encode("latin-1")
         sent = [*((header, name) for header in self.error_body.ID_HEADERS), *headers]
         if self.warnings:
-            sent.append((WARNING_HEADER, "; ".join(self.warnings).encode("latin-1", "replace")))
+            sent.append((WARNING_HEADER, _header_of(self.warnings)))
         if (trace := self.context.traceparent_of(self.id)) is not None:
             sent.append((b"traceresponse", trace.encode("latin-1")))
         await self.send({"type": "http.response.start", "status": status, "headers": sent})
@@ -343,6 +350,12 @@ def _too_large(limit: int) -> ApiError:
         "body_too_large",
         headers={"connection": "close"},
     )
+
+
+def _header_of(warnings: Iterable[str]) -> bytes:
+    """They may quote names that came from a client or a model."""
+    text = printable("; ".join(warnings)).encode("ascii", "backslashreplace")
+    return text if len(text) <= _MAX_WARNING else text[: _MAX_WARNING - 3] + b"..."
 
 
 def _decode(data: bytes) -> Any:

@@ -98,7 +98,9 @@ async def respond(call: Call, requests: Sequence[InferenceRequest], writer: Writ
             # Nothing else may hold them when they are taken: to let go of all at once takes long.
             responses[index] = responses[index].model_copy(update={"logprobs": None})
             await writer.prepare(index, logprobs)
-        await call.answer(200, writer.whole(responses))
+        body = writer.whole(responses)
+        call.warn(warning for response in responses for warning in response.warnings)
+        await call.answer(200, body)
 
 
 def _logprobs_of(response: InferenceResponse) -> list[TokenLogprob] | None:
@@ -189,6 +191,7 @@ async def _stream_one(
     if not call.started:
         if isinstance(chunk, StreamError):
             raise call.api_error_of(chunk.error)
+        call.warn(stream.warnings)
         await call.start(200, writer.HEADERS)
     send = call.send
     writer.plain = stream.plain
@@ -269,6 +272,7 @@ async def _stream_many(
                 writer.plain = streams[index].plain
                 frames = [writer.framer(place) for place in range(left)]
                 if not call.started:
+                    call.warn(warning for stream in streams for warning in stream.warnings)
                     await call.start(200, writer.HEADERS)
                 head = writer.begin(streams)
             frame = b""
