@@ -67,6 +67,58 @@ class Characters(PromptCodec):
         return self.read(text), [match.span() for match in self._token.finditer(text)]
 
 
+OMITS_CALLS = """\
+{% if tools %}List of tools: <|tool_list_start|>{{ tools | tojson }}<|tool_list_end|>
+{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}
+{% if m.role == "tool" %}<|tool_response_start|>{{ m.content }}<|tool_response_end|>
+{% else %}{{ m.content }}{% endif %}<|im_end|>
+{% endfor %}<|im_start|>assistant
+"""
+
+
+@pytest.mark.parametrize(
+    ("marks", "written"),
+    [
+        (
+            "<|tool_list_start|>",
+            "<|tool_call_start|>[weather(city='Bern', days=2), now()]<|tool_call_end|>",
+        ),
+        (
+            "<|tool_call|>",
+            (
+                '<|tool_call|>[{"name": "weather", "arguments": {"city": "Bern", "days": 2}}, '
+                '{"name": "now", "arguments": {}}]<|/tool_call|>'
+            ),
+        ),
+    ],
+)
+@pytest.mark.parametrize("content", [None, "I look."])
+def test_calls_that_a_template_leaves_out_are_told_as_text(marks, written, content):
+    """As LFM2's and Granite's do: their models would see a result without a call."""
+    template = OMITS_CALLS.replace("<|tool_list_start|>", marks)
+    codec = Characters(template)
+    assert codec.traits.native
+    calls = [
+        {"id": "1", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+        for arguments in ('{"city": "Bern", "days": 2}',)
+    ]
+    calls.append({"id": "2", "type": "function", "function": {"name": "now", "arguments": "{}"}})
+    turns = [
+        ChatMessage(role="user", content="q"),
+        ChatMessage(role="assistant", content=content, tool_calls=calls),
+        ChatMessage(role="tool", tool_call_id="1", content="sunny"),
+        ChatMessage(role="assistant", content="It is."),
+    ]
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    for offered in (tools, None):
+        text = text_of(codec.chat(turns, offered)[0])
+        before = f"{content}\n" if content else ""
+        assert f"<|im_start|>assistant\n{before}{written}<|im_end|>" in text
+        assert "<|tool_response_start|>sunny" in text
+        assert "None" not in text
+    assert not Characters(TEMPLATE)._templates.choose().omits_calls
+
+
 def text_of(tokens: list[int]) -> str:
     return "".join(ALL.get(token) or chr(token - 100) for token in tokens)
 

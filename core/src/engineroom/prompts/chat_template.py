@@ -89,6 +89,8 @@ class ChatTemplate:
             raise ConfigurationError(f"the chat template is not valid: {error}") from error
         self.takes_tools = False
         self.knows_system = True
+        self.omits_calls = False
+        """It writes nothing of the calls in a message: the model would see results alone."""
         self._shape: dict[str, bool] = {}
         self._endless = False
         try:
@@ -191,6 +193,10 @@ class ChatTemplate:
                 break
         else:
             return
+        if "probe_one" not in (prompt or ""):
+            offered = [{"type": "function", "function": {"name": "f", "description": ""}}]
+            again = self._with_calls(self._shape, _CALLS[:1], results=results, tools=offered)
+            self.omits_calls = "probe_one" not in (again or "")
         together, apart = (self._shows_both_calls(single=single) for single in (False, True))
         self._shape["single_calls"] = apart and not together
 
@@ -199,7 +205,12 @@ class ChatTemplate:
         return all(call["function"]["name"] in prompt for call in _CALLS)
 
     def _with_calls(
-        self, shape: Mapping[str, bool], calls: Sequence[dict[str, Any]], *, results: bool = True
+        self,
+        shape: Mapping[str, bool],
+        calls: Sequence[dict[str, Any]],
+        *,
+        results: bool = True,
+        tools: Sequence[dict[str, Any]] | None = None,
     ) -> str | None:
         turns = [
             ChatMessage(role="user", content=_PROBE),
@@ -209,7 +220,7 @@ class ChatTemplate:
             turns += [
                 ChatMessage(role="tool", tool_call_id=call["id"], content="a") for call in calls
             ]
-        return self._tried(for_template(turns, **shape))
+        return self._tried(for_template(turns, **shape), tools)
 
     def _shows_text(self, *, parts: bool = False) -> bool:
         def content(text: str) -> Any:

@@ -12,7 +12,7 @@ from engineroom.prompts.limits import check_text
 from engineroom.prompts.model_tokens import ModelTokens
 from engineroom.prompts.special_tokens import ControlTokens
 from engineroom.prompts.threads import PromptLane
-from engineroom.prompts.tool_messages import tools_as_messages
+from engineroom.prompts.tool_messages import calls_as_text, tools_as_messages
 from engineroom.prompts.work import check_stopped, expect_tokens, taking_turns
 from engineroom.schemas import ChatMessage
 
@@ -120,7 +120,7 @@ class PromptCodec(ABC):
         """Token ids of a conversation, as :meth:`prompt` gives them, and how its text ends.
 
         Where the chat template knows no tools, or calls them in no form that is known here, they
-        are told in messages.
+        are told in messages. Where it leaves out the calls of a history, they are told as text.
 
         :param template_args: more names that the template may use.
         :returns: the ids, and the last characters of the text, 64 at most.
@@ -130,6 +130,8 @@ class PromptCodec(ABC):
             if not self.traits.native:
                 messages = tools_as_messages(messages, tools, system=template.knows_system)
                 tools = None
+            elif template.omits_calls:
+                messages = calls_as_text(messages, self.traits.tools)
             value = (template.conversation(messages), tools, dict(template_args or {}))
             segments = self._control.segments(lambda shielded: template.write(*shielded), value)
         tail = "".join(segments[-TAIL:])[-TAIL:]

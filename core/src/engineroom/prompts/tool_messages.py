@@ -11,11 +11,12 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from engineroom.generation.call_forms import JsonForm, PythonicForm, ToolFormat
 from engineroom.prompts.messages import arguments_of
 from engineroom.prompts.work import check_stopped
 from engineroom.schemas import ChatMessage
 
-__all__ = ["tools_as_messages"]
+__all__ = ["calls_as_text", "tools_as_messages"]
 
 _CALL = '<tool_call>\n{"name": …, "arguments": {…}}\n</tool_call>'
 
@@ -50,6 +51,44 @@ def tools_as_messages(
     return _with_definitions(told, tools, system) if tools else told
 
 
+def calls_as_text(messages: Sequence[ChatMessage], format_: ToolFormat) -> list[ChatMessage]:
+    """The conversation with its calls in the content, for templates that leave them out in silence.
+
+    They are written as the model writes them, for it goes on as it sees that it has begun.
+    """
+    told: list[ChatMessage] = []
+    for message in messages:
+        check_stopped()
+        if message.tool_calls:
+            parts = (message.content, _written(message.tool_calls, format_))
+            text = "\n".join(filter(None, parts))
+            told.append(_said(message.role, text, name=message.name, reasoning=message.reasoning))
+        else:
+            told.append(message)
+    return told
+
+
+def _written(calls: Sequence[Mapping[str, Any]], format_: ToolFormat) -> str:
+    form = format_.form
+    named = [_name_and_arguments(call) for call in calls]
+    if isinstance(form, PythonicForm) and all(isinstance(a, Mapping) for _, a in named):
+        made = [f"{n}({', '.join(f'{k}={v!r}' for k, v in a.items())})" for n, a in named]
+        body = f"[{', '.join(made)}]" if form.brackets else "\n".join(made)
+        return f"{format_.begin}{body}{format_.end}"
+    if isinstance(form, JsonForm):
+        keys = form.name_key, form.arguments_key
+        objects = [
+            json.dumps(
+                dict(zip(keys, c, strict=True)) if keys[0] else {c[0]: c[1]}, ensure_ascii=False
+            )
+            for c in named
+        ]
+        bodies = [f"[{', '.join(objects)}]"] if form.many else objects
+        marked = [f"{format_.begin}{body}{format_.end}" for body in bodies]
+        return (format_.between or form.separator).join(marked)
+    return "\n".join(map(_call, calls))
+
+
 def _end(results: list[str], told: list[ChatMessage]) -> None:
     """Results, one after another, are one message."""
     if results:
@@ -58,10 +97,15 @@ def _end(results: list[str], told: list[ChatMessage]) -> None:
 
 
 def _call(call: Mapping[str, Any]) -> str:
+    name, arguments = _name_and_arguments(call)
+    written = {"name": name, "arguments": arguments}
+    return f"<tool_call>\n{json.dumps(written, ensure_ascii=False)}\n</tool_call>"
+
+
+def _name_and_arguments(call: Mapping[str, Any]) -> tuple[Any, Any]:
     function = call.get("function")
     function = function if isinstance(function, Mapping) else {}
-    written = {"name": function.get("name"), "arguments": arguments_of(function.get("arguments"))}
-    return f"<tool_call>\n{json.dumps(written, ensure_ascii=False)}\n</tool_call>"
+    return function.get("name"), arguments_of(function.get("arguments"))
 
 
 def _with_definitions(
