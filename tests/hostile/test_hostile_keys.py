@@ -292,3 +292,43 @@ def test_texts_for_vectors_go_by_priority(stage: Stage) -> None:
         for future in asked:
             future.result(120)
     assert ended.index(ANN) < ended.index(LOW), ended
+
+
+def test_long_answers_of_one_key_take_every_place_unless_its_own_are_fewer(stage: Stage) -> None:
+    if stage.runtime == "vllm":
+        pytest.skip("an engine more takes a minute, and it is the server that counts")
+    places = 2
+    configured = next(m for m in stage.manager.config.models if m.model_id == "one")
+    model = {
+        "model_id": "one", "source": configured.source, "runtime": stage.runtime,
+        "options": {**configured.options, "n_parallel": places},
+    }  # fmt: skip
+    keys = KeyRing([KeySpec("ann", ANN), KeySpec("bob", BOB)])
+    long = {"model": "one", "prompt": [9], "max_tokens": 1900}
+    short = {"model": "one", "prompt": [9], "max_tokens": 2}
+
+    for bound, at_work in ((None, places), (places - 1, places - 1)):
+        manager = LLMModelManager(config={"models": [model]})
+        with (
+            served(manager, keys=keys, key_max_running=bound) as (url, loop),
+            httpx.Client(base_url=url, timeout=120) as client,
+            ThreadPoolExecutor(4) as pool,
+        ):
+            room = Stage(stage.runtime, manager, url, loop, client)
+            room.until(lambda room=room: room.reasons() is None, 120)
+            engine = room.engine("one")
+            with room.streaming(ANN, **long):
+                second = pool.submit(room.post, ANN, **{**short, "max_tokens": 1900, **ENDLESS})
+                room.until(lambda room=room, count=at_work: room.running("one") == count)
+                engine.step = lambda engine=engine: (time.sleep(0.01), type(engine).step(engine))
+                other = pool.submit(room.post, BOB, **short)
+                if bound:
+                    assert other.result(60).status_code == 200
+                    assert room.running("one") == 1
+                else:
+                    room.until(lambda room=room: room.waiting("one") == 1)
+                    assert not other.done()
+                assert not second.done()
+            vars(engine).pop("step", None)
+            assert other.result(60).status_code == 200
+            assert second.result(60).status_code == 200

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 
 import pytest
 
@@ -19,6 +20,7 @@ from engineroom import InferenceRequest, InferenceResponse
 from engineroom.server.http.key_failures import LINES, WINDOW_S, KeyFailures
 from engineroom.server.keys import KeyRing, KeySpec
 from engineroom.server.metrics import MOST_KEYS, OTHER_KEYS
+from engineroom.server.routes import all_routes
 
 ANN, BOB, BOSS, PROM = (f"{name}-key-0123456789" for name in ("ann", "bob", "boss", "prom"))
 CHAT = "/v1/chat/completions"
@@ -89,6 +91,30 @@ def test_a_key_reads_its_own_metrics_and_nothing_of_others(locked):
         of_all = samples(locked, key)
         assert {s.labels["key_name"] for s in of_all if "key_name" in s.labels} == {"ann", "bob"}
         assert "engineroom_num_requests_running" in {s.name for s in of_all}
+
+
+def test_no_other_route_tells_a_key_of_anothers_requests(locked):
+    """Neither while they run nor afterwards, and none of them can be asked for by its id."""
+    routes = {route.path.replace("{model:path}", "m") for route in all_routes()}
+    assert len(routes) > 10
+    secret = "a word that only one says"
+
+    def look(request_id):
+        kinds = ("responses", "chat/completions", "messages", "requests")
+        of_one = {f"/v1/{kind}/{request_id}" for kind in kinds}
+        for path in routes | of_one:
+            answer = httpx.get(locked.url + path, headers=bearer(BOB))
+            assert answer.status_code in (200, 401, 403, 404, 405), path
+            assert answer.status_code != 200 or path not in of_one
+            assert request_id not in answer.text.replace(path, ""), path
+            assert secret not in answer.text and not re.search(r"\bann\b", answer.text), path
+
+    body = talk(f"{secret} !drip", stream=True)
+    with httpx.stream("POST", locked.url + CHAT, json=body, headers=bearer(ANN)) as one:
+        next(one.iter_lines())
+        look(one.headers["x-request-id"])
+    locked.until(lambda: not locked.service.num_requests)
+    look(one.headers["x-request-id"])
 
 
 def test_without_keys_there_are_no_names_of_them(shared):
