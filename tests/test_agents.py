@@ -317,6 +317,17 @@ def test_bytes_are_those_of_halves_of_characters(server: Served) -> None:
     assert bytes(written).decode() == "🌸🦀"
 
 
+def test_log_probabilities_are_the_models_where_a_form_leaves_no_choice(server: Served) -> None:
+    """Not those among what the form lets follow: 0 for what has to be, and no number for others."""
+    body = {"structured_outputs": {"choice": ["xylophone"]}, "top_logprobs": 3, **OFF}
+    entries = server.chat(**body, logprobs=True)["logprobs"]["content"]
+    assert "".join(entry["token"] for entry in entries) == "xylophone"
+    assert entries[0]["logprob"] < -3
+    for entry in entries:
+        assert all(one["logprob"] is not None for one in entry["top_logprobs"]), entry
+        assert len(entry["top_logprobs"]) == 3
+
+
 # ── as others see it ─────────────────────────────────────────────────────────────────────────────
 
 WIT = (

@@ -113,9 +113,17 @@ def test_what_is_too_large_is_refused_before_it_can_end_the_process(output):
 
 
 def test_what_llguidance_refuses_only_after_the_first_token_is_refused_before_it():
-    with pytest.raises(ConfigurationError, match="2000"):
-        for_another(json_schema=optional(900))  # with llguidance's own bound of a row
+    closed = {"type": "object", "additionalProperties": False}
+    each = ({f"{letter}{i}": {"type": "integer"} for i in range(900)} for letter in "abc")
+    several = {"anyOf": [{**closed, "properties": properties} for properties in each]}
+    for refusing in (compiled, for_another):
+        with pytest.raises(ConfigurationError, match="8000"):
+            refusing(json_schema=several)
+
+
+def test_a_runtime_that_compiles_itself_gets_what_others_do():
     assert compiled(json_schema=optional(900)).allows(ord("{"))
+    assert "p899" in for_another(json_schema=optional(900))
 
 
 @pytest.mark.parametrize(

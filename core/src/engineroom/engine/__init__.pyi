@@ -23,6 +23,7 @@ from .constraint import (
 )
 from .constraints import (
     GrammarCompiler as GrammarCompiler,
+    compiled as compiled,
     grammar_of as grammar_of,
     reasoning_budget_of as reasoning_budget_of,
 )

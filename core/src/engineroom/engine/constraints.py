@@ -27,7 +27,7 @@ from engineroom.prompts.reading import in_lane
 from engineroom.prompts.work import Reading
 from engineroom.schemas import InferenceRequest
 
-__all__ = ["GrammarCompiler", "grammar_of", "reasoning_budget_of"]
+__all__ = ["GrammarCompiler", "compiled", "grammar_of", "reasoning_budget_of"]
 
 MAX_COMPILED_CHARS: Final = 4_000_000
 """Characters of the grammars that a model's compiled ones are kept for; the oldest go first."""
@@ -94,14 +94,7 @@ class GrammarCompiler:
 
     def _compile(self, grammar: str, request: InferenceRequest) -> Any:
         tokenizer, _, _ = self._table()
-        matcher = _matcher(
-            tokenizer,
-            grammar,
-            request,
-            initial_lexer_fuel=_COMPILE_FUEL,
-            max_grammar_size=_LARGEST_GRAMMAR,
-            max_items_in_row=_LONGEST_ROW,
-        )
+        matcher = _matcher(tokenizer, grammar, request)
         with self._lock:
             if grammar not in self._compiled:
                 self._compiled[grammar] = matcher
@@ -144,17 +137,35 @@ def _piece(table: Any, token: int) -> bytes:
     return piece
 
 
-def _matcher(tokenizer: Any, grammar: str, request: InferenceRequest, **limits: Any) -> Any:
-    """A grammar, compiled, and tried out with its first token.
-
-    The first mask is the dearest, and is kept with the grammar.
+def _matcher(tokenizer: Any, grammar: str, request: InferenceRequest) -> Any:
+    """A grammar, compiled.
 
     :param request: what the grammar is made of.
     :raises ConfigurationError: it is not valid, or too large.
     """
+    matcher = compiled(tokenizer, grammar)
+    if matcher.is_error():
+        raise refusal(request, grammar, matcher.get_error())
+    return matcher
+
+
+def compiled(tokenizer: Any, grammar: str) -> Any:
+    """A grammar, compiled within bounds, and tried out with its first token.
+
+    The first mask is the dearest, and is kept with the grammar.
+
+    :param tokenizer: llguidance's ``LLTokenizer``.
+    :param grammar: in Lark.
+    :returns: llguidance's ``LLMatcher``; ``is_error()`` where it is not valid, or too large.
+    """
     from llguidance import LLMatcher, LLParserLimits
 
-    bounds = LLParserLimits(verbose_errors=False, **limits)
+    bounds = LLParserLimits(
+        initial_lexer_fuel=_COMPILE_FUEL,
+        max_grammar_size=_LARGEST_GRAMMAR,
+        max_items_in_row=_LONGEST_ROW,
+        verbose_errors=False,  # which would tell what clients wrote
+    )
     matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=bounds)
     if not matcher.is_error():
         bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
@@ -164,10 +175,7 @@ def _matcher(tokenizer: Any, grammar: str, request: InferenceRequest, **limits: 
             if bits[token] and beyond.try_consume_tokens([token]):
                 beyond.compute_bitmask()
             if beyond.is_error():
-                matcher = beyond
-                break
-    if matcher.is_error():
-        raise refusal(request, grammar, matcher.get_error())
+                return beyond
     return matcher
 
 
@@ -232,7 +240,7 @@ def reasoning_budget_of(
 async def grammar_of(codec: Any, request: InferenceRequest, tail: str | None = None) -> str | None:
     """The grammar of what a request asks for, in Lark, for a runtime that compiles it itself.
 
-    It is tried out with llguidance's own limits and a vocabulary of bytes.
+    It is tried out with a vocabulary of bytes.
 
     :param codec: the model's; it is made where its prompts are read.
     :param tail: how the prompt ends that a chat template wrote.
