@@ -269,3 +269,16 @@ def test_characters_of_gbnf_as_llama_cpp_writes_them():
         assert place.allows(byte)
         place.take(byte)
     assert place.complete
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_blanks_may_stand_behind_reasoning_that_was_ended_for_a_runtime_too(closed):
+    """As they may where the grammar goes on from before the end."""
+    params = {"structured_output": {"choice": ["yes"]}}
+    request = InferenceRequest(model_id="m", prompt="x", params=params)
+    grammar = asyncio.run(grammar_of(FakeCodec(), request, closed=closed))
+    params = {"structured_output": {"grammar": grammar}}
+    asked = InferenceRequest(model_id="m", prompt="x", params=params)
+    constraint = asyncio.run(GrammarCompiler(FakeCodec()).compile(asked))
+    assert constraint.allows(ord("\n")) is closed
+    assert constraint.allows(ord("y"))

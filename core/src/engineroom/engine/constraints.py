@@ -237,13 +237,16 @@ def reasoning_budget_of(
     return ReasoningBudget(thoughts, budget, codec.read(f"{thoughts.end}\n\n"))
 
 
-async def grammar_of(codec: Any, request: InferenceRequest, tail: str | None = None) -> str | None:
+async def grammar_of(
+    codec: Any, request: InferenceRequest, tail: str | None = None, *, closed: bool = False
+) -> str | None:
     """The grammar of what a request asks for, in Lark, for a runtime that compiles it itself.
 
     It is tried out with a vocabulary of bytes.
 
     :param codec: the model's; it is made where its prompts are read.
     :param tail: how the prompt ends that a chat template wrote.
+    :param closed: the answer goes on behind reasoning that was ended.
     :returns: ``None``: the request asks for no form.
     :raises ConfigurationError: it cannot be a grammar, or is too large.
     """
@@ -252,7 +255,7 @@ async def grammar_of(codec: Any, request: InferenceRequest, tail: str | None = N
 
     def read() -> str:
         _check_library(request)
-        grammar = _traits_of(codec).grammar(request, tail)
+        grammar = _traits_of(codec).grammar(request, tail, closed=closed)
         _matcher(_bytes_alone(), grammar, request)
         return grammar
 

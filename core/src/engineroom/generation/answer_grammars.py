@@ -52,18 +52,23 @@ class WholeAnswer(StructuredOutput):
 
 
 def answer_grammar(
-    request: InferenceRequest, format_: ToolFormat, thoughts: Thoughts | None
+    request: InferenceRequest,
+    format_: ToolFormat,
+    thoughts: Thoughts | None,
+    *,
+    closed: bool = False,
 ) -> str:
     """The grammar of the answer to a request that says what it must match.
 
     :param format_: how calls are written.
     :param thoughts: ``None``: there are none.
+    :param closed: it goes on behind thoughts that were ended, and blanks may stand first.
     :raises ConfigurationError: it cannot be one; names what is wrong.
     """
     output, tools = request.params.structured_output, request.offered_tools
     if isinstance(output, WholeAnswer) and output.grammar is not None:
         return output.grammar
-    if output is not None and tools is None and thoughts is None:
+    if output is not None and tools is None and thoughts is None and not closed:
         return grammar_text(output)
     rules: list[str] = []
     bodies: list[str] = []
@@ -84,6 +89,9 @@ def answer_grammar(
         # Blanks stand before thoughts alone: before content they would be content.
         start = f"(BLANKS {thought})? {start}" if begin else f"{thought} {start}"
         rules += [f"thought[lazy]: TEXT {literal(thoughts.end)}\n", _BLANKS]
+    if thoughts is None and closed:
+        start = f"BLANKS {start}"
+        rules.append(_BLANKS)
     if any("TEXT" in rule for rule in rules):
         rules.append(_TEXT)
     return bounded(f"{HEAD}start: {start}\n{''.join(rules)}")

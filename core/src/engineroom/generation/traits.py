@@ -80,13 +80,17 @@ class ModelTraits:
             return self.tools
         return writable(self.tools, callable_tools(request.offered_tools or ()))
 
-    def grammar(self, request: InferenceRequest, tail: str | None) -> str:
+    def grammar(
+        self, request: InferenceRequest, tail: str | None, *, closed: bool = False
+    ) -> str:
         """The grammar of the answer to a request that must match something.
 
         :param tail: how its prompt ends; ``None``: nothing is known, or it is no conversation.
+        :param closed: it goes on behind reasoning that was ended.
         :raises ConfigurationError: it cannot be one; names what is wrong.
         """
-        return answer_grammar(request, self.written_as(request), self.thoughts(request, tail))
+        thoughts = self.thoughts(request, tail)
+        return answer_grammar(request, self.written_as(request), thoughts, closed=closed)
 
     def warnings(self, request: InferenceRequest) -> Iterator[str]:
         """What is asked of the model in vain."""

@@ -280,7 +280,8 @@ class VLLMEngine(Engine):
         def part(
             request: InferenceRequest, ids: list[int], tail: str | None, forced: int | None
         ) -> AsyncGenerator[TokenStep, None]:
-            return self._answer(request, ids, running, f"{order}-{next(numbers)}", tail, forced)
+            name, closed = f"{order}-{next(numbers)}", tail == budget.end
+            return self._answer(request, ids, running, name, tail, forced, closed=closed)
 
         room, piece = self.n_ctx - len(tokens), self.codec.piece
         return within_budget(
@@ -295,8 +296,12 @@ class VLLMEngine(Engine):
         name: str,
         tail: str | None,
         forced: int | None = None,
+        *,
+        closed: bool = False,
     ) -> AsyncGenerator[TokenStep, None]:
-        """:param forced: the one token that may come, and is the last."""
+        """:param forced: the one token that may come, and is the last.
+        :param closed: it goes on behind reasoning that was ended.
+        """
         # Where there may be more than content, a stop sequence that is no content ends nothing.
         stops = () if self.codec.traits.parses(request) else request.stop_sequences or ()
         stop_tokens = await self.codec.find_stop_tokens(stops)
@@ -312,14 +317,11 @@ class VLLMEngine(Engine):
         )
         grammar = None
         if forced is None:
-            grammar = await grammar_of(self.codec, request, tail)
+            grammar = await grammar_of(self.codec, request, tail, closed=closed)
         else:
             arguments |= {"max_tokens": 1, "allowed_token_ids": [forced]}
-        sampling = self._library.sampling(
-            arguments,
-            grammar,
-            detokenize=not self.codec.knows_bytes,
-        )
+        text = not self.codec.knows_bytes
+        sampling = self._library.sampling(arguments, grammar, detokenize=text)
         first = True
         async with aclosing(self._ask(request, tokens, sampling, name, running)) as outputs:
             async for output in outputs:
