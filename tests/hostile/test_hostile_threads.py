@@ -246,6 +246,8 @@ def test_what_a_handler_is_asked_about_one_model(
     stage: Stage, question: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """In the event loop. A model of which it cannot say how it is, is not well until it can."""
+    if (stage.runtime, question) == ("vllm", "traits"):
+        pytest.skip("a plain text makes it ask no such thing")
     expected, asked = stage.text(), getattr(stage.handler, question)
     with neighbour(stage):
         for name, error in RAISED.items():
