@@ -19,6 +19,8 @@ import select
 
 PATIENCE_S = 30
 CTRL_C, CTRL_D, UP = b"\x03", b"\x04", b"\x1b[A"
+_READS_KEYS = b"\x1b[?2004h"
+"""What prompt_toolkit writes once keys are its own: texts that are pasted shall be marked."""
 _CONTROL = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]|\x1b\][^\x07]*\x07|\r|\x07|\x08")
 
 
@@ -48,9 +50,13 @@ class Terminal:
 
     def until(self, wanted: str, begin: int = 0) -> int:
         """Read until it is shown after ``begin``; where it ends."""
+        self._read_until(lambda: wanted in self.shown()[begin:], wanted, begin)
+        return begin + self.shown()[begin:].index(wanted) + len(wanted)
+
+    def _read_until(self, shown, what: str, begin: int) -> None:
         end = time.monotonic() + PATIENCE_S
-        while wanted not in self.shown()[begin:]:
-            assert time.monotonic() < end, f"{wanted!r} is not in {self.shown()[begin:]!r}"
+        while not shown():
+            assert time.monotonic() < end, f"{what!r} is not in {self.shown()[begin:]!r}"
             if select.select([self.ours], [], [], 0.1)[0]:
                 data = self._read()
                 assert data, f"it has ended: {self.shown()!r}"
@@ -58,7 +64,6 @@ class Terminal:
                 # A terminal is asked where its cursor is, and answers.
                 for _ in range(data.count(b"\x1b[6n")):
                     os.write(self.ours, b"\x1b[1;1R")
-        return begin + self.shown()[begin:].index(wanted) + len(wanted)
 
     def _read(self) -> bytes:
         try:
@@ -71,6 +76,17 @@ class Terminal:
         place = len(self.shown())
         os.write(self.ours, keys.encode() if isinstance(keys, str) else keys)
         return place
+
+    def forget(self, *, editing: bool) -> None:
+        """Press Ctrl-C at a prompt; wait until the next one reads keys.
+
+        :param editing: prompt_toolkit draws the line again before it leaves it, with its prompt.
+        """
+        prompts = self.raw.count(_READS_KEYS)
+        place = self.type(CTRL_C)
+        self.until(">", place)
+        if editing:
+            self._read_until(lambda: self.raw.count(_READS_KEYS) > prompts, "another prompt", place)
 
     def say(self, line: str, wanted: str, prompt: str = ">") -> None:
         """Type a line; wait for what is shown after it, and for the next prompt."""
@@ -162,8 +178,8 @@ def test_ctrl_c_stops_the_answer_and_not_the_conversation(terminal, tmp_path):
     on.say("/save talk.json", "saved to talk.json")
     place = on.type("half a line")
     on.until("half a line", place)
-    place = on.type(CTRL_C)  # forgets it
-    on.until(">", place)
+    on.forget(editing=terminal.editing)
+    on.say("/save again.json", "saved to again.json")
     on.type(CTRL_D)
     assert on.end() == 0
     saved = json.loads((tmp_path / "talk.json").read_text())
