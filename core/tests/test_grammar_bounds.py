@@ -39,6 +39,14 @@ class FakeCodec:
         return ModelTokens([*BYTES, b""], frozenset(), [256], lambda text: list(text.encode()))
 
 
+class MarkingCodec(FakeCodec):
+    """It has a special token as well."""
+
+    def model_tokens(self):
+        pieces = [*BYTES, b"", b"<|mark|>"]
+        return ModelTokens(pieces, frozenset({257}), [256], lambda text: list(text.encode()))
+
+
 def compiled(**output):
     params = GenerationParams(structured_output=StructuredOutput(**output))
     request = InferenceRequest(model_id="m", prompt="p", params=params)
@@ -282,3 +290,14 @@ def test_blanks_may_stand_behind_reasoning_that_was_ended_for_a_runtime_too(clos
     constraint = asyncio.run(GrammarCompiler(FakeCodec()).compile(asked))
     assert constraint.allows(ord("\n")) is closed
     assert constraint.allows(ord("y"))
+
+
+@pytest.mark.parametrize("grammar", ['start: <|mark|> "a"', 'start: "a" <|mark|> | "b"'])
+def test_special_tokens_may_be_named_whoever_compiles(grammar):
+    params = {"structured_output": {"grammar": grammar}}
+    request = InferenceRequest(model_id="m", prompt="x", params=params)
+    codec = MarkingCodec()
+    assert asyncio.run(GrammarCompiler(codec).compile(request)) is not None
+    assert "<|mark|>" in asyncio.run(grammar_of(codec, request))
+    with pytest.raises(ConfigurationError):
+        asyncio.run(grammar_of(FakeCodec(), request))

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from functools import cache, partial
+from functools import lru_cache, partial
 from typing import Any, Final
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -209,12 +210,29 @@ def _size(request: InferenceRequest) -> int:
     return tools if output is None else tools + len(output.regex or output.grammar or "")
 
 
-@cache
-def _bytes_alone() -> Any:
-    """A vocabulary of bytes."""
-    pieces = [bytes([byte]) for byte in range(256)]
-    tokens = ModelTokens([*pieces, b""], frozenset(), [256], lambda text: list(text.encode()))
-    return _vocabulary(tokens)[0]
+_special: WeakKeyDictionary[Any, frozenset[bytes]] = WeakKeyDictionary()
+"""Codec → its special tokens' texts."""
+
+
+@lru_cache(maxsize=8)
+def _bytes_and(special: frozenset[bytes]) -> Any:
+    """A vocabulary of bytes, and of special tokens, which grammars may name."""
+    pieces = [*(bytes([byte]) for byte in range(256)), b"", *sorted(special)]
+    named = frozenset(range(257, len(pieces)))
+    return _vocabulary(ModelTokens(pieces, named, [256], lambda text: list(text.encode())))[0]
+
+
+def _special_of(codec: Any) -> frozenset[bytes]:
+    """The texts of a model's special tokens, as far as the codec can tell."""
+    if (known := _special.get(codec)) is None:
+        try:
+            tokens: ModelTokens = codec.model_tokens()
+        except ConfigurationError:
+            known = frozenset()
+        else:
+            known = frozenset(filter(None, (tokens.pieces[n] for n in tokens.special)))
+        _special[codec] = known
+    return known
 
 
 def _traits_of(codec: Any) -> ModelTraits:
@@ -242,7 +260,7 @@ async def grammar_of(
 ) -> str | None:
     """The grammar of what a request asks for, in Lark, for a runtime that compiles it itself.
 
-    It is tried out with a vocabulary of bytes.
+    It is tried out with a vocabulary of bytes and the model's special tokens.
 
     :param codec: the model's; it is made where its prompts are read.
     :param tail: how the prompt ends that a chat template wrote.
@@ -256,7 +274,7 @@ async def grammar_of(
     def read() -> str:
         _check_library(request)
         grammar = _traits_of(codec).grammar(request, tail, closed=closed)
-        _matcher(_bytes_alone(), grammar, request)
+        _matcher(_bytes_and(_special_of(codec)), grammar, request)
         return grammar
 
     return await in_lane(codec, read, key=request.key_name, size=_size(request))

@@ -80,9 +80,7 @@ class ModelTraits:
             return self.tools
         return writable(self.tools, callable_tools(request.offered_tools or ()))
 
-    def grammar(
-        self, request: InferenceRequest, tail: str | None, *, closed: bool = False
-    ) -> str:
+    def grammar(self, request: InferenceRequest, tail: str | None, *, closed: bool = False) -> str:
         """The grammar of the answer to a request that must match something.
 
         :param tail: how its prompt ends; ``None``: nothing is known, or it is no conversation.
