@@ -189,9 +189,10 @@ class Rig:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    """Let the engine go on until something is so."""
-    while not condition():
-        await asyncio.sleep(0.001)
+    """Let the engine go on until something is so; a minute at most."""
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0.001)
 
 
 async def idle(engine: HfEngine) -> None:

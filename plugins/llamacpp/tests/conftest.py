@@ -198,9 +198,10 @@ class Bench:
         return engine
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        """Let the engine go on until something is so."""
-        while not condition():
-            await asyncio.sleep(0.001)
+        """Let the engine go on until something is so; a minute at most."""
+        async with asyncio.timeout(60):
+            while not condition():
+                await asyncio.sleep(0.001)
 
     async def idle(self) -> None:
         """Until the engine has nothing to do; every sequence must then be free."""

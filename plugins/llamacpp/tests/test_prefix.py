@@ -151,15 +151,26 @@ async def test_what_another_cache_scope_has_is_computed_anew(
     await bench.idle()
 
 
-async def test_there_is_no_room_made_by_what_another_cache_scope_has(make: Make) -> None:
+async def test_there_is_no_room_made_by_what_another_cache_scope_has(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """When a request is let in does not tell of it either; see the test of what is shared below."""
     bench = await make(n_ctx=256, n_parallel=3)
+    seen = threading.Event()
+    decode = LlamaContext.decode
+
+    def braked(context: LlamaContext) -> int:
+        seen.wait(0.05)  # else it may have ended before the other one comes
+        return decode(context)
+
+    monkeypatch.setattr(LlamaContext, "decode", braked)
     held = bench.service.stream(ask(TEXT, cache_salt="one", max_new_tokens=60))
     await anext(held)
     waits = asyncio.create_task(
         bench.service.infer(ask(TEXT + "x", cache_salt="two", max_new_tokens=4))
     )
     await bench.until(lambda: bench.engine.health().num_requests_waiting == 1)
+    seen.set()
     await held.aclose()
     assert (await waits).cached_prompt_tokens == 0
     await bench.idle()
