@@ -66,7 +66,8 @@ NOT_UNIT = (
     *(f"plugins/{name}/tests/test_conformance.py" for name in ("llamacpp", "hf_transformers")),
 )
 """Processes of the command, suites of the kit, SDKs: run once, by `tests`."""
-PARALLEL = ("-n", "2", "--dist", "loadgroup")
+PARALLEL = ("-n", "2", "--dist", "loadgroup", "--max-worker-restart", "0")
+"""Another worker in the place of one that ended would be given nothing: the run would never end."""
 LONG_SERIES = {
     "ENGINEROOM_LOAD_CYCLES": "200",
     "ENGINEROOM_SOAK_REQUESTS": "20000",
