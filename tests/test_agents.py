@@ -359,13 +359,14 @@ def test_canitoolcalls_probe_has_nothing_against_the_server(server: Served, choi
     # As the command does it, but that answers are short, and no thoughts where they are not tried.
     scenarios = []
     for one in suite.BUILTIN_SCENARIOS:
+        tools = one.tools
         more = {"max_tokens": 150} | ({} if one.id == "reasoning-then-call" else OFF)
         if one.expect.tool_names and one.tool_choice == "auto":
             more["tool_choice"] = choice
         if choice == "required":  # what the limit cuts in a stream is half a call
             more |= {"parallel_tool_calls": one.id == "parallel-calls", "reasoning_budget": 20}
-            one = replace(one, tools=tuple(map(_with_short_texts, one.tools)))
-        scenarios.append(replace(one, extra_body={**one.extra_body, **more}))
+            tools = tuple(map(_with_short_texts, one.tools))
+        scenarios.append(replace(one, tools=tools, extra_body={**one.extra_body, **more}))
     url = f"http://127.0.0.1:{server.port}/v1"
     report = suite.probe(url, "m", scenarios=scenarios, timeout_s=300, concurrency=2)
     print(report.render_text())
