@@ -72,6 +72,9 @@ class WaitingLine(Collection[_T]):
     def __len__(self) -> int:
         return sum(map(len, [*self._lanes.values()]))
 
+    def __bool__(self) -> bool:
+        return bool(self._lanes)
+
     def __iter__(self) -> Iterator[_T]:
         """All of them, owner by owner; the line may change meanwhile."""
         for lane in [*self._lanes.values()]:

@@ -99,6 +99,7 @@ class BatchingEngine(Engine, Generic[_T]):
         self._incoming: list[_T] = []
         self._cancelling = False  # whether there is one to be taken out
         self._alone: _T | None = None
+        self._interrupting = False  # the step, or the next one
         self._closing = False
         self._ended = False
         self._dead: EngineDeadError | None = None
@@ -342,6 +343,7 @@ class BatchingEngine(Engine, Generic[_T]):
         return dead
 
     def _interrupt(self, on: bool) -> None:
+        self._interrupting = on
         try:
             self.interrupt(on)
         except BaseException as error:  # noqa: BLE001 - then the step is waited for
@@ -353,8 +355,10 @@ class BatchingEngine(Engine, Generic[_T]):
             with self._loop.condition:
                 if self._closing:
                     return False
-                self._interrupt(False)
-                self._sort_in()
+                if self._interrupting:
+                    self._interrupt(False)
+                if self._incoming:
+                    self._sort_in()
                 if self._cancelling:
                     self._drop_cancelled()
                 task = self._admit()

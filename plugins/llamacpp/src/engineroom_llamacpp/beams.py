@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from engineroom import TokenStep
-from engineroom.engine import BatchSlice, largest
+from engineroom import EngineRoomError, TokenStep
+from engineroom.engine import BatchSlice, NoNumbersError, StepBatch, largest
 from engineroom_llamacpp.context import LlamaContext
 from engineroom_llamacpp.model import LlamaModel
+from engineroom_llamacpp.outcomes import not_chosen
 from engineroom_llamacpp.sequences import Sequences
 from engineroom_llamacpp.tasks import Task
 
@@ -33,7 +34,28 @@ class Beams:
         self._sequences = sequences
         self._ends = ends
 
-    def advance(self, part: BatchSlice[Task]) -> TokenStep | None:
+    def go_on(self, part: BatchSlice[Task], results: StepBatch[Task]) -> None:
+        """Let a request's beams go on, and give it what came of that."""
+        task = part.task
+        task.cached += part.count
+        if not part.outputs or task.cancelled:
+            return
+        try:
+            step = self._advance(part)
+        except NoNumbersError:
+            results.without_numbers.append(task)
+        except EngineRoomError as error:
+            task.cache_invalid = True
+            results.add(task, error)
+        except Exception as error:
+            task.log.exception("a token could not be chosen")
+            task.cache_invalid = True
+            results.add(task, not_chosen(error))
+        else:
+            if step is not None:
+                results.add(task, step)
+
+    def _advance(self, part: BatchSlice[Task]) -> TokenStep | None:
         """Let a request's beams go on; the best one, when the search has ended.
 
         :raises NoNumbersError: its logits have no finite maximum.

@@ -139,6 +139,13 @@ class PromptPace:
             per_token = min(per_token, _MOST_OFF * expected)
         self._learn(place, per_token)
 
+    def end_of_tokens(self, seconds: float) -> None:
+        """As :meth:`end`, of a step that had tokens of decoding requests alone, without
+        :meth:`begin`.
+        """
+        self.read_last = self.read_alone = False
+        self._decoding.see(seconds)
+
     def _learn(self, place: float, per_token: float) -> None:
         """Fit a line through what tokens took at their places; recent ones count most."""
         weight = self._taken / self.chunk

@@ -13,7 +13,7 @@ from engineroom_llamacpp.prompt_store import Piece
 from engineroom_llamacpp.saved import SavedSequence
 from engineroom_llamacpp.sequences import CellSequence, Origin, Sequences
 
-__all__ = ["Task", "compose", "contents"]
+__all__ = ["Task", "compose", "compose_tokens", "contents", "decode_alone"]
 
 _WORTH_WAITING: Final = 32
 """So many common tokens are not read twice in a step, but once, and shared in the next one."""
@@ -121,6 +121,40 @@ def compose(
     context.begin()
     slices = [_add(task, count, context) for task, count in parts]
     return sorted(slices, key=lambda part: not part.task.decodes)
+
+
+def decode_alone(tasks: Iterable[Task]) -> bool:
+    """Whether there is one, and each has a token in the step: no prompt, no beams."""
+    some = False
+    for task in tasks:
+        if len(task.tokens) - task.cached != 1 or task.beams is not None:
+            return False
+        some = True
+    return some
+
+
+def compose_tokens(
+    tasks: Sequence[Task], context: LlamaContext, sequences: Sequences
+) -> list[BatchSlice[Task]]:
+    """As :func:`compose`, where :func:`decode_alone` says yes and nothing is proposed.
+
+    :returns: nothing, where there is no room for all of them.
+    """
+    if sequences.cells.free < len(tasks) and not sequences.make_room(len(tasks)):
+        return []
+    if len(tasks) > 1 and not sequences.shared:  # neighbours are computed at one go
+        tasks = sorted(tasks, key=_place)
+    context.begin()
+    return [
+        BatchSlice(
+            task, 1, context.add(task.sequences[0].index, task.cached, task.tokens[-1:], 1), 1
+        )
+        for task in tasks
+    ]
+
+
+def _place(task: Task) -> int:
+    return task.sequences[0].index
 
 
 def _add(task: Task, count: int, context: LlamaContext) -> BatchSlice[Task]:
