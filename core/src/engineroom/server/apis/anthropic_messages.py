@@ -177,12 +177,14 @@ class ThinkingTokens(Answer, kw_only=True):
 class AnthropicUsage(Answer, kw_only=True):
     """Tokens read, those from the cache apart, and written.
 
+    :param cache_creation_input_tokens: absent where the runtime does not say what it found again.
+    :param cache_read_input_tokens: the same.
     :param output_tokens_details: absent where the model does not think.
     """
 
     input_tokens: int
-    cache_creation_input_tokens: int = 0
-    cache_read_input_tokens: int
+    cache_creation_input_tokens: int | msgspec.UnsetType = msgspec.UNSET
+    cache_read_input_tokens: int | msgspec.UnsetType = msgspec.UNSET
     output_tokens: int
     output_tokens_details: ThinkingTokens | msgspec.UnsetType = msgspec.UNSET
 
@@ -273,11 +275,12 @@ def _stop_reason(response: InferenceResponse) -> StopReason:
 
 def _usage(response: InferenceResponse) -> AnthropicUsage:
     """Anthropic counts what came from the cache apart from what was read."""
-    cached, thought = response.cached_prompt_tokens or 0, response.reasoning_tokens
+    cached, thought = response.cached_prompt_tokens, response.reasoning_tokens
     details = msgspec.UNSET if thought is None else ThinkingTokens(thinking_tokens=thought)
     return AnthropicUsage(
-        input_tokens=(response.prompt_tokens or 0) - cached,
-        cache_read_input_tokens=cached,
+        input_tokens=(response.prompt_tokens or 0) - (cached or 0),
+        cache_creation_input_tokens=msgspec.UNSET if cached is None else 0,
+        cache_read_input_tokens=msgspec.UNSET if cached is None else cached,
         output_tokens=response.generated_tokens or 0,
         output_tokens_details=details,
     )

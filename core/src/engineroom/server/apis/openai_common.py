@@ -108,13 +108,14 @@ class CompletionDetails(Answer, kw_only=True):
 class Usage(Answer, kw_only=True):
     """Tokens read and written.
 
+    :param prompt_tokens_details: absent where the runtime does not say what it found again.
     :param completion_tokens_details: absent where the model does not reason.
     """
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: CachedTokens
+    prompt_tokens_details: CachedTokens | UnsetType = UNSET
     completion_tokens_details: CompletionDetails | UnsetType = UNSET
 
 
@@ -127,7 +128,6 @@ class Completed(Answer, kw_only=True):
     model: str
     choices: list[Any]
     usage: Usage
-    system_fingerprint: None = None
 
 
 class Chunk(Answer, kw_only=True):
@@ -140,7 +140,6 @@ class Chunk(Answer, kw_only=True):
     object: str
     created: int
     model: str
-    system_fingerprint: None = None
     choices: list[Any]
     usage: Usage | UnsetType | None = UNSET
 
@@ -302,14 +301,15 @@ class OpenAIWriter(Writer):
         firsts = responses[:: max(1, len(responses) // self.prompts)]
         read = sum(r.prompt_tokens or 0 for r in firsts)
         written = sum(r.generated_tokens or 0 for r in responses)
-        cached = sum(r.cached_prompt_tokens or 0 for r in firsts)
+        cached = [r.cached_prompt_tokens for r in firsts if r.cached_prompt_tokens is not None]
         reasoned = [r.reasoning_tokens for r in responses if r.reasoning_tokens is not None]
         details = CompletionDetails(reasoning_tokens=sum(reasoned)) if reasoned else UNSET
+        found = CachedTokens(cached_tokens=sum(cached)) if cached else UNSET
         return Usage(
             prompt_tokens=read,
             completion_tokens=written,
             total_tokens=read + written,
-            prompt_tokens_details=CachedTokens(cached_tokens=cached),
+            prompt_tokens_details=found,
             completion_tokens_details=details,
         )
 

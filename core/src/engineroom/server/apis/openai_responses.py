@@ -136,7 +136,9 @@ Not: TypeAlias = Annotated[bool, Meta(extra_json_schema={"const": False})]
 
 
 class InputTokensDetails(Answer, kw_only=True):
-    """What of the prompt's work was not done again."""
+    """What of the prompt's work was not done again; 0 as well where the runtime does not say it,
+    for the API has no answer without it.
+    """
 
     cached_tokens: int
     cache_write_tokens: int = 0

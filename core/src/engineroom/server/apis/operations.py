@@ -6,6 +6,8 @@ import time
 from functools import partial
 from typing import Literal
 
+from msgspec import UNSET, UnsetType
+
 import engineroom
 from engineroom.server.apis.routing import Route
 from engineroom.server.http.call import Call
@@ -46,7 +48,8 @@ class Model(Answer, kw_only=True):
     created: int
     owned_by: str = "engineroom"
     root: str
-    max_model_len: int | None
+    max_model_len: int | UnsetType = UNSET
+    """Absent until it is known: a model tells it when it is loaded."""
 
 
 class ModelList(Answer, kw_only=True):
@@ -106,7 +109,10 @@ async def model(call: Call) -> None:
 def _models(call: Call) -> list[Model]:
     return [
         Model(
-            id=name, created=_STARTED, root=status.model_id, max_model_len=status.max_context_tokens
+            id=name,
+            created=_STARTED,
+            root=status.model_id,
+            max_model_len=UNSET if status.max_context_tokens is None else status.max_context_tokens,
         )
         for status in call.context.directory.models()
         for name in (status.model_id, *status.aliases)
