@@ -57,7 +57,8 @@ def embeddings_fit():
     class Broken(ToyHandler):
         async def embed(self, loaded_model, texts):
             found = await super().embed(loaded_model, texts)
-            return Embeddings(found.vectors, 0)
+            counted = all(not isinstance(text, str) for text in texts)
+            return Embeddings(found.vectors, found.prompt_tokens if counted else 0)
 
     return Broken
 
@@ -118,6 +119,26 @@ def embeddings_refused__unclaimed():
     class Broken(ToyHandler):
         def capabilities(self):
             return dataclasses.replace(super().capabilities(), embeddings=False)
+
+    return Broken
+
+
+@defect
+def embeddings_token_ids():
+    class Broken(ToyHandler):
+        async def embed(self, loaded_model, texts):
+            begun = [text if isinstance(text, str) else [1, *text] for text in texts]
+            return await super().embed(loaded_model, begun)
+
+    return Broken
+
+
+@defect
+def embeddings_token_ids__out_of_range():
+    class Broken(ToyHandler):
+        async def embed(self, loaded_model, texts):
+            known = [t if isinstance(t, str) else [i & 255 for i in t] for t in texts]
+            return await super().embed(loaded_model, known)
 
     return Broken
 

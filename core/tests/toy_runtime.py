@@ -116,12 +116,14 @@ class ToyHandler(TokenHandler):
         return Capabilities(params=HONOURED, chat=True, embeddings=True, prompt_token_ids=True)
 
     async def embed(self, loaded_model: LoadedModel, texts) -> Embeddings:
-        if any(len(t.encode()) > loaded_model.max_context_tokens for t in texts):
+        if any(id_ > 255 for t in texts if not isinstance(t, str) for id_ in t):
+            raise ConfigurationError("there are 256 tokens")
+        data = [text.encode() if isinstance(text, str) else bytes(text) for text in texts]
+        if any(len(each) > loaded_model.max_context_tokens for each in data):
             raise ConfigurationError("a text is longer than the context")
         for _ in texts:
             await asyncio.sleep(0)
-        vectors = [self.vector(text.encode()) for text in texts]
-        return Embeddings(vectors, sum(len(t.encode()) for t in texts))
+        return Embeddings([self.vector(each) for each in data], sum(map(len, data)))
 
     def vector(self, data: bytes) -> list[float]:
         return [float(data.count(bytes([byte]))) for byte in range(97, 123)]

@@ -290,6 +290,12 @@ LONG_INPUTS: Final[dict[str, Callable[[Api, Sizes], bytes]]] = {
     "as many texts, as long as fits": _inputs(lambda s: _words(s.body // 2100)),
     "100 texts of a context": _inputs(lambda _: _words(6000), 100),
     "2,049 texts": _inputs(lambda _: "x", 2049),
+    "token ids, as many as fit": lambda api, sizes: body(
+        api.lists["input"], repeated("7", sizes.body)
+    ),
+    "lists of token ids, as many as fit": lambda api, sizes: body(
+        api.lists["input"], joined([f"[{repeated('7', sizes.body // 2100)}]"] * _texts(sizes))
+    ),
 }
 PATIENT_S: Final = 60.0
 """It is the end of these answers that takes long to write."""

@@ -136,6 +136,9 @@ from .sources.source import (
     parse_source as parse_source,
     resolve_source as resolve_source,
 )
+from .sources.vectors import (
+    VectorSizes as VectorSizes,
+)
 from .status import (
     ModelState as ModelState,
     ModelStatus as ModelStatus,

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Final, Literal, Self, TypeAlias
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, Tag, model_validator
 
 from engineroom.field_types import (
     FewFields,
@@ -28,6 +28,7 @@ from engineroom.field_types import (
     Text,
     Texts,
     TokenId,
+    either,
 )
 from engineroom.responses import FINISH_REASONS, FinishReason, InferenceResponse, TokenLogprob
 from engineroom.thinking import contradictions, told_to_template
@@ -362,5 +363,15 @@ class EmbeddingRequest(InferenceRequest):
     kind: ClassVar[RequestKind] = "embed"
     prompt: Annotated[Text | None, OrDefault] = ""
     texts: Annotated[
-        list[Annotated[Text, Field(min_length=1)]], Field(fail_fast=True, min_length=1)
+        list[
+            Annotated[
+                Annotated[Text, Field(min_length=1), Tag("(text)")]
+                | Annotated[list[TokenId], Field(fail_fast=True, min_length=1), Tag("(ids)")],
+                either("a text or a list of token ids", {str: "(text)", list: "(ids)"}),
+            ]
+        ],
+        Field(fail_fast=True, min_length=1),
     ]
+    """Each a text, or its token ids as the model is to read them: nothing is added to those."""
+    dimensions: Annotated[Int, Field(ge=1)] | None = None
+    """Numbers that each vector is to have; ``None``: as many as the model makes."""

@@ -14,30 +14,27 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
-from pydantic import ValidationError
-
 from engineroom.border import get_logger
 from engineroom.config.model import LoadedModel
-from engineroom.config.options import problems
-from engineroom.errors import ConfigurationError, InferenceError, ModelNotFoundError
+from engineroom.errors import ConfigurationError, ModelNotFoundError
 from engineroom.handlers.base import Capabilities, Embeddings, InferenceHandler
 from engineroom.handlers.dispatch import DispatchReport
 from engineroom.handlers.registry import HandlerRegistry
 from engineroom.handlers.token_handler import effective_capabilities, unsupported_by
 from engineroom.inference.admission import Admission
 from engineroom.inference.blocking import BlockingPortal, BlockingStream
+from engineroom.inference.embedding import EmbeddingWork, embedding_request
 from engineroom.inference.execution import Execution, answer_whole
 from engineroom.inference.scope import RequestScope
 from engineroom.inference.streams import InferenceStream
 from engineroom.models.manager import LLMModelManager, ModelSource
 from engineroom.schemas import (
     INPUTS,
-    EmbeddingRequest,
     InferenceRequest,
     InferenceResponse,
     OnUnsupported,
 )
-from engineroom.telemetry import WORK, request_logger
+from engineroom.telemetry import request_logger
 
 __all__ = ["LLMInferenceService"]
 
@@ -115,8 +112,9 @@ class LLMInferenceService:
     async def embed(
         self,
         model_id: str,
-        texts: Sequence[str],
+        texts: Sequence[str | Sequence[int]],
         *,
+        dimensions: int | None = None,
         timeout_s: float | None = None,
         request_id: str | None = None,
         priority: int | None = None,
@@ -126,49 +124,32 @@ class LLMInferenceService:
 
         Observers see an :class:`~engineroom.EmbeddingRequest`, and a response that has the counts.
 
-        :param texts: at least one, none of them empty.
+        :param texts: at least one, none of them empty; each a text, or its token ids, which are
+            read as they are.
+        :param dimensions: numbers that each vector is to have, where the model is made for vectors
+            that are cut; ``None``: as many as it makes.
         :param timeout_s: seconds that it may take, waiting and loading included.
         :param request_id: what logs and observers call it; ``None``: an id of its own.
         :param priority: as a request's, -100 to 100; ``None``: 0.
         :param metadata: the caller's own; handed to observers, never to the model.
-        :raises ConfigurationError: there is no text, or the model makes no embeddings.
+        :raises ConfigurationError: there is no text, the model makes no embeddings or none of so
+            many numbers, or its handler takes no token ids.
         :raises EngineRoomError: what else a request may fail with.
         """
-        request = _embedding_request(
+        request = embedding_request(
             model_id,
             texts,
+            dimensions=dimensions,
             timeout_s=timeout_s,
             request_id=request_id,
             priority=priority,
             metadata=metadata,
         )
-        scope = RequestScope(request)
-        embeddings: Embeddings | None = None
-
-        async def work(
-            scope: RequestScope, handler: InferenceHandler, loaded_model: LoadedModel
-        ) -> InferenceResponse:
-            nonlocal embeddings
-            token = WORK.set(request)
-            try:
-                made: object = await handler.embed(loaded_model, request.texts)
-            finally:
-                WORK.reset(token)
-            scope.check()
-            if not isinstance(made, Embeddings) or len(made.vectors) != len(request.texts):
-                raise InferenceError(
-                    f"handler {handler.name!r}: embed did not return Embeddings with a vector "
-                    "for each text; mend the plugin"
-                )
-            embeddings = made
-            return InferenceResponse(
-                request_id=request.request_id, model_id=model_id, prompt_tokens=made.prompt_tokens
-            )
-
+        scope, work = RequestScope(request), EmbeddingWork(request)
         await self._execution(scope).run(work)
         scope.raise_error()
-        assert embeddings is not None
-        return embeddings
+        assert work.embeddings is not None
+        return work.embeddings
 
     def run(self, request: InferenceRequest) -> InferenceResponse:
         """Answer in whole, for callers without an event loop. Blocks.
@@ -307,6 +288,11 @@ class LLMInferenceService:
                 raise ConfigurationError(
                     f"handler {handler.name!r} makes no embeddings; use another runtime"
                 )
+            texts = getattr(request, "texts", ())
+            if not capabilities.prompt_token_ids and not all(isinstance(t, str) for t in texts):
+                raise ConfigurationError(
+                    f"handler {handler.name!r} takes no token ids; send text", field="texts"
+                )
             return handler, []
         unsupported = unsupported_by(handler, loaded_model, capabilities, request)
         if not unsupported:
@@ -339,25 +325,6 @@ def _check_generates(request: object, method: str) -> None:
     raise ConfigurationError(
         f"{method} takes an InferenceRequest, not {type(request).__name__}; {instead}"
     )
-
-
-def _embedding_request(model_id: object, texts: object, **fields: Any) -> EmbeddingRequest:
-    if not isinstance(model_id, str):
-        raise ConfigurationError(
-            f"embed takes the id of a model and a list of texts, not {type(model_id).__name__}; "
-            "infer and stream answer requests"
-        )
-    listed = list(texts) if isinstance(texts, Sequence) and not isinstance(texts, str) else []
-    if not listed or not all(isinstance(text, str) and text for text in listed):
-        raise ConfigurationError(
-            "embed takes a list of texts, of which none is empty", model_id=model_id
-        )
-    stated = {name: value for name, value in fields.items() if value is not None}
-    try:
-        return EmbeddingRequest(model_id=model_id, texts=listed, **stated)
-    except ValidationError as error:
-        mistakes = problems(error, {"model_id": model_id, "texts": listed, **stated})
-    raise ConfigurationError(f"embed: {mistakes}")  # the other one has the texts in it
 
 
 def _registry_for(

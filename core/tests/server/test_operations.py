@@ -18,7 +18,7 @@ import httpx
 import jsonschema_rs
 from hypothesis import given, strategies as st
 
-from engineroom import InferenceRequest, InferenceResponse, hookimpl
+from engineroom import InferenceRequest, InferenceResponse, VectorSizes, hookimpl
 from engineroom.server.routes import all_routes, document
 from engineroom.testing import EchoHandler
 
@@ -210,7 +210,7 @@ def test_embeddings_of_a_service_that_has_them(start, monkeypatch):
         vectors: list[list[float]]
         prompt_tokens: int
 
-    async def embed(model_id, texts, *, timeout_s, request_id, priority, metadata):
+    async def embed(model_id, texts, *, dimensions, timeout_s, request_id, priority, metadata):
         return Embeddings([[float(len(text)), 0.5] for text in texts], 4)
 
     with start() as run:
@@ -223,12 +223,46 @@ def test_embeddings_of_a_service_that_has_them(start, monkeypatch):
                 assert [each.embedding for each in answer.data] == [[1.0, 0.5], [3.0, 0.5]]
                 assert answer.usage.prompt_tokens == 4
             with pytest.raises(openai.BadRequestError):
-                client.embeddings.create(model="m", input=["a"], dimensions=2)
-            with pytest.raises(openai.BadRequestError):
                 client.embeddings.create(model="m", input=["a", ""])
-            for ids in ([1, 2], [[1], [2]]):
-                with pytest.raises(openai.BadRequestError, match="token ids are not supported"):
-                    client.embeddings.create(model="m", input=ids)
+
+
+def test_token_ids_and_dimensions_of_embeddings(start):
+    import openai
+
+    class Cuttable(EchoHandler):
+        async def load_model(self, config):
+            loaded = await super().load_model(config)
+            loaded.vector_sizes = VectorSizes(26, frozenset({2, 4}))
+            return loaded
+
+    models = [{"model_id": "m", "source": "echo:"}]
+    with (
+        start(models, Cuttable()) as run,
+        openai.OpenAI(base_url=f"{run.url}/v1", api_key="x", max_retries=0) as client,
+    ):
+
+        def vectors(given, **fields):
+            answer = client.embeddings.create(model="m", input=given, **fields)
+            return [each.embedding for each in answer.data], answer.usage.prompt_tokens
+
+        whole = vectors(["ab", "ba"])
+        for ids in ([[97, 98], [98, 97]], [97, 98]):
+            made, tokens = vectors(ids)
+            assert made == whole[0][: len(made)]
+            assert tokens == 2 * len(made)
+        assert vectors(["ab", "ba"], dimensions=26) == whole
+        (cut,), _ = vectors(["abcz"], dimensions=2, encoding_format="float")
+        assert cut == pytest.approx([0.5**0.5, 0.5**0.5])
+        for size in (1, 3, 27):
+            with pytest.raises(openai.BadRequestError, match="cut to 2, 4 or 26") as caught:
+                vectors("a", dimensions=size)
+            assert caught.value.body["param"] == "dimensions"
+        for mistake in ([-1], [True], [1.5], [1, "a"], [2**31], [[1], []], [[]], [[1], "a"]):
+            with pytest.raises(openai.BadRequestError) as caught:
+                vectors(mistake)
+            assert caught.value.body["param"] == "input", mistake
+        with pytest.raises(openai.BadRequestError, match="1114112 is no character"):
+            vectors([0x110000])
 
 
 def test_embeddings_are_counted_and_named_as_other_requests(start):

@@ -248,3 +248,44 @@ def test_a_hostile_listing_is_refused(bert: tuple[Path, Parts], listing: str, pr
     (folder / "modules.json").write_text(listing)
     with pytest.raises(ConfigurationError, match=problem):
         recipe_of(folder, parts)
+
+
+async def test_token_ids_have_the_vector_of_their_text(tiny: Callable[[str], Path]) -> None:
+    import transformers
+
+    folder = tiny("bert")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = [tokenizer(text).input_ids for text in TEXTS]
+    async with service(folder) as bench:
+        by_text = await bench.embed("m", TEXTS)
+        by_ids = await bench.embed("m", ids)
+        assert close(by_ids.vectors, by_text.vectors)
+        assert by_ids.prompt_tokens == by_text.prompt_tokens
+        with pytest.raises(ConfigurationError, match=r"text 1 has the token 99999; .* are 0 to"):
+            await bench.embed("m", [ids[0], [99999]])
+        with pytest.raises(ConfigurationError, match=r"text 0 has \d+ tokens"):
+            await bench.embed("m", [[1] * 100_000])
+
+
+@pytest.mark.parametrize("by", ["config", "option"])
+async def test_vectors_are_cut_where_the_model_is_made_for_it(
+    copied: Callable[[str], Path], by: str
+) -> None:
+    folder = declare(copied("bert"), "Transformer", "Pooling", "Normalize", pooling={})
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode": "mean"}')
+    file = folder / "config.json"
+    settings = json.loads(file.read_text())
+    if by == "config":
+        file.write_text(json.dumps(settings | {"matryoshka_dimensions": [2, 4]}))
+    width = settings["hidden_size"]
+    async with service(folder, **({"matryoshka": [2, 4]} if by == "option" else {})) as bench:
+        whole = await bench.embed("m", TEXTS)
+        assert (await bench.embed("m", TEXTS, dimensions=width)).vectors == whole.vectors
+        cut = await bench.embed("m", TEXTS, dimensions=4)
+        with pytest.raises(ConfigurationError, match=f"cut to 2, 4 or {width}, not 3"):
+            await bench.embed("m", TEXTS, dimensions=3)
+    expected = []
+    for vector in whole.vectors:
+        length = sum(x * x for x in vector[:4]) ** 0.5
+        expected.append([x / length for x in vector[:4]])
+    assert close(cut.vectors, expected)

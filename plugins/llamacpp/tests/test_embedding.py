@@ -231,3 +231,27 @@ async def test_an_encoder_that_does_not_say_so_is_refused(
 async def test_a_model_that_ranks_is_refused_with_its_name(make: Make, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="ranks texts"):
         await make(write_bert(tmp_path / "rank.gguf", pooling=4))
+
+
+async def test_token_ids_have_the_vector_of_their_text(make: Make, bert: Path) -> None:
+    bench = await make(bert)
+    ids = [tokens_of(text) for text in TEXTS]
+    by_text, by_ids = [await bench.service.embed("m", given) for given in (TEXTS, ids)]
+    assert close(by_ids.vectors, by_text.vectors)
+    assert by_ids.prompt_tokens == by_text.prompt_tokens
+    with pytest.raises(ConfigurationError, match="text 1 has the token 99999; the model's tokens"):
+        await bench.service.embed("m", [ids[0], [99999]])
+    with pytest.raises(ConfigurationError, match="text 0 has 1000 tokens"):
+        await bench.service.embed("m", [[1] * 1000])
+
+
+async def test_vectors_are_cut_where_the_option_says_so(make: Make, bert: Path) -> None:
+    bench = await make(bert)
+    whole = await bench.service.embed("m", TEXTS, dimensions=WIDTH)
+    with pytest.raises(ConfigurationError, match="not made for them to be cut to 4"):
+        await bench.service.embed("m", TEXTS, dimensions=4)
+    bench = await make(bert, matryoshka=True)
+    cut = await bench.service.embed("m", TEXTS, dimensions=4)
+    for full, beginning in zip(whole.vectors, cut.vectors, strict=True):
+        length = sum(x * x for x in full[:4]) ** 0.5
+        assert beginning == pytest.approx([x / length for x in full[:4]], abs=1e-4)

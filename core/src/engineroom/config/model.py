@@ -11,6 +11,7 @@ from engineroom.config.interpolation import without_secrets
 from engineroom.errors import EngineRoomError
 from engineroom.field_types import Identifier, OrDefault, no_booleans
 from engineroom.schemas import FrozenSchema, PrefixCacheScope
+from engineroom.sources.vectors import VectorSizes
 from engineroom.units import DeviceSizes, Duration
 
 __all__ = ["LoadedModel", "ModelConfig", "ModelVariant", "source_mistake"]
@@ -108,6 +109,8 @@ class LoadedModel(BaseModel):
     max_context_tokens: int | None = None
     """Most tokens that prompt and generated text may have together."""
     memory_bytes: int | None = None
+    vector_sizes: VectorSizes | None = None
+    """How long its vectors are, and to what lengths they may be cut; ``None``: it is not told."""
 
     __hash__ = object.__hash__
 

@@ -9,6 +9,7 @@ from engineroom.handlers.base import HandlerHealth
 
 if TYPE_CHECKING:
     from engineroom.engine.constraints import GrammarCompiler
+    from engineroom.sources.vectors import VectorSizes
 
 __all__ = ["Engine"]
 
@@ -32,6 +33,8 @@ class Engine(ABC):
     """Tokens that the model has."""
     memory_bytes: int
     """What the model takes, on all devices together."""
+    vector_sizes: VectorSizes | None = None
+    """How long its vectors are; ``None``: it makes none, or does not know."""
     grammars: GrammarCompiler | None = None
     """Compiles what answers must match, once a request asks for it."""
     longer_context: str = "load the model with a longer context"

@@ -132,6 +132,7 @@ class EngineHandler(TokenHandler):
             tokenizer=engine.codec,
             max_context_tokens=engine.n_ctx,
             memory_bytes=engine.memory_bytes,
+            vector_sizes=engine.vector_sizes,
         )
 
     async def unload_model(self, loaded_model: LoadedModel) -> None:
@@ -162,14 +163,17 @@ class EngineHandler(TokenHandler):
             return replace(health, ok=False, detail=stuck)
         return health
 
-    async def embed(self, loaded_model: LoadedModel, texts: Sequence[str]) -> Embeddings:
+    async def embed(
+        self, loaded_model: LoadedModel, texts: Sequence[str | Sequence[int]]
+    ) -> Embeddings:
         """Texts as vectors.
 
-        :raises ConfigurationError: the model makes no embeddings, or a text is too long for it.
+        :raises ConfigurationError: the model makes no embeddings, a text is too long for it, or it
+            has no such token.
         :raises QueueFullError: too many requests wait.
         """
         engine = self.embedder(loaded_model.model_object)
-        tokens = await tokens_of_texts(engine.codec, texts, engine.n_ctx)
+        tokens = await tokens_of_texts(engine.codec, texts, engine.n_ctx, n_vocab=engine.n_vocab)
         return Embeddings(await engine.embed(tokens), sum(map(len, tokens)))
 
     async def generate_tokens(

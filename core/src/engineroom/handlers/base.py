@@ -54,7 +54,8 @@ class Capabilities:
         :func:`~engineroom.prompts.tokens_of` does.
     :param adapters: honours ``adapter``, and refuses names that it does not know.
     :param reasoning_budget: ends reasoning after so many tokens.
-    :param prompt_token_ids: takes ``prompt_token_ids``, and refuses ids that the model has not.
+    :param prompt_token_ids: takes ``prompt_token_ids``, and refuses ids that the model has not;
+        the same of ids that :meth:`InferenceHandler.embed` gets.
     """
 
     params: frozenset[str] = frozenset()
@@ -211,14 +212,18 @@ class InferenceHandler(ABC):
         """
 
     @hookspec
-    async def embed(self, loaded_model: LoadedModel, texts: Sequence[str]) -> Embeddings:
+    async def embed(
+        self, loaded_model: LoadedModel, texts: Sequence[str | Sequence[int]]
+    ) -> Embeddings:
         """Turn texts into vectors; asked only where ``capabilities().embeddings`` says so.
 
         The vector of a text does not depend on the texts beside it. Cancelled like any
         coroutine.
 
-        :param texts: at least one, none of them empty.
-        :raises ConfigurationError: the model makes no embeddings, or a text is too long for it.
+        :param texts: at least one, none of them empty. Token ids in the place of a text only where
+            ``capabilities().prompt_token_ids`` says so: nothing is to be added to them.
+        :raises ConfigurationError: the model makes no embeddings, a text is too long for it, or it
+            has no such token.
         """
         raise ConfigurationError(f"handler {self.name!r} makes no embeddings")
 

@@ -200,7 +200,7 @@ def _parameters(request: InferenceRequest) -> Iterator[str]:
     elif request.kind == "generate":
         yield f"prompt of {len(request.prompt or '')} characters"
     else:
-        yield f"{len(texts)} texts of {sum(map(len, texts))} characters"
+        yield from _listed(request)
         return
     params = request.params
     for name in type(params).model_fields:
@@ -220,11 +220,26 @@ def _parameters(request: InferenceRequest) -> Iterator[str]:
             yield f"{name}={value}"
 
 
+def _listed(request: InferenceRequest) -> Iterator[str]:
+    """How much there is to make vectors of."""
+    listed: Sequence[str | Sequence[int]] = getattr(request, "texts", ())
+    texts = [text for text in listed if isinstance(text, str)]
+    if texts or not listed:
+        yield f"{len(texts)} texts of {sum(map(len, texts))} characters"
+    if len(texts) < len(listed):
+        ids = sum(len(text) for text in listed if not isinstance(text, str))
+        yield f"{len(listed) - len(texts)} lists of {ids} token ids"
+    if dimensions := getattr(request, "dimensions", None):
+        yield f"dimensions={dimensions}"
+
+
 def _texts(request: InferenceRequest) -> Sequence[str]:
     """What is to be continued or made a vector of."""
     if request.messages is not None:
         return [m.content for m in request.messages if m.content is not None]
-    return getattr(request, "texts", None) or [request.prompt or ""]
+    if (listed := getattr(request, "texts", None)) is not None:
+        return [text for text in listed if isinstance(text, str)]
+    return [request.prompt or ""]
 
 
 def _any_quotes(error: BaseException, request: InferenceRequest) -> bool:

@@ -13,6 +13,7 @@ __all__ = [
     "check_beams",
     "check_prompt",
     "check_text",
+    "check_text_ids",
     "check_texts",
     "check_token_ids",
     "prompt_too_long",
@@ -109,6 +110,21 @@ def check_texts(texts: Sequence[Sequence[int]], n_ctx: int) -> None:
             raise text_too_long(number, f"{len(tokens)}", n_ctx)
         if not tokens:
             raise ConfigurationError(f"text {number} has no tokens")
+
+
+def check_text_ids(number: int, ids: Sequence[int], n_ctx: int, n_vocab: int | None) -> None:
+    """Refuse token ids in the place of a text that the model does not have, or too many of them.
+
+    :param number: of the text, from 0.
+    :param n_vocab: tokens that the model has; ``None``: not known.
+    :raises ConfigurationError: names the id and the ids that there are.
+    """
+    if len(ids) > n_ctx:
+        raise text_too_long(number, f"{len(ids)}", n_ctx)
+    if n_vocab is not None and (largest := max(ids, default=0)) >= n_vocab:
+        raise ConfigurationError(
+            f"text {number} has the token {largest}; the model's tokens are 0 to {n_vocab - 1}"
+        )
 
 
 def text_too_long(number: int, count: str, n_ctx: int) -> ConfigurationError:

@@ -13,6 +13,7 @@ from engineroom.prompts.codec import PromptCodec
 from engineroom.prompts.limits import (
     check_prompt,
     check_text,
+    check_text_ids,
     check_texts,
     prompt_too_long,
     text_too_long,
@@ -127,11 +128,19 @@ def _template_args(request: InferenceRequest) -> dict[str, Any]:
     return names | {n: v for n, v in stated.items() if v is not None or n not in names}
 
 
-async def tokens_of_texts(codec: PromptCodec, texts: Sequence[str], n_ctx: int) -> list[list[int]]:
+async def tokens_of_texts(
+    codec: PromptCodec,
+    texts: Sequence[str | Sequence[int]],
+    n_ctx: int,
+    *,
+    n_vocab: int | None = None,
+) -> list[list[int]]:
     """Token ids of texts that are to be embedded, made where it holds up nobody.
 
+    :param texts: each a text, or its token ids, which are taken as they are.
     :param n_ctx: tokens that the model reads at once.
-    :raises ConfigurationError: a text has none, or more.
+    :param n_vocab: tokens that the model has; ``None``: not known.
+    :raises ConfigurationError: a text has none, or more, or one that the model does not have.
     :raises QueueFullError: too many prompts wait to be read.
     :raises ResourceNotAvailableError: the model is being unloaded.
     """
@@ -140,8 +149,12 @@ async def tokens_of_texts(codec: PromptCodec, texts: Sequence[str], n_ctx: int) 
     def read() -> None:
         for text in texts:
             check_stopped()
-            check_text("each text", text)
-            tokens.append(codec.whole(text))
+            if isinstance(text, str):
+                check_text("each text", text)
+                tokens.append(codec.whole(text))
+            else:
+                check_text_ids(len(tokens), text, n_ctx, n_vocab)
+                tokens.append(list(text))
 
     try:
         await _lane_of(codec).run(read, size=sum(map(len, texts)), most=n_ctx)

@@ -26,5 +26,10 @@ from .source import (
     parse_source as parse_source,
     resolve_source as resolve_source,
 )
+from .vectors import (
+    EmbeddingOptions as EmbeddingOptions,
+    VectorSizes as VectorSizes,
+    vector_sizes as vector_sizes,
+)
 
 __all__: list[str]

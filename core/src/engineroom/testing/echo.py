@@ -25,9 +25,11 @@ from engineroom.generation.steps import TokenStep
 from engineroom.handlers.base import Capabilities, Embeddings, HandlerHealth
 from engineroom.handlers.token_handler import TokenHandler
 from engineroom.schemas import InferenceRequest
+from engineroom.sources.vectors import VectorSizes
 
 __all__ = ["EchoHandler", "EchoModel", "EchoOptions"]
 
+_ALPHABET: Final = "abcdefghijklmnopqrstuvwxyz"
 _WORD: Final = re.compile(r"\s*\S+|\s+")
 
 
@@ -116,6 +118,7 @@ class EchoHandler(TokenHandler):
             handler_name=self.name,
             max_context_tokens=1 << 20,
             memory_bytes=0,
+            vector_sizes=VectorSizes(len(_ALPHABET)),
         )
 
     async def unload_model(self, loaded_model: LoadedModel) -> None:
@@ -139,16 +142,23 @@ class EchoHandler(TokenHandler):
             num_requests_waiting=model.waiting,
         )
 
-    async def embed(self, loaded_model: LoadedModel, texts: Sequence[str]) -> Embeddings:
+    async def embed(
+        self, loaded_model: LoadedModel, texts: Sequence[str | Sequence[int]]
+    ) -> Embeddings:
         """How often each letter of the alphabet is in a text, as a vector of length 1."""
         model = _model(loaded_model)
+        read = [text if isinstance(text, str) else "".join(_characters(text)) for text in texts]
         model.running += 1
         try:
             await asyncio.sleep(model.options.token_delay_s)
             if model.options.fail == "before":
                 raise RuntimeError("asked to fail before the first token")
-            tokens = sum(len(_pieces(model.options, text)) for text in texts)
-            return Embeddings([_letters(text) for text in texts], tokens)
+            pairs = zip(texts, read, strict=True)
+            tokens = sum(
+                len(_pieces(model.options, said) if isinstance(text, str) else text)
+                for text, said in pairs
+            )
+            return Embeddings([_letters(text) for text in read], tokens)
         finally:
             model.running -= 1
 
@@ -199,22 +209,26 @@ def _model(loaded_model: LoadedModel) -> EchoModel:
 
 
 def _letters(text: str) -> list[float]:
-    counts = [float(text.lower().count(letter)) for letter in "abcdefghijklmnopqrstuvwxyz"]
+    counts = [float(text.lower().count(letter)) for letter in _ALPHABET]
     length = math.hypot(*counts) or 1.0
     return [count / length for count in counts]
 
 
 def _input(options: EchoOptions, request: InferenceRequest) -> Sequence[str | bytes]:
     if (ids := request.prompt_token_ids) is not None:
-        for token in ids:
-            if token > 0x10FFFF or 0xD800 <= token <= 0xDFFF:
-                raise ConfigurationError(f"prompt_token_ids: {token} is no character of Unicode")
-        characters = [chr(token) for token in ids]
+        characters = _characters(ids)
         return _pieces(options, "".join(characters)) if options.split_bytes else characters
     if request.prompt is not None:
         return _pieces(options, request.prompt)
     assert request.messages is not None
     return _pieces(options, request.messages[-1].content or "")
+
+
+def _characters(ids: Sequence[int]) -> list[str]:
+    for token in ids:
+        if token > 0x10FFFF or 0xD800 <= token <= 0xDFFF:
+            raise ConfigurationError(f"token {token} is no character of Unicode")
+    return [chr(token) for token in ids]
 
 
 def _pieces(options: EchoOptions, text: str) -> list[str] | list[bytes]:

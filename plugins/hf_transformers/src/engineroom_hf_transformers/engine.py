@@ -31,7 +31,7 @@ from engineroom import (
     work_priority,
 )
 from engineroom.engine import Constraint, SamplerState, Scheduler, StepBatch, logprob_maker
-from engineroom.sources import PoolingRecipe
+from engineroom.sources import PoolingRecipe, vector_sizes
 from engineroom_hf_transformers.attention import StepStoppedError
 from engineroom_hf_transformers.by_generate import GenerateCall, neutral
 from engineroom_hf_transformers.cache import Slots
@@ -98,6 +98,10 @@ class HfEngine(BatchingEngine[Job]):
         neutral(parts.model)
         self.recipe: PoolingRecipe | None = recipe_of(parts.folder, parts)
         """How to make embeddings; ``None``: the model is not made for it."""
+        if self.recipe is not None:
+            config = parts.model.config
+            if width := getattr(config.get_text_config(), "hidden_size", None):
+                self.vector_sizes = vector_sizes(int(width), options, config.to_dict())
         self.why_one_by_one = why_not_driven(parts, options)
         """Why requests run one at a time; empty: they are batched."""
         batched = not self.why_one_by_one

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from engineroom.prompts import ChatOptions
+from engineroom.sources import EmbeddingOptions
 
 __all__ = ["Dtype", "HfTransformersOptions"]
 
@@ -23,7 +24,7 @@ def _no_switch(value: Any) -> Any:
 _Int: TypeAlias = Annotated[int, BeforeValidator(_no_switch), Field(le=2**31 - 1)]
 
 
-class HfTransformersOptions(ChatOptions):
+class HfTransformersOptions(ChatOptions, EmbeddingOptions):
     """Options of one model. Sizes are in tokens where nothing else is said.
 
     ``n_ctx`` and ``n_parallel``, which other runtimes have, may be written for ``max_context`` and

@@ -28,6 +28,7 @@ from engineroom import (
     work_logger,
     work_priority,
 )
+from engineroom.sources import vector_sizes
 from engineroom_llamacpp.adapters import set_adapters
 from engineroom_llamacpp.context import context_params
 from engineroom_llamacpp.library import AbortFlag, last_error
@@ -73,9 +74,11 @@ class EmbeddingEngine(BatchingEngine[EmbeddingTask]):
     ) -> None:
         self.codec = self.model = model
         self.options = options
+        self.n_vocab = model.n_vocab
         self.threads = options.n_threads or default_threads()
         self._context = EmbeddingContext(model, options, pooling, self.threads)
         self.on_gpu = self._context.on_gpu
+        self.vector_sizes = vector_sizes(self._context.size, options)
         self.n_ctx = self._context.n_tokens
         """Most tokens of a text."""
         super().__init__(
@@ -189,7 +192,7 @@ class EmbeddingContext:
             self.close()
             raise
         self._memory = library.llama_get_memory(self._handle)
-        self._size = int(library.llama_model_n_embd_out(model.handle))
+        self.size = int(library.llama_model_n_embd_out(model.handle))
         self.on_gpu = options.n_gpu_layers != 0 and bool(library.llama_supports_gpu_offload())
         self._batch = library.llama_batch_init(self.n_tokens, 0, 1)
 
@@ -225,6 +228,6 @@ class EmbeddingContext:
         if not pointer:
             return None
         address = ctypes.cast(pointer, ctypes.c_void_p).value or 0
-        memory = (ctypes.c_float * self._size).from_address(address)
+        memory = (ctypes.c_float * self.size).from_address(address)
         vector: Numbers = np.ctypeslib.as_array(memory).copy()
         return vector if bool(np.isfinite(vector).all()) else None

@@ -93,6 +93,7 @@ def load_engine(config: ModelConfig, options: LlamaCppOptions) -> LlamaEngine | 
             engine = LlamaEngine(model, options, config.model_id, draft, waiting)
             if pooling is not None:
                 engine.embedder = EmbeddingEngine(model, options, pooling, config.model_id)
+                engine.vector_sizes = engine.embedder.vector_sizes
     except BaseException:
         if engine is not None:
             engine.close()  # and with it the draft model

@@ -8,6 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from engineroom import ByteSize
 from engineroom.prompts import ChatOptions
+from engineroom.sources import EmbeddingOptions
 
 __all__ = ["DEFAULT_CONTEXT", "CacheType", "LlamaCppOptions", "LoraAdapter"]
 
@@ -52,7 +53,7 @@ class LoraAdapter(BaseModel):
     name: Annotated[str, Field(min_length=1, max_length=200)] | None = None
 
 
-class LlamaCppOptions(ChatOptions):
+class LlamaCppOptions(ChatOptions, EmbeddingOptions):
     """Options of one model. Sizes are in tokens where nothing else is said."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -105,6 +105,7 @@ class VLLMEngine(Engine):
         self.parallel: int = facts.parallel
         self.cache_tokens: int = facts.cache_tokens
         self.embeds: bool = library.pools(llm.vllm_config)
+        self.vector_sizes = library.vectors(llm.vllm_config, options) if self.embeds else None
         self.codec = TextCodec(llm.get_tokenizer(), options)
         own = self.codec.end_token
         self._ends = folder.end_tokens | ({own} if own is not None else set())

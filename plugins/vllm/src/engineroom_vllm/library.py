@@ -20,6 +20,7 @@ from types import SimpleNamespace
 from typing import Any, Final
 
 from engineroom import Border, ConfigurationError, did_you_mean
+from engineroom.sources import EmbeddingOptions, VectorSizes, vector_sizes
 
 __all__ = [
     "CONTEXT_FUNCTION",
@@ -216,6 +217,13 @@ class Library:
     def pools(configuration: Any) -> bool:
         """Whether an engine so configured makes vectors instead of text."""
         return str(configuration.model_config.runner_type) == "pooling"
+
+    @staticmethod
+    def vectors(configuration: Any, options: EmbeddingOptions) -> VectorSizes | None:
+        """How long the vectors of an engine so configured are; ``None``: not known."""
+        model = configuration.model_config
+        size = getattr(model, "embedding_size", None)
+        return vector_sizes(size, options, model.hf_config.to_dict()) if size else None
 
     @staticmethod
     async def wake(llm: Any) -> tuple[str, ...]:

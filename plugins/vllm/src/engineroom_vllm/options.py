@@ -8,6 +8,7 @@ from typing import Annotated, Any, Final, Literal, TypeAlias
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from engineroom.prompts import ChatOptions
+from engineroom.sources import EmbeddingOptions
 
 __all__ = ["OWN_ARGUMENTS", "LoraModule", "VLLMOptions"]
 
@@ -49,7 +50,7 @@ class LoraModule(BaseModel):
     path: Annotated[str, Field(min_length=1)]
 
 
-class VLLMOptions(ChatOptions):
+class VLLMOptions(ChatOptions, EmbeddingOptions):
     """Options of one model. Sizes are in tokens where nothing else is said.
 
     The names are vLLM's own. ``n_ctx`` and ``n_parallel``, which other runtimes have, may be

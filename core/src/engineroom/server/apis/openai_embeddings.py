@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import base64
 import struct
-from collections.abc import Collection, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Final, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import BeforeValidator, Field, Tag, ValidationError
+from pydantic import Discriminator, Field, Tag, ValidationError
 
-from engineroom.field_types import either
+from engineroom.field_types import TokenId
 from engineroom.schemas import EmbeddingRequest, GenerationParams
 from engineroom.server.apis.request_fields import (
     ApiRequest,
@@ -32,10 +32,16 @@ _NUMBERS: Final = 32_768
 """So many numbers are encoded at a time."""
 
 
-def _no_token_ids(value: Any) -> Any:
-    if isinstance(value, list) and value and isinstance(value[0], int | list):
-        raise ValueError("token ids are not supported by this server; send text")
-    return value
+_TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1)]
+_MANY: Final = Field(fail_fast=True, min_length=1, max_length=MAX_INPUTS)
+_INPUTS: Final[Mapping[type, str]] = {int: "(ids)", list: "(lists of ids)"}
+
+
+def _kind_of_input(value: Any) -> str | None:
+    """Which of its forms an input has: mistakes are told of that one alone."""
+    if not isinstance(value, list):
+        return "(text)" if isinstance(value, str) else None
+    return _INPUTS.get(type(value[0]), "(texts)") if value else "(texts)"
 
 
 class EmbeddingsRequest(ApiRequest):
@@ -44,18 +50,23 @@ class EmbeddingsRequest(ApiRequest):
     model: ModelName
     input: Annotated[
         Annotated[str, Tag("(text)")]
-        | Annotated[
-            list[str], Field(fail_fast=True, min_length=1, max_length=MAX_INPUTS), Tag("(texts)")
-        ],
-        either("a text or a list of texts", {str: "(text)", list: "(texts)"}),
-        BeforeValidator(_no_token_ids),
+        | Annotated[list[str], _MANY, Tag("(texts)")]
+        | Annotated[_TokenIds, Tag("(ids)")]
+        | Annotated[list[_TokenIds], _MANY, Tag("(lists of ids)")],
+        Discriminator(
+            _kind_of_input,
+            custom_error_type="input",
+            custom_error_message="must be a text, a list of texts, a list of token ids, or a list "
+            "of lists of token ids",
+        ),
     ]
+    """A text or several, or their token ids, which are read as they are: nothing is added."""
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+    """Numbers of a vector, where the model is made for vectors that are cut."""
     encoding_format: Literal["float", "base64"] | None = None
     user: str | None = None
     timeout_s: TimeoutS | None = None
     priority: Priority | None = None
-
-    REFUSED: ClassVar[Mapping[str, Collection[Any]]] = {"dimensions": ()}
 
 
 class Embedding(Answer, kw_only=True):
@@ -85,15 +96,18 @@ class EmbeddingList(Answer, kw_only=True):
 async def embeddings(call: Call) -> None:
     """Turn texts into vectors."""
     request = parse(call, EmbeddingsRequest, await call.json())
-    texts = [request.input] if isinstance(request.input, str) else request.input
+    given: Any = request.input
+    texts = [given] if _kind_of_input(given) in ("(text)", "(ids)") else given
     for number, text in enumerate(texts):
         if not text:
             raise ApiError(400, f"input.{number}: the text is empty", "invalid_value", "input")
     common = common_fields(call, request)
+    await call.context.rounds.next()  # token ids by the hundred thousand are looked at once more
     try:
         asked = EmbeddingRequest(
             model_id=request.model,
             texts=texts,
+            dimensions=request.dimensions,
             request_id=call.id,
             params=GenerationParams(max_new_tokens=1),  # nothing is generated
             timeout_s=common["timeout_s"],
@@ -103,9 +117,11 @@ async def embeddings(call: Call) -> None:
     except ValidationError as error:
         raise invalid_fields(error, {"texts": "input"}) from error
     async with call.attended(), admission(call, [asked]) as slot:
+        await call.context.rounds.next()  # and once more
         made = await call.context.service.embed(
             asked.model_id,
             asked.texts,
+            dimensions=asked.dimensions,
             timeout_s=slot.left_of(asked.timeout_s),
             request_id=asked.request_id,
             priority=asked.priority,

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Final
 
 from engineroom.errors import ConfigurationError, EngineRoomError
+from engineroom.field_types import MAX_TOKEN_ID
 from engineroom.handlers.base import Embeddings
 from engineroom.testing.conformance.base import Checks, check
 from engineroom.testing.conformance.bench import Bench
@@ -23,6 +24,8 @@ _TEXTS: Final = (
     "A recipe for lentil soup with cumin, lemon and a little patience.",
     "Zürich, 北京, and a 🦆",
 )
+_IDS: Final = list(range(40, 52))
+"""Ids that a vocabulary of any size has."""
 _CLOSE: Final = 2e-2
 """How far apart vectors may be, as a share of their length, and still be the same: padding and
 half precision change the last digits."""
@@ -101,6 +104,23 @@ class EmbeddingChecks(Checks):
                 )
 
     @check(needs="can-handle")
+    async def test_embeddings_token_ids(self, kit: Kit) -> None:
+        async with _model(kit) as bench:
+            if not kit.capabilities.prompt_token_ids:
+                skip("capabilities() does not claim prompt_token_ids; the service refuses them")
+            beside = (await _embed(kit, bench, [_IDS, _TEXTS[0], _IDS[::-1]])).vectors
+            embeddings = await _embed(kit, bench, [_IDS])
+            same(f"embed([{_IDS}])", "prompt_tokens", len(_IDS), embeddings.prompt_tokens)
+            if _distance(beside[0], embeddings.vectors[0]) > _CLOSE:
+                broken(
+                    did=f"embed of the ids {_IDS} alone and beside a text",
+                    expected="the same vector",
+                    saw="two",
+                )
+            ids = [*_IDS, MAX_TOKEN_ID]
+            await _refused(kit, bench, ids, "embed of an id that no vocabulary has")
+
+    @check(needs="can-handle")
     async def test_embeddings_refused(self, kit: Kit) -> None:
         if not kit.capabilities.embeddings:
             await kit.bench.load()
@@ -136,7 +156,7 @@ async def _model(kit: Kit) -> AsyncIterator[Bench]:
         yield bench
 
 
-async def _embed(kit: Kit, bench: Bench, texts: Sequence[str]) -> Embeddings:
+async def _embed(kit: Kit, bench: Bench, texts: Sequence[str | Sequence[int]]) -> Embeddings:
     embeddings: object
     try:
         embeddings = await kit.within(kit.handler.embed(bench.loaded, list(texts)), "embed")
@@ -149,7 +169,7 @@ async def _embed(kit: Kit, bench: Bench, texts: Sequence[str]) -> Embeddings:
     return embeddings
 
 
-async def _refused(kit: Kit, bench: Bench, text: str, did: str) -> None:
+async def _refused(kit: Kit, bench: Bench, text: str | list[int], did: str) -> None:
     work = kit.handler.embed(bench.loaded, [text])
     embeddings = await kit.outcome(work, did, ConfigurationError)
     if not isinstance(embeddings, ConfigurationError):

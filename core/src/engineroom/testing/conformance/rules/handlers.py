@@ -102,6 +102,11 @@ EMBEDDINGS: Final = {
         "A handler that does not claim embeddings, and a text that is longer than the model reads, "
         "are refused with a ConfigurationError.",
     ),
+    "embeddings-token-ids": Rule(
+        "Token ids have a vector as texts have",
+        "Where prompt_token_ids is claimed, embed takes a text's token ids in its place: nothing "
+        "is added to them, and an id that the model does not have is a ConfigurationError.",
+    ),
 }
 
 HYGIENE: Final = {
