@@ -121,3 +121,57 @@ def test_a_seed_and_a_schema_twice_and_beside_others(url: str, stream: bool) -> 
     assert draw(3) == alone[3] and len(set(alone)) > 1
     with ThreadPoolExecutor(8) as clients:
         assert [*clients.map(draw, range(8))] == alone
+
+
+TOOL = {"name": "weather", "input_schema": {"type": "object", "properties": {"city": {}}}}
+CALLED = [
+    {"role": "user", "content": [
+        {"type": "text", "text": "how"}, {"type": "text", "text": " is it"},
+    ]},
+    {"role": "assistant", "content": [
+        {"type": "thinking", "thinking": "let me ask", "signature": ""},
+        {"type": "text", "text": "I ask."},
+        {"type": "tool_use", "id": "call00001", "name": "weather", "input": {"city": "Zürich"}},
+    ]},
+    {"role": "user", "content": [
+        {"type": "tool_result", "tool_use_id": "call00001", "content": "rain"},
+        {"type": "text", "text": "thanks"},
+    ]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": SAY},
+        {
+            "messages": SAY,
+            "system": [{"type": "text", "text": "be brief"}],
+            "stop_sequences": ["x"],
+        },
+        {"messages": SAY, "tools": [TOOL], "tool_choice": {"type": "none"}},
+        {"messages": CALLED, "tools": [TOOL], "thinking": {"type": "disabled"}},
+        {"messages": CALLED, "chat_template_kwargs": {"enable_thinking": True}},
+    ],
+)
+def test_a_conversation_has_the_tokens_that_were_counted(url, body):
+    asked = {"model": "m", "max_tokens": 2, **body}
+    answer = httpx.post(f"{url}/v1/messages", json=asked, timeout=120)
+    assert answer.status_code == 200, answer.text
+    usage = answer.json()["usage"]
+    counted = httpx.post(
+        f"{url}/v1/messages/count_tokens", json={"model": "m", **body}, timeout=120
+    )
+    read = usage["input_tokens"] + usage.get("cache_read_input_tokens", 0)
+    assert counted.json() == {"input_tokens": read}
+
+
+def test_what_is_longer_than_the_context_is_counted_as_well(url):
+    lengths = []
+    for words in (10, 2 * CONTEXT):
+        body = {"model": "m", "messages": [{"role": "user", "content": "a b " * words}]}
+        counted = httpx.post(f"{url}/v1/messages/count_tokens", json=body, timeout=120)
+        lengths.append(counted.json()["input_tokens"])
+        answer = httpx.post(f"{url}/v1/messages", json={**body, "max_tokens": 1}, timeout=120)
+        assert answer.status_code == (200 if words == 10 else 400)
+    assert lengths[1] > CONTEXT > lengths[0]

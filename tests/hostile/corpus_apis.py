@@ -179,6 +179,22 @@ MESSAGES: Final = Api(
     ),
 )
 
+_COUNTED: Final = f'{{"model":"m","messages":{_HI}'
+COUNT_TOKENS: Final = Api(
+    "count_tokens",
+    "/v1/messages/count_tokens",
+    texts={
+        "content": _of('"model":"m"', "messages", '"role":"user","content":%s'),
+        "system": _COUNTED + ',"system":%s}',
+    },
+    lists={
+        "messages": '{"model":"m","messages":[%s]}',
+        "tools": _COUNTED + ',"tools":[%s]}',
+    },
+    objects={"unknown fields": _COUNTED + ",%s}"},
+    numbers={"max_tokens": _COUNTED + ',"max_tokens":%s}'},
+)
+
 _E: Final = '"model":"e"'
 EMBEDDINGS: Final = Api(
     "embeddings",
@@ -255,4 +271,4 @@ UNLOAD: Final = Api(
 
 TALKS: Final = (CHAT, COMPLETIONS, RESPONSES, MESSAGES, INFERENCE)
 CONVERSES: Final = (CHAT, RESPONSES, MESSAGES, INFERENCE)
-EVERY: Final = (*TALKS, EMBEDDINGS, UNLOAD)
+EVERY: Final = (*TALKS, COUNT_TOKENS, EMBEDDINGS, UNLOAD)

@@ -116,6 +116,7 @@ from .models.reloading import (
 from .schemas import (
     STRUCTURED_KINDS as STRUCTURED_KINDS,
     ChatMessage as ChatMessage,
+    CountRequest as CountRequest,
     EmbeddingRequest as EmbeddingRequest,
     FinishReason as FinishReason,
     GenerationParams as GenerationParams,

@@ -219,7 +219,7 @@ INPUTS: Final = ("prompt", "prompt_token_ids", "messages")
 """What a request may ask to be continued, of which it has one."""
 
 
-RequestKind: TypeAlias = Literal["generate", "embed"]
+RequestKind: TypeAlias = Literal["generate", "embed", "count"]
 """What is asked of a model."""
 
 
@@ -375,3 +375,12 @@ class EmbeddingRequest(InferenceRequest):
     """Each a text, or its token ids as the model is to read them: nothing is added to those."""
     dimensions: Annotated[Int, Field(ge=1)] | None = None
     """Numbers that each vector is to have; ``None``: as many as the model makes."""
+
+
+class CountRequest(InferenceRequest):
+    """A request whose input is counted, not answered, as observers see it: of the kind ``count``.
+
+    ``LLMInferenceService.count_prompt_tokens`` makes it of the request that it is given.
+    """
+
+    kind: ClassVar[RequestKind] = "count"

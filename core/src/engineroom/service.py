@@ -23,6 +23,7 @@ from engineroom.handlers.registry import HandlerRegistry
 from engineroom.handlers.token_handler import effective_capabilities, unsupported_by
 from engineroom.inference.admission import Admission
 from engineroom.inference.blocking import BlockingPortal, BlockingStream
+from engineroom.inference.counting import CountWork, count_request
 from engineroom.inference.embedding import EmbeddingWork, embedding_request
 from engineroom.inference.execution import Execution, answer_whole
 from engineroom.inference.scope import RequestScope
@@ -150,6 +151,22 @@ class LLMInferenceService:
         scope.raise_error()
         assert work.embeddings is not None
         return work.embeddings
+
+    async def count_prompt_tokens(self, request: InferenceRequest) -> int:
+        """How many tokens a request's input has, with its tools and whatever the chat template or
+        the model adds. Nothing is generated; the model is loaded where it was not.
+
+        Observers see a :class:`~engineroom.CountRequest`, and a response without counts.
+
+        :raises ConfigurationError: ``request`` is no request to generate, or the model's runtime
+            does not count.
+        :raises EngineRoomError: what else a request may fail with.
+        """
+        _check_generates(request, "count_prompt_tokens")
+        scope, work = RequestScope(count_request(request)), CountWork()
+        await self._execution(scope).run(work)
+        scope.raise_error()
+        return work.count
 
     def run(self, request: InferenceRequest) -> InferenceResponse:
         """Answer in whole, for callers without an event loop. Blocks.

@@ -73,6 +73,9 @@ class TalkHandler(TokenHandler):
             ok=self.ok, num_requests_running=self.running, kv_cache_usage=0.25, dead=self.dead
         )
 
+    async def count_prompt_tokens(self, loaded_model: LoadedModel, request: Any) -> int:
+        return len(_words(request))
+
     async def generate_tokens(
         self, loaded_model: LoadedModel, request: InferenceRequest
     ) -> AsyncGenerator[TokenStep, None]:
@@ -88,13 +91,8 @@ class TalkHandler(TokenHandler):
             self.running -= 1
 
     async def _talk(self, request: InferenceRequest) -> AsyncGenerator[TokenStep, None]:
-        text = request.prompt
-        if request.prompt_token_ids is not None:
-            text = "".join(map(chr, request.prompt_token_ids))
-        if text is None:
-            assert request.messages is not None
-            text = request.messages[-1].content or ""
-        words = re.findall(r"\s*\S+|\s+", text)
+        text = _text(request)
+        words = _words(request)
         if "!wait" in text:
             await self.gate.wait()
         if "!mortal" in text and self.deaths > 0:
@@ -132,3 +130,16 @@ class TalkHandler(TokenHandler):
             others = [(i, f"alt{i}", -1.0 - i) for i in range(top)]
             logprobs = [TokenLogprob(token_id=number, token=word, logprob=-0.5, top=others)]
         return TokenStep((number,), word, logprobs=logprobs)
+
+
+def _text(request: InferenceRequest) -> str:
+    if request.prompt_token_ids is not None:
+        return "".join(map(chr, request.prompt_token_ids))
+    if request.prompt is not None:
+        return request.prompt
+    assert request.messages is not None
+    return request.messages[-1].content or ""
+
+
+def _words(request: InferenceRequest) -> list[str]:
+    return re.findall(r"\s*\S+|\s+", _text(request))

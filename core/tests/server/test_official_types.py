@@ -18,6 +18,7 @@ pytest.importorskip("openai", reason="needs OpenAI's client")
 pytest.importorskip("anthropic", reason="needs Anthropic's client")
 pytest.importorskip("httpx", reason="needs httpx")
 
+import anthropic
 import anthropic.types as theirs
 import anthropic.types.shared as anthropic_shared
 import httpx
@@ -249,6 +250,19 @@ def test_errors_are_what_the_types_say_also_at_the_end_of_a_stream(shared, path)
         assert hold_error(path, answer.json()) == []
     failing = json.loads(json.dumps(BODIES[path][0]).replace("one two three", "a b !break c"))
     assert ask(shared.url, path, failing, stream=True) == []
+
+
+def test_a_count_of_tokens_is_what_the_types_say(shared):
+    body = {"model": "m", "messages": SAY, "system": "be brief", "tools": THEIR_TOOLS}
+    url = f"{shared.url}/v1/messages/count_tokens"
+    counted = httpx.post(url, json=body)
+    assert counted.json() == {"input_tokens": 3}
+    assert hold(theirs.MessageTokensCount, counted.json()) == []
+    refused = httpx.post(url, json={"model": "m"})
+    assert refused.status_code == 400
+    assert hold_error("/v1/messages", refused.json()) == []
+    with anthropic.Anthropic(base_url=shared.url, api_key="x", max_retries=0) as client:
+        assert client.messages.count_tokens(model="m", messages=SAY).input_tokens == 3
 
 
 def test_models_and_embeddings_are_what_the_types_say(start):

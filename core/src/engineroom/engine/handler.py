@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from pydantic import BaseModel
 
@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from engineroom.engine.constraints import GrammarCompiler
 
 __all__ = ["EngineHandler"]
+
+_COUNTED_CONTEXTS: Final = 8
+"""A prompt that is only counted may be so many times as long as the context: a client counts to
+see how much it has to leave out."""
 
 
 class EngineHandler(TokenHandler):
@@ -154,6 +158,24 @@ class EngineHandler(TokenHandler):
         """Tokens of ``text``, read as plain text, without any that the model adds."""
         count: int = loaded_model.model_object.codec.count(text)
         return count
+
+    async def count_prompt_tokens(
+        self, loaded_model: LoadedModel, request: InferenceRequest
+    ) -> int:
+        """Tokens of a request's input, read as for an answer, also where the context is too short.
+
+        :raises ConfigurationError: the chat template refuses it, or it is many times as long.
+        :raises QueueFullError: too many prompts wait to be read.
+        """
+        engine = self.generator(loaded_model.model_object)
+        prompt = await read_prompt(
+            engine.codec,
+            request,
+            n_ctx=engine.n_ctx,
+            advice=engine.longer_context,
+            contexts=_COUNTED_CONTEXTS,
+        )
+        return len(prompt.tokens)
 
     def health(self, loaded_model: LoadedModel) -> HandlerHealth:
         """The engine's own word, unless reading its prompts does not come to an end."""

@@ -292,6 +292,17 @@ class InferenceHandler(ABC):
         return None
 
     @hookspec
+    async def count_prompt_tokens(
+        self, loaded_model: LoadedModel, request: InferenceRequest
+    ) -> int | None:
+        """Tokens of a request's input as the model would read it, with its tools and whatever a
+        chat template or the model adds; ``None`` if it cannot be told. Nothing is generated.
+
+        :raises ConfigurationError: the input cannot be read, as in an answer.
+        """
+        return None
+
+    @hookspec
     def health(self, loaded_model: LoadedModel) -> HandlerHealth:
         """How the model's engine is doing now. Cheap; called often."""
         return HandlerHealth()

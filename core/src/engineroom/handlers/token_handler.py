@@ -31,6 +31,7 @@ from engineroom.schemas import InferenceRequest, InferenceResponse
 __all__ = [
     "TokenHandler",
     "answers_by_steps",
+    "as_handler_gets_it",
     "effective_capabilities",
     "read_steps",
     "unsupported_by",
@@ -146,6 +147,17 @@ def read_steps(
     generation.warnings.extend(traits.warnings(request))
     steps = handler.generate_tokens(loaded_model, _for_handler(handler, traits, request))
     return StepReader(steps, generation)
+
+
+def as_handler_gets_it(
+    handler: InferenceHandler, loaded_model: LoadedModel, request: InferenceRequest
+) -> InferenceRequest:
+    """The request as it is handed to ``generate_tokens`` of the handler, if it has that."""
+    if request.messages is None or not isinstance(handler, TokenHandler):
+        return request
+    with Border(logger, f"handler {handler.name!r}: traits"):
+        traits = handler.traits(loaded_model)
+    return _for_handler(handler, traits, request)
 
 
 def _for_handler(

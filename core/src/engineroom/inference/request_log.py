@@ -84,7 +84,7 @@ def rejected(request: InferenceRequest, reason: str) -> None:
 def end_of(request: InferenceRequest, response: InferenceResponse) -> str:
     """How it ended, in a word. No end of a text is the reason why vectors are there."""
     reason = response.finish_reason or "error"
-    return "done" if (request.kind, reason) == ("embed", "eos_token") else reason
+    return "done" if request.kind != "generate" and reason == "eos_token" else reason
 
 
 def finished(scope: RequestScope, response: InferenceResponse, level: int) -> None:

@@ -76,6 +76,7 @@ async def read_prompt(
     *,
     n_ctx: int | None = None,
     advice: str = "load the model with a longer context",
+    contexts: int = 1,
 ) -> ReadPrompt:
     """A request's input, with its tools and what the template is to be told, made where it holds up
     nobody.
@@ -86,20 +87,22 @@ async def read_prompt(
     :param n_ctx: tokens of the context. What has far more is refused before they are listed, and
         before it is read where the vocabulary tells; the rest is for ``check_prompt``.
     :param advice: as for ``check_prompt``.
+    :param contexts: so many times as much is read, where it is only counted.
     :raises ConfigurationError: there is no chat template, or it refuses the messages, or the input
         is too long.
     :raises QueueFullError: too many prompts wait to be read.
     :raises ResourceNotAvailableError: the model is being unloaded.
     """
     if (ids := request.prompt_token_ids) is not None:
-        if n_ctx is not None:
+        if n_ctx is not None and contexts == 1:
             check_prompt(ids, n_ctx, advice)
         return ReadPrompt(list(ids))
     if request.prompt is not None and len(request.prompt) <= _INLINE_CHARS:
         return ReadPrompt(codec.prompt(request.prompt, None))
+    most = None if n_ctx is None else n_ctx * contexts
     try:
         return await _lane_of(codec).run(
-            partial(_read, codec, request), key=request.key_name, size=_size(request), most=n_ctx
+            partial(_read, codec, request), key=request.key_name, size=_size(request), most=most
         )
     except TooManyTokensError as error:
         least = error.least

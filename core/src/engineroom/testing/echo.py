@@ -133,6 +133,12 @@ class EchoHandler(TokenHandler):
         """Words, or bytes with ``split_bytes``."""
         return len(_pieces(_model(loaded_model).options, text))
 
+    async def count_prompt_tokens(
+        self, loaded_model: LoadedModel, request: InferenceRequest
+    ) -> int:
+        """Those of the last message, or of the prompt."""
+        return len(request.prompt_token_ids or _input(_model(loaded_model).options, request))
+
     def health(self, loaded_model: LoadedModel) -> HandlerHealth:
         """Requests running and waiting."""
         model = _model(loaded_model)

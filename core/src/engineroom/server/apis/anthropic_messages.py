@@ -48,11 +48,11 @@ from engineroom.server.apis.tool_fields import (
 )
 from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ApiError, ErrorBody
-from engineroom.server.http.exchange import Writer, respond
+from engineroom.server.http.exchange import Writer, admission, respond
 from engineroom.server.http.frames import Answer, dumps, named_event
 from engineroom.thinking import told_to_template
 
-__all__ = ["ROUTES", "AnthropicError", "MessagesRequest"]
+__all__ = ["ROUTES", "AnthropicError", "CountTokensRequest", "MessagesRequest"]
 
 StopReason: TypeAlias = Literal["end_turn", "stop_sequence", "max_tokens", "tool_use"]
 _STOP_REASONS: Final[Mapping[str, StopReason]] = {
@@ -74,10 +74,9 @@ _ERROR_TYPES: Final[Mapping[int, str]] = {
 }
 
 
-class MessagesRequest(TemplateFields, StructuredSampling):
-    """A conversation to be continued."""
+class ConversationRequest(TemplateFields, StructuredSampling):
+    """A conversation."""
 
-    max_tokens: Annotated[int, Field(ge=1)]
     messages: Annotated[list[AnthropicMessage], Field(fail_fast=True, min_length=1)]
     system: Content | None = None
     temperature: Annotated[Number, Field(ge=0, le=1)] | None = None
@@ -138,6 +137,19 @@ class MessagesRequest(TemplateFields, StructuredSampling):
     WITHOUT_EFFECT: ClassVar[Collection[str]] = ("cache_control",)
 
 
+class MessagesRequest(ConversationRequest):
+    """A conversation to be continued."""
+
+    max_tokens: Annotated[int, Field(ge=1)]
+
+
+class CountTokensRequest(ConversationRequest):
+    """A conversation whose tokens are to be counted: what would be sent to be continued."""
+
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Says nothing here."""
+
+
 # ── answers ──────────────────────────────────────────────────────────────────────────────────
 
 
@@ -189,6 +201,12 @@ class AnthropicUsage(Answer, kw_only=True):
     output_tokens_details: ThinkingTokens | msgspec.UnsetType = msgspec.UNSET
 
 
+class TokensCount(Answer, kw_only=True):
+    """How many tokens a conversation has, its tools and what the chat template adds included."""
+
+    input_tokens: int
+
+
 class Message(Answer, kw_only=True):
     """Anthropic's message."""
 
@@ -209,10 +227,20 @@ async def messages(call: Call) -> None:
     """Continue a conversation."""
     request = parse(call, MessagesRequest, await call.json())
     writer = MessagesWriter(f"msg_{call.id}", request)
-    await respond(call, [_request(call, request)], writer)
+    await respond(call, [_request(call, request, request.max_tokens)], writer)
 
 
-def _request(call: Call, request: MessagesRequest) -> InferenceRequest:
+async def count_tokens(call: Call) -> None:
+    """Count the tokens that a conversation has as the model reads it."""
+    request = parse(call, CountTokensRequest, await call.json())
+    counted = _request(call, request, 1)
+    async with call.attended(), admission(call, [counted]) as slot:
+        left = {"timeout_s": slot.left_of(counted.timeout_s)}
+        tokens = await call.context.service.count_prompt_tokens(counted.model_copy(update=left))
+    await call.answer_json(TokensCount(input_tokens=tokens))
+
+
+def _request(call: Call, request: ConversationRequest, max_tokens: int) -> InferenceRequest:
     if request.thread is not None:
         raise ApiError(
             400,
@@ -232,7 +260,7 @@ def _request(call: Call, request: MessagesRequest) -> InferenceRequest:
     older = None if request.output_format is None else request.output_format.schema_
     asked = {"output_config": {"json_schema": schema}, "output_format": {"json_schema": older}}
     output = structured_output(call, asked | request.extensions())
-    params = {"max_new_tokens": request.max_tokens, "structured_output": output}
+    params = {"max_new_tokens": max_tokens, "structured_output": output}
     return build(
         call,
         request,
@@ -256,7 +284,7 @@ def _request(call: Call, request: MessagesRequest) -> InferenceRequest:
     )
 
 
-def _tools(call: Call, request: MessagesRequest) -> dict[str, Any]:
+def _tools(call: Call, request: ConversationRequest) -> dict[str, Any]:
     asked = request.tool_choice
     choice: str | ToolChoiceOf | None = None
     if asked is not None:
@@ -355,6 +383,19 @@ ROUTES = (
         example={
             "model": "default",
             "max_tokens": 20,
+            "messages": [{"role": "user", "content": "Why is the sky blue?"}],
+        },
+    ),
+    work_route(
+        "/v1/messages/count_tokens",
+        count_tokens,
+        "Count a conversation's tokens (Anthropic)",
+        "Anthropic",
+        request=CountTokensRequest,
+        response=TokensCount,
+        error=AnthropicError,
+        example={
+            "model": "default",
             "messages": [{"role": "user", "content": "Why is the sky blue?"}],
         },
     ),
