@@ -96,8 +96,8 @@ def ask(**values: Any) -> InferenceRequest:
 
 def told(response: InferenceResponse | None) -> dict[str, Any]:
     assert response is not None
-    left_out = {"inference_time_ms", "time_to_first_token_ms", "request_id", "handler"}
-    return response.model_dump(exclude=left_out)
+    times = {"inference_time_ms", "queue_time_ms", "time_to_first_token_ms"}
+    return response.model_dump(exclude={*times, "request_id", "handler"})
 
 
 async def pumped(

@@ -526,6 +526,7 @@ def test_the_defaults_of_a_response() -> None:
         "generated_tokens",
         "reasoning_tokens",
         "inference_time_ms",
+        "queue_time_ms",
         "error_type",
         "time_to_first_token_ms",
         "cached_prompt_tokens",

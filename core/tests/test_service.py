@@ -86,7 +86,7 @@ async def test_the_same_request_streamed_and_whole_is_answered_alike(prompt, fie
     bench = echo_bench(split_bytes=split_bytes)
     whole = await ask(bench, bench.request(prompt, **fields), stream=False)
     streamed = await ask(bench, bench.request(prompt, **fields), stream=True)
-    timing = {"request_id", "inference_time_ms", "time_to_first_token_ms"}
+    timing = {"request_id", "inference_time_ms", "queue_time_ms", "time_to_first_token_ms"}
     assert whole.model_dump(exclude=timing) == streamed.model_dump(exclude=timing)
     assert whole.error_message is None and whole.handler == "echo"
     assert bench.at_rest()
@@ -190,6 +190,7 @@ async def test_a_plain_handlers_response_gets_what_the_service_knows():
     assert response.request_id == bench.recorder.started[0].request_id
     assert (response.handler, response.finish_reason) == ("plain", "eos_token")
     assert response.inference_time_ms is not None
+    assert 0 <= response.queue_time_ms <= response.inference_time_ms
 
 
 async def test_a_plain_stream_without_an_ending_is_summed_up():

@@ -58,6 +58,9 @@ class InferenceResponse(BaseModel):
     does not reason."""
     inference_time_ms: float | None = None
     """From the service's acceptance of the request to its end."""
+    queue_time_ms: float | None = None
+    """From the acceptance until the handler was asked: what its model let it wait, a load included.
+    """
     error_type: str | None = None
     """Name of the class of :mod:`engineroom.errors` that :meth:`raise_for_error` raises."""
     time_to_first_token_ms: float | None = None

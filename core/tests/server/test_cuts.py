@@ -186,7 +186,13 @@ def test_the_own_api(run, http):
         {"type": "function", "function": {"name": name, "parameters": PARAMETERS}}
         for name in ("say", "run")
     ]
-    timed = ("inference_time_ms", "time_to_first_token_ms", "request_id", "tool_calls")
+    timed = (
+        "inference_time_ms",
+        "queue_time_ms",
+        "time_to_first_token_ms",
+        "request_id",
+        "tool_calls",
+    )
     for limit in cuts(run, "all"):
         params = {"max_new_tokens": limit}
         body = {"model_id": "m", "messages": SAY, "tools": tools, "params": params}

@@ -39,6 +39,7 @@ def completed(
     response.request_id = request.request_id
     response.model_id = request.model_id
     response.handler = scope.handler
+    response.queue_time_ms = (entered - scope.started) * 1000
     if response.finish_reason is None:
         response.finish_reason = "eos_token" if response.error_message is None else "error"
     if response.time_to_first_token_ms is not None:
