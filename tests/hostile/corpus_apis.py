@@ -259,6 +259,76 @@ INFERENCE: Final = Api(
     },
 )
 
+_O: Final = '"model":"m","options":{"num_predict":4}'
+_OLLAMA: Final = f'{{{_O},"messages":{_HI}'
+_OPTIONS: Final = ("temperature", "top_k", "top_p", "seed", "num_predict", "num_ctx", "mirostat")
+OLLAMA_CHAT: Final = Api(
+    "ollama chat",
+    "/api/chat",
+    texts={
+        "content": _of(_O, "messages", '"role":"user","content":%s'),
+        "role": _of(_O, "messages", '"role":%s,"content":"x"'),
+        "tool_name": _of(_O, "messages", '"role":"tool","content":"x","tool_name":%s'),
+        "model": f'{{"model":%s,"messages":{_HI}}}',
+        "keep_alive": _OLLAMA + ',"keep_alive":%s}',
+        "format": _OLLAMA + ',"format":%s}',
+        "think": _OLLAMA + ',"think":%s}',
+    },
+    lists={
+        "messages": f'{{{_O},"messages":[%s]}}',
+        "images": _of(_O, "messages", '"role":"user","content":"x","images":[%s]'),
+        "tool_calls": _of(_O, "messages", '"role":"assistant","tool_calls":[%s]'),
+        "tools": _OLLAMA + ',"tools":[%s]}',
+        "stop": f'{{"model":"m","messages":{_HI},"options":{{"stop":[%s]}}}}',
+    },
+    objects={
+        "message": _of(_O, "messages", '"role":"user","content":"x",%s'),
+        "options": f'{{"model":"m","messages":{_HI},"options":{{"num_predict":4,%s}}}}',
+        "format": _OLLAMA + ',"format":{%s}}',
+        "arguments": _of(
+            _O,
+            "messages",
+            '"role":"assistant","tool_calls":[{"function":{"name":"x","arguments":{%s}}}]',
+        ),
+    },
+    numbers={
+        **{
+            name: f'{{"model":"m","messages":{_HI},"options":{{"num_predict":4,"{name}":%s}}}}'
+            for name in _OPTIONS
+        },
+        "keep_alive": _OLLAMA + ',"keep_alive":%s}',
+        "top_logprobs": _OLLAMA + ',"logprobs":true,"top_logprobs":%s}',
+    },
+)
+OLLAMA_GENERATE: Final = Api(
+    "ollama generate",
+    "/api/generate",
+    texts={
+        "prompt": f'{{{_O},"prompt":%s}}',
+        "raw prompt": f'{{{_O},"raw":true,"prompt":%s}}',
+        "system": f'{{{_O},"prompt":"{CANARY}","system":%s}}',
+    },
+    lists={"context": f'{{{_O},"prompt":"{CANARY}","context":[%s]}}'},
+    objects={"unknown fields": f'{{{_O},"prompt":"{CANARY}",%s}}'},
+    numbers={"timeout_s": f'{{{_O},"prompt":"{CANARY}","timeout_s":%s}}'},
+)
+OLLAMA_EMBED: Final = Api(
+    "ollama embed",
+    "/api/embed",
+    texts={"input": f'{{{_E},"input":%s}}', "one of several": f'{{{_E},"input":["x",%s]}}'},
+    lists={"input": f'{{{_E},"input":[%s]}}'},
+    objects={"options": f'{{{_E},"input":"x","options":{{%s}}}}'},
+    numbers={"dimensions": f'{{{_E},"input":"x","dimensions":%s}}'},
+)
+OLLAMA_SHOW: Final = Api(
+    "ollama show",
+    "/api/show",
+    texts={"model": '{"model":%s}'},
+    lists={"unknown list": '{"model":"m","whatever":[%s]}'},
+    objects={"options": '{"model":"m","options":{%s}}'},
+    numbers={"unknown number": '{"model":"m","whatever":%s}'},
+)
+
 UNLOAD: Final = Api(
     "unload",
     "/v1/admin/models/nobody/unload",
@@ -269,6 +339,8 @@ UNLOAD: Final = Api(
 )
 """Of a model that there is not: what is there stays."""
 
-TALKS: Final = (CHAT, COMPLETIONS, RESPONSES, MESSAGES, INFERENCE)
-CONVERSES: Final = (CHAT, RESPONSES, MESSAGES, INFERENCE)
-EVERY: Final = (*TALKS, COUNT_TOKENS, EMBEDDINGS, UNLOAD)
+TALKS: Final = (CHAT, COMPLETIONS, RESPONSES, MESSAGES, INFERENCE, OLLAMA_CHAT)
+CONVERSES: Final = (CHAT, RESPONSES, MESSAGES, INFERENCE, OLLAMA_CHAT)
+READ_ALIKE: Final = (OLLAMA_GENERATE, OLLAMA_EMBED, OLLAMA_SHOW)
+"""What reads their bodies reads those of others, too: only the whole corpus goes to them."""
+EVERY: Final = (*TALKS, COUNT_TOKENS, EMBEDDINGS, UNLOAD, *READ_ALIKE)

@@ -55,7 +55,7 @@ class Lines(Writer):
     """A JSON object a line."""
 
     HEADERS = ((b"content-type", b"application/x-ndjson"),)
-    PING = b"\n"
+    ping = b"\n"
 
     def framer(self, index):
         return lambda text: dumps({"text": text}) + b"\n"

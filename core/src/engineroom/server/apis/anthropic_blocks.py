@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeAlias
 
-import msgspec
 from pydantic import Field, Tag
 
 from engineroom.field_types import either
 from engineroom.generation.deltas import ReasoningDelta, ToolCallDelta
 from engineroom.schemas import ChatMessage, InferenceResponse
 from engineroom.server.apis.request_fields import Content, SubSchema, chat_message, text_of
-from engineroom.server.apis.tool_fields import FunctionDefinition, is_object
+from engineroom.server.apis.tool_fields import FunctionDefinition, as_object
 from engineroom.server.http.errors import ApiError
 from engineroom.server.http.frames import Answer, Framer, dumps, named_event
 from engineroom.tools import MAX_TOOLS, ToolCall
@@ -193,13 +192,8 @@ def blocks_of(response: InferenceResponse, *, shows_thoughts: bool = True) -> li
         if isinstance(part, str):
             blocks.append(TextBlock(text=part))
         else:
-            blocks.append(ToolUseBlock(id=part.id, name=part.name, input=_input(part.arguments)))
+            blocks.append(ToolUseBlock(id=part.id, name=part.name, input=as_object(part.arguments)))
     return blocks if blocks or response.cut_call else [TextBlock(text="")]
-
-
-def _input(arguments: str) -> Any:
-    """The arguments as they were written, where they are an object."""
-    return msgspec.Raw(arguments.encode()) if is_object(arguments) else {}
 
 
 class BlockWriter:

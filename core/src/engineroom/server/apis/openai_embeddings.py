@@ -10,6 +10,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Discriminator, Field, Tag, ValidationError
 
 from engineroom.field_types import TokenId
+from engineroom.handlers.base import Embeddings
 from engineroom.schemas import EmbeddingRequest, GenerationParams
 from engineroom.server.apis.request_fields import (
     ApiRequest,
@@ -25,7 +26,7 @@ from engineroom.server.http.errors import ApiError, invalid_fields
 from engineroom.server.http.exchange import admission
 from engineroom.server.http.frames import Answer, Pieces, slices
 
-__all__ = ["ROUTES", "EmbeddingsRequest"]
+__all__ = ["MAX_INPUTS", "ROUTES", "EmbeddingsRequest", "vectors_of"]
 
 MAX_INPUTS = 2048
 _NUMBERS: Final = 32_768
@@ -101,13 +102,40 @@ async def embeddings(call: Call) -> None:
     for number, text in enumerate(texts):
         if not text:
             raise ApiError(400, f"input.{number}: the text is empty", "invalid_value", "input")
+    made = await vectors_of(call, request, request.model, texts, request.dimensions)
+    tokens = made.prompt_tokens
+    encode = _base64 if request.encoding_format == "base64" else list
+    usage = EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens)
+    pieces = Pieces[EmbeddingList]()
+    at_a_time = max(1, _NUMBERS // max(1, len(made.vectors[0])))
+    for some in slices(list(enumerate(made.vectors)), at_a_time):
+        await call.context.rounds.next()
+        data = [Embedding(index=index, embedding=encode(vector)) for index, vector in some]
+        pieces.add(EmbeddingList(model=request.model, data=data, usage=usage))
+    await call.answer_json(pieces.whole())
+
+
+async def vectors_of(
+    call: Call,
+    request: ApiRequest,
+    model_id: str,
+    texts: Any,
+    dimensions: int | None,
+    field: str = "input",
+) -> Embeddings:
+    """Vectors as the service makes them, when the request's turn has come.
+
+    :param request: has ``timeout_s`` and ``priority``.
+    :param field: what the API calls the texts.
+    :raises ApiError: 400, or the server's limits are reached.
+    """
     common = common_fields(call, request)
     await call.context.rounds.next()  # token ids by the hundred thousand are looked at once more
     try:
         asked = EmbeddingRequest(
-            model_id=request.model,
+            model_id=model_id,
             texts=texts,
-            dimensions=request.dimensions,
+            dimensions=dimensions,
             request_id=call.id,
             params=GenerationParams(max_new_tokens=1),  # nothing is generated
             timeout_s=common["timeout_s"],
@@ -115,7 +143,7 @@ async def embeddings(call: Call) -> None:
             metadata=common["metadata"],
         )
     except ValidationError as error:
-        raise invalid_fields(error, {"texts": "input"}) from error
+        raise invalid_fields(error, {"texts": field}) from error
     async with call.attended(), admission(call, [asked]) as slot:
         await call.context.rounds.next()  # and once more
         made = await call.context.service.embed(
@@ -127,16 +155,8 @@ async def embeddings(call: Call) -> None:
             priority=asked.priority,
             metadata=asked.metadata,
         )
-        slot.used = tokens = made.prompt_tokens
-    encode = _base64 if request.encoding_format == "base64" else list
-    usage = EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens)
-    pieces = Pieces[EmbeddingList]()
-    at_a_time = max(1, _NUMBERS // max(1, len(made.vectors[0])))
-    for some in slices(list(enumerate(made.vectors)), at_a_time):
-        await call.context.rounds.next()
-        data = [Embedding(index=index, embedding=encode(vector)) for index, vector in some]
-        pieces.add(EmbeddingList(model=request.model, data=data, usage=usage))
-    await call.answer_json(pieces.whole())
+        slot.used = made.prompt_tokens
+    return made
 
 
 def _base64(vector: Sequence[float]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Final, TypeVar
 
 from pydantic import (
@@ -25,6 +25,7 @@ from engineroom.server.http.errors import ApiError, invalid_fields, unsupported
 __all__ = [
     "ApiRequest",
     "Content",
+    "Generating",
     "ModelName",
     "Number",
     "Priority",
@@ -42,6 +43,7 @@ __all__ = [
     "params_of",
     "parse",
     "request_id",
+    "tell_unknown",
     "text_of",
 ]
 
@@ -128,14 +130,9 @@ class StreamOptions(SubSchema):
     """Not with ``true``: chunks are as long as their texts."""
 
 
-class Sampling(ApiRequest):
-    """Parameters that go beyond the API's own; OpenAI's clients send them as ``extra_body``."""
+class Generating(ApiRequest):
+    """A request to a model, and whose turn it is."""
 
-    top_k: Annotated[int, Field(ge=0)] | None = None
-    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[Number, Field(ge=1)] | None = None
-    num_beams: Annotated[int, Field(ge=1)] | None = None
-    early_stopping: bool | None = None
     timeout_s: TimeoutS | None = None
     priority: Priority | None = None
     adapter: Annotated[str, Field(min_length=1, max_length=200)] | None = None
@@ -144,6 +141,16 @@ class Sampling(ApiRequest):
     """What was computed of the prompt is found again only by requests with the same salt."""
     model: ModelName
     stream: bool | None = None
+
+
+class Sampling(Generating):
+    """Parameters that go beyond the API's own; OpenAI's clients send them as ``extra_body``."""
+
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[Number, Field(ge=1)] | None = None
+    num_beams: Annotated[int, Field(ge=1)] | None = None
+    early_stopping: bool | None = None
 
 
 _PARAMS: Final = frozenset(GenerationParams.model_fields) - {"logprobs"}
@@ -168,10 +175,18 @@ def parse(call: Call, schema: type[_Request], raw: Any) -> _Request:
         request = schema.model_validate(raw)
     except ValidationError as error:
         raise invalid_fields(error) from error
-    unknown = sorted(
-        set(request.model_extra or ()).difference(schema.REFUSED, schema.WITHOUT_EFFECT)
+    tell_unknown(
+        call, set(request.model_extra or ()).difference(schema.REFUSED, schema.WITHOUT_EFFECT)
     )
-    if unknown:
+    return request
+
+
+def tell_unknown(call: Call, names: Iterable[str]) -> None:
+    """Refuse fields that nobody knows, or tell the log of them, as the settings say.
+
+    :raises ApiError: 400.
+    """
+    if unknown := sorted(names):
         shown = ", ".join(repr(name[:64]) for name in unknown[:8])
         if call.context.settings.unknown_fields == "refuse":
             raise ApiError(400, f"unknown fields: {shown}", "unknown_field", unknown[0][:64])
@@ -179,11 +194,10 @@ def parse(call: Call, schema: type[_Request], raw: Any) -> _Request:
         call.log(logger).debug(
             "%d unknown fields were ignored: %s", len(unknown), ", ".join(names) or "…"
         )
-    return request
 
 
 def params_of(
-    call: Call, request: Sampling, params: Mapping[str, Any], absent: Mapping[str, Any]
+    call: Call, request: Generating, params: Mapping[str, Any], absent: Mapping[str, Any]
 ) -> GenerationParams:
     """How to generate.
 
@@ -206,7 +220,7 @@ def params_of(
 
 
 def build(
-    call: Call, request: Sampling, params: GenerationParams, index: int = 0, **fields: Any
+    call: Call, request: Generating, params: GenerationParams, index: int = 0, **fields: Any
 ) -> InferenceRequest:
     """The service's request.
 

@@ -35,7 +35,7 @@ class Route:
     :param media: type of an answer that is no stream.
     """
 
-    method: Literal["GET", "POST"]
+    method: Literal["GET", "POST", "DELETE"]
     path: str
     endpoint: Callable[[Call], Awaitable[None]]
     summary: str

@@ -18,10 +18,12 @@ from engineroom.server.http.errors import ApiError, invalid_fields, unsupported
 __all__ = [
     "AnthropicFormat",
     "AnthropicOutputConfig",
+    "OllamaFormat",
     "ResponseFormat",
     "StructuredSampling",
     "TextConfig",
     "check_neutral",
+    "of_ollama",
     "structured_output",
 ]
 
@@ -41,6 +43,8 @@ def _from_text(value: Any) -> Any:
 
 
 _SchemaOrText = Annotated[_Schema, BeforeValidator(_from_text)]
+OllamaFormat = _SchemaOrText | Literal["json", ""]
+"""A schema, any object, or none of either."""
 
 
 class NamedSchema(SubSchema):
@@ -147,7 +151,7 @@ class StructuredSampling(Sampling):
     """In Lark, or in GBNF."""
     json_schema: _SchemaOrText | None = None
     """As llama-server has it."""
-    format: _SchemaOrText | Literal["json", ""] | None = None
+    format: OllamaFormat | None = None
     """As Ollama has it: a schema, or ``json``."""
     guided_decoding_backend: str | None = None
     """There is one, so that there is nothing to choose."""
@@ -164,7 +168,7 @@ class StructuredSampling(Sampling):
             "guided_grammar": {"grammar": self.guided_grammar},
             "grammar": {"grammar": self.grammar or None},
             "json_schema": {"json_schema": self.json_schema},
-            "format": _of_ollama(self.format),
+            "format": of_ollama(self.format),
         }
         if (of_vllm := self.structured_outputs) is not None:
             asked["structured_outputs"] = {
@@ -228,7 +232,8 @@ def structured_output(
         raise invalid_fields(error, places) from error
 
 
-def _of_ollama(form: Any) -> dict[str, Any]:
+def of_ollama(form: Any) -> dict[str, Any]:
+    """Fields of ``StructuredOutput``, as Ollama asks for them."""
     if form == "json":
         return {"json_object": True}
     return {"json_schema": None if form == "" else form}

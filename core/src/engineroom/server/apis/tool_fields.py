@@ -27,6 +27,7 @@ __all__ = [
     "Thinking",
     "ToolChoice",
     "ToolList",
+    "as_object",
     "chosen_tools",
     "is_object",
     "reasoning_of",
@@ -64,6 +65,11 @@ def is_object(arguments: str) -> bool:
         return isinstance(msgspec.json.decode(arguments), dict)
     except (msgspec.DecodeError, RecursionError):
         return False
+
+
+def as_object(arguments: str) -> Any:
+    """The arguments of a call as they were written, where they are an object; else an empty one."""
+    return msgspec.Raw(arguments.encode()) if is_object(arguments) else {}
 
 
 class ChatTool(SubSchema):

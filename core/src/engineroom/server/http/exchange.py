@@ -36,7 +36,7 @@ class Writer(ABC):
 
     HEADERS: ClassVar = SSE_HEADERS
     """Headers that say what kind of stream it is."""
-    PING: ClassVar = PING
+    ping: bytes = PING
     """What readers of such a stream skip; sent where it is silent for long."""
     wants_logprobs = False
     """Whether texts are written with their log probabilities."""
@@ -143,7 +143,7 @@ async def stream_all(call: Call, requests: Sequence[InferenceRequest], writer: W
     async with call.attended(), admission(call, requests) as slot:
         streams = [call.context.service.stream(_after(slot, request)) for request in requests]
         call.on_refused = partial(_interrupt, streams)  # so that they end as streams do
-        heartbeat = Heartbeat(call, writer.HEADERS, writer.PING)
+        heartbeat = Heartbeat(call, writer.HEADERS, writer.ping)
         try:
             if len(streams) == 1:
                 await _stream_one(call, streams[0], writer, heartbeat)

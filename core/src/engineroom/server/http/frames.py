@@ -21,6 +21,7 @@ __all__ = [
     "dumps",
     "event",
     "json_text",
+    "line",
     "named_event",
     "slices",
     "taken",
@@ -115,17 +116,29 @@ def named_event(name: str, value: Any) -> bytes:
     return b"event: " + name.encode() + b"\ndata: " + dumps(value) + b"\n\n"
 
 
+def line(value: Any) -> bytes:
+    """A line of JSON, as streams of ``application/x-ndjson`` have them."""
+    return dumps(value) + b"\n"
+
+
 class Framer:
-    """Makes an event of a text, without encoding again what does not change.
+    """Makes an event of a text, or a line, without encoding again what does not change.
 
     :param make: gives the event's value for a text.
     :param name: the event's name.
+    :param encode: what makes bytes of a value where there is no name.
     """
 
     __slots__ = ("after", "before")
 
-    def __init__(self, make: Callable[[str], Any], name: str | None = None) -> None:
-        whole = event(make(_MARK)) if name is None else named_event(name, make(_MARK))
+    def __init__(
+        self,
+        make: Callable[[str], Any],
+        name: str | None = None,
+        *,
+        encode: Callable[[Any], bytes] = event,
+    ) -> None:
+        whole = encode(make(_MARK)) if name is None else named_event(name, make(_MARK))
         self.before, mark, self.after = whole.partition(_MARK_JSON)
         assert mark
 
