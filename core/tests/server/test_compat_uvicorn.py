@@ -21,7 +21,9 @@ PROTOCOL = {
     "timeout_keep_alive", "timeout_keep_alive_handler", "timeout_keep_alive_task", "transport",
 }  # fmt: skip
 OF_HTTPTOOLS = {"on_headers_complete", "on_message_begin", "on_message_complete", "pipeline"}
-CYCLE_OF_HTTPTOOLS = {"chunked_encoding"}
+CYCLE_OF_HTTPTOOLS = {
+    "chunked_encoding", "expected_content_length", "waiting_for_100_continue",
+}  # fmt: skip
 CYCLE = {
     "disconnected", "flow", "keep_alive", "message_event", "more_body",
     "response_complete", "response_started", "scope", "send", "transport",

@@ -102,6 +102,25 @@ def _writer(reference: weakref.ref[Any], frame_of: Callable[[str], bytes]) -> Te
     return put
 
 
+def _delimit_by_close(cycle: Any) -> None:
+    """Let an answer of unknown length end with its connection: HTTP/1.0 knows no chunks (RFC 9112,
+    6.1 and 6.3). httptools only: h11 does so itself.
+    """
+    cycle.waiting_for_100_continue = False  # nor that it might be told to go on
+    send = cycle.send
+
+    async def delimited(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            if not any(name.lower() == b"content-length" for name, _ in message["headers"]):
+                cycle.chunked_encoding = False  # else it would say and use the coding
+                cycle.delimited_by_close = True
+        elif getattr(cycle, "delimited_by_close", False):
+            cycle.expected_content_length = len(message.get("body", b""))  # it is as long as it is
+        await send(message)
+
+    cycle.send = delimited
+
+
 class Connection(_Base):
     """A connection: what it is at, what can be done about it, and what it tells of itself."""
 
@@ -227,6 +246,8 @@ class Connection(_Base):
         if not waits:
             self._started = self.cycle
         if self.cycle is not None:
+            if self.cycle.scope["http_version"] == "1.0":
+                _delimit_by_close(self.cycle)
             self.cycle.scope["extensions"] = {WRITE: partial(_writer, weakref.ref(self.cycle))}
 
     def on_message_complete(self) -> None:
