@@ -143,6 +143,20 @@ async def test_a_hostile_template_ends_as_a_typed_error_beside_the_event_loop(
     assert beats >= 10 * (loop.time() - began) - 5  # a tenth of what there may be
 
 
+async def test_a_message_that_is_continued_is_where_the_prompt_ends(codec: Codec) -> None:
+    made = codec(
+        "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+    )
+    messages = [user("hi"), ChatMessage(role="assistant", content="so <|im_end|> it")]
+    request = InferenceRequest(model_id="m", messages=messages)
+    tokens = await tokens_of(made, request)
+    assert written(made, tokens).endswith("assistant so <|im_end|> it")
+    assert tokens.count(END) == 1
+    anew = request.model_copy(update={"continue_final_message": False})
+    assert (await tokens_of(made, anew)).count(END) == 2
+
+
 @pytest.mark.parametrize("words", [2, 50])
 def test_a_template_that_walks_parts_gets_the_users_text(codec: Codec, words: int) -> None:
     opened = codec(

@@ -12,6 +12,7 @@ from toy_runtime import ToyHandler
 from engineroom import (
     ConfigurationError,
     Embeddings,
+    TokenStep,
 )
 
 # ── chat ─────────────────────────────────────────────────────────────────────────────────────────
@@ -22,6 +23,27 @@ def chat_template():
     class Broken(ToyHandler):
         def render(self, loaded_model, messages):
             return super().render(loaded_model, [m for m in messages if m.role != "system"]) + " "
+
+    return Broken
+
+
+@defect
+def continued_message():
+    class Broken(ToyHandler):
+        def continued(self, loaded_model, messages):
+            return self.render(loaded_model, messages)
+
+    return Broken
+
+
+@defect
+def continued_message__repeats():
+    class Broken(ToyHandler):
+        async def generate_tokens(self, loaded_model, request):
+            async for step in super().generate_tokens(loaded_model, request):
+                yield step
+                if step.prompt_tokens is not None and request.continues:
+                    yield TokenStep(text=request.messages[-1].content)
 
     return Broken
 

@@ -378,6 +378,7 @@ def test_the_defaults_of_a_request() -> None:
         "tool_choice": None,
         "parallel_tool_calls": None,
         "template_args": None,
+        "continue_final_message": None,
         "reasoning": None,
         "reasoning_budget": None,
         "adapter": None,

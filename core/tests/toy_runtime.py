@@ -113,7 +113,13 @@ class ToyHandler(TokenHandler):
     api_version = "1.0"
 
     def capabilities(self) -> Capabilities:
-        return Capabilities(params=HONOURED, chat=True, embeddings=True, prompt_token_ids=True)
+        return Capabilities(
+            params=HONOURED,
+            chat=True,
+            embeddings=True,
+            prompt_token_ids=True,
+            continue_final_message=True,
+        )
 
     async def embed(self, loaded_model: LoadedModel, texts) -> Embeddings:
         if any(id_ > 255 for t in texts if not isinstance(t, str) for id_ in t):
@@ -172,11 +178,16 @@ class ToyHandler(TokenHandler):
     def render(self, loaded_model: LoadedModel, messages) -> str:
         return loaded_model.tokenizer.render(messages)
 
+    def continued(self, loaded_model: LoadedModel, messages) -> str:
+        return self.render(loaded_model, messages).rpartition("\n<assistant>")[0]
+
     def tokens(self, loaded_model: LoadedModel, request: InferenceRequest) -> list[int]:
         if request.prompt_token_ids is not None:
             return list(request.prompt_token_ids)
         text = request.prompt
-        if text is None:
+        if text is None and request.continues:
+            text = self.continued(loaded_model, request.messages)
+        elif text is None:
             text = self.render(loaded_model, request.messages)
         return list(text.encode())
 

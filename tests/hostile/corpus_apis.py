@@ -57,6 +57,7 @@ CHAT: Final = Api(
         texts={
             "content": _of(_M, "messages", '"role":"user","content":%s'),
             "part": _of(_M, "messages", '"role":"user","content":[{"type":"text","text":%s}]'),
+            "continued": _of(_M, "messages", '"role":"assistant","content":%s'),
             "role": _of(_M, "messages", '"role":%s,"content":"x"'),
             "name": _of(_M, "messages", '"role":"user","content":"x","name":%s'),
             "part's type": _of(_M, "messages", '"role":"user","content":[{"type":%s}]'),

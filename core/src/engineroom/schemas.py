@@ -253,6 +253,9 @@ class InferenceRequest(FewFields, FrozenSchema):
     """``False``: one call at most; ``None`` and ``True``: as many as it likes."""
     template_args: JsonObject | None = None
     """More names for the model's chat template, ``{"enable_thinking": False}`` for instance."""
+    continue_final_message: bool | None = None
+    """Whether the last message, one of the assistant's, is continued; ``False``: a new one begins
+    behind it. ``None``: it is continued, unless it is another's or calls tools."""
     reasoning: bool | ReasoningEffort | None = None
     """Whether the model thinks before it answers, or how hard; ``None``: its own way. A model that
     cannot be told is asked in vain, with a warning."""
@@ -275,6 +278,14 @@ class InferenceRequest(FewFields, FrozenSchema):
     def offered_tools(self) -> list[dict[str, Any]] | None:
         """The tools that the model is told of; ``None``: there are none, or it may call none."""
         return None if self.tool_choice == "none" else self.tools or None
+
+    @property
+    def continues(self) -> bool:
+        """Whether the last message is continued, and no new one begun."""
+        if self.messages is None or self.continue_final_message is not None:
+            return self.continue_final_message is True
+        last = self.messages[-1]
+        return last.role == "assistant" and not last.tool_calls
 
     @property
     def has_strict_tools(self) -> bool:
@@ -344,6 +355,8 @@ class InferenceRequest(FewFields, FrozenSchema):
                     f"tool_choice names {self.tool_choice.name[:64]!r}, but the tools are "
                     f"{', '.join(names[:8])}"
                 )
+        if self.continue_final_message:
+            _check_continued(self.messages)
         told = told_to_template(self.template_args)
         if names := contradictions({"reasoning": self.reasoning}, told):
             raise ValueError(
@@ -352,6 +365,21 @@ class InferenceRequest(FewFields, FrozenSchema):
         if sum(map(len, self.stop_sequences or ())) > MAX_STOP_CHARS:
             raise ValueError(f"stop_sequences may have {MAX_STOP_CHARS} characters together")
         return self
+
+
+def _check_continued(messages: list[ChatMessage] | None) -> None:
+    if messages is None:
+        raise ValueError("continue_final_message is for messages; a prompt is continued as it is")
+    if (role := messages[-1].role) != "assistant":
+        raise ValueError(
+            "continue_final_message asks for the last message to be continued, which only one of "
+            f"the assistant's can be; it is of the role {role}"
+        )
+    if messages[-1].tool_calls:
+        raise ValueError(
+            "continue_final_message asks for the last message to be continued, but it has "
+            "tool_calls: send their results behind it, or write the call as text"
+        )
 
 
 class EmbeddingRequest(InferenceRequest):

@@ -15,7 +15,7 @@ from engineroom.generation.literal_scanner import JSON, scan_value
 from engineroom.generation.output_writer import OutputWriter
 from engineroom.generation.text_source import CutError, MalformedError, Markers, Reading, TextSource
 
-__all__ = ["channel_messages", "header_begun"]
+__all__ = ["channel_messages", "header_begun", "header_of"]
 
 MAX_HEADER: Final = 400
 _START: Final = "<|start|>assistant"
@@ -38,6 +38,11 @@ _CUT_HEADER: Final = re.compile(
 def header_begun(prompt_tail: str) -> str:
     """What the prompt already has of the answer's first header."""
     return prompt_tail.rpartition(_START)[2] if _START in prompt_tail else ""
+
+
+def header_of(*, thinking: bool) -> str:
+    """The header of a message that is continued."""
+    return f"<|channel|>{'analysis' if thinking else 'final'}<|message|>"
 
 
 def channel_messages(source: TextSource, writer: OutputWriter) -> Reading[None]:

@@ -117,6 +117,10 @@ class OutputWriter:
         if blanks := self._content.cut(keep=not self.trims):
             self._write(Content, blanks)
 
+    def go_on_reasoning(self) -> None:
+        """Some of the reasoning was there before: blanks that come first belong to it."""
+        self._reasoning.some = True
+
     def end_reasoning(self) -> None:
         """The reasoning is over; blanks behind it separate it from the answer."""
         self._reasoning.cut(keep=False)

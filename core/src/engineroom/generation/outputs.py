@@ -21,7 +21,7 @@ from engineroom.generation.call_forms import (
     TaggedForm,
     ToolFormat,
 )
-from engineroom.generation.channels import channel_messages, header_begun
+from engineroom.generation.channels import channel_messages, header_begun, header_of
 from engineroom.generation.json_calls import json_calls, named_call
 from engineroom.generation.output_events import (
     CallArguments,
@@ -82,6 +82,8 @@ class OutputParser:
         self._only_calls = only_calls
         self._bounded = bounded
         self._in_reasoning = False
+        self._goes_on = False
+        self._bare = True  # nothing but white space was content so far
         self._calls = format_ if schemas else None
         self._channels = format_ is not None and isinstance(format_.form, ChannelForm)
         self._source = TextSource()
@@ -100,6 +102,23 @@ class OutputParser:
             self._source.position = -len(header)
         elif self._reasoning is not None:
             self._in_reasoning = prompt_tail.rstrip().endswith(self._reasoning.begin)
+
+    def go_on(self, begun: str, *, thinking: bool, bare: bool) -> list[OutputEvent]:
+        """Instead of :meth:`begin`: the text goes on with a message that has begun.
+
+        :param begun: the end of the message, from where it is not known yet what it is.
+        :param thinking: the message has only reasoning so far.
+        :param bare: what has begun may be a call that nothing marks.
+        :returns: what the beginning is known to be by itself.
+        """
+        self._goes_on, self._bare, self._in_reasoning = True, bare, thinking
+        if self._channels:
+            begun = f"{header_of(thinking=thinking)}{begun}"
+        if thinking:
+            self._writer.go_on_reasoning()
+        self._source.feed(begun)
+        self._source.position = -len(begun)
+        return self._resume()
 
     def feed(self, text: str) -> list[OutputEvent]:
         """Take the next piece of the text."""
@@ -142,10 +161,10 @@ class OutputParser:
 
     def _read_text(self) -> Reading[None]:
         source, writer = self._source, self._writer
-        if self._in_reasoning or (yield from self._thinks()):
+        if self._in_reasoning or (not self._goes_on and (yield from self._thinks())):
             yield from self._read_reasoning()
         markers = self._markers()
-        bare = True  # nothing but white space was content so far
+        bare = self._bare
         while True:
             if bare and self._calls is not None and self._calls.bare:
                 bare = yield from self._read_bare(self._calls)

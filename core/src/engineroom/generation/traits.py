@@ -8,6 +8,7 @@ from typing import Final
 
 from engineroom.generation.answer_grammars import Thoughts, answer_grammar
 from engineroom.generation.call_forms import ChannelForm, ReasoningFormat, ToolFormat
+from engineroom.generation.continued import Continued, continued_message
 from engineroom.generation.json_schemas import unkept
 from engineroom.generation.output_events import OutputReader
 from engineroom.generation.tool_formats import GENERIC
@@ -63,13 +64,26 @@ class ModelTraits:
             return None
         from engineroom.generation.outputs import OutputParser  # most requests need none
 
-        return OutputParser(
-            self.written_as(request),
+        format_ = self.written_as(request)
+        parser = OutputParser(
+            format_,
             request.offered_tools,
             reasoning=self.reasoning,
             only_calls=request.requires_call,
             bounded=self.limits(request),
         )
+        if (continued := self.continued(request)) is None:
+            return parser
+        from engineroom.generation.continued_reader import ContinuedReader
+
+        return ContinuedReader(parser, continued, format_, self.reasoning)
+
+    def continued(self, request: InferenceRequest) -> Continued | None:
+        """What the answer to a request goes on with; ``None``: it begins anew."""
+        if not request.continues or request.messages is None:
+            return None
+        channels = isinstance(self.tools.form, ChannelForm)
+        return continued_message(request.messages[-1], self.reasoning, channels=channels)
 
     def written_as(self, request: InferenceRequest) -> ToolFormat:
         """How calls are written in the answer: where they have to be valid, in a form for which a
@@ -79,6 +93,10 @@ class ModelTraits:
         if not must:
             return self.tools
         return writable(self.tools, callable_tools(request.offered_tools or ()))
+
+    def _has_answer_begun(self, request: InferenceRequest) -> bool:
+        continued = self.continued(request)
+        return continued is not None and not continued.thinking and not continued.fresh
 
     def grammar(self, request: InferenceRequest, tail: str | None, *, closed: bool = False) -> str:
         """The grammar of the answer to a request that must match something.
@@ -98,6 +116,8 @@ class ModelTraits:
                     yield f"{name} was ignored: a prompt is taken as it is; send messages instead"
         elif request.reasoning is not None and not self.told:
             yield "reasoning was ignored: the model's chat template cannot be told of it"
+        elif request.reasoning and self._has_answer_begun(request):
+            yield "reasoning was ignored: the message that is continued has its answer begun"
         if request.requires_call:
             for name, tool in callable_tools(request.offered_tools or ()).items():
                 for path, form in () if tool.strict else unkept(tool.parameters):
@@ -111,6 +131,8 @@ class ModelTraits:
         """
         if (reasoning := self.reasoning) is None or request.messages is None:
             return None
+        if (continued := self.continued(request)) is not None and not continued.fresh:
+            return Thoughts("", reasoning.end) if continued.thinking else None
         tail = (self.tail if tail is None else tail).rstrip()
         if tail.endswith(reasoning.begin):
             return Thoughts("", reasoning.end)

@@ -54,6 +54,8 @@ class Capabilities:
         :func:`~engineroom.prompts.tokens_of` does.
     :param adapters: honours ``adapter``, and refuses names that it does not know.
     :param reasoning_budget: ends reasoning after so many tokens.
+    :param continue_final_message: continues a last message that is the assistant's, as
+        :func:`~engineroom.prompts.tokens_of` does.
     :param prompt_token_ids: takes ``prompt_token_ids``, and refuses ids that the model has not;
         the same of ids that :meth:`InferenceHandler.embed` gets.
     """
@@ -68,6 +70,7 @@ class Capabilities:
     template_args: bool = False
     reasoning_budget: bool = False
     prompt_token_ids: bool = False
+    continue_final_message: bool = False
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.params) - set(GenerationParams.model_fields)):
@@ -90,6 +93,8 @@ class Capabilities:
             names.append("messages")
         if request.prompt_token_ids is not None and not self.prompt_token_ids:
             names.append("prompt_token_ids")
+        if request.continue_final_message and not self.continue_final_message:
+            names.append("continue_final_message")
         if request.stop_sequences and not self.stop_sequences:
             names.append("stop_sequences")
         if request.tools and not self.tools:

@@ -143,8 +143,16 @@ def read_steps(
         return StepReader(steps, Generation(request, handler.name))
     with Border(logger, f"handler {handler.name!r}: traits"):
         traits = handler.traits(loaded_model)
+    begins_anew = request.continues and not handler.capabilities().continue_final_message
+    if begins_anew:
+        request = request.model_copy(update={"continue_final_message": False})
     generation = Generation(request, handler.name, traits.reader(request), traits.tail)
     generation.warnings.extend(traits.warnings(request))
+    if begins_anew:
+        generation.warnings.append(
+            f"the last message was not continued, which handler {handler.name!r} cannot; the "
+            "answer is a new one"
+        )
     steps = handler.generate_tokens(loaded_model, _for_handler(handler, traits, request))
     return StepReader(steps, generation)
 

@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from engineroom.errors import ConfigurationError
-from engineroom.prompts.chat_template import TAIL, ModelTemplates
+from engineroom.generation.call_forms import ChannelForm
+from engineroom.generation.continued import continued_message
+from engineroom.prompts.chat_template import TAIL, ChatTemplate, ModelTemplates
+from engineroom.prompts.continuing import cut_at, marked, new_mark
 from engineroom.prompts.limits import check_text
 from engineroom.prompts.model_tokens import ModelTokens
 from engineroom.prompts.special_tokens import ControlTokens
@@ -116,6 +119,8 @@ class PromptCodec(ABC):
         messages: Sequence[ChatMessage],
         tools: list[dict[str, Any]] | None = None,
         template_args: Mapping[str, Any] | None = None,
+        *,
+        continues: bool = False,
     ) -> tuple[list[int], str]:
         """Token ids of a conversation, as :meth:`prompt` gives them, and how its text ends.
 
@@ -123,7 +128,9 @@ class PromptCodec(ABC):
         are told in messages. Where it leaves out the calls of a history, they are told as text.
 
         :param template_args: more names that the template may use.
+        :param continues: the text ends within the last message, for the model to go on with it.
         :returns: the ids, and the last characters of the text, 64 at most.
+        :raises ConfigurationError: the template leaves out what is to be continued.
         """
         template = self._templates.choose(tools)
         with taking_turns():
@@ -132,10 +139,47 @@ class PromptCodec(ABC):
                 tools = None
             elif template.omits_calls:
                 messages = calls_as_text(messages, self.traits.tools)
-            value = (template.conversation(messages), tools, dict(template_args or {}))
-            segments = self._control.segments(lambda shielded: template.write(*shielded), value)
+            told = dict(template_args or {})
+            if continues:
+                segments = self._continued(template, messages, tools, told)
+            else:
+                segments = self._written(template, messages, tools, told)
         tail = "".join(segments[-TAIL:])[-TAIL:]
         return self.begun_chat(self._read_segments(segments)), tail
+
+    def _written(
+        self,
+        template: ChatTemplate,
+        messages: Sequence[ChatMessage],
+        tools: list[dict[str, Any]] | None,
+        template_args: Mapping[str, Any],
+    ) -> list[str]:
+        """What the template makes of a conversation; see :meth:`.ControlTokens.segments`."""
+        value = (template.conversation(messages), tools, template_args)
+        return self._control.segments(lambda shielded: template.write(*shielded), value)
+
+    def _continued(
+        self,
+        template: ChatTemplate,
+        messages: Sequence[ChatMessage],
+        tools: list[dict[str, Any]] | None,
+        template_args: Mapping[str, Any],
+    ) -> list[str]:
+        """The same, up to where the last message goes on."""
+        *before, last = messages
+        form = self.traits.reasoning
+        channels = isinstance(self.traits.tools.form, ChannelForm)
+        continued, mark = continued_message(last, form, channels=channels), new_mark()
+        told = {**template_args, "add_generation_prompt": False}
+        for message in marked(last, continued, mark, form):
+            written = self._written(template, [*before, message], tools, told)
+            if (segments := cut_at(mark, written)) is not None:
+                return segments
+        raise ConfigurationError(
+            "the model's chat template leaves out the last message, or changes it, so that it "
+            "cannot be continued; end with a message of the user's instead",
+            field="messages",
+        )
 
     def render(
         self,

@@ -115,7 +115,10 @@ def _read(codec: PromptCodec, request: InferenceRequest) -> ReadPrompt:
         return ReadPrompt(codec.prompt(request.prompt, None))
     if not hasattr(codec, "chat"):  # a runtime's own, which makes token ids and no more
         return ReadPrompt(codec.prompt(None, request.messages, request.offered_tools))
-    return ReadPrompt(*codec.chat(request.messages, request.offered_tools, _template_args(request)))
+    asked = request.messages, request.offered_tools, _template_args(request)
+    if request.continues:
+        return ReadPrompt(*codec.chat(*asked, continues=True))
+    return ReadPrompt(*codec.chat(*asked))
 
 
 def _template_args(request: InferenceRequest) -> dict[str, Any]:

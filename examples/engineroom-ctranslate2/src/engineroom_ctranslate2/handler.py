@@ -85,7 +85,12 @@ class CTranslate2Handler(EngineHandler):
     def capabilities(self) -> Capabilities:
         """Sampling by temperature, ``top_k`` and ``top_p``; greedy; log probabilities; chat."""
         return Capabilities(
-            params=_HONOURED, chat=True, tools=True, template_args=True, stop_sequences=True
+            params=_HONOURED,
+            chat=True,
+            tools=True,
+            template_args=True,
+            stop_sequences=True,
+            continue_final_message=True,
         )
 
     def is_native(self, path: Path) -> bool:

@@ -54,6 +54,7 @@ class HuggingFaceTransformersHandler(EngineHandler):
             structured_output=frozenset(STRUCTURED_KINDS),
             embeddings=True,
             prompt_token_ids=True,
+            continue_final_message=True,
         )
 
     def can_load(self, config: ModelConfig) -> bool:

@@ -59,6 +59,7 @@ class LlamaCppHandler(EngineHandler):
             embeddings=True,
             adapters=True,
             prompt_token_ids=True,
+            continue_final_message=True,
         )
 
     def is_native(self, path: Path) -> bool:

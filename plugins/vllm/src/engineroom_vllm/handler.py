@@ -60,6 +60,7 @@ class VLLMHandler(EngineHandler):
             adapters=True,
             embeddings=True,
             prompt_token_ids=True,
+            continue_final_message=True,
         )
 
     def unavailable(self) -> str | None:

@@ -73,7 +73,9 @@ async def within_budget(
     # Its draws are not those of the reasoning again.
     seed = None if params.seed is None else params.seed // 2 + 1
     rest = params.model_copy(update={"max_new_tokens": left, "seed": seed})
-    closed = request.model_copy(update={"params": rest})
+    # What goes on now is no message of the request's any more.
+    anew = {"params": rest, "continue_final_message": False}
+    closed = request.model_copy(update=anew)
     async with aclosing(part(closed, ids, budget.end, None)) as steps:
         async for step in steps:
             if step.prompt_tokens is None:

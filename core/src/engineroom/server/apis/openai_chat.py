@@ -11,6 +11,7 @@ from pydantic import Field
 from engineroom.generation.deltas import ReasoningDelta, ToolCallDelta
 from engineroom.inference.streams import InferenceStream
 from engineroom.schemas import ChatMessage, InferenceRequest, InferenceResponse, TokenLogprob
+from engineroom.server.apis.continuing import asked_to_continue
 from engineroom.server.apis.openai_common import (
     OF_ANTHROPIC,
     Completed,
@@ -61,6 +62,9 @@ class ChatInput(SubSchema):
     reasoning_content: str | None = None
     """What the assistant thought before it; ``reasoning`` is the same."""
     reasoning: str | None = None
+    prefix: bool | None = None
+    """``true``: the answer goes on with this message, the last one, as in DeepSeek's and Mistral's
+    APIs."""
     function_call: Any = None
     """Only none: the older form of ``tool_calls``."""
     audio: Any = None
@@ -88,6 +92,11 @@ class ChatRequest(TemplateFields, OpenAIRequest):
     reasoning: ReasoningConfig | None = None
     include_reasoning: bool | None = None
     """``false``: what the model thought is left out, as in vLLM."""
+    continue_final_message: bool | None = None
+    """Whether the answer goes on with the last message; without it, where that is the assistant's.
+    """
+    add_generation_prompt: bool | None = None
+    """The opposite of it."""
 
     COUNTED: ClassVar[Collection[str]] = ("messages",)
     REFUSED: ClassVar[Mapping[str, Collection[Any]]] = {
@@ -202,6 +211,12 @@ def _requests(call: Call, request: ChatRequest) -> list[InferenceRequest]:
     messages = [
         _message(message, f"messages.{number}") for number, message in enumerate(request.messages)
     ]
+    goes_on = asked_to_continue(
+        messages,
+        continue_final_message=request.continue_final_message,
+        add_generation_prompt=request.add_generation_prompt,
+        prefixes=[number for number, message in enumerate(request.messages) if message.prefix],
+    )
     params = {
         "max_new_tokens": new if new is not None else old,
         "logprobs": (request.top_logprobs or 0) if request.logprobs else None,
@@ -209,6 +224,7 @@ def _requests(call: Call, request: ChatRequest) -> list[InferenceRequest]:
     config, thinking = request.reasoning or ReasoningConfig(), request.thinking or UNTOLD
     fields = {
         "messages": messages,
+        "continue_final_message": goes_on,
         "template_args": request.chat_template_kwargs or None,
         **chosen_tools(
             call,

@@ -20,7 +20,12 @@ from engineroom.server.apis.request_fields import (
     params_of,
     parse,
 )
-from engineroom.server.apis.responses_input import InputItem, ResponsesTools, messages_of
+from engineroom.server.apis.responses_input import (
+    InputItem,
+    ResponsesTools,
+    is_complete,
+    messages_of,
+)
 from engineroom.server.apis.responses_output import (
     FunctionCallItem,
     ItemStatus,
@@ -204,10 +209,12 @@ def _request(call: Call, request: ResponsesRequest) -> InferenceRequest:
     messages: list[ChatMessage] = []
     if request.instructions is not None:
         messages.append(chat_message("system", request.instructions, "instructions"))
+    complete = False
     if isinstance(request.input, str):
         messages.append(chat_message("user", request.input, "input"))
     else:
         messages += messages_of(request.input)
+        complete = is_complete(request.input)
     text = request.text or TextConfig()
     check_neutral(text.verbosity, "medium", "text.verbosity")
     asked = {"text.format": text.format.asked("text.format") if text.format else {}}
@@ -231,6 +238,7 @@ def _request(call: Call, request: ResponsesRequest) -> InferenceRequest:
         request,
         params_of(call, request, params, absent),
         messages=messages,
+        continue_final_message=False if complete else None,
         template_args=request.chat_template_kwargs or None,
         **chosen_tools(
             call,

@@ -19,7 +19,7 @@ from engineroom.server.apis.tool_fields import FunctionDefinition
 from engineroom.server.http.errors import ApiError
 from engineroom.tools import MAX_TOOLS, ToolCall
 
-__all__ = ["InputItem", "ResponsesTools", "messages_of"]
+__all__ = ["InputItem", "ResponsesTools", "is_complete", "messages_of"]
 
 _TEXTS: Final = ("input_text", "output_text", "text")
 
@@ -39,6 +39,9 @@ class InputMessage(SubSchema):
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
     content: Content
+    status: str | None = None
+    """``completed``: an answer behind it is a new one; else it goes on with the assistant's last.
+    """
 
 
 class InputCall(SubSchema):
@@ -83,6 +86,12 @@ InputItem: TypeAlias = Annotated[
         "function_call_output or reasoning; no other is supported by this server",
     ),
 ]
+
+
+def is_complete(items: Sequence[InputItem]) -> bool:
+    """Whether the last message says that nothing of it is missing."""
+    last = items[-1] if items else None
+    return isinstance(last, InputMessage) and last.status == "completed"
 
 
 def messages_of(items: Sequence[InputItem]) -> list[ChatMessage]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from engineroom.schemas import ChatMessage
 from engineroom.testing.conformance.base import Checks, check
-from engineroom.testing.conformance.bench import said
+from engineroom.testing.conformance.bench import again, said
 from engineroom.testing.conformance.kit import Kit
 from engineroom.testing.conformance.outcomes import broken, same, skip
 from engineroom.testing.conformance.thoughts import traits_of
@@ -77,6 +79,34 @@ class ChatChecks(Checks):
                     expected="a message that says what is wrong with the roles",
                     saw=response.error_message,
                 )
+
+    @check()
+    async def test_continued_message(self, kit: Kit) -> None:
+        _need_chat(kit)
+        if not kit.capabilities.continue_final_message:
+            skip("capabilities() does not claim continue_final_message")
+        await kit.need_determinism()
+        question = ChatMessage(role="user", content="Name three rivers.")
+        begun = ChatMessage(role="assistant", content="Three rivers are the")
+        ask: dict[str, Any] = {"messages": [question, begun]}
+        request = kit.likely(**ask, continue_final_message=True)
+        goes_on = await kit.bench.answer(again(request))
+        anew = await kit.bench.answer(kit.likely(**ask, continue_final_message=False))
+        read, read_anew = goes_on.prompt_tokens, anew.prompt_tokens
+        if read is not None and read_anew is not None and read >= read_anew:
+            broken(
+                did=f"infer({said(request)}), and with continue_final_message=False",
+                expected="a prompt without the end of the message and the beginning of a new one",
+                saw=f"{read} tokens of the prompt, and {read_anew}",
+            )
+        rendered = self.render_chat(kit.bench.loaded, [question])
+        if rendered is None or traits_of(kit).reasoning is not None:
+            return  # of a prompt that is text, nothing tells its thoughts
+        by_hand = kit.likely(f"{rendered}{begun.content}")
+        expected = await kit.bench.answer(again(by_hand))
+        if expected.prompt_tokens == read:  # some templates begin a message otherwise
+            texts = expected.generated_text or "", goes_on.generated_text or ""
+            same(f"infer({said(request)}), and with prompt={by_hand.prompt!r}", "the same", *texts)
 
 
 def _need_chat(kit: Kit) -> None:

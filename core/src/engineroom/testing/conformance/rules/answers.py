@@ -203,6 +203,11 @@ CHAT: Final = {
         "Messages whose roles the model does not know, or not in that order, are answered or are a "
         "ConfigurationError that says what is wrong with them.",
     ),
+    "continued-message": Rule(
+        "A last message of the assistant's is continued",
+        "With continue_final_message the prompt ends where the message does, and the answer is "
+        "what comes next, without the message; with False a new message begins.",
+    ),
     "reasoning-apart": Rule(
         "Reasoning is told apart from content",
         "What a model thinks is response.reasoning and ReasoningDelta in streams; no content has "
