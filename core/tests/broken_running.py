@@ -12,6 +12,7 @@ from toy_runtime import ToyHandler
 
 from engineroom import (
     ConfigurationError,
+    ContextLengthExceededError,
     HandlerHealth,
     LoadedModel,
 )
@@ -282,6 +283,20 @@ def prompt_too_long():
 
         def tokens(self, loaded_model, request):
             return super().tokens(loaded_model, request)[-loaded_model.max_context_tokens + 8 :]
+
+    return Broken
+
+
+@defect
+def prompt_too_long__untyped():
+    class Broken(ToyHandler):
+        """Says so in words alone."""
+
+        def check(self, model, request, prompt):
+            try:
+                super().check(model, request, prompt)
+            except ContextLengthExceededError as error:
+                raise ConfigurationError(error.message) from None
 
     return Broken
 

@@ -10,6 +10,7 @@ import engineroom
 from engineroom import errors
 from engineroom.errors import (
     ConfigurationError,
+    ContextLengthExceededError,
     EngineDeadError,
     EngineRoomError,
     InferenceError,
@@ -26,6 +27,7 @@ PARENTS: dict[type[EngineRoomError], tuple[type[Exception], ...]] = {
     ModelNotFoundError: (EngineRoomError, LookupError),
     ResourceNotAvailableError: (EngineRoomError, RuntimeError),
     ConfigurationError: (EngineRoomError, ValueError),
+    ContextLengthExceededError: (ConfigurationError,),
     InferenceError: (EngineRoomError, RuntimeError),
     NoSuitableHandlerError: (InferenceError,),
     EngineDeadError: (InferenceError,),

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from engineroom import (
     Capabilities,
     ConfigurationError,
+    ContextLengthExceededError,
     Embeddings,
     GenerationParams,
     HandlerHealth,
@@ -195,7 +196,7 @@ class ToyHandler(TokenHandler):
         if not prompt:
             raise ConfigurationError("the prompt is empty; send at least one character")
         if len(prompt) >= model.options.n_ctx:
-            raise ConfigurationError(
+            raise ContextLengthExceededError(
                 f"the prompt has {len(prompt)} tokens, the context {model.options.n_ctx}"
             )
         if max(prompt) > EOS:

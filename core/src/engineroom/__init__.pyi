@@ -35,6 +35,7 @@ from .engine.handler import (
 )
 from .errors import (
     ConfigurationError as ConfigurationError,
+    ContextLengthExceededError as ContextLengthExceededError,
     EngineDeadError as EngineDeadError,
     EngineRoomError as EngineRoomError,
     InferenceError as InferenceError,

@@ -7,7 +7,9 @@
         ├── ModelNotFoundError          (also LookupError)   no such model id, alias or source
         ├── ResourceNotAvailableError   (also RuntimeError)  closed, full, or no memory for it
         ├── ConfigurationError          (also ValueError)    a request, option or file asks for
-        │                                                    what cannot be done
+        │   │                                                what cannot be done
+        │   └── ContextLengthExceededError                   a prompt or text is too long for the
+        │                                                    model
         └── InferenceError              (also RuntimeError)  the work itself failed
             ├── NoSuitableHandlerError                       no installed handler takes the model
             ├── EngineDeadError                              the runtime's engine has ended
@@ -28,6 +30,7 @@ from engineroom.printable import printable_lines
 
 __all__ = [
     "ConfigurationError",
+    "ContextLengthExceededError",
     "EngineDeadError",
     "EngineRoomError",
     "InferenceError",
@@ -131,6 +134,30 @@ class ConfigurationError(EngineRoomError, ValueError):
         self.field = printable_lines(f"{field}.{self.field}" if self.field else field)
         self.message = f"{self.field}: {what}: {message}" if what else f"{self.field}: {message}"
         self.args = (self.message,)
+
+
+class ContextLengthExceededError(ConfigurationError):
+    """A prompt, or a text to be embedded, has more tokens than the model reads.
+
+    :param tokens: how many it has, at least; ``None``: not known.
+    :param most: how many it may have; ``None``: not known.
+    """
+
+    label = "Context length exceeded"
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        tokens: int | None = None,
+        most: int | None = None,
+        field: str = "",
+        request_id: str | None = None,
+        model_id: str | None = None,
+    ) -> None:
+        super().__init__(message, field=field, request_id=request_id, model_id=model_id)
+        self.tokens = tokens
+        self.most = most
 
 
 class InferenceError(EngineRoomError, RuntimeError):

@@ -7,7 +7,12 @@ from typing import Final, Literal, TypeAlias, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
-from engineroom.errors import ConfigurationError, EngineRoomError, error_class
+from engineroom.errors import (
+    ConfigurationError,
+    ContextLengthExceededError,
+    EngineRoomError,
+    error_class,
+)
 from engineroom.field_types import FrozenSchema
 from engineroom.tools import ToolCall
 
@@ -136,6 +141,10 @@ class InferenceResponse(BaseModel):
         error = error_type(message, request_id=self.request_id, model_id=self.model_id)
         if isinstance(error, ConfigurationError) and isinstance(self._cause, ConfigurationError):
             error.field = self._cause.field  # with which the message begins
+        if isinstance(error, ContextLengthExceededError) and isinstance(
+            self._cause, ContextLengthExceededError
+        ):
+            error.tokens, error.most = self._cause.tokens, self._cause.most
         return error
 
     def record_error(self, error: EngineRoomError) -> None:

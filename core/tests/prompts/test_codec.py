@@ -285,17 +285,17 @@ async def test_what_is_far_too_long_is_refused_before_it_is_listed(
         InferenceRequest(model_id="m", messages=[ChatMessage(role="user", content=content)]),
         InferenceRequest(model_id="m", prompt=content.replace("<", "x")),
     ):
-        with pytest.raises(ConfigurationError, match="has at least .* the context has 100") as told:
+        with pytest.raises(ConfigurationError, match="length is 100 .* has at least") as told:
             await tokens_of(codec, request, n_ctx=100, advice="take a larger one")
         assert "take a larger one" in str(told.value)
         assert told.value.__context__ is None and told.value.__cause__ is None
     assert codec.listed < 600
     ids = InferenceRequest(model_id="m", prompt_token_ids=[7] * 100)
-    with pytest.raises(ConfigurationError, match="has 100 tokens, the context has 100"):
+    with pytest.raises(ConfigurationError, match="length is 100 .* has 100 tokens"):
         await tokens_of(codec, ids, n_ctx=100)
-    with pytest.raises(ConfigurationError, match="text 1 has at least 5.* reads 100 at most"):
+    with pytest.raises(ConfigurationError, match="is 100 tokens.* text 1 has at least 5"):
         await tokens_of_texts(codec, ["a", "x" * 5000], 100)
-    with pytest.raises(ConfigurationError, match="text 1 has 150 tokens, and .* 100 at most"):
+    with pytest.raises(ConfigurationError, match="is 100 tokens.* text 1 has 150 tokens"):
         await tokens_of_texts(codec, ["a", "x" * 150], 100)
     assert await tokens_of_texts(codec, ["a", "b"], 100) == [[197], [198]]
 

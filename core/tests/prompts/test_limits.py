@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from engineroom import ConfigurationError
+from engineroom import ConfigurationError, ContextLengthExceededError
 from engineroom.prompts import (
     check_adapter,
     check_beams,
@@ -18,7 +18,9 @@ def test_a_prompt_has_tokens_and_leaves_room_for_one() -> None:
     check_prompt([1], 2, "")
     with pytest.raises(ConfigurationError, match="no tokens; send at least one character"):
         check_prompt([], 2, "")
-    with pytest.raises(ConfigurationError, match="has 2 tokens, the context has 2.*or buy more"):
+    with pytest.raises(
+        ContextLengthExceededError, match="length is 2 .* has 2 tokens.*or buy more"
+    ):
         check_prompt([1, 1], 2, "buy more")
 
 
@@ -53,7 +55,7 @@ def test_beams_are_bounded(beams: int) -> None:
 
 def test_texts_have_tokens_and_fit() -> None:
     check_texts([[1], [1, 2]], 2)
-    with pytest.raises(ConfigurationError, match="text 1 has 3 tokens, and the model reads 2"):
+    with pytest.raises(ContextLengthExceededError, match="is 2 tokens.* text 1 has 3 tokens"):
         check_texts([[1], [1, 2, 3]], 2)
     with pytest.raises(ConfigurationError, match="text 0 has no tokens"):
         check_texts([[]], 2)

@@ -89,7 +89,7 @@ def refused(url: str, route: str, fields: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_refusal_names_the_place_as_the_api_does(url, route, fields, place, stream):
     error = refused(url, route, fields | {"stream": stream})
-    assert f" {place}.properties.city: " in error["message"], error
+    assert error["message"].startswith(f"{place}.properties.city: "), error
     assert '["not"]' in error["message"]
     assert ("tool 'weather'" in error["message"]) == ("tools" in fields)
     assert route == MESSAGES or error["param"] == place.partition(".")[0]
@@ -98,20 +98,21 @@ def test_a_refusal_names_the_place_as_the_api_does(url, route, fields, place, st
 @pytest.mark.parametrize(
     ("route", "fields", "said"),
     [
-        (CHAT, {"guided_regex": r"\bfoo\b"}, r" guided_regex: cannot be honoured: invalid regex"),
+        (CHAT, {"guided_regex": r"\bfoo\b"}, r"guided_regex: cannot be honoured: invalid regex"),
         (CHAT, {"guided_regex": r"\bfoo\b"}, r"/\bfoo\b/"),
         (TEXT, {"structured_outputs": {"regex": r"C:\b\d"}}, r"/C:\b\d/"),
         (
             RESPONSES,
             {"guided_grammar": 'root ::= "\\\\x\\y" a'},
-            " guided_grammar: it is not",
+            "guided_grammar: it is not",
         ),
-        (MESSAGES, {"grammar": 'start: "/usr/lib/a" "C:\\\\x" a'}, " grammar: cannot be honoured"),
+        (MESSAGES, {"grammar": 'start: "/usr/lib/a" "C:\\\\x" a'}, "grammar: cannot be honoured"),
     ],
 )
 def test_a_pattern_is_shown_as_the_client_wrote_it(url, route, fields, said):
     message = refused(url, route, fields)["message"]
-    assert said in message and "<path>" not in message, message
+    assert "<path>" not in message, message
+    assert message.startswith(said) or (said.startswith("/") and said in message), message
 
 
 @pytest.mark.parametrize("route", [CHAT, RESPONSES, MESSAGES])
@@ -126,9 +127,10 @@ def test_without_llguidance_a_refusal_says_what_was_asked(url, monkeypatch):
     tools = [function("now", GOOD)]
     error = refused(url, CHAT, {"tools": tools, "tool_choice": "required"})
     assert error["param"] == "tool_choice"
-    assert " tool_choice: 'required' needs the library llguidance" in error["message"]
+    assert error["message"].startswith("tool_choice: 'required' needs the library llguidance")
     schema = refused(url, CHAT, {"response_format": NAMED})
-    assert " response_format.json_schema.schema: structured output needs" in schema["message"]
+    where = "response_format.json_schema.schema"
+    assert schema["message"].startswith(f"{where}: structured output needs")
     for found in (error, schema):
         assert 'pip install "engineroom[structured]"' in found["message"]
 

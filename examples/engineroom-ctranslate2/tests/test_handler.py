@@ -105,8 +105,8 @@ async def test_the_context_bounds_prompt_and_text(make, greedy):
     assert response.prompt_tokens + response.generated_tokens == 32
 
     response = await bench.service.infer(ask("x" * 40, params=greedy()))
-    assert response.error_type == "ConfigurationError"
-    assert "the prompt has 41 tokens, the context has 32" in response.error_message
+    assert response.error_type == "ContextLengthExceededError"
+    assert "is 32 tokens. However, your prompt has 41 tokens" in response.error_message
     assert (await bench.service.infer(ask(params=greedy(4)))).generated_tokens == 4
 
 

@@ -196,7 +196,7 @@ async def test_what_cannot_be_searched_with_is_refused_by_name(
 
 async def test_a_prompt_that_leaves_no_token_for_each_beam_is_refused(make: Make) -> None:
     response = await (await make(n_ctx=256)).service.infer(ask("x" * 252, num_beams=4))
-    assert response.error_type == "ConfigurationError"
+    assert response.error_type == "ContextLengthExceededError"
     assert "253 tokens" in response.error_message
     assert "num_beams=4" in response.error_message
 

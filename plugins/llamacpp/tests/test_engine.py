@@ -98,7 +98,7 @@ async def test_the_end_of_sequence_token_ends_and_is_not_counted(make: Make) -> 
 async def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(make: Make) -> None:
     bench = await make(n_ctx=256)
     response = await bench.service.infer(ask("x" * 300))
-    assert response.error_type == "ConfigurationError"
+    assert response.error_type == "ContextLengthExceededError"
     assert "301 tokens" in response.error_message
     assert "256" in response.error_message
 

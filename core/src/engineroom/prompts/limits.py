@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Final
 
-from engineroom.errors import ConfigurationError
+from engineroom.errors import ConfigurationError, ContextLengthExceededError
 from engineroom.field_types import half_of_pair
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
 ]
 
 _MOST_BEAMS: Final = 64
+_CONTEXT: Final = "This model's maximum context length is {} tokens. However,"
 
 
 def check_text(what: str, text: str) -> None:
@@ -34,27 +35,39 @@ def check_text(what: str, text: str) -> None:
         )
 
 
-def check_prompt(tokens: Sequence[int], n_ctx: int, advice: str) -> None:
+def check_prompt(tokens: Sequence[int], n_ctx: int, advice: str, *, beams: int = 1) -> None:
     """Refuse a prompt without tokens, or one that leaves no room for an answer.
 
     :param n_ctx: tokens that the context has.
     :param advice: how to get a longer context, to be read after "shorten the prompt, or".
-    :raises ConfigurationError: the prompt is empty or too long.
+    :param beams: each of them needs a token of its own.
+    :raises ConfigurationError: the prompt is empty.
+    :raises ContextLengthExceededError: it is too long.
     """
     if not tokens:
         raise ConfigurationError("the prompt has no tokens; send at least one character")
-    if len(tokens) >= n_ctx:
-        raise prompt_too_long(f"{len(tokens)}", n_ctx, advice)
+    if len(tokens) + beams > n_ctx:
+        raise prompt_too_long(len(tokens), n_ctx, advice, beams=beams)
 
 
-def prompt_too_long(count: str, n_ctx: int, advice: str) -> ConfigurationError:
+def prompt_too_long(
+    count: int, n_ctx: int, advice: str, *, least: bool = False, beams: int = 1
+) -> ContextLengthExceededError:
     """The refusal of a prompt that leaves no room for an answer.
 
-    :param count: how many tokens it has, in words.
+    Routers and agents know by its first words that a shorter prompt, or another model, is needed.
+
+    :param count: how many tokens it has.
+    :param least: it has more, perhaps.
+    :param beams: each of them needs a token of its own.
     """
-    return ConfigurationError(
-        f"the prompt has {count} tokens, the context has {n_ctx}, and at least one must be left to "
-        f"generate; shorten the prompt, or {advice}"
+    needed = "one" if beams == 1 else f"one for each of num_beams={beams}"
+    shown = f"at least {count}" if least else f"{count}"
+    return ContextLengthExceededError(
+        f"{_CONTEXT.format(n_ctx)} your prompt has {shown} tokens, and at least {needed} must be "
+        f"left to generate; shorten the prompt, or {advice}",
+        tokens=count,
+        most=n_ctx - beams,
     )
 
 
@@ -103,11 +116,12 @@ def check_texts(texts: Sequence[Sequence[int]], n_ctx: int) -> None:
     """Refuse texts for embeddings that have no tokens, or more than the model reads.
 
     :param texts: each text as token ids.
-    :raises ConfigurationError: names the text by its number, from 0.
+    :raises ConfigurationError: a text has no tokens; names it by its number, from 0.
+    :raises ContextLengthExceededError: a text has more.
     """
     for number, tokens in enumerate(texts):
         if len(tokens) > n_ctx:
-            raise text_too_long(number, f"{len(tokens)}", n_ctx)
+            raise text_too_long(number, len(tokens), n_ctx)
         if not tokens:
             raise ConfigurationError(f"text {number} has no tokens")
 
@@ -118,20 +132,27 @@ def check_text_ids(number: int, ids: Sequence[int], n_ctx: int, n_vocab: int | N
     :param number: of the text, from 0.
     :param n_vocab: tokens that the model has; ``None``: not known.
     :raises ConfigurationError: names the id and the ids that there are.
+    :raises ContextLengthExceededError: there are too many.
     """
     if len(ids) > n_ctx:
-        raise text_too_long(number, f"{len(ids)}", n_ctx)
+        raise text_too_long(number, len(ids), n_ctx)
     if n_vocab is not None and (largest := max(ids, default=0)) >= n_vocab:
         raise ConfigurationError(
             f"text {number} has the token {largest}; the model's tokens are 0 to {n_vocab - 1}"
         )
 
 
-def text_too_long(number: int, count: str, n_ctx: int) -> ConfigurationError:
+def text_too_long(
+    number: int, count: int, n_ctx: int, *, least: bool = False
+) -> ContextLengthExceededError:
     """The refusal of a text that the model cannot read at once.
 
-    :param count: how many tokens it has, in words.
+    :param count: how many tokens it has.
+    :param least: it has more, perhaps.
     """
-    return ConfigurationError(
-        f"text {number} has {count} tokens, and the model reads {n_ctx} at most; cut it into parts"
+    shown = f"at least {count}" if least else f"{count}"
+    return ContextLengthExceededError(
+        f"{_CONTEXT.format(n_ctx)} text {number} has {shown} tokens; cut it into parts",
+        tokens=count,
+        most=n_ctx,
     )

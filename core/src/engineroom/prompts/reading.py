@@ -88,8 +88,8 @@ async def read_prompt(
         before it is read where the vocabulary tells; the rest is for ``check_prompt``.
     :param advice: as for ``check_prompt``.
     :param contexts: so many times as much is read, where it is only counted.
-    :raises ConfigurationError: there is no chat template, or it refuses the messages, or the input
-        is too long.
+    :raises ConfigurationError: there is no chat template, or it refuses the messages.
+    :raises ContextLengthExceededError: the input is too long.
     :raises QueueFullError: too many prompts wait to be read.
     :raises ResourceNotAvailableError: the model is being unloaded.
     """
@@ -107,7 +107,7 @@ async def read_prompt(
     except TooManyTokensError as error:
         least = error.least
     # Outside of the handler: the refusal is not to keep the frames that have the prompt.
-    raise prompt_too_long(f"at least {least}", n_ctx or 0, advice)
+    raise prompt_too_long(least, n_ctx or 0, advice, least=True)
 
 
 def _read(codec: PromptCodec, request: InferenceRequest) -> ReadPrompt:
@@ -169,7 +169,7 @@ async def tokens_of_texts(
     else:
         check_texts(tokens, n_ctx)
         return tokens
-    raise text_too_long(len(tokens), f"at least {least}", n_ctx)
+    raise text_too_long(len(tokens), least, n_ctx, least=True)
 
 
 async def in_lane(codec: Any, call: Callable[[], _T], *, key: str | None, size: int = 0) -> _T:

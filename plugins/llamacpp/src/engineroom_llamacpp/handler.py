@@ -19,7 +19,7 @@ from engineroom import (
     ModelConfig,
     parse_options,
 )
-from engineroom.prompts import check_adapter
+from engineroom.prompts import check_adapter, check_prompt
 from engineroom.sources import find_gguf, is_gguf
 from engineroom_llamacpp.loading import estimate_bytes, load_engine, unload_engine
 from engineroom_llamacpp.options import LlamaCppOptions
@@ -155,10 +155,10 @@ class LlamaCppHandler(EngineHandler):
         super().check(engine, request, tokens)
         check_adapter(request.adapter, engine.model.adapters_by_name, "lora")
         if (request.params.num_beams or 1) > 1:
-            _check_beams(engine, request.params, len(tokens))
+            _check_beams(engine, request.params, tokens)
 
 
-def _check_beams(engine: LlamaEngine, params: GenerationParams, length: int) -> None:
+def _check_beams(engine: LlamaEngine, params: GenerationParams, tokens: list[int]) -> None:
     beams = params.num_beams or 1
     if not params.greedy:
         raise ConfigurationError(
@@ -175,9 +175,4 @@ def _check_beams(engine: LlamaEngine, params: GenerationParams, length: int) -> 
             f"num_beams={beams}: at most {engine.most_beams} can be searched with; load the model "
             "with a larger n_parallel and n_batch"
         )
-    if length + beams > engine.n_ctx:
-        raise ConfigurationError(
-            f"the prompt has {length} tokens, the context has {engine.n_ctx}, and at least one "
-            f"must be left for each of num_beams={beams}; shorten the prompt, or set the option "
-            "n_ctx higher"
-        )
+    check_prompt(tokens, engine.n_ctx, engine.longer_context, beams=beams)

@@ -174,7 +174,11 @@ class AnthropicError(ErrorBody, kw_only=True):
     @classmethod
     def of(cls, error: ApiError, request_id: str) -> AnthropicError:
         kind = _ERROR_TYPES.get(error.status, "invalid_request_error")
-        detail = AnthropicErrorDetail(type=kind, message=error.message)
+        message = error.message
+        if error.too_long is not None:  # its clients know these words, and no code
+            tokens, most = error.too_long
+            message = f"prompt is too long: {tokens} tokens > {most} maximum"
+        detail = AnthropicErrorDetail(type=kind, message=message)
         if error.code == _NO_THREADS:
             detail.details = {"error_code": error.code}
         return cls(error=detail, request_id=request_id)

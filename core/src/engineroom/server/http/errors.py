@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from engineroom.errors import (
     ConfigurationError,
+    ContextLengthExceededError,
     EngineDeadError,
     EngineRoomError,
     ModelNotFoundError,
@@ -76,6 +77,7 @@ class ApiError(Exception):
     :param param: the field that it is about.
     :param retry_after_s: when to try again.
     :param headers: further headers.
+    :param too_long: how many tokens a prompt has that is too long, and how many it may have.
     """
 
     status: int
@@ -84,6 +86,7 @@ class ApiError(Exception):
     param: str | None = None
     retry_after_s: int | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    too_long: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         self.message = printable(self.message)  # it quotes what a client has sent
@@ -148,7 +151,7 @@ def api_error_of(
     if isinstance(error, ConfigurationError) and error.field and not load_failed:
         # It quotes the client, whose regular expressions may look like paths.
         where = _place(error.field, places)
-        message = error.describe().replace(error.field, where, 1)
+        message = _of_request(error).replace(error.field, where, 1)
         return ApiError(400, message, "invalid_request", where.partition(".")[0])
     message = without_paths(error.describe())
     if isinstance(error, ModelNotFoundError) and not load_failed:
@@ -165,11 +168,24 @@ def api_error_of(
         return ApiError(503, _hidden("the model could not be loaded", error), "model_not_loaded")
     if isinstance(error, ResourceNotAvailableError):
         return ApiError(503, message, "unavailable", retry_after_s=RETRY_AFTER_S)
+    if isinstance(error, ContextLengthExceededError):
+        known = error.tokens is not None and error.most is not None
+        return ApiError(
+            400,
+            without_paths(_of_request(error)),
+            "context_length_exceeded",
+            too_long=(error.tokens or 0, error.most or 0) if known else None,
+        )
     if isinstance(error, ConfigurationError):
-        return ApiError(400, message, "invalid_request")
+        return ApiError(400, without_paths(_of_request(error)), "invalid_request")
     return ApiError(
         500, _hidden("the model failed while it worked on the request", error), "failed"
     )
+
+
+def _of_request(error: ConfigurationError) -> str:
+    """What is wrong with a request, which its client has made and no configuration."""
+    return error.describe().removeprefix(f"{error.label}: ")
 
 
 def stopping() -> ApiError:

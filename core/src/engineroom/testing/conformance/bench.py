@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engineroom.config.model import LoadedModel, ModelConfig
+from engineroom.errors import ConfigurationError, error_class
 from engineroom.handlers.base import HandlerHealth, InferenceHandler
 from engineroom.inference.streams import InferenceStream, StreamError
 from engineroom.models.manager import LLMModelManager
@@ -115,13 +116,25 @@ def again(request: InferenceRequest, **update: Any) -> InferenceRequest:
     return InferenceRequest.model_validate({**fields, **update})
 
 
-def refused(response: InferenceResponse, did: str, named: str = "") -> None:
-    """:raises BrokenRuleError: the response is no ConfigurationError that names this."""
+def is_refusal(
+    response: InferenceResponse, kind: type[ConfigurationError] = ConfigurationError
+) -> bool:
+    """Whether a request was refused, with an error of this kind."""
+    return response.error_type is not None and issubclass(error_class(response.error_type), kind)
+
+
+def refused(
+    response: InferenceResponse,
+    did: str,
+    named: str = "",
+    kind: type[ConfigurationError] = ConfigurationError,
+) -> None:
+    """:raises BrokenRuleError: the response is no error of this kind that names this."""
     message = response.error_message or ""
-    if response.error_type != "ConfigurationError" or named not in message:
+    if not is_refusal(response, kind) or named not in message:
         broken(
             did=did,
-            expected="a ConfigurationError" + (f" that names {named}" if named else ""),
+            expected=f"a {kind.__name__}" + (f" that names {named}" if named else ""),
             saw=message or f"an answer: {response.finish_reason!r}, {response.generated_text!r}",
         )
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 from engineroom.generation.deltas import ToolCallDelta
 from engineroom.schemas import ChatMessage, InferenceRequest, InferenceResponse
 from engineroom.testing.conformance.base import Checks, check
-from engineroom.testing.conformance.bench import Streamed, again, said
+from engineroom.testing.conformance.bench import Streamed, again, is_refusal, said
 from engineroom.testing.conformance.entries import has_all_entries
 from engineroom.testing.conformance.forms import seed_of
 from engineroom.testing.conformance.kit import Kit
@@ -45,7 +45,7 @@ class CallChecks(Checks):
         if "grammar" not in kit.capabilities.structured_output:
             skip("capabilities() does not claim grammars; calls that have to be are refused")
         first = await kit.bench.infer(_ask(kit, 0))
-        if first.error_type == "ConfigurationError":
+        if is_refusal(first):
             skip(f"the model takes no conversation with tools ({first.error_message})")
         ids: list[str] = []
         for seed in range(1, 7):

@@ -6,7 +6,7 @@ from typing import Any
 
 from engineroom.schemas import ChatMessage
 from engineroom.testing.conformance.base import Checks, check
-from engineroom.testing.conformance.bench import again, said
+from engineroom.testing.conformance.bench import again, is_refusal, said
 from engineroom.testing.conformance.kit import Kit
 from engineroom.testing.conformance.outcomes import broken, same, skip
 from engineroom.testing.conformance.thoughts import traits_of
@@ -65,7 +65,7 @@ class ChatChecks(Checks):
             response = await kit.bench.infer(request)
             if response.error_message is None:
                 continue
-            if response.error_type != "ConfigurationError":
+            if not is_refusal(response):
                 broken(
                     did=f"infer({said(request)})",
                     expected="an answer, or a ConfigurationError that says what is wrong with the "

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import AsyncGenerator
 from typing import Any, Final
 
-from engineroom.errors import EngineRoomError, ResourceNotAvailableError
+from engineroom.errors import ContextLengthExceededError, EngineRoomError, ResourceNotAvailableError
 from engineroom.schemas import ChatMessage, InferenceRequest, InferenceResponse
 from engineroom.testing.conformance.base import Checks, check
 from engineroom.testing.conformance.bench import again, refused, said
@@ -35,8 +35,11 @@ class FaultChecks(Checks):
             skip("the context is unbounded, or too large to be overrun here")
         request = kit.likely(await _overlong(kit, context), 4)
         did = f"with a prompt that is longer than the context of {context} tokens"
-        refused(await kit.bench.infer(request), f"infer {did}")
-        refused(await _stream_error(kit, again(request)), f"stream {did}")
+        for way, response in (
+            ("infer", await kit.bench.infer(request)),
+            ("stream", await _stream_error(kit, again(request))),
+        ):
+            refused(response, f"{way} {did}", kind=ContextLengthExceededError)
 
     @check()
     async def test_failing_request(self, kit: Kit) -> None:

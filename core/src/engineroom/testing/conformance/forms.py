@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from engineroom.schemas import STRUCTURED_KINDS, InferenceRequest, InferenceResponse
 from engineroom.testing.conformance.base import Checks, check
-from engineroom.testing.conformance.bench import again, said
+from engineroom.testing.conformance.bench import again, is_refusal, said
 from engineroom.testing.conformance.entries import has_all_entries
 from engineroom.testing.conformance.kit import Kit
 from engineroom.testing.conformance.limits import UNUSUAL
@@ -159,7 +159,7 @@ _CUT: Final = ("Unterminated string", "Invalid \\")
 
 def _check_json(request: InferenceRequest, response: InferenceResponse) -> None:
     besides = len(request.params.model_fields_set & UNUSUAL.keys() - _ALWAYS)
-    if besides and response.error_type == "ConfigurationError":
+    if besides and is_refusal(response):
         return  # what cannot be had together is refused
     text = response.generated_text or ""
     if besides and response.finish_reason == "length" and _begins_json(text):

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from engineroom.schemas import InferenceRequest, InferenceResponse
 from engineroom.testing.conformance.base import Checks, check
-from engineroom.testing.conformance.bench import again, said
+from engineroom.testing.conformance.bench import again, is_refusal, said
 from engineroom.testing.conformance.kit import Kit
 from engineroom.testing.conformance.outcomes import broken
 
@@ -70,7 +70,7 @@ def _requests(kit: Kit, values: dict[str, tuple[Any, ...]]) -> list[InferenceReq
 
 
 def _check(request: InferenceRequest, response: InferenceResponse, *, wrong: bool) -> None:
-    refused = response.error_type == "ConfigurationError"
+    refused = is_refusal(response)
     if not refused and (wrong or response.error_message is not None):
         broken(
             did=f"infer({said(request)})",

@@ -72,8 +72,8 @@ CANCELLATION: Final = {
 FAULTS: Final = {
     "prompt-too-long": Rule(
         "A prompt that is too long is refused",
-        "A prompt that does not fit the context is a ConfigurationError, before anything is "
-        "generated.",
+        "A prompt that does not fit the context is a ContextLengthExceededError, by which clients "
+        "and routers know what to do, before anything is generated.",
     ),
     "failing-request": Rule(
         "A failing request harms nobody",
