@@ -295,6 +295,13 @@ def test_a_deployment_is_watched(deployed):
     read_until(process, "the deployment was reloaded: added: three")
 
 
+def test_a_certificate_that_is_not_there_is_told(command, site):
+    needs_server()
+    site.echo()
+    said = command("serve", "-m", "echo:", "--tls-cert", "none.pem", "--port", "0").error
+    assert "--tls-cert: cannot read 'none.pem'" in said
+
+
 def test_to_watch_takes_a_deployment(command):
     needs_server()
     assert "--watch is for a whole deployment" in command("serve", "-m", "echo:", "--watch").error
@@ -319,7 +326,7 @@ def test_each_setting_is_a_flag_that_says_its_text_and_default(command, site):
     shown = " ".join(command("serve", "--help").out.split())
     parameters = {parameter.name: parameter for parameter in serve_command().params}
     settings = [f for f in dataclasses.fields(ServerSettings) if f.metadata.get("flag")]
-    assert len(settings) == 20
+    assert len(settings) == 25
     for setting in settings:
         parameter = parameters[setting.name]
         name = parameter.opts[0].removeprefix("--").replace("-", "_")

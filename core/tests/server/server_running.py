@@ -14,6 +14,7 @@ from server_doubles import TalkHandler
 
 from engineroom import LLMInferenceService, LLMModelManager
 from engineroom.handlers.base import InferenceHandler
+from engineroom.server.listening import url_of
 from engineroom.server.runner import EngineRoomServer, bind, loop_factory
 from engineroom.server.settings import ServerSettings
 
@@ -72,7 +73,8 @@ def running(
     service = LLMInferenceService(manager, handlers=handlers, max_requests=max_requests)
     told = ServerSettings(port=0, **{"drain_timeout_s": 0, "max_priority": 100, **settings})
     bound = bind(told)
-    port = bound.getsockname()[1]
+    name = bound.getsockname()
+    port = 0 if isinstance(name, str) else name[1]
     server = EngineRoomServer(service, told)
     started = threading.Event()
     failed: list[BaseException] = []
@@ -95,9 +97,7 @@ def running(
     thread.start()
     assert started.wait(20)
     assert not failed, failed
-    run = Running(
-        f"http://127.0.0.1:{port}", port, server, service, manager, handler, loops[0], thread
-    )
+    run = Running(url_of(bound, told), port, server, service, manager, handler, loops[0], thread)
     try:
         if wait:
             run.until(lambda: not server.context.starting, "preloaded")

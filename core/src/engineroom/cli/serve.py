@@ -50,6 +50,7 @@ Then:
 Environment:
   ENGINEROOM_API_KEYS    keys, separated by commas, beside those of --keys
   ENGINEROOM_ADMIN_KEYS  the same for --admin-keys
+  ENGINEROOM_TLS_KEY_PASSWORD  opens the key of --tls-key
 
 SIGTERM and Ctrl-C drain the server; with a second one, requests that run are told at once that
 it ends. SIGHUP has it read the deployment file and the key files anew.

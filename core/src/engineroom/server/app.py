@@ -23,6 +23,7 @@ from engineroom.server.http.call import Call, ClientGoneError
 from engineroom.server.http.context import ServerContext
 from engineroom.server.http.errors import ApiError, ErrorBody, OpenAIError, stopping
 from engineroom.server.http.guard import check_admin, check_front, identify
+from engineroom.server.proxies import TrustedProxies
 from engineroom.server.settings import ServerSettings
 from engineroom.service import LLMInferenceService
 
@@ -64,6 +65,7 @@ class Front:
 
     def __init__(self, context: ServerContext) -> None:
         self.context = context
+        self._proxies = TrustedProxies(context.settings.forwarded_allow_ips)
         every_route = routes.all_routes()
         self.router = routing.Router(
             [
@@ -83,6 +85,7 @@ class Front:
                 await _lifespan(receive, send)
         if scope["type"] != "http":
             return
+        scope = self._seen(scope)
         call = Call(scope, receive, send, self.context, self._error_body(scope["path"]))
         scope[_CALL] = call
         scope["app"] = self  # so that the router raises what it does not find
@@ -101,6 +104,15 @@ class Front:
             del at_work[call]
             call.release_body()
             self.context.callers.leave(call)
+
+    def _seen(self, scope: Scope) -> Scope:
+        """The request as it would be without the proxy that it came through."""
+        prefix, path = self.context.settings.root_path, scope["path"]
+        if self._proxies:
+            scope = {**scope, "client": self._proxies.client_of(scope)}
+        if prefix and (path == prefix or path.startswith(f"{prefix}/")):
+            scope = {**scope, "path": path[len(prefix) :] or "/"}
+        return scope
 
     async def _answer(self, call: Call) -> ApiError | None:
         """Answer, or tell what is answered instead, by when all that came with it is let go."""

@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Final
 
 from engineroom.border import get_logger, run_to_end
-from engineroom.errors import ConfigurationError, EngineRoomError
+from engineroom.errors import EngineRoomError
 from engineroom.models.reloading import at_hangup, reloading
 from engineroom.server.app import Front, with_cors
 from engineroom.server.descriptors import DescriptorWatch, raise_limit
@@ -27,6 +27,7 @@ from engineroom.server.http.compat_uvicorn import Server, connection_class
 from engineroom.server.http.context import ServerContext
 from engineroom.server.http.errors import stopping
 from engineroom.server.http.protocol import GuardedConnection
+from engineroom.server.listening import bind, removed_at_end, tls_context, url_of
 from engineroom.server.long_lived import LongLived
 from engineroom.server.settings import ServerSettings
 from engineroom.service import LLMInferenceService
@@ -67,6 +68,7 @@ class EngineRoomServer(Server):
             with_cors(Front(self.context), settings),
             connection_class(GuardedConnection, limits=settings, resting=OrderedDict()),
             settings,
+            tls_context(settings),
         )
 
     async def run_until_stopped(
@@ -218,35 +220,6 @@ class EngineRoomServer(Server):
                 signal.signal(number, handler)
 
 
-def bind(settings: ServerSettings) -> socket.socket:
-    """The socket to listen on.
-
-    :raises ConfigurationError: the address is no address, or in use.
-    """
-    host = settings.host.strip("[]")
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(
-            host or None, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        bound = socket.socket(family, kind, proto)
-    except OSError as error:
-        raise ConfigurationError(
-            f"cannot listen on {settings.host!r}: {error.strerror}; check --host"
-        ) from error
-    try:
-        if hasattr(signal, "SIGALRM"):  # on Windows the option means something else
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-        bound.setblocking(False)
-    except OSError as error:
-        bound.close()
-        raise ConfigurationError(
-            f"cannot listen on {settings.host}:{settings.port}: {error.strerror}; "
-            "give another --port, or stop what uses this one"
-        ) from error
-    return bound
-
-
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     """Uvloop where it is installed; ``None``: asyncio's own."""
     with contextlib.suppress(ImportError):
@@ -274,19 +247,21 @@ def serve(
     :param watch: read the deployment file anew whenever it changes, as SIGHUP does.
     :param progress: is told before and after each model that is preloaded.
     :param stopped: asked once signals are heard here: whether one came before, which then ends it.
-    :raises ConfigurationError: it cannot listen there, or cannot watch.
+    :raises ConfigurationError: it cannot listen there, or speak TLS, or watch.
     :raises EngineRoomError: no model at all could be preloaded.
     :raises KeyboardInterrupt: a second signal came, and running requests were stopped.
     """
     settings = settings or ServerSettings()
     raise_limit(settings)
-    bound = bind(settings)
-    name = bound.getsockname()
-    host = f"[{name[0]}]" if ":" in name[0] else name[0]
-    url = f"http://{host}:{name[1]}"
     server = EngineRoomServer(service, settings)
+    bound = bind(settings)
+    url = url_of(bound, settings)
     # From before the loop to behind it: a signal then neither kills nor is lost.
-    with server.hearing(), asyncio.Runner(loop_factory=loop_factory()) as runner:
+    with (
+        removed_at_end(bound),
+        server.hearing(),
+        asyncio.Runner(loop_factory=loop_factory()) as runner,
+    ):
         if stopped():
             server.signalled(signal.SIGTERM)
         work = server.run_until_stopped(

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from engineroom.errors import ConfigurationError
 from engineroom.server.keys import KeyRing
+from engineroom.server.proxies import TrustedProxies
 
 __all__ = ["ServerSettings"]
 
@@ -38,6 +39,27 @@ class ServerSettings:
     host: str = _setting("127.0.0.1", "Listen on this address.", metavar="ADDRESS")
     """One that others can reach needs ``keys`` or ``insecure``."""
     port: int = _setting(8000, "Listen on this port; 0: a free one.", from_zero=True, most=65535)
+    uds: str | None = _setting(
+        None, "Listen on this unix socket, not on an address.", metavar="PATH"
+    )
+    """Owner and group may use it. One that is there is replaced where nobody listens on it."""
+    tls_cert: str | None = _setting(
+        None, "Speak TLS, with this certificate and those that sign it (PEM).", metavar="FILE"
+    )
+    tls_key: str | None = _setting(
+        None, "The certificate's key, if it is not in the same file.", metavar="FILE"
+    )
+    """The environment's ENGINEROOM_TLS_KEY_PASSWORD opens one that is encrypted."""
+    root_path: str | None = _setting(
+        None, "Prefix under which a proxy offers the server, as /llm.", metavar="PREFIX"
+    )
+    """Paths are understood with it and without."""
+    forwarded_allow_ips: tuple[str, ...] = _setting(
+        (),
+        "Believe this proxy who sends a request (X-Forwarded-For): an address, a network, or "
+        "'unix' for who comes by --uds; may be repeated.",
+        metavar="ADDRESS",
+    )
     insecure: bool = _setting(
         False, "Listen for others without keys: whoever reaches it may use it."
     )
@@ -127,6 +149,13 @@ class ServerSettings:
                 raise ConfigurationError(f"{setting.name} must be {least}, not {value}")
             if most is not None and value > most:
                 raise ConfigurationError(f"{setting.name} must be 0 to {most}, not {value}")
+        if self.tls_key is not None and self.tls_cert is None:
+            raise ConfigurationError("tls_key is the key of a certificate; give tls_cert, too")
+        if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
+            raise ConfigurationError(
+                f"root_path must begin with a slash and not end with one, not {self.root_path!r}"
+            )
+        TrustedProxies(self.forwarded_allow_ips)
         if self.unknown_fields not in ("ignore", "refuse"):
             raise ConfigurationError(
                 f"unknown_fields must be 'ignore' or 'refuse', not {self.unknown_fields!r}"
@@ -146,7 +175,7 @@ class ServerSettings:
     @property
     def local(self) -> bool:
         """Whether only this machine reaches the server."""
-        return is_loopback(self.host)
+        return self.uds is not None or is_loopback(self.host)
 
 
 def is_loopback(host: str) -> bool:

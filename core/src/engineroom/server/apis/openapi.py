@@ -51,7 +51,9 @@ def described(routes: Sequence[Route]) -> tuple[Route, ...]:
 
     async def openapi(call: Call) -> None:
         """The description of every route."""
-        await call.answer(200, description)
+        prefix = call.context.settings.root_path
+        servers = b'{"servers":%b,' % dumps([{"url": prefix}]) if prefix else b"{"
+        await call.answer(200, servers + description[1:])
 
     every_route = (
         *routes,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
+import ssl
 import weakref
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -294,8 +295,13 @@ class Server(uvicorn.Server):
     """Called once it listens."""
 
     def __init__(
-        self, app: Any, protocol: type[asyncio.Protocol], settings: ServerSettings
+        self,
+        app: Any,
+        protocol: type[asyncio.Protocol],
+        settings: ServerSettings,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
+        self._tls = tls
         super().__init__(
             uvicorn.Config(
                 app,
@@ -308,7 +314,7 @@ class Server(uvicorn.Server):
                 log_level="critical",  # what is to be said, the application says
                 access_log=False,
                 server_header=False,
-                proxy_headers=False,  # nothing here asks who the client is
+                proxy_headers=False,  # the application knows whom to believe
                 timeout_keep_alive=settings.keep_alive_s,  # type: ignore[arg-type]
                 backlog=2048,
             )
@@ -319,6 +325,7 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and say so."""
+        self.config.ssl = self._tls
         await super().startup(sockets)
         self.listening()
 
