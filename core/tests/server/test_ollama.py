@@ -32,6 +32,12 @@ def post(run: Any, path: str, **body: Any) -> httpx.Response:
     return httpx.post(f"{run.url}/api/{path}", json={"model": "m", **body}, timeout=20)
 
 
+def has_null(value: Any) -> bool:
+    if isinstance(value, dict | list):
+        return any(map(has_null, value.values() if isinstance(value, dict) else value))
+    return value is None
+
+
 def lines(answer: httpx.Response) -> list[dict[str, Any]]:
     assert answer.status_code == 200, answer.text
     assert answer.headers["content-type"] == "application/x-ndjson"
@@ -48,6 +54,10 @@ def ask_both(run: Any, path: str, **body: Any) -> tuple[dict[str, Any], list[dic
     *pieces, last = streamed
     assert not any(piece["done"] for piece in pieces)
     once = whole.json()
+    held = ollama.ChatResponse if path == "chat" else ollama.GenerateResponse
+    for answer in (once, *streamed):
+        held.model_validate(answer, strict=True)
+        assert not has_null(answer), answer  # its Go types leave out what there is not
     for answer in (once, last):
         assert answer["done"] and answer["done_reason"] in ("stop", "length")
     timeless = {"created_at", "message", "response", "thinking", "logprobs", *DURATIONS}
