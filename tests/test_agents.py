@@ -156,6 +156,34 @@ def words(choice: Any) -> list[Any]:
     return [choice["finish_reason"], *texts, *((c["name"], c["arguments"]) for c in calls)]
 
 
+# ── a message that has begun ─────────────────────────────────────────────────────────────────────
+
+
+def test_a_message_that_has_begun_is_continued(server: Served) -> None:
+    begun = {"role": "assistant", "content": "The capital of France is"}
+    said = [{"role": "user", "content": "What is the capital of France?"}, begun]
+    asked: dict[str, Any] = {"messages": said, "max_tokens": 4}
+    whole = server.ask("chat/completions", **asked)
+    (choice,) = whole["choices"]
+    assert choice["message"]["content"].startswith(" Paris")
+    deltas = [
+        choice["delta"].get("content") or ""
+        for event in server.ask("chat/completions", **asked, stream=True)
+        for choice in event["choices"]
+    ]
+    assert "".join(deltas) == choice["message"]["content"]
+    (block,) = server.ask("messages", **asked)["content"]
+    assert block == {"type": "text", "text": choice["message"]["content"]}
+    # Behind it stand the end of the message, the beginning of a new one, and of its reasoning.
+    anew = server.ask("chat/completions", **asked, add_generation_prompt=True)
+    assert anew["usage"]["prompt_tokens"] >= whole["usage"]["prompt_tokens"] + 6
+
+    thought = {"role": "assistant", "content": "", "reasoning_content": "The capital is"}
+    body = {"messages": [said[0], thought], "max_tokens": 4}
+    (choice,) = server.ask("chat/completions", **body)["choices"]
+    assert choice["message"]["reasoning_content"] and not choice["message"]["content"]
+
+
 # ── tools ────────────────────────────────────────────────────────────────────────────────────────
 
 

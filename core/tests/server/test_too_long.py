@@ -36,6 +36,8 @@ class NarrowHandler(TalkHandler):
         text = request.prompt or request.messages[-1].content
         if text == "wrong":
             raise ConfigurationError("the colour of the prompt is wrong")
+        if text == "placed":
+            raise ConfigurationError("there is no place for them", field="messages")
         if text == LONG:
             raise prompt_too_long(4196, 4096, "set the option n_ctx higher")
         async for step in super().generate_tokens(loaded_model, request):
@@ -89,6 +91,14 @@ def test_a_clients_mistake_is_no_configuration_error(run, path):
     status, error = refusal(run, path, **body)
     assert status == 400
     assert error["message"].startswith("the colour of the prompt is wrong")
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
+def test_what_is_wrong_with_messages_has_the_apis_name(run, path):
+    body = json.loads(json.dumps(PROMPTS[path]).replace(LONG, "placed"))
+    _, error = refusal(run, path, **body)
+    name = "input" if path == "/v1/responses" else "messages"
+    assert error["param"] == name and error["message"].startswith(f"{name}: there is no place")
 
 
 def test_in_process_it_is_an_error_of_its_own_with_the_numbers():

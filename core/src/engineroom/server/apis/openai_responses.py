@@ -207,6 +207,7 @@ async def create_response(call: Call) -> None:
 
 def _request(call: Call, request: ResponsesRequest) -> InferenceRequest:
     messages: list[ChatMessage] = []
+    call.places["messages"] = "input"
     if request.instructions is not None:
         messages.append(chat_message("system", request.instructions, "instructions"))
     complete = False
