@@ -475,11 +475,12 @@ def fuzzed(start):
 
 
 OPERATIONS = sorted((route.method, route.path.replace(":path}", "}")) for route in all_routes())
+STREAMED = {route.path for route in all_routes() if route.streams is not None}
 
 
-@pytest.mark.long
+@pytest.mark.parametrize("examples", [2, pytest.param(25, marks=pytest.mark.long)])
 @pytest.mark.parametrize(("method", "path"), OPERATIONS, ids=lambda each: each)
-def test_nothing_that_can_be_asked_breaks_it(fuzzed, method, path):
+def test_nothing_that_can_be_asked_breaks_it(fuzzed, method, path, examples):
     """Fuzzed from its own description: no 5xx but where it says so, nothing undescribed."""
     import hypothesis
     import schemathesis
@@ -511,14 +512,84 @@ def test_nothing_that_can_be_asked_breaks_it(fuzzed, method, path):
 
         @hypothesis.given(case=strategy)
         @hypothesis.settings(
-            max_examples=25,
+            max_examples=examples,
+            phases=[hypothesis.Phase.generate],
             deadline=None,
             database=None,
             suppress_health_check=list(hypothesis.HealthCheck),
         )
         def attack(case):
+            if path in STREAMED and isinstance(case.body, dict) and "model" in case.body:
+                case.body["model"] = "m"  # else there is next to no stream
+                case.body["stream"] = True
             response = case.call()
             assert response.status_code < 500 or response.status_code in allowed, response.text
             case.validate_response(response, checks=checks)
 
         attack()
+
+
+@pytest.mark.parametrize(
+    "path", [route.path for route in all_routes() if route.example and route.streams is not None]
+)
+def test_streams_are_as_described(fuzzed, path):
+    import schemathesis
+    from schemathesis.checks import CHECKS
+
+    (route,) = [route for route in all_routes() if route.path == path]
+    schema = schemathesis.openapi.from_dict(document())
+    schema.config.update(base_url=fuzzed.url)
+    body = {**route.example, "stream": True}
+    case = schema[path][route.method].Case(body=body, media_type="application/json")
+    response = case.call()
+    assert response.headers["content-type"][0].startswith(route.streams)
+    names = {"status_code_conformance", "content_type_conformance", "response_schema_conformance"}
+    case.validate_response(response, checks=[c for c in CHECKS.get_all() if c.__name__ in names])
+
+
+SAID = {"role": "user", "content": "a"}
+CALLED = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user"}]}),
+        ("/v1/chat/completions", {"messages": [{"role": "assistant", "content": None}]}),
+        ("/v1/chat/completions", {"messages": [{"role": "assistant", "tool_calls": []}]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "tool_calls": [CALLED]}]}),
+        ("/v1/chat/completions", {"messages": [{"role": "tool", "content": "a"}]}),
+        ("/v1/chat/completions", {"messages": [{**SAID, "content": [{"type": "", "text": "a"}]}]}),
+        ("/v1/chat/completions",
+         {"messages": [SAID], "stream_options": {"include_obfuscation": True}}),
+        ("/v1/completions", {}),
+        ("/v1/completions", {"prompt": []}),
+        ("/v1/completions", {"prompt": [[]]}),
+        ("/v1/completions", {"prompt": {"text": "a"}}),
+        ("/v1/completions", {"prompt": "a", "model": "a\n"}),
+        ("/v1/embeddings", {"input": ""}),
+        ("/v1/embeddings", {"input": ["a", ""]}),
+        ("/v1/embeddings", {"input": []}),
+        ("/v1/messages", {"max_tokens": 1, "messages": [{**SAID, "content": [{"type": ""}]}]}),
+        ("/v1/responses", {"input": []}),
+    ],
+)  # fmt: skip
+def test_what_is_refused_is_so_by_the_description_as_well(shared, path, body):
+    body = {"model": "m", **body}
+    ref = document()["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    valid = jsonschema_rs.is_valid(schema_of(ref["$ref"].rpartition("/")[2]), body)
+    answer = httpx.post(shared.url + path, json=body)
+    assert (answer.status_code, valid) == (400, False), answer.text
+
+
+def test_messages_with_all_that_they_need_are_valid(shared):
+    messages = [
+        SAID,
+        {"role": "assistant", "content": None, "tool_calls": [CALLED]},
+        {"role": "tool", "tool_call_id": "c", "content": "b"},
+        {"role": "assistant", "content": [{"type": "text", "text": "c"}], "tool_calls": []},
+        SAID,
+    ]
+    body = {"model": "m", "messages": messages}
+    jsonschema_rs.validate(schema_of("ChatRequest"), body)
+    assert httpx.post(shared.url + "/v1/chat/completions", json=body).status_code == 200

@@ -10,7 +10,13 @@ from pydantic import Field, Tag
 from engineroom.field_types import either
 from engineroom.generation.deltas import ReasoningDelta, ToolCallDelta
 from engineroom.schemas import ChatMessage, InferenceResponse
-from engineroom.server.apis.request_fields import Content, SubSchema, chat_message, text_of
+from engineroom.server.apis.request_fields import (
+    Content,
+    PartType,
+    SubSchema,
+    chat_message,
+    text_of,
+)
 from engineroom.server.apis.tool_fields import FunctionDefinition, as_object
 from engineroom.server.http.errors import ApiError
 from engineroom.server.http.frames import Answer, Framer, dumps, named_event
@@ -35,7 +41,7 @@ __all__ = [
 class InputBlock(SubSchema):
     """A part of a message: text, thinking, a call, or a call's result."""
 
-    type: str
+    type: PartType
     text: str | None = None
     thinking: str | None = None
     id: str | None = None

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 from msgspec import UNSET, UnsetType
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from engineroom.generation.deltas import ReasoningDelta, ToolCallDelta
 from engineroom.inference.streams import InferenceStream
@@ -49,9 +49,35 @@ from engineroom.server.http.frames import Answer, event
 __all__ = ["ROUTES", "ChatRequest"]
 
 
+def _where(condition: dict[str, Any], then: dict[str, Any]) -> dict[str, Any]:
+    """A schema of what is so only where a condition holds."""
+    return {"anyOf": [{"not": condition}, then]}
+
+
+def _role(name: str) -> dict[str, Any]:
+    return {"required": ["role"], "properties": {"role": {"const": name}}}
+
+
+_TEXT: Final = {"type": "string", "minLength": 1}
+_SOME: Final = {"type": "array", "minItems": 1}
+_CALLS: Final = {"required": ["tool_calls"], "properties": {"tool_calls": _SOME}}
+_WHOLE_MESSAGE: Final[list[Any]] = [
+    {
+        "anyOf": [
+            {"required": ["content"], "properties": {"content": {"not": {"type": "null"}}}},
+            _CALLS,
+        ]
+    },
+    _where(_role("tool"), {"required": ["tool_call_id"], "properties": {"tool_call_id": _TEXT}}),
+    _where(_CALLS, _role("assistant")),
+]
+"""What a message needs, as the description says it; :func:`_message` refuses what lacks it."""
+
+
 class ChatInput(SubSchema):
     """A message of the conversation."""
 
+    model_config = ConfigDict(json_schema_extra={"allOf": _WHOLE_MESSAGE})
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
     name: str | None = None

@@ -45,13 +45,17 @@ def _kind_of_input(value: Any) -> str | None:
     return _INPUTS.get(type(value[0]), "(texts)") if value else "(texts)"
 
 
+_NotEmpty = Annotated[str, Field(json_schema_extra={"minLength": 1})]
+"""One that is empty is refused by its place."""
+
+
 class EmbeddingsRequest(ApiRequest):
     """Texts to be turned into vectors."""
 
     model: ModelName
     input: Annotated[
-        Annotated[str, Tag("(text)")]
-        | Annotated[list[str], _MANY, Tag("(texts)")]
+        Annotated[_NotEmpty, Tag("(text)")]
+        | Annotated[list[_NotEmpty], _MANY, Tag("(texts)")]
         | Annotated[_TokenIds, Tag("(ids)")]
         | Annotated[list[_TokenIds], _MANY, Tag("(lists of ids)")],
         Discriminator(

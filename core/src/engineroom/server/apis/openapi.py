@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 import engineroom
-from engineroom.server.apis.routing import Route
+from engineroom.server.apis.routing import SSE, Route
 from engineroom.server.http.call import Call
 from engineroom.server.http.frames import Answer, dumps
 
@@ -40,6 +40,22 @@ _HEADERS: Final = {
         "schema": {"type": "string"},
     }
 }
+
+
+_EVENT: Final = {
+    "type": "object",
+    "description": "An event of the stream",
+    "required": ["data"],
+    "properties": {
+        "event": {"type": "string", "description": "Its name, in the APIs whose events have one"},
+        "data": {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "description": "JSON in the form of the API; [DONE] ends OpenAI's older ones",
+        },
+    },
+}
+"""Up to OpenAPI 3.1, the schema of a stream of events is that of each of them."""
 
 
 class Anything(Answer, forbid_unknown_fields=False):
@@ -120,7 +136,7 @@ def _responses(route: Route) -> dict[str, Any]:
     done = {"type": "string"} if route.response is None else _ref(route.response)
     content: dict[str, Any] = {route.media: {"schema": done}}
     if route.streams is not None:
-        content[route.streams] = {"schema": {"type": "string"}}
+        content[route.streams] = {"schema": _EVENT if route.streams == SSE else {}}
     responses: dict[str, Any] = {
         "200": {"description": "Done", "content": content, "headers": _HEADERS}
     }

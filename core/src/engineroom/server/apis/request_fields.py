@@ -28,6 +28,7 @@ __all__ = [
     "Generating",
     "ModelName",
     "Number",
+    "PartType",
     "Priority",
     "Sampling",
     "StopList",
@@ -60,7 +61,14 @@ def _no_control(value: str) -> str:
 
 
 ModelName = Annotated[
-    str, Field(min_length=1, max_length=256, examples=["default"]), AfterValidator(_no_control)
+    str,
+    Field(
+        min_length=1,
+        max_length=256,
+        examples=["default"],
+        json_schema_extra={"pattern": r"^[^\u0000-\u001f\u007f-\u009f]*$"},
+    ),
+    AfterValidator(_no_control),
 ]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 TimeoutS = Annotated[Number, Field(gt=0)]
@@ -106,10 +114,14 @@ def _not_obfuscated(value: Any) -> Any:
     return value
 
 
+PartType = Annotated[str, Field(json_schema_extra={"minLength": 1})]
+"""What a part of a content is. Another than those that the route takes is refused by its name."""
+
+
 class TextPart(SubSchema):
     """A part of a message's content."""
 
-    type: str
+    type: PartType
     text: str | None = None
 
 
@@ -126,7 +138,11 @@ class StreamOptions(SubSchema):
 
     include_usage: bool | None = None
     """A last chunk, without choices, has the usage."""
-    include_obfuscation: Annotated[bool | None, BeforeValidator(_not_obfuscated)] = None
+    include_obfuscation: Annotated[
+        bool | None,
+        BeforeValidator(_not_obfuscated),
+        Field(json_schema_extra={"anyOf": [{"const": False}, {"type": "null"}]}),
+    ] = None
     """Not with ``true``: chunks are as long as their texts."""
 
 
