@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from engineroom import ChatMessage, InferenceRequest
+from engineroom import ChatMessage, ConfigurationError, InferenceRequest
 from engineroom.generation.output_events import OutputReader
 from engineroom.generation.outputs import read_output
 from engineroom.generation.tool_formats import REASONING_FORMATS, TOOL_FORMATS
@@ -124,3 +124,24 @@ def test_a_grammar_is_about_what_is_generated(
     request = InferenceRequest(model_id="m", messages=[ChatMessage(role="user", content="q"), last])
     thoughts = ModelTraits(reasoning=REASONING["think"]).thoughts(request, "<think>\n")
     assert thoughts == (None if begin is None else (begin, end))
+
+
+@pytest.mark.parametrize(
+    ("content", "refused"), [("It is", False), ('<tool_call>\n{"name": "wea', True)]
+)
+def test_no_grammar_goes_on_with_a_call_that_has_begun(content: str, refused: bool) -> None:
+    request = InferenceRequest(
+        model_id="m",
+        messages=[
+            ChatMessage(role="user", content="q"),
+            ChatMessage(role="assistant", content=content),
+        ],
+        tools=[TOOL],
+        tool_choice="required",
+    )
+    traits = ModelTraits(FORMATS["hermes"], True)
+    if refused:
+        with pytest.raises(ConfigurationError, match="messages: the last message has begun a call"):
+            traits.grammar(request, None)
+    else:
+        assert "<tool_call>" in traits.grammar(request, None)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
-from engineroom.generation.call_forms import ReasoningFormat
+from engineroom.generation.call_forms import ReasoningFormat, ToolFormat
 from engineroom.schemas import ChatMessage
 
-__all__ = ["Continued", "continued_message"]
+__all__ = ["LONGEST_CALL", "Continued", "continued_message", "open_call"]
+
+LONGEST_CALL: Final = 4096
+"""Characters of a call that has begun; what is longer is text, for the event loop reads it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,3 +58,15 @@ def continued_message(
     # Looked for from the front: that is quick in any text, and one of megabytes comes from anyone.
     thought, end, rest = begun[len(form.begin) :].partition(form.end)
     return Continued(rest) if end else Continued(reasoning=thought, thinking=True)
+
+
+def open_call(content: str, format_: ToolFormat) -> str:
+    """The end of a content from where it has begun calls that are not over; empty: it has not."""
+    marks = ((format_.section[0], format_.section[1]), (format_.opening, format_.end))
+    for begin, end in ((begin.strip(), end.strip()) for begin, end in marks):
+        at = content.rfind(begin) if begin else -1
+        if at >= 0 and len(content) - at <= LONGEST_CALL:
+            call = content[at:]
+            if not end or end not in call:
+                return call
+    return ""

@@ -7,17 +7,13 @@ run it needs it in whole.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Final
 
 from engineroom.generation.call_forms import ReasoningFormat, ToolFormat
-from engineroom.generation.continued import Continued
+from engineroom.generation.continued import LONGEST_CALL, Continued, open_call
 from engineroom.generation.output_events import CallEnd, Content, OutputEvent, Reasoning
 from engineroom.generation.outputs import OutputParser
 
 __all__ = ["ContinuedReader"]
-
-_LONGEST: Final = 4096
-"""Characters of a call that has begun; what is longer is text, for the event loop reads it."""
 
 
 class ContinuedReader:
@@ -80,7 +76,11 @@ class ContinuedReader:
         return self._parser.reasoned
 
     def _is_bare(self, content: str) -> bool:
-        return self._format.bare and len(content) <= _LONGEST and content.lstrip()[:1] in ("{", "[")
+        return (
+            self._format.bare
+            and len(content) <= LONGEST_CALL
+            and content.lstrip()[:1] in ("{", "[")
+        )
 
     def _begun(self) -> str:
         """The end of the message, from where it has begun a call, or what may be a marker."""
@@ -88,14 +88,9 @@ class ContinuedReader:
         if continued.thinking:
             ends = () if reasoning is None else (reasoning.end, *reasoning.also_ends)
             return _begun_marker(continued.reasoning, ends)
+        if call := open_call(continued.content, self._format):
+            return call
         section, opening = self._format.section[0].strip(), self._format.opening.strip()
-        for begin, end in ((section, self._format.section[1]), (opening, self._format.end)):
-            at = continued.content.rfind(begin) if begin else -1
-            if at < 0 or len(continued.content) - at > _LONGEST:
-                continue
-            call = continued.content[at:]
-            if not end.strip() or end.strip() not in call:
-                return call
         anywhere = reasoning is not None and reasoning.anywhere
         markers = [section, opening, *([reasoning.begin] if reasoning and anywhere else ())]
         return _begun_marker(continued.content, markers)

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
+from engineroom.errors import ConfigurationError
 from engineroom.generation.answer_grammars import Thoughts, answer_grammar
 from engineroom.generation.call_forms import ChannelForm, ReasoningFormat, ToolFormat
-from engineroom.generation.continued import Continued, continued_message
+from engineroom.generation.continued import Continued, continued_message, open_call
 from engineroom.generation.json_schemas import unkept
 from engineroom.generation.output_events import OutputReader
 from engineroom.generation.tool_formats import GENERIC
@@ -105,8 +106,16 @@ class ModelTraits:
         :param closed: it goes on behind reasoning that was ended.
         :raises ConfigurationError: it cannot be one; names what is wrong.
         """
-        thoughts = self.thoughts(request, tail)
-        return answer_grammar(request, self.written_as(request), thoughts, closed=closed)
+        thoughts, format_ = self.thoughts(request, tail), self.written_as(request)
+        continued = self.continued(request) if request.offered_tools else None
+        if continued is not None and open_call(continued.content, format_):
+            raise ConfigurationError(
+                "the last message has begun a call, which cannot be continued where calls have "
+                "to be valid; leave it out, or ask with tool_choice auto and tools that are not "
+                "strict",
+                field="messages",
+            )
+        return answer_grammar(request, format_, thoughts, closed=closed)
 
     def warnings(self, request: InferenceRequest) -> Iterator[str]:
         """What is asked of the model in vain."""
