@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Final, Literal, Self, TypeAlias
 
-from pydantic import Field, PrivateAttr, Tag, model_validator
+from pydantic import ConfigDict, Field, PrivateAttr, Tag, model_validator
 
 from engineroom.field_types import (
     FewFields,
@@ -219,6 +219,10 @@ INPUTS: Final = ("prompt", "prompt_token_ids", "messages")
 """What a request may ask to be continued, of which it has one."""
 
 
+_ONE_INPUT: Final[list[Any]] = [
+    {"required": [name], "properties": {name: {"not": {"type": "null"}}}} for name in INPUTS
+]
+
 RequestKind: TypeAlias = Literal["generate", "embed", "count"]
 """What is asked of a model."""
 
@@ -226,6 +230,7 @@ RequestKind: TypeAlias = Literal["generate", "embed", "count"]
 class InferenceRequest(FewFields, FrozenSchema):
     """One request to one model: a ``prompt`` as it stands, its tokens, or chat ``messages``."""
 
+    model_config = ConfigDict(json_schema_extra={"oneOf": _ONE_INPUT})
     kind: ClassVar[RequestKind] = "generate"
     model_id: Identifier
     prompt: Text | None = None

@@ -571,15 +571,34 @@ CALLED = {"id": "c", "type": "function", "function": {"name": "f", "arguments": 
         ("/v1/embeddings", {"input": ["a", ""]}),
         ("/v1/embeddings", {"input": []}),
         ("/v1/messages", {"max_tokens": 1, "messages": [{**SAID, "content": [{"type": ""}]}]}),
+        ("/v1/messages", {"max_tokens": 1, "messages": [SAID], "thread": {}}),
         ("/v1/responses", {"input": []}),
+        ("/v1/inference", {}),
+        ("/v1/inference", {"prompt": "a", "messages": [SAID]}),
+        ("/v1/inference", {"prompt": "a", "priority": 101}),
+        ("/v1/inference", {"prompt": "a", "timeout_s": 0}),
+        ("/v1/inference", {"prompt": "a", "params": {"max_new_tokens": 0}}),
     ],
 )  # fmt: skip
 def test_what_is_refused_is_so_by_the_description_as_well(shared, path, body):
-    body = {"model": "m", **body}
+    body = {"model_id" if path == "/v1/inference" else "model": "m", **body}
     ref = document()["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
     valid = jsonschema_rs.is_valid(schema_of(ref["$ref"].rpartition("/")[2]), body)
     answer = httpx.post(shared.url + path, json=body)
     assert (answer.status_code, valid) == (400, False), answer.text
+
+
+def test_bounds_have_the_names_that_json_schema_gives_them():
+    ours = {"ge", "le", "gt", "lt", "min_length", "max_length"}
+
+    def strange(schema, place):
+        for key, value in schema.items() if isinstance(schema, dict) else enumerate(schema):
+            if key in ours and isinstance(value, int | float):
+                yield f"{place}.{key}"
+            if isinstance(value, dict | list):
+                yield from strange(value, f"{place}.{key}")
+
+    assert list(strange(document()["components"]["schemas"], "")) == []
 
 
 def test_messages_with_all_that_they_need_are_valid(shared):

@@ -85,7 +85,9 @@ class ConversationRequest(TemplateFields, StructuredSampling):
     stop_sequences: StopList | None = None
     metadata: dict[str, Any] | None = None
     output_config: AnthropicOutputConfig | None = None
-    thread: dict[str, Any] | None = None
+    thread: Annotated[
+        dict[str, Any] | None, Field(json_schema_extra={"anyOf": [{"type": "null"}]})
+    ] = None
     """A conversation that the server keeps: there is none, and clients send it in whole then."""
     output_format: AnthropicFormat | None = None
     """What ``output_config.format`` was called before."""

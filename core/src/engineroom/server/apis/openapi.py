@@ -33,6 +33,14 @@ _TEXTS: Final = {
     501: "This server has no such thing",
     503: "Stopping, full, or the model is not to be had now",
 }
+_BOUNDS: Final = {
+    "ge": "minimum", "le": "maximum", "gt": "exclusiveMinimum", "lt": "exclusiveMaximum",
+}  # fmt: skip
+_LENGTHS: Final = {
+    "string": {"min_length": "minLength", "max_length": "maxLength"},
+    "array": {"min_length": "minItems", "max_length": "maxItems"},
+    "object": {"min_length": "minProperties", "max_length": "maxProperties"},
+}
 _ALWAYS: Final = (400, 401, 403, 421, 431)
 _HEADERS: Final = {
     "x-request-id": {
@@ -176,12 +184,29 @@ def _schemas(routes: Sequence[Route]) -> dict[str, Any]:
     _, components = msgspec.json.schema_components(
         [*answers, *(route.error for route in routes)], ref_template=_REF + "{name}"
     )
-    schemas: dict[str, Any] = dict(definitions.get("$defs", {}))
+    schemas: dict[str, Any] = {
+        name: _with_bounds(schema) for name, schema in definitions.get("$defs", {}).items()
+    }
     for name, schema in components.items():
         if name in schemas or "." in name:
             raise ValueError(f"two schemas are called {name.rpartition('.')[2]!r}; rename one")
         schemas[name] = _as_sent(schema)
     return dict(sorted(schemas.items()))
+
+
+def _with_bounds(schema: Any) -> Any:
+    """The schema with bounds by JSON Schema's names: pydantic writes its own where a function of
+    ours stands behind them.
+    """
+    if isinstance(schema, list):
+        return [_with_bounds(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    known = _LENGTHS.get(str(schema.get("type")), {}) | _BOUNDS
+    return {
+        known.get(key, key) if isinstance(value, int | float) else key: _with_bounds(value)
+        for key, value in schema.items()
+    }
 
 
 def _as_sent(schema: Mapping[str, Any]) -> dict[str, Any]:
