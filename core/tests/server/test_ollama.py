@@ -401,6 +401,7 @@ def test_texts_into_vectors_of_length_one(start):
             assert sum(number * number for number in vector) == pytest.approx(1)
         (alone,) = client.embed("m:latest", "three").embeddings
         assert alone == pytest.approx(made.embeddings[1])
+        assert client.show("m").capabilities == ["embedding"]
         older = client.embeddings("m", "three").embedding
         plain = httpx.post(f"{run.url}/v1/embeddings", json={"model": "m", "input": "three"})
         assert older == plain.json()["data"][0]["embedding"]

@@ -275,13 +275,13 @@ def _capabilities(call: Call, status: ModelStatus) -> list[str]:
             choices = manager.get_config(status.model_id).choices()
             handler = service.registry.select_loader(choices[0])
         able = service.capabilities_of(handler)
+        if loaded is not None and able.embeddings and loaded.vector_sizes is not None:
+            return ["embedding"]  # what a model is made for, as Ollama tells it
         can = ["completion"]
         if able.chat and able.tools:
             can.append("tools")
         if loaded is not None and _thinks(handler, loaded):
             can.append("thinking")
-        if loaded is not None and able.embeddings and loaded.vector_sizes is not None:
-            can.append("embedding")
     except EngineRoomError:
         return []  # a request is told why
     return can
