@@ -19,7 +19,7 @@ import shlex
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from sybil import Example, Sybil
@@ -379,10 +379,11 @@ def test_every_status_is_told() -> None:
 def test_every_limit_is_told_with_its_default() -> None:
     from engineroom.server.settings import ServerSettings
 
+    hints = get_type_hints(ServerSettings)
     limits = {
         name: value
         for name, value in vars_of(ServerSettings()).items()
-        if name != "port" and (value is None or type(value) in (int, float))
+        if name != "port" and {int, float, int | None, float | None}.intersection([hints[name]])
     }
     assert len(limits) > 15
     rows_of = server_table("Limits")
