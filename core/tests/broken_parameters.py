@@ -238,6 +238,45 @@ def logprobs__wrong_bytes():
 
 
 @defect
+def prompt_logprobs():
+    class Broken(ToyHandler):
+        """What was computed before has no logits any more."""
+
+        def prompt_logprobs(self, model, params, prompt, cached):
+            return super().prompt_logprobs(model, params, prompt, cached)[cached:]
+
+    return Broken
+
+
+@defect
+def prompt_logprobs__of_the_next():
+    class Broken(ToyHandler):
+        """The logits behind a token, for that token."""
+
+        def prompt_logprobs(self, model, params, prompt, cached):
+            told = params.model_copy(update={"logprobs": params.prompt_logprobs})
+            first, *_ = super().prompt_logprobs(model, params, prompt, cached)
+            return [first] + [
+                self.logprobs(told, self.logits(model, tuple(prompt[max(0, i - 2) : i + 1])), token)
+                for i, token in enumerate(prompt)
+                if i
+            ]
+
+    return Broken
+
+
+@defect
+def prompt_logprobs__of_the_first():
+    class Broken(ToyHandler):
+        def prompt_logprobs(self, model, params, prompt, cached):
+            told = params.model_copy(update={"logprobs": params.prompt_logprobs})
+            _, *others = super().prompt_logprobs(model, params, prompt, cached)
+            return [self.logprobs(told, self.logits(model, ()), prompt[0]), *others]
+
+    return Broken
+
+
+@defect
 def token_counts():
     class Broken(ToyHandler):
         def count_tokens(self, loaded_model, text):

@@ -83,6 +83,16 @@ class Outputs:
         self.asked.append(len(places))
         return [self.rows[part.first + depth] for part, depth in places]
 
+    @staticmethod
+    def make_logprob(token: int, value: float, best: Sequence[tuple[int, float]]) -> TokenLogprob:
+        return TokenLogprob(token_id=token, token=str(token), logprob=value)
+
+    def prompt_scores(self, part: BatchSlice[Task], tokens: Sequence[int]) -> Any:
+        """Minus the row, as the log probability."""
+        rows = range(part.first - part.prompt_rows, part.first)
+        wrong = [row for row in map(self.rows.__getitem__, rows) if not isinstance(row, Choice)]
+        return wrong[0] if wrong else [(-float(row), ()) for row in rows]
+
     def text(self, task: Task, token: int) -> str | bytes | None:
         if token == END:
             return None
@@ -262,6 +272,63 @@ def test_each_token_has_its_log_probability(engine: FakeEngine) -> None:
     rows = [Choice(token, entry(token)) for token in (4, END, 5)]
     step(engine, Scheduler(engine), Outputs(rows)).send()
     assert engine.handed[task.mailbox].logprobs == (entry(4),)  # none of the end
+
+
+def chunk(task: Task, count: int, first: int = 0) -> BatchSlice[Task]:
+    """So many more tokens of a prompt, with what is wanted of them."""
+    rows, last = task.prompt_rows(count), int(task.cached + count == len(task.tokens))
+    return BatchSlice(task, count, first + rows, last, prompt_rows=rows)
+
+
+def told(engine: FakeEngine, task: Task) -> list[tuple[int, float | None]]:
+    step = engine.handed.get(task.mailbox)
+    entries = [] if step is None else step.prompt_logprobs or []
+    return [(entry.token_id, entry.logprob) for entry in entries]
+
+
+def test_each_token_of_a_prompt_is_told_once_also_where_it_gave_way(engine: FakeEngine) -> None:
+    task = engine.add([1, 2, 3, 4, 5], prompt_logprobs=0)
+    scheduler: Scheduler[Task] = Scheduler(engine)
+    outputs = Outputs([7] * 9)
+
+    def read(count: int) -> list[tuple[int, float | None]]:
+        engine.handed.clear()
+        scheduler.postprocess([chunk(task, count)], outputs).send()
+        return told(engine, task)
+
+    assert task.reusable == 0  # what another has computed, has no logits any more
+    assert read(2) == [(1, None), (2, 0.0), (3, -1.0)]
+    assert task.reusable == 2
+    task.cached = 1  # it gave way, and found something of it again
+    assert (task.prompt_rows(1), task.prompt_rows(2)) == (0, 1)
+    assert read(2) == [(4, 0.0)]
+    assert read(2) == [(5, 0.0)]
+    assert task.tokens == [1, 2, 3, 4, 5, 7]
+    task.cached = 0
+    assert (task.reusable, task.prompt_rows(6)) == (6, 0)
+    assert read(6) == []
+
+
+def test_a_prompt_of_one_token_has_its_entry(engine: FakeEngine) -> None:
+    task = engine.add([1], prompt_logprobs=0)
+    step(engine, Scheduler(engine), Outputs([7])).send()
+    assert told(engine, task) == [(1, None)]
+    assert engine.handed[task.mailbox].token_ids == (7,)
+
+
+@pytest.mark.parametrize("wrong", [None, InferenceError("no")], ids=["no numbers", "an error"])
+def test_a_prompt_that_cannot_be_told_of_has_no_next_token(
+    engine: FakeEngine, wrong: InferenceError | None
+) -> None:
+    task, other = engine.add([1, 2, 3], prompt_logprobs=0), engine.add([4])
+    scheduler: Scheduler[Task] = Scheduler(engine)
+    slices = [chunk(task, 3), BatchSlice(other, 1, 3, 1)]
+    batch = scheduler.postprocess(slices, Outputs([7, wrong, 7, 8]))
+    batch.send()
+    assert batch.without_numbers == ([task] if wrong is None else [])
+    assert engine.handed.get(task.mailbox) is wrong
+    assert engine.handed[other.mailbox].token_ids == (8,)
+    assert task.tokens == [1, 2, 3]
 
 
 # ── what fails ───────────────────────────────────────────────────────────────────────────────

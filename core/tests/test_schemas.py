@@ -52,11 +52,12 @@ PARAM_DEFAULTS: dict[str, Any] = {
     "frequency_penalty": None,
     "logit_bias": None,
     "logprobs": None,
+    "prompt_logprobs": None,
     "structured_output": None,
 }
 
 NUMBERS: dict[str, tuple[list[float], list[float]]] = {  # allowed, refused
-    "max_new_tokens": ([1, 10**6], [0, -1, 1.5]),
+    "max_new_tokens": ([0, 1, 10**6], [-1, 1.5]),
     "temperature": ([0, 0.0, 2.0], [-0.01, 2.01]),
     "top_p": ([0.0, 1.0], [-0.01, 1.01]),
     "top_k": ([0, 1, 10**6], [-1, 0.5]),
@@ -67,6 +68,7 @@ NUMBERS: dict[str, tuple[list[float], list[float]]] = {  # allowed, refused
     "presence_penalty": ([-2.0, 2.0], [-2.01, 2.01]),
     "frequency_penalty": ([-2.0, 2.0], [-2.01, 2.01]),
     "logprobs": ([0, 20], [-1, 21]),
+    "prompt_logprobs": ([0, 20], [-1, 21]),
 }
 
 
@@ -256,10 +258,11 @@ NEUTRAL: dict[str, list[Any]] = {
     "frequency_penalty": [None, 0.0],
     "logit_bias": [None, {}],
     "logprobs": [None],
+    "prompt_logprobs": [None],
     "structured_output": [None],
 }
 ASKING: dict[str, list[Any]] = {
-    "max_new_tokens": [None, 1],
+    "max_new_tokens": [None, 0, 1],
     "temperature": [None, 0.0, 1.0],
     "top_p": [0.0, 0.99],
     "top_k": [1],
@@ -273,8 +276,15 @@ ASKING: dict[str, list[Any]] = {
     "frequency_penalty": [0.1],
     "logit_bias": [{0: 0.0}],
     "logprobs": [0, 5],
+    "prompt_logprobs": [0, 5],
     "structured_output": [StructuredOutput(regex="a")],
 }
+
+
+def test_a_beam_search_tells_no_log_probabilities_of_the_prompt() -> None:
+    with pytest.raises(ValidationError, match="prompt_logprobs cannot be told with num_beams"):
+        GenerationParams(prompt_logprobs=0, num_beams=2)
+    assert GenerationParams(prompt_logprobs=0, num_beams=1).prompt_logprobs == 0
 
 
 def test_the_tables_of_this_file_know_every_parameter() -> None:
@@ -292,7 +302,8 @@ def test_any_other_value_asks_for_its_parameter(name: str, value: object) -> Non
 
 
 def test_everything_that_is_asked_for_is_named() -> None:
-    params = GenerationParams(**{name: values[-1] for name, values in ASKING.items()})
+    asking = {name: values[-1] for name, values in ASKING.items()}
+    params = GenerationParams.model_construct(**asking)  # beams and the prompt exclude each other
     assert params.requested() == set(ASKING)
 
 
@@ -532,6 +543,7 @@ def test_the_defaults_of_a_response() -> None:
         "time_to_first_token_ms",
         "cached_prompt_tokens",
         "logprobs",
+        "prompt_logprobs",
         "handler",
         "stop_sequence",
         "reasoning",

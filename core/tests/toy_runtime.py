@@ -31,6 +31,7 @@ from engineroom import (
     LoadedModel,
     ModelConfig,
     ModelNotFoundError,
+    PromptLogprob,
     QueueFullError,
     ResourceNotAvailableError,
     TokenHandler,
@@ -275,6 +276,16 @@ class ToyHandler(TokenHandler):
             bytes=[] if token == EOS else [token],
         )
 
+    def prompt_logprobs(
+        self, model: ToyModel, params: GenerationParams, prompt: list[int], cached: int
+    ) -> list[PromptLogprob]:
+        first = PromptLogprob(token_id=prompt[0], token=_shown(prompt[0]), logprob=None)
+        told = params.model_copy(update={"logprobs": params.prompt_logprobs})
+        return [first] + [
+            self.logprobs(told, self.logits(model, tuple(prompt[max(0, i - 3) : i])), prompt[i])
+            for i in range(1, len(prompt))
+        ]
+
     @asynccontextmanager
     async def slot(self, model: ToyModel, request: InferenceRequest) -> AsyncIterator[None]:
         if model.slots.locked() and model.waiting >= model.options.max_queue:
@@ -326,7 +337,10 @@ class ToyHandler(TokenHandler):
             await self.prefill(model, prompt, request)
             new: list[int] = []
             cached = self.known(model, prompt, request)
-            yield TokenStep(prompt_tokens=len(prompt), cached_prompt_tokens=cached)
+            step = TokenStep(prompt_tokens=len(prompt), cached_prompt_tokens=cached)
+            if params.prompt_logprobs is not None:
+                step.prompt_logprobs = self.prompt_logprobs(model, params, prompt, cached)
+            yield step
             while True:
                 await self.decode(model, request)
                 logits = self.logits(model, tuple([*prompt[-3:], *new][-3:]))

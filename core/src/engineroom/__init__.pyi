@@ -123,6 +123,7 @@ from .schemas import (
     GenerationParams as GenerationParams,
     InferenceRequest as InferenceRequest,
     InferenceResponse as InferenceResponse,
+    PromptLogprob as PromptLogprob,
     StructuredOutput as StructuredOutput,
     TokenLogprob as TokenLogprob,
 )

@@ -16,7 +16,7 @@ from engineroom.errors import (
 from engineroom.field_types import FrozenSchema
 from engineroom.tools import ToolCall
 
-__all__ = ["FINISH_REASONS", "FinishReason", "InferenceResponse", "TokenLogprob"]
+__all__ = ["FINISH_REASONS", "FinishReason", "InferenceResponse", "PromptLogprob", "TokenLogprob"]
 
 FinishReason: TypeAlias = Literal[
     "eos_token", "length", "stop_sequence", "tool_calls", "cancelled", "timeout", "error"
@@ -25,8 +25,8 @@ FINISH_REASONS: Final = frozenset(get_args(FinishReason))
 """Why a generation ended; see ``docs/usage.md`` for what each means."""
 
 
-class TokenLogprob(FrozenSchema):
-    """One generated token, how likely it was, and what else was likely.
+class PromptLogprob(FrozenSchema):
+    """One token of a prompt, how likely it was, and what else was likely.
 
     All of it is tuples: the garbage collector has nothing to do with those that hold texts and
     numbers alone, and an answer may have hundreds of thousands.
@@ -35,13 +35,20 @@ class TokenLogprob(FrozenSchema):
     token_id: int
     token: str
     """The token's own text; U+FFFD stands for bytes that are no whole character."""
-    logprob: float
+    logprob: float | None
+    """``None`` for the first token, before which there is nothing."""
     top: tuple[tuple[int, str, float], ...] = ()
     """The likeliest alternatives as ``(token_id, token, logprob)``, likeliest first."""
     bytes: tuple[int, ...] | None = None
     """The token's own bytes, which may be no whole character; ``None``: not known."""
     top_bytes: tuple[tuple[int, ...], ...] | None = None
     """Those of the alternatives, in their order."""
+
+
+class TokenLogprob(PromptLogprob):
+    """One token that has others before it: a generated one, or one of a prompt."""
+
+    logprob: float
 
 
 class InferenceResponse(BaseModel):
@@ -72,6 +79,8 @@ class InferenceResponse(BaseModel):
     cached_prompt_tokens: int | None = None
     """Prompt tokens whose work was not done again because an earlier request had done it."""
     logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[PromptLogprob] | None = None
+    """One entry for each of the ``prompt_tokens``, where the request asked for them."""
     warnings: list[str] = Field(default_factory=list)
     handler: str | None = None
     """Name of the handler that did the work."""

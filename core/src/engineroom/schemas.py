@@ -30,7 +30,13 @@ from engineroom.field_types import (
     TokenId,
     either,
 )
-from engineroom.responses import FINISH_REASONS, FinishReason, InferenceResponse, TokenLogprob
+from engineroom.responses import (
+    FINISH_REASONS,
+    FinishReason,
+    InferenceResponse,
+    PromptLogprob,
+    TokenLogprob,
+)
 from engineroom.thinking import contradictions, told_to_template
 from engineroom.tools import NamedTool, ToolChoice, Tools, tool_names
 
@@ -49,6 +55,7 @@ __all__ = [
     "InferenceResponse",
     "OnUnsupported",
     "PrefixCacheScope",
+    "PromptLogprob",
     "ReasoningEffort",
     "RequestKind",
     "StructuredOutput",
@@ -126,8 +133,9 @@ class GenerationParams(FewFields, FrozenSchema):
     penalties, ``temperature``, ``top_k``, ``top_p``, ``min_p``.
     """
 
-    max_new_tokens: Annotated[Int, Field(ge=1)] | None = 256
-    """Most tokens to generate; ``None``: until the context is full."""
+    max_new_tokens: Annotated[Int, Field(ge=0)] | None = 256
+    """Most tokens to generate; 0: none, the prompt is read and that is all; ``None``: until the
+    context is full."""
     temperature: Annotated[Float, Field(ge=0.0, le=2.0)] | None = 0.7
     """0 is greedy; ``None`` is 1."""
     top_p: Annotated[Float, Field(ge=0.0, le=1.0)] | None = None
@@ -157,8 +165,17 @@ class GenerationParams(FewFields, FrozenSchema):
     logprobs: Annotated[Int, Field(ge=0, le=20)] | None = None
     """Report each token's log probability, and those of this many likeliest alternatives, as
     the model gave them (before bias, penalties and temperature)."""
+    prompt_logprobs: Annotated[Int, Field(ge=0, le=20)] | None = None
+    """Report the same of the prompt's tokens: how likely each was behind those before it. Not with
+    ``num_beams``."""
     structured_output: StructuredOutput | None = None
     """What the text must match."""
+
+    @model_validator(mode="after")
+    def _one_sequence(self) -> Self:
+        if self.prompt_logprobs is not None and (self.num_beams or 1) > 1:
+            raise ValueError("prompt_logprobs cannot be told with num_beams; leave one of them out")
+        return self
 
     @property
     def greedy(self) -> bool:

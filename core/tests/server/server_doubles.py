@@ -26,7 +26,7 @@ from engineroom import (
 )
 from engineroom.errors import ConfigurationError, EngineDeadError
 from engineroom.handlers.base import HandlerHealth
-from engineroom.schemas import TokenLogprob
+from engineroom.schemas import PromptLogprob, TokenLogprob
 
 
 class TalkHandler(TokenHandler):
@@ -109,7 +109,11 @@ class TalkHandler(TokenHandler):
         await asyncio.sleep(0)
         if "!hang" in text:
             await asyncio.Event().wait()
-        yield TokenStep(prompt_tokens=len(words), cached_prompt_tokens=len(words) // 2)
+        yield TokenStep(
+            prompt_tokens=len(words),
+            cached_prompt_tokens=len(words) // 2,
+            prompt_logprobs=self._of_prompt(words, request.params.prompt_logprobs),
+        )
         number = 0
         while True:
             for word in words:
@@ -123,6 +127,16 @@ class TalkHandler(TokenHandler):
             if "!drip" not in text:
                 break
         yield TokenStep(finish="eos_token")
+
+    def _of_prompt(self, words: list[str], top: int | None) -> list[PromptLogprob] | None:
+        if top is None:
+            return None
+        first = PromptLogprob(token_id=0, token=words[0], logprob=None)
+        others: Any = [(t, f"alt{t}", -1.0 - t) for t in range(top)]
+        return [first] + [
+            TokenLogprob(token_id=i, token=word, logprob=-2.5, top=others)
+            for i, word in enumerate(words[1:], 1)
+        ]
 
     def _step(self, number: int, word: str, request: InferenceRequest) -> TokenStep:
         logprobs: Any = None

@@ -237,6 +237,60 @@ def test_prompts_are_continued_as_a_stream(client):
     assert chunk.usage.total_tokens == 6
 
 
+def of_prompt(*rest: float | None) -> list[float | None]:
+    """Log probabilities as the fake runtime has them of a prompt of two words."""
+    return [None, -2.5, *rest]
+
+
+@pytest.mark.parametrize("prompt", ["a b", list(map(ord, "a b"))], ids=["text", "ids"])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("limit", [0, 1, 2])
+def test_prompts_are_echoed_with_their_log_probabilities(client, prompt, stream, limit):
+    answer = client.completions.create(
+        model="m", prompt=[prompt, prompt], echo=True, logprobs=1, max_tokens=limit, stream=stream
+    )
+    chunks = list(answer) if stream else [answer]
+    for index in (0, 1):
+        choices = [c for chunk in chunks for c in chunk.choices if c.index == index]
+        assert "".join(c.text for c in choices) == ["a b", "a ba", "a ba b"][limit]
+        told = [c.logprobs for c in choices if c.logprobs is not None]
+        values = [value for part in told for value in part.token_logprobs]
+        assert values == of_prompt(*[-0.5] * limit)
+        tokens = [token for part in told for token in part.tokens]
+        assert tokens == ["a", " b", "a", " b"][: 2 + limit]
+        offsets = [offset for part in told for offset in part.text_offset]
+        assert offsets == [0, 1, 3, 4][: 2 + limit]
+        alternatives = [top for part in told for top in part.top_logprobs]
+        assert alternatives == [None, *[{"alt0": -1.0}] * (1 + limit)]
+        assert choices[-1].finish_reason == "length"
+    if not stream:
+        assert answer.usage.completion_tokens == 2 * limit
+
+
+def test_token_ids_are_echoed_as_their_text(client):
+    answer = client.completions.create(model="m", prompt=[97, 32, 98], echo=True)
+    assert (answer.choices[0].text, answer.choices[0].logprobs) == ("a ba b", None)
+
+
+def test_what_a_tokenizer_puts_before_a_prompt_is_no_part_of_its_text(start):
+    class Begins(TalkHandler):
+        def _of_prompt(self, words, top):
+            return super()._of_prompt(["<s>", *words], top)
+
+    with start(handler=Begins()) as run:
+        body = {"model": "m", "prompt": "a b", "echo": True, "logprobs": 0, "max_tokens": 1}
+        answer = httpx.post(f"{run.url}/v1/completions", json=body).json()["choices"][0]
+    assert answer["text"] == "a ba"
+    assert answer["logprobs"]["tokens"] == ["<s>", "a", " b", "a"]
+    assert answer["logprobs"]["text_offset"] == [0, 0, 1, 3]
+
+
+def test_no_token_may_be_asked_for(client):
+    answer = client.completions.create(model="m", prompt="a b", max_tokens=0)
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == ("", "length")
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (2, 0)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_log_probabilities_of_a_completion(client, stream):
     answer = client.completions.create(model="m", prompt="a bc d", logprobs=1, stream=stream)
@@ -362,9 +416,6 @@ def test_what_an_answer_that_is_sent_back_may_have(shared, field, value, taken):
     [
         ({"prompt": "x", "suffix": "y"}, "suffix"),
         ({"prompt": "x", "best_of": 2}, "best_of"),
-        ({"prompt": [1, 2, 3], "echo": True}, "echo"),
-        ({"prompt": [[1], [2]], "echo": True}, "echo"),
-        ({"prompt": "x", "echo": True, "logprobs": 1}, "echo"),
     ],
 )
 def test_what_completions_do_not_support_is_refused_by_name(client, body, field):

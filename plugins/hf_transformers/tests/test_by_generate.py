@@ -148,17 +148,21 @@ async def test_one_that_ends_before_its_first_token_leaves_no_thread(models: Tin
 async def test_logprobs_by_generate_are_those_of_the_model(models: Tiny) -> None:
     with Rig(models.parts("mamba")) as rig:
         tokens = rig.tokens("hello")
-        task = rig.send(tokens, ask(logprobs=3, max_new_tokens=4))
-        entries = []
+        task = rig.send(tokens, ask(logprobs=3, prompt_logprobs=3, max_new_tokens=4))
+        entries, of_prompt = [], []
         while True:
             step = await task.mailbox.get()
             entries += step.logprobs or ()
+            of_prompt += step.prompt_logprobs or ()
             if step.finish:
                 break
         ids = [entry.token_id for entry in entries]
         with torch.inference_mode():
             logits = models.reference("mamba").model(torch.tensor([tokens + ids])).logits[0]
-        for entry, row in zip(entries, logits.log_softmax(-1)[len(tokens) - 1 :], strict=False):
+        assert [entry.token_id for entry in of_prompt] == tokens
+        assert of_prompt[0].logprob is None
+        told = [*of_prompt[1:], *entries]
+        for entry, row in zip(told, logits.log_softmax(-1), strict=False):
             assert entry.logprob == pytest.approx(float(row[entry.token_id]), abs=1e-3)
             assert [i for i, *_ in entry.top] == row.topk(3).indices.tolist()
 

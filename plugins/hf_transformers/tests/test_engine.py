@@ -213,6 +213,31 @@ async def test_logprobs_are_one_a_token_and_those_of_the_model(models: Tiny, mak
         assert [bytes(b) for b in entry.top_bytes] == [own(token) for token, *_ in entry.top]
 
 
+async def test_log_probabilities_of_a_prompt_are_those_of_the_model(
+    models: Tiny, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    monkeypatch.setattr("engineroom_hf_transformers.engine._PROMPT_LOGITS", 0)  # few rows a step
+    bench = await make()
+    prompt = "so it goes on and on, and never comes to its end."
+    tokens = bench.engine.codec.prompt(prompt, None)
+    with torch.inference_mode():
+        logits = models.reference("llama").model(torch.tensor([tokens])).logits[0]
+    expected = logits.log_softmax(-1)
+    await bench.service.infer(ask(prompt))  # what others have computed has no logits any more
+    requests = [ask(prompt, prompt_logprobs=3, max_new_tokens=n) for n in (0, 1, 9)]
+    answers = await asyncio.gather(*map(bench.service.infer, [ask(prompt), *requests]))
+    for response in answers[1:]:
+        first, *entries = response.prompt_logprobs
+        assert (first.token_id, first.logprob, first.top) == (tokens[0], None, ())
+        assert [entry.token_id for entry in entries] == tokens[1:]
+        for entry, row in zip(entries, expected, strict=False):
+            assert entry.logprob == pytest.approx(float(row[entry.token_id]), abs=1e-4)
+            assert [i for i, *_ in entry.top] == row.topk(3).indices.tolist()
+    assert [response.generated_tokens for response in answers[1:]] == [0, 1, 9]
+
+
 # ── whatever comes ───────────────────────────────────────────────────────────────────────────
 
 

@@ -35,6 +35,7 @@ NEUTRAL = {
     "frequency_penalty": 0.0,
     "logit_bias": None,
     "logprobs": None,
+    "prompt_logprobs": None,
     "seed": None,
     "max_tokens": 100,
     "stop_token_ids": [],
@@ -58,6 +59,7 @@ def test_every_parameter_has_its_name_in_vllm() -> None:
         frequency_penalty=2.0,
         logit_bias={5: -100.0},
         logprobs=0,
+        prompt_logprobs=1,
     )
     assert found == {
         "max_tokens": 7,
@@ -71,6 +73,7 @@ def test_every_parameter_has_its_name_in_vllm() -> None:
         "frequency_penalty": 2.0,
         "logit_bias": {5: -100.0},
         "logprobs": 0,
+        "prompt_logprobs": 1,
         "stop_token_ids": [],
     }
 
@@ -87,6 +90,7 @@ MAPPED: dict[str, tuple[Any, str]] = {
     "seed": (3, "seed"),
     "logit_bias": ({5: 1.0}, "logit_bias"),
     "logprobs": (3, "logprobs"),
+    "prompt_logprobs": (3, "prompt_logprobs"),
 }
 """Field of the contract → a value that asks for something, and its name in vLLM."""
 ELSEWHERE = {

@@ -38,6 +38,7 @@ from .handler import (
 )
 from .logprobs import (
     MakeLogprob as MakeLogprob,
+    first_of_prompt as first_of_prompt,
     logprob_maker as logprob_maker,
 )
 from .prompt_lookup import (
@@ -61,6 +62,7 @@ from .scheduler import (
     BatchSlice as BatchSlice,
     Choice as Choice,
     Chosen as Chosen,
+    PromptScores as PromptScores,
     Scheduler as Scheduler,
     StepBatch as StepBatch,
     StepOutputs as StepOutputs,

@@ -26,7 +26,7 @@ from engineroom.generation.steps import TokenStep
 from engineroom.generation.traits import PLAIN, ModelTraits
 from engineroom.handlers.base import Embeddings, HandlerHealth
 from engineroom.handlers.token_handler import TokenHandler
-from engineroom.prompts.limits import check_prompt, check_token_ids
+from engineroom.prompts.limits import check_prompt, check_prompt_logprobs, check_token_ids
 from engineroom.prompts.reading import read_prompt, stop_reading, stuck_in_reading, tokens_of_texts
 from engineroom.schemas import InferenceRequest
 from engineroom.sources.source import find_source
@@ -95,9 +95,11 @@ class EngineHandler(TokenHandler):
 
         :param tokens: the prompt.
         :raises ConfigurationError: the prompt is empty or longer than the context, or it or a
-            ``logit_bias`` names a token that the model does not have.
+            ``logit_bias`` names a token that the model does not have, or it has more
+            ``prompt_logprobs`` than are told.
         """
         check_prompt(tokens, engine.n_ctx, engine.longer_context)
+        check_prompt_logprobs(tokens, request.params.prompt_logprobs)
         ids, bias = request.prompt_token_ids, request.params.logit_bias
         check_token_ids(engine.n_vocab, prompt=ids, bias=bias)
 

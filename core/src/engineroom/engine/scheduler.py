@@ -17,12 +17,22 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from engineroom.engine.batching import BatchingEngine, EngineTask
+from engineroom.engine.logprobs import MakeLogprob, first_of_prompt
 from engineroom.engine.prompt_lookup import Drafter, DraftRequest
 from engineroom.errors import EngineRoomError
 from engineroom.generation.steps import TokenStep
-from engineroom.schemas import TokenLogprob
+from engineroom.schemas import PromptLogprob, TokenLogprob
 
-__all__ = ["BatchSlice", "Choice", "Chosen", "Scheduler", "StepBatch", "StepOutputs", "TextTask"]
+__all__ = [
+    "BatchSlice",
+    "Choice",
+    "Chosen",
+    "PromptScores",
+    "Scheduler",
+    "StepBatch",
+    "StepOutputs",
+    "TextTask",
+]
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -32,6 +42,8 @@ class TextTask(EngineTask):
     :param tokens: the prompt's tokens, then the generated ones.
     :param limit: length of ``tokens`` at which it ends with ``length``.
     :param logprobs: how many likeliest tokens to tell with each; ``None``: no log probabilities.
+    :param prompt_logprobs: the same of the prompt's tokens.
+    :param told: how many of the prompt's tokens its reader has the log probabilities of.
     :param cache_scope: the request's; what is computed in another one is of no use to it.
     :param cached: how many of ``tokens`` are in the cache; the rest is still to be computed.
     :param reused: how many of the prompt's another request had computed; ``None``: it has not
@@ -45,6 +57,8 @@ class TextTask(EngineTask):
     prompt_tokens: int
     limit: int
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    told: int = 0
     cache_scope: str = ""
     cached: int = 0
     reused: int | None = None
@@ -62,6 +76,26 @@ class TextTask(EngineTask):
         """Whether all but its last token is computed."""
         return len(self.tokens) - self.cached <= 1
 
+    @property
+    def reusable(self) -> int:
+        """How many of its tokens may be taken as others have computed them. Of those behind, the
+        logits are wanted, which are in no cache.
+        """
+        if self.prompt_logprobs is None or self.told >= self.prompt_tokens:
+            return len(self.tokens)
+        return max(self.told - 1, 0)
+
+    def prompt_rows(self, count: int) -> int:
+        """How many of its next tokens have logits that tell of the prompt: how likely the token
+        behind each of them is. They are the last ones, but for that which is to be sampled from.
+
+        :param count: tokens that it has in the step.
+        """
+        if self.prompt_logprobs is None:
+            return 0
+        end = min(self.cached + count, self.prompt_tokens - 1)
+        return max(0, end - max(self.told - 1, self.cached))
+
 
 _T = TypeVar("_T", bound=TextTask)
 
@@ -73,12 +107,14 @@ class BatchSlice(Generic[_T]):
     :param count: tokens of each of its sequences.
     :param first: index of the first row of logits that is its own; the others follow.
     :param outputs: how many are.
+    :param prompt_rows: how many rows right before ``first`` tell of the prompt.
     """
 
     task: _T
     count: int
     first: int
     outputs: int
+    prompt_rows: int = field(default=0, kw_only=True)
 
 
 class Choice(NamedTuple):
@@ -93,8 +129,21 @@ Chosen: TypeAlias = Choice | EngineRoomError | None
 of which the runtime thinks what to do."""
 
 
+PromptScores: TypeAlias = Sequence[tuple[float, Sequence[tuple[int, float]]]]
+"""For each token of a prompt its log probability, and the likeliest tokens with theirs."""
+
+
 class StepOutputs(Protocol[_T]):
     """What a runtime computed in a step, and what it knows of tokens."""
+
+    make_logprob: MakeLogprob
+
+    def prompt_scores(
+        self, part: BatchSlice[_T], tokens: Sequence[int]
+    ) -> PromptScores | EngineRoomError | None:
+        """What a slice's ``prompt_rows`` say of the tokens that come behind them; an error that
+        ends the request; or ``None``: they are no numbers.
+        """
 
     def choose(self, places: Sequence[tuple[BatchSlice[_T], int]]) -> Sequence[Chosen]:
         """The next token at each place: a slice, and which of its rows of logits it is."""
@@ -190,9 +239,18 @@ class Scheduler(Generic[_T]):
         items: dict[_T, TokenStep | EngineRoomError] = {}
         places: list[tuple[BatchSlice[_T], int]] = []
         for part in slices:
+            told = self._prompt_step(part, outputs)
             part.task.cached += part.count - len(part.task.draft)
-            if part.outputs and not part.task.cancelled:
-                places.append((part, 0))
+            if told is None:
+                batch.without_numbers.append(part.task)
+            elif isinstance(told, EngineRoomError):
+                items[part.task] = told
+                part.task.cached, part.task.cache_invalid = 0, True
+            else:
+                if told.prompt_logprobs:
+                    items[part.task] = told
+                if part.outputs and not part.task.cancelled:
+                    places.append((part, 0))
         while places:
             verified: list[tuple[BatchSlice[_T], int]] = []
             for (part, depth), chosen in zip(places, outputs.choose(places), strict=True):
@@ -217,6 +275,31 @@ class Scheduler(Generic[_T]):
                 task.draft = []
             batch.add(task, item)
         return batch
+
+    @staticmethod
+    def _prompt_step(
+        part: BatchSlice[_T], outputs: StepOutputs[_T]
+    ) -> TokenStep | EngineRoomError | None:
+        """What a slice tells of the prompt; a step without anything: nothing. Else as
+        :meth:`StepOutputs.prompt_scores`.
+        """
+        task = part.task
+        if task.prompt_logprobs is None or task.told >= task.prompt_tokens or task.cancelled:
+            return TokenStep()
+        make, entries = outputs.make_logprob, list[PromptLogprob]()
+        if not task.told:
+            entries.append(first_of_prompt(make, task.tokens[0]))
+        if part.prompt_rows:
+            start = 1 + max(task.told - 1, task.cached)
+            tokens = task.tokens[start : start + part.prompt_rows]
+            scores = outputs.prompt_scores(part, tokens)
+            if scores is None or isinstance(scores, EngineRoomError):
+                return scores
+            entries += [
+                make(token, own, best) for token, (own, best) in zip(tokens, scores, strict=True)
+            ]
+        task.told += len(entries)
+        return TokenStep(prompt_logprobs=entries)
 
     def _is_right(self, task: _T, step: TokenStep, token: int, depth: int) -> bool:
         """Whether the token is the one that was proposed, so that the next one is there, too."""

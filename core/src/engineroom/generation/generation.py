@@ -24,7 +24,13 @@ from engineroom.generation.output_events import (
 from engineroom.generation.steps import TokenStep
 from engineroom.generation.text import TextPipeline
 from engineroom.generation.token_places import TokenPlaces
-from engineroom.schemas import FinishReason, InferenceRequest, InferenceResponse, TokenLogprob
+from engineroom.schemas import (
+    FinishReason,
+    InferenceRequest,
+    InferenceResponse,
+    PromptLogprob,
+    TokenLogprob,
+)
 from engineroom.tools import ToolCall, new_call_id, tool_names
 
 __all__ = ["Generation", "ParsedOutput"]
@@ -178,6 +184,7 @@ class Generation:
     prompt_tokens: int | None = None
     cached_prompt_tokens: int | None = None
     logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[PromptLogprob] | None = None
     parsed: ParsedOutput | None = None
     ended: bool = False
     """:meth:`finish` was called."""
@@ -202,6 +209,15 @@ class Generation:
             self.prompt_tokens = step.prompt_tokens
         if step.cached_prompt_tokens is not None:
             self.cached_prompt_tokens = step.cached_prompt_tokens
+        if step.prompt_logprobs is not None:
+            if self.prompt_logprobs is None:
+                self.prompt_logprobs = []
+            self.prompt_logprobs.extend(step.prompt_logprobs)
+        if self._limit == 0:
+            # What tells of the prompt comes before the first token, which nobody asked for.
+            if step.token_ids or step.text or step.finish is not None:
+                self.finish_reason = "length"
+            return ""
         if step.logprobs is not None:
             if self.logprobs is None:
                 self.logprobs = []
@@ -286,6 +302,7 @@ class Generation:
                 inference_time_ms=(now - self._started) * 1000,
                 time_to_first_token_ms=None if first is None else (first - self._started) * 1000,
                 logprobs=self.logprobs,
+                prompt_logprobs=self.prompt_logprobs,
                 handler=self.handler,
             )
         except ValidationError as error:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from engineroom.schemas import FinishReason, TokenLogprob
+from engineroom.schemas import FinishReason, PromptLogprob, TokenLogprob
 
 __all__ = ["LAST_STEP", "TokenStep"]
 
@@ -23,6 +23,8 @@ class TokenStep:
     :param cached_prompt_tokens: those whose work was reused; said once, in any step.
     :param prompt_tail: the last characters of a prompt that a chat template wrote, 64 or fewer;
         said once, before any text.
+    :param prompt_logprobs: entries of the prompt's next tokens, where the request asked for them:
+        in their order, in one step or in several, and all before the first generated token.
     """
 
     token_ids: Sequence[int] = ()
@@ -32,6 +34,7 @@ class TokenStep:
     prompt_tokens: int | None = None
     cached_prompt_tokens: int | None = None
     prompt_tail: str | None = None
+    prompt_logprobs: Sequence[PromptLogprob] | None = None
 
 
 LAST_STEP: Final = TokenStep(finish="eos_token")

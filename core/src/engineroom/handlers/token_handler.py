@@ -79,7 +79,7 @@ class TokenHandler(InferenceHandler):
 
     ``max_new_tokens`` and ``stop_sequences`` are honoured here whatever the runtime does, and
     whatever ``capabilities`` says of them; a runtime that knows the limit itself saves the step
-    that would be thrown away.
+    that would be thrown away. ``generate_tokens`` is never asked for no token at all.
     """
 
     @abstractmethod
@@ -139,7 +139,7 @@ def read_steps(
 ) -> StepReader:
     """What reads the steps of a request, for the handler itself and for the service."""
     if request.messages is None:
-        steps = handler.generate_tokens(loaded_model, request)
+        steps = handler.generate_tokens(loaded_model, _with_a_token(request))
         return StepReader(steps, Generation(request, handler.name))
     with Border(logger, f"handler {handler.name!r}: traits"):
         traits = handler.traits(loaded_model)
@@ -153,8 +153,18 @@ def read_steps(
             f"the last message was not continued, which handler {handler.name!r} cannot; the "
             "answer is a new one"
         )
-    steps = handler.generate_tokens(loaded_model, _for_handler(handler, traits, request))
-    return StepReader(steps, generation)
+    for_handler = _with_a_token(_for_handler(handler, traits, request))
+    return StepReader(handler.generate_tokens(loaded_model, for_handler), generation)
+
+
+def _with_a_token(request: InferenceRequest) -> InferenceRequest:
+    """The request as a handler gets it that is to read the prompt alone: runtimes know how to
+    generate, and the first token tells that the prompt was read. It is not shown.
+    """
+    if request.params.max_new_tokens != 0:
+        return request
+    params = request.params.model_copy(update={"max_new_tokens": 1})
+    return request.model_copy(update={"params": params})
 
 
 def as_handler_gets_it(

@@ -9,7 +9,12 @@ from typing import Any, Final
 from engineroom.errors import EngineRoomError, InferenceError
 from engineroom.inference.delivery import Put, Sink
 from engineroom.inference.scope import RequestScope
-from engineroom.schemas import InferenceRequest, InferenceResponse, TokenLogprob
+from engineroom.schemas import (
+    InferenceRequest,
+    InferenceResponse,
+    PromptLogprob,
+    TokenLogprob,
+)
 
 __all__ = ["STREAM_ERROR_PREFIX", "InferenceStream", "StreamError"]
 
@@ -66,6 +71,14 @@ class InferenceStream(AsyncGenerator[str, None]):
         """The log probabilities so far, where the request asked for them. It grows; copy it."""
         generation = self._scope.generation
         return (generation.logprobs if generation is not None else None) or ()
+
+    @property
+    def prompt_logprobs(self) -> Sequence[PromptLogprob]:
+        """The log probabilities of the prompt, where the request asked for them. They are complete
+        when the first text comes.
+        """
+        generation = self._scope.generation
+        return (generation.prompt_logprobs if generation is not None else None) or ()
 
     @property
     def plain(self) -> bool:

@@ -17,6 +17,7 @@ from .limits import (
     check_adapter as check_adapter,
     check_beams as check_beams,
     check_prompt as check_prompt,
+    check_prompt_logprobs as check_prompt_logprobs,
     check_texts as check_texts,
     check_token_ids as check_token_ids,
 )

@@ -12,6 +12,7 @@ __all__ = [
     "check_adapter",
     "check_beams",
     "check_prompt",
+    "check_prompt_logprobs",
     "check_text",
     "check_text_ids",
     "check_texts",
@@ -21,6 +22,9 @@ __all__ = [
 ]
 
 _MOST_BEAMS: Final = 64
+_MOST_PROMPT_ENTRIES: Final = 1 << 18
+"""Tokens and alternatives of a prompt's log probabilities: about 150 bytes each, all of which are
+kept until they are sent."""
 _CONTEXT: Final = "This model's maximum context length is {} tokens. However,"
 
 
@@ -69,6 +73,19 @@ def prompt_too_long(
         tokens=count,
         most=n_ctx - beams,
     )
+
+
+def check_prompt_logprobs(tokens: Sequence[int], count: int | None) -> None:
+    """Refuse more log probabilities of a prompt than are kept for one request.
+
+    :param count: alternatives of each token; ``None``: no log probabilities.
+    :raises ConfigurationError: there are too many.
+    """
+    if count is not None and (entries := len(tokens) * (1 + count)) > _MOST_PROMPT_ENTRIES:
+        raise ConfigurationError(
+            f"prompt_logprobs={count} of {len(tokens)} tokens are {entries} log probabilities, and "
+            f"{_MOST_PROMPT_ENTRIES} are told at most; ask for fewer, or send a shorter prompt"
+        )
 
 
 def check_token_ids(

@@ -18,9 +18,9 @@ from copy import copy
 from typing import TYPE_CHECKING, Any, Final
 
 from engineroom import EngineRoomError, InferenceError, TokenStep
-from engineroom.engine import MakeLogprob, NoNumbersError, SamplerState
+from engineroom.engine import MakeLogprob, NoNumbersError, SamplerState, first_of_prompt
 from engineroom_hf_transformers.attention import StepStoppedError, stopping
-from engineroom_hf_transformers.sampling import adjusted, choose, logprobs_of
+from engineroom_hf_transformers.sampling import adjusted, choose, logprobs_of, logprobs_of_rows
 
 if TYPE_CHECKING:
     import torch
@@ -179,6 +179,8 @@ class GenerateCall:
         else:
             processors.append(self._choose)
         ids = torch.tensor([task.tokens], device=parts.device)
+        if task.prompt_logprobs is not None:
+            self._tell_prompt(ids, task.prompt_logprobs)
         if self._seeded:
             self._outer = _random_state(parts.device)
             torch.manual_seed(params.seed or 0)
@@ -196,6 +198,21 @@ class GenerateCall:
             self._step = self._whole(sequences[0].tolist())
         elif self._step is None or self._step.finish is None:
             self._step = TokenStep(finish="length")
+
+    def _tell_prompt(self, ids: torch.Tensor, count: int) -> None:
+        """Compute the prompt by itself, for its log probabilities; then a pause."""
+        assert self._make_logprob is not None
+        make, tokens = self._make_logprob, self._task.tokens
+        entries = [first_of_prompt(make, tokens[0])]
+        if len(tokens) > 1:
+            logits = self._parts.model(input_ids=ids, use_cache=False).logits[0]
+            scores = logprobs_of_rows(logits[:-1], tokens[1:], count)
+            if scores is None:
+                raise NoNumbersError("NaN or infinity for a token of the prompt")
+            of_tokens = zip(tokens[1:], scores, strict=True)
+            entries += [make(token, own, best) for token, (own, best) in of_tokens]
+        self._step = TokenStep(prompt_logprobs=entries)
+        self._pause()
 
     def _whole(self, tokens: list[int]) -> TokenStep:
         """What beam search found, all at once."""

@@ -65,6 +65,9 @@ _CPU_TOKENS: Final = 128
 """Prompts are read as fast (355 tokens/s) as with 512 (361), in layers of 12 ms instead of 47; a
 step can be given up between layers. SmolLM2-135M, two cores, float32."""
 _GPU_TOKENS: Final = 1024
+_PROMPT_LOGITS: Final = 1 << 26
+"""Bytes of a step's logits that tell of prompts, in float32."""
+_LEAST_PROMPT_ROWS: Final = 16
 
 
 class HfEngine(BatchingEngine[Job]):
@@ -120,6 +123,7 @@ class HfEngine(BatchingEngine[Job]):
                 drafter.nbytes if drafter is not None else 0,
             )
         )
+        self._prompt_rows = max(_LEAST_PROMPT_ROWS, _PROMPT_LOGITS // (4 * parts.n_vocab))
         on_cpu = parts.device.type == "cpu"
         super().__init__(
             name,
@@ -152,6 +156,7 @@ class HfEngine(BatchingEngine[Job]):
             decoder=self.codec.decoder(tokens),
             limit=min(len(tokens) + new, self.n_ctx),
             logprobs=params.logprobs,
+            prompt_logprobs=params.prompt_logprobs,
             cache_scope=request.cache_scope,
             log=request_logger(logger, request),
             priority=request.priority,
@@ -192,7 +197,9 @@ class HfEngine(BatchingEngine[Job]):
             for other in self.running
             if isinstance(other, Task) and other.slot is not None
         ]
-        task.slot, task.cached = self._slots.take(task.tokens, busy, task.cache_scope)
+        task.slot, task.cached = self._slots.take(
+            task.tokens[: task.reusable], busy, task.cache_scope
+        )
         task.reused = task.cached
 
     def released(self, task: Job) -> None:
@@ -264,7 +271,8 @@ class HfEngine(BatchingEngine[Job]):
     def _schedule(self, tasks: Sequence[Task]) -> list[PackedSlice]:
         decoding = [task for task in tasks if task.decodes]
         self.scheduler.propose(decoding, self._max_batch_tokens // max(1, len(decoding)) - 1)
-        return compose(tasks, self._max_batch_tokens, self.options.prefill_chunk, self._cost)
+        most, chunk = self._max_batch_tokens, self.options.prefill_chunk
+        return compose(tasks, most, chunk, self._cost, self._prompt_rows)
 
     def _run(self, slices: Sequence[PackedSlice]) -> torch.Tensor:
         """The logits of a step."""
@@ -276,7 +284,7 @@ class HfEngine(BatchingEngine[Job]):
             [
                 part.span.row + part.count - part.outputs + place
                 for part in slices
-                for place in range(part.outputs)
+                for place in range(-part.prompt_rows, part.outputs)
             ],
             self._is_interrupted,
         )

@@ -31,6 +31,8 @@ __all__ = ["HuggingFaceTransformersHandler"]
 logger = logging.getLogger("engineroom.hf_transformers")
 
 _HONOURED: Final = frozenset(GenerationParams.model_fields)
+_MOST_PROMPT_LOGITS: Final = 1 << 29
+"""Bytes of logits, in float32, of a prompt that is computed at one go."""
 
 
 class HuggingFaceTransformersHandler(EngineHandler):
@@ -130,8 +132,25 @@ class HuggingFaceTransformersHandler(EngineHandler):
         """Refuse too many beams, and beams with log probabilities, as well."""
         super().check(engine, request, tokens)
         check_beams(request.params.num_beams)
+        if request.params.prompt_logprobs is not None and engine.why_one_by_one:
+            _check_prompt_logits(engine, len(tokens))
         if (request.params.num_beams or 1) > 1 and request.params.logprobs is not None:
             raise ConfigurationError(
                 "logprobs cannot be told with num_beams: beam search weighs whole texts, not "
                 "tokens; leave one of them out"
             )
+
+
+def _check_prompt_logits(engine: HfEngine, length: int) -> None:
+    """Where a model computes a prompt at one go, all of its logits are there at one time."""
+    if engine.parts.kind != "causal":
+        raise ConfigurationError(
+            f"prompt_logprobs: this model is an {engine.parts.kind} model, which reads a prompt "
+            "and does not predict it; leave it out, or use a model for causal language modelling"
+        )
+    most = _MOST_PROMPT_LOGITS // (4 * engine.n_vocab)
+    if length > most:
+        raise ConfigurationError(
+            f"prompt_logprobs: the prompt has {length} tokens, and this model, which computes it "
+            f"at one go ({engine.why_one_by_one}), has them for {most} at most; send a shorter one"
+        )

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from engineroom import EngineRoomError, TokenLogprob
-from engineroom.engine import BatchSlice, Choice, Chosen, MakeLogprob
-from engineroom_hf_transformers.sampling import choose, logprobs_of
+from engineroom.engine import BatchSlice, Choice, Chosen, MakeLogprob, PromptScores
+from engineroom_hf_transformers.sampling import choose, logprobs_of, logprobs_of_rows
 from engineroom_hf_transformers.step_errors import nonsense
 from engineroom_hf_transformers.tasks import Task
 
@@ -30,7 +30,7 @@ class Outcomes:
     ) -> None:
         self._logits = logits
         self._vocabulary = vocabulary
-        self._make_logprob = make_logprob
+        self.make_logprob = make_logprob
 
     def choose(self, places: Sequence[tuple[BatchSlice[Task], int]]) -> list[Chosen]:
         """See :class:`~engineroom.engine.StepOutputs`: for all places at once."""
@@ -65,9 +65,17 @@ class Outcomes:
         ids, counts = zip(*chosen.values(), strict=True)
         computed = logprobs_of(logits[list(chosen)], ids, counts)
         return {
-            place: self._make_logprob(token, own, best)
+            place: self.make_logprob(token, own, best)
             for place, token, (own, best) in zip(chosen, ids, computed, strict=True)
         }
+
+    def prompt_scores(
+        self, part: BatchSlice[Task], tokens: Sequence[int]
+    ) -> PromptScores | EngineRoomError:
+        """See :class:`~engineroom.engine.StepOutputs`."""
+        rows = self._logits[part.first - part.prompt_rows : part.first]
+        scores = logprobs_of_rows(rows, tokens, part.task.prompt_logprobs or 0)
+        return nonsense() if scores is None else scores
 
     def text(self, task: Task, token: int) -> str | None:
         """See :class:`~engineroom.engine.StepOutputs`."""

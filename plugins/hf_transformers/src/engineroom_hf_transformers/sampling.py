@@ -22,12 +22,13 @@ if TYPE_CHECKING:
 
 TokenIds = NDArray[np.int64]
 
-__all__ = ["adjusted", "choose", "logprobs_of"]
+__all__ = ["adjusted", "choose", "logprobs_of", "logprobs_of_rows"]
 
 _FIRST_GUESS: Final = 256
 """So many of the likeliest tokens are sorted first where ``top_k`` does not say."""
 _TIES: Final = 32
 """So many more where it does, so that those as likely as the last one are seldom cut apart."""
+_ROWS: Final = 16
 _HUGE: Final = float(np.finfo(np.float32).max)
 
 
@@ -302,3 +303,23 @@ def logprobs_of(
         (value, list(zip(row_ids[:count], row_values[:count], strict=True)))
         for value, row_ids, row_values, count in listed
     ]
+
+
+def logprobs_of_rows(
+    logits: torch.Tensor, tokens: Sequence[int], count: int
+) -> list[tuple[float, list[tuple[int, float]]]] | None:
+    """The same for many rows, some at a time: each is copied while it is looked at.
+
+    :param count: how many of the likeliest tokens are wanted with each.
+    :returns: ``None`` where a row has no finite maximum.
+    """
+    import torch
+
+    scores: list[tuple[float, list[tuple[int, float]]]] = []
+    for start in range(0, len(tokens), _ROWS):
+        some = logits[start : start + _ROWS].float()
+        if not bool(torch.isfinite(some.amax(dim=-1)).all()):
+            return None
+        chosen = tokens[start : start + _ROWS]
+        scores += logprobs_of(some, chosen, [count] * len(chosen))
+    return scores

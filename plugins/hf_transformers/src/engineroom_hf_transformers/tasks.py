@@ -75,13 +75,18 @@ class PackedSlice(BatchSlice[Task]):
 
 
 def compose(
-    tasks: Sequence[Task], max_batch_tokens: int, prefill_chunk: int, cost: ReadingCost
+    tasks: Sequence[Task],
+    max_batch_tokens: int,
+    prefill_chunk: int,
+    cost: ReadingCost,
+    prompt_rows: int,
 ) -> list[PackedSlice]:
     """Who has how many tokens in the step, and which logits.
 
     :param max_batch_tokens: most tokens of the step.
     :param prefill_chunk: most of them that are of prompts, where others decode; as many cost as
         much as may be read then.
+    :param prompt_rows: most rows of logits that tell of prompts.
     """
     decoding = [task for task in tasks if task.decodes]
     slices: list[PackedSlice] = []
@@ -90,7 +95,9 @@ def compose(
     def add(task: Task, count: int, outputs: int) -> None:
         nonlocal place, first
         span = Span(place, task.sequence, task.cached, count)
-        slices.append(PackedSlice(task, count, first, outputs, span))
+        of_prompt = task.prompt_rows(count)
+        first += of_prompt
+        slices.append(PackedSlice(task, count, first, outputs, span, prompt_rows=of_prompt))
         place += count
         first += outputs
 
@@ -110,8 +117,11 @@ def compose(
         if budget < math.inf:
             # A step reads something, as late in a prompt as it may be.
             count = min(count, cost.most(task.cached, budget) or (0 if read else 1))
+        while count and (more := task.prompt_rows(count) - prompt_rows) > 0:
+            count -= min(count, more)
         if not count:
             continue
+        prompt_rows -= task.prompt_rows(count)
         add(task, count, 1 if count == todo else 0)
         budget -= cost(task.cached, count)
         read += count

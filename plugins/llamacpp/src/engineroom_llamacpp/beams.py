@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from engineroom import EngineRoomError, TokenStep
-from engineroom.engine import BatchSlice, NoNumbersError, StepBatch, largest
+from engineroom import EngineRoomError, GenerationParams, TokenStep
+from engineroom.engine import BatchSlice, BeamSearch, NoNumbersError, StepBatch, largest
 from engineroom_llamacpp.context import LlamaContext
 from engineroom_llamacpp.model import LlamaModel
 from engineroom_llamacpp.outcomes import not_chosen
@@ -33,6 +33,16 @@ class Beams:
         self._context = context
         self._sequences = sequences
         self._ends = ends
+
+    def search(self, params: GenerationParams, limit: int) -> BeamSearch | None:
+        """The search that a request asks for; ``None``: none.
+
+        :param limit: tokens that it may generate.
+        """
+        if (beams := params.num_beams or 1) <= 1:
+            return None
+        early = bool(params.early_stopping)
+        return BeamSearch(beams, limit, self._ends, len(self._model.ends), early_stopping=early)
 
     def go_on(self, part: BatchSlice[Task], results: StepBatch[Task]) -> None:
         """Let a request's beams go on, and give it what came of that."""

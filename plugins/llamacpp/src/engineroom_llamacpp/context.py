@@ -29,6 +29,10 @@ _SPARE: Final = 8
 vocabulary of 49,000."""
 _TILE: Final = 64
 """``GGML_FA_TILE_Q``."""
+_PROMPT_LOGITS: Final = 1 << 25
+"""Bytes of logits in a step that tell of prompts; llama.cpp sets as much apart for them twice."""
+_LEAST_PROMPT_ROWS: Final = 16
+_MOST_PROMPT_ROWS: Final = 128
 _MOST_SEQUENCES: Final = 256
 """llama.cpp's own bound."""
 _ROUNDED: Final = 256
@@ -90,6 +94,9 @@ class LlamaContext:
         kind = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32)
         self._logits_at: Any = ctypes.cast(self._library.llama_get_logits_ith, kind)
         self._rows: dict[int, Logits] = {}
+        rows = _PROMPT_LOGITS // (4 * model.n_vocab)
+        self.prompt_rows = min(max(rows, _LEAST_PROMPT_ROWS), _MOST_PROMPT_ROWS)
+        """Beside ``n_outputs``, most tokens in a batch whose logits tell of a prompt."""
         self._adapters, self._adapters_by_name = model.adapters, model.adapters_by_name
         self._spare = 0 if model.has_states else max(parallel, _SPARE)
         unified = bool(options.kv_unified)
@@ -141,7 +148,8 @@ class LlamaContext:
         params.n_seq_max = self.sequences + (1 if spare else 0)
         # Rows of logits for sequences, not for each token of a batch. llama.cpp ends the process
         # where a batch asks for more.
-        self.n_outputs = params.n_outputs_max = max(params.n_seq_max, parallel * self._outputs_each)
+        self.n_outputs = max(params.n_seq_max, parallel * self._outputs_each)
+        params.n_outputs_max = self.n_outputs + self.prompt_rows
         params.type_k = CACHE_TYPES[options.cache_type_k]
         params.type_v = CACHE_TYPES[options.cache_type_v]
         self._handle: Any = library.llama_init_from_model(model.handle, params)

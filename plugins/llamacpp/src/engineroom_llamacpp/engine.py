@@ -38,7 +38,6 @@ from engineroom import (
 )
 from engineroom.engine import (
     BatchSlice,
-    BeamSearch,
     Constraint,
     Sampler,
     Scheduler,
@@ -155,15 +154,6 @@ class LlamaEngine(BatchingEngine[Task]):
         if beams > 1:
             room //= beams
         new = room if params.max_new_tokens is None else min(params.max_new_tokens, room)
-        search = None
-        if beams > 1:
-            search = BeamSearch(
-                beams,
-                new,
-                self._outcomes.ends,
-                len(self.model.ends),
-                early_stopping=bool(params.early_stopping),
-            )
         return self.submit(
             Task(
                 tokens=list(tokens),
@@ -171,9 +161,10 @@ class LlamaEngine(BatchingEngine[Task]):
                 sampler=Sampler(params, tokens, constraint),
                 limit=len(tokens) + new,
                 logprobs=params.logprobs,
+                prompt_logprobs=params.prompt_logprobs,
                 cache_scope=request.cache_scope,
                 adapter=request.adapter,
-                beams=search,
+                beams=self._beams.search(params, new),
                 log=request_logger(logger, request),
                 priority=request.priority,
             )
@@ -205,13 +196,14 @@ class LlamaEngine(BatchingEngine[Task]):
         room = self.sequences.cells.count - promised - len(task.tokens) - task.width
         if room >= 0 or task.beams is not None:
             return room >= 0
-        return room + self.sequences.common(task.tokens, self._contents(task.origin)) >= 0
+        known = task.tokens[: task.reusable]
+        return room + self.sequences.common(known, self._contents(task.origin)) >= 0
 
     def started(self, task: Task) -> None:
         """Give it a sequence, with as much of its prompt as is in the cache already."""
         if task.beams is None:
             sequence, task.cached = self.sequences.take(
-                task.tokens, self._contents(task.origin), task.origin
+                task.tokens[: task.reusable], self._contents(task.origin), task.origin
             )
         else:
             # Reuse changes the last digits, and beams weigh what is nearly as likely: the same
@@ -221,7 +213,7 @@ class LlamaEngine(BatchingEngine[Task]):
         self.layout.started(task, self.running)
         self.mover.go_on(task)
         task.cache_invalid = False
-        if task.beams is None:
+        if task.beams is None and task.reusable == len(task.tokens):
             self.mover.look_up(task)
         if task.reused is None:
             task.reused = task.cached
@@ -418,6 +410,8 @@ class LlamaEngine(BatchingEngine[Task]):
             return
         (sequence,) = task.sequences
         length = self._context.length(sequence.index)
+        if task.reusable < len(task.tokens):  # its logits are wanted, too
+            length = min(length, task.cached)
         self.sequences.cells.grow(sequence.chain, max(0, length - task.cached))
         task.cached = max(task.cached, min(length, len(task.tokens)))
         self.sequences.cut(sequence, task.cached)

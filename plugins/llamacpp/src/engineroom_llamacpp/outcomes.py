@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from engineroom import EngineRoomError, InferenceError
@@ -9,7 +10,9 @@ from engineroom.engine import (
     BatchSlice,
     Choice,
     Chosen,
+    Logits,
     NoNumbersError,
+    PromptScores,
     logprob_maker,
     top_logprobs,
 )
@@ -25,7 +28,7 @@ class Outcomes:
 
     def __init__(self, model: LlamaModel, context: LlamaContext) -> None:
         self._piece = model.piece
-        self._make_logprob = logprob_maker(model.token_bytes)
+        self.make_logprob = logprob_maker(model.token_bytes)
         self._context = context
 
     def ends(self, token: int) -> bool:
@@ -43,7 +46,7 @@ class Outcomes:
             if task.logprobs is None:
                 return Choice(token)
             own, best = top_logprobs(logits, token, task.logprobs)
-            return Choice(token, self._make_logprob(token, own, best))
+            return Choice(token, self.make_logprob(token, own, best))
         except NoNumbersError:
             return None
         except EngineRoomError as error:
@@ -51,6 +54,17 @@ class Outcomes:
         except Exception as error:
             task.log.exception("a token could not be chosen")
             return not_chosen(error)
+
+    def prompt_scores(self, part: BatchSlice[Task], tokens: Sequence[int]) -> PromptScores | None:
+        """See :class:`~engineroom.engine.StepOutputs`."""
+        first, count = part.first - part.prompt_rows, part.task.prompt_logprobs or 0
+        try:
+            return [
+                top_logprobs(_finite(self._context.logits(first + row)), token, count)
+                for row, token in enumerate(tokens)
+            ]
+        except NoNumbersError:
+            return None
 
     def text(self, task: Task, token: int) -> bytes | None:
         """See :class:`~engineroom.engine.StepOutputs`."""
@@ -60,6 +74,13 @@ class Outcomes:
     def rest(self, task: Task) -> bytes:
         """Nothing: bytes are handed over as they come."""
         return b""
+
+
+def _finite(logits: Logits) -> Logits:
+    """A row that has a largest number. :raises NoNumbersError: it has none."""
+    if not math.isfinite(logits.max()):
+        raise NoNumbersError
+    return logits
 
 
 def not_chosen(error: Exception) -> InferenceError:

@@ -167,8 +167,9 @@ def _add(task: Task, count: int, context: LlamaContext) -> BatchSlice[Task]:
         return BatchSlice(task, count, first, count)
     chunk = task.tokens[task.cached : task.cached + count]
     outputs = int(task.cached + count == len(task.tokens))
-    first = context.add(task.sequence, task.cached, chunk, outputs)
-    return BatchSlice(task, count, first, outputs)
+    of_prompt = task.prompt_rows(count)
+    first = context.add(task.sequence, task.cached, chunk, of_prompt + outputs)
+    return BatchSlice(task, count, first + of_prompt, outputs, prompt_rows=of_prompt)
 
 
 def _add_beams(task: Task, context: LlamaContext) -> BatchSlice[Task]:
@@ -201,8 +202,11 @@ def _prompts(
     half = (min(budget, pace.most_tokens) if beside else budget) // 2
     oldest = reading[0]
     ends = False
+    rows = context.prompt_rows
+    kept = rows // 2 if oldest.prompt_rows(2) else 0  # for the oldest, as of the tokens
     for task in sorted(reading, key=lambda task: (len(task.tokens) - task.cached).bit_length()):
-        if sequences.reuse and len(tasks) > 1 and task.beams is None:
+        whole = task.reusable == len(task.tokens)
+        if sequences.reuse and len(tasks) > 1 and task.beams is None and whole:
             # What has to be copied is copied once, when all of it has been read.
             if not sequences.shared and any(_same(task, other) for other, _ in now):
                 continue
@@ -220,6 +224,11 @@ def _prompts(
             count = min(count, half)
             if count < 1:
                 continue
+        kept = 0 if task is oldest else kept
+        while count > 0 and (more := task.prompt_rows(count) - rows + kept) > 0:
+            count -= more
+        if count < 1:
+            continue
         rest = len(task.tokens) - task.cached
         cells = sequences.cells.used + taken if sequences.shared else 0
         place = pace.place(task.cached, cells)
@@ -237,6 +246,7 @@ def _prompts(
             continue
         ends = ends or count == rest
         pace.add(place, count)
+        rows -= task.prompt_rows(count)
         now.append((task, count))
         taken += count
         budget -= count

@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
 from engineroom import (
@@ -32,7 +31,13 @@ from engineroom.engine import (
     grammar_of,
     reasoning_budget_of,
 )
-from engineroom.prompts import check_adapter, check_prompt, check_texts, check_token_ids
+from engineroom.prompts import (
+    check_adapter,
+    check_prompt,
+    check_prompt_logprobs,
+    check_texts,
+    check_token_ids,
+)
 from engineroom_vllm.beams import search
 from engineroom_vllm.failures import Failures
 from engineroom_vllm.folder import ModelFolder
@@ -42,7 +47,9 @@ from engineroom_vllm.lifecycle import Lifecycle
 from engineroom_vllm.log import EngineLog
 from engineroom_vllm.options import VLLMOptions
 from engineroom_vllm.outputs import Outputs
+from engineroom_vllm.prompt_rows import prompt_steps
 from engineroom_vllm.reasoning import within_budget
+from engineroom_vllm.running import Running
 from engineroom_vllm.sampling import beam_search, check_params, sampling_arguments
 from engineroom_vllm.text import TextCodec
 from engineroom_vllm.turnstile import Turnstile
@@ -54,22 +61,6 @@ logger = logging.getLogger("engineroom.vllm")
 _T = TypeVar("_T")
 _LARGE_BIAS: Final = 4096
 """Entries of a ``logit_bias`` that take a third of a millisecond."""
-
-
-@dataclass(slots=True)
-class _Running:
-    """A request inside of the engine.
-
-    :param tokens: how many it has.
-    :param ids: what vLLM calls the parts of it that it works on.
-    :param turn: when its turn comes, in milliseconds, whole ones as vLLM has priorities.
-    :param tail: how its prompt ends that a chat template wrote.
-    """
-
-    tokens: int
-    ids: list[str] = field(default_factory=list)
-    turn: int = 0
-    tail: str | None = None
 
 
 class VLLMEngine(Engine):
@@ -122,7 +113,7 @@ class VLLMEngine(Engine):
             2 * self.parallel if self.embeds else self.parallel + self._ahead
         )
         self._orders = itertools.count()
-        self._running: dict[int, _Running] = {}
+        self._running: dict[int, Running] = {}
         self._steps = StepWatch(logger)
         self.lifecycle = Lifecycle(library, llm, name, footprint, log, when_closed)
         self._failures = Failures(library, self.lifecycle)
@@ -161,7 +152,7 @@ class VLLMEngine(Engine):
         if self.lifecycle.ended:
             raise self.lifecycle.gone()
         order = next(self._orders)
-        running = self._running[order] = _Running(len(tokens), tail=tail)
+        running = self._running[order] = Running(len(tokens), tail=tail)
         steps = self._beams if beam_search(request.params) else self._tokens
         most = max(0, self.options.max_queue - self._ahead)
         try:
@@ -195,7 +186,7 @@ class VLLMEngine(Engine):
             raise self._full()
         owner, priority = work_logger(logger).key_name, work_priority()
         order = next(self._orders)
-        running = self._running[order] = _Running(0)
+        running = self._running[order] = Running(0)
         vectors: list[list[float]] = [[] for _ in texts]
         todo = iter(enumerate(texts))  # some requests have many
 
@@ -222,7 +213,7 @@ class VLLMEngine(Engine):
         if not self._running:
             self._steps.ends()
 
-    async def _vector(self, ids: list[int], request_id: str, running: _Running) -> list[float]:
+    async def _vector(self, ids: list[int], request_id: str, running: Running) -> list[float]:
         if self.lifecycle.ended:
             raise self.lifecycle.gone()
         running.ids.append(request_id)
@@ -247,6 +238,7 @@ class VLLMEngine(Engine):
 
     def _check(self, request: InferenceRequest, tokens: Sequence[int]) -> None:
         check_prompt(tokens, self.n_ctx, self.longer_context)
+        check_prompt_logprobs(tokens, request.params.prompt_logprobs)
         check_token_ids(self.n_vocab, prompt=request.prompt_token_ids)
         check_adapter(request.adapter, self._adapters, "lora_modules")
         speculative = self.options.speculative_config is not None
@@ -271,7 +263,7 @@ class VLLMEngine(Engine):
         )
 
     def _tokens(
-        self, request: InferenceRequest, tokens: list[int], running: _Running, order: int
+        self, request: InferenceRequest, tokens: list[int], running: Running, order: int
     ) -> AsyncGenerator[TokenStep, None]:
         budget = reasoning_budget_of(self.codec, request, running.tail)
         if budget is None:
@@ -293,7 +285,7 @@ class VLLMEngine(Engine):
         self,
         request: InferenceRequest,
         tokens: list[int],
-        running: _Running,
+        running: Running,
         name: str,
         tail: str | None,
         forced: int | None = None,
@@ -333,6 +325,11 @@ class VLLMEngine(Engine):
                         cached_prompt_tokens=max(output.num_cached_tokens or 0, 0),
                         prompt_tail=tail,
                     )
+                    if (count := request.params.prompt_logprobs) is not None:
+                        rows, make = output.prompt_logprobs, self._outputs.make_logprob
+                        async with aclosing(prompt_steps(rows, tokens, count, make)) as told:
+                            async for step in told:
+                                yield step
                 answer = output.outputs[0]
                 if answer.finish_reason == "abort":
                     raise self.lifecycle.gone()
@@ -348,7 +345,7 @@ class VLLMEngine(Engine):
         tokens: list[int],
         sampling: Any,
         request_id: str,
-        running: _Running,
+        running: Running,
     ) -> AsyncGenerator[Any, None]:
         running.ids.append(request_id)
         return self._library.generate(
@@ -364,7 +361,7 @@ class VLLMEngine(Engine):
     # ── beams ────────────────────────────────────────────────────────────────────────────────
 
     async def _beams(
-        self, request: InferenceRequest, tokens: list[int], running: _Running, order: int
+        self, request: InferenceRequest, tokens: list[int], running: Running, order: int
     ) -> AsyncGenerator[TokenStep, None]:
         """The best of several sequences, by requests for one token each; vLLM has no other way."""
         params = request.params

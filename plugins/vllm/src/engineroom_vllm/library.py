@@ -21,6 +21,7 @@ from typing import Any, Final
 
 from engineroom import Border, ConfigurationError, did_you_mean
 from engineroom.sources import EmbeddingOptions, VectorSizes, vector_sizes
+from engineroom_vllm.prompt_rows import keep_rows
 
 __all__ = [
     "CONTEXT_FUNCTION",
@@ -101,7 +102,9 @@ class Library:
         )
         from vllm.v1.engine.async_llm import AsyncLLM
         from vllm.v1.engine.exceptions import EngineDeadError
+        from vllm.v1.engine.logprobs import LogprobsProcessor
 
+        keep_rows(LogprobsProcessor)
         self.version = str(getattr(vllm, "__version__", "?"))
         self.dead_error: type[BaseException] = EngineDeadError
         self.request_errors = _request_errors()

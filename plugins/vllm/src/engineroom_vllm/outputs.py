@@ -22,7 +22,7 @@ class Outputs:
 
     def __init__(self, codec: TextCodec, ends: frozenset[int]) -> None:
         self._codec = codec
-        self._make_logprob = logprob_maker(codec.token_bytes)
+        self.make_logprob = logprob_maker(codec.token_bytes)
         self._ends = ends
 
     def steps(self, output: Any, logprobs: int | None) -> Iterator[TokenStep]:
@@ -78,4 +78,4 @@ class Outputs:
         :param choices: tokens with their log probabilities; the token itself is among them.
         """
         own = next(value for i, value in choices if i == token)
-        return self._make_logprob(token, own, sorted(choices, key=lambda c: -c[1])[:count])
+        return self.make_logprob(token, own, sorted(choices, key=lambda c: -c[1])[:count])

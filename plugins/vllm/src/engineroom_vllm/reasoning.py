@@ -44,6 +44,9 @@ async def within_budget(
     params = request.params
     limit = room if params.max_new_tokens is None else min(params.max_new_tokens, room)
     ids = list(tokens)
+    later = request.model_copy(
+        update={"params": params.model_copy(update={"prompt_logprobs": None})}
+    )
     if budget.forced is None:
         async with aclosing(part(request, tokens, tail, None)) as steps:
             async for step in steps:
@@ -55,16 +58,18 @@ async def within_budget(
                     ids.append(written)
                 if budget.forced is not None:
                     break
+        request = later
     else:
         yield TokenStep(prompt_tokens=len(tokens), cached_prompt_tokens=0, prompt_tail=tail)
     while (token := budget.forced) is not None and len(ids) - len(tokens) < limit:
-        if params.logprobs is None:
+        if params.logprobs is None and request.params.prompt_logprobs is None:
             yield TokenStep((token,), piece(token))
         else:
             async with aclosing(part(request, ids, None, token)) as steps:
                 async for step in steps:
-                    if step.token_ids:
+                    if step.token_ids or step.prompt_logprobs:
                         yield replace(step, finish=None)
+            request = later
         budget.take(token, piece)
         ids.append(token)
     if (left := limit - (len(ids) - len(tokens))) < 1:
@@ -72,10 +77,10 @@ async def within_budget(
         return
     # Its draws are not those of the reasoning again.
     seed = None if params.seed is None else params.seed // 2 + 1
-    rest = params.model_copy(update={"max_new_tokens": left, "seed": seed})
+    rest = later.params.model_copy(update={"max_new_tokens": left, "seed": seed})
     # What goes on now is no message of the request's any more.
     anew = {"params": rest, "continue_final_message": False}
-    closed = request.model_copy(update=anew)
+    closed = later.model_copy(update=anew)
     async with aclosing(part(closed, ids, budget.end, None)) as steps:
         async for step in steps:
             if step.prompt_tokens is None:

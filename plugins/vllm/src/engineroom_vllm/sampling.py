@@ -101,6 +101,7 @@ def sampling_arguments(
         "frequency_penalty": params.frequency_penalty or 0.0,
         "logit_bias": dict(params.logit_bias) if params.logit_bias else None,
         "logprobs": params.logprobs,
+        "prompt_logprobs": params.prompt_logprobs,
         "stop_token_ids": list(stop_token_ids),
     }
     if not greedy:

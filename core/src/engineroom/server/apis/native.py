@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Any, Final
 
 from pydantic import TypeAdapter, ValidationError
 
 from engineroom.generation.deltas import ReasoningDelta, ToolCallDelta
-from engineroom.schemas import InferenceRequest, InferenceResponse, TokenLogprob
+from engineroom.schemas import InferenceRequest, InferenceResponse, PromptLogprob, TokenLogprob
 from engineroom.server.apis.request_fields import check_counts, common_fields
 from engineroom.server.apis.routing import SSE, work_route
 from engineroom.server.http.call import Call
@@ -18,8 +18,8 @@ from engineroom.server.http.frames import Framer, event, named_event, taken
 
 __all__ = ["ROUTES"]
 
-_LOGPROBS: Final = TypeAdapter(list[TokenLogprob])
-_NO_LOGPROBS: Final = b'"logprobs":null'
+_LOGPROBS: Final = TypeAdapter(list[PromptLogprob])
+_LISTS: Final = ("logprobs", "prompt_logprobs")
 _ENTRIES: Final = 256
 """Log probabilities of so many tokens are encoded at a time."""
 
@@ -50,24 +50,35 @@ class InferenceWriter(Writer):
     def __init__(self, call: Call) -> None:
         self._warnings = [*call.warnings]  # to which those of the answer are added
         self._rounds = call.context.rounds
-        self._logprobs = _NO_LOGPROBS
+        self._lists: dict[str, bytes] = {}
 
-    async def prepare(self, index: int, logprobs: list[TokenLogprob] | None) -> None:
+    async def prepare(
+        self,
+        index: int,
+        logprobs: list[TokenLogprob] | None,
+        prompt_logprobs: list[PromptLogprob] | None,
+    ) -> None:
         """Encode its log probabilities."""
-        if logprobs is not None:
-            parts: list[bytes] = []
-            for some in taken(logprobs, _ENTRIES):
-                await self._rounds.next()
-                parts.append(_LOGPROBS.dump_json(some)[1:-1])
-            self._logprobs = b'"logprobs":[' + b",".join(parts) + b"]"
+        lists: Sequence[list[Any] | None] = (logprobs, prompt_logprobs)
+        for name, entries in zip(_LISTS, lists, strict=True):
+            if entries is not None:
+                parts: list[bytes] = []
+                for some in taken(entries, _ENTRIES):
+                    await self._rounds.next()
+                    parts.append(_LOGPROBS.dump_json(some)[1:-1])
+                self._lists[name] = b"[" + b",".join(parts) + b"]"
 
     def whole(self, responses: Sequence[InferenceResponse]) -> bytes:
         return self._json(responses[0])
 
     def _json(self, response: InferenceResponse) -> bytes:
-        own = self._with_warnings(response).model_copy(update={"logprobs": None})
-        before, _, after = own.model_dump_json().encode().partition(_NO_LOGPROBS)
-        return before + self._logprobs + after
+        own = self._with_warnings(response).model_copy(update=dict.fromkeys(_LISTS))
+        text = own.model_dump_json().encode()
+        for name in _LISTS:
+            field = b'"%b":' % name.encode()
+            before, _, after = text.partition(field + b"null")
+            text = before + field + self._lists.get(name, b"null") + after
+        return text
 
     def _with_warnings(self, response: InferenceResponse) -> InferenceResponse:
         if not self._warnings:

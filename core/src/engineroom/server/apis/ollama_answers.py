@@ -10,7 +10,7 @@ from typing import Any, Literal
 from msgspec import UNSET, UnsetType
 
 from engineroom.generation.deltas import ReasoningDelta, StreamDelta, ToolCallDelta
-from engineroom.schemas import InferenceResponse, TokenLogprob
+from engineroom.schemas import InferenceResponse, PromptLogprob, TokenLogprob
 from engineroom.server.apis.ollama_common import NDJSON, OllamaError, nanoseconds, rfc3339
 from engineroom.server.apis.openai_logprobs import ENTRIES, bytes_of, listed
 from engineroom.server.apis.tool_fields import as_object, is_object
@@ -168,7 +168,12 @@ class OllamaWriter(Writer):
     def answer(self, said: dict[str, Any], **fields: Any) -> OllamaAnswer:
         """A whole answer, or the last line."""
 
-    async def prepare(self, index: int, logprobs: list[TokenLogprob] | None) -> None:
+    async def prepare(
+        self,
+        index: int,
+        logprobs: list[TokenLogprob] | None,
+        prompt_logprobs: list[PromptLogprob] | None,
+    ) -> None:
         """Encode the log probabilities of a whole answer."""
         self._entries = []
         for some in taken(logprobs, ENTRIES) if self.wants_logprobs and logprobs else ():

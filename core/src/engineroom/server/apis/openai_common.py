@@ -12,7 +12,7 @@ from pydantic import Field, SkipValidation, Tag
 
 from engineroom.field_types import LogitBias, either
 from engineroom.generation.deltas import StreamDelta
-from engineroom.schemas import InferenceRequest, InferenceResponse, TokenLogprob
+from engineroom.schemas import InferenceRequest, InferenceResponse, PromptLogprob, TokenLogprob
 from engineroom.server.apis.openai_logprobs import ENTRIES
 from engineroom.server.apis.request_fields import (
     Number,
@@ -223,14 +223,24 @@ class OpenAIWriter(Writer):
             "id": f"{self.PREFIX}-{call.id}", "created": int(time.time()), "model": request.model,
         }  # fmt: skip
 
-    async def prepare(self, index: int, logprobs: list[TokenLogprob] | None) -> None:
+    async def prepare(
+        self,
+        index: int,
+        logprobs: list[TokenLogprob] | None,
+        prompt_logprobs: list[PromptLogprob] | None,
+    ) -> None:
         """Encode the log probabilities of a whole answer."""
         if self.wants_logprobs and not self._streams:
-            pieces = Pieces[Answer]()
-            for some in taken(logprobs or [], ENTRIES):
+            await self.encode(index, [logprobs or []])
+
+    async def encode(self, index: int, lists: Sequence[list[Any]]) -> None:
+        """Encode lists of log probabilities, one behind the other, as those of an answer."""
+        pieces = Pieces[Answer]()
+        for entries in lists:
+            for some in taken(entries, ENTRIES):
                 await self._rounds.next()
                 pieces.add(self.entries(index, some))
-            self._prepared[index] = pieces.whole()
+        self._prepared[index] = pieces.whole()
 
     @abstractmethod
     def choice(self, response: InferenceResponse, **fields: Any) -> Answer:

@@ -11,8 +11,7 @@ from pydantic import Discriminator, Field, Tag
 from engineroom.field_types import TokenId
 from engineroom.generation.deltas import StreamDelta
 from engineroom.generation.text import Utf8Decoder
-from engineroom.inference.streams import InferenceStream
-from engineroom.schemas import InferenceRequest, InferenceResponse, TokenLogprob
+from engineroom.schemas import InferenceRequest, InferenceResponse, PromptLogprob, TokenLogprob
 from engineroom.server.apis.openai_common import (
     OF_ANTHROPIC,
     Completed,
@@ -22,13 +21,13 @@ from engineroom.server.apis.openai_common import (
     check_choices,
     requests_for,
 )
-from engineroom.server.apis.openai_logprobs import bytes_of
+from engineroom.server.apis.openai_logprobs import ENTRIES, bytes_of
 from engineroom.server.apis.request_fields import parse
 from engineroom.server.apis.routing import SSE, work_route
 from engineroom.server.http.call import Call
-from engineroom.server.http.errors import ApiError, unsupported
+from engineroom.server.http.errors import ApiError
 from engineroom.server.http.exchange import respond
-from engineroom.server.http.frames import Answer
+from engineroom.server.http.frames import Answer, event, slices, taken
 
 __all__ = ["ROUTES", "CompletionRequest"]
 
@@ -62,10 +61,11 @@ class CompletionRequest(OpenAIRequest):
         ),
     ]
     """A text or several, or their token ids, which are refused where the runtime takes none."""
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    """16 unless said."""
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    """16 unless said; 0: none, for the log probabilities of the prompt, or to have it read."""
     echo: bool | None = None
-    """Put the prompt before the text. Not with token ids."""
+    """Put the prompt before the text, and with ``logprobs``, those of its tokens before the
+    text's."""
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     RENAMED: ClassVar[Mapping[str, str]] = {**OpenAIRequest.RENAMED, "prompt_token_ids": "prompt"}
@@ -100,12 +100,13 @@ class CompletionLogprobs(Answer, kw_only=True):
     """Log probabilities of the text's tokens.
 
     :param tokens: texts; ``bytes:`` and the bytes for what is no whole character.
+    :param token_logprobs: ``None`` for the first token of a prompt.
     :param text_offset: characters of the text before each.
     """
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -145,15 +146,6 @@ async def completions(call: Call) -> None:
 def _requests(
     call: Call, request: CompletionRequest, prompts: Sequence[str | list[int]]
 ) -> list[InferenceRequest]:
-    if request.echo and request.logprobs is not None:
-        raise ApiError(
-            400,
-            "logprobs of the prompt are not supported by this server; leave echo or logprobs out",
-            "unsupported_parameter",
-            "echo",
-        )
-    if request.echo and not all(isinstance(prompt, str) for prompt in prompts):
-        raise unsupported("echo with token ids", "echo", "leave echo out, or send text")
     echoed = sum(map(len, prompts)) * (request.n or 1) if request.echo else 0
     if echoed > (most := call.context.settings.max_body_bytes):
         raise ApiError(
@@ -163,7 +155,11 @@ def _requests(
             "echo_too_long",
             "echo",
         )
-    params = {"max_new_tokens": request.max_tokens, "logprobs": request.logprobs}
+    params: dict[str, Any] = {"max_new_tokens": request.max_tokens, "logprobs": request.logprobs}
+    if request.echo:
+        # The text of token ids is told by their entries.
+        as_text = all(isinstance(prompt, str) for prompt in prompts)
+        params["prompt_logprobs"] = request.logprobs if as_text else request.logprobs or 0
     inputs = [
         {"prompt" if isinstance(prompt, str) else "prompt_token_ids": prompt} for prompt in prompts
     ]
@@ -182,9 +178,12 @@ class CompletionWriter(OpenAIWriter):
     ) -> None:
         super().__init__(call, request, request.logprobs is not None, len(prompts))
         n = request.n or 1
-        # What each text begins with.
-        self._echoed = [str(p) if request.echo else "" for p in prompts for _ in range(n)]
-        self._offsets = [_Offsets() for _ in self._echoed]
+        self._echoes = bool(request.echo)
+        of_each = [prompt for prompt in prompts for _ in range(n)]
+        # What each text begins with; of token ids it is not known yet.
+        self._echoed = [p if self._echoes and isinstance(p, str) else "" for p in of_each]
+        self._as_ids = [not isinstance(prompt, str) for prompt in of_each]
+        self._offsets = [_Offsets() for _ in of_each]
 
     def choice(self, response: InferenceResponse, **fields: Any) -> CompletionChoice:
         text = self._echoed[fields["index"]] + (response.generated_text or "")
@@ -193,12 +192,61 @@ class CompletionWriter(OpenAIWriter):
     def addition(self, chunk: str | None) -> dict[str, Any]:
         return {"text": "" if chunk is None or isinstance(chunk, StreamDelta) else chunk}
 
-    def entries(self, index: int, logprobs: Sequence[TokenLogprob]) -> CompletionLogprobs:
+    async def prepare(
+        self,
+        index: int,
+        logprobs: list[TokenLogprob] | None,
+        prompt_logprobs: list[PromptLogprob] | None,
+    ) -> None:
+        """Those of the prompt come first, where it is echoed."""
+        if not self._echoes or self._streams:
+            await super().prepare(index, logprobs, None)
+            return
+        entries = prompt_logprobs or []
+        await self._read_prompt(index, entries)
+        if self.wants_logprobs:
+            await self.encode(index, [entries, logprobs or []])
+
+    async def opening(self, index: int, prompt_logprobs: list[PromptLogprob]) -> bytes:
+        """The prompt, where it is echoed; its log probabilities come in several chunks."""
+        if not self._echoes:
+            return b""
+        await self._read_prompt(index, prompt_logprobs)
+        text = self._echoed[index]
+        if not self.wants_logprobs or not prompt_logprobs:
+            return self.framer(index)(text) if text else b""
+        frames: list[bytes] = []
+        for some in taken(prompt_logprobs, ENTRIES):
+            await self._rounds.next()
+            entries = self.entries(index, some)
+            frames.append(event(self.chunk(index, self.addition(text), logprobs=entries)))
+            text = ""
+        return b"".join(frames)
+
+    async def _read_prompt(self, index: int, entries: Sequence[PromptLogprob]) -> None:
+        """The text of a prompt's tokens, for what is echoed and where in it they are."""
+        texts: list[str] = []
+        if entries and (self.wants_logprobs or self._as_ids[index]):
+            decoder = Utf8Decoder()
+            for some in slices(entries, ENTRIES):
+                await self._rounds.next()
+                texts += [_fed(decoder, entry) for entry in some]
+            texts.append(decoder.finish())
+        text = "".join(texts)
+        if self._as_ids[index]:
+            self._echoed[index] = text
+        elif text:
+            # A tokenizer may put something before the prompt, which is no part of its text.
+            self._offsets[index].skip(len(text) - len(self._echoed[index]))
+
+    def entries(self, index: int, logprobs: Sequence[PromptLogprob]) -> CompletionLogprobs:
         return CompletionLogprobs(
             tokens=[_shown(entry.token, entry.bytes) for entry in logprobs],
             token_logprobs=[entry.logprob for entry in logprobs],
             top_logprobs=[
-                {
+                None
+                if entry.logprob is None
+                else {
                     _shown(token, known): logprob
                     for (_, token, logprob), known in zip(
                         entry.top, entry.top_bytes or repeat(None), strict=False
@@ -209,10 +257,6 @@ class CompletionWriter(OpenAIWriter):
             text_offset=[self._offsets[index].before(entry) for entry in logprobs],
         )
 
-    def begin(self, streams: Sequence[InferenceStream]) -> bytes:
-        """The prompts, where they are echoed."""
-        return b"".join(self.framer(i)(text) for i, text in enumerate(self._echoed) if text)
-
 
 class _Offsets:
     """Counts the characters that one answer's tokens make, which may be halves of them."""
@@ -221,13 +265,21 @@ class _Offsets:
         self._characters = 0
         self._decoder = Utf8Decoder()
 
-    def before(self, entry: TokenLogprob) -> int:
-        """Characters before this token, which is the next one."""
-        before = self._characters
-        known = bytes_of(entry.token, entry.bytes)
-        text = entry.token if known is None else self._decoder.feed(bytes(known))
-        self._characters += len(text)
+    def skip(self, characters: int) -> None:
+        """So many come before the text."""
+        self._characters = -characters
+
+    def before(self, entry: PromptLogprob) -> int:
+        """Characters of the text before this token, which is the next one."""
+        before = max(0, self._characters)
+        self._characters += len(_fed(self._decoder, entry))
         return before
+
+
+def _fed(decoder: Utf8Decoder, entry: PromptLogprob) -> str:
+    """The characters that an answer's next token completes."""
+    known = bytes_of(entry.token, entry.bytes)
+    return entry.token if known is None else decoder.feed(bytes(known))
 
 
 def _shown(token: str, known: Sequence[int] | None) -> str:

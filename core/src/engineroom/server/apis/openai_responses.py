@@ -11,7 +11,13 @@ from pydantic import Field, Tag
 
 from engineroom.field_types import either
 from engineroom.inference.streams import InferenceStream
-from engineroom.schemas import ChatMessage, InferenceRequest, InferenceResponse, TokenLogprob
+from engineroom.schemas import (
+    ChatMessage,
+    InferenceRequest,
+    InferenceResponse,
+    PromptLogprob,
+    TokenLogprob,
+)
 from engineroom.server.apis.openai_common import OF_ANTHROPIC, OpenAISampling
 from engineroom.server.apis.openai_logprobs import encoded
 from engineroom.server.apis.request_fields import (
@@ -284,7 +290,12 @@ class ResponsesWriter(Writer):
         self._streams = bool(request.stream)
         self._entries: list[bytes] = []
 
-    async def prepare(self, index: int, logprobs: list[TokenLogprob] | None) -> None:
+    async def prepare(
+        self,
+        index: int,
+        logprobs: list[TokenLogprob] | None,
+        prompt_logprobs: list[PromptLogprob] | None,
+    ) -> None:
         """Encode the log probabilities of a whole answer."""
         if logprobs and not self._streams:
             self._entries = await encoded(self._rounds, logprobs)

@@ -17,7 +17,12 @@ from typing import ClassVar
 from engineroom.errors import ResourceNotAvailableError
 from engineroom.inference.scope import WAITED_S
 from engineroom.inference.streams import InferenceStream, StreamError
-from engineroom.schemas import InferenceRequest, InferenceResponse, TokenLogprob
+from engineroom.schemas import (
+    InferenceRequest,
+    InferenceResponse,
+    PromptLogprob,
+    TokenLogprob,
+)
 from engineroom.server.http.call import SSE_HEADERS, Call
 from engineroom.server.http.errors import ApiError
 from engineroom.server.http.heartbeat import PING, Heartbeat
@@ -49,12 +54,25 @@ class Writer(ABC):
         """The answers where no stream was asked for."""
         raise NotImplementedError
 
-    async def prepare(self, index: int, logprobs: list[TokenLogprob] | None) -> None:
+    async def prepare(
+        self,
+        index: int,
+        logprobs: list[TokenLogprob] | None,
+        prompt_logprobs: list[PromptLogprob] | None,
+    ) -> None:
         """Encode what is long of an answer, a piece in each round of the loop; called before its
         end, and before :meth:`whole`.
 
         :param logprobs: those of all its tokens, to be taken out of the list.
+        :param prompt_logprobs: those of the prompt's tokens, likewise.
         """
+
+    async def opening(self, index: int, prompt_logprobs: list[PromptLogprob]) -> bytes:
+        """What comes before an answer's first text in a stream.
+
+        :param prompt_logprobs: those of the prompt, to be taken out of the list.
+        """
+        return b""
 
     def begin(self, streams: Sequence[InferenceStream]) -> bytes:
         """What comes before the first text; the prompt was read by then."""
@@ -94,17 +112,21 @@ async def respond(call: Call, requests: Sequence[InferenceRequest], writer: Writ
     else:
         responses = await answer_all(call, requests)
         for index in range(len(responses)):
-            logprobs = _logprobs_of(responses[index])
+            logprobs, of_prompt = _logprobs_of(responses[index])
             # Nothing else may hold them when they are taken: to let go of all at once takes long.
-            responses[index] = responses[index].model_copy(update={"logprobs": None})
-            await writer.prepare(index, logprobs)
+            without = {"logprobs": None, "prompt_logprobs": None}
+            responses[index] = responses[index].model_copy(update=without)
+            await writer.prepare(index, logprobs, of_prompt)
         body = writer.whole(responses)
         call.warn(warning for response in responses for warning in response.warnings)
         await call.answer(200, body)
 
 
-def _logprobs_of(response: InferenceResponse) -> list[TokenLogprob] | None:
-    return None if response.logprobs is None else list(response.logprobs)
+def _logprobs_of(
+    response: InferenceResponse,
+) -> tuple[list[TokenLogprob] | None, list[PromptLogprob] | None]:
+    answer, prompt = response.logprobs, response.prompt_logprobs
+    return None if answer is None else list(answer), None if prompt is None else list(prompt)
 
 
 async def answer_all(call: Call, requests: Sequence[InferenceRequest]) -> list[InferenceResponse]:
@@ -163,7 +185,8 @@ async def admission(call: Call, requests: Sequence[InferenceRequest]) -> AsyncIt
     :raises ApiError: 429: there is none; 408: none became free within the requests' ``timeout_s``.
     """
     first, service = requests[0], call.context.service
-    tokens = sum(r.params.max_new_tokens or _UNKNOWN_LIMIT for r in requests)
+    limits = (r.params.max_new_tokens for r in requests)
+    tokens = sum(_UNKNOWN_LIMIT if limit is None else limit for limit in limits)
     waiting = True
     try:
         async with call.context.limiter.slot(
@@ -195,7 +218,7 @@ async def _stream_one(
         await call.start(200, writer.HEADERS)
     send = call.send
     writer.plain = stream.plain
-    head = writer.begin([stream])
+    head = writer.begin([stream]) + await writer.opening(0, list(stream.prompt_logprobs))
     if writer.wants_logprobs:
         seen = 0
         while chunk is not None and not isinstance(chunk, StreamError):
@@ -229,7 +252,7 @@ async def _stream_one(
         chunk = failed
     response = stream.response
     assert response is not None
-    await writer.prepare(0, _logprobs_of(response))
+    await writer.prepare(0, *_logprobs_of(response))
     if isinstance(chunk, StreamError):
         tail = writer.fail(call.api_error_of(chunk.error), [response])
     else:
@@ -255,6 +278,7 @@ async def _stream_many(
     tasks = [asyncio.create_task(read(i, stream)) for i, stream in enumerate(streams)]
     try:
         seen = [0] * left
+        opened = [False] * left
         head = b""
         while left:
             index, chunk = await queue.get()
@@ -276,19 +300,22 @@ async def _stream_many(
                     await call.start(200, writer.HEADERS)
                 head = writer.begin(streams)
             frame = b""
+            if not opened[index]:
+                opened[index] = True
+                frame = await writer.opening(index, list(streams[index].prompt_logprobs))
             if writer.wants_logprobs:
                 entries = streams[index].logprobs
                 if chunk is not None or len(entries) > seen[index]:
                     text = "" if chunk is None else chunk
-                    frame = writer.text_with_logprobs(index, text, entries[seen[index] :])
+                    frame += writer.text_with_logprobs(index, text, entries[seen[index] :])
                     seen[index] = len(entries)
             elif chunk is not None:
-                frame = frames[index](chunk)
+                frame += frames[index](chunk)
             if chunk is None:
                 left -= 1
                 response = streams[index].response
                 assert response is not None
-                await writer.prepare(index, _logprobs_of(response))
+                await writer.prepare(index, *_logprobs_of(response))
                 frame += writer.finish(index, response)
             await call.send({"type": "http.response.body", "body": head + frame, "more_body": True})
             head = b""

@@ -27,6 +27,7 @@ UNUSUAL: Final[Mapping[str, Any]] = {
     "frequency_penalty": 0.5,
     "logit_bias": {1: -1.0},
     "logprobs": 1,
+    "prompt_logprobs": 1,
     "structured_output": {"regex": "a+"},
 }
 """A value of each field that asks for something."""
@@ -67,7 +68,7 @@ class LimitChecks(Checks):
     @check()
     async def test_max_new_tokens(self, kit: Kit) -> None:
         kit.need("max_new_tokens")
-        for n in (1, 2, 7):
+        for n in (0, 1, 2, 7):
             for did, response in await kit.both(kit.likely(n=n)):
                 count, reason = response.generated_tokens, response.finish_reason
                 if count is None:
@@ -78,6 +79,9 @@ class LimitChecks(Checks):
                         expected=f"{n} tokens, or fewer with the finish reason eos_token",
                         saw=f"{count} tokens with {reason!r}",
                     )
+                if n == 0 and (response.generated_text or reason != "length"):
+                    saw = f"{response.generated_text!r} with {reason!r}"
+                    broken(did=did, expected="no text, and the finish reason 'length'", saw=saw)
                 if count == n and reason not in ("length", "eos_token"):
                     broken(did=did, expected="the finish reason 'length'", saw=repr(reason))
 

@@ -10,6 +10,7 @@ from engineroom.testing.conformance.base import Checks, check
 from engineroom.testing.conformance.bench import again, said
 from engineroom.testing.conformance.kit import Kit
 from engineroom.testing.conformance.outcomes import broken, same, skip
+from engineroom.testing.conformance.ties import LEAST_BOUND, MOST_BOUND
 
 __all__ = ["ParameterChecks"]
 
@@ -186,6 +187,18 @@ class ParameterChecks(Checks):
                 saw=f"{firsts[1]:.3f}",
             )
 
+    @check()
+    async def test_prompt_logprobs(self, kit: Kit) -> None:
+        kit.need("prompt_logprobs")
+        for count in (0, 2):
+            request, tokens = kit.likely(n=2, params={"prompt_logprobs": count}), None
+            for did, response in await kit.both(request):
+                if did.startswith("infer") or response.prompt_tokens is not None:
+                    tokens = tokens or response.prompt_tokens
+                    _of_the_prompt(response, tokens, count, did)
+        if kit.honours("logprobs"):
+            await _as_they_were_generated(kit)
+
 
 async def _has_effect(kit: Kit, name: str, value: float) -> None:
     """A penalty must change some text, greedy or seeded."""
@@ -220,6 +233,56 @@ async def _spares_the_first_token(kit: Kit, name: str, value: float) -> None:
                 expected=f"{plain!r}, as without: there is no generated token yet, and those "
                 "of the prompt do not count",
                 saw=repr(penalised),
+            )
+
+
+def _of_the_prompt(response: InferenceResponse, tokens: int | None, count: int, did: str) -> None:
+    entries = response.prompt_logprobs or []
+    if not entries or len(entries) != tokens:
+        broken(
+            did=did,
+            expected=f"an entry for each of {tokens} tokens of the prompt",
+            saw=f"{len(entries)} entries; {response.cached_prompt_tokens} tokens were cached",
+        )
+    for place, entry in enumerate(entries):
+        values = [value for _, _, value in entry.top]
+        if place == 0:
+            if entry.logprob is not None or values:
+                broken(
+                    did=did,
+                    expected="no log probability of the first token: there is nothing before it",
+                    saw=repr(entry),
+                )
+        elif entry.logprob is None or len(values) != count or values != sorted(values)[::-1]:
+            broken(
+                did=did,
+                expected=f"a log probability and {count} alternatives, the likeliest first",
+                saw=repr(entry),
+            )
+
+
+async def _as_they_were_generated(kit: Kit) -> None:
+    """A text that is given back as a prompt is as likely as it was when it was generated."""
+    first = kit.likely(n=8, params={"logprobs": 0, "prompt_logprobs": 0})
+    response = await kit.bench.answer(first)
+    wrote = response.logprobs or []
+    ids = [entry.token_id for entry in (*(response.prompt_logprobs or ()), *wrote)]
+    again: dict[str, Any] = {"params": {**kit.greedy(), "prompt_logprobs": 0}}
+    if kit.capabilities.prompt_token_ids:
+        again["prompt_token_ids"] = ids
+    else:
+        again["prompt"] = (first.prompt or "") + (response.generated_text or "")
+    second = kit.request(n=1, **again)
+    entries = (await kit.bench.answer(second)).prompt_logprobs or []
+    if [entry.token_id for entry in entries] != ids:
+        return  # the text is read as other tokens; or ids are, which is another rule
+    bound = LEAST_BOUND if kit.settings.batch_invariant else MOST_BOUND
+    for one, other in zip(wrote, entries[len(ids) - len(wrote) :], strict=True):
+        if other.logprob is None or abs(one.logprob - other.logprob) > bound:
+            broken(
+                did=f"infer({said(second)}), the prompt and what came of it before",
+                expected=f"{one.logprob:.3f} for {one.token!r}, as when it was generated",
+                saw=f"{other.logprob} for {other.token!r}",
             )
 
 

@@ -161,6 +161,12 @@ PARAMETERS: Final = {
         "There is an entry for each generated token, with as many alternatives as were asked for, "
         "likeliest first, as the model gave them before bias, penalties and temperature.",
     ),
+    "prompt-logprobs": Rule(
+        "Log probabilities of the prompt are complete",
+        "There is an entry for each of prompt_tokens, whether its work was done before or not, the "
+        "first without a log probability, and the others with those that the same tokens have when "
+        "they are generated.",
+    ),
     "num-beams": Rule(
         "num_beams is honoured",
         "Beam search gives the same text each time, and finds others than the greedy one.",
