@@ -145,7 +145,12 @@ def test_objects_with_far_too_many_fields_are_refused_as_they_are(patient, route
         (MESSAGES, {"system": [5]}, "system.0: Input should be"),
         (RESPONSES, {"input": 5}, "input: must be a text or a list of messages (it is 5)"),
         (RESPONSES, {"input": [{"role": "user"}]}, "input.0.content: Field required"),
-        (EMBEDDINGS, {"input": 5}, "input: must be a text or a list of texts (it is 5)"),
+        (
+            EMBEDDINGS,
+            {"input": 5},
+            "input: must be a text, a list of texts, a list of token ids, "
+            + "or a list of lists of token ids (it is 5)",
+        ),
         (EMBEDDINGS, {"input": ["x", 5]}, "input.1: Input should be a valid string (it is 5)"),
         (COMPLETIONS, {"prompt": ["x", 5]}, "prompt.1: Input should be a valid string (it is 5)"),
         (NATIVE, {"tool_choice": 5}, "tool_choice: must be a word or a tool (it is 5)"),

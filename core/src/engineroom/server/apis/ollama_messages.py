@@ -46,7 +46,7 @@ class OllamaInput(SubSchema):
     content: str | None = None
     thinking: str | None = None
     """What the assistant thought before it."""
-    images: list[Any] | None = None
+    images: Annotated[list[Any], Field(fail_fast=True)] | None = None
     """None: they are refused."""
     tool_calls: Annotated[list[OllamaCalled], Field(fail_fast=True)] | None = None
     tool_name: str | None = None
