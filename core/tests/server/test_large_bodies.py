@@ -148,8 +148,10 @@ def test_objects_with_far_too_many_fields_are_refused_as_they_are(patient, route
         (
             EMBEDDINGS,
             {"input": 5},
-            "input: must be a text, a list of texts, a list of token ids, "
-            + "or a list of lists of token ids (it is 5)",
+            (
+                "input: must be a text, a list of texts, a list of token ids, "
+                "or a list of lists of token ids (it is 5)"
+            ),
         ),
         (EMBEDDINGS, {"input": ["x", 5]}, "input.1: Input should be a valid string (it is 5)"),
         (COMPLETIONS, {"prompt": ["x", 5]}, "prompt.1: Input should be a valid string (it is 5)"),
