@@ -120,11 +120,15 @@ class Neighbours:
     """Clients that mind their own business: streams, one after another, whose text is known.
 
     :param texts: of each prompt, what it is answered when nobody else is there.
+    :param patience_s: after so many seconds the server closes a connection that says nothing.
+    :ivar late: how often it did, since this process was too busy to say something.
     """
 
     port: int
     texts: dict[str, str]
+    patience_s: float
     done: int = 0
+    late: int = 0
     wrong: list[str] = field(default_factory=list)
 
     async def one(self, number: int) -> None:
@@ -134,7 +138,10 @@ class Neighbours:
             prompt = prompts[number % len(prompts)]
             number += 1
             try:
-                text = await streamed(self.port, prompt)
+                text = await streamed(self.port, prompt, self.patience_s)
+            except LateError:
+                self.late += 1
+                continue
             except Exception as error:  # told to the test, with what it was
                 self.wrong.append(f"{prompt!r}: {error!r}"[:500])
                 await asyncio.sleep(0.1)
@@ -158,21 +165,34 @@ class Neighbours:
             await asyncio.wait(tasks)
 
 
-async def neighbours_of(port: int, prompts: int) -> Neighbours:
+async def neighbours_of(port: int, prompts: int, patience_s: float) -> Neighbours:
     """Ask for the texts while nobody else is there."""
     asked = [f"{CANARY} {number}, one of the neighbours" for number in range(prompts)]
-    return Neighbours(port, {prompt: await streamed(port, prompt) for prompt in asked})
+    texts = {prompt: await streamed(port, prompt, patience_s) for prompt in asked}
+    return Neighbours(port, texts, patience_s)
 
 
-async def streamed(port: int, prompt: str) -> str:
-    """The text of a streamed answer."""
+class LateError(Exception):
+    """The connection was there, and this process did not come to send its request in time."""
+
+
+async def streamed(port: int, prompt: str, patience_s: float) -> str:
+    """The text of a streamed answer.
+
+    :raises LateError: the server closed the connection without a word, as it should.
+    """
     data = as_json(
         {"model": "m", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "stream": True}
     )
+    loop = asyncio.get_running_loop()
+    began = loop.time()
     async with connection(port) as (reader, writer):
+        late = loop.time() - began >= 0.9 * patience_s
         writer.write(head("POST", COMPLETIONS.path, len(data)) + data)
         async with asyncio.timeout(2 * LONG_S):
             raw = await reader.read(-1)
+    if late and not raw:
+        raise LateError
     return text_of(raw)
 
 

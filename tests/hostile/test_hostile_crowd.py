@@ -63,7 +63,8 @@ async def visited(
 
     async def visitor() -> None:
         for name, make in makers:
-            for answer in await make()(room.port):
+            visit = await asyncio.to_thread(make)  # a body of megabytes would hold all others up
+            for answer in await visit(room.port):
                 statuses[answer.status] += 1
                 if is_broken(answer):
                     broken.append(f"{name}: {answer.status} {answer.body[:200]!r}")
@@ -89,7 +90,7 @@ async def test_two_hundred_streams_beside_the_whole_corpus(
     file.write_text(json.dumps(deployment(tmp_path, runtime, CONTEXT)), encoding="utf-8")
     sizes: list[int] = []
     async with opened(file, tmp_path, WHOLE.patience_s) as room:
-        neighbours = await neighbours_of(room.port, 8)
+        neighbours = await neighbours_of(room.port, 8, WHOLE.patience_s)
         for number in range(ROUNDS):
             began, done = time.monotonic(), neighbours.done
             async with neighbours.about(CROWD):
@@ -103,7 +104,7 @@ async def test_two_hundred_streams_beside_the_whole_corpus(
             with capsys.disabled():
                 print(
                     f"\n{runtime}: {time.monotonic() - began:.0f} s, "
-                    f"{neighbours.done - done} streams, {sum(statuses.values())} visits "
+                    f"{neighbours.done - done} streams ({neighbours.late} began late), {sum(statuses.values())} visits "
                     f"{dict(statuses)}; {before >> 20} MiB, and "
                     f"{told['rss'] >> 20} without what the allocator keeps"
                 )

@@ -99,8 +99,9 @@ async def stage(
     folder = tmp_path_factory.mktemp(runtime)
     file = folder / "deployment.json"
     file.write_text(json.dumps(deployment(folder, runtime, CONTEXT)), encoding="utf-8")
-    async with opened(file, folder, 3.0 if which == "whole" else 1.5) as room:
-        yield Stage(runtime, which == "whole", room, await neighbours_of(room.port, 8))
+    patience_s = 3.0 if which == "whole" else 1.5
+    async with opened(file, folder, patience_s) as room:
+        yield Stage(runtime, which == "whole", room, await neighbours_of(room.port, 8, patience_s))
 
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
