@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import faulthandler
 import gc
 import json
 import logging
@@ -233,6 +234,7 @@ def come_first() -> None:
 
 
 if __name__ == "__main__":
+    faulthandler.enable()
     come_first()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s %(message)s")
     logging.getLogger("engineroom").setLevel(logging.DEBUG)
