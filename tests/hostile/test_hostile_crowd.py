@@ -104,7 +104,8 @@ async def test_two_hundred_streams_beside_the_whole_corpus(
             with capsys.disabled():
                 print(
                     f"\n{runtime}: {time.monotonic() - began:.0f} s, "
-                    f"{neighbours.done - done} streams ({neighbours.late} began late), {sum(statuses.values())} visits "
+                    f"{neighbours.done - done} streams ({neighbours.late} began late), "
+                    f"{sum(statuses.values())} visits "
                     f"{dict(statuses)}; {before >> 20} MiB, and "
                     f"{told['rss'] >> 20} without what the allocator keeps"
                 )
