@@ -239,17 +239,21 @@ class Scheduler(Generic[_T]):
         items: dict[_T, TokenStep | EngineRoomError] = {}
         places: list[tuple[BatchSlice[_T], int]] = []
         for part in slices:
-            told = self._prompt_step(part, outputs)
-            part.task.cached += part.count - len(part.task.draft)
-            if told is None:
-                batch.without_numbers.append(part.task)
+            task = part.task
+            told: TokenStep | EngineRoomError | None = None
+            tells = task.prompt_logprobs is not None and task.told < task.prompt_tokens
+            if tells := tells and not task.cancelled:
+                told = self._prompt_step(part, outputs)
+            task.cached += part.count - len(task.draft)
+            if tells and told is None:
+                batch.without_numbers.append(task)
             elif isinstance(told, EngineRoomError):
-                items[part.task] = told
-                part.task.cached, part.task.cache_invalid = 0, True
+                items[task] = told
+                task.cached, task.cache_invalid = 0, True
             else:
-                if told.prompt_logprobs:
-                    items[part.task] = told
-                if part.outputs and not part.task.cancelled:
+                if told is not None and told.prompt_logprobs:
+                    items[task] = told
+                if part.outputs and not task.cancelled:
                     places.append((part, 0))
         while places:
             verified: list[tuple[BatchSlice[_T], int]] = []
@@ -280,12 +284,10 @@ class Scheduler(Generic[_T]):
     def _prompt_step(
         part: BatchSlice[_T], outputs: StepOutputs[_T]
     ) -> TokenStep | EngineRoomError | None:
-        """What a slice tells of the prompt; a step without anything: nothing. Else as
-        :meth:`StepOutputs.prompt_scores`.
+        """What a slice tells of the prompt, of which something is still to be told; a step
+        without anything: nothing now. Else as :meth:`StepOutputs.prompt_scores`.
         """
         task = part.task
-        if task.prompt_logprobs is None or task.told >= task.prompt_tokens or task.cancelled:
-            return TokenStep()
         make, entries = outputs.make_logprob, list[PromptLogprob]()
         if not task.told:
             entries.append(first_of_prompt(make, task.tokens[0]))
