@@ -128,7 +128,7 @@ async def test_the_demo_says_what_went_wrong(demo):
     ("arguments", "status", "message"),
     [
         (["--temperature", "9"], 2, "temperature: Input should be less than or equal to 2"),
-        (["--max-new-tokens", "0"], 2, "max_new_tokens: "),
+        (["--max-new-tokens", "-1"], 2, "max_new_tokens: "),
     ],
 )
 def test_the_demo_refuses_what_is_out_of_range(demo, capsys, arguments, status, message):

@@ -16,6 +16,7 @@ import engineroom
 from engineroom import (
     Capabilities,
     ChatMessage,
+    CountRequest,
     DeploymentConfig,
     DeviceMemory,
     DispatchReport,
@@ -43,6 +44,7 @@ from engineroom import (
     PlannedModel,
     PlannedVariant,
     PreloadProgress,
+    PromptLogprob,
     PythonicForm,
     QueueFullError,
     ReasoningDelta,
@@ -57,6 +59,7 @@ from engineroom import (
     ToolCall,
     ToolCallDelta,
     VariantOutcome,
+    VectorSizes,
 )
 
 WAYS: dict[str, Callable[[Any], Any]] = {
@@ -88,6 +91,7 @@ def failed() -> InferenceResponse:
 
 
 CONFIG = ModelConfig(model_id="m", source="echo:", options={"a": [1]})
+PROMPT_LOGPROB = PromptLogprob(token_id=1, token="a", logprob=None, bytes=(97,))
 LOGPROB = TokenLogprob(token_id=1, token="a", logprob=-0.5, top=[(1, "a", -0.5)])
 ANSWER = InferenceResponse(request_id="r", model_id="m", generated_text="a", logprobs=[LOGPROB])
 DEVICE = DeviceMemory("cpu", 4, False, 1, 0, 0, 3, {"m": 1})
@@ -105,6 +109,7 @@ VALUES: list[Any] = [
     DispatchReport("m", "can_load", (HandlerVerdict("echo", "yes", "so"),), "echo", ("note",)),
     HandlerVerdict("echo", "yes", "so"),
     HubSource("owner/name", "file.gguf", "main"),
+    CountRequest(model_id="m", prompt="a"),
     InferenceRequest(model_id="m", prompt="a", metadata={"a": [1]}),
     InferenceRequest(model_id="m", messages=[ChatMessage(role="user", content="a")]),
     ANSWER,
@@ -124,6 +129,7 @@ VALUES: list[Any] = [
     StreamError(QueueFullError("8 wait", request_id="r", model_id="m")),
     StructuredOutput(json_schema={"type": "object"}),
     LOGPROB,
+    PROMPT_LOGPROB,
     NamedTool(name="n"),
     ModelTraits(native=True),
     ReasoningDelta("hm"),
@@ -137,6 +143,7 @@ VALUES: list[Any] = [
     TaggedForm("<p>", ">", "</p>", "</call>"),
     TokenStep((1,), b"a", logprobs=(LOGPROB,), finish="length"),
     VariantOutcome("echo:", "echo", "used"),
+    VectorSizes(4, frozenset({2})),
 ]
 
 

@@ -83,10 +83,10 @@ Ask = Callable[[Bench], InferenceRequest]
 CASES: Final[dict[str, tuple[str | None, Ask]]] = {
     "answered": (None, lambda b: b.request()),
     "a conversation": (None, lambda b: b.chat("hello")),
-    "a prompt that is too long": ("ConfigurationError", lambda b: b.request(LONG)),
-    "a conversation that is too long": ("ConfigurationError", lambda b: b.chat(LONG)),
+    "a prompt that is too long": ("ContextLengthExceededError", lambda b: b.request(LONG)),
+    "a conversation that is too long": ("ContextLengthExceededError", lambda b: b.chat(LONG)),
     "ids that are too many": (
-        "ConfigurationError",
+        "ContextLengthExceededError",
         lambda b: b.request(None, prompt_token_ids=[7] * 5000),
     ),
     "an id that there is not": (
@@ -105,7 +105,7 @@ CASES: Final[dict[str, tuple[str | None, Ask]]] = {
         "ConfigurationError",
         lambda b: b.request(LONG[:100], adapter="nobody"),
     ),
-    "a model for embeddings": ("ConfigurationError", lambda b: b.request(LONG, model_id="e")),
+    "a model for embeddings": ("ContextLengthExceededError", lambda b: b.request(LONG, model_id="e")),
     "no model": ("ModelNotFoundError", lambda b: b.request(LONG, model_id="nobody")),
     "a deadline that is over": ("RequestTimeoutError", lambda b: b.request(timeout_s=1e-9)),
     "a deadline while it works": (
@@ -208,7 +208,7 @@ async def test_nor_those_that_a_full_queue_refuses(bench: Bench) -> None:
 async def test_nor_texts_for_embeddings_and_for_counting(bench: Bench) -> None:
     for texts, fields, error_type in (
         ((LONG[:200], "b"), {}, None),
-        ((LONG[:200], LONG), {}, "ConfigurationError"),
+        ((LONG[:200], LONG), {}, "ContextLengthExceededError"),
         ((LONG, ""), {}, "ConfigurationError"),
         ((LONG,), {"model_id": "m"}, "ConfigurationError"),
         ((LONG,), {"timeout_s": 1e-9}, "RequestTimeoutError"),
@@ -234,8 +234,8 @@ async def test_megabytes_of_refused_prompts_come_back_without_the_collector(benc
     try:
         for _ in range(ROUNDS + 3):
             for ask in (bench.request, bench.chat):
-                assert await bench.streamed(ask(HUGE)) == "ConfigurationError"
-            assert await bench.embed(HUGE) == "ConfigurationError"
+                assert await bench.streamed(ask(HUGE)) == "ContextLengthExceededError"
+            assert await bench.embed(HUGE) == "ContextLengthExceededError"
             sizes.append(process.memory_info().rss)
     finally:
         gc.enable()

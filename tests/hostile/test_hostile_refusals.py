@@ -169,7 +169,7 @@ async def test_only_so_many_bytes_are_in_flight_and_others_are_told_to_come_agai
         for lines, error in refused:
             assert lines.startswith("http/1.1 503 ") and "\r\nretry-after: 1" in lines
             assert error["code"] == "too_many_bytes"
-        assert await streamed(room.port, f"{CANARY}, a small one beside them")
+        assert await streamed(room.port, f"{CANARY}, a small one beside them", PATIENT_S)
         answered = [sender for sender in senders if sender.refusal() is None]
         for sender in answered:
             await sender.send(data[-1:])

@@ -258,7 +258,7 @@ def test_stop_timeout_and_on_unsupported(command, seen):
         (["--frequency-penalty", "-9"], "--frequency-penalty"),
         (["--seed", "-1"], "--seed"),
         (["--num-beams", "0"], "--num-beams"),
-        (["--max-new-tokens", "0"], "--max-new-tokens"),
+        (["--max-new-tokens", "-1"], "--max-new-tokens"),
         (["--max-new-tokens", "many"], "--max-new-tokens"),
         (["--json", "--logprobs", "21"], "--logprobs"),
         (["--logprobs", "2"], "--json"),

@@ -577,7 +577,7 @@ CALLED = {"id": "c", "type": "function", "function": {"name": "f", "arguments": 
         ("/v1/inference", {"prompt": "a", "messages": [SAID]}),
         ("/v1/inference", {"prompt": "a", "priority": 101}),
         ("/v1/inference", {"prompt": "a", "timeout_s": 0}),
-        ("/v1/inference", {"prompt": "a", "params": {"max_new_tokens": 0}}),
+        ("/v1/inference", {"prompt": "a", "params": {"max_new_tokens": -1}}),
     ],
 )  # fmt: skip
 def test_what_is_refused_is_so_by_the_description_as_well(shared, path, body):

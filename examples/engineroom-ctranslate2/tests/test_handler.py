@@ -90,12 +90,12 @@ async def test_messages_are_the_text_that_the_template_makes_of_them(make, greed
 
     refused = InferenceRequest(
         model_id="m",
-        messages=[*messages, ChatMessage(role="assistant", content="forbidden")],
+        messages=[*messages, ChatMessage(role="assistant", content="forbidden"), *messages],
         params=greedy(),
     )
     response = await bench.service.infer(refused)
     assert response.error_type == "ConfigurationError"
-    assert "not that here (roles: user → assistant)" in response.error_message
+    assert "not that here (roles: user → assistant → user)" in response.error_message
 
 
 async def test_the_context_bounds_prompt_and_text(make, greedy):

@@ -40,6 +40,7 @@ DEFAULTS: dict[str, Any] = {
     "rope_freq_base": None,
     "rope_freq_scale": None,
     "normalize": True,
+    "matryoshka": None,
     "chat_template": None,
     "reasoning_format": None,
     "tool_format": None,

@@ -17,6 +17,7 @@ DEFAULTS: dict[str, Any] = {
     "n_parallel": None,
     "max_queue": 256,
     "runner": "auto",
+    "matryoshka": None,
     "tool_format": None,
     "reasoning_format": None,
     "dtype": "auto",

@@ -149,7 +149,7 @@ def _limit(text: str) -> int | None:
         return int(text)
     except ValueError as error:
         raise CommandError(
-            f"--max-new-tokens takes a whole number from 1, or 'none' for no limit but the "
+            f"--max-new-tokens takes a whole number from 0, or 'none' for no limit but the "
             f"context, not {text!r}"
         ) from error
 

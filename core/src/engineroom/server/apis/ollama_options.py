@@ -73,6 +73,12 @@ _Whole = Annotated[int, BeforeValidator(_integral)]
 """Some clients write numbers with a point, whole or not."""
 
 
+def _is_not_zero(value: int) -> int:
+    if value == 0:
+        raise ValueError("must be above 0, or below it for as many as there is room for")
+    return value
+
+
 def seconds_of(value: float | str) -> float:
     """``keep_alive`` in seconds; below zero is forever.
 
@@ -117,8 +123,16 @@ class OllamaOptions(FewFields, SubSchema):
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     seed: Annotated[_Whole, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     """Below zero: a fresh one, as without it."""
-    num_predict: Annotated[_Whole, Field(ge=-2)] | None = None
-    """Most tokens to generate; below zero, and unless said: until the context is full."""
+    num_predict: (
+        Annotated[
+            _Whole,
+            Field(ge=-2, json_schema_extra={"not": {"const": 0}}),
+            AfterValidator(_is_not_zero),
+        ]
+        | None
+    ) = None
+    """Most tokens to generate; below zero, and unless said: until the context is full.
+    0 is refused: Ollama does not write down what it means."""
     stop: (
         Annotated[
             Annotated[str, Tag("(text)")] | Annotated[StopList, Tag("(texts)")],
