@@ -105,7 +105,10 @@ CASES: Final[dict[str, tuple[str | None, Ask]]] = {
         "ConfigurationError",
         lambda b: b.request(LONG[:100], adapter="nobody"),
     ),
-    "a model for embeddings": ("ContextLengthExceededError", lambda b: b.request(LONG, model_id="e")),
+    "a model for embeddings": (
+        "ContextLengthExceededError",
+        lambda b: b.request(LONG, model_id="e"),
+    ),
     "no model": ("ModelNotFoundError", lambda b: b.request(LONG, model_id="nobody")),
     "a deadline that is over": ("RequestTimeoutError", lambda b: b.request(timeout_s=1e-9)),
     "a deadline while it works": (

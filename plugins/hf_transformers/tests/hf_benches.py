@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from engineroom import (
     EngineRoomError,
     GenerationParams,
@@ -18,6 +20,7 @@ from engineroom import (
     LLMModelManager,
     ModelConfig,
 )
+from engineroom.memory import give_back_memory
 from engineroom_hf_transformers import HfTransformersOptions, HuggingFaceTransformersHandler
 from engineroom_hf_transformers.engine import HfEngine
 from engineroom_hf_transformers.loading import Parts, load_parts
@@ -295,3 +298,25 @@ class Bench:
 
     async def idle(self) -> None:
         await idle(self.engine)
+
+
+def growth_of_cycles(path: Path, cycles: int) -> int:
+    """Bytes by which this process grows over so many loads and unloads, after four others."""
+    handler = HuggingFaceTransformersHandler()
+
+    async def after(number: int) -> int:
+        for _ in range(number):
+            config = ModelConfig(model_id="m", source=str(path), options=EXACT)
+            loaded = await handler.load_model(config)
+            for params in ({}, {"num_beams": 2}, {"temperature": 1.0}):
+                request = ask("x" * 100, **({"max_new_tokens": 2, "logit_bias": NO_END} | params))
+                assert (await handler.infer(loaded, request)).generated_tokens is not None
+            await handler.unload_model(loaded)
+        assert not generate_threads()
+        give_back_memory()  # what the allocator holds free is not kept by anybody
+        return int(psutil.Process().memory_info().rss)
+
+    async def measured() -> int:
+        return -(await after(4)) + await after(cycles)
+
+    return asyncio.run(measured())

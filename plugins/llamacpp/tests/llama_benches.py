@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from typing import Any, Final
 
 import pytest
 
-from engineroom import GenerationParams, InferenceRequest
+from engineroom import GenerationParams, InferenceRequest, InferenceResponse
 from engineroom_llamacpp import moving
+from engineroom_llamacpp.context import LlamaContext
 from engineroom_llamacpp.engine import LlamaEngine
 
 EOS: Final = 2
@@ -50,3 +53,25 @@ def no_leak(engine: LlamaEngine) -> None:
     assert sorted(sequences._free) == list(range(sequences.count))
     assert sequences.cells.used == 0
     assert [context.length(index) for index in range(sequences.count)] == [0] * sequences.count
+
+
+async def together(bench: Any, requests: list[InferenceRequest]) -> list[InferenceResponse]:
+    """Answers of requests that are all there before the first step, however busy the machine."""
+    here = threading.Event()
+    decode = LlamaContext.decode
+
+    def held(context: LlamaContext) -> int:
+        here.wait(30)
+        return decode(context)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LlamaContext, "decode", held)
+        tasks = [asyncio.create_task(bench.service.infer(request)) for request in requests]
+        await bench.until(
+            lambda: (
+                (health := bench.engine.health()).num_requests_running + health.num_requests_waiting
+                == len(requests)
+            )
+        )
+        here.set()
+        return await asyncio.gather(*tasks)

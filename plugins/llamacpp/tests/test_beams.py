@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from llama_benches import EOS, EXACT, NO_END, ask
+from llama_benches import EOS, EXACT, NO_END, ask, together
 
 from engineroom_llamacpp.context import LlamaContext
 from engineroom_llamacpp.model import LlamaModel
@@ -149,11 +149,8 @@ async def test_a_search_that_had_to_wait_finds_the_same(make: Make) -> None:
     requests = [ask(f"{i} is long", max_new_tokens=80) for i in range(3)]
     requests.append(ask("beams", num_beams=3, max_new_tokens=60))
     expected = [(await roomy.service.infer(r)).generated_text for r in requests]
-    for _ in range(20):  # on a busy machine one may have ended before the next is there
-        answers = await asyncio.gather(*(tight.service.infer(r) for r in requests))
-        assert [r.generated_text for r in answers] == expected
-        if tight.engine.preemptions:
-            break
+    answers = await together(tight, requests)
+    assert [r.generated_text for r in answers] == expected
     assert tight.engine.preemptions > 0
     await tight.idle()
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from llama_benches import EXACT, ask
+from llama_benches import EXACT, ask, together
 from llama_bert import write_bert
 
 from engineroom import LoadedModel, ModelConfig
@@ -118,9 +117,7 @@ async def test_with_little_room_requests_do_wait_for_each_other(
 ) -> None:
     """Else the suite above would be another run of the same."""
     bench = await make(**TestLittleRoom.options)
-    answers = await asyncio.gather(
-        *(bench.service.infer(ask(f"{i}", max_new_tokens=60)) for i in range(8))
-    )
+    answers = await together(bench, [ask(f"{i}", max_new_tokens=60) for i in range(8)])
     assert [answer.generated_tokens for answer in answers] == [60] * 8
     assert bench.engine.preemptions > 0
     await bench.idle()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llama_benches import EOS, ask
+from llama_benches import EOS, ask, together
 
 from engineroom import ConfigurationError
 from engineroom_llamacpp import LlamaCppHandler
@@ -129,7 +129,7 @@ async def test_with_little_room_answers_are_the_same(make: Make, tiny_model: Pat
     bench = await make(n_ctx=256, n_parallel=4, n_batch=16, draft_model=str(tiny_model))
     requests = [ask(f"request number {i}", max_new_tokens=150) for i in range(4)]
     expected = [(await plain.service.infer(r)).generated_text for r in requests]
-    found = await asyncio.gather(*map(bench.service.infer, requests))
+    found = await together(bench, requests)
     assert [r.generated_text for r in found] == expected
     assert bench.engine.preemptions > 0
     assert bench.engine.scheduler.accepted > 0

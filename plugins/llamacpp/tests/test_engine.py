@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from llama_benches import EOS, NO_END, ask
+from llama_benches import EOS, NO_END, ask, together
 
 from engineroom import (
     ChatMessage,
@@ -279,7 +279,7 @@ async def test_when_cells_run_out_the_youngest_waits_and_nobody_notices(make: Ma
     tight = await make(n_ctx=256, n_parallel=4)
     requests = [ask(f"request number {i}", max_new_tokens=150) for i in range(4)]
     expected = [(await roomy.service.infer(r)).generated_text for r in requests]
-    found = await asyncio.gather(*(tight.service.infer(r) for r in requests))
+    found = await together(tight, requests)
     assert tight.engine.preemptions > 0
     assert [r.generated_text for r in found] == expected
     assert [r.generated_tokens for r in found] == [150] * 4
@@ -296,7 +296,7 @@ async def test_a_sampled_request_that_was_set_back_goes_on_as_if_nothing_happene
         for i in range(4)
     ]
     expected = [(await roomy.service.infer(r)).generated_text for r in requests]
-    found = await asyncio.gather(*(tight.service.infer(r) for r in requests))
+    found = await together(tight, requests)
     assert tight.engine.preemptions > 0
     assert [r.generated_text for r in found] == expected
 

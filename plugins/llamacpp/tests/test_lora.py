@@ -10,6 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from llama_benches import together
 
 from engineroom import ConfigurationError, GenerationParams, InferenceRequest
 
@@ -136,7 +137,7 @@ async def test_adapters_take_turns_under_preemption(make: Make, write: Write) ->
     requests = [ask(name, "z" * 20, 60) for name in ("a3", "a4", None, "a3", "a4", None)]
     wanted = [(await bench.service.infer(each)).generated_text for each in requests[:3]] * 2
     again = [each.model_copy(update={"request_id": f"r{i}"}) for i, each in enumerate(requests)]
-    found = await asyncio.gather(*(bench.service.infer(each) for each in again))
+    found = await together(bench, again)
     assert [each.generated_text for each in found] == wanted
     assert bench.engine.preemptions > 0
     await bench.idle()

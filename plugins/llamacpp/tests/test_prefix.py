@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llama_benches import ask
+from llama_benches import ask, together
 
-from engineroom import InferenceRequest, InferenceResponse
 from engineroom_llamacpp.context import LlamaContext
 
 Make = Callable[..., Awaitable[Any]]
@@ -29,28 +28,6 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(LlamaContext, "decode", noted)
     return sizes
-
-
-async def together(bench: Any, requests: list[InferenceRequest]) -> list[InferenceResponse]:
-    """Answers of requests that are all there before the first step, however busy the machine."""
-    here = threading.Event()
-    decode = LlamaContext.decode
-
-    def held(context: LlamaContext) -> int:
-        here.wait(30)
-        return decode(context)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LlamaContext, "decode", held)
-        tasks = [asyncio.create_task(bench.service.infer(request)) for request in requests]
-        await bench.until(
-            lambda: (
-                (health := bench.engine.health()).num_requests_running + health.num_requests_waiting
-                == len(requests)
-            )
-        )
-        here.set()
-        return await asyncio.gather(*tasks)
 
 
 async def test_a_prompt_that_was_there_is_not_computed_again(

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from llama_benches import EXACT, ask, move_eagerly
+from llama_benches import EXACT, ask, move_eagerly, together
 
 from engineroom import InferenceResponse
 from engineroom_llamacpp import context as contexts
@@ -92,7 +92,7 @@ async def test_who_gives_way_is_told_of_each_token_once(make: Make) -> None:
     room = len(expected) * 5 // 2
     bench = await make(n_ctx=room, n_parallel=4, kv_unified=True, **EXACT)
     requests = [ask(TEXT, prompt_logprobs=0, max_new_tokens=room // 3) for _ in range(4)]
-    for answer in await asyncio.gather(*map(bench.service.infer, requests)):
+    for answer in await together(bench, requests):
         are_close(scores(answer), expected)
     assert bench.engine.preemptions > 0
 
