@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import httpx
 import pytest
 
 pytest.importorskip("uvicorn", reason="needs the extra engineroom[server]")
 pytest.importorskip("msgspec", reason="needs the extra engineroom[server]")
+pytest.importorskip("httpx", reason="needs httpx")
+
+import httpx
 
 CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
 QUESTION = {"role": "user", "content": "a"}
