@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from typing import Any, Final
+from collections.abc import Coroutine, Sequence
+from typing import Any, Final, TypeVar
 
 import pytest
 
@@ -13,6 +14,7 @@ from engineroom_llamacpp import moving
 from engineroom_llamacpp.context import LlamaContext
 from engineroom_llamacpp.engine import LlamaEngine
 
+T = TypeVar("T")
 EOS: Final = 2
 NO_END: Final = {EOS: -100.0}
 """Keeps the tiny model from ending by itself."""
@@ -57,6 +59,11 @@ def no_leak(engine: LlamaEngine) -> None:
 
 async def together(bench: Any, requests: list[InferenceRequest]) -> list[InferenceResponse]:
     """Answers of requests that are all there before the first step, however busy the machine."""
+    return await begun_together(bench, [bench.service.infer(request) for request in requests])
+
+
+async def begun_together(bench: Any, asking: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """What comes of those that send one request each, which are all there before the first step."""
     here = threading.Event()
     decode = LlamaContext.decode
 
@@ -66,11 +73,11 @@ async def together(bench: Any, requests: list[InferenceRequest]) -> list[Inferen
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LlamaContext, "decode", held)
-        tasks = [asyncio.create_task(bench.service.infer(request)) for request in requests]
+        tasks = [asyncio.create_task(each) for each in asking]
         await bench.until(
             lambda: (
                 (health := bench.engine.health()).num_requests_running + health.num_requests_waiting
-                == len(requests)
+                == len(tasks)
             )
         )
         here.set()

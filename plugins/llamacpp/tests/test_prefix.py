@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llama_benches import ask, together
+from llama_benches import ask, begun_together, together
 
 from engineroom_llamacpp.context import LlamaContext
 
@@ -333,25 +333,8 @@ async def test_a_short_prompt_does_not_wait_for_long_ones_before_it(make: Make) 
         assert response.error_message is None
         ends.append(name)
 
-    here = threading.Event()
-    decode = LlamaContext.decode
-
-    def held(context: LlamaContext) -> int:
-        here.wait(30)
-        return decode(context)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LlamaContext, "decode", held)
-        prompts = {name: name * 1000 for name in "xyz"} | {"short": "a short one"}
-        tasks = [asyncio.create_task(read(*item)) for item in prompts.items()]
-        await bench.until(
-            lambda: (
-                (health := bench.engine.health()).num_requests_running + health.num_requests_waiting
-                == 4
-            )
-        )
-        here.set()
-        await asyncio.gather(*tasks)
+    prompts = {name: name * 1000 for name in "xyz"} | {"short": "a short one"}
+    await begun_together(bench, [read(*item) for item in prompts.items()])
     assert ends[0] == "short"
     await bench.idle()
 
