@@ -200,6 +200,29 @@ def test_formats_that_no_grammar_has_are_left_out_of_tools_with_a_warning():
     assert warning.startswith("tools.0.function.parameters.properties.city.items: the format 'iri'")
 
 
+@pytest.mark.parametrize(
+    ("schema", "told"),
+    [
+        ({"properties": {f"p{number}": {"format": "iri"} for number in range(4000)}}, 17),
+        ({"allOf": [{}] * 12_000 + [{"format": "iri"}]}, 1),
+    ],
+    ids=["many", "far behind"],
+)
+def test_formats_of_tools_are_looked_for_as_far_as_the_event_loop_can_wait(schema, told):
+    request = InferenceRequest(
+        model_id="m",
+        messages=[{"role": "user", "content": "a"}],
+        tools=[{"name": "f", "parameters": {"type": "object", **schema}}],
+        tool_choice="required",
+    )
+    *formats, further = PLAIN.warnings(request)
+    assert all("the format 'iri' of tool 'f' is not kept to" in warning for warning in formats)
+    assert further == (
+        "tools.0.function.parameters: further formats may not be kept to, here and in later tools"
+    )
+    assert len(formats) + 1 == told
+
+
 def test_what_only_a_chat_template_can_be_told_is_warned_of_where_there_is_a_prompt() -> None:
     fields = {"reasoning": "high", "reasoning_budget": 3, "template_args": {"a": 1}}
     request = InferenceRequest(model_id="m", prompt="a", **fields)

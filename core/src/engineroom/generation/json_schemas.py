@@ -9,7 +9,15 @@ from collections.abc import Iterator, Mapping
 from itertools import takewhile
 from typing import Any, Final
 
-__all__ = ["endless", "place_of", "pointed_at", "reference_steps", "unkept", "without_formats"]
+__all__ = [
+    "endless",
+    "is_unkept",
+    "place_of",
+    "pointed_at",
+    "reference_steps",
+    "subschemas",
+    "without_formats",
+]
 
 _Path = tuple[str, ...]
 _MAPS: Final = ("properties", "patternProperties", "dependentSchemas")
@@ -19,6 +27,8 @@ _ALONE: Final = (
     "propertyNames", "unevaluatedItems", "unevaluatedProperties",
 )  # fmt: skip
 _DEFINITIONS: Final = ("$defs", "definitions")
+_HOLDING: Final = frozenset((*_MAPS, *_LISTS, *_ALONE, *_DEFINITIONS))
+"""The keys that hold other schemas."""
 _KEPT_FORMATS: Final = frozenset(
     ["date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"]
 )
@@ -39,16 +49,25 @@ _UNKEPT_FORMATS: Final = frozenset(
 
 
 def subschemas(schema: Any) -> Iterator[tuple[_Path, dict[str, Any]]]:
-    """A schema and all that is in it, each with its path; definitions last."""
-    todo: list[tuple[_Path, Any]] = [((), schema)]
+    """A schema and all that is in it, each with its path; definitions last. Lazily: who stops
+    early has waited for no more than what came.
+    """
+    todo: list[Iterator[tuple[_Path, Any]]] = [iter([((), schema)])]
+    paths: list[_Path] = [()]
     while todo:
-        path, node = todo.pop()
-        if isinstance(node, dict):
+        if (found := next(todo[-1], None)) is None:
+            todo.pop()
+            paths.pop()
+        elif isinstance(node := found[1], dict):
+            path = (*paths[-1], *found[0])
             yield path, node
-            todo += reversed([((*path, *step), part) for step, part in _parts(node)])
+            todo.append(_parts(node))
+            paths.append(path)
 
 
 def _parts(node: Mapping[str, Any], definitions: bool = True) -> Iterator[tuple[_Path, Any]]:
+    if _HOLDING.isdisjoint(node):  # most nodes, of wide schemas
+        return
     for key in (*_MAPS, *(_DEFINITIONS if definitions else ())):
         if isinstance(parts := node.get(key), Mapping):
             yield from (((key, str(name)), part) for name, part in parts.items())
@@ -158,11 +177,9 @@ def without_formats(schema: dict[str, Any], *, strict: bool) -> dict[str, Any]:
     return schema
 
 
-def unkept(schema: Any) -> Iterator[tuple[_Path, str]]:
-    """The formats of JSON Schema itself that are not kept to: where each is, and its name."""
-    for path, node in subschemas(schema):
-        if isinstance(name := node.get("format"), str) and name in _UNKEPT_FORMATS:
-            yield path, name
+def is_unkept(name: Any) -> bool:
+    """Whether it is a format of JSON Schema itself that is not kept to."""
+    return isinstance(name, str) and name in _UNKEPT_FORMATS
 
 
 # ── mistakes ─────────────────────────────────────────────────────────────────────────────────

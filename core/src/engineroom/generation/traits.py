@@ -10,7 +10,7 @@ from engineroom.errors import ConfigurationError
 from engineroom.generation.answer_grammars import Thoughts, answer_grammar
 from engineroom.generation.call_forms import ChannelForm, ReasoningFormat, ToolFormat
 from engineroom.generation.continued import Continued, continued_message, open_call
-from engineroom.generation.json_schemas import unkept
+from engineroom.generation.json_schemas import is_unkept, subschemas
 from engineroom.generation.output_events import OutputReader
 from engineroom.generation.tool_formats import GENERIC
 from engineroom.generation.tool_grammars import writable
@@ -18,6 +18,11 @@ from engineroom.schemas import InferenceRequest
 from engineroom.tools import callable_tools
 
 __all__ = ["PLAIN", "ModelTraits"]
+
+_LOOKED_AT: Final = 10_000
+"""Most parts of tools' schemas that are looked through for formats."""
+_TOLD: Final = 16
+"""Most formats of a request of which its answer tells."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,10 +133,7 @@ class ModelTraits:
         elif request.reasoning and self._has_answer_begun(request):
             yield "reasoning was ignored: the message that is continued has its answer begun"
         if request.requires_call:
-            for name, tool in callable_tools(request.offered_tools or ()).items():
-                for path, form in () if tool.strict else unkept(tool.parameters):
-                    where = ".".join((tool.field, *path))
-                    yield f"{where}: the format {form!r} of tool {name!r} is not kept to"
+            yield from _formats_in_vain(request)
 
     def thoughts(self, request: InferenceRequest, tail: str | None) -> Thoughts | None:
         """What stands around the reasoning of the answer; ``None``: there is none.
@@ -148,6 +150,22 @@ class ModelTraits:
         if tail.endswith(reasoning.end) or request.reasoning is False:
             return None
         return Thoughts(reasoning.begin, reasoning.end)
+
+
+def _formats_in_vain(request: InferenceRequest) -> Iterator[str]:
+    """The formats of tools that no grammar keeps to. The event loop waits for this."""
+    left, told = _LOOKED_AT, 0
+    for name, tool in callable_tools(request.offered_tools or ()).items():
+        nodes = iter(()) if tool.strict else subschemas(tool.parameters)
+        for path, node in nodes:
+            left -= 1
+            if left < 0 or told == _TOLD:
+                yield f"{tool.field}: further formats may not be kept to, here and in later tools"
+                return
+            if is_unkept(form := node.get("format")):
+                told += 1
+                where = ".".join((tool.field, *path))
+                yield f"{where}: the format {form!r} of tool {name!r} is not kept to"
 
 
 PLAIN: Final = ModelTraits()
