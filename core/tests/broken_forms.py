@@ -62,15 +62,6 @@ def structured_output__no_kind():
 
 
 @defect
-def structured_seeds():
-    class Broken(_Claims):
-        claims = frozenset({"structured_output"})
-        kinds = frozenset({"json_schema"})
-
-    return Broken
-
-
-@defect
 def tool_calls():
     class Broken(FormsToy):
         """A tool that was not offered."""
@@ -122,6 +113,17 @@ def structured_output__unknown_kind():
             return dataclasses.replace(
                 super().capabilities(), structured_output=frozenset({"regex", "xml"})
             )
+
+    return Broken
+
+
+@defect
+def structured_seeds():
+    class Broken(_Forgets):
+        """A form is forgotten where it is hot."""
+
+        def forgets(self, params):
+            return params.structured_output is not None and (params.temperature or 0) > 1
 
     return Broken
 
@@ -203,8 +205,13 @@ def tool_calls__told_in_vain():
 @defect
 def tool_calls__results():
     class Broken(_OwnTools):
+        """What tools returned is told without its text."""
+
         def history(self, request):
-            return [message for message in request.messages if message.role != "tool"]
+            return [
+                message.model_copy(update={"content": ""}) if message.role == "tool" else message
+                for message in request.messages
+            ]
 
     return Broken
 

@@ -40,10 +40,6 @@ ALSO: dict[str, tuple[set[str], str]] = {
         {"hostile-grammar-neighbour"},
         "what knows of no grammar cannot refuse one that is none",
     ),
-    "structured-seeds": (
-        {"hostile-grammar-neighbour"},
-        "what knows of no grammar cannot refuse one that is none",
-    ),
     "prompt-too-long": (
         {"prompt-token-ids-refused"},
         "token ids that are too many are a prompt that is too long",
