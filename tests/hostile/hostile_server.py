@@ -23,7 +23,6 @@ import os
 import sys
 import threading
 import time
-import traceback
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,6 +31,7 @@ import psutil
 from engineroom import LLMInferenceService, LLMModelManager
 from engineroom.server.runner import EngineRoomServer, bind, loop_factory
 from engineroom.server.settings import ServerSettings
+from engineroom.stacks import stacks
 
 logger = logging.getLogger("hostile_server")
 
@@ -58,6 +58,9 @@ class Waits:
             return 0.0
         _, waited_ns, _ = os.pread(self._file, 100, 0).split()
         return int(waited_ns) / 1e9
+
+
+WAITING: Final = ("wait", "_worker", "get", "main", "accept", "select")
 
 
 class Beat:
@@ -100,20 +103,15 @@ class Beat:
                 self._seen = (last, self._stacks())
 
     def _stacks(self) -> str:
-        frames = sys._current_frames()
-        del frames[threading.get_ident()]  # this one, which would keep all of them alive
+        threads = stacks()
+        threads.pop(threading.get_ident(), None)
         names = {thread.ident: thread.name for thread in threading.enumerate()}
         shown = []
-        for ident, frame in frames.items():
-            calls = traceback.extract_stack(frame)
+        for ident, calls in threads.items():
             if ident == self._loop_thread:
-                line = " < ".join(
-                    f"{Path(c.filename).stem}:{c.lineno} {c.name}" for c in calls[:-9:-1]
-                )
-                shown.insert(0, line)
-            elif calls[-1].name not in ("wait", "_worker", "get", "main", "accept", "select"):
-                last = calls[-1]
-                shown.append(f"{names.get(ident)}: {Path(last.filename).stem}:{last.lineno}")
+                shown.insert(0, " < ".join(map(str, calls[:8])))
+            elif calls and calls[0].function not in WAITING:
+                shown.append(f"{names.get(ident)}: {calls[0]}")
         return " | ".join(shown)
 
     def _on_collection(self, phase: str, info: dict[str, int]) -> None:

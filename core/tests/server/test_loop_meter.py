@@ -91,7 +91,7 @@ def test_the_log_names_the_place_and_the_work(caplog, every_line):
 
     asyncio.run(work())
     (line,) = [line for line in lines(caplog) if "stand_still" in line]
-    assert "test_loop_meter:" in line and " stand_still < " in line and ".busy" in line
+    assert "test_loop_meter:" in line and " stand_still < " in line and " busy" in line
     assert line.endswith("at work: the one that works")
     assert caplog.records[-1].levelno == logging.WARNING
 
@@ -130,7 +130,7 @@ def test_a_thread_that_does_not_let_go_of_the_interpreter_is_named(caplog, every
         sum(range(80_000_000))
 
     asyncio.run(work())
-    assert any("nothing ran on the loop" in line and ".hold" in line for line in lines(caplog))
+    assert any("nothing ran on the loop" in line and " hold" in line for line in lines(caplog))
 
 
 def test_the_server_tells_its_lag(start, caplog):
@@ -164,8 +164,8 @@ def test_a_request_that_holds_the_loop_is_named(start, caplog, every_line):
             headers={"x-request-id": "mine"},
         )
         assert answer.status_code == 200
-        run.until(lambda: any("Slow._talk" in line for line in lines(caplog)), "the line")
-    line = next(line for line in lines(caplog) if "Slow._talk" in line)
+        run.until(lambda: any(" _talk" in line for line in lines(caplog)), "the line")
+    line = next(line for line in lines(caplog) if " _talk" in line)
     assert f"POST /v1/chat/completions (request {answer.headers['x-request-id']!r}" in line
     assert "key 'anonymous'" in line
     assert "secret" not in line

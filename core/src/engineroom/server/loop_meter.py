@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
+from itertools import takewhile
 from typing import Any, Final, Protocol
 
 from engineroom.border import get_logger
+from engineroom.stacks import Call, stacks
 
 __all__ = ["BEAT_S", "WARN_S", "LoopMeter", "Work"]
 
@@ -186,41 +186,28 @@ class LoopMeter:
                 return
 
     def _place(self) -> str:
-        frame = _frames().get(self._loop_thread)
-        if frame is not None and _module(frame) not in _LOOPS_OWN:
-            lines: list[str] = []
-            while (
-                frame is not None and len(lines) < _MOST_FRAMES and _module(frame) not in _LOOPS_OWN
-            ):
-                lines.append(_line(frame))
-                frame = frame.f_back
-            return " < ".join(lines)
-        return _threads_but(self._loop_thread)
+        threads = stacks()
+        own = threads.get(self._loop_thread, [])[:_MOST_FRAMES]
+        lines = [str(call) for call in takewhile(lambda call: call.module not in _LOOPS_OWN, own)]
+        return " < ".join(lines) or _others(threads, self._loop_thread)
 
     def _work_that_runs(self) -> list[Work]:
         tasks = list(self.at_work.items())
         return [item for item, task in tasks if getattr(task.get_coro(), "cr_running", False)]
 
 
-def _module(frame: FrameType) -> str:
-    return str(frame.f_globals.get("__name__", "?"))
-
-
-def _line(frame: FrameType) -> str:
-    return f"{_module(frame)}:{frame.f_lineno} {frame.f_code.co_qualname}"
-
-
-def _frames() -> dict[int, FrameType]:
-    return sys._current_frames()
-
-
 def _threads_but(loop_thread: int) -> str:
+    return _others(stacks(), loop_thread)
+
+
+def _others(threads: dict[int, list[Call]], loop_thread: int) -> str:
     """Where others are that do not wait: one may not have let go of the interpreter."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
+    ours = (loop_thread, threading.get_ident())
     places = [
-        f"{names.get(ident, '?')} at {_line(frame)}"
-        for ident, frame in _frames().items()
-        if ident not in (loop_thread, threading.get_ident()) and _module(frame) not in _WAITING
+        f"{names.get(ident, '?')} at {calls[0]}"
+        for ident, calls in threads.items()
+        if calls and ident not in ours and calls[0].module not in _WAITING
     ]
     if not places:
         return ""

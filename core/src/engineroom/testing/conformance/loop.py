@@ -8,15 +8,14 @@ goes on or ends by itself.
 from __future__ import annotations
 
 import asyncio
-import sys
 import threading
-import traceback
-from collections.abc import AsyncGenerator, Awaitable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Coroutine, Sequence
 from contextlib import suppress
 from types import FrameType
 from typing import Any, Final, TypeVar
 
 from engineroom.border import is_interrupt, words
+from engineroom.stacks import Call, stacks
 from engineroom.testing.conformance.clock import Clock
 from engineroom.testing.conformance.outcomes import HungError, LoopLostError
 
@@ -119,8 +118,8 @@ class LoopThread:
         self._longest = max(self._longest, silent)
         if silent < NOTICE_S:
             return
-        frame = sys._current_frames().get(self._thread.ident or 0)
-        place = _place(frame) if frame is not None else "(its thread has ended)"
+        calls = stacks().get(self._thread.ident or 0)
+        place = _place(calls) if calls else "(its thread has ended)"
         if silent > self._noticed:
             self._noticed, self._place = silent, place
         if silent > self._silence_s:
@@ -160,13 +159,10 @@ async def _wind_up() -> None:
     await asyncio.get_running_loop().shutdown_asyncgens()
 
 
-def _place(frame: FrameType | None) -> str:
-    """Where a thread stands: the innermost frame that is not of asyncio, else the innermost."""
-    frames = list(traceback.walk_stack(frame))
-    if not frames:
-        return ""
-    chosen = next((f for f, _ in frames if "asyncio" not in f.f_code.co_filename), frames[0][0])
-    return _spot(chosen)
+def _place(calls: Sequence[Call]) -> str:
+    """Where a thread stands: the innermost call that is not of asyncio, else the innermost."""
+    call = next((call for call in calls if "asyncio" not in call.file), calls[0])
+    return f"in {call.function} ({call.file}:{call.line})"
 
 
 def where(task: asyncio.Task[Any]) -> str:
