@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from engineroom import stacks as module
-from engineroom.stacks import Call, stacks
+from engineroom.stacks import Call, StackReader, stacks
 
 
 def in_a_thread(wait: Callable[[], object]) -> dict[int, list[Call]]:
@@ -79,3 +79,21 @@ def test_where_nothing_can_be_written_nothing_is_seen(monkeypatch: pytest.Monkey
 def test_other_systems_have_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("os.memfd_create", raising=False)
     assert threading.get_ident() in stacks()
+
+
+def test_a_look_is_of_its_moment_and_leaves_nothing_to_the_next() -> None:
+    with StackReader() as reader:
+
+        def early() -> None:
+            reader.look()
+
+        def late() -> None:
+            reader.look()
+
+        seen = []
+        for function in (early, late):
+            function()
+            seen.append([call.function for call in reader.read()[threading.get_ident()]])
+        assert [functions[0] for functions in seen] == ["early", "late"]
+        assert seen[0][1:] == seen[1][1:]
+        assert reader.read() == {}

@@ -13,10 +13,11 @@ import os
 import re
 import sys
 import tempfile
+from itertools import dropwhile
 from pathlib import PurePath
-from typing import IO, Final, NamedTuple
+from typing import IO, Final, NamedTuple, Self
 
-__all__ = ["Call", "stacks"]
+__all__ = ["Call", "StackReader", "stacks"]
 
 _THREAD: Final = re.compile(r"(?:Current thread|Thread) 0x([0-9a-f]+)")
 _CALL: Final = re.compile(r'  File "(.*)", line (\d+|\?\?\?) in (.*)')
@@ -41,34 +42,70 @@ class Call(NamedTuple):
         return f"{self.module}:{self.line or '?'} {self.function}"
 
 
-def stacks() -> dict[int, list[Call]]:
-    """The calls of each thread, by :func:`threading.get_ident`, the innermost first.
+class StackReader:
+    """Sees what each thread is in, at one moment, again and again; close it in the end.
 
-    Of 100 threads at most, and 100 calls of each; those of this function are left out. Empty, where
-    no file could be written. Takes about a microsecond for each 20 characters, in which no other
-    thread runs.
+    Its file is opened before: between a moment of interest and the look, nothing is done in which
+    another thread could run on. For one thread alone.
     """
-    try:
-        with _file() as file:
-            faulthandler.dump_traceback(file, all_threads=True)
-            file.seek(0)
-            text = file.read().decode("ascii", "backslashreplace")
-    except OSError:
-        return {}
-    threads: dict[int, list[Call]] = {}
-    calls: list[Call] = []
-    for line in text.splitlines():
-        if thread := _THREAD.match(line):
-            calls = threads.setdefault(int(thread[1], 16), [])
-        elif call := _CALL.match(line):
-            calls.append(Call(call[1], int(call[2]) if call[2].isdecimal() else 0, call[3]))
-    for calls in threads.values():
-        if calls and calls[0].function == stacks.__name__ and calls[0].file == __file__:
-            del calls[0]
-    return threads
+
+    def __init__(self) -> None:
+        try:
+            self._file: IO[bytes] | None = _file()
+        except OSError:  # no more files, or no room: nothing is seen
+            self._file = None
+
+    def look(self) -> None:
+        """Note what each thread is in. No other thread runs meanwhile."""
+        if self._file is not None:
+            faulthandler.dump_traceback(self._file, all_threads=True)
+
+    def read(self) -> dict[int, list[Call]]:
+        """The calls of each thread in the last look, by :func:`threading.get_ident`.
+
+        The innermost come first; those of this module are left out. 100 threads are told of at
+        most, and 100 calls of each. Empty, where no file could be written.
+        """
+        if self._file is None:
+            return {}
+        try:
+            self._file.seek(0)
+            text = self._file.read().decode("ascii", "backslashreplace")
+            self._file.seek(0)
+            self._file.truncate()
+        except OSError:
+            return {}
+        threads: dict[int, list[Call]] = {}
+        calls: list[Call] = []
+        for line in text.splitlines():
+            if thread := _THREAD.match(line):
+                calls = threads.setdefault(int(thread[1], 16), [])
+            elif call := _CALL.match(line):
+                calls.append(Call(call[1], int(call[2]) if call[2].isdecimal() else 0, call[3]))
+        for ident, calls in threads.items():
+            threads[ident] = list(dropwhile(lambda call: call.file == __file__, calls))
+        return threads
+
+    def close(self) -> None:
+        """Give the file back."""
+        if self._file is not None:
+            self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def stacks() -> dict[int, list[Call]]:
+    """The calls of each thread now, as :meth:`StackReader.read` tells them."""
+    with StackReader() as reader:
+        reader.look()
+        return reader.read()
 
 
 def _file() -> IO[bytes]:
     if hasattr(os, "memfd_create"):
-        return open(os.memfd_create("stacks"), "w+b")  # noqa: PTH123 - it has no path
-    return tempfile.TemporaryFile()
+        return open(os.memfd_create("stacks"), "w+b", buffering=0)  # noqa: PTH123 - it has no path
+    return tempfile.TemporaryFile(buffering=0)

@@ -13,12 +13,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any, Final, Protocol
 
 from engineroom.border import get_logger
-from engineroom.stacks import Call, stacks
+from engineroom.stacks import Call, StackReader
 
 __all__ = ["BEAT_S", "WARN_S", "LoopMeter", "Work"]
 
@@ -33,6 +33,8 @@ QUIET_S: Final = 10.0
 LOOK_S: Final = 0.2
 """Seconds of lag after which the thread looks: less than ``WARN_S``, so that it has an answer."""
 RECENT_S: Final = 60.0
+_PATIENCE_S: Final = 0.05
+"""Seconds that a loop which stood still gives the thread to say what it saw."""
 _MOST_FRAMES: Final = 12
 _MOST_THREADS: Final = 6
 _MOST_WORK: Final = 5
@@ -53,13 +55,17 @@ class Work(Protocol):
         """One line for the log."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Look:
-    """What the thread saw. :param due: when the beat was due that did not come."""
+    """What the thread saw; whole when ``done`` is set.
+
+    :param due: when the beat was due that did not come.
+    """
 
     due: float
-    place: str
-    work: Sequence[Work]
+    place: str = ""
+    work: Sequence[Work] = ()
+    done: threading.Event = field(default_factory=threading.Event)
 
 
 class LoopMeter:
@@ -91,6 +97,7 @@ class LoopMeter:
         self._untold = 0
         self._told_at = -QUIET_S
         self._loop_thread = 0
+        self._reader: StackReader | None = None
         self._ended = threading.Event()
 
     # ── what it has measured; from any thread ────────────────────────────────────────────────
@@ -128,6 +135,7 @@ class LoopMeter:
             timer = loop.call_later(self._beat_s, beat)
 
         self._loop_thread = threading.get_ident()
+        self._reader = StackReader()
         self._ended.clear()
         self._due = self._clock() + self._beat_s
         timer = loop.call_later(self._beat_s, beat)
@@ -140,6 +148,8 @@ class LoopMeter:
             self._due = None
             self._ended.set()
             watcher.join()
+            self._reader.close()
+            self._reader = None
 
     def _measured(self, due: float, now: float) -> None:
         lag = max(0.0, now - due)
@@ -156,12 +166,21 @@ class LoopMeter:
             self._tell(lag, now, look if look is not None and look.due == due else None)
         self._look = None
 
+    def _threads_now(self) -> str:
+        """What other threads do: who kept the interpreter may still be there."""
+        if self._reader is None:
+            return ""
+        self._reader.look()
+        return _others(self._reader.read(), self._loop_thread)
+
     def _tell(self, lag: float, now: float, look: _Look | None) -> None:
         if now - self._told_at < QUIET_S:
             self._untold += 1
             return
+        if look is not None and not look.done.wait(_PATIENCE_S):
+            look = None
         work = [*(() if look is None else look.work)] or [*self.at_work][-_MOST_WORK:]
-        place = _threads_but(self._loop_thread) if look is None else look.place
+        place = self._threads_now() if look is None else look.place
         logger.log(
             logging.WARNING if place or work else logging.INFO,
             "the event loop stood still for %.2f s: %s; %s%s",
@@ -175,18 +194,22 @@ class LoopMeter:
     # ── the thread that looks ────────────────────────────────────────────────────────────────
 
     def _watch(self) -> None:
-        while True:
-            due = self._due
-            if due is None:
-                return
-            lag = self._clock() - due
-            if lag >= LOOK_S and (self._look is None or self._look.due != due):
-                self._look = _Look(due, self._place(), self._work_that_runs())
-            if self._ended.wait(LOOK_S - lag if lag < LOOK_S else LOOK_S):
-                return
+        with StackReader() as reader:
+            while True:
+                due = self._due
+                if due is None:
+                    return
+                lag = self._clock() - due
+                if lag >= LOOK_S and (self._look is None or self._look.due != due):
+                    self._look = look = _Look(due)
+                    reader.look()  # at once: who kept the interpreter until now is still there
+                    look.work = self._work_that_runs()
+                    look.place = self._place(reader.read())
+                    look.done.set()
+                if self._ended.wait(LOOK_S - lag if lag < LOOK_S else LOOK_S):
+                    return
 
-    def _place(self) -> str:
-        threads = stacks()
+    def _place(self, threads: dict[int, list[Call]]) -> str:
         own = threads.get(self._loop_thread, [])[:_MOST_FRAMES]
         lines = [str(call) for call in takewhile(lambda call: call.module not in _LOOPS_OWN, own)]
         return " < ".join(lines) or _others(threads, self._loop_thread)
@@ -194,10 +217,6 @@ class LoopMeter:
     def _work_that_runs(self) -> list[Work]:
         tasks = list(self.at_work.items())
         return [item for item, task in tasks if getattr(task.get_coro(), "cr_running", False)]
-
-
-def _threads_but(loop_thread: int) -> str:
-    return _others(stacks(), loop_thread)
 
 
 def _others(threads: dict[int, list[Call]], loop_thread: int) -> str:
