@@ -329,6 +329,8 @@ class ChatWriter(OpenAIWriter):
         return ChatChoice(message=message, **fields)
 
     def addition(self, chunk: str | None) -> dict[str, Any]:
+        if type(chunk) is str:  # content, as nearly all chunks are
+            return {"delta": {"content": chunk}}
         hidden = isinstance(chunk, ReasoningDelta) and not self._shows_reasoning
         return {"delta": {} if hidden else _delta(chunk)}
 
