@@ -13,11 +13,12 @@ import contextlib
 import doctest
 import importlib.util
 import io
+import json
 import logging
 import re
 import shlex
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -418,6 +419,78 @@ def test_every_flag_of_serve_is_told() -> None:
     ]
     assert len(flags) > 20
     assert [flag for flag in flags if flag not in text] == []
+
+
+def become(schema: Any, name: str) -> str:
+    """What an API does with a field, as the table of all fields says it."""
+    from engineroom.server.apis.peer_fields import USE_INSTEAD
+    from engineroom.server.apis.request_fields import known_aliases, known_fields
+
+    def unless(neutral: Collection[Any]) -> str:
+        values = " or ".join(f"`{json.dumps(value)}`" for value in neutral)
+        return f", unless {values}" if values else ""
+
+    known = known_fields(schema)
+    if (field := schema.model_fields.get(name)) is not None:
+        never = field.json_schema_extra == {"anyOf": [{"type": "null"}]}
+        return "refused" if never else "honoured"
+    if own := known_aliases(schema).get(name):
+        return f"as `{own}`"
+    if name in known.refused:
+        instead = schema.INSTEAD.get(name) or USE_INSTEAD.get(name)
+        return f"refused{unless(known.refused[name])}" + (f": {instead}" if instead else "")
+    if name in known.ignored:
+        neutral, why = known.ignored[name]
+        return f"ignored with a warning{unless(neutral)}: {why}"
+    return "without effect" if name in known.idle else ""
+
+
+def every_field() -> list[str]:
+    """The rows that the table of all fields is to have."""
+    from engineroom.server.apis import (
+        anthropic_messages,
+        openai_chat,
+        openai_completions,
+        openai_responses,
+        peer_fields,
+        request_fields,
+    )
+
+    schemas: dict[str, Any] = {
+        "chat": openai_chat.ChatRequest,
+        "completions": openai_completions.CompletionRequest,
+        "responses": openai_responses.ResponsesRequest,
+        "messages": anthropic_messages.MessagesRequest,
+    }
+    names = set(peer_fields.ALIASES)
+    for schema in schemas.values():
+        known = request_fields.known_fields(schema)
+        names |= {*schema.model_fields, *known.refused, *known.ignored, *known.idle}
+    rows = []
+    for name in sorted(names):
+        places: dict[str, list[str]] = {}
+        for api, schema in schemas.items():
+            if becomes := become(schema, name):
+                places.setdefault(becomes, []).append(api)
+        told = [f"{', '.join(apis)}: {becomes}" for becomes, apis in places.items()]
+        if list(places.values()) == [list(schemas)]:
+            told = list(places)
+        rows.append(f"| `{name}` | {' · '.join(told)} |")
+    return rows
+
+
+def test_the_table_of_every_field_is_that_of_the_code() -> None:
+    """Row by row; what the assertion shows is what to write."""
+    written = [f"| {' | '.join(row)} |" for row in server_table("Every field")]
+    assert written == every_field()
+
+
+def test_every_option_of_ollama_is_told() -> None:
+    from engineroom.server.apis.ollama_options import OllamaOptions
+
+    text = (DOCS / "server.md").read_text(encoding="utf-8")
+    part = section("Ollama's API", text)
+    assert [name for name in OllamaOptions.model_fields if f"`{name}`" not in part] == []
 
 
 def test_every_field_that_is_refused_or_has_no_effect_is_told() -> None:

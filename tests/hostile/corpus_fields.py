@@ -7,7 +7,16 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Final
 
-from corpus_apis import CHAT, EVERY, MESSAGES, OLLAMA_CHAT, READ_ALIKE, RESPONSES
+from corpus_apis import (
+    CHAT,
+    COMPLETIONS,
+    EVERY,
+    INFERENCE,
+    MESSAGES,
+    OLLAMA_CHAT,
+    READ_ALIKE,
+    RESPONSES,
+)
 from corpus_base import CANARY, Api, Row, Sizes, Visit, body, joined, quoted, repeated, rows
 from hostile_wire import post
 
@@ -21,6 +30,10 @@ ITEMS: Final = (
 
 TAKEN: Final = {"{}": 65_000, "[]": 65_000, '"x"': 65_000, "1": 520_000}
 """About as many as a body may have: more are refused before anybody looks at them."""
+_REFUSED: Final = frozenset({"functions", "modalities"})
+"""Refused before anybody looks into them, as ``mcp_servers`` is, which the small corpus has."""
+_BIASED: Final = (CHAT, COMPLETIONS, INFERENCE)
+"""Their ``logit_bias`` has small rows in corpus_texts."""
 _ALIKE: Final = frozenset(api.name for api in READ_ALIKE)
 UNCOUNTED: Final = 65_000
 """Bytes of a body that is taken as it is, whatever is in it."""
@@ -39,13 +52,13 @@ def _in_lists() -> Iterator[Row]:
             for kind, item in enumerate(ITEMS):
                 # The small corpus takes the worst one, and others in turn.
                 small = kind == 0 or kind == (place + 2) % len(ITEMS)
+                small = small and field not in _REFUSED
                 name = f"list {field}: {item}"
                 yield _items(f"{name} over and over", api, template, item, small=small)
                 if item in TAKEN:
                     few, some = UNCOUNTED // (len(item) + 1), TAKEN[item]
-                    yield _items(
-                        f"{name}, {few} of them", api, template, item, few, small=kind == 0
-                    )
+                    worst = small and kind == 0
+                    yield _items(f"{name}, {few} of them", api, template, item, few, small=worst)
                     yield _items(f"{name}, {some} of them", api, template, item, some)
 
 
@@ -197,6 +210,7 @@ def _members() -> Iterator[Row]:
                     return body(template, members(sizes))
 
                 small = what == "as many as fit" or (what == "names in disguise" and place == 0)
+                small = small and (field != "logit_bias" or api not in _BIASED)
                 yield Row(f"object {field}: {what}", build, (api,), small=small)
 
 

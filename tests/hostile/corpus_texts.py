@@ -329,6 +329,10 @@ ROWS: Final = (
         small={f"logit_bias: {what}" for what in list(BIASES)[:3]},
     ),
     *rows(
+        (RESPONSES, MESSAGES),
+        {f"logit_bias: {what}": _bias(of) for what, (of, more) in BIASES.items() if not more},
+    ),
+    *rows(
         (CHAT, COMPLETIONS, MESSAGES, INFERENCE),
         {f"stop sequences: {what}": _stops(stops) for what, stops in STOPS.items()},
         small={f"stop sequences: {what}" for what in list(STOPS)[:2]},

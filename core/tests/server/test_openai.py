@@ -357,8 +357,6 @@ def test_models_are_listed(client):
     ("field", "value"),
     [
         ("functions", [{"name": "f"}]),
-        ("verbosity", "high"),
-        ("store", True),
         ("modalities", ["text", "audio"]),
         ("web_search_options", {}),
     ],

@@ -98,8 +98,6 @@ def test_a_stream_that_fails_midway_says_so(client):
         ("previous_response_id", "resp_1"),
         ("background", True),
         ("reasoning", {"effort": "lots"}),
-        ("text", {"verbosity": "high"}),
-        ("truncation", "auto"),
         ("top_logprobs", 2),
     ],
 )

@@ -178,7 +178,6 @@ def test_every_name_for_it_reaches_the_runtime(server, echo, route, fields, aske
         (TEXT_ROUTE, {"functions": [{"name": "f"}]}, "functions is not supported"),
         (TEXT_ROUTE, {"thinking": {"type": "enabled"}}, "thinking is not supported"),
         (MESSAGES, {"thread": {"type": "continue"}}, "send the whole conversation"),
-        (RESPONSES, {"text": {"verbosity": "high"}}, "text.verbosity is not supported"),
         (MESSAGES, {"output_config": {"effort": "lots"}}, "output_config.effort: Input should be"),
     ],
 )

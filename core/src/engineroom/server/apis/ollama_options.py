@@ -10,7 +10,13 @@ from typing import Annotated, Any, Final
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, Tag
 
 from engineroom.field_types import FewFields, either
-from engineroom.server.apis.request_fields import Number, StopList, SubSchema, tell_unknown
+from engineroom.server.apis.request_fields import (
+    NOT_ZERO,
+    Number,
+    StopList,
+    SubSchema,
+    tell_unknown,
+)
 from engineroom.server.http.call import Call
 from engineroom.server.http.errors import unsupported
 from engineroom.units import format_duration
@@ -73,12 +79,6 @@ _Whole = Annotated[int, BeforeValidator(_integral)]
 """Some clients write numbers with a point, whole or not."""
 
 
-def _is_not_zero(value: int) -> int:
-    if value == 0:
-        raise ValueError("must be above 0, or below it for as many as there is room for")
-    return value
-
-
 def seconds_of(value: float | str) -> float:
     """``keep_alive`` in seconds; below zero is forever.
 
@@ -123,14 +123,7 @@ class OllamaOptions(FewFields, SubSchema):
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     seed: Annotated[_Whole, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     """Below zero: a fresh one, as without it."""
-    num_predict: (
-        Annotated[
-            _Whole,
-            Field(ge=-2, json_schema_extra={"not": {"const": 0}}),
-            AfterValidator(_is_not_zero),
-        ]
-        | None
-    ) = None
+    num_predict: Annotated[_Whole, Field(ge=-2), *NOT_ZERO] | None = None
     """Most tokens to generate; below zero, and unless said: until the context is full.
     0 is refused: Ollama does not write down what it means."""
     stop: (

@@ -14,6 +14,9 @@ from engineroom.schemas import ChatMessage, InferenceRequest, InferenceResponse,
 from engineroom.server.apis.continuing import asked_to_continue
 from engineroom.server.apis.openai_common import (
     OF_ANTHROPIC,
+    SERVICE_TIER,
+    STORE,
+    VERBOSITY,
     Completed,
     FinishReason,
     OpenAIRequest,
@@ -23,6 +26,7 @@ from engineroom.server.apis.openai_common import (
 from engineroom.server.apis.openai_logprobs import TokenEntry, token_entries
 from engineroom.server.apis.request_fields import (
     Content,
+    MaxTokens,
     SubSchema,
     chat_message,
     parse,
@@ -94,15 +98,17 @@ class ChatInput(SubSchema):
     function_call: Any = None
     """Only none: the older form of ``tool_calls``."""
     audio: Any = None
+    refusal: str | None = None
+    """What the assistant said where it refused; its content, if it has none."""
 
 
 class ChatRequest(TemplateFields, OpenAIRequest):
     """A conversation to be continued."""
 
     messages: Annotated[list[ChatInput], Field(fail_fast=True, min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    """The newer name; without either, until the context is full."""
+    max_tokens: MaxTokens | None = None
+    max_completion_tokens: MaxTokens | None = None
+    """The newer name; without either, and with -1, until the context is full."""
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     metadata: dict[str, Any] | None = None
@@ -130,11 +136,7 @@ class ChatRequest(TemplateFields, OpenAIRequest):
         "function_call": ("none", "auto"),
         "modalities": (["text"],),
         "audio": (),
-        "prediction": (),
         "web_search_options": (),
-        "verbosity": ("medium",),
-        "store": (False,),
-        "service_tier": ("auto", "default"),
         "moderation": (),
         # Of other APIs: what they ask for would not be.
         "text": ({}, {"format": {"type": "text"}}),
@@ -147,6 +149,12 @@ class ChatRequest(TemplateFields, OpenAIRequest):
         "stop_sequences": "use stop",
         "functions": "use tools",
         "function_call": "use tool_choice",
+    }
+    IGNORED: ClassVar[Mapping[str, tuple[Collection[Any], str]]] = {
+        "prediction": ((), "nothing is predicted from it; the text is the same"),
+        "verbosity": VERBOSITY,
+        "store": STORE,
+        "service_tier": SERVICE_TIER,
     }
     WITHOUT_EFFECT: ClassVar[Collection[str]] = (
         "prompt_cache_key",
@@ -224,7 +232,7 @@ async def chat_completions(call: Call) -> None:
 
 
 def _requests(call: Call, request: ChatRequest) -> list[InferenceRequest]:
-    if request.top_logprobs is not None and not request.logprobs:
+    if request.top_logprobs and not request.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", "invalid_value", "top_logprobs")
     old, new = request.max_tokens, request.max_completion_tokens
     if old is not None and new is not None and old != new:
@@ -280,7 +288,8 @@ def _message(message: ChatInput, where: str) -> ChatMessage:
     for name in ("function_call", "audio"):
         if getattr(message, name):
             raise unsupported(f"{where}.{name}", "messages")
-    text, calls = text_of(message.content, where), message.tool_calls or []
+    calls = message.tool_calls or []
+    text, thoughts = _content(message, where)
     if text is None and not calls:
         raise ApiError(400, f"{where}: the message has no content", "invalid_value", "messages")
     if calls and message.role != "assistant":
@@ -296,8 +305,26 @@ def _message(message: ChatInput, where: str) -> ChatMessage:
         message.name,
         tool_calls=[called.as_message() for called in calls] or None,
         tool_call_id=message.tool_call_id,
-        reasoning=message.reasoning_content or message.reasoning or None,
+        reasoning=message.reasoning_content or message.reasoning or thoughts or None,
     )
+
+
+_THOUGHTS: Final = ("thinking", "reasoning", "redacted_thinking")
+
+
+def _content(message: ChatInput, where: str) -> tuple[str | None, str]:
+    """The text of a message, and what the assistant thought before it, where a part tells it."""
+    content = message.content
+    if message.role != "assistant":
+        return text_of(content, where), ""
+    thoughts = ""
+    if isinstance(content, list):
+        thoughts = "".join(part.thought for part in content if part.type in _THOUGHTS)
+        content = [part for part in content if part.type not in _THOUGHTS] or None
+    text = text_of(content, where, ("text", "refusal"))
+    if not text and (message.refusal or message.content):
+        text = message.refusal or ""
+    return text, thoughts
 
 
 class ChatWriter(OpenAIWriter):

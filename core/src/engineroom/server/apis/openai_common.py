@@ -8,9 +8,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias
 
 from msgspec import UNSET, UnsetType
-from pydantic import Field, SkipValidation, Tag
+from pydantic import Field, Tag
 
-from engineroom.field_types import LogitBias, either
+from engineroom.field_types import either
 from engineroom.generation.deltas import StreamDelta
 from engineroom.schemas import InferenceRequest, InferenceResponse, PromptLogprob, TokenLogprob
 from engineroom.server.apis.openai_logprobs import ENTRIES
@@ -34,6 +34,9 @@ from engineroom.server.http.frames import DONE, Answer, Framer, Pieces, dumps, e
 
 __all__ = [
     "OF_ANTHROPIC",
+    "SERVICE_TIER",
+    "STORE",
+    "VERBOSITY",
     "Chunk",
     "Completed",
     "FinishReason",
@@ -52,6 +55,14 @@ OF_ANTHROPIC: Final[Mapping[str, Collection[Any]]] = {
     "stop_sequences": ([],),
 }
 """Fields of Anthropic's API that ask for what OpenAI's call otherwise, for ``REFUSED``."""
+Ignored: TypeAlias = tuple[Collection[Any], str]
+STORE: Final[Ignored] = ((False,), "no answer is kept here")
+SERVICE_TIER: Final[Ignored] = (
+    ("auto", "default"),
+    "there is one tier; priority says who is first",
+)
+VERBOSITY: Final[Ignored] = (("medium",), "say in the messages how long the answer is to be")
+"""Fields that OpenAI's APIs share, for ``IGNORED``."""
 _SEED_STEP: Final = 0x9E3779B97F4A7C15
 """Between the seeds of several answers; the first has the one that was asked for."""
 
@@ -63,7 +74,6 @@ class OpenAISampling(StructuredSampling):
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     """0 is greedy; 1 unless said."""
     top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     user: str | None = None
 
 
@@ -78,10 +88,6 @@ class OpenAIRequest(OpenAISampling):
         ]
         | None
     ) = None
-    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
-    logit_bias: SkipValidation[LogitBias | None] = None
-    """Token id → bias. Checked with the service's parameters, once."""
     n: Annotated[int, Field(ge=1)] | None = None
     """How many answers. With ``seed`` each has its own, made from it."""
 
@@ -164,6 +170,8 @@ def requests_for(
     :param max_tokens: how many there are where the client does not say.
     :raises ApiError: 400.
     """
+    if params.get("max_new_tokens") == -1:  # until the context is full
+        params, max_tokens = {**params, "max_new_tokens": None}, None
     n = request.n or 1
     check_choices(call, n * len(inputs))
     seed, stop = request.seed, request.stop or None

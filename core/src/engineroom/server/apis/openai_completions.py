@@ -61,8 +61,9 @@ class CompletionRequest(OpenAIRequest):
         ),
     ]
     """A text or several, or their token ids, which are refused where the runtime takes none."""
-    max_tokens: Annotated[int, Field(ge=0)] | None = None
-    """16 unless said; 0: none, for the log probabilities of the prompt, or to have it read."""
+    max_tokens: Annotated[int, Field(ge=-1)] | None = None
+    """16 unless said; 0: none, for the log probabilities of the prompt, or to have it read; -1:
+    until the context is full."""
     echo: bool | None = None
     """Put the prompt before the text, and with ``logprobs``, those of its tokens before the
     text's."""
@@ -72,6 +73,8 @@ class CompletionRequest(OpenAIRequest):
     REFUSED: ClassVar[Mapping[str, Collection[Any]]] = {
         "suffix": ("",),
         "best_of": (1,),
+        "add_special_tokens": (True,),
+        "top_logprobs": (0,),
         # A prompt is taken as it stands: no template is told of these.
         "tools": ([],),
         "tool_choice": ("none", "auto"),
@@ -86,6 +89,7 @@ class CompletionRequest(OpenAIRequest):
         **OF_ANTHROPIC,
     }
     INSTEAD: ClassVar[Mapping[str, str]] = {
+        "top_logprobs": "use logprobs",
         "text": "use response_format",
         "output_config": "use response_format",
         "output_format": "use response_format",

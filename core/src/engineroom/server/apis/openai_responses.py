@@ -18,9 +18,17 @@ from engineroom.schemas import (
     PromptLogprob,
     TokenLogprob,
 )
-from engineroom.server.apis.openai_common import OF_ANTHROPIC, OpenAISampling
+from engineroom.server.apis.openai_common import (
+    OF_ANTHROPIC,
+    SERVICE_TIER,
+    STORE,
+    VERBOSITY,
+    OpenAISampling,
+)
 from engineroom.server.apis.openai_logprobs import encoded
+from engineroom.server.apis.peer_fields import is_neutral
 from engineroom.server.apis.request_fields import (
+    MaxTokens,
     build,
     chat_message,
     params_of,
@@ -43,7 +51,6 @@ from engineroom.server.apis.responses_output import (
 from engineroom.server.apis.routing import SSE, work_route
 from engineroom.server.apis.structured_fields import (
     TextConfig,
-    check_neutral,
     structured_output,
 )
 from engineroom.server.apis.tool_fields import (
@@ -63,6 +70,19 @@ __all__ = ["ROUTES", "ResponsesRequest"]
 _LOGPROBS: Final = "message.output_text.logprobs"
 
 
+_ENCRYPTED: Final = "reasoning.encrypted_content"
+Included: TypeAlias = Literal[
+    "message.output_text.logprobs",
+    "reasoning.encrypted_content",
+    "message.input_image.image_url",
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+]
+
+
 class ResponsesRequest(TemplateFields, OpenAISampling):
     """A text or a conversation to be answered."""
 
@@ -73,8 +93,8 @@ class ResponsesRequest(TemplateFields, OpenAISampling):
     ]
     instructions: str | None = None
     """A system message before the input."""
-    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Without it, until the context is full."""
+    max_output_tokens: MaxTokens | None = None
+    """Without it, and with -1, until the context is full."""
     metadata: dict[str, Any] | None = None
     safety_identifier: str | None = None
     text: TextConfig | None = None
@@ -85,9 +105,8 @@ class ResponsesRequest(TemplateFields, OpenAISampling):
     tool_choice: ToolChoice | None = None
     """Whether it does; without it, as it likes."""
     reasoning: ReasoningConfig | None = None
-    include: (
-        Annotated[list[Literal["message.output_text.logprobs"]], Field(fail_fast=True)] | None
-    ) = None
+    include: Annotated[list[Included], Field(fail_fast=True)] | None = None
+    """Log probabilities. What is wanted of tools that a server runs there is none of."""
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     """With log probabilities included: those of so many likely tokens, too."""
 
@@ -103,11 +122,8 @@ class ResponsesRequest(TemplateFields, OpenAISampling):
         "prompt": (),
         "background": (False,),
         "background_options": ({},),
-        "store": (False,),
         "access_programs": ({},),
         "image": ({},),
-        "truncation": ("disabled",),
-        "service_tier": ("auto", "default"),
         "context_management": ([],),
         "moderation": (),
         # Of other APIs: what they ask for would not be.
@@ -131,6 +147,11 @@ class ResponsesRequest(TemplateFields, OpenAISampling):
         "functions": "use tools",
         "function_call": "use tool_choice",
         "logprobs": 'use include: ["message.output_text.logprobs"]',
+    }
+    IGNORED: ClassVar[Mapping[str, tuple[Collection[Any], str]]] = {
+        "store": STORE,
+        "truncation": (("disabled",), "a conversation that is too long is refused"),
+        "service_tier": SERVICE_TIER,
     }
     WITHOUT_EFFECT: ClassVar[Collection[str]] = (
         "max_tool_calls",
@@ -223,18 +244,22 @@ def _request(call: Call, request: ResponsesRequest) -> InferenceRequest:
         messages += messages_of(request.input)
         complete = is_complete(request.input)
     text = request.text or TextConfig()
-    check_neutral(text.verbosity, "medium", "text.verbosity")
+    if not is_neutral(text.verbosity, VERBOSITY[0]):
+        call.warn([f"text.verbosity was ignored: {VERBOSITY[1]}"])
     asked = {"text.format": text.format.asked("text.format") if text.format else {}}
     output = structured_output(call, asked | request.extensions())
-    top = request.top_logprobs or 0
-    if top and not request.include:
+    top, include = request.top_logprobs or 0, request.include or ()
+    with_logprobs = _LOGPROBS in include
+    if _ENCRYPTED in include:
+        call.warn([f"include: {_ENCRYPTED} was ignored: reasoning is told as it is"])
+    if top and not with_logprobs:
         raise ApiError(
             400, f'top_logprobs needs include: ["{_LOGPROBS}"]', "invalid_value", "top_logprobs"
         )
     params = {
-        "max_new_tokens": request.max_output_tokens,
+        "max_new_tokens": None if request.max_output_tokens == -1 else request.max_output_tokens,
         "structured_output": output,
-        "logprobs": top if request.include else None,
+        "logprobs": top if with_logprobs else None,
     }
     absent = {"temperature": None, "max_new_tokens": None}
     config = request.reasoning or ReasoningConfig()
@@ -280,7 +305,7 @@ class ResponsesWriter(Writer):
         self._id = f"resp_{call.id}"
         self._created = int(time.time())
         self._request = request
-        self.wants_logprobs = bool(request.include)
+        self.wants_logprobs = _LOGPROBS in (request.include or ())
         form = request.text.format if request.text else None
         self._format = (
             {"type": "text"} if form is None else form.model_dump(by_alias=True, exclude_unset=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Annotated, Any, ClassVar, Final, TypeVar
 
 from pydantic import (
@@ -12,20 +13,31 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SkipValidation,
     Tag,
     ValidationError,
 )
 
 from engineroom.border import get_logger
-from engineroom.field_types import FewFields, either
+from engineroom.field_types import FewFields, LogitBias, either
 from engineroom.schemas import ChatMessage, GenerationParams, InferenceRequest
+from engineroom.server.apis.peer_fields import (
+    USE_INSTEAD,
+    KnownFields,
+    aliases_of,
+    by_own_names,
+    is_neutral,
+    with_peers,
+)
 from engineroom.server.http.call import Call
 from engineroom.server.http.errors import ApiError, invalid_fields, unsupported
 
 __all__ = [
+    "NOT_ZERO",
     "ApiRequest",
     "Content",
     "Generating",
+    "MaxTokens",
     "ModelName",
     "Number",
     "PartType",
@@ -41,6 +53,8 @@ __all__ = [
     "check_counts",
     "common_fields",
     "conversation",
+    "known_aliases",
+    "known_fields",
     "params_of",
     "parse",
     "request_id",
@@ -60,6 +74,12 @@ def _no_control(value: str) -> str:
     return value
 
 
+def _not_zero(value: int) -> int:
+    if value == 0:
+        raise ValueError("must be above 0, or -1: until the context is full")
+    return value
+
+
 ModelName = Annotated[
     str,
     Field(
@@ -75,6 +95,10 @@ TimeoutS = Annotated[Number, Field(gt=0)]
 """Seconds for the request; the server may allow less."""
 Priority = Annotated[int, Field(ge=-100, le=100)]
 """Waiting requests of a higher priority go first; two seconds of waiting are worth one step."""
+NOT_ZERO: Final = (Field(json_schema_extra={"not": {"const": 0}}), AfterValidator(_not_zero))
+"""Of a limit of tokens."""
+MaxTokens = Annotated[int, Field(ge=-1), *NOT_ZERO]
+"""Most tokens of an answer; -1: until the context is full."""
 StopList = Annotated[
     list[Annotated[str, Field(min_length=1)]], Field(fail_fast=True, max_length=64)
 ]
@@ -102,6 +126,11 @@ class ApiRequest(FewFields, SubSchema):
     """Fields that can have no effect here, whatever they say: they speak of tools that
     run at the server, of which there are none, or of the prices and lifetimes of a cache, which
     change no answer."""
+    IGNORED: ClassVar[Mapping[str, tuple[Collection[Any], str]]] = {}
+    """Fields that change no text → the values that ask for nothing, and why any other is ignored,
+    which the client is told beside the answer."""
+    PEERS: ClassVar[bool] = False
+    """Whether :mod:`.peer_fields` says what becomes of fields that the API itself does not have."""
     RENAMED: ClassVar[Mapping[str, str]] = {}
     """Fields of ``GenerationParams`` and ``InferenceRequest`` → what this API calls them."""
     COUNTED: ClassVar[Collection[str]] = ()
@@ -123,6 +152,19 @@ class TextPart(SubSchema):
 
     type: PartType
     text: str | None = None
+    refusal: str | None = None
+    """The text of a part of type ``refusal``."""
+    thinking: Any = None
+    """What the assistant thought, in a part that says so: a text, or parts of text."""
+
+    @property
+    def thought(self) -> str:
+        """The text of a part that says what the assistant thought."""
+        if isinstance(self.thinking, list):
+            texts = (part.get("text") for part in self.thinking if isinstance(part, dict))
+            return "".join(text for text in texts if isinstance(text, str))
+        thought = self.text if self.thinking is None else self.thinking
+        return thought if isinstance(thought, str) else ""
 
 
 Content = Annotated[
@@ -162,9 +204,17 @@ class Generating(ApiRequest):
 class Sampling(Generating):
     """Parameters that go beyond the API's own; OpenAI's clients send them as ``extra_body``."""
 
-    top_k: Annotated[int, Field(ge=0)] | None = None
+    PEERS: ClassVar[bool] = True
+
+    top_k: Annotated[int, Field(ge=-1), AfterValidator(lambda k: max(k, 0))] | None = None
+    """-1 and 0: all."""
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[Number, Field(ge=1)] | None = None
+    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    logit_bias: SkipValidation[LogitBias | None] = None
+    """Token id → bias. Checked with the service's parameters, once."""
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     num_beams: Annotated[int, Field(ge=1)] | None = None
     early_stopping: bool | None = None
 
@@ -182,17 +232,26 @@ def parse(call: Call, schema: type[_Request], raw: Any) -> _Request:
     """
     if not isinstance(raw, dict):
         raise ApiError(400, "the body must be a JSON object", "invalid_json")
-    for name, neutral in schema.REFUSED.items():
-        value = raw.get(name)
-        if value is not None and not any(v == value and type(v) is type(value) for v in neutral):
-            raise unsupported(name, name, schema.INSTEAD.get(name, "leave it out"))
+    raw, called = by_own_names(raw, known_aliases(schema))
+    fields = known_fields(schema)
+    for name, neutral in fields.refused.items():
+        if name in raw and not is_neutral(raw[name], neutral):
+            instead = schema.INSTEAD.get(name) or USE_INSTEAD.get(name, "leave it out")
+            own = called.get(name, name)
+            raise unsupported(own, own, instead)
     check_counts(call, raw, schema.COUNTED)
     try:
         request = schema.model_validate(raw)
     except ValidationError as error:
-        raise invalid_fields(error) from error
+        raise invalid_fields(error, called) from error
+    call.warn(
+        f"{name} was ignored: {why}"
+        for name, (neutral, why) in fields.ignored.items()
+        if name in raw and not is_neutral(raw[name], neutral)
+    )
     tell_unknown(
-        call, set(request.model_extra or ()).difference(schema.REFUSED, schema.WITHOUT_EFFECT)
+        call,
+        set(request.model_extra or ()).difference(fields.refused, fields.ignored, fields.idle),
     )
     return request
 
@@ -210,6 +269,21 @@ def tell_unknown(call: Call, names: Iterable[str]) -> None:
         call.log(logger).debug(
             "%d unknown fields were ignored: %s", len(unknown), ", ".join(names) or "…"
         )
+
+
+@cache
+def known_fields(schema: type[ApiRequest]) -> KnownFields:
+    """What becomes of the fields that a request does not have: those of its own API and, where it
+    is one that generates, those of others.
+    """
+    own = KnownFields(schema.REFUSED, schema.IGNORED, schema.WITHOUT_EFFECT)
+    return with_peers(schema.model_fields, own) if schema.PEERS else own
+
+
+@cache
+def known_aliases(schema: type[ApiRequest]) -> Mapping[str, str]:
+    """What others call fields of a request → what its own API does."""
+    return aliases_of({*schema.model_fields, *schema.REFUSED}) if schema.PEERS else {}
 
 
 def params_of(
@@ -318,9 +392,10 @@ def text_of(content: Any, where: str, kinds: Collection[str] = ("text",)) -> str
                 "unsupported_content",
                 where,
             )
-        if part.text is None:
+        text = part.refusal if kind == "refusal" else part.text
+        if text is None:
             raise ApiError(400, f"{where}: the part has no text", "invalid_value", where)
-        texts.append(part.text)
+        texts.append(text)
     return "".join(texts)
 
 

@@ -122,7 +122,8 @@ def messages_of(items: Sequence[InputItem]) -> list[ChatMessage]:
             result = text_of(item.output, where, _TEXTS) or ""
             made.append(chat_message("tool", result, where, tool_call_id=item.call_id))
         else:
-            text = text_of(item.content, where, _TEXTS)
+            kinds = (*_TEXTS, "refusal") if item.role == "assistant" else _TEXTS
+            text = text_of(item.content, where, kinds)
             if item.role != "assistant":
                 end()
                 made.append(chat_message(item.role, text, where))

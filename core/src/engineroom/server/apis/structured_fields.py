@@ -13,7 +13,7 @@ from engineroom.schemas import MAX_GRAMMAR_CHARS, StructuredOutput
 from engineroom.server.apis.request_fields import Sampling, SubSchema
 from engineroom.server.apis.tool_fields import Effort
 from engineroom.server.http.call import Call
-from engineroom.server.http.errors import ApiError, invalid_fields, unsupported
+from engineroom.server.http.errors import ApiError, invalid_fields
 
 __all__ = [
     "AnthropicFormat",
@@ -22,7 +22,6 @@ __all__ = [
     "ResponseFormat",
     "StructuredSampling",
     "TextConfig",
-    "check_neutral",
     "of_ollama",
     "structured_output",
 ]
@@ -95,7 +94,7 @@ class TextConfig(SubSchema):
 
     format: TextFormat | None = None
     verbosity: str | None = None
-    """Only ``medium``, which is what there is."""
+    """Without effect: the answer is as long as the model makes it."""
 
 
 class AnthropicFormat(SubSchema):
@@ -153,14 +152,9 @@ class StructuredSampling(Sampling):
     """As llama-server has it."""
     format: OllamaFormat | None = None
     """As Ollama has it: a schema, or ``json``."""
-    guided_decoding_backend: str | None = None
-    """There is one, so that there is nothing to choose."""
-    guided_whitespace_pattern: str | None = None
-    """Only ``None``: white space in JSON is the same for all."""
 
     def extensions(self) -> dict[str, dict[str, Any]]:
         """What they ask for, by the field's name. :raises ApiError: 400: it cannot be had."""
-        check_neutral(self.guided_whitespace_pattern, None, "guided_whitespace_pattern")
         asked: dict[str, dict[str, Any]] = {
             "guided_json": {"json_schema": self.guided_json},
             "guided_regex": {"regex": self.guided_regex},
@@ -247,9 +241,3 @@ def _format(kind: str, schema: Any, where: str) -> dict[str, Any]:
     if schema is None:
         raise ApiError(400, f"{where}: json_schema has no schema", "invalid_value", where)
     return {"json_schema": schema}
-
-
-def check_neutral(value: str | None, neutral: str | None, name: str) -> None:
-    """Refuse a field that no runtime is told. :raises ApiError: 400."""
-    if value not in (None, neutral):
-        raise unsupported(name, name.partition(".")[0])
