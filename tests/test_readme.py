@@ -67,7 +67,7 @@ def test_the_examples_run_on_each_runtime(deployment, capsys, runtime, number):
 def test_the_table_of_runtimes_is_what_they_claim():
     pattern = r"^\| (`\w+`).*? \| (yes|no) \| (yes|no) \| (yes|no) \|$"
     table = {row[0]: row[1:] for row in re.findall(pattern, README, re.MULTILINE)}
-    fields = ("embeddings", "prompt_token_ids", "adapters", "tools", "structured_output")
+    fields = ("embeddings", "rerank", "prompt_token_ids", "adapters", "tools", "structured_output")
     assert [name.strip("`") for name in table] == list(fields)
     for place, (package, handler) in enumerate(HANDLERS.items()):
         claimed = getattr(pytest.importorskip(package), handler)().capabilities()

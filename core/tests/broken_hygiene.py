@@ -12,6 +12,7 @@ from toy_runtime import ToyHandler
 from engineroom import (
     ConfigurationError,
     Embeddings,
+    Scores,
     TokenStep,
 )
 
@@ -161,6 +162,46 @@ def embeddings_token_ids__out_of_range():
         async def embed(self, loaded_model, texts):
             known = [t if isinstance(t, str) else [i & 255 for i in t] for t in texts]
             return await super().embed(loaded_model, known)
+
+    return Broken
+
+
+# ── ranking ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@defect
+def rerank():
+    class Broken(ToyHandler):
+        async def rerank(self, loaded_model, pairs):
+            found = await super().rerank(loaded_model, pairs)
+            return Scores(sorted(found.scores), found.prompt_tokens)
+
+    return Broken
+
+
+@defect
+def rerank__too_few():
+    class Broken(ToyHandler):
+        async def rerank(self, loaded_model, pairs):
+            return await super().rerank(loaded_model, pairs[:3])
+
+    return Broken
+
+
+@defect
+def rerank__cut():
+    class Broken(ToyHandler):
+        async def rerank(self, loaded_model, pairs):
+            return await super().rerank(loaded_model, [(a, b[:100]) for a, b in pairs])
+
+    return Broken
+
+
+@defect
+def rerank__unclaimed():
+    class Broken(ToyHandler):
+        def capabilities(self):
+            return dataclasses.replace(super().capabilities(), rerank=False)
 
     return Broken
 

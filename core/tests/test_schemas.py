@@ -20,11 +20,11 @@ from engineroom.errors import (
     __all__ as error_names,
     error_class,
 )
+from engineroom.other_requests import EmbeddingRequest
 from engineroom.schemas import (
     FINISH_REASONS,
     MAX_STOP_CHARS,
     ChatMessage,
-    EmbeddingRequest,
     GenerationParams,
     InferenceRequest,
     InferenceResponse,

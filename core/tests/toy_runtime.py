@@ -34,6 +34,7 @@ from engineroom import (
     PromptLogprob,
     QueueFullError,
     ResourceNotAvailableError,
+    Scores,
     TokenHandler,
     TokenLogprob,
     TokenStep,
@@ -108,6 +109,11 @@ def _begins(data: bytes) -> bool:
     return bool(data) and any(w.startswith(data) and w != data for w in WIDE)
 
 
+def letters(data: bytes) -> list[float]:
+    """How often each letter is there."""
+    return [float(data.count(bytes([byte]))) for byte in range(97, 123)]
+
+
 class ToyHandler(TokenHandler):
     """Runs ``toy:`` models."""
 
@@ -121,6 +127,7 @@ class ToyHandler(TokenHandler):
             embeddings=True,
             prompt_token_ids=True,
             continue_final_message=True,
+            rerank=True,
         )
 
     async def embed(self, loaded_model: LoadedModel, texts) -> Embeddings:
@@ -133,8 +140,18 @@ class ToyHandler(TokenHandler):
             await asyncio.sleep(0)
         return Embeddings([self.vector(each) for each in data], sum(map(len, data)))
 
+    async def rerank(self, loaded_model: LoadedModel, pairs) -> Scores:
+        data = [(first.encode(), second.encode()) for first, second in pairs]
+        if any(len(a) + len(b) > loaded_model.max_context_tokens for a, b in data):
+            raise ConfigurationError("a document is longer than the context")
+        await asyncio.sleep(0)
+        return Scores(
+            [sum(map(float.__mul__, *map(letters, both))) for both in data],
+            sum(len(a) + len(b) for a, b in data),
+        )
+
     def vector(self, data: bytes) -> list[float]:
-        return [float(data.count(bytes([byte]))) for byte in range(97, 123)]
+        return letters(data)
 
     def can_load(self, config: ModelConfig) -> bool:
         return (config.source or "").startswith("toy:")

@@ -229,6 +229,45 @@ EMBEDDINGS: Final = Api(
     numbers={name: f'{{{_E},"input":"x","{name}":%s}}' for name in ("dimensions", "whatever")},
 )
 
+_R: Final = '"model":"r"'
+RERANK: Final = Api(
+    "rerank",
+    "/v1/rerank",
+    texts={
+        "document": f'{{{_R},"query":"x","documents":[%s]}}',
+        "document's text": f'{{{_R},"query":"x","documents":[{{"text":%s}}]}}',
+        "query": f'{{{_R},"query":%s,"documents":["x","y"]}}',
+        "model": f'{{"model":%s,"query":"x","documents":["{CANARY}"]}}',
+        "user": f'{{{_R},"query":"x","documents":["x"],"user":%s}}',
+    },
+    lists={
+        "documents": f'{{{_R},"query":"x","documents":[%s]}}',
+        "query": f'{{{_R},"query":[%s],"documents":["x"]}}',
+    },
+    objects={
+        "document": f'{{{_R},"query":"x","documents":[{{"text":"x",%s}}]}}',
+        "unknown fields": f'{{{_R},"query":"x","documents":["x"],%s}}',
+    },
+    numbers={
+        name: f'{{{_R},"query":"x","documents":["x"],"{name}":%s}}'
+        for name in ("top_n", "max_tokens_per_doc")
+    },
+)
+SCORE: Final = Api(
+    "score",
+    "/v1/score",
+    texts={
+        "text_2": f'{{{_R},"text_1":"x","text_2":%s}}',
+        "queries": f'{{{_R},"queries":[%s],"documents":["x"]}}',
+    },
+    lists={
+        "text_1": f'{{{_R},"text_1":[%s],"text_2":"x"}}',
+        "documents": f'{{{_R},"queries":"x","documents":[%s]}}',
+    },
+    objects={"unknown fields": f'{{{_R},"text_1":"x","text_2":"x",%s}}'},
+    numbers={"priority": f'{{{_R},"text_1":"x","text_2":"x","priority":%s}}'},
+)
+
 _OWN_M: Final = '"model_id":"m","params":{"max_new_tokens":4}'
 _OWN: Final = f'{{{_OWN_M},"prompt":"{CANARY}"'
 INFERENCE: Final = Api(
@@ -355,6 +394,6 @@ UNLOAD: Final = Api(
 
 TALKS: Final = (CHAT, COMPLETIONS, RESPONSES, MESSAGES, INFERENCE, OLLAMA_CHAT)
 CONVERSES: Final = (CHAT, RESPONSES, MESSAGES, INFERENCE, OLLAMA_CHAT)
-READ_ALIKE: Final = (OLLAMA_GENERATE, OLLAMA_EMBED, OLLAMA_SHOW)
+READ_ALIKE: Final = (OLLAMA_GENERATE, OLLAMA_EMBED, OLLAMA_SHOW, RERANK, SCORE)
 """What reads their bodies reads those of others, too: only the whole corpus goes to them."""
 EVERY: Final = (*TALKS, COUNT_TOKENS, EMBEDDINGS, UNLOAD, *READ_ALIKE)

@@ -15,7 +15,9 @@ from corpus_apis import (
     EMBEDDINGS,
     INFERENCE,
     MESSAGES,
+    RERANK,
     RESPONSES,
+    SCORE,
     TALKS,
 )
 from corpus_base import (
@@ -92,7 +94,9 @@ def _prompts() -> Iterator[Row]:
             ) -> bytes:
                 return body(api.prompt, _quoted(f"{CANARY} {text(size(sizes))}"))
 
-            yield Row(f"a prompt of {what}, {length}", build, (*TALKS, EMBEDDINGS), small=small)
+            name = f"a prompt of {what}, {length}"
+            yield Row(name, build, (*TALKS, EMBEDDINGS), small=small)
+            yield Row(name, build, (RERANK,))
 
 
 def _quoted(text: str) -> str:
@@ -297,6 +301,32 @@ LONG_INPUTS: Final[dict[str, Callable[[Api, Sizes], bytes]]] = {
         api.lists["input"], joined([f"[{repeated('7', sizes.body // 2100)}]"] * _texts(sizes))
     ),
 }
+RANKED: Final[dict[str, Callable[[Api, Sizes], bytes]]] = {
+    "as many documents of one letter as are taken": lambda api, sizes: body(
+        api.lists["documents"], joined(['"x"'] * _texts(sizes))
+    ),
+    "as many documents, as long as fits": lambda api, sizes: body(
+        api.lists["documents"], joined([quoted(_words(sizes.body // 2100))] * _texts(sizes))
+    ),
+    "as many documents as fit": lambda api, sizes: body(
+        api.lists["documents"], repeated('"x"', sizes.body)
+    ),
+    "documents that are empty": lambda api, sizes: body(
+        api.lists["documents"], repeated('""', sizes.body)
+    ),
+    "2,049 documents": lambda api, _: body(api.lists["documents"], joined(['"x"'] * 2049)),
+    "halves of surrogate pairs": lambda api, _: body(
+        api.lists["documents"], joined(['"\\ud800"'] * 2048)
+    ),
+}
+LONG_QUERIES: Final[dict[str, Callable[[Api, Sizes], bytes]]] = {
+    "a long query for as many documents as are taken": lambda _, sizes: as_json(
+        {"model": "r", "query": _words(sizes.body // 2), "documents": ["x"] * _texts(sizes)}
+    ),
+    "a query of a context for as many documents as are taken": lambda _, sizes: as_json(
+        {"model": "r", "query": _words(6000), "documents": ["x"] * _texts(sizes)}
+    ),
+}
 PATIENT_S: Final = 60.0
 """It is the end of these answers that takes long to write."""
 ROWS: Final = (
@@ -364,4 +394,7 @@ ROWS: Final = (
     ),
     *rows((EMBEDDINGS,), VECTORS, small=True, patience_s=PATIENT_S),
     *rows((EMBEDDINGS,), LONG_INPUTS, small=list(LONG_INPUTS)[:1]),
+    *rows((RERANK,), RANKED, small=list(RANKED)[:2]),
+    *rows((SCORE,), RANKED),
+    *rows((RERANK,), LONG_QUERIES, small=list(LONG_QUERIES)[1:]),
 )

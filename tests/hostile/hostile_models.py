@@ -139,8 +139,14 @@ def write_gguf(path: Path, context: int, *, layers: int, heads: int, vectors: bo
     return path
 
 
-def write_folder(folder: Path, context: int, *, layers: int, heads: int, vectors: bool) -> Path:
-    """A folder as transformers saves it. :param vectors: it is made for embeddings."""
+def write_folder(
+    folder: Path, context: int, *, layers: int, heads: int, vectors: bool, ranks: bool = False
+) -> Path:
+    """A folder as transformers saves it.
+
+    :param vectors: it is made for embeddings.
+    :param ranks: it scores pairs of texts.
+    """
     from safetensors.numpy import save_file
 
     folder.mkdir(parents=True)
@@ -149,7 +155,10 @@ def write_folder(folder: Path, context: int, *, layers: int, heads: int, vectors
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(value), encoding="utf-8")
 
-    save_file(_weights(layers, heads, vectors), folder / "model.safetensors", {"format": "pt"})
+    weights = _weights(layers, heads, vectors or ranks)
+    if ranks:
+        weights["score.weight"] = np.full((1, heads * HEAD), 0.01, np.float32)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
     tokens, merges = vocabulary()
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": len(tokens),
@@ -159,6 +168,9 @@ def write_folder(folder: Path, context: int, *, layers: int, heads: int, vectors
         "tie_word_embeddings": vectors, "bos_token_id": BOS, "eos_token_id": EOS,
         "pad_token_id": PAD, "torch_dtype": "float32", "rope_theta": 10000.0,
     }  # fmt: skip
+    if ranks:
+        ranker = {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "fits"}}
+        config |= {**ranker, "label2id": {"fits": 0}}
     write("config.json", config)
     around = {"add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
@@ -208,7 +220,10 @@ def write_folder(folder: Path, context: int, *, layers: int, heads: int, vectors
 
 
 def deployment(folder: Path, runtime: str, context: int) -> dict[str, Any]:
-    """A deployment of a runtime: ``m`` talks, ``slow`` has a slow template, ``e`` makes vectors."""
+    """A deployment of a runtime: ``m`` talks, ``slow`` has a slow template, ``e`` makes vectors.
+
+    ``r`` ranks documents, where the runtime has models for it; else it is the one for vectors.
+    """
     write = write_gguf if runtime == "llamacpp" else write_folder
     ending = ".gguf" if runtime == "llamacpp" else ""
     talks = write(folder / f"talks{ending}", context, **TALKS)
@@ -227,6 +242,13 @@ def deployment(folder: Path, runtime: str, context: int) -> dict[str, Any]:
             "options": {**options, **_FOR_VECTORS.get(runtime, {}), "n_ctx": 2048},
         },
     ]
+    if runtime == "hf_transformers":
+        ranks = write_folder(folder / "ranks", context, **TALKS, ranks=True)
+        models.append(
+            {"model_id": "r", "source": str(ranks), "options": {**options, "n_ctx": 2048}}
+        )
+    else:
+        models[-1]["aliases"] = ["r"]
     return {"models": [{**model, "runtime": runtime} for model in models]}
 
 

@@ -77,6 +77,7 @@ from .handlers.base import (
     Embeddings as Embeddings,
     HandlerHealth as HandlerHealth,
     InferenceHandler as InferenceHandler,
+    Scores as Scores,
     StreamEnd as StreamEnd,
 )
 from .handlers.dispatch import (
@@ -114,11 +115,14 @@ from .models.plan import (
 from .models.reloading import (
     reloading as reloading,
 )
+from .other_requests import (
+    CountRequest as CountRequest,
+    EmbeddingRequest as EmbeddingRequest,
+    RerankRequest as RerankRequest,
+)
 from .schemas import (
     STRUCTURED_KINDS as STRUCTURED_KINDS,
     ChatMessage as ChatMessage,
-    CountRequest as CountRequest,
-    EmbeddingRequest as EmbeddingRequest,
     FinishReason as FinishReason,
     GenerationParams as GenerationParams,
     InferenceRequest as InferenceRequest,

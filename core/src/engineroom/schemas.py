@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Final, Literal, Self, TypeAlias
 
-from pydantic import ConfigDict, Field, PrivateAttr, Tag, model_validator
+from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 
 from engineroom.field_types import (
     FewFields,
@@ -28,7 +28,6 @@ from engineroom.field_types import (
     Text,
     Texts,
     TokenId,
-    either,
 )
 from engineroom.responses import (
     FINISH_REASONS,
@@ -47,7 +46,6 @@ __all__ = [
     "MAX_STOP_CHARS",
     "STRUCTURED_KINDS",
     "ChatMessage",
-    "EmbeddingRequest",
     "FinishReason",
     "FrozenSchema",
     "GenerationParams",
@@ -240,7 +238,7 @@ _ONE_INPUT: Final[list[Any]] = [
     {"required": [name], "properties": {name: {"not": {"type": "null"}}}} for name in INPUTS
 ]
 
-RequestKind: TypeAlias = Literal["generate", "embed", "count"]
+RequestKind: TypeAlias = Literal["generate", "embed", "count", "rerank"]
 """What is asked of a model."""
 
 
@@ -402,35 +400,3 @@ def _check_continued(messages: list[ChatMessage] | None) -> None:
             "continue_final_message asks for the last message to be continued, but it has "
             "tool_calls: send their results behind it, or write the call as text"
         )
-
-
-class EmbeddingRequest(InferenceRequest):
-    """Texts to be turned into vectors, as observers see them: a request of the kind ``embed``.
-
-    ``LLMInferenceService.embed`` makes it. Its ``prompt`` is empty; its ``params`` mean nothing.
-    """
-
-    kind: ClassVar[RequestKind] = "embed"
-    prompt: Annotated[Text | None, OrDefault] = ""
-    texts: Annotated[
-        list[
-            Annotated[
-                Annotated[Text, Field(min_length=1), Tag("(text)")]
-                | Annotated[list[TokenId], Field(fail_fast=True, min_length=1), Tag("(ids)")],
-                either("a text or a list of token ids", {str: "(text)", list: "(ids)"}),
-            ]
-        ],
-        Field(fail_fast=True, min_length=1),
-    ]
-    """Each a text, or its token ids as the model is to read them: nothing is added to those."""
-    dimensions: Annotated[Int, Field(ge=1)] | None = None
-    """Numbers that each vector is to have; ``None``: as many as the model makes."""
-
-
-class CountRequest(InferenceRequest):
-    """A request whose input is counted, not answered, as observers see it: of the kind ``count``.
-
-    ``LLMInferenceService.count_prompt_tokens`` makes it of the request that it is given.
-    """
-
-    kind: ClassVar[RequestKind] = "count"

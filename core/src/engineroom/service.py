@@ -17,7 +17,7 @@ from typing import Any, Final
 from engineroom.border import get_logger
 from engineroom.config.model import LoadedModel
 from engineroom.errors import ConfigurationError, ModelNotFoundError
-from engineroom.handlers.base import Capabilities, Embeddings, InferenceHandler
+from engineroom.handlers.base import Capabilities, Embeddings, InferenceHandler, Scores
 from engineroom.handlers.dispatch import DispatchReport
 from engineroom.handlers.registry import HandlerRegistry
 from engineroom.handlers.token_handler import effective_capabilities, unsupported_by
@@ -26,6 +26,7 @@ from engineroom.inference.blocking import BlockingPortal, BlockingStream
 from engineroom.inference.counting import CountWork, count_request
 from engineroom.inference.embedding import EmbeddingWork, embedding_request
 from engineroom.inference.execution import Execution, answer_whole
+from engineroom.inference.ranking import RankingWork, rerank_request
 from engineroom.inference.scope import RequestScope
 from engineroom.inference.streams import InferenceStream
 from engineroom.models.manager import LLMModelManager, ModelSource
@@ -167,6 +168,45 @@ class LLMInferenceService:
         await self._execution(scope).run(work)
         scope.raise_error()
         return work.count
+
+    async def rerank(
+        self,
+        model_id: str,
+        query: str | Sequence[str],
+        documents: Sequence[str],
+        *,
+        timeout_s: float | None = None,
+        request_id: str | None = None,
+        priority: int | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Scores:
+        """Score documents for a query, with a model that is made for it.
+
+        Observers see a :class:`~engineroom.RerankRequest`, and a response that has the counts.
+
+        :param query: one for all documents, or as many as there are documents.
+        :param documents: at least one, none of them empty; the scores are in their order.
+        :param timeout_s: seconds that it may take, waiting and loading included.
+        :param request_id: what logs and observers call it; ``None``: an id of its own.
+        :param priority: as a request's, -100 to 100; ``None``: 0.
+        :param metadata: the caller's own; handed to observers, never to the model.
+        :raises ConfigurationError: there is no text, or the model scores no pairs of texts.
+        :raises EngineRoomError: what else a request may fail with.
+        """
+        request = rerank_request(
+            model_id,
+            query,
+            documents,
+            timeout_s=timeout_s,
+            request_id=request_id,
+            priority=priority,
+            metadata=metadata,
+        )
+        scope, work = RequestScope(request), RankingWork(request)
+        await self._execution(scope).run(work)
+        scope.raise_error()
+        assert work.scores is not None
+        return work.scores
 
     def run(self, request: InferenceRequest) -> InferenceResponse:
         """Answer in whole, for callers without an event loop. Blocks.
@@ -311,6 +351,13 @@ class LLMInferenceService:
                     f"handler {handler.name!r} takes no token ids; send text", field="texts"
                 )
             return handler, []
+        if request.kind == "rerank":
+            if not capabilities.rerank:
+                raise ConfigurationError(
+                    f"handler {handler.name!r} ranks no documents; use a cross-encoder, on a "
+                    "runtime whose capabilities have rerank"
+                )
+            return handler, []
         unsupported = unsupported_by(handler, loaded_model, capabilities, request)
         if not unsupported:
             return handler, []
@@ -337,6 +384,8 @@ def _check_generates(request: object, method: str) -> None:
         return
     if kind == "embed":
         instead = "service.embed(model_id, texts) turns texts into vectors"
+    elif kind == "rerank":
+        instead = "service.rerank(model_id, query, documents) scores documents"
     else:
         instead = "build one with InferenceRequest(model_id=…, prompt=…)"
     raise ConfigurationError(

@@ -7,7 +7,7 @@ import json
 import re
 import threading
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -16,9 +16,11 @@ from engineroom.prompts import (
     ChatOptions,
     ControlTokens,
     ModelTemplates,
+    PairFrame,
     PromptCodec,
     expect_tokens,
     tokens_of,
+    tokens_of_pairs,
     tokens_of_texts,
     work,
 )
@@ -298,6 +300,33 @@ async def test_what_is_far_too_long_is_refused_before_it_is_listed(
     with pytest.raises(ConfigurationError, match="is 100 tokens.* text 1 has 150 tokens"):
         await tokens_of_texts(codec, ["a", "x" * 150], 100)
     assert await tokens_of_texts(codec, ["a", "b"], 100) == [[197], [198]]
+
+
+async def test_pairs_of_texts_are_joined_as_the_frame_says_and_a_query_is_read_once() -> None:
+    class Counting(Characters):
+        texts: ClassVar[list[str]] = []
+
+        def plain(self, text: str) -> list[int]:
+            self.texts.append(text)
+            expect_tokens(len(text), unread=True)
+            return super().plain(text)
+
+    codec = Counting()
+    with pytest.raises(ConfigurationError, match="joins no two texts"):
+        await tokens_of_pairs(codec, [("a", "b")], 100)
+    codec.frame = PairFrame((1,), (2, 2), (4,), (0, 0, 5, 1, 7))
+    codec.texts.clear()
+    query = "a<s>"
+    pairs = await tokens_of_pairs(codec, [(query, "b"), (query, "cd"), ("e", "f")], 100)
+    assert codec.texts == [query, "b", "cd", "e", "f"]
+    assert [len(pair) for pair in pairs] == [len(pair.tokens) for pair in pairs] == [9, 10, 6]
+    assert pairs[2].tokens == [1, 201, 2, 2, 202, 4]
+    assert pairs[2].types == [0, 0, 5, 5, 1, 7]
+    assert 1 not in pairs[0].tokens[1:], "a special token in a text is text"
+    assert pairs[0].first is pairs[1].first
+    for texts, says in ((("a", "x" * 95), "100 tokens"), (("a" * 5000, "x"), "at least")):
+        with pytest.raises(ConfigurationError, match=f"is 99 .* document 1 .* query have {says}"):
+            await tokens_of_pairs(codec, [("a", "b"), texts], 99)
 
 
 def test_a_codec_that_tells_no_bytes_says_what_cannot_be_had() -> None:

@@ -115,6 +115,8 @@ _KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
          "decoder_start_token_id": 2},
     ),
     "bert": ("BertConfig", "BertModel", {}),
+    "bert-ranker": ("BertConfig", "BertForSequenceClassification", {"num_labels": 1}),
+    "llama-ranker": ("LlamaConfig", "LlamaForSequenceClassification", {"num_labels": 1}),
 }  # fmt: skip
 
 

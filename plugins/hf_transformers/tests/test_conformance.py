@@ -42,6 +42,10 @@ class HfTransformersConformance(HandlerConformance):
     def embedding_config(self, tiny: Callable[[str], Path]) -> ModelConfig:
         return ModelConfig(model_id="bert", source=str(tiny("bert")), options=EXACT)
 
+    @pytest.fixture
+    def ranking_config(self, tiny: Callable[[str], Path]) -> ModelConfig:
+        return ModelConfig(model_id="ranker", source=str(tiny("bert-ranker")), options=EXACT)
+
 
 class TestLlama(HfTransformersConformance):
     """Grouped heads, tied weights, a beginning."""

@@ -21,7 +21,8 @@ class Engine(ABC):
     its :class:`~engineroom.EngineTask`. Where the handler says that it honours structured output,
     it takes a third argument, the request's :class:`~engineroom.engine.Constraint`, for its
     sampler. One that makes embeddings has ``embed(texts)``, an
-    ``async def`` from the token ids of texts to their vectors.
+    ``async def`` from the token ids of texts to their vectors; one that scores documents has
+    ``rank(pairs)``, from :class:`~engineroom.prompts.PairTokens` to their scores.
     """
 
     codec: Any

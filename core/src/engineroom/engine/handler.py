@@ -24,10 +24,16 @@ from engineroom.errors import ConfigurationError, ModelNotFoundError
 from engineroom.generation.mailbox import Mailbox
 from engineroom.generation.steps import TokenStep
 from engineroom.generation.traits import PLAIN, ModelTraits
-from engineroom.handlers.base import Embeddings, HandlerHealth
+from engineroom.handlers.base import Embeddings, HandlerHealth, Scores
 from engineroom.handlers.token_handler import TokenHandler
 from engineroom.prompts.limits import check_prompt, check_prompt_logprobs, check_token_ids
-from engineroom.prompts.reading import read_prompt, stop_reading, stuck_in_reading, tokens_of_texts
+from engineroom.prompts.reading import (
+    read_prompt,
+    stop_reading,
+    stuck_in_reading,
+    tokens_of_pairs,
+    tokens_of_texts,
+)
 from engineroom.schemas import InferenceRequest
 from engineroom.sources.source import find_source
 
@@ -89,6 +95,13 @@ class EngineHandler(TokenHandler):
         :raises ConfigurationError: this model makes none.
         """
         raise ConfigurationError(f"handler {self.name!r} makes no embeddings")
+
+    def ranker(self, engine: Any) -> Any:
+        """The engine that scores documents.
+
+        :raises ConfigurationError: this model scores none.
+        """
+        raise ConfigurationError(f"handler {self.name!r} ranks no documents")
 
     def check(self, engine: Any, request: InferenceRequest, tokens: list[int]) -> None:
         """Refuse what the model cannot do, before the request is queued.
@@ -199,6 +212,16 @@ class EngineHandler(TokenHandler):
         engine = self.embedder(loaded_model.model_object)
         tokens = await tokens_of_texts(engine.codec, texts, engine.n_ctx, n_vocab=engine.n_vocab)
         return Embeddings(await engine.embed(tokens), sum(map(len, tokens)))
+
+    async def rerank(self, loaded_model: LoadedModel, pairs: Sequence[tuple[str, str]]) -> Scores:
+        """Scores of pairs of texts.
+
+        :raises ConfigurationError: the model scores none, or a pair is too long for it.
+        :raises QueueFullError: too many requests wait.
+        """
+        engine = self.ranker(loaded_model.model_object)
+        tokens = await tokens_of_pairs(engine.codec, pairs, engine.n_ctx)
+        return Scores(await engine.rank(tokens), sum(map(len, tokens)))
 
     async def generate_tokens(
         self, loaded_model: LoadedModel, request: InferenceRequest

@@ -29,6 +29,7 @@ __all__ = [
     "Embeddings",
     "HandlerHealth",
     "InferenceHandler",
+    "Scores",
     "StreamEnd",
 ]
 
@@ -50,6 +51,7 @@ class Capabilities:
         ``json_object``, ``regex``, ``choice`` and ``grammar``. One that honours ``grammar``
         honours a ``tool_choice`` that asks for a call, and tools that are ``strict``, as well.
     :param embeddings: has :meth:`InferenceHandler.embed`, for models that are made for it.
+    :param rerank: has :meth:`InferenceHandler.rerank`, for models that are made for it.
     :param template_args: hands ``template_args`` and ``reasoning`` to the model's chat template, as
         :func:`~engineroom.prompts.tokens_of` does.
     :param adapters: honours ``adapter``, and refuses names that it does not know.
@@ -71,6 +73,7 @@ class Capabilities:
     reasoning_budget: bool = False
     prompt_token_ids: bool = False
     continue_final_message: bool = False
+    rerank: bool = False
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.params) - set(GenerationParams.model_fields)):
@@ -123,6 +126,18 @@ class Embeddings:
     """
 
     vectors: Sequence[Sequence[float]]
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """How well documents answer their queries.
+
+    :param scores: one a pair, in the order of the pairs; the higher, the better.
+    :param prompt_tokens: tokens of all pairs together.
+    """
+
+    scores: Sequence[float]
     prompt_tokens: int
 
 
@@ -231,6 +246,17 @@ class InferenceHandler(ABC):
             has no such token.
         """
         raise ConfigurationError(f"handler {self.name!r} makes no embeddings")
+
+    @hookspec
+    async def rerank(self, loaded_model: LoadedModel, pairs: Sequence[tuple[str, str]]) -> Scores:
+        """Score documents for queries; asked only where ``capabilities().rerank`` says so.
+
+        The score of a pair does not depend on the pairs beside it. Cancelled like any coroutine.
+
+        :param pairs: a query and a document each; at least one, no text empty.
+        :raises ConfigurationError: the model scores no pairs of texts, or a pair is too long.
+        """
+        raise ConfigurationError(f"handler {self.name!r} ranks no documents")
 
     @hookspec
     def can_load(self, config: ModelConfig) -> bool:

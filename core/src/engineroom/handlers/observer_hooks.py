@@ -12,7 +12,9 @@ to ``HandlerRegistry.register_plugin``. It may take fewer arguments than a hook 
 
 A request that is not to generate text says so in its ``kind``. That of ``service.embed`` is an
 :class:`~engineroom.EmbeddingRequest`: the ``kind`` is ``"embed"``, the ``prompt`` is empty, the
-texts are in ``texts``, and the response has ``prompt_tokens`` and no text.
+texts are in ``texts``, and the response has ``prompt_tokens`` and no text. That of
+``service.rerank`` is a :class:`~engineroom.RerankRequest` of the kind ``"rerank"``, with
+``queries`` and ``documents``.
 
 Hooks are called on the event loop, so an observer must be quick and must not be ``async``. One
 that raises is logged with its traceback; it harms neither the request nor other observers.

@@ -7,7 +7,8 @@ from engineroom.errors import ConfigurationError, InferenceError
 from engineroom.handlers.base import InferenceHandler
 from engineroom.handlers.token_handler import as_handler_gets_it
 from engineroom.inference.scope import RequestScope
-from engineroom.schemas import CountRequest, InferenceRequest, InferenceResponse
+from engineroom.other_requests import CountRequest
+from engineroom.schemas import InferenceRequest, InferenceResponse
 from engineroom.telemetry import WORK
 
 __all__ = ["CountWork", "count_request"]

@@ -13,7 +13,8 @@ from engineroom.config.options import problems
 from engineroom.errors import ConfigurationError, InferenceError
 from engineroom.handlers.base import Embeddings, InferenceHandler
 from engineroom.inference.scope import RequestScope
-from engineroom.schemas import EmbeddingRequest, InferenceResponse
+from engineroom.other_requests import EmbeddingRequest
+from engineroom.schemas import InferenceResponse
 from engineroom.sources.vectors import VectorSizes, cut_vectors
 from engineroom.telemetry import WORK
 

@@ -82,7 +82,7 @@ def rejected(request: InferenceRequest, reason: str) -> None:
 
 
 def end_of(request: InferenceRequest, response: InferenceResponse) -> str:
-    """How it ended, in a word. No end of a text is the reason why vectors are there."""
+    """How it ended, in a word. No end of a text is the reason why vectors or scores are there."""
     reason = response.finish_reason or "error"
     return "done" if request.kind != "generate" and reason == "eos_token" else reason
 
@@ -221,7 +221,12 @@ def _parameters(request: InferenceRequest) -> Iterator[str]:
 
 
 def _listed(request: InferenceRequest) -> Iterator[str]:
-    """How much there is to make vectors of."""
+    """How much there is to make vectors of, or to score."""
+    if (documents := getattr(request, "documents", None)) is not None:
+        queries: Sequence[str] = getattr(request, "queries", ())
+        yield f"{len(documents)} documents of {sum(map(len, documents))} characters"
+        yield f"{len(queries)} queries of {sum(map(len, queries))} characters"
+        return
     listed: Sequence[str | Sequence[int]] = getattr(request, "texts", ())
     texts = [text for text in listed if isinstance(text, str)]
     if texts or not listed:
@@ -239,6 +244,8 @@ def _texts(request: InferenceRequest) -> Sequence[str]:
         return [m.content for m in request.messages if m.content is not None]
     if (listed := getattr(request, "texts", None)) is not None:
         return [text for text in listed if isinstance(text, str)]
+    if (documents := getattr(request, "documents", None)) is not None:
+        return [*getattr(request, "queries", ()), *documents]
     return [request.prompt or ""]
 
 

@@ -27,10 +27,16 @@ from .messages import (
 from .model_tokens import (
     ModelTokens as ModelTokens,
 )
+from .pairs import (
+    PairFrame as PairFrame,
+    PairTokens as PairTokens,
+    pair_frame as pair_frame,
+)
 from .reading import (
     read_prompt as read_prompt,
     stop_reading as stop_reading,
     tokens_of as tokens_of,
+    tokens_of_pairs as tokens_of_pairs,
     tokens_of_texts as tokens_of_texts,
 )
 from .special_tokens import (

@@ -13,6 +13,7 @@ from engineroom.prompts.chat_template import TAIL, ChatTemplate, ModelTemplates
 from engineroom.prompts.continuing import cut_at, marked, new_mark
 from engineroom.prompts.limits import check_text
 from engineroom.prompts.model_tokens import ModelTokens
+from engineroom.prompts.pairs import PairFrame, PairTokens
 from engineroom.prompts.special_tokens import ControlTokens
 from engineroom.prompts.threads import PromptLane
 from engineroom.prompts.tool_messages import calls_as_text, tools_as_messages
@@ -52,6 +53,8 @@ class PromptCodec(ABC):
         """What the model writes beside content, and what its template can be told."""
         self.shown: Final = control.ids_in(self.traits.markers)
         """Control tokens that are part of the text, since they tell what of it is what."""
+        self.frame: PairFrame | None = None
+        """What stands around two texts, where that is known."""
         self._begin = list(begin)
         self._end = list(end)
         self._unknown = unknown
@@ -224,6 +227,19 @@ class PromptCodec(ABC):
         tokens = self.begun(self.read(text))
         ended = not self._end or tokens[-len(self._end) :] == self._end
         return tokens if ended else tokens + self._end
+
+    def pair(self, first: Sequence[int], second: Sequence[int]) -> PairTokens:
+        """Two texts as the model reads them together.
+
+        :param first: token ids of one, as :meth:`plain` gives them: no special token ends it.
+        :param second: those of the other.
+        :raises ConfigurationError: it is not known what the model wants between two texts.
+        """
+        if self.frame is None:
+            raise ConfigurationError(
+                "the model's tokenizer joins no two texts, as models that rank documents read them"
+            )
+        return PairTokens(first, second, self.frame)
 
     def plain(self, text: str) -> list[int]:
         """Token ids of a text in which there are no special ones, and nothing added."""

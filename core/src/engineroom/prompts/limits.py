@@ -17,6 +17,7 @@ __all__ = [
     "check_text_ids",
     "check_texts",
     "check_token_ids",
+    "pair_too_long",
     "prompt_too_long",
     "text_too_long",
 ]
@@ -170,6 +171,24 @@ def text_too_long(
     shown = f"at least {count}" if least else f"{count}"
     return ContextLengthExceededError(
         f"{_CONTEXT.format(n_ctx)} text {number} has {shown} tokens; cut it into parts",
+        tokens=count,
+        most=n_ctx,
+    )
+
+
+def pair_too_long(
+    number: int, count: int, n_ctx: int, *, least: bool = False
+) -> ContextLengthExceededError:
+    """The refusal of a query and a document that the model cannot read at once.
+
+    :param number: of the document, from 0.
+    :param count: how many tokens the two have.
+    :param least: they have more, perhaps.
+    """
+    shown = f"at least {count}" if least else f"{count}"
+    return ContextLengthExceededError(
+        f"{_CONTEXT.format(n_ctx)} document {number} and its query have {shown} tokens; cut the "
+        "document into parts",
         tokens=count,
         most=n_ctx,
     )

@@ -15,9 +15,11 @@ from engineroom.prompts.limits import (
     check_text,
     check_text_ids,
     check_texts,
+    pair_too_long,
     prompt_too_long,
     text_too_long,
 )
+from engineroom.prompts.pairs import PairTokens
 from engineroom.prompts.threads import PromptLane
 from engineroom.prompts.work import TooManyTokensError, check_stopped
 from engineroom.schemas import InferenceRequest
@@ -29,6 +31,7 @@ __all__ = [
     "stop_reading",
     "stuck_in_reading",
     "tokens_of",
+    "tokens_of_pairs",
     "tokens_of_texts",
 ]
 
@@ -170,6 +173,43 @@ async def tokens_of_texts(
         check_texts(tokens, n_ctx)
         return tokens
     raise text_too_long(len(tokens), least, n_ctx, least=True)
+
+
+async def tokens_of_pairs(
+    codec: PromptCodec, pairs: Sequence[tuple[str, str]], n_ctx: int
+) -> list[PairTokens]:
+    """Token ids of pairs of texts that are to be scored, made where it holds up nobody.
+
+    :param n_ctx: tokens that the model reads at once.
+    :raises ConfigurationError: the model joins no two texts.
+    :raises ContextLengthExceededError: a pair has more.
+    :raises QueueFullError: too many prompts wait to be read.
+    :raises ResourceNotAvailableError: the model is being unloaded.
+    """
+    made: list[PairTokens] = []
+
+    def plain(text: str) -> list[int]:
+        check_text("each text", text)
+        return codec.plain(text)
+
+    def read() -> None:
+        known: tuple[str, list[int]] | None = None
+        for query, document in pairs:
+            check_stopped()
+            if known is None or known[0] is not query:  # most queries are for many documents
+                known = query, plain(query)
+            made.append(codec.pair(known[1], plain(document)))
+            if (count := len(made[-1])) > n_ctx:
+                raise pair_too_long(len(made) - 1, count, n_ctx)
+
+    try:
+        size = sum(len(first) + len(second) for first, second in pairs)
+        await _lane_of(codec).run(read, size=size, most=n_ctx)
+    except TooManyTokensError as error:
+        least = error.least
+    else:
+        return made
+    raise pair_too_long(len(made), least, n_ctx, least=True)
 
 
 async def in_lane(codec: Any, call: Callable[[], _T], *, key: str | None, size: int = 0) -> _T:

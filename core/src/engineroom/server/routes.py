@@ -18,6 +18,7 @@ from engineroom.server.apis import (
     openai_responses,
     openapi,
     operations,
+    ranking,
 )
 from engineroom.server.apis.routing import Route
 
@@ -32,6 +33,7 @@ APIS: Final = (
     ollama_chat,
     ollama_embed,
     ollama_models,
+    ranking,
     native,
     operations,
     admin,

@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
+from operator import mul
 from typing import Annotated, ClassVar, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -22,7 +23,7 @@ from engineroom.config.model import LoadedModel, ModelConfig
 from engineroom.config.options import parse_options
 from engineroom.errors import ConfigurationError, InferenceError, QueueFullError
 from engineroom.generation.steps import TokenStep
-from engineroom.handlers.base import Capabilities, Embeddings, HandlerHealth
+from engineroom.handlers.base import Capabilities, Embeddings, HandlerHealth, Scores
 from engineroom.handlers.token_handler import TokenHandler
 from engineroom.schemas import InferenceRequest
 from engineroom.sources.vectors import VectorSizes
@@ -94,6 +95,7 @@ class EchoHandler(TokenHandler):
             chat=True,
             embeddings=True,
             prompt_token_ids=True,
+            rerank=True,
         )
 
     def can_handle(self, loaded_model: LoadedModel) -> bool:
@@ -165,6 +167,20 @@ class EchoHandler(TokenHandler):
                 for text, said in pairs
             )
             return Embeddings([_letters(text) for text in read], tokens)
+        finally:
+            model.running -= 1
+
+    async def rerank(self, loaded_model: LoadedModel, pairs: Sequence[tuple[str, str]]) -> Scores:
+        """How alike the letters of a query and a document are, from 0 to 1."""
+        model = _model(loaded_model)
+        model.running += 1
+        try:
+            await asyncio.sleep(model.options.token_delay_s)
+            if model.options.fail == "before":
+                raise RuntimeError("asked to fail before the first token")
+            tokens = sum(len(_pieces(model.options, text)) for pair in pairs for text in pair)
+            letters = [(_letters(query), _letters(document)) for query, document in pairs]
+            return Scores([sum(map(mul, *both)) for both in letters], tokens)
         finally:
             model.running -= 1
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
-from engineroom import TokenStep
 from engineroom.sources import PoolingRecipe, read_pooling
-from engineroom_hf_transformers.attention import StepStoppedError, stopping
+from engineroom_hf_transformers.attention import stopping
+from engineroom_hf_transformers.batched_work import BatchedWork, padded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,11 +38,11 @@ def recipe_of(folder: Path, parts: Parts) -> PoolingRecipe | None:
     return recipe
 
 
-class EmbeddingJob:
-    """One call of ``embed`` on its way through the engine: a batch of texts a step.
+class EmbeddingJob(BatchedWork):
+    """One call of ``embed`` on its way through the engine.
 
     :param tokens: of each text.
-    :param most: tokens of a batch, padding included, unless one text alone has more.
+    :param most: tokens of a batch.
     :param stopped: asked at each layer; true: give up.
     """
 
@@ -54,49 +54,17 @@ class EmbeddingJob:
         most: int,
         stopped: Callable[[], bool],
     ) -> None:
+        super().__init__([len(text) for text in tokens], most)
         self._parts = parts
         self._recipe = recipe
         self._tokens = tokens
         self._stopped = stopped
-        # Alike in length side by side: less padding.
-        order = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
-        self._batches: list[list[int]] = []
-        for index in order:
-            batch = self._batches[-1] if self._batches else []
-            if batch and (len(batch) + 1) * len(tokens[batch[0]]) <= most:
-                batch.append(index)
-            else:
-                self._batches.append([index])
-        self._batches.reverse()
-        self.vectors: list[list[float]] = [[] for _ in tokens]
 
-    def advance(self, _: Any) -> TokenStep | None:
-        """Do the next batch; a step that ends the job with the last."""
-        if self._batches:
-            batch = self._batches[-1]
-            try:
-                vectors = self._compute([self._tokens[index] for index in batch])
-            except StepStoppedError:
-                return None
-            self._batches.pop()
-            for index, vector in zip(batch, vectors, strict=True):
-                self.vectors[index] = vector
-        return None if self._batches else TokenStep(finish="eos_token")
-
-    def close(self) -> None:
-        """Nothing to give back."""
-
-    def _compute(self, texts: Sequence[Sequence[int]]) -> list[list[float]]:
+    def compute(self, batch: Sequence[int]) -> list[list[float]]:
+        """The vectors of a batch's texts."""
         import torch
 
-        device = self._parts.device
-        longest = max(map(len, texts))
-        ids = torch.zeros((len(texts), longest), dtype=torch.long)
-        mask = torch.zeros((len(texts), longest), dtype=torch.long)
-        for row, text in enumerate(texts):
-            ids[row, : len(text)] = torch.tensor(text)
-            mask[row, : len(text)] = 1
-        ids, mask = ids.to(device), mask.to(device)
+        ids, mask = padded([self._tokens[index] for index in batch], self._parts.device)
         model = self._parts.model
         if self._parts.kind == "causal":
             model = model.base_model  # without the head over the vocabulary

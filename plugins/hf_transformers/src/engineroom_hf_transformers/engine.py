@@ -31,6 +31,7 @@ from engineroom import (
     work_priority,
 )
 from engineroom.engine import Constraint, SamplerState, Scheduler, StepBatch, logprob_maker
+from engineroom.prompts import PairTokens
 from engineroom.sources import PoolingRecipe, vector_sizes
 from engineroom_hf_transformers.attention import StepStoppedError
 from engineroom_hf_transformers.by_generate import GenerateCall, neutral
@@ -40,6 +41,7 @@ from engineroom_hf_transformers.drafting import make_drafter
 from engineroom_hf_transformers.embedding import EmbeddingJob, recipe_of
 from engineroom_hf_transformers.model import forward_of, reading_cost, why_not_driven
 from engineroom_hf_transformers.outcomes import Outcomes
+from engineroom_hf_transformers.ranking import RankingJob, uses_sigmoid
 from engineroom_hf_transformers.step_errors import step_error
 from engineroom_hf_transformers.tasks import (
     EmbeddingTask,
@@ -57,10 +59,12 @@ if TYPE_CHECKING:
     from engineroom_hf_transformers.loading import Parts
     from engineroom_hf_transformers.options import HfTransformersOptions
 
-__all__ = ["HfEngine"]
+__all__ = ["SILENT", "HfEngine"]
 
 logger = logging.getLogger("engineroom.hf_transformers")
 
+SILENT: Final = frozenset({"embedding", "ranking"})
+"""Kinds of models that generate no text."""
 _CPU_TOKENS: Final = 128
 """Prompts are read as fast (355 tokens/s) as with 512 (361), in layers of 12 ms instead of 47; a
 step can be given up between layers. SmolLM2-135M, two cores, float32."""
@@ -105,6 +109,7 @@ class HfEngine(BatchingEngine[Job]):
             config = parts.model.config
             if width := getattr(config.get_text_config(), "hidden_size", None):
                 self.vector_sizes = vector_sizes(int(width), options, config.to_dict())
+        self._sigmoid = parts.kind == "ranking" and uses_sigmoid(parts.model.config.to_dict())
         self.why_one_by_one = why_not_driven(parts, options)
         """Why requests run one at a time; empty: they are batched."""
         batched = not self.why_one_by_one
@@ -131,7 +136,7 @@ class HfEngine(BatchingEngine[Job]):
             max_running=options.max_batch_size if batched else 1,
             max_queue=options.max_queue,
         )
-        if self.why_one_by_one and parts.kind != "embedding":
+        if self.why_one_by_one and parts.kind not in SILENT:
             logger.warning(
                 "model %r runs its requests one at a time, by generate(): %s",
                 name,
@@ -173,10 +178,18 @@ class HfEngine(BatchingEngine[Job]):
         await self.run(EmbeddingTask(work=work, log=log, priority=work_priority()))
         return work.vectors
 
+    async def rank(self, pairs: Sequence[PairTokens]) -> list[float]:
+        """Scores of pairs of texts; see :meth:`~engineroom.BatchingEngine.run`."""
+        most, stopped = self._max_batch_tokens, self._is_interrupted
+        work = RankingJob(self.parts, pairs, most, stopped, sigmoid=self._sigmoid)
+        log = work_logger(logger, self.name)
+        await self.run(EmbeddingTask(work=work, log=log, priority=work_priority()))
+        return [score for (score,) in work.vectors]
+
     def health(self) -> HandlerHealth:
         """The engine's own word, and why requests run one at a time, if they do."""
         health = super().health()
-        if health.ok and self.why_one_by_one and self.parts.kind != "embedding":
+        if health.ok and self.why_one_by_one and self.parts.kind not in SILENT:
             detail = f"one request at a time, by generate(): {self.why_one_by_one}"
             return replace(health, detail=detail)
         return health

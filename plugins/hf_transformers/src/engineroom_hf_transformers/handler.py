@@ -57,6 +57,7 @@ class HuggingFaceTransformersHandler(EngineHandler):
             embeddings=True,
             prompt_token_ids=True,
             continue_final_message=True,
+            rerank=True,
         )
 
     def can_load(self, config: ModelConfig) -> bool:
@@ -112,6 +113,11 @@ class HuggingFaceTransformersHandler(EngineHandler):
 
     def generator(self, engine: HfEngine) -> HfEngine:
         """The engine, unless its model has no head over the vocabulary."""
+        if engine.parts.kind == "ranking":
+            raise ConfigurationError(
+                "this model ranks documents and generates no text; ask for scores (rerank), or "
+                "load a model for causal language modelling"
+            )
         if engine.parts.kind == "embedding":
             raise ConfigurationError(
                 "this model makes embeddings and generates no text; ask for embeddings, or load a "
@@ -125,6 +131,15 @@ class HuggingFaceTransformersHandler(EngineHandler):
             raise ConfigurationError(
                 "this model generates text and makes no embeddings; use an encoder, or a model "
                 "whose folder has a modules.json that says how to pool"
+            )
+        return engine
+
+    def ranker(self, engine: HfEngine) -> HfEngine:
+        """The engine, where its model has one label for two texts."""
+        if engine.parts.kind != "ranking":
+            raise ConfigurationError(
+                "this model ranks no documents; use a cross-encoder: a model for sequence "
+                "classification with one label"
             )
         return engine
 

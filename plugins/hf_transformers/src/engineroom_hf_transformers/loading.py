@@ -44,7 +44,7 @@ _IMPORTED: Final = (
 )
 _OPTIONAL: Final = frozenset({"accelerate", "gguf", "transformers.modeling_gguf_pytorch_utils"})
 
-Kind: TypeAlias = Literal["causal", "encoder-decoder", "embedding"]
+Kind: TypeAlias = Literal["causal", "encoder-decoder", "embedding", "ranking"]
 
 
 @dataclass(slots=True)
@@ -53,7 +53,7 @@ class Parts:
 
     :param model: on its device, in evaluation mode, without gradients.
     :param kind: a model that continues text, one that answers through an encoder, or one that
-        generates nothing.
+        generates nothing: it makes embeddings, or ranks documents.
     :param end_ids: tokens that end a generation.
     :param n_vocab: width of a row of logits.
     :param n_context: most tokens of one request.
@@ -259,10 +259,17 @@ def _kind(checkpoint: Checkpoint, config: Any) -> Kind:
         or "AutoModel" in remote
     ):
         return "embedding"
+    if name in _class_names(auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, model_type):
+        if config.num_labels == 1:
+            return "ranking"
+        raise ConfigurationError(
+            f"{str(checkpoint.path)!r} sorts texts into {config.num_labels} classes; this runtime "
+            "ranks documents with models that have one label"
+        )
     raise ConfigurationError(
         f"{str(checkpoint.path)!r} is a {name}, which neither generates text nor is a plain model "
         "of embeddings; this runtime runs models for causal and sequence-to-sequence language "
-        "modelling, and encoders"
+        "modelling, encoders, and models that rank documents"
     )
 
 
@@ -285,6 +292,7 @@ def _weights(
         "causal": "AutoModelForCausalLM",
         "encoder-decoder": "AutoModelForSeq2SeqLM",
         "embedding": "AutoModel",
+        "ranking": "AutoModelForSequenceClassification",
     }[kind]
     arguments = _where(checkpoint, options) | {
         "config": config,

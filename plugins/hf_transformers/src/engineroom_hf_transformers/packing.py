@@ -141,10 +141,13 @@ def _trial(model: Any, kind: str, n_vocab: int) -> torch.Tensor | None:
 
     tokens = torch.tensor([[(7919 * (i + 1)) % n_vocab for i in range(_TRIAL)]])
     more: dict[str, Any] = {"decoder_input_ids": tokens} if kind == "encoder-decoder" else {}
-    if kind != "embedding":
+    if kind not in ("embedding", "ranking"):
         more["use_cache"] = False
     try:
         computed: torch.Tensor = model(input_ids=tokens, **more)[0]
+        if kind == "ranking":  # one number has no spread
+            body = model.base_model(input_ids=tokens)[0]
+            computed = torch.cat([body.flatten(), computed.flatten()])
     except Exception:  # the model's own code, which may do anything
         logger.debug("the model does not take plain tokens", exc_info=True)
         return None

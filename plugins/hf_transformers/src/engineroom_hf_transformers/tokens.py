@@ -15,6 +15,7 @@ from engineroom.prompts import (
     ModelTokens,
     PromptCodec,
     TokenizerReader,
+    pair_frame,
     surroundings,
 )
 from engineroom_hf_transformers.decoding import (
@@ -87,6 +88,7 @@ class Vocabulary(PromptCodec):
             end=end,
             unknown=self._tokenizer.unk_token_id,
         )
+        self.frame = None if self._backend is None else pair_frame(self._backend)
         self._bos: int | None = self._tokenizer.bos_token_id
         self._encoder = encoder
         self._own: dict[int, bytes] = {}

@@ -11,7 +11,8 @@ from pydantic import Discriminator, Field, Tag, ValidationError
 
 from engineroom.field_types import TokenId
 from engineroom.handlers.base import Embeddings
-from engineroom.schemas import EmbeddingRequest, GenerationParams
+from engineroom.other_requests import EmbeddingRequest
+from engineroom.schemas import GenerationParams
 from engineroom.server.apis.request_fields import (
     ApiRequest,
     ModelName,

@@ -103,6 +103,7 @@ class Session:
         self._hung = 0
         self.config: ModelConfig | None = None
         self.embedding_config: ModelConfig | None = None
+        self.ranking_config: ModelConfig | None = None
         self.closed = False
 
     def perform(
@@ -162,7 +163,13 @@ class Session:
     def _make(self) -> None:
         assert self.config is not None
         handler = self._suite.make_handler()
-        self._kit = Kit(handler, self.config, self._suite.settings(), self.embedding_config)
+        self._kit = Kit(
+            handler,
+            self.config,
+            self._suite.settings(),
+            self.embedding_config,
+            self.ranking_config,
+        )
 
     def _run(self, body: Callable[[Kit], Awaitable[None]]) -> None:
         kit = self._kit
@@ -282,11 +289,17 @@ class Checks:
         return None
 
     @pytest.fixture
+    def ranking_config(self) -> ModelConfig | None:
+        """A model that ranks documents, where ``model_config`` does not; ``None``: it does."""
+        return None
+
+    @pytest.fixture
     def conformance(
         self,
         request: pytest.FixtureRequest,
         model_config: ModelConfig,
         embedding_config: ModelConfig | None,
+        ranking_config: ModelConfig | None,
     ) -> Session:
         """The suite's state: made for its first check, ended with its last."""
         owner = request.node.getparent(pytest.Class)
@@ -301,5 +314,6 @@ class Checks:
             session = owner.stash[_STASH] = Session(self, selected)
             session.config = model_config
             session.embedding_config = embedding_config
+            session.ranking_config = ranking_config
             owner.addfinalizer(session.close)
         return session

@@ -62,6 +62,7 @@ class Kit(Patience):
     :param handler: the handler under test.
     :param config: the model to test it with.
     :param embedding_config: one that makes embeddings; ``None``: the same.
+    :param ranking_config: one that ranks documents; ``None``: the same.
     """
 
     def __init__(
@@ -70,12 +71,14 @@ class Kit(Patience):
         config: ModelConfig,
         settings: Settings,
         embedding_config: ModelConfig | None = None,
+        ranking_config: ModelConfig | None = None,
     ) -> None:
         super().__init__(settings.timeout_s)
         self.handler = handler
         self.config = config
         self.settings = settings
         self.embedding_config = embedding_config
+        self.ranking_config = ranking_config
         self.loop = LoopThread(settings.timeout_s)
         self.prompts = (settings.prompt, *PROMPTS)
         self._bench: Bench | None = None

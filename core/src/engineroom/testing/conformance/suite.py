@@ -22,6 +22,7 @@ from engineroom.testing.conformance.limits import LimitChecks
 from engineroom.testing.conformance.outcomes import BrokenRuleError
 from engineroom.testing.conformance.overriding import reason_of
 from engineroom.testing.conformance.parameters import ParameterChecks
+from engineroom.testing.conformance.ranking import RankingChecks
 from engineroom.testing.conformance.text import TextChecks
 from engineroom.testing.conformance.thoughts import ReasoningChecks
 from engineroom.testing.conformance.token_ids import TokenIdChecks
@@ -33,6 +34,7 @@ __all__ = ["CHECKS", "HandlerConformance"]
 class HandlerConformance(
     HygieneChecks,
     EmbeddingChecks,
+    RankingChecks,
     ReasoningChecks,
     ChatChecks,
     TokenIdChecks,
@@ -89,7 +91,8 @@ class HandlerConformance(
 
     Methods to override: ``make_handler()``, ``render_chat(loaded_model, messages)``,
     ``token_ids(loaded_model, text)``. The fixture ``embedding_config`` names a model that makes
-    embeddings, where ``model_config`` makes none. A check that is replaced is marked with
+    embeddings, where ``model_config`` makes none, and ``ranking_config`` one that ranks
+    documents. A check that is replaced is marked with
     ``@overrides("the reason")``.
     """
 

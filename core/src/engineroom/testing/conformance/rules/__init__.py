@@ -11,7 +11,12 @@ from typing import Final
 
 from engineroom.testing.conformance.rules.answers import CHAT, PARAMETERS, TEXT, TOKEN_IDS
 from engineroom.testing.conformance.rules.concurrency import CANCELLATION, CONCURRENCY, FAULTS
-from engineroom.testing.conformance.rules.handlers import DISCOVERY, EMBEDDINGS, HYGIENE
+from engineroom.testing.conformance.rules.handlers import (
+    DISCOVERY,
+    EMBEDDINGS,
+    HYGIENE,
+    RANKING,
+)
 from engineroom.testing.conformance.rules.rule import PAGE, Rule, rule_page
 
 __all__ = ["PAGE", "RULES", "Rule", "rule_page"]
@@ -26,6 +31,7 @@ RULES: Final[Mapping[str, Rule]] = {
     **CHAT,
     **TOKEN_IDS,
     **EMBEDDINGS,
+    **RANKING,
     **HYGIENE,
 }
 """Every rule, by its id."""

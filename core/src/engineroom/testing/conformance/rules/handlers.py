@@ -109,6 +109,15 @@ EMBEDDINGS: Final = {
     ),
 }
 
+RANKING: Final = {
+    "rerank": Rule(
+        "Each document has a score",
+        "rerank returns a finite score for each pair, in their order, which depends on that pair "
+        "alone; where it is not claimed, and for a pair that is too long, it raises a "
+        "ConfigurationError.",
+    ),
+}
+
 HYGIENE: Final = {
     "overrides": Rule(
         "A replaced check says why",
