@@ -13,8 +13,7 @@ from engineroom import (
     ConfigurationError,
     StreamEnd,
 )
-from engineroom.generation.deltas import ReasoningDelta, ToolCallDelta
-from engineroom.prompts.tool_messages import tools_as_messages
+from engineroom.generation.deltas import ReasoningDelta
 
 
 class _Claims(ToyHandler):
@@ -57,20 +56,6 @@ def structured_output():
 def structured_output__no_kind():
     class Broken(_Claims):
         claims = frozenset({"structured_output"})
-
-    return Broken
-
-
-@defect
-def tool_calls():
-    class Broken(FormsToy):
-        """A tool that was not offered."""
-
-        async def infer(self, loaded_model, request):
-            response = await super().infer(loaded_model, request)
-            calls = [call.model_copy(update={"name": "fly"}) for call in response.tool_calls or ()]
-            response.tool_calls = calls or None
-            return response
 
     return Broken
 
@@ -129,6 +114,36 @@ def structured_seeds():
 
 
 @defect
+def structured_seeds__likely():
+    class Broken(FormsToy):
+        """Where it draws, what a form does not allow is unlikely, and no more than that."""
+
+        def adjusted(self, params, logits, prompt, new):
+            allowed = super().adjusted(params, logits, prompt, new)
+            if params.greedy:
+                return allowed
+            likely = ToyHandler.adjusted(self, params, logits, prompt, new)
+            return [max(value, other - 50) for value, other in zip(allowed, likely, strict=True)]
+
+    return Broken
+
+
+@defect
+def structured_seeds__bias():
+    class Broken(FormsToy):
+        """A bias weighs more than a form."""
+
+        def adjusted(self, params, logits, prompt, new):
+            found = super().adjusted(params, logits, prompt, new)
+            for token, bias in (params.logit_bias or {}).items():
+                if bias > 0:
+                    found[token] = max(found[token], bias)
+            return found
+
+    return Broken
+
+
+@defect
 def structured_seeds__penalties():
     class Broken(_Forgets):
         def forgets(self, params):
@@ -161,109 +176,6 @@ def structured_seeds__draws_anew():
                 return super().choose(params, logits, source)
             allowed = [token for token, value in enumerate(logits) if value > -1e8]
             return random.choice(allowed)
-
-    return Broken
-
-
-class _OwnTools(FormsToy):
-    """Tells the model of tools itself."""
-
-    def capabilities(self):
-        return dataclasses.replace(super().capabilities(), tools=True)
-
-    def tokens(self, loaded_model, request):
-        if request.messages is not None:
-            messages = tools_as_messages(self.history(request), self.offered(request))
-            request = request.model_copy(update={"messages": messages})
-        return super().tokens(loaded_model, request)
-
-    def history(self, request):
-        return request.messages
-
-    def offered(self, request):
-        return request.offered_tools
-
-
-@defect
-def tool_calls__untold():
-    class Broken(_OwnTools):
-        def offered(self, request):
-            return None
-
-    return Broken
-
-
-@defect
-def tool_calls__told_in_vain():
-    class Broken(_OwnTools):
-        def offered(self, request):
-            return request.tools
-
-    return Broken
-
-
-@defect
-def tool_calls__results():
-    class Broken(_OwnTools):
-        """What tools returned is told without its text."""
-
-        def history(self, request):
-            return [
-                message.model_copy(update={"content": ""}) if message.role == "tool" else message
-                for message in request.messages
-            ]
-
-    return Broken
-
-
-@defect
-def tool_calls__another_one():
-    class Broken(_OwnTools):
-        """Any tool will do where one is named."""
-
-        async def compile(self, request):
-            if request.requires_call:
-                request = request.model_copy(update={"tool_choice": "required"})
-            return await super().compile(request)
-
-    return Broken
-
-
-@defect
-def tool_calls__same_id():
-    class Broken(FormsToy):
-        async def infer(self, loaded_model, request):
-            response = await super().infer(loaded_model, request)
-            calls = [call.model_copy(update={"id": "call_0"}) for call in response.tool_calls or ()]
-            response.tool_calls = calls or None
-            return response
-
-    return Broken
-
-
-@defect
-def tool_calls__at_the_end():
-    class Broken(FormsToy):
-        """Streams tell of calls in their response alone."""
-
-        async def stream_infer(self, loaded_model, request):
-            async for chunk in super().stream_infer(loaded_model, request):
-                if not isinstance(chunk, ToolCallDelta):
-                    yield chunk
-
-    return Broken
-
-
-@defect
-def tool_calls__thoughts():
-    class Broken(ThinkingToy):
-        """Thoughts are content beside calls."""
-
-        async def infer(self, loaded_model, request):
-            response = await super().infer(loaded_model, request)
-            if response.tool_calls:
-                response.generated_text = response.reasoning
-            return response
 
     return Broken
 
@@ -301,6 +213,104 @@ def hostile_grammar_neighbour__ends_others():
         def limit(self, params):
             ended = getattr(self, "failures", 0) > params.__dict__.get("failures", 0)
             return 1 if ended else super().limit(params)
+
+    return Broken
+
+
+@defect
+def hostile_grammar_neighbour__grows():
+    class Broken(FormsToy):
+        """A grammar that grows fails in its midst, in words of the library's."""
+
+        def adjusted(self, params, logits, prompt, new):
+            form = params.structured_output
+            if form is not None and "s: s s" in (form.grammar or "") and len(new) > 9:
+                raise ValueError("too many items")
+            return super().adjusted(params, logits, prompt, new)
+
+    return Broken
+
+
+@defect
+def hostile_grammar_neighbour__grows_alone():
+    class Broken(FormsToy):
+        """With nothing beside it, a grammar that grows is waited for in vain, and given up."""
+
+        async def prefill(self, model, prompt, request):
+            form = request.params.structured_output
+            grows = form is not None and "s: s s" in (form.grammar or "")
+            if grows and model.running == 1:
+                raise RuntimeError("no step is to come")
+            await super().prefill(model, prompt, request)
+
+    return Broken
+
+
+@defect
+def hostile_grammar_neighbour__ends_forms():
+    class Broken(FormsToy):
+        """A grammar that is none is the end of all that come later."""
+
+        refuses = False
+
+        async def compile(self, request):
+            if self.refuses and request.constrained:
+                raise ConfigurationError("the compiler has ended")
+            try:
+                return await super().compile(request)
+            except ConfigurationError:
+                self.refuses = True
+                raise
+
+    return Broken
+
+
+@defect
+def hostile_grammar_neighbour__forms_beside():
+    class Broken(FormsToy):
+        """A grammar that is none takes the forms of those beside it."""
+
+        failures = 0
+
+        async def compile(self, request):
+            try:
+                return await super().compile(request)
+            except ConfigurationError:
+                self.failures += 1
+                raise
+
+        async def prefill(self, model, prompt, request):
+            request.params.__dict__["failures"] = self.failures
+            await super().prefill(model, prompt, request)
+
+        def adjusted(self, params, logits, prompt, new):
+            if self.failures > params.__dict__["failures"]:
+                return ToyHandler.adjusted(self, params, logits, prompt, new)
+            return super().adjusted(params, logits, prompt, new)
+
+    return Broken
+
+
+@defect
+def reasoning_apart__markers():
+    class Broken(ThinkingToy):
+        """The end of thoughts is left at them."""
+
+        async def infer(self, loaded_model, request):
+            response = await super().infer(loaded_model, request)
+            if response.reasoning:
+                response.reasoning += "</think>"
+            return response
+
+        async def stream_infer(self, loaded_model, request):
+            begun = False
+            async for chunk in super().stream_infer(loaded_model, request):
+                if begun and not isinstance(chunk, ReasoningDelta):
+                    yield ReasoningDelta("</think>")
+                begun = isinstance(chunk, ReasoningDelta)
+                if isinstance(chunk, StreamEnd) and chunk.response.reasoning:
+                    chunk.response.reasoning += "</think>"
+                yield chunk
 
     return Broken
 

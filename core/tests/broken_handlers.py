@@ -7,6 +7,7 @@ break more.
 
 from __future__ import annotations
 
+import broken_calls
 import broken_discovery
 import broken_forms
 import broken_hygiene
@@ -18,6 +19,7 @@ from broken_table import BROKEN
 __all__ = ["ALSO", "BROKEN", "ELSEWHERE", "ENDLESS", "MODULES"]
 
 MODULES = (
+    broken_calls,
     broken_discovery,
     broken_forms,
     broken_hygiene,

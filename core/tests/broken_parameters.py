@@ -114,6 +114,18 @@ def seed__all_the_same():
 
 
 @defect
+def seed__hot():
+    class Broken(ToyHandler):
+        """Seeds are forgotten where it is hot."""
+
+        def random(self, request):
+            hot = self.temperature(request.params) > 1
+            return random.Random(None if hot else request.params.seed)
+
+    return Broken
+
+
+@defect
 def seed_beside_neighbours():
     class Broken(ToyHandler):
         """One generator for all, which a seed only sets anew."""

@@ -92,6 +92,13 @@ def test_a_context_of_512_letters_has_room_for_calls():
     assert [(r.outcome, r.reason) for r in results.values()] == [("passed", "")]
 
 
+def test_what_a_small_context_has_no_room_for_begins_as_it_should():
+    small = TOY.model_copy(update={"options": {"n_ctx": 512}})
+    results = run(BROKEN["tool-calls__any_arguments"], "tool_calls", small)
+    assert failed(results) == ["tool-calls"]
+    assert "arguments that begin as its schema says" in results["tool-calls"].reason
+
+
 # ── rules and checks ─────────────────────────────────────────────────────────────────────────────
 
 

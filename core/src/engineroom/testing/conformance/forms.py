@@ -21,6 +21,7 @@ __all__ = ["FormChecks", "seed_of"]
 _SEEDS: Final = 50
 _AT_ONCE: Final = 3
 _HOT: Final = 1.5
+_ANSWER: Final = "Answer: "
 _SCHEMA: Final = {
     "type": "object",
     "properties": {"ok": {"type": "boolean"}, "of": {"enum": ["a", "b", None]}},
@@ -95,12 +96,13 @@ class FormChecks(Checks):
         hot = {"temperature": _HOT} if kit.honours("temperature") else {}
         form = {"structured_output": {"json_schema": _SCHEMA}}
         neighbour = kit.likely(n=24)
+        values = {**UNUSUAL, "logit_bias": await _bias(kit)}
 
         def of(number: int) -> InferenceRequest:
             names = filter(kit.honours, _BESIDES[number % len(_BESIDES)])
-            besides = {name: UNUSUAL[name] for name in names}
+            besides = {name: values[name] for name in names}
             params = {**hot, **form, **seed_of(kit, number), **besides}
-            return kit.request("Answer: ", 96, params=params)
+            return kit.request(_ANSWER, 96, params=params)
 
         async def ask(numbers: range) -> None:
             for request in map(of, numbers):
@@ -123,6 +125,16 @@ class FormChecks(Checks):
             request = of(0)
             texts = [await kit.text(request) for _ in range(2)]
             same(f"infer({said(request)}), twice", "one text", texts[:1] * 2, texts)
+
+
+async def _bias(kit: Kit) -> Mapping[int, float]:
+    """One that a form outweighs: to the token that would come first without it."""
+    if kit.honours("logprobs"):
+        free = await kit.bench.answer(kit.likely(_ANSWER, 1, params={"logprobs": 1}))
+        for entry in free.logprobs or ():
+            return {entry.token_id: 100.0}
+    bias: Mapping[int, float] = UNUSUAL["logit_bias"]
+    return bias
 
 
 def seed_of(kit: Kit, number: int) -> Mapping[str, Any]:

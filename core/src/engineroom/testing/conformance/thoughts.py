@@ -15,7 +15,7 @@ from engineroom.testing.conformance.entries import has_all_entries
 from engineroom.testing.conformance.kit import Kit
 from engineroom.testing.conformance.outcomes import broken, same, skip
 
-__all__ = ["ReasoningChecks", "bound", "traits_of"]
+__all__ = ["ReasoningChecks", "bound", "marked", "traits_of"]
 
 _BUDGET: Final = 12
 _PATTERN: Final = "[0-9]{2}-[0-9]{2}"
@@ -33,6 +33,16 @@ def bound(kit: Kit) -> dict[str, Any]:
     return {"reasoning_budget": _BUDGET} if kit.capabilities.reasoning_budget else {}
 
 
+def marked(kit: Kit, response: InferenceResponse) -> bool:
+    """Whether what stands around thoughts is in content, or was left at the thoughts."""
+    if (form := traits_of(kit).reasoning) is None:
+        return False
+    begin, end = form.begin.strip(), form.end.strip()
+    content, thoughts = response.generated_text or "", (response.reasoning or "").strip()
+    apart = begin not in content and end not in content
+    return not apart or thoughts.startswith(begin) or thoughts.endswith(end)
+
+
 class ReasoningChecks(Checks):
     """Thoughts and content."""
 
@@ -44,13 +54,12 @@ class ReasoningChecks(Checks):
         if form is None:
             skip("the model is not known to think; traits(loaded_model) of the handler says so")
         await kit.need_determinism()
-        markers = (form.begin.strip(), form.end.strip())
         request = _ask(kit)
         plain = await kit.bench.answer(again(request))
         if not plain.reasoning:
             _broken(request, "reasoning beside the content", plain)
-        if any(marker in (plain.generated_text or "") for marker in markers):
-            _broken(request, f"content without {' and '.join(markers)}", plain)
+        if marked(kit, plain):
+            _broken(request, f"neither {form.begin!r} nor {form.end!r} in them", plain)
         stream = await kit.bench.stream(again(request))
         thoughts = [chunk.text for chunk in stream.chunks if isinstance(chunk, ReasoningDelta)]
         did = f"stream({said(request)})"

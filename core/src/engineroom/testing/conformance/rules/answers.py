@@ -189,8 +189,8 @@ PARAMETERS: Final = {
     "tool-calls": Rule(
         "Calls that have to be are valid",
         'With tool_choice="required" each seed gives a call of a tool that was offered, valid by '
-        "its schema, the same streamed and whole; and the model reads its tools, its calls and "
-        "what they returned.",
+        "its schema, alone with parallel_tool_calls=False, the same streamed and whole; and the "
+        "model reads its tools, its calls and what they returned.",
     ),
     "hostile-grammar-neighbour": Rule(
         "A hostile grammar harms nobody",
@@ -217,7 +217,8 @@ CHAT: Final = {
     "reasoning-apart": Rule(
         "Reasoning is told apart from content",
         "What a model thinks is response.reasoning and ReasoningDelta in streams; no content has "
-        "it, and stop sequences and structured output are about content alone.",
+        "it, neither has its markers, and stop sequences and structured output are about content "
+        "alone.",
     ),
 }
 
