@@ -156,6 +156,30 @@ def min_p():
 
 
 @defect
+def min_tokens():
+    return without("min_tokens")
+
+
+@defect
+def min_tokens__stops():
+    class Broken(ToyHandler):
+        """Lets the core look for stop sequences from the first token on."""
+
+        async def infer(self, loaded_model, request):
+            params = request.params.model_copy(update={"min_tokens": None})
+            if request.stop_sequences:
+                request = request.model_copy(update={"params": params})
+            return await super().infer(loaded_model, request)
+
+    return Broken
+
+
+@defect
+def ignore_eos():
+    return without("ignore_eos")
+
+
+@defect
 def repetition_penalty():
     return without("repetition_penalty")
 

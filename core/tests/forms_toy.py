@@ -22,6 +22,7 @@ class _Codec:
         pieces = [*(bytes([byte]) for byte in range(256)), b"<end>"]
         tokens = ModelTokens(pieces, frozenset({EOS}), [EOS], self.read)
         self.model_tokens = lambda: tokens
+        self.width_and_ends = lambda: (len(pieces), frozenset({EOS}))
         self.traits = traits
 
     def read(self, text):

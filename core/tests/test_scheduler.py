@@ -246,6 +246,7 @@ def test_right_proposals_count_and_the_others_change_nothing(
     result = engine.handed[task.mailbox]
     assert (list(result.token_ids), result.finish) == (expected, finish)
     assert result.text.startswith("".join(map(str, expected)))
+    assert list(result.text_ends) == [*range(1, len(expected) + 1)] * (len(expected) > 1)
     assert task.tokens == [1, 2, *expected]
     assert task.draft == []
     assert task.cached == 2 + right

@@ -39,6 +39,8 @@ untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 PARAM_DEFAULTS: dict[str, Any] = {
     "max_new_tokens": 256,
+    "min_tokens": None,
+    "ignore_eos": None,
     "temperature": 0.7,
     "top_p": None,
     "top_k": None,
@@ -245,6 +247,8 @@ def test_greedy_is_what_always_takes_the_likeliest(values: dict[str, Any], greed
 # and a temperature of 1, both of which a runtime must know how to do.
 NEUTRAL: dict[str, list[Any]] = {
     "max_new_tokens": [256],
+    "min_tokens": [None, 0],
+    "ignore_eos": [None, False],
     "temperature": [0.7],
     "top_p": [None, 1.0, 1],
     "top_k": [None, 0],
@@ -263,6 +267,8 @@ NEUTRAL: dict[str, list[Any]] = {
 }
 ASKING: dict[str, list[Any]] = {
     "max_new_tokens": [None, 0, 1],
+    "min_tokens": [1],
+    "ignore_eos": [True],
     "temperature": [None, 0.0, 1.0],
     "top_p": [0.0, 0.99],
     "top_k": [1],

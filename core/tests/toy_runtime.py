@@ -243,6 +243,8 @@ class ToyHandler(TokenHandler):
                     if value > 0
                     else value * params.repetition_penalty
                 )
+        if len(new) < params.least_tokens:
+            found[EOS] = 10 * FLOOR
         for token, count in Counter(new).items():
             found[token] -= params.presence_penalty or 0.0
             found[token] -= (params.frequency_penalty or 0.0) * count

@@ -18,7 +18,7 @@ _HI: Final = f'[{{"role":"user","content":"{CANARY}"}}]'
 
 _NUMBERS: Final = (
     "temperature", "top_p", "top_k", "min_p", "seed", "n", "timeout_s", "priority", "num_beams",
-    "presence_penalty", "repetition_penalty", "logprobs", "whatever",
+    "presence_penalty", "repetition_penalty", "logprobs", "min_tokens", "whatever",
 )  # fmt: skip
 
 

@@ -253,7 +253,10 @@ ANSWERS: Final[dict[str, Callable[[Api, Sizes], bytes]]] = {
     "a milliard of answers": _asking(n=10**9),
     "beams": _asking(50, num_beams=8),
     "beams by the thousand": _asking(50, num_beams=10_000),
-    "an answer without end": _asking(max_tokens=10**9),
+    "an answer without end": _asking(max_tokens=10**9, ignore_eos=True),
+    "32 answers that may not end": _asking(
+        50, n=32, min_tokens=50, top_k=10**9, stop=["a"], stream=True
+    ),
     "sampling at its widest": _asking(
         50, n=32, temperature=2, top_k=10**9, top_p=0.999, min_p=1e-9, repetition_penalty=1.5
     ),

@@ -8,6 +8,7 @@ model's files.
 from __future__ import annotations
 
 import hashlib
+import sys
 import uuid
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Final, Literal, Self, TypeAlias
@@ -134,6 +135,12 @@ class GenerationParams(FewFields, FrozenSchema):
     max_new_tokens: Annotated[Int, Field(ge=0)] | None = 256
     """Most tokens to generate; 0: none, the prompt is read and that is all; ``None``: until the
     context is full."""
+    min_tokens: Annotated[Int, Field(ge=0)] | None = None
+    """Before so many tokens no end-of-sequence token comes, and no stop sequence ends the text.
+    A form that the answer must match ends it all the same."""
+    ignore_eos: bool | None = None
+    """No end-of-sequence token ever comes: the text goes on to its limit, to a stop sequence, or
+    to the end of its form."""
     temperature: Annotated[Float, Field(ge=0.0, le=2.0)] | None = 0.7
     """0 is greedy; ``None`` is 1."""
     top_p: Annotated[Float, Field(ge=0.0, le=1.0)] | None = None
@@ -170,15 +177,23 @@ class GenerationParams(FewFields, FrozenSchema):
     """What the text must match."""
 
     @model_validator(mode="after")
-    def _one_sequence(self) -> Self:
+    def _fits_together(self) -> Self:
         if self.prompt_logprobs is not None and (self.num_beams or 1) > 1:
             raise ValueError("prompt_logprobs cannot be told with num_beams; leave one of them out")
+        least, most = self.min_tokens or 0, self.max_new_tokens
+        if most is not None and least > most:
+            raise ValueError(f"min_tokens ({least}) is more than the limit of {most} tokens")
         return self
 
     @property
     def greedy(self) -> bool:
         """True where the likeliest token is always taken."""
         return self.do_sample is False or self.temperature == 0 or self.top_k == 1
+
+    @property
+    def least_tokens(self) -> int:
+        """Before so many tokens no end-of-sequence token may come."""
+        return sys.maxsize if self.ignore_eos else self.min_tokens or 0
 
     def requested(self) -> frozenset[str]:
         """Fields whose value asks for something that a runtime must know how to do.
@@ -196,18 +211,13 @@ class GenerationParams(FewFields, FrozenSchema):
 _PARAM_DEFAULTS: Final[Mapping[str, Any]] = {
     name: field.default for name, field in GenerationParams.model_fields.items()
 }
+_OFF_AT_0: Final = ("min_tokens", "top_k", "min_p", "presence_penalty", "frequency_penalty")
 _NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
-    "max_new_tokens": (),
-    "temperature": (),
-    "top_p": (None, 1.0),
-    "top_k": (None, 0),
-    "repetition_penalty": (None, 1.0),
+    **dict.fromkeys(("max_new_tokens", "temperature"), ()),
+    **dict.fromkeys(("top_p", "repetition_penalty", "num_beams"), (None, 1)),
+    **dict.fromkeys(_OFF_AT_0, (None, 0)),
+    **dict.fromkeys(("ignore_eos", "early_stopping"), (None, False)),
     "do_sample": (None, True),
-    "num_beams": (None, 1),
-    "early_stopping": (None, False),
-    "min_p": (None, 0.0),
-    "presence_penalty": (None, 0.0),
-    "frequency_penalty": (None, 0.0),
     "logit_bias": (None, {}),
 }
 

@@ -55,6 +55,16 @@ def asked(shared, route, **fields):
 
 
 @each_route
+@streamed_and_whole
+def test_what_asks_for_an_end_reaches_the_runtime(shared, route, stream):
+    params = asked(shared, route, stream=stream, min_tokens=2, ignore_eos=True).params
+    assert (params.min_tokens, params.ignore_eos) == (2, True)
+    assert "min_tokens" in post(shared, route, min_tokens=-1).json()["error"]["message"]
+    params = asked(shared, route, min_new_tokens=2).params
+    assert (params.min_tokens, params.ignore_eos) == (2, None)
+
+
+@each_route
 def test_penalties_and_seeds_are_the_same_on_every_route(shared, route):
     fields = {
         "presence_penalty": 0.5,

@@ -126,6 +126,19 @@ def vocabulary(kind: str, *, bos: bool = False) -> Vocabulary:
     return Vocabulary(wrapped(tokenizer), {EOS}, tokenizer.get_vocab_size() + 7, None)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_ends_a_text_is_known_also_where_the_bytes_of_tokens_are_not(kind: str) -> None:
+    known = vocabulary(kind)
+    assert known.width_and_ends() == (known.n_vocab, frozenset({EOS}))
+    if kind == "suffix":
+        with pytest.raises(ConfigurationError):
+            known.model_tokens()
+    else:
+        assert (len(known.model_tokens().pieces), {*known.model_tokens().ends}) == (
+            known.n_vocab, {EOS},
+        )  # fmt: skip
+
+
 def backend(known: Vocabulary) -> Any:
     return known._tokenizer.backend_tokenizer
 

@@ -113,6 +113,17 @@ async def test_an_end_beyond_the_first_beams_is_not_complete() -> None:
     assert found.tokens == (1, 1, 1)
 
 
+async def test_no_sequence_ends_before_it_has_so_many_tokens() -> None:
+    async def expand(sequences: list[tuple[int, ...]], count: int) -> list[Likeliest]:
+        return [[(END, math.log(0.6)), (1, math.log(0.3)), (2, math.log(0.1))] for _ in sequences]
+
+    for least in (0, 1, 3):
+        found = await search(
+            expand, beams=1, limit=5, ends=frozenset({END}), early_stopping=True, least_tokens=least
+        )
+        assert found.tokens == (*[1] * least, END)
+
+
 async def test_early_stopping_asks_no_more_than_without_it() -> None:
     for seed in range(20):
         patient, hasty = MadeUpModel(seed), MadeUpModel(seed)

@@ -38,6 +38,7 @@ NEUTRAL = {
     "prompt_logprobs": None,
     "seed": None,
     "max_tokens": 100,
+    "min_tokens": 0,
     "stop_token_ids": [],
 }
 
@@ -50,6 +51,7 @@ def test_none_is_the_neutral_value_of_every_parameter() -> None:
 def test_every_parameter_has_its_name_in_vllm() -> None:
     found = arguments(
         max_new_tokens=7,
+        min_tokens=3,
         temperature=0.5,
         top_p=0.9,
         top_k=40,
@@ -63,6 +65,7 @@ def test_every_parameter_has_its_name_in_vllm() -> None:
     )
     assert found == {
         "max_tokens": 7,
+        "min_tokens": 3,
         "temperature": 0.5,
         "top_p": 0.9,
         "top_k": 40,
@@ -80,6 +83,7 @@ def test_every_parameter_has_its_name_in_vllm() -> None:
 
 MAPPED: dict[str, tuple[Any, str]] = {
     "max_new_tokens": (7, "max_tokens"),
+    "min_tokens": (3, "min_tokens"),
     "temperature": (0.5, "temperature"),
     "top_p": (0.9, "top_p"),
     "top_k": (40, "top_k"),
@@ -94,11 +98,32 @@ MAPPED: dict[str, tuple[Any, str]] = {
 }
 """Field of the contract → a value that asks for something, and its name in vLLM."""
 ELSEWHERE = {
+    "ignore_eos",  # min_tokens to the limit
     "do_sample",  # temperature 0
     "num_beams",  # requests for one token each
     "early_stopping",  # likewise
     "structured_output",  # an argument of another kind
 }
+
+
+def test_what_ends_later_ends_at_no_stop_token_either() -> None:
+    def of(written: int = 0, **params: Any) -> tuple[int, list[int]]:
+        found = sampling_arguments(
+            GenerationParams(**params),
+            room=100,
+            n_vocab=VOCABULARY,
+            stop_token_ids=[7],
+            written=written,
+        )
+        assert found["min_tokens"] <= found["max_tokens"]
+        return found["min_tokens"], found["stop_token_ids"]
+
+    assert of() == of(min_tokens=0) == (0, [7])
+    assert of(min_tokens=5) == (5, [])  # vLLM would not let it come
+    assert of(ignore_eos=True, max_new_tokens=30) == (30, [])
+    assert of(ignore_eos=True, max_new_tokens=None) == (100, [])
+    assert of(min_tokens=500, max_new_tokens=None) == (100, [])
+    assert (of(3, min_tokens=5), of(5, min_tokens=5)) == ((2, []), (0, [7]))
 
 
 def test_no_parameter_is_dropped_in_silence() -> None:

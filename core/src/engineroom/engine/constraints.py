@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from engineroom.engine.constraint import Constraint
+from engineroom.engine.later_end import LaterEnd
 from engineroom.engine.reasoning_budget import BudgetedConstraint, ReasoningBudget
 from engineroom.errors import ConfigurationError
 from engineroom.generation.answer_grammars import lacking, refusal
@@ -52,6 +53,7 @@ class GrammarCompiler:
     def __init__(self, codec: Any) -> None:
         self._codec = codec
         self._vocabulary: tuple[Any, int, frozenset[int]] | None = None
+        self._ends: tuple[int, frozenset[int]] | None = None
         self._compiled: OrderedDict[str, Any] = OrderedDict()
         self._kept = 0  # characters
         self._lock = threading.Lock()
@@ -77,10 +79,14 @@ class GrammarCompiler:
         if request.constrained or budget is not None:
             _check_library(request)
         constraint = self._match(request, tail) if request.constrained else None
-        if budget is None:
-            return constraint
-        table, width, _ = self._table()
-        return BudgetedConstraint(constraint, budget, partial(_piece, table), width)
+        if budget is not None:
+            table, width, _ = self._table()
+            constraint = BudgetedConstraint(constraint, budget, partial(_piece, table), width)
+        if least := request.params.least_tokens:
+            width, ends = self._width_and_ends()
+            if ends:
+                return LaterEnd(constraint, least, width, ends)
+        return constraint
 
     def _match(self, request: InferenceRequest, tail: str | None) -> Constraint:
         grammar = _traits_of(self._codec).grammar(request, tail)
@@ -104,6 +110,12 @@ class GrammarCompiler:
                     oldest, _ = self._compiled.popitem(last=False)
                     self._kept -= len(oldest)
         return matcher
+
+    def _width_and_ends(self) -> tuple[int, frozenset[int]]:
+        """How many logits there are, and what ends a text; needs no llguidance."""
+        if self._ends is None:
+            self._ends = self._codec.width_and_ends()
+        return self._ends
 
     def _table(self) -> tuple[Any, int, frozenset[int]]:
         with self._lock:

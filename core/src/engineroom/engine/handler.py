@@ -46,6 +46,7 @@ __all__ = ["EngineHandler"]
 _COUNTED_CONTEXTS: Final = 8
 """A prompt that is only counted may be so many times as long as the context: a client counts to
 see how much it has to leave out."""
+_OF_THE_END: Final = frozenset({"min_tokens", "ignore_eos"})
 
 
 class EngineHandler(TokenHandler):
@@ -236,7 +237,8 @@ class EngineHandler(TokenHandler):
         codec = engine.codec
         prompt = await read_prompt(codec, request, n_ctx=engine.n_ctx, advice=engine.longer_context)
         self.check(engine, request, prompt.tokens)
-        if self._constrains(request) or self.traits(loaded_model).limits(request):
+        bounded = self.traits(loaded_model).limits(request)
+        if bounded or self._constrains(request) or self._delays_end(request):
             constraint = await self._constraint(engine, request, prompt.tail)
             task = engine.request(request, prompt.tokens, constraint)
         else:
@@ -255,6 +257,11 @@ class EngineHandler(TokenHandler):
         claimed, output = self.capabilities().structured_output, request.params.structured_output
         calls = request.requires_call or request.has_strict_tools
         return (not calls or "grammar" in claimed) and (output is None or output.kind in claimed)
+
+    def _delays_end(self, request: InferenceRequest) -> bool:
+        """Whether the answer may not end as the model likes."""
+        asked = _OF_THE_END & request.params.requested()
+        return bool(asked and asked <= self.capabilities().params)
 
     async def _constraint(
         self, engine: Any, request: InferenceRequest, tail: str | None

@@ -323,8 +323,11 @@ def _take(task: _T, step: TokenStep, choice: Choice, outputs: StepOutputs[_T]) -
         step.finish = "eos_token"
     else:
         task.tokens.append(token)
+        ends = step.text_ends or ((len(step.text),) if step.token_ids else ())
         step.token_ids = (*step.token_ids, token)
         step.text = _joined(step.text, text)
+        if ends:
+            step.text_ends = (*ends, len(step.text))
         if choice.logprob is not None:
             step.logprobs = (*(step.logprobs or ()), choice.logprob)
         if len(task.tokens) >= task.limit:

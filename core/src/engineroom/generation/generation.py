@@ -191,13 +191,16 @@ class Generation:
     warnings: list[str] = field(default_factory=list)
     _pipeline: TextPipeline = field(init=False)
     _limit: int | None = field(init=False)
+    _least: int = field(init=False)  # up to so many tokens, no stop sequence is looked for
     _parts: list[str] = field(default_factory=list)
     _started: float = field(default_factory=time.perf_counter)
     _first_at: float | None = None
 
     def __post_init__(self) -> None:
-        self._pipeline = TextPipeline(self.request.stop_sequences)
-        self._limit = self.request.params.max_new_tokens
+        params = self.request.params
+        self._least = params.min_tokens or 0
+        self._pipeline = TextPipeline(self.request.stop_sequences, later=self._least > 0)
+        self._limit = params.max_new_tokens
         if self.reader is not None:
             self.parsed = ParsedOutput(
                 self.reader, self._pipeline, content=self._parts, tail=self.tail
@@ -230,11 +233,11 @@ class Generation:
             self.generated_tokens += len(tokens)
         if step.prompt_tail is not None and self.parsed is not None:
             self.parsed.tail = step.prompt_tail
-        pipeline, shown = self._pipeline, ""
-        if self.parsed is not None:
-            self.parsed.feed(step.text, len(tokens))
-        elif text := step.text:
-            shown = pipeline.feed(text)
+        pipeline = self._pipeline
+        if 0 < self._least < self.generated_tokens:
+            shown = self._take_beyond_least(step)
+        else:
+            shown = self._feed(step.text, len(tokens))
         if pipeline.matched is not None:
             self.finish_reason = "stop_sequence"
         elif step.finish is not None:
@@ -244,6 +247,22 @@ class Generation:
         if shown:
             self._parts.append(shown)
         return shown
+
+    def _feed(self, text: str | bytes, tokens: int) -> str:
+        if self.parsed is None:
+            return self._pipeline.feed(text) if text else ""
+        self.parsed.feed(text, tokens)
+        return ""
+
+    def _take_beyond_least(self, step: TokenStep) -> str:
+        """The text of a step behind which, or within which, stop sequences are looked for."""
+        count = len(step.token_ids)
+        early = self._least - (self.generated_tokens - count)  # of its tokens
+        self._least = 0
+        end = step.text_ends[early - 1] if 0 < early <= len(step.text_ends) else 0
+        shown = self._feed(step.text[:end], early) if end else ""
+        self._pipeline.look_for_stops()
+        return shown + self._feed(step.text[end:], count - early if end else count)
 
     def finish(self) -> str:
         """End the text; return what was still held back."""

@@ -17,6 +17,8 @@ class TokenStep:
 
     :param token_ids: the tokens, without the end-of-sequence token.
     :param text: their text, or their bytes where a token may end inside a character.
+    :param text_ends: of several tokens, how long ``text`` is behind each of them. Without it,
+        a step that goes beyond ``min_tokens`` is searched for stop sequences as a whole.
     :param logprobs: one entry a token, where the request asked for them.
     :param finish: why the generation ends with this step; ``None``: it goes on.
     :param prompt_tokens: tokens of the prompt; said once, in any step.
@@ -35,6 +37,7 @@ class TokenStep:
     cached_prompt_tokens: int | None = None
     prompt_tail: str | None = None
     prompt_logprobs: Sequence[PromptLogprob] | None = None
+    text_ends: Sequence[int] = ()
 
 
 LAST_STEP: Final = TokenStep(finish="eos_token")

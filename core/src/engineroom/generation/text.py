@@ -183,17 +183,25 @@ class TextPipeline:
     """Pieces of one generation, bytes or text, into text that is safe to show.
 
     :param stops: the request's stop sequences, if any.
+    :param later: they are looked for only in what comes after :meth:`look_for_stops`.
     """
 
-    __slots__ = ("_decoder", "_matcher", "_undecoded", "matched")
+    __slots__ = ("_decoder", "_matcher", "_stops", "_undecoded", "matched")
 
-    def __init__(self, stops: Iterable[str] | None = None) -> None:
-        sequences = tuple(stops or ())
-        self._matcher = StopMatcher(sequences) if sequences else None
+    def __init__(self, stops: Iterable[str] | None = None, *, later: bool = False) -> None:
+        self._stops = tuple(stops or ())
+        self._matcher: StopMatcher | None = None
+        if not later:
+            self.look_for_stops()
         self._decoder = Utf8Decoder()
         self._undecoded = False
         self.matched: str | None = None
         """The stop sequence that ended the text; ``None`` while there is none."""
+
+    def look_for_stops(self) -> None:
+        """From here on, a stop sequence ends the text."""
+        if self._matcher is None and self._stops:
+            self._matcher = StopMatcher(self._stops)
 
     def feed(self, piece: str | bytes) -> str:
         """Take a piece; return what may be shown now (often nothing, never a half character)."""

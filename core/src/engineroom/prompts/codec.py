@@ -220,6 +220,14 @@ class PromptCodec(ABC):
             "output can be had"
         )
 
+    def width_and_ends(self) -> tuple[int, frozenset[int]]:
+        """How many logits there are, and which tokens end a text. Called once, in a thread.
+
+        :raises ConfigurationError: they are not known.
+        """
+        tokens = self.model_tokens()
+        return len(tokens.pieces), frozenset(tokens.ends)
+
     def whole(self, text: str) -> list[int]:
         """Token ids of a text that is not to be continued, with all that the tokenizer writes
         around it. Embedding models that pool the last token were trained to look at that.

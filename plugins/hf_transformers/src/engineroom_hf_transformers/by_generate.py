@@ -15,6 +15,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from copy import copy
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final
 
 from engineroom import EngineRoomError, InferenceError, TokenStep
@@ -224,8 +225,10 @@ class GenerateCall:
             if self._ends(token):
                 written, finish = written[:place], "eos_token"
                 break
-        text = "".join([*map(task.decoder.feed, written), task.decoder.finish()])
-        return TokenStep(written, text, finish=finish)
+        pieces = [*map(task.decoder.feed, written)]
+        ends = tuple(accumulate(map(len, pieces)))
+        text = "".join([*pieces, task.decoder.finish()])
+        return TokenStep(written, text, finish=finish, text_ends=ends)
 
     def _choose(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Choose the token, show it, and leave ``generate()`` no other choice."""

@@ -104,6 +104,10 @@ class Vocabulary(PromptCodec):
         pieces = [texts.get(t) or self._pieces[t] for t in range(self.n_vocab)]
         return ModelTokens(pieces, frozenset(special), sorted(self.end_ids), self.plain)
 
+    def width_and_ends(self) -> tuple[int, frozenset[int]]:
+        """See :meth:`~engineroom.prompts.PromptCodec.width_and_ends`."""
+        return self.n_vocab, frozenset(self.end_ids)
+
     def ends(self, token_id: int) -> bool:
         """Whether this token ends a generation."""
         return token_id in self.end_ids

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 from engineroom import EngineRoomError, GenerationParams, TokenStep
 from engineroom.engine import BatchSlice, BeamSearch, NoNumbersError, StepBatch, largest
@@ -85,11 +86,16 @@ class Beams:
         best = search.best.tokens
         ended = self._ends(best[-1])
         tokens = best[:-1] if ended else best
-        text = b"".join(self._model.piece(token) or b"" for token in tokens)
+        pieces = [self._model.piece(token) or b"" for token in tokens]
         # Of what the first beam has, only the prompt is known to be in ``tokens``.
         task.cached = len(task.tokens)
         self._sequences.cut(task.sequences[0], task.cached)
-        return TokenStep(tokens, text, finish="eos_token" if ended else "length")
+        return TokenStep(
+            tokens,
+            b"".join(pieces),
+            finish="eos_token" if ended else "length",
+            text_ends=tuple(accumulate(map(len, pieces))),
+        )
 
     def _follow(self, task: Task, parents: Sequence[int]) -> None:
         """Give each beam a sequence with what its parent has."""

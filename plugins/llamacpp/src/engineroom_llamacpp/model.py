@@ -291,6 +291,10 @@ class LlamaModel(PromptCodec):
         special = frozenset(t for t in range(self.n_vocab) if t in self._control) - self.shown
         return ModelTokens(pieces, special | frozenset(self.ends), sorted(self.ends), self.plain)
 
+    def width_and_ends(self) -> tuple[int, frozenset[int]]:
+        """See :meth:`~engineroom.prompts.PromptCodec.width_and_ends`."""
+        return self.n_vocab, self.ends
+
     def token_bytes(self, token: int) -> bytes:
         """A token's own bytes, the text of special ones, for log probabilities."""
         return self._render(token, special=True)

@@ -22,11 +22,13 @@ async def search(
     ends: frozenset[int],
     early_stopping: bool,
     least: int = 0,
+    least_tokens: int = 0,
 ) -> Beam:
     """The best sequence; see :class:`~engineroom.engine.BeamSearch`.
 
     :param ends: tokens that end a sequence.
     :param least: how many likeliest tokens to ask for at least.
+    :param least_tokens: before a sequence has so many, none of ``ends`` comes.
     """
     books = BeamSearch(
         beams,
@@ -37,6 +39,9 @@ async def search(
         keep_choices=True,
     )
     count = max(books.candidates, least)
-    while books.advance(await expand([beam.tokens for beam in books.running], count)):
-        pass
-    return books.best
+    while True:
+        likeliest = await expand([beam.tokens for beam in books.running], count)
+        if len(books.running[0].tokens) < least_tokens:
+            likeliest = [[c for c in choices if c[0] not in ends] for choices in likeliest]
+        if not books.advance(likeliest):
+            return books.best

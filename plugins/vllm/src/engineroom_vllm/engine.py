@@ -152,7 +152,7 @@ class VLLMEngine(Engine):
         if self.lifecycle.ended:
             raise self.lifecycle.gone()
         order = next(self._orders)
-        running = self._running[order] = Running(len(tokens), tail=tail)
+        running = self._running[order] = Running(len(tokens), tail=tail, prompt=len(tokens))
         steps = self._beams if beam_search(request.params) else self._tokens
         most = max(0, self.options.max_queue - self._ahead)
         try:
@@ -307,14 +307,14 @@ class VLLMEngine(Engine):
             room=self.n_ctx - len(tokens),
             n_vocab=self.n_vocab,
             stop_token_ids=stop_tokens,
+            written=len(tokens) - running.prompt,
         )
         grammar = None
         if forced is None:
             grammar = await grammar_of(self.codec, request, tail, closed=closed)
         else:
-            arguments |= {"max_tokens": 1, "allowed_token_ids": [forced]}
-        text = not self.codec.knows_bytes
-        sampling = self._library.sampling(arguments, grammar, detokenize=text)
+            arguments |= {"max_tokens": 1, "min_tokens": 0, "allowed_token_ids": [forced]}
+        sampling = self._library.sampling(arguments, grammar, detokenize=not self.codec.knows_bytes)
         first = True
         async with aclosing(self._ask(request, tokens, sampling, name, running)) as outputs:
             async for output in outputs:
@@ -371,9 +371,8 @@ class VLLMEngine(Engine):
         cached: list[int] = []
 
         async def likeliest(generated: tuple[int, ...], count: int) -> Likeliest:
-            sampling = self._library.sampling(
-                {"max_tokens": 1, "temperature": 0.0, "logprobs": count}
-            )
+            one = {"max_tokens": 1, "temperature": 0.0, "logprobs": count}
+            sampling = self._library.sampling(one)
             ids = [*tokens, *generated]
             name = f"{order}-{next(numbers)}"
             choices: Likeliest = ()
@@ -400,6 +399,7 @@ class VLLMEngine(Engine):
             ends=self._ends,
             early_stopping=bool(params.early_stopping),
             least=params.logprobs or 0,
+            least_tokens=params.least_tokens,
         )
         yield TokenStep(
             prompt_tokens=len(tokens),

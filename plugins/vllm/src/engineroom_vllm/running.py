@@ -21,3 +21,5 @@ class Running:
     ids: list[str] = field(default_factory=list)
     turn: int = 0
     tail: str | None = None
+    prompt: int = 0
+    """How many tokens it came with."""

@@ -80,21 +80,28 @@ def sampling_arguments(
     room: int,
     n_vocab: int,
     stop_token_ids: Sequence[int] = (),
+    written: int = 0,
 ) -> dict[str, Any]:
     """Arguments of vLLM's ``SamplingParams``, without ``structured_outputs``.
 
     :param room: tokens that the context has left for the answer.
     :param n_vocab: tokens that the model has.
     :param stop_token_ids: tokens with which the generation may end at once.
+    :param written: tokens of the answer that were generated before.
     """
     limit = params.max_new_tokens
+    most = room if limit is None else min(limit, room)
+    least = min(max(params.least_tokens - written, 0), most)
     temperature = 1.0 if params.temperature is None else params.temperature
     if temperature < _COLDEST / 2:
         temperature = 0.0
     top_p = 1.0 if params.top_p is None else params.top_p
     greedy = params.greedy or temperature == 0.0 or top_p == 0.0
     arguments: dict[str, Any] = {
-        "max_tokens": room if limit is None else min(limit, room),
+        "max_tokens": most,
+        # Until then vLLM lets no end-of-sequence token come, and none of the stop tokens, which
+        # may be any text: core finds them in it.
+        "min_tokens": least,
         "temperature": 0.0 if greedy else max(temperature, _COLDEST),
         "repetition_penalty": min(params.repetition_penalty or 1.0, _STRONGEST),
         "presence_penalty": params.presence_penalty or 0.0,
@@ -102,7 +109,7 @@ def sampling_arguments(
         "logit_bias": dict(params.logit_bias) if params.logit_bias else None,
         "logprobs": params.logprobs,
         "prompt_logprobs": params.prompt_logprobs,
-        "stop_token_ids": list(stop_token_ids),
+        "stop_token_ids": [] if least else list(stop_token_ids),
     }
     if not greedy:
         top_k = params.top_k or 0

@@ -30,6 +30,7 @@ _LIMITS: Final = ("max_tokens", "max_output_tokens")
 
 ALIASES: Final[Mapping[str, tuple[str, ...]]] = {
     "repeat_penalty": ("repetition_penalty",),
+    "min_new_tokens": ("min_tokens",),
     "n_predict": _LIMITS,
     "num_predict": _LIMITS,
     "max_new_tokens": _LIMITS,
@@ -46,9 +47,6 @@ ALIASES: Final[Mapping[str, tuple[str, ...]]] = {
 
 REFUSED: Final[Mapping[str, Collection[Any]]] = {
     # vLLM's
-    "min_tokens": (0,),
-    "min_new_tokens": (0,),
-    "ignore_eos": (False,),
     "use_beam_search": (False,),
     "length_penalty": (1.0,),
     "stop_token_ids": ([],),

@@ -215,6 +215,10 @@ class Sampling(Generating):
     logit_bias: SkipValidation[LogitBias | None] = None
     """Token id → bias. Checked with the service's parameters, once."""
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    """Before so many tokens the answer does not end by itself, nor by a stop sequence."""
+    ignore_eos: bool | None = None
+    """The answer never ends by itself."""
     num_beams: Annotated[int, Field(ge=1)] | None = None
     early_stopping: bool | None = None
 

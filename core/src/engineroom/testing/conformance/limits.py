@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from engineroom.schemas import ChatMessage
 from engineroom.testing.conformance.base import Checks, check
 from engineroom.testing.conformance.bench import again, refused, said
 from engineroom.testing.conformance.kit import Kit
@@ -14,6 +15,8 @@ __all__ = ["LimitChecks"]
 
 UNUSUAL: Final[Mapping[str, Any]] = {
     "max_new_tokens": 5,
+    "min_tokens": 3,
+    "ignore_eos": True,
     "temperature": 1.3,
     "top_p": 0.5,
     "top_k": 5,
@@ -34,6 +37,8 @@ UNUSUAL: Final[Mapping[str, Any]] = {
 
 _FILLED: Final = 1 << 14
 """Tokens of the largest context that is filled: with more, a slow model reads for minutes."""
+_LEAST: Final = 48
+"""Tokens that an answer must have which would often be shorter."""
 _MOST_ADDED: Final = 16
 """Most tokens that a model adds to a prompt: marks of its beginning and end."""
 
@@ -123,6 +128,32 @@ class LimitChecks(Checks):
             )
 
     @check()
+    async def test_min_tokens(self, kit: Kit) -> None:
+        kit.need("min_tokens", "max_new_tokens")
+        await _goes_on(kit, {"min_tokens": _LEAST})
+        if not kit.capabilities.stop_sequences:
+            return
+        prompt, _ = await kit.sample_prompt()
+        for beams in [{}, {"num_beams": 2}] if kit.honours("num_beams") else [{}]:
+            params = {"min_tokens": 6, **beams}
+            if not (text := await kit.text(kit.likely(prompt, 12, params=params))):
+                continue
+            request = kit.likely(prompt, 12, params=params, stop_sequences=[text[0]])
+            for did, response in await kit.both(request):
+                count, shown = response.generated_tokens, response.generated_text or ""
+                if (count is not None and count < 6) or not shown.startswith(text[0]):
+                    broken(
+                        did=did,
+                        expected="at least 6 tokens: before, no stop sequence ends the text",
+                        saw=f"{count} tokens, {response.finish_reason!r} and the text {shown!r}",
+                    )
+
+    @check()
+    async def test_ignore_eos(self, kit: Kit) -> None:
+        kit.need("ignore_eos", "max_new_tokens")
+        await _goes_on(kit, {"ignore_eos": True})
+
+    @check()
     async def test_unclaimed_parameters(self, kit: Kit) -> None:
         unclaimed = [name for name in UNUSUAL if not kit.honours(name)]
         if not unclaimed:
@@ -190,4 +221,25 @@ class LimitChecks(Checks):
                     did=f"infer({said(request)})",
                     expected=f"at most {counts[0]} tokens, as without early_stopping",
                     saw=f"{counts[1]} tokens",
+                )
+
+
+async def _goes_on(kit: Kit, params: Mapping[str, Any]) -> None:
+    """The text goes on to ``max_new_tokens``, also where the model would end it before."""
+    chat = {"messages": [ChatMessage(role="user", content="Say hello.")]}
+    inputs: list[dict[str, Any]] = [chat] if kit.capabilities.chat else []
+    ways: list[dict[str, Any]] = [kit.greedy()]
+    if kit.honours("seed"):
+        hot = {"temperature": 2.0} if kit.honours("temperature") else {}
+        ways += [{"seed": seed, **hot} for seed in range(1, 5)]
+    for fields in [*inputs, {"prompt": kit.settings.prompt}]:
+        for way in ways:
+            request = kit.request(n=_LEAST, params={**way, **params}, **fields)
+            response = await kit.bench.answer(request)
+            count, reason = response.generated_tokens, response.finish_reason
+            if reason != "length" or count not in (None, _LEAST):
+                broken(
+                    did=f"infer({said(request)})",
+                    expected=f"{_LEAST} tokens with the finish reason 'length'",
+                    saw=f"{count} tokens with {reason!r}",
                 )

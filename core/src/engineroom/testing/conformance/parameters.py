@@ -65,6 +65,8 @@ class ParameterChecks(Checks):
             "num_beams": 1,
             "early_stopping": False,
             "min_p": 0.0,
+            "min_tokens": 0,
+            "ignore_eos": False,
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
             "logit_bias": {},

@@ -90,6 +90,15 @@ PARAMETERS: Final = {
         "max_new_tokens=None goes on until the model ends the text or the context is full, not to "
         "a default of the runtime.",
     ),
+    "min-tokens": Rule(
+        "min_tokens is honoured",
+        "Before so many tokens the text does not end: no end-of-sequence token comes, and no stop "
+        "sequence ends it.",
+    ),
+    "ignore-eos": Rule(
+        "ignore_eos is honoured",
+        "The text goes on to max_new_tokens: no end-of-sequence token ever comes.",
+    ),
     "none-is-neutral": Rule(
         "None is the neutral value",
         "None means the same as a field's neutral value (temperature 1, no truncation, no "
