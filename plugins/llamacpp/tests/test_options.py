@@ -43,6 +43,7 @@ DEFAULTS: dict[str, Any] = {
     "matryoshka": None,
     "chat_template": None,
     "reasoning_format": None,
+    "chat_template_kwargs": None,
     "tool_format": None,
 }
 INT_MAX = 2**31 - 1

@@ -20,6 +20,7 @@ DEFAULTS: dict[str, Any] = {
     "matryoshka": None,
     "tool_format": None,
     "reasoning_format": None,
+    "chat_template_kwargs": None,
     "dtype": "auto",
     "quantization": None,
     "gpu_memory_utilization": None,

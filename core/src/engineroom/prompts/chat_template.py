@@ -61,10 +61,13 @@ class ChatTemplate:
 
     :param source: the Jinja source.
     :param tokens: special tokens that templates may name, e.g. ``bos_token``.
+    :param defaults: more names that it may use, where a request does not say otherwise.
     :raises ConfigurationError: the source is not valid.
     """
 
-    def __init__(self, source: str, tokens: Mapping[str, str]) -> None:
+    def __init__(
+        self, source: str, tokens: Mapping[str, str], defaults: Mapping[str, Any] | None = None
+    ) -> None:
         try:
             from jinja2.ext import loopcontrols
 
@@ -82,6 +85,7 @@ class ChatTemplate:
         environment.globals["strftime_now"] = _strftime_now
         self.source = source
         self._tokens = tokens
+        self._defaults = dict(defaults or {})
         self._environment = environment
         try:
             self._template = environment.compiled(source)
@@ -136,6 +140,7 @@ class ChatTemplate:
             **self._tokens,
             "add_generation_prompt": True,
             "documents": None,  # not there, as opposed to undefined, which is not none
+            **self._defaults,
             **more,
             "messages": conversation,
         }
@@ -272,7 +277,7 @@ class ModelTemplates:
     ) -> None:
         if not isinstance(options, ChatOptions):
             options = ChatOptions(chat_template=options)
-        option = options.chat_template
+        option, defaults = options.chat_template, options.chat_template_kwargs
         self._missing = "the model has no chat template"
         self._templates: dict[str, ChatTemplate] = {}
         sources = dict(own) if isinstance(own, Mapping) else {"default": own} if own else {}
@@ -280,7 +285,7 @@ class ModelTemplates:
             sources = {"default": sources.get(option, option)}
         for name, source in sources.items():
             try:
-                self._templates[name] = ChatTemplate(source, tokens)
+                self._templates[name] = ChatTemplate(source, tokens, defaults)
             except ConfigurationError as error:
                 if option is not None:
                     raise

@@ -123,6 +123,7 @@ def _draft_options(header: GgufHeader, options: LlamaCppOptions) -> LlamaCppOpti
         "requantize": None,
         "lora": [],
         "chat_template": None,
+        "chat_template_kwargs": None,
         "tool_format": None,
         "reasoning_format": None,
     }
