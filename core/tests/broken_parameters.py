@@ -322,6 +322,24 @@ def token_counts():
 
 
 @defect
+def token_counts__told():
+    class Broken(ToyHandler):
+        async def tokenize(self, loaded_model, request):
+            return (await super().tokenize(loaded_model, request))[1:]
+
+    return Broken
+
+
+@defect
+def token_counts__bytes():
+    class Broken(ToyHandler):
+        async def token_bytes(self, loaded_model, tokens):
+            return [b"x" for _ in tokens]
+
+    return Broken
+
+
+@defect
 def max_new_tokens():
     class Broken(ToyHandler):
         """Counts from 0."""

@@ -22,6 +22,7 @@ from engineroom import (
     LoadedModel,
     ModelConfig,
     ResourceNotAvailableError,
+    TokenizeRequest,
     TokenStep,
     request_logger,
 )
@@ -132,6 +133,36 @@ async def test_it_loads_answers_embeds_and_unloads() -> None:
     await handler.unload_model(loaded)
     assert engine.closed.is_set()
     assert not handler.health(loaded).ok
+
+
+async def test_what_a_runtimes_own_codec_tells_is_told() -> None:
+    class Knowing(Codec):
+        def token_bytes(self, token: int) -> bytes:
+            return bytes([token])
+
+    for handler, ids in ((EmbeddingHandler(), [97, 98]), (CountingHandler(), [97, 98])):
+        loaded = await handler.load_model(config())
+        request = TokenizeRequest(model_id="m", prompt="ab")
+        assert await handler.tokenize(loaded, request) == ids
+        assert await handler.token_bytes(loaded, ids) is None
+        handler.made[0].codec = Knowing()
+        assert await handler.token_bytes(loaded, ids) == [b"a", b"b"]
+        with pytest.raises(ConfigurationError, match="tokens has 128; the model's tokens are 0 to"):
+            await handler.token_bytes(loaded, [1, 128])
+        bare = TokenizeRequest(model_id="m", prompt="ab", add_special_tokens=False)
+        with pytest.raises(ConfigurationError, match="only as the model wants them"):
+            await handler.tokenize(loaded, bare)
+        await handler.unload_model(loaded)
+
+
+async def test_a_model_without_text_reads_a_text_as_it_embeds_it() -> None:
+    class Silent(EmbeddingHandler):
+        def generator(self, engine: CountingEngine) -> CountingEngine:
+            raise ConfigurationError("this model makes embeddings")
+
+    handler = Silent()
+    loaded = await handler.load_model(config())
+    assert await handler.tokenize(loaded, TokenizeRequest(model_id="m", prompt="a")) == [97, 0]
 
 
 @pytest.mark.parametrize(

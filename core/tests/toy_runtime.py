@@ -183,6 +183,19 @@ class ToyHandler(TokenHandler):
     def count_tokens(self, loaded_model: LoadedModel, text: str) -> int:
         return len(text.encode())
 
+    async def count_prompt_tokens(
+        self, loaded_model: LoadedModel, request: InferenceRequest
+    ) -> int:
+        return len(self.tokens(loaded_model, request))
+
+    async def tokenize(self, loaded_model: LoadedModel, request: InferenceRequest) -> list[int]:
+        return self.tokens(loaded_model, request)
+
+    async def token_bytes(self, loaded_model: LoadedModel, tokens) -> list[bytes]:
+        if max(tokens, default=0) > EOS:
+            raise ConfigurationError("the model has 257 tokens")
+        return [b"<end>" if token == EOS else bytes([token]) for token in tokens]
+
     def health(self, loaded_model: LoadedModel) -> HandlerHealth:
         model: ToyModel = loaded_model.model_object
         return HandlerHealth(

@@ -268,6 +268,35 @@ SCORE: Final = Api(
     numbers={"priority": f'{{{_R},"text_1":"x","text_2":"x","priority":%s}}'},
 )
 
+TOKENIZE: Final = Api(
+    "tokenize",
+    "/tokenize",
+    texts={
+        "prompt": '{"model":"m","return_token_strs":true,"prompt":%s}',
+        "content": '{"model":"m","with_pieces":true,"parse_special":false,"content":%s}',
+        "message": _of('"model":"m"', "messages", '"role":"user","content":%s'),
+        "model": f'{{"model":%s,"prompt":"{CANARY}"}}',
+        "user": '{"model":"m","prompt":"x","user":%s}',
+    },
+    lists={
+        "messages": '{"model":"m","messages":[%s]}',
+        "tools": f'{{"model":"m","messages":{_HI},"tools":[%s]}}',
+    },
+    objects={
+        "unknown fields": '{"model":"m","prompt":"x",%s}',
+        "template": f'{{"model":"m","messages":{_HI},"chat_template_kwargs":{{%s}}}}',
+    },
+    numbers={"priority": '{"model":"m","prompt":"x","priority":%s}'},
+)
+DETOKENIZE: Final = Api(
+    "detokenize",
+    "/detokenize",
+    texts={"user": '{"model":"m","tokens":[7],"user":%s}'},
+    lists={"tokens": '{"model":"m","tokens":[%s]}'},
+    objects={"unknown fields": '{"model":"m","tokens":[7],%s}'},
+    numbers={"priority": '{"model":"m","tokens":[7],"priority":%s}'},
+)
+
 _OWN_M: Final = '"model_id":"m","params":{"max_new_tokens":4}'
 _OWN: Final = f'{{{_OWN_M},"prompt":"{CANARY}"'
 INFERENCE: Final = Api(
@@ -394,6 +423,14 @@ UNLOAD: Final = Api(
 
 TALKS: Final = (CHAT, COMPLETIONS, RESPONSES, MESSAGES, INFERENCE, OLLAMA_CHAT)
 CONVERSES: Final = (CHAT, RESPONSES, MESSAGES, INFERENCE, OLLAMA_CHAT)
-READ_ALIKE: Final = (OLLAMA_GENERATE, OLLAMA_EMBED, OLLAMA_SHOW, RERANK, SCORE)
+READ_ALIKE: Final = (
+    OLLAMA_GENERATE,
+    OLLAMA_EMBED,
+    OLLAMA_SHOW,
+    RERANK,
+    SCORE,
+    TOKENIZE,
+    DETOKENIZE,
+)
 """What reads their bodies reads those of others, too: only the whole corpus goes to them."""
 EVERY: Final = (*TALKS, COUNT_TOKENS, EMBEDDINGS, UNLOAD, *READ_ALIKE)

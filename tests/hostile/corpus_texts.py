@@ -12,6 +12,7 @@ from corpus_apis import (
     CHAT,
     COMPLETIONS,
     CONVERSES,
+    DETOKENIZE,
     EMBEDDINGS,
     INFERENCE,
     MESSAGES,
@@ -19,6 +20,7 @@ from corpus_apis import (
     RESPONSES,
     SCORE,
     TALKS,
+    TOKENIZE,
 )
 from corpus_base import (
     CANARY,
@@ -96,7 +98,7 @@ def _prompts() -> Iterator[Row]:
 
             name = f"a prompt of {what}, {length}"
             yield Row(name, build, (*TALKS, EMBEDDINGS), small=small)
-            yield Row(name, build, (RERANK,))
+            yield Row(name, build, (RERANK, TOKENIZE))
 
 
 def _quoted(text: str) -> str:
@@ -330,6 +332,17 @@ LONG_QUERIES: Final[dict[str, Callable[[Api, Sizes], bytes]]] = {
         {"model": "r", "query": _words(6000), "documents": ["x"] * _texts(sizes)}
     ),
 }
+TOKENS: Final[dict[str, Callable[[Api, Sizes], bytes]]] = {
+    "token ids, as many as fit": lambda api, sizes: body(
+        api.lists["tokens"], repeated("7", sizes.body)
+    ),
+    "token ids that are none, as many as fit": lambda api, sizes: body(
+        api.lists["tokens"], repeated("2147483647", sizes.body)
+    ),
+    "special tokens, as many as fit": lambda api, sizes: body(
+        api.lists["tokens"], repeated("1", sizes.body)
+    ),
+}
 PATIENT_S: Final = 60.0
 """It is the end of these answers that takes long to write."""
 ROWS: Final = (
@@ -397,7 +410,8 @@ ROWS: Final = (
     ),
     *rows((EMBEDDINGS,), VECTORS, small=True, patience_s=PATIENT_S),
     *rows((EMBEDDINGS,), LONG_INPUTS, small=list(LONG_INPUTS)[:1]),
-    *rows((RERANK,), RANKED, small=list(RANKED)[:2]),
+    *rows((RERANK,), RANKED, small=list(RANKED)[1:2]),
     *rows((SCORE,), RANKED),
     *rows((RERANK,), LONG_QUERIES, small=list(LONG_QUERIES)[1:]),
+    *rows((DETOKENIZE,), TOKENS, small=list(TOKENS)[:1]),
 )

@@ -97,6 +97,9 @@ from .inference.streams import (
     InferenceStream as InferenceStream,
     StreamError as StreamError,
 )
+from .inference.tokenizing import (
+    Tokens as Tokens,
+)
 from .memory.account import (
     DeviceMemory as DeviceMemory,
 )
@@ -117,8 +120,10 @@ from .models.reloading import (
 )
 from .other_requests import (
     CountRequest as CountRequest,
+    DetokenizeRequest as DetokenizeRequest,
     EmbeddingRequest as EmbeddingRequest,
     RerankRequest as RerankRequest,
+    TokenizeRequest as TokenizeRequest,
 )
 from .schemas import (
     STRUCTURED_KINDS as STRUCTURED_KINDS,

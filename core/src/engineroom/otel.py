@@ -202,8 +202,8 @@ def configure() -> None:
 def _operation(request: InferenceRequest) -> str:
     if request.kind == "embed":
         return "embeddings"
-    if request.kind == "rerank":
-        return "rerank"
+    if request.kind in ("rerank", "tokenize", "detokenize"):
+        return request.kind
     return "chat" if request.messages is not None else "text_completion"
 
 

@@ -1,4 +1,4 @@
-"""Requests that generate no text: they ask for vectors, for a count, for scores."""
+"""Requests that generate no text: they ask for vectors, a count, tokens, scores."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from pydantic import Field, Tag, model_validator
 from engineroom.field_types import Int, OrDefault, Text, TokenId, either
 from engineroom.schemas import InferenceRequest, RequestKind
 
-__all__ = ["CountRequest", "EmbeddingRequest", "RerankRequest"]
+__all__ = [
+    "CountRequest",
+    "DetokenizeRequest",
+    "EmbeddingRequest",
+    "RerankRequest",
+    "TokenizeRequest",
+]
 
 
 class EmbeddingRequest(InferenceRequest):
@@ -42,6 +48,32 @@ class CountRequest(InferenceRequest):
     """
 
     kind: ClassVar[RequestKind] = "count"
+
+
+class TokenizeRequest(InferenceRequest):
+    """A request whose input is told as token ids, as observers see it: of the kind ``tokenize``.
+
+    ``LLMInferenceService.tokenize`` makes it of the request that it is given.
+    """
+
+    kind: ClassVar[RequestKind] = "tokenize"
+    add_special_tokens: Annotated[bool, OrDefault] = True
+    """Whether a ``prompt`` has around it what the model wants there."""
+    special_as_text: Annotated[bool, OrDefault] = False
+    """Whether the special tokens that a ``prompt`` names are read as the characters they are
+    written with."""
+
+
+class DetokenizeRequest(InferenceRequest):
+    """Token ids whose text is told, as observers see them: a request of the kind ``detokenize``.
+
+    ``LLMInferenceService.detokenize`` makes it. Its ``prompt`` is empty; its ``params`` mean
+    nothing.
+    """
+
+    kind: ClassVar[RequestKind] = "detokenize"
+    prompt: Annotated[Text | None, OrDefault] = ""
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
 
 
 _RankedTexts = Annotated[

@@ -248,7 +248,7 @@ _ONE_INPUT: Final[list[Any]] = [
     {"required": [name], "properties": {name: {"not": {"type": "null"}}}} for name in INPUTS
 ]
 
-RequestKind: TypeAlias = Literal["generate", "embed", "count", "rerank"]
+RequestKind: TypeAlias = Literal["generate", "embed", "count", "tokenize", "detokenize", "rerank"]
 """What is asked of a model."""
 
 

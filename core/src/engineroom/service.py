@@ -26,9 +26,17 @@ from engineroom.inference.blocking import BlockingPortal, BlockingStream
 from engineroom.inference.counting import CountWork, count_request
 from engineroom.inference.embedding import EmbeddingWork, embedding_request
 from engineroom.inference.execution import Execution, answer_whole
+from engineroom.inference.kinds import check_claims, check_generates
 from engineroom.inference.ranking import RankingWork, rerank_request
 from engineroom.inference.scope import RequestScope
 from engineroom.inference.streams import InferenceStream
+from engineroom.inference.tokenizing import (
+    DetokenizeWork,
+    TokenizeWork,
+    Tokens,
+    detokenize_request,
+    tokenize_request,
+)
 from engineroom.models.manager import LLMModelManager, ModelSource
 from engineroom.schemas import (
     INPUTS,
@@ -91,7 +99,7 @@ class LLMInferenceService:
             last :class:`~engineroom.StreamError`. Nothing but cancellation is raised.
         :raises ConfigurationError: ``request`` is no request at all.
         """
-        _check_generates(request, "process_inference")
+        check_generates(request, "process_inference")
         return self.stream(request) if request.stream else await self.infer(request)
 
     async def infer(self, request: InferenceRequest) -> InferenceResponse:
@@ -99,7 +107,7 @@ class LLMInferenceService:
 
         :raises ConfigurationError: ``request`` is no request to generate.
         """
-        _check_generates(request, "infer")
+        check_generates(request, "infer")
         return await self._execution(self._scope(request)).run(answer_whole)
 
     def stream(self, request: InferenceRequest) -> InferenceStream:
@@ -107,7 +115,7 @@ class LLMInferenceService:
 
         :raises ConfigurationError: ``request`` is no request to generate.
         """
-        _check_generates(request, "stream")
+        check_generates(request, "stream")
         scope = self._scope(request)
         return InferenceStream(request, scope, self._execution(scope).chunks())
 
@@ -163,11 +171,69 @@ class LLMInferenceService:
             does not count.
         :raises EngineRoomError: what else a request may fail with.
         """
-        _check_generates(request, "count_prompt_tokens")
+        check_generates(request, "count_prompt_tokens")
         scope, work = RequestScope(count_request(request)), CountWork()
         await self._execution(scope).run(work)
         scope.raise_error()
         return work.count
+
+    async def tokenize(
+        self,
+        request: InferenceRequest,
+        *,
+        add_special_tokens: bool = True,
+        special_as_text: bool = False,
+        pieces: bool = False,
+    ) -> Tokens:
+        """The token ids of a request's input, as :meth:`count_prompt_tokens` counts them.
+
+        Observers see a :class:`~engineroom.TokenizeRequest`, and a response without counts.
+
+        :param add_special_tokens: a ``prompt`` has around it what the model wants there.
+        :param special_as_text: special tokens that a ``prompt`` names are text.
+        :param pieces: the bytes of each token are told, too.
+        :raises ConfigurationError: ``request`` is no request to generate, or the model's runtime
+            does not tell.
+        :raises EngineRoomError: what else a request may fail with.
+        """
+        check_generates(request, "tokenize")
+        how = {"add_special_tokens": add_special_tokens, "special_as_text": special_as_text}
+        scope, work = RequestScope(tokenize_request(request, **how)), TokenizeWork(pieces=pieces)
+        await self._execution(scope).run(work)
+        scope.raise_error()
+        assert work.tokens is not None
+        return work.tokens
+
+    async def detokenize(
+        self,
+        model_id: str,
+        tokens: Sequence[int],
+        *,
+        max_bytes: int | None = None,
+        timeout_s: float | None = None,
+        request_id: str | None = None,
+        priority: int | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The text of token ids, the names of special ones in it; U+FFFD stands for bytes that are
+        no whole character.
+
+        Observers see a :class:`~engineroom.DetokenizeRequest`, and a response without counts.
+
+        :param max_bytes: a longer text is refused; ``None``: none is.
+        :param timeout_s: seconds that it may take, waiting and loading included.
+        :param request_id: what logs and observers call it; ``None``: an id of its own.
+        :param priority: as a request's, -100 to 100; ``None``: 0.
+        :param metadata: the caller's own; handed to observers, never to the model.
+        :raises ConfigurationError: the model has no such token, or its runtime does not tell.
+        :raises EngineRoomError: what else a request may fail with.
+        """
+        fields = {"timeout_s": timeout_s, "request_id": request_id, "priority": priority}
+        request = detokenize_request(model_id, tokens, metadata=metadata, **fields)
+        scope, work = RequestScope(request), DetokenizeWork(request, max_bytes)
+        await self._execution(scope).run(work)
+        scope.raise_error()
+        return work.text
 
     async def rerank(
         self,
@@ -214,7 +280,7 @@ class LLMInferenceService:
         :raises ConfigurationError: called on the event loop that the service runs on, or
             ``request`` is no request to generate.
         """
-        _check_generates(request, "run")
+        check_generates(request, "run")
         return self._portal.run(lambda: self.infer(request))
 
     def stream_sync(self, request: InferenceRequest) -> BlockingStream:
@@ -223,7 +289,7 @@ class LLMInferenceService:
         :returns: an iterator of chunks with ``response`` and ``close()``.
         :raises ConfigurationError: ``request`` is no request to generate.
         """
-        _check_generates(request, "stream_sync")
+        check_generates(request, "stream_sync")
         return BlockingStream(self._portal, lambda: self.stream(request))
 
     # ── the ways around ──────────────────────────────────────────────────────────────────────
@@ -340,23 +406,8 @@ class LLMInferenceService:
                 "request %s for %s goes to handler %s: %s",
                 request.request_id, request.model_id, handler.name, self.registry.why(loaded_model),
             )  # fmt: skip
-        if request.kind == "embed":
-            if not capabilities.embeddings:
-                raise ConfigurationError(
-                    f"handler {handler.name!r} makes no embeddings; use another runtime"
-                )
-            texts = getattr(request, "texts", ())
-            if not capabilities.prompt_token_ids and not all(isinstance(t, str) for t in texts):
-                raise ConfigurationError(
-                    f"handler {handler.name!r} takes no token ids; send text", field="texts"
-                )
-            return handler, []
-        if request.kind == "rerank":
-            if not capabilities.rerank:
-                raise ConfigurationError(
-                    f"handler {handler.name!r} ranks no documents; use a cross-encoder, on a "
-                    "runtime whose capabilities have rerank"
-                )
+        if request.kind in ("embed", "rerank", "detokenize"):
+            check_claims(handler.name, capabilities, request)
             return handler, []
         unsupported = unsupported_by(handler, loaded_model, capabilities, request)
         if not unsupported:
@@ -376,21 +427,6 @@ class LLMInferenceService:
             )
         ignored = f"was ignored: handler {handler.name!r} does not honour it"
         return handler, [f"{name} {ignored}" for name in unsupported]
-
-
-def _check_generates(request: object, method: str) -> None:
-    kind = getattr(request, "kind", None)
-    if kind == "generate":
-        return
-    if kind == "embed":
-        instead = "service.embed(model_id, texts) turns texts into vectors"
-    elif kind == "rerank":
-        instead = "service.rerank(model_id, query, documents) scores documents"
-    else:
-        instead = "build one with InferenceRequest(model_id=…, prompt=…)"
-    raise ConfigurationError(
-        f"{method} takes an InferenceRequest, not {type(request).__name__}; {instead}"
-    )
 
 
 def _registry_for(

@@ -18,6 +18,7 @@ __all__ = [
     "LoggingObserver",
     "RequestLogger",
     "request_logger",
+    "work_key",
     "work_logger",
     "work_priority",
 ]
@@ -85,6 +86,12 @@ def work_priority() -> int:
     """The priority of the request that such a call is made for; 0: there is none."""
     request = WORK.get()
     return 0 if request is None else request.priority
+
+
+def work_key() -> str | None:
+    """The name of the key of the request that such a call is made for; ``None``: it has none."""
+    request = WORK.get()
+    return None if request is None else request.key_name
 
 
 class LoggingObserver:

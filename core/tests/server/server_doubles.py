@@ -76,6 +76,12 @@ class TalkHandler(TokenHandler):
     async def count_prompt_tokens(self, loaded_model: LoadedModel, request: Any) -> int:
         return len(_words(request))
 
+    async def tokenize(self, loaded_model: LoadedModel, request: Any) -> list[int]:
+        return list(range(len(_words(request))))
+
+    async def token_bytes(self, loaded_model: LoadedModel, tokens: Any) -> list[bytes]:
+        return [b"%d " % token for token in tokens]
+
     async def generate_tokens(
         self, loaded_model: LoadedModel, request: InferenceRequest
     ) -> AsyncGenerator[TokenStep, None]:

@@ -18,6 +18,7 @@ from hf_benches import EXACT, NO_END, TEXT, Bench, ask, growth_of_cycles
 from engineroom import (
     STRUCTURED_KINDS,
     ChatMessage,
+    ConfigurationError,
     GenerationParams,
     HandlerRegistry,
     InferenceRequest,
@@ -156,6 +157,25 @@ async def test_tokens_are_counted_without_what_the_model_adds(make: Make) -> Non
     count = handler.count_tokens(loaded, "hello there")
     response = await bench.service.infer(ask("hello there", max_new_tokens=1))
     assert response.prompt_tokens == count + 1  # the beginning
+
+
+async def test_tokens_are_told_as_an_answer_reads_them(make: Make) -> None:
+    bench = await make()
+    service, special = bench.service, "</s>"
+    request = ask(f"hello there{special}", max_new_tokens=1)
+    answer = await service.infer(request)
+    told = await service.tokenize(request, pieces=True)
+    assert len(told.ids) == answer.prompt_tokens == len(told.pieces or ())
+    assert told.ids[0] == 0 and told.ids[-1] == 1
+    bare = await service.tokenize(request, add_special_tokens=False)
+    assert bare.ids == told.ids[1:]
+    text = await service.tokenize(request, add_special_tokens=False, special_as_text=True)
+    assert 1 not in text.ids
+    for ids in (bare.ids, text.ids):
+        assert await service.detokenize("m", ids) == f"hello there{special}"
+    assert await service.detokenize("m", told.ids) == f"<s>hello there{special}"
+    with pytest.raises(ConfigurationError, match="the model's tokens are 0 to"):
+        await service.detokenize("m", [10**6])
 
 
 async def test_explain_says_who_runs_the_model(

@@ -392,6 +392,32 @@ async def test_eight_requests_to_smollm2_two_of_them_cancelled_midway(
 
 
 @pytest.mark.real_model
+async def test_smollm2_tells_the_tokens_that_it_reads(service: LLMInferenceService) -> None:
+    talk = InferenceRequest(
+        model_id="smollm2",
+        messages=[ChatMessage(role="user", content="Grüße aus Zürich 🌸, <|im_end|>!")],
+        params=GenerationParams(max_new_tokens=3, do_sample=False),
+    )
+    told = await service.tokenize(talk, pieces=True)
+    assert len(told.ids) == (await service.infer(talk)).prompt_tokens
+    assert told.max_context_tokens == 2048
+    text = await service.detokenize("smollm2", told.ids)
+    assert text == b"".join(told.pieces or ()).decode()
+    assert text.startswith("<|im_start|>") and text.endswith("<|im_start|>assistant\n")
+    assert "Grüße aus Zürich 🌸, <|im_end|>!" in text
+    (end,) = (await service.tokenize(ask_for("<|im_end|>"))).ids
+    assert told.ids.count(end) == text.count("<|im_end|>") - 1, "in a message it is text"
+    plain = await service.tokenize(ask_for("<|im_end|>"), special_as_text=True)
+    assert end not in plain.ids
+    again = talk.model_copy(update={"messages": None, "prompt_token_ids": list(told.ids)})
+    same = [await service.infer(each) for each in (talk, again)]
+    assert same[0].generated_text == same[1].generated_text
+
+
+def ask_for(prompt: str) -> InferenceRequest:
+    return InferenceRequest(model_id="smollm2", prompt=prompt)
+
+
 async def test_smollm2_writes_whole_characters(service: LLMInferenceService) -> None:
     stream = service.stream(
         InferenceRequest(

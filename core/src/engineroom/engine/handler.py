@@ -28,14 +28,17 @@ from engineroom.handlers.base import Embeddings, HandlerHealth, Scores
 from engineroom.handlers.token_handler import TokenHandler
 from engineroom.prompts.limits import check_prompt, check_prompt_logprobs, check_token_ids
 from engineroom.prompts.reading import (
+    in_lane,
     read_prompt,
     stop_reading,
     stuck_in_reading,
     tokens_of_pairs,
     tokens_of_texts,
 )
+from engineroom.prompts.work import check_stopped
 from engineroom.schemas import InferenceRequest
 from engineroom.sources.source import find_source
+from engineroom.telemetry import work_key
 
 if TYPE_CHECKING:
     from engineroom.engine.constraint import Constraint
@@ -47,6 +50,8 @@ _COUNTED_CONTEXTS: Final = 8
 """A prompt that is only counted may be so many times as long as the context: a client counts to
 see how much it has to leave out."""
 _OF_THE_END: Final = frozenset({"min_tokens", "ignore_eos"})
+_LOOKED_UP: Final = 1024
+"""After so many tokens it is looked whether anybody still waits for their bytes."""
 
 
 class EngineHandler(TokenHandler):
@@ -192,6 +197,55 @@ class EngineHandler(TokenHandler):
             contexts=_COUNTED_CONTEXTS,
         )
         return len(prompt.tokens)
+
+    async def tokenize(self, loaded_model: LoadedModel, request: InferenceRequest) -> list[int]:
+        """Token ids of a request's input, also where the context is too short for it. A text has
+        around it what a model that generates none wants there, if this one does not.
+
+        :raises ConfigurationError: the chat template refuses it, or it is many times as long.
+        :raises QueueFullError: too many prompts wait to be read.
+        """
+        engine = loaded_model.model_object
+        try:
+            self.generator(engine)
+            ends = False
+        except ConfigurationError:
+            ends = True
+        prompt = await read_prompt(
+            engine.codec,
+            request,
+            n_ctx=engine.n_ctx,
+            advice=getattr(engine, "longer_context", ""),
+            contexts=_COUNTED_CONTEXTS,
+            ends=ends,
+        )
+        return prompt.tokens
+
+    async def token_bytes(
+        self, loaded_model: LoadedModel, tokens: Sequence[int]
+    ) -> list[bytes] | None:
+        """The bytes that each token stands for, looked up where it holds up nobody.
+
+        :raises ConfigurationError: the model has no such token, or its runtime does not tell.
+        :raises QueueFullError: too many prompts wait to be read.
+        """
+        engine = loaded_model.model_object
+        codec, most = engine.codec, engine.n_vocab - 1
+        if (bytes_of := getattr(codec, "token_bytes", None)) is None:
+            return None
+
+        def look_up() -> list[bytes]:
+            if (largest := max(tokens, default=0)) > most:
+                raise ConfigurationError(
+                    f"tokens has {largest}; the model's tokens are 0 to {most}", field="tokens"
+                )
+            pieces: list[bytes] = []
+            for start in range(0, len(tokens), _LOOKED_UP):
+                check_stopped()
+                pieces += map(bytes_of, tokens[start : start + _LOOKED_UP])
+            return pieces
+
+        return await in_lane(codec, look_up, key=work_key(), size=len(tokens))
 
     def health(self, loaded_model: LoadedModel) -> HandlerHealth:
         """The engine's own word, unless reading its prompts does not come to an end."""

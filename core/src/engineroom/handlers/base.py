@@ -334,6 +334,29 @@ class InferenceHandler(ABC):
         return None
 
     @hookspec
+    async def tokenize(
+        self, loaded_model: LoadedModel, request: InferenceRequest
+    ) -> Sequence[int] | None:
+        """Token ids of a request's input as the model would read it, as many as
+        :meth:`count_prompt_tokens` says; ``None`` if they cannot be told. Nothing is generated.
+
+        :param request: a :class:`~engineroom.TokenizeRequest`, which says how to read a ``prompt``.
+        :raises ConfigurationError: the input cannot be read, as in an answer.
+        """
+        return None
+
+    @hookspec
+    async def token_bytes(
+        self, loaded_model: LoadedModel, tokens: Sequence[int]
+    ) -> Sequence[bytes] | None:
+        """The bytes that each token stands for, those of its name where it is a special one;
+        ``None`` if they cannot be told.
+
+        :raises ConfigurationError: the model has no such token.
+        """
+        return None
+
+    @hookspec
     def health(self, loaded_model: LoadedModel) -> HandlerHealth:
         """How the model's engine is doing now. Cheap; called often."""
         return HandlerHealth()

@@ -197,7 +197,7 @@ def _parameters(request: InferenceRequest) -> Iterator[str]:
         yield f"{len(request.messages)} messages of {sum(map(len, texts))} characters"
     elif request.prompt_token_ids is not None:
         yield f"{len(request.prompt_token_ids)} token ids"
-    elif request.kind == "generate":
+    elif request.kind in ("generate", "count", "tokenize"):
         yield f"prompt of {len(request.prompt or '')} characters"
     else:
         yield from _listed(request)
@@ -221,7 +221,10 @@ def _parameters(request: InferenceRequest) -> Iterator[str]:
 
 
 def _listed(request: InferenceRequest) -> Iterator[str]:
-    """How much there is to make vectors of, or to score."""
+    """How much there is to make vectors of, to score, or to make a text of."""
+    if (tokens := getattr(request, "tokens", None)) is not None:
+        yield f"{len(tokens)} token ids"
+        return
     if (documents := getattr(request, "documents", None)) is not None:
         queries: Sequence[str] = getattr(request, "queries", ())
         yield f"{len(documents)} documents of {sum(map(len, documents))} characters"

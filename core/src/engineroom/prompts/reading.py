@@ -8,6 +8,7 @@ from functools import partial
 from itertools import islice
 from typing import Any, Final, TypeVar
 
+from engineroom.errors import ConfigurationError
 from engineroom.forks import renew_in_child
 from engineroom.prompts.codec import PromptCodec
 from engineroom.prompts.limits import (
@@ -80,6 +81,7 @@ async def read_prompt(
     n_ctx: int | None = None,
     advice: str = "load the model with a longer context",
     contexts: int = 1,
+    ends: bool = False,
 ) -> ReadPrompt:
     """A request's input, with its tools and what the template is to be told, made where it holds up
     nobody.
@@ -91,6 +93,7 @@ async def read_prompt(
         before it is read where the vocabulary tells; the rest is for ``check_prompt``.
     :param advice: as for ``check_prompt``.
     :param contexts: so many times as much is read, where it is only counted.
+    :param ends: a ``prompt`` is a text that is not continued; see :meth:`.PromptCodec.whole`.
     :raises ConfigurationError: there is no chat template, or it refuses the messages.
     :raises ContextLengthExceededError: the input is too long.
     :raises QueueFullError: too many prompts wait to be read.
@@ -101,11 +104,14 @@ async def read_prompt(
             check_prompt(ids, n_ctx, advice)
         return ReadPrompt(list(ids))
     if request.prompt is not None and len(request.prompt) <= _INLINE_CHARS:
-        return ReadPrompt(codec.prompt(request.prompt, None))
+        return _read(codec, request, ends)
     most = None if n_ctx is None else n_ctx * contexts
     try:
         return await _lane_of(codec).run(
-            partial(_read, codec, request), key=request.key_name, size=_size(request), most=most
+            partial(_read, codec, request, ends),
+            key=request.key_name,
+            size=_size(request),
+            most=most,
         )
     except TooManyTokensError as error:
         least = error.least
@@ -113,15 +119,33 @@ async def read_prompt(
     raise prompt_too_long(least, n_ctx or 0, advice, least=True)
 
 
-def _read(codec: PromptCodec, request: InferenceRequest) -> ReadPrompt:
+def _read(codec: PromptCodec, request: InferenceRequest, ends: bool) -> ReadPrompt:
     if request.messages is None:
-        return ReadPrompt(codec.prompt(request.prompt, None))
+        return ReadPrompt(_read_text(codec, request, ends))
     if not hasattr(codec, "chat"):  # a runtime's own, which makes token ids and no more
         return ReadPrompt(codec.prompt(None, request.messages, request.offered_tools))
     asked = request.messages, request.offered_tools, _template_args(request)
     if request.continues:
         return ReadPrompt(*codec.chat(*asked, continues=True))
     return ReadPrompt(*codec.chat(*asked))
+
+
+def _read_text(codec: PromptCodec, request: InferenceRequest, ends: bool) -> list[int]:
+    """Token ids of a ``prompt``, read as a :class:`~engineroom.TokenizeRequest` says."""
+    text = request.prompt or ""
+    around = getattr(request, "add_special_tokens", True)
+    plain = getattr(request, "special_as_text", False)
+    if ends and around and not plain:
+        return codec.whole(text)
+    if around and not plain:
+        return codec.prompt(request.prompt, None)
+    if not hasattr(codec, "begun"):  # a runtime's own
+        raise ConfigurationError(
+            "this runtime reads prompts only as the model wants them: with its special tokens "
+            "around them and in them"
+        )
+    tokens = codec.plain(text) if plain else codec.read(text)
+    return codec.begun(tokens) if around else tokens
 
 
 def _template_args(request: InferenceRequest) -> dict[str, Any]:

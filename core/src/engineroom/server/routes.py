@@ -19,6 +19,7 @@ from engineroom.server.apis import (
     openapi,
     operations,
     ranking,
+    tokenizing,
 )
 from engineroom.server.apis.routing import Route
 
@@ -34,6 +35,7 @@ APIS: Final = (
     ollama_embed,
     ollama_models,
     ranking,
+    tokenizing,
     native,
     operations,
     admin,

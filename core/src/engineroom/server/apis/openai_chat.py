@@ -50,7 +50,7 @@ from engineroom.server.http.errors import ApiError, unsupported
 from engineroom.server.http.exchange import respond
 from engineroom.server.http.frames import Answer, event
 
-__all__ = ["ROUTES", "ChatRequest"]
+__all__ = ["ROUTES", "ChatInput", "ChatRequest", "message_of"]
 
 
 def _where(condition: dict[str, Any], then: dict[str, Any]) -> dict[str, Any]:
@@ -75,7 +75,7 @@ _WHOLE_MESSAGE: Final[list[Any]] = [
     _where(_role("tool"), {"required": ["tool_call_id"], "properties": {"tool_call_id": _TEXT}}),
     _where(_CALLS, _role("assistant")),
 ]
-"""What a message needs, as the description says it; :func:`_message` refuses what lacks it."""
+"""What a message needs, as the description says it; :func:`message_of` refuses what lacks it."""
 
 
 class ChatInput(SubSchema):
@@ -243,7 +243,7 @@ def _requests(call: Call, request: ChatRequest) -> list[InferenceRequest]:
             "max_tokens",
         )
     messages = [
-        _message(message, f"messages.{number}") for number, message in enumerate(request.messages)
+        message_of(message, f"messages.{number}") for number, message in enumerate(request.messages)
     ]
     goes_on = asked_to_continue(
         messages,
@@ -284,7 +284,12 @@ def _requests(call: Call, request: ChatRequest) -> list[InferenceRequest]:
     return requests_for(call, request, params, None, [fields])
 
 
-def _message(message: ChatInput, where: str) -> ChatMessage:
+def message_of(message: ChatInput, where: str) -> ChatMessage:
+    """A message as the service has it.
+
+    :param where: its place in the body.
+    :raises ApiError: 400.
+    """
     for name in ("function_call", "audio"):
         if getattr(message, name):
             raise unsupported(f"{where}.{name}", "messages")

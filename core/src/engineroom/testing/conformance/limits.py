@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from engineroom.other_requests import TokenizeRequest
 from engineroom.schemas import ChatMessage
 from engineroom.testing.conformance.base import Checks, check
 from engineroom.testing.conformance.bench import again, refused, said
@@ -63,6 +64,7 @@ class LimitChecks(Checks):
                     saw="None",
                 )
             added[prompt] = response.prompt_tokens - counted
+            await _told(kit, prompt, response.prompt_tokens)
         if len(set(added.values())) > 1 or not 0 <= min(added.values()) <= _MOST_ADDED:
             broken(
                 did="compared prompt_tokens with count_tokens(prompt), for three prompts",
@@ -243,3 +245,20 @@ async def _goes_on(kit: Kit, params: Mapping[str, Any]) -> None:
                     expected=f"{_LEAST} tokens with the finish reason 'length'",
                     saw=f"{count} tokens with {reason!r}",
                 )
+
+
+async def _told(kit: Kit, prompt: str, count: int) -> None:
+    """What the handler tells of a prompt's tokens, where it does."""
+    handler, loaded = kit.handler, kit.bench.loaded
+    request = TokenizeRequest(model_id=loaded.model_id, prompt=prompt)
+    ids = await kit.within(handler.tokenize(loaded, request), "tokenize")
+    if ids is None:
+        return
+    same(f"tokenize({prompt!r})", "as many tokens as prompt_tokens says", count, len(ids))
+    pieces = await kit.within(handler.token_bytes(loaded, ids), "token_bytes")
+    if pieces is not None and prompt.strip().encode() not in b"".join(pieces):
+        broken(
+            did=f"joined token_bytes of tokenize({prompt!r})",
+            expected="the bytes of the prompt",
+            saw=repr(b"".join(pieces)),
+        )

@@ -78,7 +78,8 @@ TEXT: Final = {
 PARAMETERS: Final = {
     "token-counts": Rule(
         "Tokens are counted right",
-        "prompt_tokens and count_tokens agree, but for what the model adds to every prompt.",
+        "prompt_tokens and count_tokens agree, but for what the model adds to every prompt; "
+        "tokenize tells as many tokens, and token_bytes their text.",
     ),
     "max-new-tokens": Rule(
         "max_new_tokens is exact",
