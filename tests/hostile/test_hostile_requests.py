@@ -53,6 +53,8 @@ MORE_BYTES: Final = 128 << 20
 MOST_REFUSED: Final = 8000
 """Bytes of a refusal."""
 CONTROLS: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+RECORD: Final = re.compile(r"^(?=(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) )", re.MULTILINE)
+ORIGIN: Final = "DEBUG engineroom.service request failed: "
 CROWD, SMALL_CROWD, VISITORS = 200, 24, 8
 PARTS_OF: Final = {**{part: (part,) for part in corpus.PARTS}, "everything": tuple(corpus.PARTS)}
 SECONDS: Final = float(os.environ.get("ENGINEROOM_LOAD_SECONDS", "2"))
@@ -220,6 +222,9 @@ async def test_nothing_is_left(stage: Stage) -> None:
     (answer,) = await at_once(head("GET", "/readyz"), patience_s=LONG_S)(stage.room.port)
     assert answer.status == 200
     log = stage.room.log.read_text(encoding="utf-8", errors="replace")
-    assert "in the loop:" not in log and "Traceback" not in log, log[-4000:]
+    assert "in the loop:" not in log, log[-4000:]
+    records = [part for part in RECORD.split(log) if "Traceback" in part]
+    # Where a typed error came from is told at DEBUG.
+    assert [record for record in records if not record.startswith(ORIGIN)] == []
     assert CANARY not in log
     assert not CONTROLS.search(log)
