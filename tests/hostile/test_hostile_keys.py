@@ -116,7 +116,9 @@ def stage(
     runtime = request.param
     for module in NEEDED[runtime]:
         pytest.importorskip(module)
-    talks, _, vectors = deployment(Path(tmp_path_factory.mktemp(runtime)), runtime, 8192)["models"]
+    talks, _, vectors, *_ = deployment(Path(tmp_path_factory.mktemp(runtime)), runtime, 8192)[
+        "models"
+    ]
     small = {**talks["options"], "n_ctx": 2048, "n_parallel": 1, "max_queue": 4}
     # Transformers keeps as many prompts as it has places: room for all of a test's.
     wide = {**talks["options"], "n_parallel": 8 if runtime == "hf_transformers" else 2}

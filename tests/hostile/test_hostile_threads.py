@@ -96,7 +96,9 @@ def stage(
     runtime = request.param
     for module in NEEDED[runtime]:
         pytest.importorskip(module)
-    talks, _, vectors = deployment(Path(tmp_path_factory.mktemp(runtime)), runtime, 1024)["models"]
+    talks, _, vectors, *_ = deployment(Path(tmp_path_factory.mktemp(runtime)), runtime, 1024)[
+        "models"
+    ]
     talks = {**talks, "aliases": []}
     models = [talks, {**talks, "model_id": "bad"}]
     if runtime != "vllm":

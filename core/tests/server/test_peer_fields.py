@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 
-import httpx
 import pytest
 
 pytest.importorskip("uvicorn", reason="needs the extra engineroom[server]")
 pytest.importorskip("msgspec", reason="needs the extra engineroom[server]")
+pytest.importorskip("httpx", reason="requests are sent with httpx")
+
+import httpx
 
 from engineroom.server.apis.anthropic_messages import MessagesRequest
 from engineroom.server.apis.openai_chat import ChatRequest

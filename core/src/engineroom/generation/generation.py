@@ -234,8 +234,10 @@ class Generation:
         if step.prompt_tail is not None and self.parsed is not None:
             self.parsed.tail = step.prompt_tail
         pipeline = self._pipeline
-        if 0 < self._least < self.generated_tokens:
+        if self._least and self._least < self.generated_tokens:
             shown = self._take_beyond_least(step)
+        elif self.parsed is None:  # written out: it is done for every step
+            shown = pipeline.feed(step.text) if step.text else ""
         else:
             shown = self._feed(step.text, len(tokens))
         if pipeline.matched is not None:
