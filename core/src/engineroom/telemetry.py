@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Final
 
@@ -14,13 +15,13 @@ from engineroom.schemas import InferenceRequest
 
 __all__ = [
     "LOGGER_NAME",
-    "WORK",
     "LoggingObserver",
     "RequestLogger",
     "request_logger",
     "work_key",
     "work_logger",
     "work_priority",
+    "working_for",
 ]
 
 LOGGER_NAME: Final = "engineroom"
@@ -65,8 +66,17 @@ def request_logger(logger: logging.Logger, request: InferenceRequest) -> Request
     )
 
 
-WORK: ContextVar[InferenceRequest | None] = ContextVar("engineroom_work", default=None)
-"""The request that a call is made for that does not get it, such as a handler's ``embed``."""
+_WORK: ContextVar[InferenceRequest | None] = ContextVar("engineroom_work", default=None)
+
+
+@contextmanager
+def working_for(request: InferenceRequest) -> Iterator[None]:
+    """Inside, calls are made for the request that do not get it, such as a handler's ``embed``."""
+    token = _WORK.set(request)
+    try:
+        yield
+    finally:
+        _WORK.reset(token)
 
 
 def work_logger(logger: logging.Logger, model_id: str = "-") -> RequestLogger:
@@ -75,7 +85,7 @@ def work_logger(logger: logging.Logger, model_id: str = "-") -> RequestLogger:
 
     :param model_id: what records name as the model where there is no request.
     """
-    request = WORK.get()
+    request = _WORK.get()
     if request is None:
         extra = {"request_id": "-", "model_id": model_id, "key_name": "-"}
         return RequestLogger(logger, extra)
@@ -84,13 +94,13 @@ def work_logger(logger: logging.Logger, model_id: str = "-") -> RequestLogger:
 
 def work_priority() -> int:
     """The priority of the request that such a call is made for; 0: there is none."""
-    request = WORK.get()
+    request = _WORK.get()
     return 0 if request is None else request.priority
 
 
 def work_key() -> str | None:
     """The name of the key of the request that such a call is made for; ``None``: it has none."""
-    request = WORK.get()
+    request = _WORK.get()
     return None if request is None else request.key_name
 
 

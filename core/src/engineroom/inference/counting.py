@@ -9,7 +9,7 @@ from engineroom.handlers.token_handler import as_handler_gets_it
 from engineroom.inference.scope import RequestScope
 from engineroom.other_requests import CountRequest
 from engineroom.schemas import InferenceRequest, InferenceResponse
-from engineroom.telemetry import WORK
+from engineroom.telemetry import working_for
 
 __all__ = ["CountWork", "count_request"]
 
@@ -26,11 +26,8 @@ class CountWork:
     ) -> InferenceResponse:
         """Count."""
         request = as_handler_gets_it(handler, loaded_model, scope.request)
-        token = WORK.set(request)
-        try:
+        with working_for(request):
             count: object = await handler.count_prompt_tokens(loaded_model, request)
-        finally:
-            WORK.reset(token)
         scope.check()
         if count is None:
             raise ConfigurationError(

@@ -16,7 +16,7 @@ from engineroom.inference.scope import RequestScope
 from engineroom.other_requests import EmbeddingRequest
 from engineroom.schemas import InferenceResponse
 from engineroom.sources.vectors import VectorSizes, cut_vectors
-from engineroom.telemetry import WORK
+from engineroom.telemetry import working_for
 
 __all__ = ["EmbeddingWork", "embedding_request"]
 
@@ -39,11 +39,8 @@ class EmbeddingWork:
         request, sizes = self.request, loaded_model.vector_sizes
         if request.dimensions is not None and sizes is not None:
             sizes.check(request.dimensions)
-        token = WORK.set(request)
-        try:
+        with working_for(request):
             made: object = await handler.embed(loaded_model, request.texts)
-        finally:
-            WORK.reset(token)
         scope.check()
         if not isinstance(made, Embeddings) or len(made.vectors) != len(request.texts):
             raise InferenceError(

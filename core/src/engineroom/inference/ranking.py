@@ -15,7 +15,7 @@ from engineroom.handlers.base import InferenceHandler, Scores
 from engineroom.inference.scope import RequestScope
 from engineroom.other_requests import RerankRequest
 from engineroom.schemas import InferenceResponse
-from engineroom.telemetry import WORK
+from engineroom.telemetry import working_for
 
 __all__ = ["RankingWork", "rerank_request"]
 
@@ -36,11 +36,8 @@ class RankingWork:
     ) -> InferenceResponse:
         """Score the pairs."""
         request, pairs = self.request, self.request.pairs
-        token = WORK.set(request)
-        try:
+        with working_for(request):
             made: object = await handler.rerank(loaded_model, pairs)
-        finally:
-            WORK.reset(token)
         scope.check()
         if not isinstance(made, Scores) or len(made.scores) != len(pairs):
             raise InferenceError(

@@ -16,7 +16,7 @@ from engineroom.handlers.token_handler import as_handler_gets_it
 from engineroom.inference.scope import RequestScope
 from engineroom.other_requests import DetokenizeRequest, TokenizeRequest
 from engineroom.schemas import InferenceRequest, InferenceResponse
-from engineroom.telemetry import WORK
+from engineroom.telemetry import working_for
 
 __all__ = ["DetokenizeWork", "TokenizeWork", "Tokens", "detokenize_request", "tokenize_request"]
 
@@ -54,8 +54,7 @@ class TokenizeWork:
     ) -> InferenceResponse:
         """Read the input."""
         request = as_handler_gets_it(handler, loaded_model, scope.request)
-        token = WORK.set(request)
-        try:
+        with working_for(request):
             ids: object = await handler.tokenize(loaded_model, request)
             if ids is None:
                 raise ConfigurationError(
@@ -67,14 +66,12 @@ class TokenizeWork:
                     f"handler {handler.name!r}: tokenize returned {type(ids).__name__} instead of "
                     "a list of token ids; mend the plugin"
                 )
-            pieces: list[bytes] | None = [] if self._pieces else None
-            for start in range(0, len(ids), _AT_A_TIME) if pieces is not None else ():
-                assert pieces is not None
+            pieces: list[bytes] = []
+            for start in range(0, len(ids) if self._pieces else 0, _AT_A_TIME):
                 pieces += await _bytes_of(handler, loaded_model, ids[start : start + _AT_A_TIME])
-        finally:
-            WORK.reset(token)
         scope.check()
-        self.tokens = Tokens(ids, pieces, loaded_model.max_context_tokens)
+        told = pieces if self._pieces else None
+        self.tokens = Tokens(ids, told, loaded_model.max_context_tokens)
         # Nothing was read for an answer: no prompt tokens.
         return InferenceResponse(request_id=request.request_id, model_id=request.model_id)
 
@@ -97,8 +94,7 @@ class DetokenizeWork:
     ) -> InferenceResponse:
         """Make a text of the tokens."""
         request, text = self._request, bytearray()
-        token = WORK.set(request)
-        try:
+        with working_for(request):
             for start in range(0, len(request.tokens), _AT_A_TIME):
                 some = request.tokens[start : start + _AT_A_TIME]
                 text += b"".join(await _bytes_of(handler, loaded_model, some))
@@ -108,8 +104,6 @@ class DetokenizeWork:
                         "them at a time",
                         field="tokens",
                     )
-        finally:
-            WORK.reset(token)
         scope.check()
         self.text = text.decode("utf-8", "replace")
         return InferenceResponse(request_id=request.request_id, model_id=request.model_id)
